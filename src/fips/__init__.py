@@ -1,0 +1,34 @@
+"""FiPS: smaller transformers by fine-grained parameter sharing (arXiv 2411.09816).
+
+report = fips.compress(model, batches, fips.CompressionConfig(budget=0.5))
+fips.save(model, "smaller")
+model = fips.load("smaller")
+"""
+
+__version__ = "0.1.0"
+
+from fips.compress import compress
+from fips.config import CalibrationConfig, CompressionConfig, DataConfig, Recipe
+from fips.errors import FipsError
+from fips.merge import merge
+from fips.nn import FactoredLinear, SharedBasis
+from fips.plan import plan_compression
+from fips.report.record import CompressionReport
+from fips.storage.checkpoint import load, save
+
+__all__ = [
+    "CalibrationConfig",
+    "CompressionConfig",
+    "CompressionReport",
+    "DataConfig",
+    "FactoredLinear",
+    "FipsError",
+    "Recipe",
+    "SharedBasis",
+    "__version__",
+    "compress",
+    "load",
+    "merge",
+    "plan_compression",
+    "save",
+]

@@ -1,0 +1,259 @@
+r"""Joint block-wise reconstruction of a group: basis and all its factors trained together.
+
+Minimises :math:`\sum_l \mathrm{MSE}(\tilde f_l(x_l), f_l(x_l))` over the blocks l of a group, where :math:`x_l` are
+the ORIGINAL activations, :math:`f_l` the original block and :math:`\tilde f_l` the block with factored layers.
+Reference: arXiv 2411.09816, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fips.activations import ActivationSpool, BlockCall, first_tensor
+from fips.config import CompressionConfig
+from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
+from fips.solve.schedules import gmp_sparsity, rigl_fraction, update_steps
+from fips.structure import LinearSite
+
+__all__ = ["BlockError", "TrainableGroup", "autocast_for", "block_errors", "calibrate_", "swapped"]
+
+Records = Sequence[Mapping[str, BlockCall]]
+
+
+class _TrainableLinear(nn.Module):
+    """A factored layer during calibration: dense factor, mask, and the product B F formed once per step."""
+
+    def __init__(self, basis_DR: nn.Parameter, factor_RF: Tensor, site: LinearSite, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self._borrowed = (basis_DR, bias)
+        self.factor_RF = nn.Parameter(factor_RF)
+        self.mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)
+        self.up = site.role == "up"
+        self.want_dense_gradient = False
+        self.dense_gradient_RF: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis_DR, bias = self._borrowed
+        factor_RF = self.factor_RF * self.mask_RF
+        if self.want_dense_gradient and factor_RF.requires_grad:
+            factor_RF.register_hook(self._keep_gradient)
+        weight_DF = (basis_DR @ factor_RF).to(x.dtype)
+        return linear(x, weight_DF.T if self.up else weight_DF, None if bias is None else bias.to(x.dtype))
+
+    def _keep_gradient(self, gradient_RF: Tensor) -> None:
+        self.dense_gradient_RF = gradient_RF.detach()
+
+
+class TrainableGroup:
+    """Basis, factors and masks of one group while they are being found."""
+
+    def __init__(
+        self,
+        basis_DR: Tensor,
+        factors_RF: Sequence[Tensor],
+        sites: Sequence[LinearSite],
+        biases: Sequence[nn.Parameter | None],
+        config: CompressionConfig,
+    ) -> None:
+        self.config = config
+        self.sites = tuple(sites)
+        self.biases = tuple(biases)
+        self.basis_DR = nn.Parameter(basis_DR.clone())
+        self.layers = [
+            _TrainableLinear(self.basis_DR, factor_RF.clone(), site, bias)
+            for factor_RF, site, bias in zip(factors_RF, sites, biases, strict=True)
+        ]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The layer that stands in for each linear layer, by name."""
+        return {site.name: layer for site, layer in zip(self.sites, self.layers, strict=True)}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.basis_DR, *(layer.factor_RF for layer in self.layers)]
+
+    @property
+    def masks(self) -> list[Tensor]:
+        return [layer.mask_RF for layer in self.layers]
+
+    @torch.no_grad()
+    def prune(self, sparsity: float) -> None:
+        """Keep the largest magnitudes at a sparsity, in the pattern and scope of the settings; zero the rest."""
+        scores = [(layer.factor_RF * layer.mask_RF).abs() for layer in self.layers]
+        nm = self.config.nm
+        if nm is None:
+            masks = unstructured_masks(scores, sparsity=sparsity, scope=self.config.threshold)
+        else:
+            kept = max(nm[0], round((1 - sparsity) * nm[1]))
+            masks = [self._nm(score, site, kept, nm[1]) for score, site in zip(scores, self.sites, strict=True)]
+        self._set_masks(masks)
+
+    @staticmethod
+    def _nm(score_RF: Tensor, site: LinearSite, n: int, m: int) -> Tensor:
+        """N:M along the reduction: the rank for ``up`` layers, the columns for ``down`` layers."""
+        return nm_mask(score_RF, n=n, m=m, dim=0 if site.role == "up" else 1)
+
+    @torch.no_grad()
+    def regrow(self, fraction: float, optimizer: torch.optim.Optimizer) -> None:
+        """RigL: exchange a fraction of the support; grown entries start at zero with fresh optimizer state."""
+        gradients = [layer.dense_gradient_RF for layer in self.layers]
+        old = self.masks
+        masks = prune_and_regrow(
+            old,
+            magnitudes=[layer.factor_RF for layer in self.layers],
+            gradients=[gradient for gradient in gradients if gradient is not None],
+            fraction=fraction,
+            scope=self.config.threshold,
+        )
+        for layer, before, after in zip(self.layers, old, masks, strict=True):
+            state = optimizer.state.get(layer.factor_RF, {})
+            for tensor in (layer.factor_RF, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)):
+                tensor.masked_fill_(after & ~before, 0.0)
+        self._set_masks(masks)
+
+    def _set_masks(self, masks: Sequence[Tensor]) -> None:
+        for layer, mask_RF in zip(self.layers, masks, strict=True):
+            layer.mask_RF = mask_RF
+            layer.factor_RF.data.mul_(mask_RF)
+
+    def want_dense_gradients(self, wanted: bool) -> None:
+        for layer in self.layers:
+            layer.want_dense_gradient = wanted
+
+
+@dataclass(frozen=True, slots=True)
+class BlockError:
+    """Reconstruction error of one block over the recorded batches."""
+
+    block: str
+    mse: float
+    relative: float
+    """``mse`` divided by the variance of the original block's output."""
+
+
+def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 arithmetic where asked for, or for ``auto`` where the hardware multiplies bfloat16 natively."""
+    if precision == "bfloat16" or (precision == "auto" and _native_bfloat16(device)):
+        # No weight cache: it would hand out the basis of the first step for as long as the context lasts.
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+    return nullcontext()
+
+
+def _native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules in place of others for a ``with`` block; the originals come back even after an error."""
+    originals = {name: model.get_submodule(name) for name in replacements}
+    try:
+        for name, module in replacements.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            model.set_submodule(name, module)
+
+
+@torch.no_grad()
+def block_errors(
+    blocks: Mapping[str, nn.Module], records: Records, spool: ActivationSpool, device: torch.device
+) -> list[BlockError]:
+    """Error of every block on the recorded batches, each batch weighted by its number of entries."""
+    results = []
+    for name, block in blocks.items():
+        squared = total = squares = 0.0
+        count = 0
+        for record in records:
+            target = spool.get(record[name].output).to(device).double()
+            args, kwargs = record[name].arguments(spool, device)
+            squared += (first_tensor(block(*args, **kwargs)).double() - target).square().sum().item()
+            total += target.sum().item()
+            squares += target.square().sum().item()
+            count += target.numel()
+        variance = squares / count - (total / count) ** 2
+        results.append(BlockError(name, squared / count, squared / count / variance))
+    return results
+
+
+def calibrate_(
+    group: TrainableGroup,
+    blocks: Mapping[str, nn.Module],
+    records: Records,
+    spool: ActivationSpool,
+    device: torch.device,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train a group whose layers are already swapped into ``blocks``; returns the loss of every step.
+
+    One step takes one recorded batch; batches come in a seeded random order, reshuffled every pass. The support
+    follows ``config.schedule`` and has its final sparsity from ``update_end`` of the steps on.
+    """
+    settings = group.config.calibration
+    optimizer = torch.optim.AdamW(group.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, T_max=max(1, settings.steps), eta_min=min(settings.min_learning_rate, settings.learning_rate)
+    )
+    support = _Support(group, optimizer)
+    losses: list[float] = []
+    for step, index in zip(range(settings.steps), _draw(len(records), group.config.seed), strict=False):
+        support.before(step)
+        loss = torch.zeros((), device=device)
+        for name, block in blocks.items():
+            args, kwargs = records[index][name].arguments(spool, device)
+            output = first_tensor(block(*args, **kwargs)).float()
+            part = torch.nn.functional.mse_loss(output, spool.get(records[index][name].output).to(device).float())
+            part.backward()
+            loss += part.detach()
+        support.after(step)
+        optimizer.step()
+        cosine.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if on_step is not None:
+            on_step(step, losses[-1])
+    return losses
+
+
+def _draw(count: int, seed: int) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+class _Support:
+    """Applies the sparsity schedule: pruning before a step, RigL after its backward pass."""
+
+    def __init__(self, group: TrainableGroup, optimizer: torch.optim.Optimizer) -> None:
+        settings = group.config.calibration
+        self.group, self.optimizer = group, optimizer
+        self.schedule = group.config.schedule
+        self.final = group.config.factor_sparsity
+        self.updates = update_steps(steps=settings.steps, every=settings.update_every, end=settings.update_end)
+        self.initial = min(settings.initial_sparsity, self.final)
+        self.fraction = settings.regrow_fraction
+
+    def before(self, step: int) -> None:
+        if self.schedule == "gmp" and step in self.updates:
+            sparsity = gmp_sparsity(step, initial=self.initial, final=self.final, begin=0, end=self.updates[-1])
+            self.group.prune(sparsity)
+        elif step == 0:
+            self.group.prune(self.final)
+        self.group.want_dense_gradients(self._regrows(step))
+
+    def after(self, step: int) -> None:
+        if self._regrows(step):
+            self.group.regrow(rigl_fraction(step, initial=self.fraction, end=self.updates[-1]), self.optimizer)
+
+    def _regrows(self, step: int) -> bool:
+        return self.schedule == "rigl" and step in self.updates[1:-1]

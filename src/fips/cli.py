@@ -1,0 +1,369 @@
+"""The ``fips`` command: one public function per subcommand, results to stdout, progress and words to stderr.
+
+Exit codes: 0 success, 1 failure, 2 wrong usage or setting, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from fips.errors import ConfigError, FipsError
+
+app = typer.Typer(
+    name="fips",
+    help="Smaller transformers: MLPs as one shared basis times sparse factors (arXiv 2411.09816).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+stdout = Console()
+stderr = Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.", show_default=False)]
+OptionalModel = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Model directory or hub id.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, ...")]
+Dtype = Annotated[str, typer.Option(help="Type to load the weights in; `auto` keeps the checkpoint's.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name or YAML file; options override it.")]
+Budget = Annotated[float | None, typer.Option(help="Fraction of the MLP parameters to keep.")]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the factors.")]
+Pattern = Annotated[str | None, typer.Option(help="`unstructured` or N:M, such as 4:16.")]
+GroupSize = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
+Groups = Annotated[str | None, typer.Option(help="Explicit groups of block indices, such as `0-3,4-7,8-11`.")]
+Targets = Annotated[
+    list[str] | None, typer.Option(help="Layers to compress: name, suffix, glob or re:... (repeatable).")
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Layers to leave alone (repeatable).")]
+Data = Annotated[str | None, typer.Option(help="Image folder, text file, or datasets id[:configuration].")]
+Split = Annotated[str | None, typer.Option(help="Split of the data.")]
+Column = Annotated[str | None, typer.Option(help="Column with the text or the image.")]
+NumSamples = Annotated[int | None, typer.Option(help="Images or text windows to use.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens per text window.")]
+Separator = Annotated[str | None, typer.Option("--document-separator", help="String between the documents of a text.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples per batch.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of samples and batch order.")]
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    recipe: RecipeOption = None,
+    budget: Budget = None,
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
+    group_size: GroupSize = None,
+    groups: Groups = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    as_json: Json = False,
+) -> None:
+    """List every MLP found, its layers, group, rank, parameters and bytes; changes nothing and reads no weights."""
+    from fips.jobs import plan_source
+
+    setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_budget=0.5)
+    _, plan = plan_source(model, setting)
+    _print_plan(plan, as_json=as_json, with_layers=True)
+
+
+@app.command()
+def compress(
+    model: OptionalModel = None,
+    data: Data = None,
+    budget: Budget = None,
+    output: Annotated[Path | None, typer.Option(help="Directory to write; absent or empty.")] = None,
+    recipe: RecipeOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.")] = False,
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
+    schedule: Annotated[str | None, typer.Option(help="static, gmp or rigl.")] = None,
+    threshold: Annotated[str | None, typer.Option(help="One threshold per `group` or per `layer`.")] = None,
+    group_size: GroupSize = None,
+    groups: Groups = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    factor_dtype: Annotated[str | None, typer.Option(help="Storage type: float32, bfloat16 or float16.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Calibration steps per group.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Calibration arithmetic: auto, float32, bfloat16.")] = None,
+    activation_memory: Annotated[str | None, typer.Option(help="RAM for recorded activations, such as 2GiB.")] = None,
+    split: Split = None,
+    column: Column = None,
+    num_samples: NumSamples = None,
+    sequence_length: SequenceLength = None,
+    document_separator: Separator = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compress the MLPs of a model and write a directory that `fips.load` reads."""
+    from fips.jobs import compress_to_directory, plan_source
+
+    options = locals()
+    setting = _recipe(
+        recipe,
+        compression=_given(options, COMPRESSION),
+        calibration=_given(options, CALIBRATION),
+        data=_data_fields(options),
+    )
+    if dry_run:
+        _, plan = plan_source(model, setting)
+        _print_plan(plan, as_json=as_json)
+        return
+    source = model or setting.model
+    if source is None:
+        raise ConfigError("no model: give MODEL, or a recipe that names one")
+    if output is None:
+        raise ConfigError("no output directory: give --output DIR, or --dry-run to see the plan")
+    with _progress_bars() as progress:
+        done = compress_to_directory(source, setting, output, dtype=dtype, device=device, progress=progress)
+    _print_compression(done, output, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Compressed directory, model directory or hub id.")],
+    data: Data = None,
+    split: Split = None,
+    column: Column = None,
+    num_samples: NumSamples = None,
+    sequence_length: SequenceLength = None,
+    document_separator: Separator = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Top-1 and top-5 of an image classifier, perplexity and bits per byte of a language model."""
+    from fips.config import DataConfig
+    from fips.jobs import evaluate_source
+
+    fields = _data_fields(locals())
+    if "source" not in fields:
+        raise ConfigError("no data: give --data")
+    with _counter("evaluate") as progress:
+        result = evaluate_source(model, DataConfig(**fields), dtype=dtype, device=device, progress=progress)
+    _print_json(result.to_dict()) if as_json else _print_evaluation(model, result)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that ship with fips."""
+    from rich.table import Table
+
+    from fips.recipes import load_recipe, recipe_names
+
+    entries = {name: load_recipe(name) for name in recipe_names()}
+    if as_json:
+        _print_json({name: entry.model_dump(mode="json", exclude_none=True) for name, entry in entries.items()})
+        return
+    table = Table("recipe", "model", "budget", "description")
+    for name, entry in entries.items():
+        table.add_row(name, entry.model or "any", f"{entry.compression.budget:g}", entry.description)
+    stdout.print(table)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")] = Path("fips-demo"),
+    budget: Annotated[float, typer.Option(help="Fraction of the MLP parameters to keep.")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Compress the embedded byte-level Llama on your interpreter's standard library; no network, under 3 minutes."""
+    from fips.demo import run_demo
+
+    console = stderr if as_json else stdout
+    with _progress_bars() as progress:
+        result = run_demo(output, budget=budget, console=console, progress=progress)
+    if as_json:
+        _print_json(result)
+
+
+COMPRESSION = ("budget", "sparsity", "pattern", "schedule", "threshold", "group_size", "groups", "targets", "ignore",
+               "factor_dtype", "seed")  # fmt: skip
+CALIBRATION = ("steps", "learning_rate", "precision", "activation_memory")
+DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
+
+
+def _given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The options the user set, by field name."""
+    fields = {name: options[name] for name in names if options.get(name) not in (None, [])}
+    if "groups" in fields:
+        fields["groups"] = _parse_groups(fields["groups"])
+    return fields
+
+
+def _data_fields(options: dict[str, Any]) -> dict[str, Any]:
+    fields = _given(options, DATA)
+    if options["data"] is not None:
+        fields["source"] = options["data"]
+    if "document_separator" in fields:
+        fields["document_separator"] = fields["document_separator"].encode().decode("unicode_escape")
+    return fields
+
+
+def _parse_groups(text: str) -> list[list[int]]:
+    try:
+        groups = []
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            groups.append(list(range(int(first), int(last or first) + 1)))
+    except ValueError:
+        raise ConfigError(f"`--groups` wants ranges such as `0-3,4-7`, got {text!r}") from None
+    return groups
+
+
+def _recipe(
+    name: str | None,
+    *,
+    compression: dict[str, Any],
+    calibration: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    default_budget: float | None = None,
+) -> Any:
+    """The recipe asked for, or the paper's, with the options given on the command line in its place."""
+    from fips.config import DataConfig, Recipe
+    from fips.recipes import load_recipe
+
+    base = load_recipe(name or "paper")
+    if name is None and "budget" not in compression:
+        if default_budget is None:
+            raise ConfigError("no budget: give --budget (fraction of MLP parameters to keep) or --recipe")
+        compression = {**compression, "budget": default_budget}
+    if "pattern" in compression and "sparsity" not in compression:
+        compression = {**compression, "sparsity": None}
+    if "group_size" in compression and "groups" not in compression:
+        compression = {**compression, "groups": None}
+    if calibration:
+        compression = {**compression, "calibration": base.compression.calibration.replace(**calibration)}
+    settings = base.compression.replace(**compression)
+    if not data:
+        return Recipe(**{**_fields(base), "compression": settings})
+    known = (
+        _fields(base.data) if base.data is not None and data.get("source", base.data.source) == base.data.source else {}
+    )
+    if "source" not in {**known, **data}:
+        raise ConfigError("data options without data: give --data")
+    return Recipe(**{**_fields(base), "compression": settings, "data": DataConfig(**{**known, **data})})
+
+
+def _fields(settings: Any) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.model_fields_set}
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False) -> None:
+    from fips.report.tables import mlp_table, plan_table, size_table, skipped_lines
+
+    if as_json:
+        _print_json(plan.to_dict())
+        return
+    if with_layers:
+        stdout.print(mlp_table(plan))
+    stdout.print(plan_table(plan.groups))
+    stdout.print(size_table(plan))
+    for line in skipped_lines(plan):
+        stdout.print(line, highlight=False)
+
+
+def _print_compression(done: Any, output: Path, *, as_json: bool) -> None:
+    from fips.report.tables import format_bytes, result_table
+
+    if as_json:
+        record = {"output": str(output), "tensor_bytes": done.tensor_bytes, "directory_bytes": done.file_bytes}
+        _print_json({**record, **done.report.to_dict()})
+        return
+    stdout.print(result_table(done.report))
+    before = done.report.plan["model"]["bytes"]
+    stdout.print(
+        f"{format_bytes(before)} -> {format_bytes(done.tensor_bytes)} of tensors, {done.report.seconds:.0f} s, "
+        f"peak memory {format_bytes(done.report.peak_memory_bytes)}",
+        highlight=False,
+    )
+    stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False)
+
+
+def _print_evaluation(name: str, result: Any) -> None:
+    from rich.table import Table
+
+    table = Table("measure", "value", title=name, title_justify="left")
+    for key, value in result.to_dict().items():
+        if not isinstance(value, dict):
+            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    stdout.print(table)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=stderr) as bars:
+        yield bars
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Any]:
+    """A ``fips.compress.Progress`` that draws one bar per stage of every group."""
+    with _bars() as bars:
+        tasks: dict[tuple[str, str], TaskID] = {}
+
+        def show(event: Any) -> None:
+            key = (event.stage, event.group)
+            if key not in tasks:
+                tasks[key] = bars.add_task(f"{event.stage} {event.group}", total=event.total or None, note="")
+            note = "" if event.loss is None else f"loss {event.loss:.3g}"
+            bars.update(tasks[key], completed=event.done, note=note)
+
+        yield show
+
+
+@contextmanager
+def _counter(label: str) -> Iterator[Any]:
+    with _bars() as bars:
+        task = bars.add_task(label, total=None, note="")
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; errors become one line on stderr and an exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    try:
+        result = app(args=argv, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except FipsError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted: nothing was written", file=sys.stderr)  # noqa: T201
+        return 130
+    except Exception as error:
+        show = getattr(error, "show", None)  # usage errors of the option parser print themselves
+        if show is None:
+            raise
+        show()
+        return int(getattr(error, "exit_code", 2))
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Settings: frozen, validated when they are made, unknown names refused with the known ones listed.
+
+``CompressionConfig`` is everything that decides *how* a model is compressed; ``DataConfig`` says on which data;
+``Recipe`` joins both to the model they were made for and is what the YAML files under ``recipes/`` hold.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from fips.errors import ConfigError
+
+__all__ = ["CalibrationConfig", "CompressionConfig", "DataConfig", "Recipe"]
+
+FactorDtype = Literal["float32", "bfloat16", "float16"]
+DEFAULT_SPARSITY = 0.75
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown fields are an error, errors are one readable line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, type(self))) from None
+
+    def replace(self, **fields: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(exclude_unset=True), **fields})
+
+
+def _explain(error: ValidationError, owner: type[Settings]) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = sorted(owner.model_fields)
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            guess = f"did you mean `{near[0]}`? " if near else ""
+            lines.append(f"unknown field `{name}` in {owner.__name__}; {guess}known fields: {', '.join(known)}")
+        elif item["type"] == "value_error":
+            lines.append(f"{item['msg'].removeprefix('Value error, ')}")
+        elif item["type"] == "missing":
+            lines.append(f"`{name}` is required in {owner.__name__}")
+        else:
+            lines.append(f"`{name}`: {item['msg']}, got {item['input']!r}")
+    return "; ".join(lines)
+
+
+class CalibrationConfig(Settings):
+    """Joint block-wise reconstruction: AdamW with a cosine schedule on the original activations."""
+
+    steps: int = Field(default=600, ge=0)
+    """Optimizer steps per group; 0 keeps the closed-form start (then pruning is static)."""
+    learning_rate: float = Field(default=4e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    min_learning_rate: float = Field(default=1e-5, ge=0)
+    """Where the cosine schedule ends."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decoupled weight decay."""
+    update_every: int = Field(default=50, ge=1)
+    """Steps between two updates of the sparse support (GMP and RigL)."""
+    update_end: float = Field(default=0.75, gt=0, le=1)
+    """Fraction of the steps after which the support stays fixed."""
+    initial_sparsity: float = Field(default=0.05, ge=0, lt=1)
+    """Sparsity at which gradual pruning starts; at most the final one is used."""
+    regrow_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the support that RigL replaces at its first update (cosine decay to 0)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the calibration passes; `auto` is bfloat16 where the hardware multiplies it natively."""
+    activation_memory: ByteSize = ByteSize(1 << 30)
+    """Upper bound for recorded activations in RAM, per group; what exceeds it goes to a temporary file."""
+
+
+class CompressionConfig(Settings):
+    """How to compress: budget, sparsity, grouping and calibration."""
+
+    budget: float = Field(gt=0, le=1)
+    """Fraction of the MLP parameters to keep: basis entries plus non-zeros of the factors."""
+    method: Literal["fips-paper"] = "fips-paper"
+    """`fips-paper`: SVD start, magnitude sparsity, block-wise AdamW (arXiv 2411.09816)."""
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of zeros in the factors; default 0.75, or 1 - N/M when `pattern` is N:M."""
+    pattern: str = Field(default="unstructured", pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$")
+    """`unstructured`, or `N:M`: N non-zeros in every M consecutive entries along the reduction."""
+    threshold: Literal["group", "layer"] = "group"
+    """One magnitude threshold over all factors of a group, or one per layer."""
+    schedule: Literal["static", "gmp", "rigl"] = "gmp"
+    """How the support is found: once, by gradual magnitude pruning, or by prune-and-regrow."""
+    group_size: int = Field(default=4, ge=1)
+    """Consecutive blocks of equal width that share a basis."""
+    groups: tuple[tuple[int, ...], ...] | None = None
+    """Explicit groups of block indices, counted over all blocks found; overrides `group_size`."""
+    targets: tuple[str, ...] | None = None
+    """Layers to compress instead of those found: names, suffixes, globs, or `re:` patterns."""
+    ignore: tuple[str, ...] = ()
+    """Layers to leave alone, same syntax."""
+    growth_tau: float = Field(default=32.0, gt=0)
+    """Rows added when the rank exceeds the width are copies of the first rows divided by this."""
+    factor_dtype: FactorDtype | None = None
+    """Storage type of bases and factor values; null keeps the type of the weights."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order in which calibration batches are drawn."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        nm = self.nm
+        if nm is not None:
+            n, m = nm
+            if not 0 < n < m <= 32:
+                raise ValueError(f"`pattern` N:M needs 0 < N < M <= 32, got {self.pattern!r}")
+            if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
+                raise ValueError(
+                    f"`sparsity` {self.sparsity} contradicts `pattern` {self.pattern!r} (sparsity {1 - n / m:g}); "
+                    "give only one of them"
+                )
+            if self.schedule == "rigl":
+                raise ValueError("`schedule: rigl` needs `pattern: unstructured`; N:M works with `static` and `gmp`")
+        return self
+
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        """``(N, M)`` of an N:M pattern, None when unstructured."""
+        if self.pattern == "unstructured":
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @property
+    def factor_sparsity(self) -> float:
+        """The fraction of zeros the factors end with."""
+        if self.nm is not None:
+            return 1 - self.nm[0] / self.nm[1]
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+
+class DataConfig(Settings):
+    """Which examples to read, and how many."""
+
+    source: str
+    """Image folder, text file, or `datasets` id with an optional configuration, `id:configuration`."""
+    split: str | None = None
+    """Split of a hub dataset; default: `train` for calibration, `test` or `validation` for evaluation."""
+    column: str | None = None
+    """Column with the text or the image; default: found by type."""
+    num_samples: int | None = Field(default=None, ge=1)
+    """Images or text windows to use; null uses all."""
+    sequence_length: int | None = Field(default=None, ge=2)
+    """Tokens per text window; default: the model's context, at most 2,048."""
+    document_separator: str | None = None
+    """String between the documents of a text; windows then never cross a document."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples per batch."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the choice of samples."""
+
+
+class Recipe(Settings):
+    """A complete, named setting: the model it was made for, the compression and the calibration data."""
+
+    description: str = ""
+    model: str | None = None
+    """Hub id or directory the recipe was made for; a MODEL argument overrides it."""
+    architecture: dict[str, Any] | None = None
+    """Configuration of that model, so that `--dry-run` can plan without the hub."""
+    compression: CompressionConfig
+    data: DataConfig | None = None
+
+    @classmethod
+    def from_yaml(cls, text: str, *, name: str) -> Recipe:
+        """Parse one recipe; ``name`` (a file or recipe name) opens every error message."""
+        try:
+            fields = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"recipe `{name}` is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"recipe `{name}` must be a mapping with `compression`, got {type(fields).__name__}")
+        try:
+            return cls(**{str(key): value for key, value in fields.items()})
+        except ConfigError as error:
+            raise ConfigError(f"recipe `{name}`: {error}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        return cls.from_yaml(path.read_text(encoding="utf-8"), name=str(path))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)

@@ -1,0 +1,84 @@
+"""``fips demo``: the whole path on the embedded model, as a user would call it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fips.compress import Progress
+from fips.config import CompressionConfig, DataConfig, Recipe
+from fips.demo.corpus import calibration_files, copy_files, held_out_files
+from fips.evaluate import EvaluationResult
+from fips.jobs import compress_to_directory, evaluate_source, plan_source
+from fips.recipes import load_recipe
+from fips.report.tables import format_bytes, mlp_table, plan_table, result_table, size_table
+from fips.storage.files import require_free
+
+__all__ = ["MODEL_DIRECTORY", "demo_recipe", "run_demo"]
+
+MODEL_DIRECTORY = Path(__file__).parent / "model"
+WINDOW = 512
+EVALUATION_WINDOWS = 256
+
+
+def demo_recipe(*, budget: float) -> Recipe:
+    """The shipped ``demo`` recipe at a budget."""
+    recipe = load_recipe("demo")
+    fields = {**recipe.compression.model_dump(exclude_unset=True), "budget": budget}
+    return recipe.model_copy(update={"compression": CompressionConfig(**fields)})
+
+
+def run_demo(output: Path, *, budget: float, console: Console, progress: Progress | None = None) -> dict[str, Any]:
+    """Compress the embedded model into ``output`` and print each step; returns the figures as a JSON-able dict."""
+    started = time.perf_counter()
+    recipe = demo_recipe(budget=budget)
+    require_free(output)
+    source = str(MODEL_DIRECTORY)
+    _, plan = plan_source(source, recipe)
+    console.print(mlp_table(plan))
+    console.print(plan_table(plan.groups))
+    with tempfile.TemporaryDirectory(prefix="fips-demo-") as scratch:
+        held_out = copy_files(held_out_files(), Path(scratch) / "held-out")
+        calibration = copy_files(calibration_files(seed=recipe.compression.seed), Path(scratch) / "calibration")
+        assert recipe.data is not None
+        recipe = recipe.model_copy(update={"data": recipe.data.replace(source=str(calibration))})
+        evaluation = DataConfig(
+            source=str(held_out), num_samples=EVALUATION_WINDOWS, sequence_length=WINDOW, batch_size=16
+        )
+        before = evaluate_source(source, evaluation)
+        done = compress_to_directory(source, recipe, output, progress=progress)
+        after = evaluate_source(str(output), evaluation)
+    console.print(result_table(done.report))
+    console.print(size_table(plan))
+    console.print(_quality_table(before, after))
+    seconds = time.perf_counter() - started
+    original_file = (MODEL_DIRECTORY / "model.safetensors").stat().st_size
+    compressed_file = (output / "model.safetensors").stat().st_size
+    console.print(
+        f"model.safetensors: {format_bytes(original_file)} -> {format_bytes(compressed_file)}; {seconds:.0f} s in all",
+        highlight=False,
+    )
+    console.print(f'Compressed model in {output}. Load it:\n\n    import fips\n    model = fips.load("{output}")\n',
+                  highlight=False)  # fmt: skip
+    return {
+        "output": str(output),
+        "bits_per_byte": {"before": before.to_dict(), "after": after.to_dict()},
+        "file_bytes": {"before": original_file, "after": compressed_file},
+        "seconds": round(seconds, 1),
+        "report": done.report.to_dict(),
+    }
+
+
+def _quality_table(before: EvaluationResult, after: EvaluationResult) -> Table:
+    table = Table("held-out modules", "before", "after", title="Quality", title_justify="left")
+    first, second = before.to_dict(), after.to_dict()
+    for key in ("bits_per_byte", "perplexity", "num_bytes"):
+        table.add_row(
+            key, *(f"{value:.4f}" if isinstance(value, float) else f"{value:,}" for value in (first[key], second[key]))
+        )
+    return table

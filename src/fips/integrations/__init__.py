@@ -1,0 +1,1 @@
+"""Where fips meets other libraries."""

@@ -1,0 +1,119 @@
+"""What each subcommand does, without its printing: check everything cheap first, then load, work and write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fips.compress import Progress, compress
+from fips.config import DataConfig, Recipe
+from fips.data import Batches, describe_source, load_batches
+from fips.errors import ConfigError, DataError, ModelError
+from fips.evaluate import EvaluationResult, evaluate
+from fips.integrations.transformers import (
+    build_empty,
+    config_from_fields,
+    context_length,
+    load_config,
+    load_dense,
+    load_processor,
+    model_kind,
+)
+from fips.plan import CompressionPlan, plan_compression
+from fips.report.record import CompressionReport
+from fips.storage.checkpoint import is_compressed, load, save
+from fips.storage.files import require_free
+
+__all__ = ["Compression", "compress_to_directory", "evaluate_source", "pick_device", "plan_source"]
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one; raises ``ConfigError`` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device `{name}` is not available: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def plan_source(source: str | None, recipe: Recipe) -> tuple[nn.Module, CompressionPlan]:
+    """The plan for a model, built without weights from its configuration or from the recipe's own."""
+    if source is not None:
+        config = load_config(source)
+    elif recipe.architecture is not None:
+        config = config_from_fields(recipe.architecture)
+    elif recipe.model is not None:
+        config = load_config(recipe.model)
+    else:
+        raise ConfigError("no model: give MODEL, or a recipe that names one")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"`{source or recipe.model}` is already compressed; give the original model")
+    model = build_empty(config)
+    return model, plan_compression(model, recipe.compression)
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """What ``compress_to_directory`` wrote."""
+
+    report: CompressionReport
+    tensor_bytes: int
+    file_bytes: int
+
+
+def compress_to_directory(
+    source: str,
+    recipe: Recipe,
+    output: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Compression:
+    """Compress a model and write it; everything that can be refused is refused before the weights are read."""
+    if recipe.data is None:
+        raise DataError("no calibration data: give --data, or a recipe with `data`")
+    require_free(output)
+    place = pick_device(device)
+    empty, _ = plan_source(source, recipe)
+    batches, processor = _batches(source, recipe.data, empty, purpose="calibration")
+    model = load_dense(source, dtype=dtype, device=place)
+    report = compress(model, batches, recipe.compression, progress=progress)
+    report.source = source
+    used = recipe.model_copy(update={"model": source, "architecture": None})
+    tensor_bytes = save(model, output, processor=processor, recipe=used.to_yaml())
+    file_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return Compression(report, tensor_bytes, file_bytes)
+
+
+def evaluate_source(
+    source: str, data: DataConfig, *, device: str = "auto", dtype: str = "auto", progress: Any = None
+) -> EvaluationResult:
+    """Accuracy or perplexity of a compressed directory or of a dense model."""
+    place = pick_device(device)
+    compressed = is_compressed(source)
+    if not compressed:
+        empty: nn.Module = build_empty(load_config(source))
+        batches, _ = _batches(source, data, empty, purpose="evaluation")
+        model = load_dense(source, dtype=dtype, device=place)
+    else:
+        model = load(source, device=place)
+        batches, _ = _batches(source, data, model, purpose="evaluation")
+    return evaluate(model, batches, progress=progress)
+
+
+def _batches(source: str, data: DataConfig, model: nn.Module, *, purpose: Any) -> tuple[Batches, Any]:
+    kind = model_kind(model)
+    found = describe_source(data.source)
+    if found.kind is not None and found.kind != kind:
+        raise DataError(f"`{data.source}` holds {found.kind} data, but `{source}` reads {kind}; give {kind} data")
+    processor = load_processor(source, kind)
+    length = context_length(model.config) if kind == "text" else None
+    return load_batches(data, processor=processor, kind=kind, purpose=purpose, context_length=length), processor

@@ -1,0 +1,50 @@
+"""Back to plain dense layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fips.errors import ModelError
+from fips.nn import BASES, FactoredLinear, basis_owner, factored_layers
+
+__all__ = ["merge"]
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every factored layer by a dense one with weight B F, in place; returns the model.
+
+    The result needs nothing from fips and computes the same function up to rounding. Products are formed in float32
+    and stored in the type of the model's other weights. Raises ``ModelError`` if the model has no factored layer.
+    """
+    layers = factored_layers(model)
+    if not layers:
+        raise ModelError("the model has no factored layer to merge; it is already dense")
+    dtype = _other_dtype(model, layers)
+    for name, layer in layers.items():
+        model.set_submodule(name, _dense(layer, dtype))
+    delattr(basis_owner(model), BASES)
+    return model
+
+
+def _other_dtype(model: nn.Module, layers: Mapping[str, FactoredLinear]) -> torch.dtype:
+    factored = {id(p) for layer in layers.values() for p in (layer.values, layer.basis.weight)}
+    others = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in factored)
+    return next(others, torch.get_default_dtype())
+
+
+def _dense(layer: FactoredLinear, dtype: torch.dtype) -> nn.Module:
+    weight = layer.dense_weight().to(dtype)
+    dense: nn.Module
+    with torch.device("meta"):
+        if layer.conv1d:
+            dense = Conv1D(layer.out_features, layer.in_features)
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    dense.weight = nn.Parameter(weight.T.contiguous() if layer.conv1d else weight)
+    dense.register_parameter("bias", layer.bias)
+    return dense.train(layer.training)

@@ -1,0 +1,104 @@
+"""Plans and results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from fips.plan import CompressionPlan, GroupPlan
+from fips.report.record import CompressionReport
+from fips.structure import Mlp
+
+__all__ = ["format_bytes", "mlp_table", "plan_table", "result_table", "size_table", "skipped_lines"]
+
+
+def format_bytes(count: int) -> str:
+    """``1.23 MB`` (10^6 bytes), exact below 1 kB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000 or unit == "GB":
+            return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def mlp_table(plan: CompressionPlan) -> Table:
+    """Every MLP: its layers with roles and shapes, and the group it is in."""
+    table = Table("group", "MLP", "kind", "layers (role: in x out)", title="MLPs found", title_justify="left")
+    for group in plan.groups:
+        for mlp in group.group.mlps:
+            table.add_row(group.group.name, mlp.name, mlp.kind, _describe_sites(mlp))
+    return table
+
+
+def _describe_sites(mlp: Mlp) -> str:
+    parts = []
+    for site in mlp.sites:
+        inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
+        name = site.name.removeprefix(f"{mlp.name}.")
+        parts.append(f"{name} ({site.role}: {inputs} x {outputs})")
+    return ", ".join(parts)
+
+
+def plan_table(groups: Iterable[GroupPlan]) -> Table:
+    """One line per group: rank, what is kept, bytes before and after."""
+    table = Table(
+        "group", "blocks", "width", "columns", "rank", "non-zeros", "pattern", "parameters", "bytes", "kept",
+        title="Plan", title_justify="left",
+    )  # fmt: skip
+    for plan in groups:
+        blocks = plan.group.blocks
+        span = blocks[0] if len(blocks) == 1 else f"{blocks[0]} ... {blocks[-1].rpartition('.')[2]}"
+        table.add_row(
+            plan.group.name,
+            span,
+            f"{plan.group.width:,}",
+            f"{plan.group.columns:,}",
+            f"{plan.rank:,}",
+            f"{plan.nonzeros:,}",
+            plan.fmt,
+            f"{plan.dense.parameters:,} -> {plan.factored.parameters:,}",
+            f"{format_bytes(plan.dense.bytes)} -> {format_bytes(plan.factored.bytes)}",
+            f"{plan.factored.bytes / plan.dense.bytes:.1%}",
+        )
+    return table
+
+
+def size_table(plan: CompressionPlan) -> Table:
+    """Parameters and bytes of the compressed MLPs and of the whole model, before and after."""
+    table = Table("", "parameters", "after", "kept", "bytes", "after", "kept", title="Size", title_justify="left")
+    rows = (
+        ("MLPs", plan.dense.parameters, plan.factored.parameters, plan.dense.bytes, plan.factored.bytes),
+        ("model", plan.model_parameters, plan.compressed_parameters, plan.model_bytes, plan.compressed_bytes),
+    )
+    for name, parameters, parameters_after, size, size_after in rows:
+        table.add_row(
+            name,
+            f"{parameters:,}",
+            f"{parameters_after:,}",
+            f"{parameters_after / parameters:.1%}",
+            format_bytes(size),
+            format_bytes(size_after),
+            f"{size_after / size:.1%}",
+        )
+    return table
+
+
+def result_table(report: CompressionReport) -> Table:
+    """One line per group: relative error of the block outputs at the start and at the end, and time."""
+    table = Table("group", "blocks", "error of the start", "final error", "time", title="Result", title_justify="left")
+    table.caption = "errors: MSE of the block outputs / their variance, mean over blocks, calibration data"
+    for result in report.groups:
+        table.add_row(
+            result["name"],
+            str(len(result["blocks"])),
+            f"{result['relative_error_start']:.5f}",
+            f"{result['relative_error_final']:.5f}",
+            f"{result['seconds']:.1f} s",
+        )
+    return table
+
+
+def skipped_lines(plan: CompressionPlan) -> list[str]:
+    return [f"skipped {item.name}: {item.reason}" for item in plan.skipped]

@@ -1,0 +1,1 @@
+"""What is written to disk: packed factors (``packing``) and complete directories (``checkpoint``)."""

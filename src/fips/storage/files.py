@@ -1,0 +1,95 @@
+"""Directories that are complete or absent: written beside their place, checked, then renamed into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fips.errors import CheckpointError, OutputError
+
+__all__ = ["MANIFEST", "complete_directory", "require_free", "verify_manifest", "write_manifest"]
+
+MANIFEST = "fips_manifest.json"
+FORMAT_VERSION = 1
+
+
+def require_free(directory: Path) -> None:
+    """Raise ``OutputError`` unless ``directory`` is absent or an empty directory whose parent can be written."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise OutputError(f"output `{directory}` exists and is not a directory; choose another")
+    if directory.exists() and any(directory.iterdir()):
+        raise OutputError(f"output directory `{directory}` is not empty; choose another or remove it first")
+
+
+@contextmanager
+def complete_directory(directory: Path) -> Iterator[Path]:
+    """A scratch directory that becomes ``directory`` when the ``with`` block succeeds and vanishes when it does not."""
+    require_free(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".partial", dir=directory.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write beside `{directory}`: {error.strerror}") from None
+    try:
+        scratch.chmod(0o755)
+        yield scratch
+        scratch.replace(directory)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def write_manifest(directory: Path) -> None:
+    """Record size and SHA-256 of every file; written last, its presence says the directory is complete."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(directory)): _fingerprint(path) for path in files}
+    text = json.dumps({"format_version": FORMAT_VERSION, "files": entries}, indent=2)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def verify_manifest(directory: Path) -> None:
+    """Raise ``CheckpointError`` naming the first listed file that is missing, cut short or altered."""
+    manifest = read_json(directory / MANIFEST)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"`{directory / MANIFEST}` has format_version {version!r}, this fips reads {FORMAT_VERSION}; "
+            "install the fips version that wrote it"
+        )
+    for name, expected in manifest.get("files", {}).items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"`{path}` is missing; copy the directory again")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"`{path}` has {size} bytes, written were {expected['bytes']}; copy it again")
+        if _fingerprint(path)["sha256"] != expected["sha256"]:
+            raise CheckpointError(
+                f"`{path}` was altered after it was written (SHA-256 differs); copy it again, or load with "
+                "verify=False if you changed it on purpose"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ``CheckpointError`` if the file is missing or not one."""
+    if not path.is_file():
+        raise CheckpointError(f"`{path}` is missing; `{path.parent}` is not a complete fips directory")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"`{path}` is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"`{path}` must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
