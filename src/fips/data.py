@@ -111,8 +111,7 @@ class Batches:
 
     Images: ``pixel_values`` and, where the data has them, ``labels`` (B,). Text: ``input_ids`` (B, W); for
     evaluation also ``labels`` (B, W), -100 where a position is context or padding and not scored, and
-    ``attention_mask`` (B, W) in batches with padding (on the right). Only one batch at a time is in memory as
-    tensors of pixels.
+    ``attention_mask`` (B, W) in batches with padding (on the right). Images are read and decoded batch by batch.
     """
 
     kind: Kind
@@ -194,9 +193,9 @@ def describe_source(source: str) -> Source:
 
 
 def _looks_like_path(source: str) -> bool:
-    suffix = Path(source).suffix.lower()
-    known = suffix in IMAGE_SUFFIXES | TEXT_SUFFIXES | TABLE_BUILDERS.keys() or re.fullmatch(r"\.[a-z]{2,4}", suffix)
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or bool(known)
+    name = source.partition(":")[0]
+    has_suffix = re.fullmatch(r"\.[a-z][a-z0-9]{0,7}", Path(name).suffix.lower()) is not None
+    return has_suffix or source.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in source
 
 
 def _describe_file(source: str, path: Path) -> Source:
@@ -319,7 +318,7 @@ def _load_rows(source: Source, config: DataConfig, *, kind: Kind, purpose: Purpo
     """The rows of the chosen split, as a ``Dataset`` (``IterableDataset`` when streaming), and the split's name.
 
     Local images stay where they are: ``datasets`` writes an index of their paths to its own cache directory.
-    Local text is neither copied nor cached.
+    Local text is neither copied nor cached; tables and hub data are converted once, in that cache.
     """
     available = list(source.files) if source.files else _inspect_hub(source, config, kind)
     split = _choose_split(available, config, kind=kind, purpose=purpose)
@@ -327,12 +326,9 @@ def _load_rows(source: Source, config: DataConfig, *, kind: Kind, purpose: Purpo
         return _read_texts(source.files[split]), split
     arguments: dict[str, Any] = {"streaming": True} if source.streaming else {}
     if source.files:
-        base = _split_name(split)
-        arguments["data_files"] = {base: list(source.files[base])}
-    with _loading_errors(source), _progress_bars(shown=not _is_local(source)):
+        arguments["data_files"] = {split: list(source.files[split])}
+    with _loading_errors(source.name, local=_is_local(source)), _progress_bars(shown=not _is_local(source)):
         rows = datasets.load_dataset(source.builder, source.configuration, split=split, **arguments)
-    if not source.streaming and len(rows) == 0:
-        raise DataError(f"`source={config.source}`, split `{split}`, has no rows; give data with at least one example")
     return rows, split
 
 
@@ -342,19 +338,14 @@ def _is_local(source: Source) -> bool:
 
 def _inspect_hub(source: Source, config: DataConfig, kind: Kind) -> list[str]:
     """Names of the splits of a hub dataset; refuses the wrong kind before the download where its card tells."""
-    with _loading_errors(source):
+    with _loading_errors(source.name, local=False):
         builder = datasets.load_dataset_builder(source.builder, source.configuration)
         splits = list(builder.info.splits or builder.config.data_files or ())
         if not splits:
             splits = list(datasets.get_dataset_split_names(source.builder, source.configuration))
     if builder.info.features is not None:
         _find_column(builder.info.features, config, kind)
-    return splits
-
-
-def _split_name(split: str) -> str:
-    """`train` of `train[:10%]`."""
-    return split.partition("[")[0]
+    return [str(name) for name in splits]
 
 
 def _choose_split(available: Sequence[str], config: DataConfig, *, kind: Kind, purpose: Purpose) -> str:
@@ -366,12 +357,13 @@ def _choose_split(available: Sequence[str], config: DataConfig, *, kind: Kind, p
         return WHOLE
     names = ", ".join(f"`{name}`" for name in available)
     if config.split is not None:
-        if _split_name(config.split) not in available:
+        if config.split not in available:
             raise DataError(f"`source={config.source}` has no split `{config.split}`; it has {names}")
         return config.split
+    found = {name.lower(): name for name in available}
     for name in PREFERRED_SPLITS[kind, purpose]:
-        if name in available:
-            return name
+        if name in found:
+            return found[name]
     raise DataError(f"`source={config.source}` has no usual split for {purpose}; set `split` to one of {names}")
 
 
@@ -388,18 +380,18 @@ def _read_texts(patterns: Sequence[str]) -> Any:
 
 
 @contextmanager
-def _loading_errors(source: Source) -> Iterator[None]:
+def _loading_errors(source: str, *, local: bool) -> Iterator[None]:
     """Turn whatever ``datasets`` and the hub client raise while loading into one line with the next step."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
-        if _is_local(source):
+        if local:
             hint = "check that the files are complete and of the type their suffix says"
         else:
             hint = "check the id (`owner/name:configuration`), the network and the login, or give a local path"
-        raise DataError(f"`source={source.name}` cannot be loaded: {_first_line(error)}; {hint}") from error
+        raise DataError(f"`source={source}` cannot be loaded: {_first_line(error)}; {hint}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -425,7 +417,7 @@ def _progress_bars(*, shown: bool) -> Iterator[None]:
 def _find_column(features: Any, config: DataConfig, kind: Kind) -> str:
     """The column with the images or texts: the one asked for, `text` or `image`, else the only one of that type."""
     columns = ", ".join(f"`{name}` ({getattr(it, 'dtype', type(it).__name__)})" for name, it in features.items())
-    candidates = [name for name, feature in features.items() if _holds(feature, kind)]
+    candidates: list[str] = [name for name, feature in features.items() if _holds(feature, kind)]
     other: Kind = "text" if kind == "image" else "image"
     has_other = any(_holds(feature, other) for feature in features.values())
     if config.column is not None:
@@ -473,10 +465,11 @@ def _image_batches(rows: Any, config: DataConfig, processor: Any, description: d
     label_column = _find_label_column(rows.features)
     kept = rows.select_columns([column] if label_column is None else [column, label_column])
     indices = _choose(len(kept), config)
-    if description["purpose"] == "evaluation":
+    scored = description["purpose"] == "evaluation"
+    if scored:
         indices.sort()  # neighbors on disk are read together
     kept = kept.select(indices).cast_column(column, datasets.Image(mode="RGB"))
-    labels, names = _labels(kept, label_column, config)
+    labels, names = _labels(kept, label_column, required_by=config.source if scored else None)
     collate = partial(_collate_images, kept, column, processor, labels)
     probe = collate([0])["pixel_values"]
     return Batches(
@@ -498,21 +491,24 @@ def _image_batches(rows: Any, config: DataConfig, processor: Any, description: d
 
 def _find_label_column(features: Any) -> str | None:
     """`label` or `labels` if there is one with classes or integers, else the only column with classes."""
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    classes: list[str] = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     for name in ("label", "labels"):
-        if name in classes or (name in features and str(getattr(features[name], "dtype", "")).startswith("int")):
+        feature = features.get(name)
+        if name in classes or (isinstance(feature, datasets.Value) and "int" in feature.dtype):
             return name
     return classes[0] if len(classes) == 1 else None
 
 
-def _labels(rows: Any, column: str | None, config: DataConfig) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Labels (N,) as int64 and the names of the classes; both None without a label column."""
+def _labels(rows: Any, column: str | None, *, required_by: str | None) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Labels (N,) as int64 and the names of the classes; both None unless every image is labeled."""
     if column is None:
         return None, None
     values = rows[column][:]
     if any(value is None or value < 0 for value in values):
+        if required_by is None:
+            return None, None
         raise DataError(
-            f"`source={config.source}` has images without a label (missing or negative) in column `{column}`; "
+            f"`source={required_by}` has images without a label (missing or negative) in column `{column}`; "
             "use a labeled split, for example `split: validation`"
         )
     feature = rows.features[column]
@@ -531,10 +527,10 @@ def _collate_images(
 
 
 def _decode(rows: Any, column: str, index: int) -> Any:
-    """One RGB image, turned upright; the error for a broken file names it."""
+    """One RGB image, turned upright; the error for a file that no decoder accepts names it."""
     try:
         return rows[index][column]
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:
         encoded = rows.cast_column(column, datasets.Image(decode=False))[index][column]
         raise DataError(
             f"image `{encoded['path'] or f'row {index}'}` cannot be decoded: {_first_line(error)}; replace or remove it"
@@ -548,15 +544,15 @@ def _decode(rows: Any, column: str, index: int) -> Any:
 class _Document:
     """Tokens (N,) of one text, and the UTF-8 bytes each of them stands for (N,)."""
 
-    tokens_N: Tensor
-    num_bytes_N: np.ndarray
+    tokens: Tensor
+    num_bytes: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Input tokens, the first of which is context when scoring, and the bytes the others stand for."""
+    """Input tokens (W,), the first of which is context when scoring, and the bytes the others stand for."""
 
-    tokens_W: Tensor
+    tokens: Tensor
     num_bytes: int
 
 
@@ -570,7 +566,7 @@ def _text_batches(rows: Any, config: DataConfig, tokenizer: Any, length: int, de
     documents = _tokenize(parts, tokenizer, count_bytes=scored, enough=length * limit if streamed and limit else None)
     bos = _bos_token(tokenizer)
     windows = _scored_windows(documents, length, bos) if scored else _full_windows(documents, length, bos)
-    num_tokens = sum(len(document.tokens_N) for document in documents)
+    num_tokens = sum(len(document.tokens) for document in documents)
     if not windows:
         raise DataError(
             f"`source={config.source}` has {num_tokens} tokens of text, a window needs {2 if scored else length}; "
@@ -580,7 +576,7 @@ def _text_batches(rows: Any, config: DataConfig, tokenizer: Any, length: int, de
     description |= {
         "sequence_length": length,
         "document_separator": config.document_separator,
-        "rows": "are documents" if separate else f"are joined with {ROW_SEPARATOR!r}",
+        "row_separator": None if separate else ROW_SEPARATOR,
         "num_documents": len(documents),
         "num_tokens": num_tokens,
         "bos_token": bos,
@@ -590,12 +586,14 @@ def _text_batches(rows: Any, config: DataConfig, tokenizer: Any, length: int, de
 
 def _texts(rows: Any, config: DataConfig) -> Iterator[str]:
     """The text of every row; a stream is shuffled within a buffer of 10,000 rows."""
-    features = rows.features
-    if isinstance(rows, datasets.IterableDataset):
-        features = features or datasets.Dataset.from_list(list(rows.take(1))).features
-        rows = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
-    column = _find_column(features, config, "text")
-    return (row[column] or "" for row in rows.select_columns([column]))
+    with _loading_errors(config.source, local=False):
+        features = rows.features
+        if isinstance(rows, datasets.IterableDataset):
+            features = features or datasets.Dataset.from_list(list(rows.take(1))).features
+            rows = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
+        column = _find_column(features, config, "text")
+        for row in rows.select_columns([column]):
+            yield row[column] or ""
 
 
 def _documents(texts: Iterable[str], separator: str | None) -> Iterator[str]:
@@ -628,7 +626,7 @@ def _tokenize(texts: Iterable[str], tokenizer: Any, *, count_bytes: bool, enough
             total += len(tokens)
         if enough is not None and total >= enough:
             break
-    return [document for document in documents if len(document.tokens_N)]
+    return [document for document in documents if len(document.tokens)]
 
 
 def _bytes_per_token(text: str, num_tokens: int, offsets: Sequence[tuple[int, int]] | None) -> np.ndarray:
@@ -654,11 +652,11 @@ def _scored_windows(documents: Iterable[_Document], length: int, bos: int | None
     """
     windows = []
     for document in documents:
-        tokens_N = document.tokens_N
+        tokens_N = document.tokens
         for start in range(0 if bos is not None else 1, len(tokens_N), length - 1):
             stop = start + length - 1
             context = tokens_N[start - 1 : start] if bos is None else torch.tensor([bos])
-            num_bytes = int(document.num_bytes_N[start:stop].sum())
+            num_bytes = int(document.num_bytes[start:stop].sum())
             windows.append(_Window(torch.cat([context, tokens_N[start:stop]]), num_bytes))
     return windows
 
@@ -674,11 +672,11 @@ def _full_windows(documents: Iterable[_Document], length: int, bos: int | None) 
     room = length
     for document in documents:
         start = 0
-        while start < len(document.tokens_N):
+        while start < len(document.tokens):
             if bos is not None and (start == 0 or not parts):
                 parts.append(torch.tensor([bos]))
                 room -= 1
-            parts.append(document.tokens_N[start : start + room])
+            parts.append(document.tokens[start : start + room])
             start += len(parts[-1])
             room -= len(parts[-1])
             if room == 0:
@@ -692,9 +690,9 @@ def _window_batches(windows: list[_Window], config: DataConfig, tokenizer: Any, 
     scored = description["purpose"] == "evaluation"
     description = {**description, "num_samples": len(windows)}
     if scored:
-        windows = sorted(windows, key=lambda window: -len(window.tokens_W))
+        windows = sorted(windows, key=lambda window: -len(window.tokens))
         description |= {
-            "num_scored_tokens": sum(len(window.tokens_W) - 1 for window in windows),
+            "num_scored_tokens": sum(len(window.tokens) - 1 for window in windows),
             "num_bytes": sum(window.num_bytes for window in windows),
             "num_unknown_tokens": _count_unknown(windows, tokenizer),
         }
@@ -714,7 +712,7 @@ def _count_unknown(windows: Iterable[_Window], tokenizer: Any) -> int:
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return 0
-    count = sum(int((window.tokens_W[1:] == unknown).sum()) for window in windows)
+    count = sum(int((window.tokens[1:] == unknown).sum()) for window in windows)
     if count:
         log.warning(
             "%d scored tokens are unknown to the tokenizer; bits per byte is too small by what they hide", count
@@ -725,7 +723,7 @@ def _count_unknown(windows: Iterable[_Window], tokenizer: Any) -> int:
 def _collate_windows(
     windows: Sequence[_Window], padding: int, scored: bool, indices: Sequence[int]
 ) -> dict[str, Tensor]:
-    tokens = [windows[index].tokens_W for index in indices]
+    tokens = [windows[index].tokens for index in indices]
     lengths_B1 = torch.tensor([[len(window)] for window in tokens])
     input_ids_BW = pad_sequence(tokens, batch_first=True, padding_value=padding)
     batch = {"input_ids": input_ids_BW}

@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fips.data import IGNORED_LABEL, Batches
 from fips.errors import DataError, ModelError
@@ -106,10 +105,10 @@ def evaluate(
 
     ``model`` is called with the pixels, or with ``input_ids`` and ``attention_mask`` by name; it returns logits or
     an object with ``logits``. It runs in evaluation mode without gradients and is left in the mode it had. Batches
-    go to ``device``, by default to that of the model's first parameter; the model is not moved. ``progress`` is
-    called with the number of finished batches and of all batches.
+    go to ``device``, by default to that of the model's first floating-point parameter; the model is not moved.
+    ``progress`` is called with the number of finished batches and of all batches.
     """
-    first = next(model.parameters(), torch.empty(0))
+    first = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
     place = _Place(torch.device(device) if device is not None else first.device, first.dtype)
     with _evaluation_mode(model):
         if batches.kind == "image":
@@ -273,10 +272,14 @@ def _nll_sum(logits_BWV: Tensor, labels_BW: Tensor) -> float:
 
     Log-probabilities in float32, the sum in float64, ``MAX_LOSS_LOGITS`` logits at a time.
     """
-    targets = F.pad(labels_BW[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+    targets = nn.functional.pad(labels_BW[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
     logits = logits_BWV.flatten(0, 1)
+    step = max(1, MAX_LOSS_LOGITS // logits.shape[-1])
     total = 0.0
-    for rows, wanted in zip(*(part.split(max(1, MAX_LOSS_LOGITS // logits.shape[-1])) for part in (logits, targets))):
-        losses = F.cross_entropy(rows.float(), wanted, ignore_index=IGNORED_LABEL, reduction="none")
+    for start in range(0, len(targets), step):
+        chunk = slice(start, start + step)
+        losses = nn.functional.cross_entropy(
+            logits[chunk].float(), targets[chunk], ignore_index=IGNORED_LABEL, reduction="none"
+        )
         total += losses.to("cpu", torch.float64).sum().item()
     return total

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fips.storage.packing import BITMASK, DENSE, pack, parse_nm, pattern_bytes, unpack
+from fips.storage.packing import BITMASK, DENSE, pack, parse_nm, pattern_bytes, unpack, unpack_mask
 from fips.structure.locate import Role
 
 __all__ = ["BASES", "FactoredLinear", "SharedBasis", "basis_owner", "factored_layers"]
@@ -99,6 +99,12 @@ class FactoredLinear(nn.Module):
         """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
         pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
         return unpack(self.values, pattern, shape=self.factor_shape, fmt=self.fmt)
+
+    def num_kept(self) -> int:
+        """Entries the pattern keeps; equals the number of values unless the layer was damaged."""
+        if self.fmt == DENSE:
+            return self.factor_shape[0] * self.factor_shape[1]
+        return int(unpack_mask(self.pattern, shape=self.factor_shape, fmt=self.fmt).sum())
 
     def dense_weight(self) -> Tensor:
         r"""The product :math:`B F` as the (out, in) weight of a plain linear layer, computed in float32."""

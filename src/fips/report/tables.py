@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -41,28 +41,29 @@ def _describe_sites(mlp: Mlp) -> str:
     return ", ".join(parts)
 
 
-def plan_table(groups: Iterable[GroupPlan]) -> Table:
-    """One line per group: rank, what is kept, bytes before and after."""
-    table = Table(
-        "group", "blocks", "width", "columns", "rank", "non-zeros", "pattern", "parameters", "bytes", "kept",
-        title="Plan", title_justify="left",
-    )  # fmt: skip
+def plan_table(groups: Sequence[GroupPlan]) -> Table:
+    """One line per group: width, columns of all matrices, rank, non-zeros, bytes before and after."""
+    title = f"Plan (factors stored as {groups[0].fmt}, {str(groups[0].dtype).removeprefix('torch.')})"
+    table = Table("group", "blocks", "d x P", "rank", "non-zeros", "bytes", "after", "kept", title=title)
+    table.title_justify = "left"
     for plan in groups:
-        blocks = plan.group.blocks
-        span = blocks[0] if len(blocks) == 1 else f"{blocks[0]} ... {blocks[-1].rpartition('.')[2]}"
         table.add_row(
             plan.group.name,
-            span,
-            f"{plan.group.width:,}",
-            f"{plan.group.columns:,}",
-            f"{plan.rank:,}",
+            _span(plan.group.blocks),
+            f"{plan.group.width}x{plan.group.columns}",
+            str(plan.rank),
             f"{plan.nonzeros:,}",
-            plan.fmt,
-            f"{plan.dense.parameters:,} -> {plan.factored.parameters:,}",
-            f"{format_bytes(plan.dense.bytes)} -> {format_bytes(plan.factored.bytes)}",
+            format_bytes(plan.dense.bytes),
+            format_bytes(plan.factored.bytes),
             f"{plan.factored.bytes / plan.dense.bytes:.1%}",
         )
     return table
+
+
+def _span(blocks: Sequence[str]) -> str:
+    """``encoder.layer.0`` ... ``encoder.layer.3`` as ``layer.0-3``."""
+    first, last = (".".join(name.split(".")[-2:]) for name in (blocks[0], blocks[-1]))
+    return first if len(blocks) == 1 else f"{first}-{last.rpartition('.')[2]}"
 
 
 def size_table(plan: CompressionPlan) -> Table:

@@ -81,8 +81,9 @@ def save(
 def load(directory: str | Path, *, device: torch.device | str = "cpu", verify: bool = True) -> PreTrainedModel:
     """Load a compressed model, in evaluation mode; its outputs equal the saved model's bit for bit.
 
-    Built without weights and filled tensor by tensor, so that no dense MLP matrix is ever allocated. ``verify`` checks
-    the SHA-256 of all files first. Raises ``CheckpointError`` naming the file or tensor that is missing, cut short,
+    Built without weights and filled tensor by tensor, so that no dense MLP matrix is ever allocated. Buffers that no
+    checkpoint holds (rotary frequencies) are computed anew, as ``from_pretrained`` does. ``verify`` checks the SHA-256
+    of all files first. Raises ``CheckpointError`` naming the file or tensor that is missing, cut short,
     altered, of an unknown version or of the wrong shape or type.
     """
     path = Path(directory)
@@ -157,3 +158,9 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(f"tensor `{name}` has type {tensor.dtype}, wanted a type like {wanted.dtype}")
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
+    for name, layer in factored_layers(model).items():
+        kept = layer.num_kept()
+        if kept != layer.values.numel():
+            raise CheckpointError(
+                f"layer `{name}`: its pattern keeps {kept} entries, but it has {layer.values.numel()} values"
+            )

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["code_bits", "pack", "parse_nm", "pattern_bytes", "unpack"]
+__all__ = ["code_bits", "pack", "parse_nm", "pattern_bytes", "unpack", "unpack_mask"]
 
 DENSE, BITMASK = "dense", "bitmask"
 

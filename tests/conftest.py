@@ -1,0 +1,83 @@
+"""Tiny real models built from configurations, and batches for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the hub
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+SMALL = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+DECODER = {**SMALL, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], **DECODER, "tie_word_embeddings": True},
+    "gemma2": {"architectures": ["Gemma2ForCausalLM"], **DECODER, "head_dim": 8},
+    "gemma3_text": {"architectures": ["Gemma3ForCausalLM"], **DECODER, "head_dim": 8},
+    "mistral": {"architectures": ["MistralForCausalLM"], **DECODER},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], **DECODER, "head_dim": 16},
+    "phi3": {"architectures": ["Phi3ForCausalLM"], **DECODER},
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 64,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "opt": {
+        "architectures": ["OPTForCausalLM"], "hidden_size": 32, "ffn_dim": 80, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 64, "word_embed_proj_dim": 32,
+    },
+    "bert": {"architectures": ["BertForMaskedLM"], **SMALL, "vocab_size": 64},
+    "vit": {"architectures": ["ViTForImageClassification"], **SMALL, "image_size": 32, "patch_size": 8, "num_labels": 10},
+    "swin": {
+        "architectures": ["SwinForImageClassification"], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
+        "image_size": 32, "patch_size": 4, "window_size": 2, "num_labels": 10,
+    },
+    "dinov2": {
+        "architectures": ["Dinov2ForImageClassification"], **SMALL, "mlp_ratio": 4, "image_size": 32, "patch_size": 8,
+        "num_labels": 10,
+    },
+}  # fmt: skip
+
+
+def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A randomly initialized small model of a family, in evaluation mode."""
+    fields = {**FAMILIES[family], **changes}
+    config = AutoConfig.for_model(family, **fields)
+    torch.manual_seed(seed)
+    return getattr(transformers, fields["architectures"][0])(config).eval()
+
+
+def batches_for(model: PreTrainedModel, *, count: int = 4, batch: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Random batches of the model's kind."""
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        shape = (batch, 3, 32, 32)
+        return [{"pixel_values": torch.randn(shape, generator=generator)} for _ in range(count)]
+    return [{"input_ids": torch.randint(3, 64, (batch, 16), generator=generator)} for _ in range(count)]
+
+
+@pytest.fixture
+def vit() -> PreTrainedModel:
+    return tiny_model("vit")
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write

@@ -1,0 +1,110 @@
+"""Settings refuse what they do not know, in one readable line; the shipped recipes plan their real models."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from fips.config import CompressionConfig, DataConfig, Recipe
+from fips.errors import ConfigError
+from fips.jobs import plan_source
+from fips.recipes import load_recipe, recipe_names
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": 0}, r"`budget`.*greater than 0, got 0"),
+        ({"budget": 1.5}, r"`budget`.*less than or equal to 1, got 1.5"),
+        ({}, r"`budget` is required in CompressionConfig"),
+        ({"budget": 0.5, "sparsty": 1}, r"unknown field `sparsty`.*did you mean `sparsity`\?.*known fields: .*threshold"),
+        ({"budget": 0.5, "calibration": {"step": 1}}, r"unknown field `step` in CalibrationConfig; did you mean `steps`"),
+        ({"budget": 0.5, "pattern": "4-16"}, r"`pattern`"),
+        ({"budget": 0.5, "pattern": "8:4"}, r"0 < N < M"),
+        ({"budget": 0.5, "pattern": "4:16", "sparsity": 0.5}, r"contradicts `pattern`"),
+        ({"budget": 0.5, "pattern": "4:16", "schedule": "rigl"}, r"needs `pattern: unstructured`"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        CompressionConfig(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_are_frozen_and_replaced_with_validation() -> None:
+    config = CompressionConfig(budget=0.5)
+    with pytest.raises(Exception, match="frozen"):
+        config.budget = 0.6  # type: ignore[misc]
+    assert config.replace(budget=0.25).budget == 0.25
+    with pytest.raises(ConfigError):
+        config.replace(budget=7)
+
+
+def test_sparsity_follows_the_pattern() -> None:
+    assert CompressionConfig(budget=0.5).factor_sparsity == 0.75
+    assert CompressionConfig(budget=0.5, pattern="2:4").factor_sparsity == 0.5
+    assert CompressionConfig(budget=0.5, sparsity=0.0).factor_sparsity == 0.0
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_survives_its_yaml(name: str) -> None:
+    recipe = load_recipe(name)
+    assert Recipe.from_yaml(recipe.to_yaml(), name=name) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("compression: {budget: 0.5}\nmodle: x", r"recipe `r`: unknown field `modle` in Recipe; did you mean `model`"),
+        ("compression: {budget: 0.5, stepz: 1}", r"recipe `r`: unknown field `stepz` in CompressionConfig"),
+        ("compression: [", r"recipe `r` is not valid YAML"),
+        ("- 1", r"recipe `r` must be a mapping"),
+    ],
+)
+def test_wrong_recipes_name_the_recipe_and_the_field(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        Recipe.from_yaml(text, name="r")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_shows_the_closest() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe `paper-deit`; did you mean `paper-deit-b`\?"):
+        load_recipe("paper-deit")
+
+
+def test_data_settings_need_a_source() -> None:
+    with pytest.raises(ConfigError, match="`source` is required"):
+        DataConfig()
+
+
+# Parameters of the published models, and the ranks of the formula floor(b d P / (d + (1 - s) P)) at b = .5, s = .75.
+PAPER_MODELS = {
+    "paper-deit-b": (86_567_656, [4, 4, 4], [1365] * 3),
+    "paper-swin-l": (196_532_476, [2, 2, 6, 6, 6, 2], [307, 614, 1417, 1417, 1417, 2457]),
+    "paper-gemma-2-2b": (2_614_341_888, [2, 8, 8, 8], [3949, 4423, 4423, 4423]),
+    "paper-gemma-2-9b": (9_241_705_984, [2, 8, 8, 8, 8, 8], [6144, 6881, 6881, 6881, 6881, 6881]),
+    "paper-llama-3.2-1b": (1_235_814_400, [4] * 4, [3780] * 4),
+    "paper-llama-3.1-8b": (8_030_261_248, [4] * 8, [7479] * 8),
+}
+
+
+def test_every_paper_recipe_is_checked() -> None:
+    assert {name for name in recipe_names() if re.match(r"paper-", name)} == set(PAPER_MODELS)
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_paper_recipes_plan_their_real_models(name: str) -> None:
+    parameters, sizes, ranks = PAPER_MODELS[name]
+    recipe = load_recipe(name)
+    _, plan = plan_source(None, recipe)
+    assert plan.model_parameters == parameters
+    assert [len(group.group.blocks) for group in plan.groups] == sizes
+    assert [group.rank for group in plan.groups] == ranks
+    assert 0.499 < plan.factored.parameters / plan.dense.parameters <= 0.5
+    itemsize = 2 if "gemma" in name or "llama" in name else 4
+    assert plan.dense.bytes == plan.dense.parameters * itemsize
+    mask_bytes = sum(-(-group.rank * site.columns // 8) for group in plan.groups for site in group.group.sites)
+    assert plan.factored.bytes == plan.factored.parameters * itemsize + mask_bytes
+    assert plan.skipped == ()

@@ -1,0 +1,295 @@
+"""Accuracy and perplexity against loops written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from fips import evaluate as module
+from fips.config import DataConfig
+from fips.data import Batches, load_batches
+from fips.errors import DataError, ModelError
+from fips.evaluate import ImageResult, TextResult, evaluate
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .é"
+CLASSES = [f"class {index}" for index in range(10)]
+
+
+def make_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
+    """One token per letter, ids from 3."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "<unk>": 2} | {letter: index for index, letter in enumerate(LETTERS, start=3)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>", pad_token="<pad>")
+
+
+def random_documents() -> list[str]:
+    generator = np.random.default_rng(3)
+    sizes = [1, 2, 5, 12, 23, 24, 25, 40, 61]
+    return ["".join(generator.choice(list(LETTERS.replace(" ", "")), size)) for size in sizes]
+
+
+DOCUMENTS = random_documents()
+
+
+def text_batches(path: Path, *, bos: bool = True, purpose: Any = "evaluation", **fields: Any) -> Batches:
+    (path / "a.txt").write_text("|".join(DOCUMENTS), encoding="utf-8")
+    settings = {"document_separator": "|", "sequence_length": 12, "batch_size": 4, **fields}
+    config = DataConfig(source=str(path / "a.txt"), **settings)
+    return load_batches(config, processor=make_tokenizer(bos=bos), kind="text", purpose=purpose)
+
+
+def nll_by_hand(model: PreTrainedModel, *, bos: bool, length: int) -> tuple[float, int, int]:
+    """Total -ln p, scored tokens and their bytes, token by token in float64, without padding or batches."""
+    exact = tiny_like(model).double()
+    total, count, num_bytes = 0.0, 0, 0
+    for document in DOCUMENTS:
+        tokens = [LETTERS.index(letter) + 3 for letter in document]
+        for start in range(0 if bos else 1, len(tokens), length - 1):
+            window = ([1] if bos else [tokens[start - 1]]) + tokens[start : start + length - 1]
+            with torch.no_grad():
+                log_p = exact(torch.tensor([window])).logits[0].log_softmax(-1)
+            total -= sum(log_p[position, token].item() for position, token in enumerate(window[1:]))
+            count += len(window) - 1
+            num_bytes += len(document[start : start + length - 1].encode())
+    return total, count, num_bytes
+
+
+def tiny_like(model: PreTrainedModel) -> PreTrainedModel:
+    copy = type(model)(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+@pytest.fixture
+def sharp_llama() -> PreTrainedModel:
+    """Weights large enough that predictions differ between positions."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(8)
+    return model
+
+
+class TestText:
+    @pytest.mark.parametrize("bos", [True, False], ids=["bos", "plain"])
+    @pytest.mark.parametrize("length", [4, 12, 200])
+    def test_equals_a_loop_by_hand(self, sharp_llama: PreTrainedModel, tmp_path: Path, bos: bool, length: int) -> None:
+        total, count, num_bytes = nll_by_hand(sharp_llama, bos=bos, length=length)
+        result = evaluate(sharp_llama, text_batches(tmp_path, bos=bos, sequence_length=length))
+        assert isinstance(result, TextResult)
+        assert (result.num_tokens, result.num_bytes, result.sequence_length) == (count, num_bytes, length)
+        assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+        assert result.bits_per_byte == pytest.approx(total / math.log(2) / num_bytes, rel=1e-5)
+        assert abs(total / count - math.log(len(LETTERS))) > 0.1, "a constant prediction would not be noticed"
+
+    def test_one_window_at_a_time_or_many(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        single = evaluate(sharp_llama, text_batches(tmp_path, batch_size=1))
+        many = evaluate(sharp_llama, text_batches(tmp_path, batch_size=64))
+        assert many.headline.value == pytest.approx(single.headline.value, rel=1e-5)
+
+    def test_memory_limits_change_nothing(
+        self, sharp_llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batches = text_batches(tmp_path, batch_size=8)
+        expected = evaluate(sharp_llama, batches).headline.value
+        sizes: list[tuple[int, ...]] = []
+        sharp_llama.register_forward_hook(lambda _, __, output: sizes.append(tuple(output.logits.shape)))
+        monkeypatch.setattr(module, "MAX_LOGITS", 2 * 12 * 64)
+        monkeypatch.setattr(module, "MAX_LOSS_LOGITS", 5 * 64)
+        assert evaluate(sharp_llama, batches).headline.value == pytest.approx(expected, rel=1e-6)
+        assert max(math.prod(size) for size in sizes) == 2 * 12 * 64
+        assert sum(size[0] for size in sizes) == batches.num_samples
+
+    def test_bfloat16(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        batches = text_batches(tmp_path)
+        exact = evaluate(sharp_llama, batches).headline.value
+        assert evaluate(sharp_llama.to(torch.bfloat16), batches).headline.value == pytest.approx(exact, rel=0.05)
+
+    def test_headline_and_dict(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        batches = text_batches(tmp_path)
+        result = evaluate(sharp_llama, batches)
+        found = json.loads(json.dumps(result.to_dict()))
+        assert found["kind"] == "text"
+        assert found["data"] == batches.description
+        assert found["headline"] == {"name": "perplexity", "value": found["perplexity"], "higher_is_better": False}
+
+    def test_batches_for_calibration(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no scored text"):
+            evaluate(sharp_llama, text_batches(tmp_path, purpose="calibration"))
+
+    def test_tokenizer_of_another_model(self, tmp_path: Path) -> None:
+        small = tiny_model("llama", vocab_size=20)
+        with pytest.raises(DataError, match=r"got token 3\d, the model knows 20 tokens"):
+            evaluate(small, text_batches(tmp_path))
+
+    def test_not_a_number(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        with torch.no_grad():
+            sharp_llama.model.norm.weight.fill_(math.nan)
+        with pytest.raises(ModelError, match="not finite"):
+            evaluate(sharp_llama, text_batches(tmp_path))
+
+    def test_no_logits(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="returned `BaseModelOutputWithPast` without logits"):
+            evaluate(sharp_llama.model, text_batches(tmp_path))
+
+
+class Colors(nn.Module):
+    """A plain module as of an image library: positional input, logits are the mean colors times weights."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.head = nn.Linear(3, num_classes, bias=False)
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.head(images.mean((2, 3)))
+
+
+@pytest.fixture
+def colors() -> Colors:
+    torch.manual_seed(1)
+    return Colors(10)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    generator = np.random.default_rng(0)
+    for name in CLASSES:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(3):
+            color = generator.integers(0, 256, 3, dtype=np.uint8)
+            Image.fromarray(np.broadcast_to(color, (8, 8, 3))).save(tmp_path / "photos" / name / f"{index}.png")
+    return tmp_path / "photos"
+
+
+def image_batches(path: Path, **fields: Any) -> Batches:
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    config = DataConfig(source=str(path), **{"batch_size": 4, **fields})
+    return load_batches(config, processor=processor, kind="image", purpose="evaluation")
+
+
+class TestImages:
+    @pytest.mark.parametrize("name", ["colors", "vit"])
+    def test_equals_a_count_by_hand(self, photos: Path, request: pytest.FixtureRequest, name: str) -> None:
+        model = request.getfixturevalue(name)
+        batches = image_batches(photos)
+        ranks = []
+        for batch in batches:
+            with torch.no_grad():
+                output = model(batch["pixel_values"])
+            for row, label in zip(getattr(output, "logits", output), batch["labels"].tolist(), strict=True):
+                ranks.append(int((row > row[label]).sum()))
+        top1 = sum(rank < 1 for rank in ranks) / 30
+        result = evaluate(model, batches)
+        assert isinstance(result, ImageResult)
+        assert result.num_images == 30
+        assert result.top1_percent == pytest.approx(100 * top1)
+        assert result.top5_percent == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 30)
+        assert result.top1_standard_error == pytest.approx(100 * math.sqrt(top1 * (1 - top1) / 30))
+        assert 0 < result.top1_percent < result.top5_percent < 100, "neither all nor none"
+
+    def test_fewer_than_five_classes(self, photos: Path) -> None:
+        for name in CLASSES[3:]:
+            for path in (photos / name).iterdir():
+                path.unlink()
+            (photos / name).rmdir()
+        assert evaluate(Colors(3), image_batches(photos)).to_dict()["top5_percent"] == 100
+
+    def test_headline_and_dict(self, colors: Colors, photos: Path) -> None:
+        batches = image_batches(photos)
+        found = json.loads(json.dumps(evaluate(colors, batches).to_dict()))
+        assert found["kind"] == "image"
+        assert found["data"] == batches.description
+        assert found["headline"] == {"name": "top1_percent", "value": found["top1_percent"], "higher_is_better": True}
+
+    def test_pixels_follow_the_type_of_the_model(self, colors: Colors, photos: Path) -> None:
+        batches = image_batches(photos)
+        exact = evaluate(colors, batches).headline.value
+        assert evaluate(colors.double(), batches).headline.value == exact
+
+    @pytest.mark.parametrize("num_classes", [7, 12])
+    def test_other_classes_than_the_data(self, photos: Path, num_classes: int) -> None:
+        model = Colors(num_classes)
+        with pytest.raises(DataError, match=f"got 10 classes in .*, the model has {num_classes}"):
+            evaluate(model, image_batches(photos))
+        assert model.calls == 0
+
+    def test_other_classes_than_the_data_transformers(self, photos: Path) -> None:
+        model = tiny_model("vit", num_labels=4)
+        model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+        with pytest.raises(DataError, match=r"got 10 classes in .*, the model has 4"):
+            evaluate(model, image_batches(photos))
+
+    def test_module_that_does_not_tell_its_classes(self, photos: Path) -> None:
+        with pytest.raises(DataError, match=r"got 10 classes in .*, the model has 6"):
+            evaluate(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 6)), image_batches(photos))
+
+    def test_integer_labels_may_be_fewer_but_not_more(self, colors: Colors, photos: Path) -> None:
+        unnamed = replace(image_batches(photos), class_names=None)
+        assert evaluate(colors, replace(unnamed, max_label=8)).num_images == 30  # type: ignore[union-attr]
+        with pytest.raises(DataError, match="got 11 classes"):
+            evaluate(colors, replace(unnamed, max_label=10))
+
+    def test_same_classes_in_another_order(self, photos: Path) -> None:
+        model = tiny_model("vit")
+        batches = image_batches(photos)
+        model.config.id2label = dict(enumerate(CLASSES))
+        evaluate(model, batches)
+        model.config.id2label = dict(enumerate([*CLASSES[:8], CLASSES[9], CLASSES[8]]))
+        with pytest.raises(DataError, match="class 8 is `class 8` in the data and `class 9` in the model"):
+            evaluate(model, batches)
+
+    def test_no_labels(self, colors: Colors, photos: Path) -> None:
+        with pytest.raises(DataError, match="has no labels"):
+            evaluate(colors, image_batches(photos / CLASSES[0]))
+
+    def test_not_a_number(self, colors: Colors, photos: Path) -> None:
+        nn.init.constant_(colors.head.weight, math.inf)
+        with pytest.raises(ModelError, match="not finite"):
+            evaluate(colors, image_batches(photos))
+
+
+class TestModel:
+    def test_modes_are_restored(self, photos: Path) -> None:
+        model = tiny_model("vit", hidden_dropout_prob=0.9).train()
+        model.classifier.eval()
+        before = {name: part.training for name, part in model.named_modules()}
+        batches = image_batches(photos)
+        first, second = evaluate(model, batches), evaluate(model, batches)
+        assert first == second, "dropout is off"
+        assert {name: part.training for name, part in model.named_modules()} == before
+        model.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(model, batches)
+        assert {name: part.training for name, part in model.named_modules()} == before
+
+    def test_no_gradients(self, colors: Colors, photos: Path) -> None:
+        seen: list[bool] = []
+        colors.register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))
+        evaluate(colors, image_batches(photos))
+        assert seen == [False] * 8
+
+    def test_progress(self, colors: Colors, photos: Path) -> None:
+        calls: list[tuple[int, int]] = []
+        evaluate(colors, image_batches(photos), device="cpu", progress=lambda done, total: calls.append((done, total)))
+        assert calls == [(done, 8) for done in range(1, 9)]

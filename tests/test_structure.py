@@ -1,0 +1,159 @@
+"""MLPs are found by structure in every family, and grouped without crossing widths or lists."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DECODER, SMALL, tiny_model
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from fips.errors import ConfigError, NoMatchError
+from fips.structure import group_mlps, locate_mlps
+
+EXPECTED = {
+    "llama": (3, "gated", "model.layers.0.mlp", "model.layers.0", (32, 80)),
+    "gemma2": (3, "gated", "model.layers.0.mlp", "model.layers.0", (32, 80)),
+    "gemma3_text": (3, "gated", "model.layers.0.mlp", "model.layers.0", (32, 80)),
+    "mistral": (3, "gated", "model.layers.0.mlp", "model.layers.0", (32, 80)),
+    "qwen3": (3, "gated", "model.layers.0.mlp", "model.layers.0", (32, 80)),
+    "phi3": (3, "fused-gated", "model.layers.0.mlp", "model.layers.0", (32, 160)),
+    "gpt2": (3, "plain", "transformer.h.0.mlp", "transformer.h.0", (32, 128)),
+    "opt": (3, "plain", "model.decoder.layers.0", "model.decoder.layers.0", (32, 80)),
+    "bert": (3, "plain", "bert.encoder.layer.0", "bert.encoder.layer.0", (32, 80)),
+    "vit": (3, "plain", "vit.layers.0.mlp", "vit.layers.0", (32, 80)),
+    "swin": (4, "plain", "swin.encoder.layers.0.blocks.0.mlp", "swin.encoder.layers.0.blocks.0", (16, 64)),
+    "dinov2": (3, "plain", "dinov2.encoder.layer.0.mlp", "dinov2.encoder.layer.0", (32, 128)),
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_every_mlp_of_a_family_is_found(family: str) -> None:
+    count, kind, name, block, shape = EXPECTED[family]
+    model = tiny_model(family)
+    located = locate_mlps(model)
+    assert len(located.mlps) == count
+    first = located.mlps[0]
+    assert (first.kind, first.name, first.block) == (kind, name, block)
+    assert (first.sites[0].width, first.sites[0].columns) == shape
+    assert [site.role for site in first.sites] == (["up", "up", "down"] if kind == "gated" else ["up", "down"])
+    for site in first.sites:
+        layer = model.get_submodule(site.name)
+        assert tuple(layer.weight.shape) == site.weight_shape
+        assert site.has_bias == (getattr(layer, "bias", None) is not None)
+    attention = ("attn", "attention.q", "q_proj", "query")
+    assert not [site.name for mlp in located.mlps for site in mlp.sites if any(a in site.name for a in attention)]
+
+
+def test_encoder_and_decoder_are_both_found_and_never_share() -> None:
+    fields = {"d_model": 32, "d_ff": 80, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **fields, feed_forward_proj="gated-gelu"))
+    groups = group_mlps(locate_mlps(model).mlps)
+    assert [group.blocks for group in groups] == [
+        ("encoder.block.0", "encoder.block.1"),
+        ("decoder.block.0", "decoder.block.1"),
+    ]
+    assert [site.name.rpartition(".")[2] for site in groups[0].sites[:3]] == ["wi_0", "wi_1", "wo"]
+
+
+def test_fused_experts_are_listed_with_the_reason() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **DECODER, num_local_experts=4))
+    with pytest.raises(NoMatchError, match=r"4 experts fused in tensors of shape"):
+        locate_mlps(model)
+
+
+def test_shared_experts_are_found_and_routed_ones_skipped() -> None:
+    fields = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+    with torch.device("meta"):
+        config = AutoConfig.for_model("qwen2_moe", **DECODER, **fields, mlp_only_layers=[0])
+        model = AutoModelForCausalLM.from_config(config)
+    located = locate_mlps(model)
+    assert [mlp.sites[0].columns for mlp in located.mlps] == [80, 24, 24]
+    assert [item.name for item in located.skipped] == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+
+
+def test_an_mlp_outside_a_block_is_skipped_with_the_reason() -> None:
+    located = locate_mlps(AutoModel.from_config(AutoConfig.for_model("siglip_vision_model", **SMALL)))
+    assert [(item.name, item.reason) for item in located.skipped] == [("head.mlp", "it is not inside a repeated block")]
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 48), nn.Linear(48, 16)
+
+
+class MixtureBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.experts = nn.ModuleList([Expert(), Expert()])
+        self.mlp = Expert()
+
+
+def test_experts_in_a_list_are_skipped_and_the_dense_mlp_beside_them_is_found() -> None:
+    located = locate_mlps(nn.ModuleDict({"layers": nn.ModuleList([MixtureBlock(), MixtureBlock()])}))
+    assert [mlp.name for mlp in located.mlps] == ["layers.0.mlp", "layers.1.mlp"]
+    assert [item.name for item in located.skipped] == [
+        f"layers.{block}.experts.{expert}" for block in (0, 1) for expert in (0, 1)
+    ]
+
+
+def test_custom_linear_classes_are_skipped() -> None:
+    class Quantized(nn.Linear):
+        pass
+
+    block = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": Quantized(16, 48), "fc2": nn.Linear(48, 16)})})
+    with pytest.raises(NoMatchError, match="its layers are `Quantized`"):
+        locate_mlps(nn.ModuleDict({"layers": nn.ModuleList([block])}))
+
+
+def test_targets_replace_the_search_and_may_name_attention() -> None:
+    model = tiny_model("llama")
+    located = locate_mlps(model, targets=["q_proj", "self_attn.o_proj", "layers.1.mlp"])
+    names = [site.name.removeprefix("model.layers.") for mlp in located.mlps for site in mlp.sites]
+    assert sorted(names) == sorted(
+        [f"{i}.self_attn.{p}_proj" for i in range(3) for p in "qo"] + [f"1.mlp.{p}_proj" for p in ("gate", "up", "down")]
+    )
+
+
+def test_a_target_that_matches_nothing_shows_the_closest_names() -> None:
+    with pytest.raises(NoMatchError, match=r"`targets` pattern `mlp\.gate_prj` matched none.*`model\.layers\.0\.mlp\.gate_proj`"):
+        locate_mlps(tiny_model("llama"), targets=["mlp.gate_prj"])
+    with pytest.raises(NoMatchError, match="`ignore` pattern"):
+        locate_mlps(tiny_model("llama"), ignore=["layers.9.mlp"])
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.1.mlp", "layers.1.mlp", "*.layers.1.*", r"re:layers\.1\."])
+def test_ignore_leaves_layers_alone_and_says_so(pattern: str) -> None:
+    located = locate_mlps(tiny_model("llama"), ignore=[pattern])
+    assert [mlp.name for mlp in located.mlps] == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    assert [(item.name, item.reason) for item in located.skipped] == [("model.layers.1.mlp", "matched by `ignore`")]
+
+
+def test_groups_hold_consecutive_blocks_of_one_width() -> None:
+    mlps = locate_mlps(tiny_model("swin", depths=[2, 5])).mlps
+    groups = group_mlps(mlps, group_size=3)
+    assert [(group.width, len(group.blocks)) for group in groups] == [(16, 2), (32, 3), (32, 2)]
+    assert [group.name for group in groups] == ["g0", "g1", "g2"]
+    assert groups[1].columns == 3 * 2 * 128
+
+
+def test_explicit_groups_count_over_all_blocks() -> None:
+    mlps = locate_mlps(tiny_model("swin")).mlps
+    groups = group_mlps(mlps, groups=[[0, 1], [3]])
+    assert [group.blocks for group in groups] == [
+        ("swin.encoder.layers.0.blocks.0", "swin.encoder.layers.0.blocks.1"),
+        ("swin.encoder.layers.1.blocks.1",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [([[0, 9]], "names block 9.*blocks 0 to 3"), ([[0], [0]], "names block 0 twice"), ([[]], "empty list"),
+     ([[1, 2]], r"mixes blocks of widths \[16, 32\]")],
+)  # fmt: skip
+def test_wrong_groups_are_refused(groups: list[list[int]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        group_mlps(locate_mlps(tiny_model("swin")).mlps, groups=groups)
