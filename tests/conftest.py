@@ -34,7 +34,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "vocab_size": 64, "word_embed_proj_dim": 32,
     },
     "bert": {"architectures": ["BertForMaskedLM"], **SMALL, "vocab_size": 64},
-    "vit": {"architectures": ["ViTForImageClassification"], **SMALL, "image_size": 32, "patch_size": 8, "num_labels": 10},
+    "vit": {
+        "architectures": ["ViTForImageClassification"], **SMALL, "image_size": 32, "patch_size": 8, "num_labels": 10,
+    },
     "swin": {
         "architectures": ["SwinForImageClassification"], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
         "image_size": 32, "patch_size": 4, "window_size": 2, "num_labels": 10,

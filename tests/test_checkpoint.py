@@ -124,7 +124,10 @@ def test_a_missing_file_is_named(copy: Path, name: str) -> None:
         (lambda q: q["bases"]["g0"].update(rank=50), r"tensor `.*` has shape .*, wanted "),
         (lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(basis="g7"), r"names basis `g7`; known: g0"),
         (lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(format="csr"), r"unknown packed format"),
-        (lambda q: q["layers"].update({"model.layers.9.mlp.x": q["layers"]["model.layers.0.mlp.up_proj"]}), r"layer `model\.layers\.9\.mlp\.x`"),
+        (
+            lambda q: q["layers"].update({"model.layers.9.mlp.x": q["layers"]["model.layers.0.mlp.up_proj"]}),
+            r"layer `model\.layers\.9\.mlp\.x`",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_layout_is_refused(copy: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -142,7 +145,10 @@ def test_an_unknown_manifest_version_is_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.layers.1.mlp.up_proj.values"), r"lacks tensor `model\.layers\.1\.mlp\.up_proj\.values`"),
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.values"),
+            r"lacks tensor `model\.layers\.1\.mlp\.up_proj\.values`",
+        ),
         (lambda t: t.update(surprise=torch.zeros(1)), r"has a tensor `surprise`"),
         (
             lambda t: t.update({"model.layers.1.mlp.up_proj.values": torch.zeros(3)}),

@@ -153,9 +153,7 @@ def test_the_loss_is_the_sum_of_block_errors_on_original_activations() -> None:
         layer = reference.get_submodule(site.name)
         layer.weight.data = product.T.contiguous() if site.role == "up" else product
     with torch.no_grad():
-        loss = sum(
-            (reference.vit.layers[i](states[i]) - states[i + 1]).square().mean().item() for i in range(3)
-        )
+        loss = sum((reference.vit.layers[i](states[i]) - states[i + 1]).square().mean().item() for i in range(3))
     report = fips.compress(model, batch, config)
     assert report.groups[0]["loss_first_step"] == pytest.approx(loss, rel=1e-4)
 

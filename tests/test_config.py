@@ -19,8 +19,14 @@ from fips.recipes import load_recipe, recipe_names
         ({"budget": 0}, r"`budget`.*greater than 0, got 0"),
         ({"budget": 1.5}, r"`budget`.*less than or equal to 1, got 1.5"),
         ({}, r"`budget` is required in CompressionConfig"),
-        ({"budget": 0.5, "sparsty": 1}, r"unknown field `sparsty`.*did you mean `sparsity`\?.*known fields: .*threshold"),
-        ({"budget": 0.5, "calibration": {"step": 1}}, r"unknown field `step` in CalibrationConfig; did you mean `steps`"),
+        (
+            {"budget": 0.5, "sparsty": 1},
+            r"unknown field `sparsty`.*did you mean `sparsity`\?.*known fields: .*threshold",
+        ),
+        (
+            {"budget": 0.5, "calibration": {"step": 1}},
+            r"unknown field `step` in CalibrationConfig; did you mean `steps`",
+        ),
         ({"budget": 0.5, "pattern": "4-16"}, r"`pattern`"),
         ({"budget": 0.5, "pattern": "8:4"}, r"0 < N < M"),
         ({"budget": 0.5, "pattern": "4:16", "sparsity": 0.5}, r"contradicts `pattern`"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fips import data
 from fips.config import DataConfig
 from fips.data import Batches, Source, describe_source, load_batches
+from fips.data import images as images_module
+from fips.data import rows as rows_module
+from fips.data import source as source_module
+from fips.data import text as text_module
 from fips.errors import DataError
 
 TEXT = "\r\n A café — 日本 😀 and\n\nmore.\tTabs,  spaces\r\n" * 12 + "end\n\n"
@@ -116,7 +120,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
-    monkeypatch.setattr(data, "_read_texts", refuse)
+    monkeypatch.setattr(rows_module, "_read_texts", refuse)
 
 
 class TestDescribeSource:
@@ -250,8 +254,8 @@ class TestImages:
 
     def test_decoded_one_batch_at_a_time(self, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         decoded: list[int] = []
-        decode = data._decode
-        monkeypatch.setattr(data, "_decode", lambda *args: decoded.append(args[2]) or decode(*args))
+        decode = images_module._decode
+        monkeypatch.setattr(images_module, "_decode", lambda *args: decoded.append(args[2]) or decode(*args))
         iterator = iter(image_batches(photos))
         assert decoded == [0], "one image is decoded to learn the size"
         next(iterator)
@@ -401,9 +405,15 @@ class TestScoredText:
         ends = np.cumsum([len(piece) for piece in pieces])  # one character of a byte-level token is one byte
         boundaries = np.cumsum([0, *(len(character.encode()) for character in TEXT)])
         expected = [int(boundaries[boundaries >= end].min()) for end in ends]
-        found = data._bytes_per_token(TEXT, len(pieces), encoded["offset_mapping"])
+        found = text_module._bytes_per_token(TEXT, len(pieces), encoded["offset_mapping"])
         assert expected != ends.tolist(), "some characters are cut"
         assert np.cumsum(found).tolist() == expected
+
+    def test_text_the_tokenizer_strips_still_counts(self, tmp_path: Path) -> None:
+        tokenizer = make_tokenizer(bos=True)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+        (tmp_path / "a.txt").write_text("  a fox  \n")
+        assert text_batches(tmp_path / "a.txt", tokenizer).num_bytes == 10
 
     def test_no_warning_about_the_length_of_the_text(self, book: Path) -> None:
         tokenizer = make_tokenizer(bos=True)
@@ -579,7 +589,7 @@ class TestHub:
 
     def test_splits_are_found(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shortcut = Source(name="tales", kind="text", builder=str(repository))
-        monkeypatch.setattr(data, "HUB_SHORTCUTS", {"tales": shortcut})
+        monkeypatch.setattr(source_module, "HUB_SHORTCUTS", {"tales": shortcut})
         assert text_batches("tales").num_bytes == len("\n\n".join(SENTENCES[:2]))
         assert text_batches("tales", purpose="calibration").description["split"] == "train"
         with pytest.raises(DataError, match="has no split `dev`; it has `train`, `test`"):
@@ -597,16 +607,18 @@ class TestHub:
             image_batches("owner/tales")
 
     def test_stream_reads_no_more_than_needed(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write_table(repository / "stream.jsonl", {"text": SENTENCES * 100, "url": ["u"] * 2000})
+        rows = [f"{index} foxes and hens in a field" for index in range(1000, 3000)]
+        write_table(repository / "stream.jsonl", {"text": rows, "url": ["u"] * 2000})
         files = {"train": (str(repository / "stream.jsonl"),), "test": (str(repository / "stream.jsonl"),)}
         shortcut = Source(name="tales", kind="text", builder="json", files=files, streaming=True)
-        monkeypatch.setattr(data, "HUB_SHORTCUTS", {"tales": shortcut})
-        monkeypatch.setattr(data, "TEXTS_PER_CALL", 10)
+        monkeypatch.setattr(source_module, "HUB_SHORTCUTS", {"tales": shortcut})
+        monkeypatch.setattr(text_module, "TEXTS_PER_CALL", 10)
         batches = text_batches("tales", num_samples=20)
         assert batches.num_samples == 20
         assert batches.description["num_documents"] < 100
         found = [row["ids"] for row in rows_of(batches)]
         assert all(row[0] == 0 for row in found)
+        assert max(int(re.findall(r"\d+", BOS.decode(row) + " 0")[0]) for row in found) > 1200, "shuffled"
         assert found == [row["ids"] for row in rows_of(text_batches("tales", num_samples=20))]
         assert found != [row["ids"] for row in rows_of(text_batches("tales", num_samples=20, seed=1))]
         assert text_batches("tales", purpose="calibration").num_samples == 128

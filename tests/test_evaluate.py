@@ -104,6 +104,18 @@ class TestText:
         many = evaluate(sharp_llama, text_batches(tmp_path, batch_size=64))
         assert many.headline.value == pytest.approx(single.headline.value, rel=1e-5)
 
+    def test_padding_is_masked(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        masks: list[Tensor | None] = []
+        sharp_llama.register_forward_pre_hook(
+            lambda _, __, inputs: masks.append(inputs.get("attention_mask")), with_kwargs=True
+        )
+        batches = text_batches(tmp_path)
+        evaluate(sharp_llama, batches)
+        expected = [batch.get("attention_mask") for batch in batches]
+        assert [mask is None for mask in masks] == [mask is None for mask in expected]
+        assert sum(mask is None for mask in masks) not in (0, len(masks)), "some batches have padding, some have none"
+        assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True) if a is not None and b is not None)
+
     def test_memory_limits_change_nothing(
         self, sharp_llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

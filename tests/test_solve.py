@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -84,7 +85,9 @@ def test_rank_is_rounded_to_a_multiple() -> None:
 
 
 def test_too_small_a_budget_names_the_smallest() -> None:
-    with pytest.raises(BudgetError, match=r"below the cost of one basis vector.*smallest budget for it is 0\.0115") as e:
+    with pytest.raises(
+        BudgetError, match=r"below the cost of one basis vector.*smallest budget for it is 0\.0115"
+    ) as e:
         rank_for_budget(budget=0.001, width=100, columns=700, sparsity=0.0)
     least = float(str(e.value).rsplit(" ", 1)[1])
     assert rank_for_budget(budget=least, width=100, columns=700, sparsity=0.0) == 1
@@ -152,7 +155,7 @@ def test_gmp_is_cubic_and_ends_exactly_at_its_target() -> None:
     schedule = [gmp_sparsity(t, initial=0.05, final=0.75, begin=0, end=450) for t in range(600)]
     assert schedule[0] == 0.05
     assert schedule[225] == pytest.approx(0.75 - 0.70 / 8)
-    assert all(a <= b for a, b in zip(schedule, schedule[1:], strict=False))
+    assert all(a <= b for a, b in pairwise(schedule))
     assert set(schedule[450:]) == {0.75}
     assert schedule[449] < 0.75
 

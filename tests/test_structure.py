@@ -114,12 +114,15 @@ def test_targets_replace_the_search_and_may_name_attention() -> None:
     located = locate_mlps(model, targets=["q_proj", "self_attn.o_proj", "layers.1.mlp"])
     names = [site.name.removeprefix("model.layers.") for mlp in located.mlps for site in mlp.sites]
     assert sorted(names) == sorted(
-        [f"{i}.self_attn.{p}_proj" for i in range(3) for p in "qo"] + [f"1.mlp.{p}_proj" for p in ("gate", "up", "down")]
+        [f"{i}.self_attn.{p}_proj" for i in range(3) for p in "qo"]
+        + [f"1.mlp.{p}_proj" for p in ("gate", "up", "down")]
     )
 
 
 def test_a_target_that_matches_nothing_shows_the_closest_names() -> None:
-    with pytest.raises(NoMatchError, match=r"`targets` pattern `mlp\.gate_prj` matched none.*`model\.layers\.0\.mlp\.gate_proj`"):
+    with pytest.raises(
+        NoMatchError, match=r"`targets` pattern `mlp\.gate_prj` matched none.*`model\.layers\.0\.mlp\.gate_proj`"
+    ):
         locate_mlps(tiny_model("llama"), targets=["mlp.gate_prj"])
     with pytest.raises(NoMatchError, match="`ignore` pattern"):
         locate_mlps(tiny_model("llama"), ignore=["layers.9.mlp"])

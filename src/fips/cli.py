@@ -311,34 +311,48 @@ def _print_evaluation(name: str, result: Any) -> None:
     stdout.print(table)
 
 
-@contextmanager
-def _bars() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=stderr) as bars:
-        yield bars
+class _Bars:
+    """Progress bars on stderr that appear with the first step, so that an early error stays a single line."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=stderr)
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, label: str, done: int, total: int, note: str = "") -> None:
+        if not self._tasks:
+            self._bars.start()
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total or None, note="")
+        self._bars.update(self._tasks[label], completed=done, total=total or None, note=note)
+
+    def stop(self) -> None:
+        if self._tasks:
+            self._bars.stop()
 
 
 @contextmanager
 def _progress_bars() -> Iterator[Any]:
     """A ``fips.compress.Progress`` that draws one bar per stage of every group."""
-    with _bars() as bars:
-        tasks: dict[tuple[str, str], TaskID] = {}
-
-        def show(event: Any) -> None:
-            key = (event.stage, event.group)
-            if key not in tasks:
-                tasks[key] = bars.add_task(f"{event.stage} {event.group}", total=event.total or None, note="")
-            note = "" if event.loss is None else f"loss {event.loss:.3g}"
-            bars.update(tasks[key], completed=event.done, note=note)
-
-        yield show
+    bars = _Bars()
+    try:
+        yield lambda event: bars.show(
+            f"{event.stage} {event.group}",
+            event.done,
+            event.total,
+            "" if event.loss is None else f"loss {event.loss:.3g}",
+        )
+    finally:
+        bars.stop()
 
 
 @contextmanager
 def _counter(label: str) -> Iterator[Any]:
-    with _bars() as bars:
-        task = bars.add_task(label, total=None, note="")
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+    bars = _Bars()
+    try:
+        yield lambda done, total: bars.show(label, done, total)
+    finally:
+        bars.stop()
 
 
 def main(argv: list[str] | None = None) -> int:

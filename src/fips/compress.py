@@ -171,12 +171,16 @@ class _GroupWork:
             self._progress(ProgressEvent(stage, self.plan.group.name, done, total, loss))
 
     def _forward(self, model: nn.Module, batch: Any) -> None:
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, dtype if tensor.is_floating_point() else None)
+
         with torch.no_grad():
             if isinstance(batch, Mapping):
-                fields = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
-                model(**fields)
+                model(**{key: place(value) for key, value in batch.items() if key != "labels"})
             elif isinstance(batch, Tensor):
-                model(batch.to(self.device))
+                model(place(batch))
             else:
                 raise DataError(f"a batch must be a dict of tensors or a tensor, got {type(batch).__name__}")
 

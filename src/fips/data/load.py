@@ -1,0 +1,73 @@
+"""From a setting to batches: everything that can be refused without reading the data is refused first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fips.config import DataConfig
+from fips.data.batches import Batches, Kind, Purpose
+from fips.data.images import image_batches
+from fips.data.rows import load_rows, wrong_kind
+from fips.data.source import WHOLE, Source, describe_source
+from fips.data.text import text_batches
+from fips.errors import DataError
+
+__all__ = ["load_batches"]
+
+MAX_SEQUENCE_LENGTH = 2048
+
+
+def load_batches(
+    config: DataConfig, *, processor: Any, kind: Kind, purpose: Purpose, context_length: int | None = None
+) -> Batches:
+    """The examples ``config`` asks for, prepared by ``processor`` for a model that reads ``kind``.
+
+    ``processor`` is the image processor or tokenizer of the model, ``context_length`` the most tokens the model
+    accepts. Everything that can be refused without reading the data is refused first.
+
+    Calibration: images in random order, by default all; full text windows of W tokens, by default 128.
+    Evaluation: images in the order of the data; text windows that score every token exactly once, except the
+    first of a document when the tokenizer has no beginning-of-sequence token.
+    """
+    source = describe_source(config.source)
+    _check_request(source, config, processor=processor, kind=kind, purpose=purpose)
+    length = _window_length(config, context_length) if kind == "text" else None
+    rows, split = load_rows(source, config, kind=kind, purpose=purpose)
+    description: dict[str, Any] = {
+        "source": config.source,
+        "split": None if split == WHOLE else split,
+        "purpose": purpose,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+    }
+    if length is None:
+        return image_batches(rows, config, processor, description)
+    return text_batches(rows, config, processor, length, description)
+
+
+def _check_request(source: Source, config: DataConfig, *, processor: Any, kind: Kind, purpose: Purpose) -> None:
+    """Refuse what cannot work before any example is read."""
+    if source.kind not in (None, kind):
+        raise DataError(wrong_kind(config, kind))
+    if processor is None:
+        what = "an image processor (preprocessor_config.json)" if kind == "image" else "a tokenizer (tokenizer.json)"
+        raise DataError(f"`source={config.source}` needs {what} of the model, got none; save it next to the weights")
+    if kind == "image":
+        unused = [name for name in ("sequence_length", "document_separator") if getattr(config, name) is not None]
+        if unused:
+            raise DataError(f"`{'`, `'.join(unused)}` only applies to text, but the model reads images; remove it")
+    if config.document_separator == "":
+        raise DataError("`document_separator` is empty; leave it out to read the text as one stream")
+    if source.streaming and purpose == "evaluation" and config.num_samples is None:
+        raise DataError(f"`source={config.source}` is too large to evaluate whole; set `num_samples`, for example 256")
+
+
+def _window_length(config: DataConfig, context_length: int | None) -> int:
+    if config.sequence_length is None:
+        return min(context_length or MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH)
+    if context_length is not None and config.sequence_length > context_length:
+        raise DataError(
+            f"`sequence_length={config.sequence_length}` is more than the {context_length} tokens the model accepts; "
+            f"use at most {context_length}"
+        )
+    return config.sequence_length

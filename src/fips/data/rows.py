@@ -1,0 +1,161 @@
+"""Rows of a source through the ``datasets`` library: which split, which column, errors in one line."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+
+from fips.config import DataConfig
+from fips.data.batches import Kind, Purpose
+from fips.data.source import TABLE_BUILDERS, WHOLE, Source
+from fips.errors import DataError
+
+__all__ = ["find_column", "first_line", "load_rows", "loading_errors", "wrong_kind"]
+
+PREFERRED_SPLITS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("image", "calibration"): ("train", "training"),
+    ("text", "calibration"): ("train", "training"),
+    ("image", "evaluation"): ("validation", "valid", "val", "dev", "test", "testing"),
+    ("text", "evaluation"): ("test", "testing", "validation", "valid", "val", "dev"),
+}
+
+
+def load_rows(source: Source, config: DataConfig, *, kind: Kind, purpose: Purpose) -> tuple[Any, str]:
+    """The rows of the chosen split, as a ``Dataset`` (``IterableDataset`` when streaming), and the split's name.
+
+    Local images stay where they are: ``datasets`` writes an index of their paths to its own cache directory.
+    Local text is neither copied nor cached; tables and hub data are converted once, in that cache.
+    """
+    available = list(source.files) if source.files else _inspect_hub(source, config, kind)
+    split = choose_split(available, config, kind=kind, purpose=purpose)
+    if source.builder == "text":
+        return _read_texts(source.files[split]), split
+    arguments: dict[str, Any] = {"streaming": True} if source.streaming else {}
+    if source.files:
+        arguments["data_files"] = {split: list(source.files[split])}
+    with loading_errors(source.name, local=is_local(source)), progress_bars(shown=not is_local(source)):
+        rows = datasets.load_dataset(source.builder, source.configuration, split=split, **arguments)
+    return rows, split
+
+
+def is_local(source: Source) -> bool:
+    return source.builder in {"imagefolder", "text", *TABLE_BUILDERS.values()}
+
+
+def _inspect_hub(source: Source, config: DataConfig, kind: Kind) -> list[str]:
+    """Names of the splits of a hub dataset; refuses the wrong kind before the download where its card tells."""
+    with loading_errors(source.name, local=False):
+        builder = datasets.load_dataset_builder(source.builder, source.configuration)
+        splits = list(builder.info.splits or builder.config.data_files or ())
+        if not splits:
+            splits = list(datasets.get_dataset_split_names(source.builder, source.configuration))
+    if builder.info.features is not None:
+        find_column(builder.info.features, config, kind)
+    return [str(name) for name in splits]
+
+
+def choose_split(available: Sequence[str], config: DataConfig, *, kind: Kind, purpose: Purpose) -> str:
+    if list(available) == [WHOLE]:
+        if config.split is not None:
+            raise DataError(
+                f"`source={config.source}` is not divided into splits, got `split={config.split}`; leave it out"
+            )
+        return WHOLE
+    names = ", ".join(f"`{name}`" for name in available)
+    if config.split is not None:
+        if config.split not in available:
+            raise DataError(f"`source={config.source}` has no split `{config.split}`; it has {names}")
+        return config.split
+    found = {name.lower(): name for name in available}
+    for name in PREFERRED_SPLITS[kind, purpose]:
+        if name in found:
+            return found[name]
+    raise DataError(f"`source={config.source}` has no usual split for {purpose}; set `split` to one of {names}")
+
+
+def _read_texts(patterns: Sequence[str]) -> Any:
+    """One row per file, newlines exactly as in the file (the `text` builder of ``datasets`` would change CRLF)."""
+    texts = []
+    for name in sorted(itertools.chain.from_iterable(glob.glob(pattern) for pattern in patterns)):
+        try:
+            with open(name, encoding="utf-8", newline="") as file:
+                texts.append(file.read())
+        except UnicodeDecodeError as error:
+            raise DataError(f"`{name}` is not UTF-8 text (byte {error.start}); convert or remove it") from None
+    return datasets.Dataset.from_dict({"text": texts})
+
+
+@contextmanager
+def loading_errors(source: str, *, local: bool) -> Iterator[None]:
+    """Turn whatever ``datasets`` and the hub client raise while loading into one line with the next step."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if local:
+            hint = "check that the files are complete and of the type their suffix says"
+        else:
+            hint = "check the id (`owner/name:configuration`), the network and the login, or give a local path"
+        raise DataError(f"`source={source}` cannot be loaded: {first_line(error)}; {hint}") from error
+
+
+def first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    detail = f" ({first_line(cause)})" if isinstance(cause, Exception) else ""
+    return (lines[0].rstrip(".:;") if lines else type(error).__name__) + detail
+
+
+@contextmanager
+def progress_bars(*, shown: bool) -> Iterator[None]:
+    """Hide the bars of ``datasets`` while indexing local files; downloads keep them."""
+    disabled_before = datasets.are_progress_bars_disabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled_before:
+            datasets.enable_progress_bars()
+
+
+def find_column(features: Any, config: DataConfig, kind: Kind) -> str:
+    """The column with the images or texts: the one asked for, `text` or `image`, else the only one of that type."""
+    columns = ", ".join(f"`{name}` ({getattr(it, 'dtype', type(it).__name__)})" for name, it in features.items())
+    candidates: list[str] = [name for name, feature in features.items() if _holds(feature, kind)]
+    other: Kind = "text" if kind == "image" else "image"
+    has_other = any(_holds(feature, other) for feature in features.values())
+    if config.column is not None:
+        if config.column not in candidates:
+            raise DataError(
+                f"`column={config.column}` is no {kind} column of `source={config.source}`; its columns: {columns}"
+            )
+        return config.column
+    if kind in candidates:
+        return kind
+    if has_other and (kind == "text" or not candidates):
+        raise DataError(wrong_kind(config, kind))
+    if len(candidates) != 1:
+        what = f"several {kind} columns, set `column`" if candidates else f"no {kind} column"
+        raise DataError(f"`source={config.source}` has {what}; its columns: {columns}")
+    return candidates[0]
+
+
+def _holds(feature: Any, kind: Kind) -> bool:
+    if kind == "image":
+        return isinstance(feature, datasets.Image)
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def wrong_kind(config: DataConfig, kind: Kind) -> str:
+    got, wanted = ("text", "images") if kind == "image" else ("images", "text")
+    hint = (
+        "a folder with one sub-folder per class" if kind == "image" else "a text file, or a hub id such as `wikitext`"
+    )
+    return f"`source={config.source}` holds {got}, but the model reads {wanted}; give {hint}"

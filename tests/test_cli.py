@@ -1,0 +1,241 @@
+"""The command as a user types it: results on stdout, one-line errors on stderr, exit codes, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import fips
+from fips.cli import main
+
+TEXT = "the cat sat on the mat and the dog ran to the cat . " * 400
+
+
+@pytest.fixture(scope="module")
+def vit_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "vit"
+    tiny_model("vit", num_labels=2).save_pretrained(path)
+    processor = {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2,
+        "rescale_factor": 1 / 255,
+    }  # fmt: skip
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny_model("llama").save_pretrained(path)
+    words = sorted(set(TEXT.split()))
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{word: index + 3 for index, word in enumerate(words)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for index in range(12):
+            pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "cats.txt"
+    path.write_text(TEXT)
+    return path
+
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_inspect_lists_layers_and_changes_nothing(vit_directory: Path, capsys: Capture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in vit_directory.iterdir()}
+    assert main(["inspect", str(vit_directory)]) == 0
+    out = capsys.readouterr().out
+    for word in ("vit.layers.0.mlp", "fc1 (up", "g0", "MLPs", "model"):
+        assert word in out
+    assert main(["inspect", str(vit_directory), "--json", "--budget", "0.25", "--group-size", "2"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [group["blocks"] for group in plan["groups"]] == [["vit.layers.0", "vit.layers.1"], ["vit.layers.2"]]
+    assert plan["mlp"]["factored"]["parameters"] <= 0.25 * plan["mlp"]["dense"]["parameters"]
+    assert before == {path: path.stat().st_mtime_ns for path in vit_directory.iterdir()}
+
+
+def test_compress_and_evaluate_images(vit_directory: Path, images: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "small"
+    command = ["compress", str(vit_directory), "--data", str(images), "--budget", "0.5", "--output", str(out)]
+    assert main([*command, "--steps", "3", "--batch-size", "8", "--num-samples", "16", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["tensor_bytes"] == record["compressed_model"]["bytes"]
+    assert record["data"]["num_samples"] == 16
+    assert record["source"] == str(vit_directory)
+    assert {"preprocessor_config.json", "config.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
+    recipe = fips.Recipe.load(out / "fips_recipe.yaml")
+    assert recipe.compression.calibration.steps == 3
+    assert recipe.compression.budget == 0.5
+    for source in (vit_directory, out):
+        assert main(["evaluate", str(source), "--data", str(images), "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert 0 <= result["top1_percent"] <= 100
+        assert result["num_images"] == 24
+    assert main(["evaluate", str(out), "--data", str(images)]) == 0
+    assert "top1" in capsys.readouterr().out
+
+
+def test_compress_and_evaluate_text(llama_directory: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "small"
+    command = ["compress", str(llama_directory), "--data", str(text), "--budget", "0.5", "--output", str(out)]
+    assert main([*command, "--steps", "2", "--sequence-length", "16", "--num-samples", "8", "--batch-size", "4"]) == 0
+    assert f'fips.load("{out}")' in capsys.readouterr().out
+    assert main(["evaluate", str(out), "--data", str(text), "--sequence-length", "16", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["sequence_length"] == 16
+    assert result["perplexity"] > 1
+    assert (out / "tokenizer.json").is_file()
+    assert isinstance(fips.load(out), torch.nn.Module)
+
+
+@pytest.mark.parametrize("name", ["paper-deit-b", "paper-llama-3.1-8b"])
+def test_dry_run_plans_a_recipe_without_weights_or_data(name: str, capsys: Capture) -> None:
+    assert main(["compress", "--recipe", name, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["compressed_model"]["bytes"] < 0.75 * plan["model"]["bytes"]
+    assert main(["compress", "--recipe", name, "--dry-run", "--budget", "0.25"]) == 0
+    assert "25.0%" in capsys.readouterr().out
+
+
+def test_recipes_are_listed(capsys: Capture) -> None:
+    assert main(["recipes", "--json"]) == 0
+    assert {"paper", "demo", "paper-swin-l"} <= json.loads(capsys.readouterr().out).keys()
+
+
+Case = tuple[list[str], int, str]
+BAD_INPUT: dict[str, Case] = {
+    "unknown model": (["compress", "./nowhere", "--data", "TEXT", "--budget", "0.5"], 1, "unknown model `./nowhere`"),
+    "unknown hub id": (["compress", "no/such-model", "--data", "TEXT", "--budget", "0.5"], 1, "no/such-model"),
+    "directory without config": (["compress", "IMAGES", "--data", "TEXT", "--budget", "0.5"], 1, "no config.json"),
+    "budget 0": (["compress", "VIT", "--data", "IMAGES", "--budget", "0"], 2, "`budget`"),
+    "budget over 1": (["compress", "VIT", "--data", "IMAGES", "--budget", "1.5"], 2, "`budget`"),
+    "budget below a basis": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.001"], 2, "one basis vector"),
+    "no budget": (["compress", "VIT", "--data", "IMAGES"], 2, "no budget"),
+    "no data": (["compress", "VIT", "--budget", "0.5"], 1, "no calibration data"),
+    "missing data": (["compress", "VIT", "--data", "./nothing", "--budget", "0.5"], 1, "nothing"),
+    "empty image folder": (["compress", "VIT", "--data", "EMPTY", "--budget", "0.5"], 1, "empty"),
+    "empty text": (["compress", "LLAMA", "--data", "BLANK", "--budget", "0.5"], 1, "blank.txt"),
+    "images for a text model": (["compress", "LLAMA", "--data", "IMAGES", "--budget", "0.5"], 1, "image"),
+    "text for an image model": (["compress", "VIT", "--data", "TEXT", "--budget", "0.5"], 1, "text"),
+    "unknown recipe": (["compress", "VIT", "--data", "IMAGES", "--recipe", "papr"], 2, "did you mean `paper`"),
+    "unknown recipe field": (["compress", "VIT", "--data", "IMAGES", "--recipe", "RECIPE"], 2, "unknown field `rnk`"),
+    "unknown target": (
+        ["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--targets", "fc9"], 1, "closest names"
+    ),
+    "unknown pattern": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--pattern", "2-4"], 2, "`pattern`"),
+    "unknown device": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--device", "tpu9"], 2, "tpu9"),
+    "unknown option": (["compress", "VIT", "--frobnicate"], 2, "frobnicate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_writes_nothing(
+    case: str,
+    vit_directory: Path,
+    llama_directory: Path,
+    images: Path,
+    text: Path,
+    tmp_path: Path,
+    write_recipe: Callable[[str], Path],
+    capsys: Capture,
+) -> None:
+    arguments, code, message = BAD_INPUT[case]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text(" \n")
+    places = {
+        "VIT": vit_directory, "LLAMA": llama_directory, "IMAGES": images, "TEXT": text, "EMPTY": tmp_path / "empty",
+        "BLANK": tmp_path / "blank.txt", "RECIPE": write_recipe("compression: {budget: 0.5, rnk: 3}"),
+    }  # fmt: skip
+    before = sorted(tmp_path.rglob("*"))
+    given = [str(places.get(argument, argument)) for argument in arguments]
+    assert main([*given, "--output", str(tmp_path / "out")]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    if case != "unknown option":
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_output_directory_is_refused_before_the_model_is_read(
+    images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    command = ["compress", "./nowhere", "--data", str(images), "--budget", "0.5", "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_an_interrupt_exits_cleanly_and_leaves_nothing(
+    number: signal.Signals, vit_directory: Path, images: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fips.cli",
+        "compress",
+        str(vit_directory),
+        "--data",
+        str(images),
+        "--budget",
+        "0.5",
+    ]
+    command += ["--output", str(tmp_path / "out"), "--steps", "1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    seen = b""
+    while b"calibrate" not in seen:
+        chunk = os.read(process.stderr.fileno(), 4096)
+        assert chunk, seen.decode()
+        seen += chunk
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == b""
+    assert b"interrupted: nothing was written" in err
+    assert b"Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_subcommand(capsys: Capture) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in ("inspect", "compress", "evaluate", "recipes", "demo"):
+        assert name in out
