@@ -43,7 +43,7 @@ def demo_config() -> LlamaConfig:
         num_hidden_layers=8,
         num_attention_heads=6,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=SEPARATOR_ID,
         eos_token_id=SEPARATOR_ID,

@@ -222,9 +222,9 @@ def test_an_interrupt_exits_cleanly_and_leaves_nothing(
     assert process.stderr is not None
     seen = b""
     while b"calibrate" not in seen:
-        chunk = os.read(process.stderr.fileno(), 4096)
-        assert chunk, seen.decode()
-        seen += chunk
+        line = process.stderr.readline()
+        assert line, seen.decode()
+        seen += line
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

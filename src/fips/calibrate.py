@@ -21,7 +21,7 @@ from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
 from fips.solve.schedules import gmp_sparsity, rigl_fraction, update_steps
 from fips.structure import LinearSite
 
-__all__ = ["BlockError", "TrainableGroup", "autocast_for", "block_errors", "calibrate_", "swapped"]
+__all__ = ["BlockError", "TrainableGroup", "autocast_for", "block_errors", "calibrate_", "resolve_precision", "swapped"]
 
 Records = Sequence[Mapping[str, BlockCall]]
 
@@ -138,9 +138,16 @@ class BlockError:
     """``mse`` divided by the variance of the original block's output."""
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` is ``bfloat16`` where the hardware multiplies it natively, else ``float32``."""
+    if precision == "auto":
+        return "bfloat16" if _native_bfloat16(device) else "float32"
+    return precision
+
+
 def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 arithmetic where asked for, or for ``auto`` where the hardware multiplies bfloat16 natively."""
-    if precision == "bfloat16" or (precision == "auto" and _native_bfloat16(device)):
+    """Context in which matrix products run in the precision asked for."""
+    if resolve_precision(precision, device) == "bfloat16":
         # No weight cache: it would hand out the basis of the first step for as long as the context lasts.
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
     return nullcontext()

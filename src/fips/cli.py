@@ -194,6 +194,7 @@ def demo(
         _print_json(result)
 
 
+INTERRUPTED = 130
 COMPRESSION = ("budget", "sparsity", "pattern", "schedule", "threshold", "group_size", "groups", "targets", "ignore",
                "factor_dtype", "seed")  # fmt: skip
 CALIBRATION = ("steps", "learning_rate", "precision", "activation_memory")
@@ -312,7 +313,10 @@ def _print_evaluation(name: str, result: Any) -> None:
 
 
 class _Bars:
-    """Progress bars on stderr that appear with the first step, so that an early error stays a single line."""
+    """Progress on stderr: bars on a terminal, a line per tenth of the work in a log.
+
+    Nothing appears before the first step, so that an early error stays a single line.
+    """
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -320,6 +324,10 @@ class _Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def show(self, label: str, done: int, total: int, note: str = "") -> None:
+        if not stderr.is_terminal:
+            if done in (1, total) or (total >= 10 and done % (total // 10) == 0):
+                stderr.print(f"{label} {done}/{total or '?'} {note}".rstrip(), highlight=False)
+            return
         if not self._tasks:
             self._bars.start()
         if label not in self._tasks:
@@ -357,26 +365,33 @@ def _counter(label: str) -> Iterator[Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; errors become one line on stderr and an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    before = signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     try:
         result = app(args=argv, standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        return code if code != INTERRUPTED else _say_interrupted()  # typer turns Ctrl-C into this code
     except FipsError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: nothing was written", file=sys.stderr)  # noqa: T201
-        return 130
+        return _say_interrupted()
     except Exception as error:
         show = getattr(error, "show", None)  # usage errors of the option parser print themselves
         if show is None:
             raise
         show()
         return int(getattr(error, "exit_code", 2))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def _say_interrupted() -> int:
+    print("interrupted: nothing was written", file=sys.stderr)  # noqa: T201
+    return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fips.activations import ActivationSpool, record_blocks
-from fips.calibrate import BlockError, Records, TrainableGroup, autocast_for, block_errors, calibrate_, swapped
+from fips.calibrate import (
+    BlockError,
+    Records,
+    TrainableGroup,
+    autocast_for,
+    block_errors,
+    calibrate_,
+    resolve_precision,
+    swapped,
+)
 from fips.config import CompressionConfig
 from fips.errors import DataError
 from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner
@@ -85,7 +94,7 @@ def compress(
         peak_memory_bytes=peak_memory_bytes(device),
         activation_file_bytes=file_bytes,
         data=dict(getattr(batches, "description", {})),
-        environment=environment(device),
+        environment={**environment(device), "precision": resolve_precision(config.calibration.precision, device)},
     )
     model.fips_report = report  # type: ignore[assignment]
     return report

@@ -11,7 +11,7 @@ from torch import nn
 
 from fips.compress import Progress, compress
 from fips.config import DataConfig, Recipe
-from fips.data import Batches, describe_source, load_batches
+from fips.data import Batches, load_batches
 from fips.errors import ConfigError, DataError, ModelError
 from fips.evaluate import EvaluationResult, evaluate
 from fips.integrations.transformers import (
@@ -98,22 +98,13 @@ def evaluate_source(
 ) -> EvaluationResult:
     """Accuracy or perplexity of a compressed directory or of a dense model."""
     place = pick_device(device)
-    compressed = is_compressed(source)
-    if not compressed:
-        empty: nn.Module = build_empty(load_config(source))
-        batches, _ = _batches(source, data, empty, purpose="evaluation")
-        model = load_dense(source, dtype=dtype, device=place)
-    else:
-        model = load(source, device=place)
-        batches, _ = _batches(source, data, model, purpose="evaluation")
+    batches, _ = _batches(source, data, build_empty(load_config(source)), purpose="evaluation")
+    model = load(source, device=place) if is_compressed(source) else load_dense(source, dtype=dtype, device=place)
     return evaluate(model, batches, progress=progress)
 
 
 def _batches(source: str, data: DataConfig, model: nn.Module, *, purpose: Any) -> tuple[Batches, Any]:
     kind = model_kind(model)
-    found = describe_source(data.source)
-    if found.kind is not None and found.kind != kind:
-        raise DataError(f"`{data.source}` holds {found.kind} data, but `{source}` reads {kind}; give {kind} data")
     processor = load_processor(source, kind)
     length = context_length(model.config) if kind == "text" else None
     return load_batches(data, processor=processor, kind=kind, purpose=purpose, context_length=length), processor
