@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fips.errors import BudgetError
-from fips.solve.patterns import nm_mask, prune_and_regrow, top_mask, unstructured_masks
+from fips.solve.patterns import nm_mask, prune_and_regrow, top_mask, top_masks, unstructured_masks
 from fips.solve.rank import num_nonzeros, rank_for_budget
 from fips.solve.schedules import gmp_sparsity, rigl_fraction, update_steps
 from fips.solve.svd import grow_rank, shared_svd
@@ -106,6 +106,25 @@ def test_top_mask_keeps_exactly_the_largest_even_with_ties(count: int) -> None:
             [True, True, True, False],
             [False, False, True, True],
         ]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
+@pytest.mark.parametrize("count", [1, 99, 700, 1499])
+def test_radix_selection_equals_sorting_over_several_tensors(count: int, scale: float) -> None:
+    scores = [m.abs() * scale for m in matrices((20, 50), (1, 300), (40, 5))]
+    flat = torch.cat([s.flatten() for s in scores])
+    expected = torch.zeros(1500, dtype=torch.bool)
+    expected[flat.argsort(descending=True)[:count]] = True
+    masks = top_masks(scores, count=count)
+    assert [m.shape for m in masks] == [s.shape for s in scores]
+    assert torch.equal(torch.cat([m.flatten() for m in masks]), expected)
+
+
+def test_negative_scores_are_never_kept_and_ties_go_to_the_first_tensor() -> None:
+    scores = [torch.tensor([-1.0, 2.0, 0.0]), torch.tensor([2.0, -5.0, 2.0])]
+    assert [m.tolist() for m in top_masks(scores, count=2)] == [[False, True, False], [True, False, False]]
+    assert [m.tolist() for m in top_masks(scores, count=6)] == [[False, True, True], [True, False, True]]
+    assert not any(m.any() for m in top_masks(scores, count=0))
 
 
 def test_one_threshold_for_a_group_and_one_per_layer() -> None:

@@ -84,16 +84,25 @@ class TrainableGroup:
         return [layer.mask_RF for layer in self.layers]
 
     @torch.no_grad()
-    def prune(self, sparsity: float) -> None:
-        """Keep the largest magnitudes at a sparsity, in the pattern and scope of the settings; zero the rest."""
+    def choose_masks(self, sparsity: float) -> list[Tensor]:
+        """Supports of the largest magnitudes at a sparsity, in the pattern and scope of the settings."""
         scores = [(layer.factor_RF * layer.mask_RF).abs() for layer in self.layers]
         nm = self.config.nm
         if nm is None:
-            masks = unstructured_masks(scores, sparsity=sparsity, scope=self.config.threshold)
-        else:
-            kept = max(nm[0], round((1 - sparsity) * nm[1]))
-            masks = [self._nm(score, site, kept, nm[1]) for score, site in zip(scores, self.sites, strict=True)]
-        self._set_masks(masks)
+            return unstructured_masks(scores, sparsity=sparsity, scope=self.config.threshold)
+        kept = max(nm[0], round((1 - sparsity) * nm[1]))
+        return [self._nm(score, site, kept, nm[1]) for score, site in zip(scores, self.sites, strict=True)]
+
+    def set_masks(self, masks: Sequence[Tensor]) -> None:
+        """Use other supports; entries outside them keep their value, unused."""
+        for layer, mask_RF in zip(self.layers, masks, strict=True):
+            layer.mask_RF = mask_RF
+
+    def prune(self, sparsity: float) -> None:
+        """Keep the largest magnitudes at a sparsity and zero the rest for good."""
+        self.set_masks(self.choose_masks(sparsity))
+        for layer in self.layers:
+            layer.factor_RF.data.mul_(layer.mask_RF)
 
     @staticmethod
     def _nm(score_RF: Tensor, site: LinearSite, n: int, m: int) -> Tensor:
@@ -102,7 +111,7 @@ class TrainableGroup:
 
     @torch.no_grad()
     def regrow(self, fraction: float, optimizer: torch.optim.Optimizer) -> None:
-        """RigL: exchange a fraction of the support; grown entries start at zero with fresh optimizer state."""
+        """RigL: exchange a fraction of the support; exchanged entries are zeroed, their optimizer state too."""
         gradients = [layer.dense_gradient_RF for layer in self.layers]
         old = self.masks
         masks = prune_and_regrow(
@@ -115,13 +124,8 @@ class TrainableGroup:
         for layer, before, after in zip(self.layers, old, masks, strict=True):
             state = optimizer.state.get(layer.factor_RF, {})
             for tensor in (layer.factor_RF, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)):
-                tensor.masked_fill_(after & ~before, 0.0)
-        self._set_masks(masks)
-
-    def _set_masks(self, masks: Sequence[Tensor]) -> None:
-        for layer, mask_RF in zip(self.layers, masks, strict=True):
-            layer.mask_RF = mask_RF
-            layer.factor_RF.data.mul_(mask_RF)
+                tensor.masked_fill_(before != after, 0.0)
+        self.set_masks(masks)
 
     def want_dense_gradients(self, wanted: bool) -> None:
         for layer in self.layers:

@@ -141,12 +141,11 @@ class _GroupWork:
         return TrainableGroup(basis_DR, factors_RF, self.sites, biases, self.config)
 
     def _errors_of_start(self, group: TrainableGroup, records: Records) -> tuple[BlockError, ...]:
-        kept = [(layer.factor_RF.detach().clone(), layer.mask_RF.clone()) for layer in group.layers]
-        group.prune(self.config.factor_sparsity)
+        """The start pruned to the final sparsity at once; only masks change, and they are put back."""
+        before = group.masks
+        group.set_masks(group.choose_masks(self.config.factor_sparsity))
         errors = self._errors(records)
-        for layer, (factor_RF, mask_RF) in zip(group.layers, kept, strict=True):
-            layer.factor_RF.data.copy_(factor_RF)
-            layer.mask_RF = mask_RF
+        group.set_masks(before)
         return errors
 
     def _errors(self, records: Records) -> tuple[BlockError, ...]:

@@ -10,23 +10,33 @@ from torch import Tensor
 
 from fips.solve.rank import num_nonzeros
 
-__all__ = ["nm_mask", "prune_and_regrow", "top_mask", "unstructured_masks"]
+__all__ = ["nm_mask", "prune_and_regrow", "top_mask", "top_masks", "unstructured_masks"]
 
 Scope = Literal["group", "layer"]
 
 
 def top_mask(scores: Tensor, *, count: int) -> Tensor:
-    """Boolean mask of exactly ``count`` largest scores, of any shape; among equal scores the first in memory win."""
-    flat = scores.flatten()
-    if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if count >= flat.numel():
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
-    mask = flat > threshold
-    ties = (flat == threshold).nonzero().squeeze(1)[: count - int(mask.sum())]
-    mask[ties] = True
-    return mask.view_as(scores)
+    """Mask of the ``count`` largest scores; among equal ones the first in memory win, negative ones never do."""
+    return top_masks([scores], count=count)[0]
+
+
+def top_masks(scores: Sequence[Tensor], *, count: int) -> list[Tensor]:
+    """Masks of the ``count`` largest scores over several tensors, without joining them; negative ones are never kept.
+
+    The threshold is found by radix selection on the bits of float32, whose order is that of the non-negative numbers
+    they stand for, in two passes of 2^16 bins: exact, and no copy is larger than one tensor. Ties go to the first
+    tensors, and within one to the first in memory.
+    """
+    threshold, spare = _select(scores, count)
+    masks = []
+    for score in scores:
+        bits = _order_bits(score)
+        mask = bits > threshold
+        ties = (bits == threshold).flatten().nonzero().squeeze(1)[:spare]
+        mask.view(-1)[ties] = True
+        spare -= ties.numel()
+        masks.append(mask)
+    return masks
 
 
 def unstructured_masks(scores: Sequence[Tensor], *, sparsity: float, scope: Scope) -> list[Tensor]:
@@ -36,9 +46,33 @@ def unstructured_masks(scores: Sequence[Tensor], *, sparsity: float, scope: Scop
     """
     if scope == "layer":
         return [top_mask(s, count=num_nonzeros(size=s.numel(), sparsity=sparsity)) for s in scores]
-    flat = torch.cat([s.flatten() for s in scores])
-    mask = top_mask(flat, count=num_nonzeros(size=flat.numel(), sparsity=sparsity))
-    return [part.view_as(s) for part, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
+    total = sum(s.numel() for s in scores)
+    return top_masks(scores, count=num_nonzeros(size=total, sparsity=sparsity))
+
+
+def _order_bits(scores: Tensor) -> Tensor:
+    """Numbers as int32: the same order where they are non-negative, below 0 where they are negative."""
+    return scores.float().contiguous().view(torch.int32)
+
+
+def _select(scores: Sequence[Tensor], count: int) -> tuple[int, int]:
+    """``(threshold, spare)``: fewer than ``count`` entries lie above the threshold, ``spare`` more are wanted at it."""
+    if count <= 0:
+        return torch.iinfo(torch.int32).max, 0
+    prefix, wanted = 0, count
+    for shift, bins in ((16, 1 << 15), (0, 1 << 16)):
+        histogram = torch.zeros(bins, dtype=torch.int64)
+        for score in scores:
+            bits = _order_bits(score).flatten()
+            bits = bits[bits >= 0] if shift else bits[bits >> 16 == prefix]
+            histogram += torch.bincount((bits >> shift) & (bins - 1), minlength=bins).cpu()
+        at_least = histogram.flip(0).cumsum(0).flip(0)
+        digit = int((at_least >= wanted).sum()) - 1
+        if digit < 0:  # fewer non-negative scores than wanted: all of them are kept
+            return -1, 0
+        wanted -= int(at_least[digit] - histogram[digit])
+        prefix = digit if shift else (prefix << 16) | digit
+    return prefix, wanted
 
 
 def nm_mask(scores: Tensor, *, n: int, m: int, dim: int) -> Tensor:
@@ -59,21 +93,19 @@ def prune_and_regrow(
     the same (if fewer entries are free than dropped, fewer are exchanged). Reference: Evci et al., arXiv 1911.11134.
     """
     if scope == "layer":
-        return [
-            _exchange(mask, magnitude.abs(), gradient.abs(), fraction)
-            for mask, magnitude, gradient in zip(masks, magnitudes, gradients, strict=True)
-        ]
-    flat = _exchange(_flatten(masks), _flatten(magnitudes).abs(), _flatten(gradients).abs(), fraction)
-    return [part.view_as(mask) for part, mask in zip(flat.split([m.numel() for m in masks]), masks, strict=True)]
+        parts = zip(masks, magnitudes, gradients, strict=True)
+        return [_exchange([mask], [size], [gradient], fraction)[0] for mask, size, gradient in parts]
+    return _exchange(masks, magnitudes, gradients, fraction)
 
 
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def _exchange(mask: Tensor, magnitude: Tensor, gradient: Tensor, fraction: float) -> Tensor:
-    kept = int(mask.sum())
-    count = min(int(fraction * kept), mask.numel() - kept)
-    survivors = top_mask(magnitude.masked_fill(~mask, -1.0), count=kept - count)
-    grown = top_mask(gradient.masked_fill(mask, -1.0), count=count)
-    return survivors | grown
+def _exchange(
+    masks: Sequence[Tensor], magnitudes: Sequence[Tensor], gradients: Sequence[Tensor], fraction: float
+) -> list[Tensor]:
+    kept = sum(int(mask.sum()) for mask in masks)
+    free = sum(mask.numel() for mask in masks) - kept
+    count = min(int(fraction * kept), free)
+    inside = [size.abs().masked_fill(~mask, -1.0) for size, mask in zip(magnitudes, masks, strict=True)]
+    outside = [slope.abs().masked_fill(mask, -1.0) for slope, mask in zip(gradients, masks, strict=True)]
+    survivors = top_masks(inside, count=kept - count)
+    grown = top_masks(outside, count=count)
+    return [a | b for a, b in zip(survivors, grown, strict=True)]
