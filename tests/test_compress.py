@@ -274,7 +274,7 @@ def test_calibrating_a_group_moves_the_basis_jointly() -> None:
 
     config = settings(schedule="static", sparsity=0.5, calibration={"steps": 1, "precision": "float32"})
     basis, factors = shared_svd(weights, rank=20)
-    group = TrainableGroup(basis, factors, groups[0].sites, [None] * len(weights), config)
+    group = TrainableGroup(basis, factors, groups[0].sites, [None] * len(weights), config, 0.5)
     blocks = {name: model.get_submodule(name) for name in groups[0].blocks}
     model.requires_grad_(False)
     with ActivationSpool(1 << 30) as spool:

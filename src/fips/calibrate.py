@@ -50,6 +50,23 @@ class _TrainableLinear(nn.Module):
         self.dense_gradient_RF = gradient_RF.detach()
 
 
+def choose_masks(
+    scores_RF: Sequence[Tensor], sites: Sequence[LinearSite], config: CompressionConfig, sparsity: float
+) -> list[Tensor]:
+    """Supports of the largest scores at a sparsity, in the pattern and scope of the settings.
+
+    N:M runs along the reduction: the rank for ``up`` layers, the columns for ``down`` layers.
+    """
+    if config.nm is None:
+        return unstructured_masks(scores_RF, sparsity=sparsity, scope=config.threshold)
+    n, m = config.nm
+    kept = max(n, round((1 - sparsity) * m))
+    return [
+        nm_mask(score, n=kept, m=m, dim=0 if site.role == "up" else 1)
+        for score, site in zip(scores_RF, sites, strict=True)
+    ]
+
+
 class TrainableGroup:
     """Basis, factors and masks of one group while they are being found."""
 
@@ -60,8 +77,10 @@ class TrainableGroup:
         sites: Sequence[LinearSite],
         biases: Sequence[nn.Parameter | None],
         config: CompressionConfig,
+        sparsity: float,
     ) -> None:
         self.config = config
+        self.sparsity = sparsity
         self.sites = tuple(sites)
         self.biases = tuple(biases)
         self.basis_DR = nn.Parameter(basis_DR.clone())
@@ -77,7 +96,8 @@ class TrainableGroup:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [self.basis_DR, *(layer.factor_RF for layer in self.layers)]
+        biases = [bias for bias in self.biases if bias is not None and bias.requires_grad]
+        return [self.basis_DR, *(layer.factor_RF for layer in self.layers), *biases]
 
     @property
     def masks(self) -> list[Tensor]:
@@ -87,11 +107,7 @@ class TrainableGroup:
     def choose_masks(self, sparsity: float) -> list[Tensor]:
         """Supports of the largest magnitudes at a sparsity, in the pattern and scope of the settings."""
         scores = [(layer.factor_RF * layer.mask_RF).abs() for layer in self.layers]
-        nm = self.config.nm
-        if nm is None:
-            return unstructured_masks(scores, sparsity=sparsity, scope=self.config.threshold)
-        kept = max(nm[0], round((1 - sparsity) * nm[1]))
-        return [self._nm(score, site, kept, nm[1]) for score, site in zip(scores, self.sites, strict=True)]
+        return choose_masks(scores, self.sites, self.config, sparsity)
 
     def set_masks(self, masks: Sequence[Tensor]) -> None:
         """Use other supports; entries outside them keep their value, unused."""
@@ -103,11 +119,6 @@ class TrainableGroup:
         self.set_masks(self.choose_masks(sparsity))
         for layer in self.layers:
             layer.factor_RF.data.mul_(layer.mask_RF)
-
-    @staticmethod
-    def _nm(score_RF: Tensor, site: LinearSite, n: int, m: int) -> Tensor:
-        """N:M along the reduction: the rank for ``up`` layers, the columns for ``down`` layers."""
-        return nm_mask(score_RF, n=n, m=m, dim=0 if site.role == "up" else 1)
 
     @torch.no_grad()
     def regrow(self, fraction: float, optimizer: torch.optim.Optimizer) -> None:
@@ -208,7 +219,7 @@ def calibrate_(
     """Train a group whose layers are already swapped into ``blocks``; returns the loss of every step.
 
     One step takes one recorded batch; batches come in a seeded random order, reshuffled every pass. The support
-    follows ``config.schedule`` and has its final sparsity from ``update_end`` of the steps on.
+    follows ``config.support_schedule`` and has its final sparsity from ``update_end`` of the steps on.
     """
     settings = group.config.calibration
     optimizer = torch.optim.AdamW(group.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -248,8 +259,8 @@ class _Support:
     def __init__(self, group: TrainableGroup, optimizer: torch.optim.Optimizer) -> None:
         settings = group.config.calibration
         self.group, self.optimizer = group, optimizer
-        self.schedule = group.config.schedule
-        self.final = group.config.factor_sparsity
+        self.schedule = group.config.support_schedule
+        self.final = group.sparsity
         self.updates = update_steps(steps=settings.steps, every=settings.update_every, end=settings.update_end)
         self.initial = min(settings.initial_sparsity, self.final)
         self.fraction = settings.regrow_fraction

@@ -88,6 +88,7 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.")] = False,
     sparsity: Sparsity = None,
     pattern: Pattern = None,
+    method: Annotated[str | None, typer.Option(help="fips-paper or fips.")] = None,
     schedule: Annotated[str | None, typer.Option(help="static, gmp or rigl.")] = None,
     threshold: Annotated[str | None, typer.Option(help="One threshold per `group` or per `layer`.")] = None,
     group_size: GroupSize = None,
@@ -195,8 +196,8 @@ def demo(
 
 
 INTERRUPTED = 130
-COMPRESSION = ("budget", "sparsity", "pattern", "schedule", "threshold", "group_size", "groups", "targets", "ignore",
-               "factor_dtype", "seed")  # fmt: skip
+COMPRESSION = ("budget", "method", "sparsity", "pattern", "schedule", "threshold", "group_size", "groups", "targets",
+               "ignore", "factor_dtype", "seed")  # fmt: skip
 CALIBRATION = ("steps", "learning_rate", "precision", "activation_memory")
 DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from fips.calibrate import (
     autocast_for,
     block_errors,
     calibrate_,
+    choose_masks,
     resolve_precision,
     swapped,
 )
@@ -27,7 +28,10 @@ from fips.errors import DataError
 from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner
 from fips.plan import GroupPlan, plan_compression
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
+from fips.solve.alternate import alternate, grow_basis
+from fips.solve.problems import DownProblem, SiteProblem, UpProblem
 from fips.solve.svd import grow_rank, shared_svd
+from fips.statistics import SiteStatistics, collect_statistics
 from fips.structure import LinearSite
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
@@ -120,12 +124,12 @@ class _GroupWork:
     def solve(self, batches: Iterable[Any]) -> tuple[GroupResult, SharedBasis, dict[str, FactoredLinear]]:
         started = time.perf_counter()
         records = record_blocks(self.model, self.blocks, self._counted(batches), self.spool, self._forward)
-        group = self._factorize()
+        group = self._factorize() if self.config.method == "fips-paper" else self._solve(records)
         with swapped(self.model, group.modules):
             start = self._errors_of_start(group, records)
             losses = calibrate_(group, self.blocks, records, self.spool, self.device, self._on_step)
             if not losses:
-                group.prune(self.config.factor_sparsity)
+                group.prune(self.plan.sparsity)
             basis, layers = self._pack(group)
         with swapped(self.model, layers), torch.no_grad():
             final = self._errors(records)
@@ -138,12 +142,38 @@ class _GroupWork:
         basis_DR, factors_RF = shared_svd(weights_DF, rank=self.plan.rank)
         basis_DR, factors_RF = grow_rank(basis_DR, factors_RF, rank=self.plan.rank, tau=self.config.growth_tau)
         biases = [getattr(self.model.get_submodule(site.name), "bias", None) for site in self.sites]
-        return TrainableGroup(basis_DR, factors_RF, self.sites, biases, self.config)
+        return TrainableGroup(basis_DR, factors_RF, self.sites, biases, self.config, self.plan.sparsity)
+
+    def _solve(self, records: Records) -> TrainableGroup:
+        """Activation-weighted alternating factorization; biases take up the mean error and are trained further."""
+        statistics = collect_statistics(self.model, self.plan.group, self.blocks, records, self.spool, self.device)
+        weights_DF = [dense_matrix(self.model, site).float() for site in self.sites]
+        with torch.autocast(self.device.type, enabled=False):
+            problems = [
+                site_problem(weight, site, statistics[site.name])
+                for weight, site in zip(weights_DF, self.sites, strict=True)
+            ]
+            basis_DR, _ = shared_svd(weights_DF, rank=self.plan.rank)
+            basis_DR = grow_basis(basis_DR, weights_DF, rank=self.plan.rank, seed=self.config.seed)
+            found = alternate(problems, basis_DR, self._supports)
+        biases = []
+        for site, weight_DF, factor_RF in zip(self.sites, weights_DF, found.factors_RF, strict=True):
+            error_DF = weight_DF - found.basis_DR @ factor_RF
+            bias = getattr(self.model.get_submodule(site.name), "bias", None)
+            mean = statistics[site.name].mean_D
+            lost = mean @ error_DF if site.role == "up" else error_DF @ mean
+            biases.append(None if bias is None else nn.Parameter(bias.detach() + lost.to(bias.dtype)))
+        group = TrainableGroup(found.basis_DR, found.factors_RF, self.sites, biases, self.config, self.plan.sparsity)
+        group.set_masks(found.masks_RF)
+        return group
+
+    def _supports(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        return choose_masks(scores, self.sites, self.config, self.plan.sparsity)
 
     def _errors_of_start(self, group: TrainableGroup, records: Records) -> tuple[BlockError, ...]:
         """The start pruned to the final sparsity at once; only masks change, and they are put back."""
         before = group.masks
-        group.set_masks(group.choose_masks(self.config.factor_sparsity))
+        group.set_masks(group.choose_masks(self.plan.sparsity))
         errors = self._errors(records)
         group.set_masks(before)
         return errors
@@ -191,6 +221,14 @@ class _GroupWork:
                 model(place(batch))
             else:
                 raise DataError(f"a batch must be a dict of tensors or a tensor, got {type(batch).__name__}")
+
+
+def site_problem(weight_DF: Tensor, site: LinearSite, statistics: SiteStatistics) -> SiteProblem:
+    """The error of one layer in the metric of its activations, as a share of the variance of its block's output."""
+    moment = statistics.moment(centered=site.has_bias)
+    if site.role == "up":
+        return UpProblem(weight_DF, moment, statistics.column_weights(site.columns))
+    return DownProblem(weight_DF, moment, statistics.scale)
 
 
 def dense_matrix(model: nn.Module, site: LinearSite) -> Tensor:

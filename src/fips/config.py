@@ -86,16 +86,19 @@ class CompressionConfig(Settings):
 
     budget: float = Field(gt=0, le=1)
     """Fraction of the MLP parameters to keep: basis entries plus non-zeros of the factors."""
-    method: Literal["fips-paper"] = "fips-paper"
-    """`fips-paper`: SVD start, magnitude sparsity, block-wise AdamW (arXiv 2411.09816)."""
+    method: Literal["fips-paper", "fips"] = "fips-paper"
+    """`fips-paper`: SVD start, magnitude sparsity, block-wise AdamW (arXiv 2411.09816).
+    `fips`: activation-weighted alternating solver, then the same calibration on its support."""
     sparsity: float | None = Field(default=None, ge=0, lt=1)
-    """Fraction of zeros in the factors; default 0.75, or 1 - N/M when `pattern` is N:M."""
+    """Fraction of zeros in the factors; default 1 - N/M when `pattern` is N:M, else 0.75 (`fips`: what a basis of
+    full rank leaves of the budget)."""
     pattern: str = Field(default="unstructured", pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$")
     """`unstructured`, or `N:M`: N non-zeros in every M consecutive entries along the reduction."""
     threshold: Literal["group", "layer"] = "group"
     """One magnitude threshold over all factors of a group, or one per layer."""
-    schedule: Literal["static", "gmp", "rigl"] = "gmp"
-    """How the support is found: once, by gradual magnitude pruning, or by prune-and-regrow."""
+    schedule: Literal["static", "gmp", "rigl"] | None = None
+    """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow; default
+    `gmp` for `fips-paper`, `rigl` for `fips` (whose solver has found a support before)."""
     group_size: int = Field(default=4, ge=1)
     """Consecutive blocks of equal width that share a basis."""
     groups: tuple[tuple[int, ...], ...] | None = None
@@ -124,9 +127,20 @@ class CompressionConfig(Settings):
                     f"`sparsity` {self.sparsity} contradicts `pattern` {self.pattern!r} (sparsity {1 - n / m:g}); "
                     "give only one of them"
                 )
-            if self.schedule == "rigl":
+            if self.support_schedule == "rigl":
                 raise ValueError("`schedule: rigl` needs `pattern: unstructured`; N:M works with `static` and `gmp`")
+        if self.method == "fips" and self.schedule == "gmp":
+            raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
         return self
+
+    @property
+    def support_schedule(self) -> Literal["static", "gmp", "rigl"]:
+        """``schedule``, or its default for the method and pattern."""
+        if self.schedule is not None:
+            return self.schedule
+        if self.method == "fips-paper":
+            return "gmp"
+        return "rigl" if self.nm is None else "static"
 
     @property
     def nm(self) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from fips.accounting import Footprint, dense_footprint, factored_footprint, item
 from fips.config import CompressionConfig
 from fips.errors import ConfigError, ModelError
 from fips.nn import factored_layers
-from fips.solve.rank import num_nonzeros, rank_for_budget
+from fips.solve.rank import full_rank_sparsity, num_nonzeros, rank_for_budget
 from fips.storage.packing import BITMASK, DENSE
 from fips.structure import LayerGroup, Skipped, group_mlps, locate_mlps
 
@@ -25,6 +25,8 @@ class GroupPlan:
 
     group: LayerGroup
     rank: int
+    sparsity: float
+    """Fraction of zeros in the factors."""
     nonzeros: int
     """Kept factor entries of the whole group, exact."""
     fmt: str
@@ -41,6 +43,7 @@ class GroupPlan:
             "width": self.group.width,
             "columns": self.group.columns,
             "rank": self.rank,
+            "sparsity": self.sparsity,
             "nonzeros": self.nonzeros,
             "format": self.fmt,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -109,7 +112,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
 def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) -> GroupPlan:
     _check_alignment(group, config)
     nm = config.nm
-    sparsity = config.factor_sparsity
+    sparsity = _sparsity(group, config)
     rank = rank_for_budget(
         budget=config.budget,
         width=group.width,
@@ -129,12 +132,22 @@ def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) 
     return GroupPlan(
         group=group,
         rank=rank,
+        sparsity=sparsity,
         nonzeros=nonzeros,
         fmt=fmt,
         dtype=dtype,
         dense=dense_footprint(group, itemsize=itemsize(weight_dtype)),
         factored=factored_footprint(group, rank=rank, nonzeros=nonzeros, fmt=fmt, itemsize=itemsize(dtype)),
     )
+
+
+def _sparsity(group: LayerGroup, config: CompressionConfig) -> float:
+    """The sparsity asked for; ``fips`` without one spends the budget on a basis of full rank where that fits."""
+    if config.method == "fips" and config.sparsity is None and config.nm is None:
+        chosen = full_rank_sparsity(budget=config.budget, width=group.width, columns=group.columns)
+        if chosen is not None:
+            return max(chosen, 0.0)
+    return config.factor_sparsity
 
 
 def _check_alignment(group: LayerGroup, config: CompressionConfig) -> None:
