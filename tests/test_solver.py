@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,6 +256,25 @@ def test_the_solver_starts_closer_than_the_paper(family: str) -> None:
         return sum(result["relative_error_start"] for result in report.groups)
 
     assert error("fips") < 0.5 * error("fips-paper")
+
+
+@pytest.mark.parametrize("schedule", ["static", "rigl"])
+@pytest.mark.parametrize("family", ["vit", "llama"])
+def test_calibration_from_the_solver_lowers_the_error_and_saves_exactly(
+    family: str, schedule: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    batches = batches_for(model)
+    calibration = {"steps": 40, "update_every": 10, "precision": "float32"}
+    config = fips.CompressionConfig(budget=0.5, method="fips", schedule=schedule, calibration=calibration)  # type: ignore[arg-type]
+    report = fips.compress(model, batches, config)
+    result = report.groups[0]
+    assert result["relative_error_final"] < result["relative_error_start"]
+    assert report.plan["groups"][0]["rank"] == 32
+    assert fips.save(model, tmp_path / "out") == report.plan["compressed_model"]["bytes"]
+    loaded = fips.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(**batches[0]).logits, model(**batches[0]).logits)
 
 
 def test_biases_take_up_the_mean_error() -> None:

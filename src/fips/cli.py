@@ -238,11 +238,11 @@ def _recipe(
     data: dict[str, Any] | None = None,
     default_budget: float | None = None,
 ) -> Any:
-    """The recipe asked for, or the paper's, with the options given on the command line in its place."""
+    """The recipe asked for, or the method's own, with the options given on the command line in its place."""
     from fips.config import DataConfig, Recipe
     from fips.recipes import load_recipe
 
-    base = load_recipe(name or "paper")
+    base = load_recipe(name or ("fips" if compression.get("method") == "fips" else "paper"))
     if name is None and "budget" not in compression:
         if default_budget is None:
             raise ConfigError("no budget: give --budget (fraction of MLP parameters to keep) or --recipe")

@@ -156,16 +156,21 @@ class _GroupWork:
             basis_DR, _ = shared_svd(weights_DF, rank=self.plan.rank)
             basis_DR = grow_basis(basis_DR, weights_DF, rank=self.plan.rank, seed=self.config.seed)
             found = alternate(problems, basis_DR, self._supports)
-        biases = []
-        for site, weight_DF, factor_RF in zip(self.sites, weights_DF, found.factors_RF, strict=True):
-            error_DF = weight_DF - found.basis_DR @ factor_RF
-            bias = getattr(self.model.get_submodule(site.name), "bias", None)
-            mean = statistics[site.name].mean_D
-            lost = mean @ error_DF if site.role == "up" else error_DF @ mean
-            biases.append(None if bias is None else nn.Parameter(bias.detach() + lost.to(bias.dtype)))
+            biases = [
+                self._moved_bias(site, weight - found.basis_DR @ factor, statistics[site.name].mean_D)
+                for site, weight, factor in zip(self.sites, weights_DF, found.factors_RF, strict=True)
+            ]
         group = TrainableGroup(found.basis_DR, found.factors_RF, self.sites, biases, self.config, self.plan.sparsity)
         group.set_masks(found.masks_RF)
         return group
+
+    def _moved_bias(self, site: LinearSite, error_DF: Tensor, mean: Tensor) -> nn.Parameter | None:
+        """A layer's bias plus the mean of what its new matrix loses."""
+        bias = getattr(self.model.get_submodule(site.name), "bias", None)
+        if bias is None:
+            return None
+        lost = mean @ error_DF if site.role == "up" else error_DF @ mean
+        return nn.Parameter(bias.detach() + lost.to(bias.dtype))
 
     def _supports(self, scores: Sequence[Tensor]) -> list[Tensor]:
         return choose_masks(scores, self.sites, self.config, self.plan.sparsity)

@@ -98,7 +98,7 @@ class CompressionConfig(Settings):
     """One magnitude threshold over all factors of a group, or one per layer."""
     schedule: Literal["static", "gmp", "rigl"] | None = None
     """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow; default
-    `gmp` for `fips-paper`, `rigl` for `fips` (whose solver has found a support before)."""
+    `gmp` for `fips-paper`, `static` for `fips` (whose solver has found a support before)."""
     group_size: int = Field(default=4, ge=1)
     """Consecutive blocks of equal width that share a basis."""
     groups: tuple[tuple[int, ...], ...] | None = None
@@ -138,9 +138,7 @@ class CompressionConfig(Settings):
         """``schedule``, or its default for the method and pattern."""
         if self.schedule is not None:
             return self.schedule
-        if self.method == "fips-paper":
-            return "gmp"
-        return "rigl" if self.nm is None else "static"
+        return "gmp" if self.method == "fips-paper" else "static"
 
     @property
     def nm(self) -> tuple[int, int] | None:
