@@ -11,6 +11,7 @@ from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.errors import ConfigError
 from fips.jobs import plan_source
 from fips.recipes import load_recipe, recipe_names
+from fips.report.tables import format_bytes
 
 
 @pytest.mark.parametrize(
@@ -114,3 +115,12 @@ def test_paper_recipes_plan_their_real_models(name: str) -> None:
     mask_bytes = sum(-(-group.rank * site.columns // 8) for group in plan.groups for site in group.group.sites)
     assert plan.factored.bytes == plan.factored.parameters * itemsize + mask_bytes
     assert plan.skipped == ()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1234, "1.23 kB"), (22_252_064, "22.3 MB"), (999_499, "999 kB"), (999_600, "1.00 MB"),
+     (16_060_522_496, "16.1 GB"), (5_000_000_000_000, "5000 GB")],
+)  # fmt: skip
+def test_sizes_are_written_with_three_digits(count: int, text: str) -> None:
+    assert format_bytes(count) == text

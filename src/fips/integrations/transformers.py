@@ -59,8 +59,7 @@ def load_dense(source: str, *, dtype: str = "auto", device: torch.device | str =
         raise ModelError(f"`{source}` is already compressed ({method}); give the original model")
     model_class = _model_class(config)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    with _quiet():
-        model = _from_source(source, model_class.from_pretrained, dtype=wanted)
+    model = _from_source(source, model_class.from_pretrained, dtype=wanted)
     model.to(device)
     return model.eval()
 
@@ -131,7 +130,8 @@ def _looks_like_path(source: str) -> bool:
 
 def _from_source(source: str, load: Callable[..., _T], **options: Any) -> _T:
     try:
-        return load(source, **options)
+        with _quiet():
+            return load(source, **options)
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise ModelError(
@@ -151,15 +151,17 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and notes, which would mix with ours."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
+    """Silence the progress bars and notes of transformers and the hub client, which would mix with ours."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()

@@ -14,11 +14,12 @@ __all__ = ["format_bytes", "mlp_table", "plan_table", "result_table", "size_tabl
 
 
 def format_bytes(count: int) -> str:
-    """``1.23 MB`` (10^6 bytes), exact below 1 kB."""
+    """Three digits, ``1.23 MB`` or ``865 MB`` (10^6 bytes), exact below 1 kB."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000 or unit == "GB":
-            return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+        if abs(value) < 999.5 or unit == "GB":
+            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+            return f"{count} B" if unit == "B" else f"{value:.{digits}f} {unit}"
         value /= 1000
     raise AssertionError("unreachable")
 
@@ -52,7 +53,7 @@ def plan_table(groups: Sequence[GroupPlan]) -> Table:
             _span(plan.group.blocks),
             f"{plan.group.width}x{plan.group.columns}",
             str(plan.rank),
-            f"{plan.nonzeros:,}",
+            f"{plan.nonzeros:,}" if plan.nonzeros < 1_000_000 else f"{plan.nonzeros / 1e6:.1f} M",
             format_bytes(plan.dense.bytes),
             format_bytes(plan.factored.bytes),
             f"{plan.factored.bytes / plan.dense.bytes:.1%}",
