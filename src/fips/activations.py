@@ -91,7 +91,6 @@ class _Recorder:
     spool: ActivationSpool
     constants: list[tuple[Tensor, _Stored]] = field(default_factory=list)
     current: list[tuple[Tensor, _Stored]] = field(default_factory=list)
-    calls: dict[str, list[BlockCall]] = field(default_factory=dict)
     pending: tuple[Any, Any] | None = None
 
     def keep(self, leaf: Any) -> Any:

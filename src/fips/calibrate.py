@@ -19,6 +19,7 @@ from fips.activations import ActivationSpool, BlockCall, first_tensor
 from fips.config import CompressionConfig
 from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
 from fips.solve.schedules import gmp_sparsity, rigl_fraction, update_steps
+from fips.statistics import RunningVariance
 from fips.structure import LinearSite
 
 __all__ = ["BlockError", "TrainableGroup", "autocast_for", "block_errors", "calibrate_", "resolve_precision", "swapped"]
@@ -194,17 +195,14 @@ def block_errors(
     """Error of every block on the recorded batches, each batch weighted by its number of entries."""
     results = []
     for name, block in blocks.items():
-        squared = total = squares = 0.0
-        count = 0
+        squared, variance = 0.0, RunningVariance()
         for record in records:
             target = spool.get(record[name].output).to(device).double()
             args, kwargs = record[name].arguments(spool, device)
             squared += (first_tensor(block(*args, **kwargs)).double() - target).square().sum().item()
-            total += target.sum().item()
-            squares += target.square().sum().item()
-            count += target.numel()
-        variance = squares / count - (total / count) ** 2
-        results.append(BlockError(name, squared / count, squared / count / variance))
+            variance.add(target)
+        mse = squared / variance.count
+        results.append(BlockError(name, mse, mse / variance.value))
     return results
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fips.activations import ActivationSpool, BlockCall
 from fips.structure import LayerGroup, LinearSite, Mlp
 
-__all__ = ["SiteStatistics", "collect_statistics"]
+__all__ = ["RunningVariance", "SiteStatistics", "collect_statistics"]
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ def collect_statistics(
     statistics = {site.name: _empty(site, device) for site in group.sites}
     for name, block in blocks.items():
         mlps = [mlp for mlp in group.mlps if mlp.block == name]
-        variance = _Variance()
+        variance = RunningVariance()
         for record in records:
             variance.add(spool.get(record[name].output))
             args, kwargs = record[name].arguments(spool, device)
@@ -90,7 +90,7 @@ def _empty(site: LinearSite, device: torch.device) -> SiteStatistics:
     return SiteStatistics(torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, device=device))
 
 
-class _Variance:
+class RunningVariance:
     """Variance over all entries of a stream of tensors."""
 
     def __init__(self) -> None:

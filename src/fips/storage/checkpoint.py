@@ -20,7 +20,7 @@ from fips.integrations.transformers import build_empty, config_from_fields
 from fips.nn import factored_layers
 from fips.report.record import CompressionReport
 from fips.storage.files import MANIFEST, complete_directory, read_json, verify_manifest, write_manifest
-from fips.storage.layout import Layout, describe_layout, install_layout
+from fips.storage.layout import QUANT_METHOD, Layout, describe_layout, install_layout
 
 __all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "save"]
 
@@ -38,7 +38,7 @@ def is_compressed(directory: str | Path) -> bool:
     if not (path / "config.json").is_file():
         return False
     quantization = read_json(path / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "fips"
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def save(
