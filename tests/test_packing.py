@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from fips.solve.patterns import nm_mask
-from fips.storage.packing import code_bits, pack, pattern_bytes, unpack, unpack_mask
+from fips.storage.packing import (
+    BLOCKS,
+    BlockAxis,
+    code_bits,
+    dequantize_rows,
+    pack,
+    pattern_bytes,
+    quantize_rows,
+    row_scales,
+    unpack,
+    unpack_mask,
+)
 
 FORMATS = ["dense", "bitmask", "2:4", "1:4", "4:16", "8:16", "2:16", "3:7", "16:32"]
 
@@ -39,6 +50,66 @@ def test_unpack_inverts_pack_exactly(fmt: str, dtype: torch.dtype) -> None:
     shape = (matrix.shape[0], matrix.shape[1])
     assert torch.equal(unpack_mask(pattern, shape=shape, fmt=fmt), mask)
     assert torch.equal(unpack(values, pattern, shape=shape, fmt=fmt), matrix * mask)
+
+
+def block_example(fmt: str, axis: BlockAxis) -> tuple[torch.Tensor, torch.Tensor]:
+    """Odd number of rows, columns and blocks; an empty and a full line of blocks."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(5, 13, generator=generator) < 0.3
+    blocks[1], blocks[2] = False, True
+    mask = blocks.repeat_interleave(BLOCKS[fmt], dim=0) if axis == 0 else blocks.repeat_interleave(BLOCKS[fmt], dim=1)
+    return torch.randn(mask.shape, generator=generator), mask
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("fmt", BLOCKS)
+def test_block_formats_invert_exactly_with_one_bit_per_block(fmt: str, axis: BlockAxis) -> None:
+    matrix, mask = block_example(fmt, axis)
+    values, pattern = pack(matrix, mask, fmt=fmt, block_axis=axis)
+    assert pattern.numel() == pattern_bytes(size=matrix.numel(), fmt=fmt) == 9  # 65 blocks
+    shape = (matrix.shape[0], matrix.shape[1])
+    assert torch.equal(unpack_mask(pattern, shape=shape, fmt=fmt, block_axis=axis), mask)
+    assert torch.equal(unpack(values, pattern, shape=shape, fmt=fmt, block_axis=axis), matrix * mask)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_entries_of_a_block_lie_together_and_blocks_are_row_major(axis: BlockAxis) -> None:
+    matrix, mask = block_example("block4", axis)
+    expected = []
+    rows, cols = matrix.shape
+    for i in range(0, rows, 4 if axis == 0 else 1):
+        for j in range(0, cols, 1 if axis == 0 else 4):
+            if mask[i, j]:
+                expected += [matrix[i + k, j] if axis == 0 else matrix[i, j + k] for k in range(4)]
+    values, _ = pack(matrix, mask, fmt="block4", block_axis=axis)
+    assert torch.equal(values, torch.stack(expected))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_split_block_and_an_odd_size_are_refused(axis: BlockAxis) -> None:
+    matrix, mask = block_example("block4", axis)
+    mask[0, 0] = ~mask[0, 0]
+    with pytest.raises(ValueError, match=f"splits a block of 4 neighbours along axis {axis}"):
+        pack(matrix, mask, fmt="block4", block_axis=axis)
+    with pytest.raises(ValueError, match="needs a multiple of 8 along axis"):
+        pack(torch.zeros(12, 12), torch.zeros(12, 12, dtype=torch.bool), fmt="block8", block_axis=axis)
+
+
+def test_int8_rows_reach_127_and_err_by_half_a_step_at_most() -> None:
+    matrix, mask = example("bitmask")
+    matrix = matrix * torch.logspace(-6, 6, 13).unsqueeze(1)
+    scales = row_scales(matrix, mask)
+    quantized = quantize_rows(matrix * mask, scales)
+    assert scales[2] == 0  # the empty row
+    assert torch.equal(quantized[2], torch.zeros(77, dtype=torch.int8))
+    assert quantized.abs().amax(1).tolist() == [0 if row == 2 else 127 for row in range(13)]
+    error = (dequantize_rows(quantized, scales) - matrix * mask).abs()
+    assert (error <= scales.unsqueeze(1) * 0.5001).all()
+
+
+def test_int8_clips_to_a_symmetric_range() -> None:
+    quantized = quantize_rows(torch.tensor([[-9.0, 9.0, 1.0, 0.4]]), torch.tensor([0.01]))
+    assert quantized.tolist() == [[-127, 127, 100, 40]]
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 16), (8, 16), (2, 16), (3, 7)])

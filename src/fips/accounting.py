@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fips.storage.packing import pattern_bytes
-from fips.structure import LayerGroup
+from fips.nn import ValueKind
+from fips.storage.packing import BITMASK, pattern_bytes
+from fips.structure import LayerGroup, LinearSite
 
-__all__ = ["Footprint", "dense_footprint", "factored_footprint", "named_state", "state_bytes"]
+__all__ = ["Footprint", "LayerStorage", "dense_footprint", "factored_footprint", "named_state", "state_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +49,60 @@ def dense_footprint(group: LayerGroup, *, itemsize: int) -> Footprint:
     return Footprint(parameters=size, value_bytes=size * itemsize, pattern_bytes=0, macs_per_token=size)
 
 
-def factored_footprint(group: LayerGroup, *, rank: int, nonzeros: int, fmt: str, itemsize: int) -> Footprint:
-    """The matrices of a group as one basis and packed factors.
+@dataclass(frozen=True, slots=True)
+class LayerStorage:
+    """How one matrix is stored."""
 
-    Multiply-adds: every matrix applies the basis once and its non-zeros once,
-    ``len(sites) * d * R + nonzeros``, whatever the kernel spends on zeros.
+    nonzeros: int
+    """Kept entries of its factor."""
+    fmt: str = BITMASK
+    """Packed format, see ``fips.storage.packing``."""
+    values: ValueKind = "float"
+    shared: bool = True
+    """Whether it uses the basis of its group; False is the identity basis, plain pruning."""
+
+
+def factored_footprint(
+    group: LayerGroup,
+    *,
+    rank: int,
+    itemsize: int,
+    nonzeros: int | None = None,
+    fmt: str = BITMASK,
+    layers: Sequence[LayerStorage] | None = None,
+) -> Footprint:
+    """The matrices of a group as one basis and packed factors: exactly the bytes of the tensors in the file.
+
+    Either ``layers`` says how each site of the group is stored, in order, or ``nonzeros`` is the number of floating
+    values of all of them together in one format. ``itemsize`` is that of basis, floating values and scales. A basis
+    that no layer uses takes nothing. Scales of int8 values are bytes, not parameters. Multiply-adds: every matrix
+    applies its basis once and its non-zeros once, whatever the kernel spends on zeros.
     """
+    if layers is None:
+        assert nonzeros is not None
+        rest = [LayerStorage(0, fmt)] * (len(group.sites) - 1)
+        layers = [LayerStorage(nonzeros, fmt), *rest]
+    shared = sum(layer.shared for layer in layers)
     basis = group.width * rank
+    owned = basis if shared else 0
+    kept = sum(layer.nonzeros for layer in layers)
+    parts = [_layer_bytes(site, layer, rank, itemsize) for site, layer in zip(group.sites, layers, strict=True)]
     return Footprint(
-        parameters=basis + nonzeros,
-        value_bytes=(basis + nonzeros) * itemsize,
-        pattern_bytes=sum(pattern_bytes(size=rank * site.columns, fmt=fmt) for site in group.sites),
-        macs_per_token=len(group.sites) * basis + nonzeros,
+        parameters=owned + kept,
+        value_bytes=owned * itemsize + sum(values for values, _ in parts),
+        pattern_bytes=sum(pattern for _, pattern in parts),
+        macs_per_token=shared * basis + kept,
     )
+
+
+def _layer_bytes(site: LinearSite, layer: LayerStorage, rank: int, itemsize: int) -> tuple[int, int]:
+    """``(values and scales, pattern)`` of one matrix."""
+    rank = rank if layer.shared else site.width
+    pattern = pattern_bytes(size=rank * site.columns, fmt=layer.fmt)
+    if layer.values == "float":
+        return layer.nonzeros * itemsize, pattern
+    rows = site.columns if site.role == "up" else rank
+    return layer.nonzeros + rows * itemsize, pattern
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:

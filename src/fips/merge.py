@@ -32,7 +32,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _other_dtype(model: nn.Module, layers: Mapping[str, FactoredLinear]) -> torch.dtype:
-    factored = {id(p) for layer in layers.values() for p in (layer.values, layer.basis.weight)}
+    owned = [layer.basis.weight for layer in layers.values() if layer.basis is not None]
+    factored = {id(p) for p in (*owned, *(layer.values for layer in layers.values()))}
     others = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in factored)
     return next(others, torch.get_default_dtype())
 

@@ -5,16 +5,33 @@ Shape legend: D width of the residual stream, F columns of one matrix, R rank of
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fips.storage.packing import BITMASK, DENSE, pack, parse_nm, pattern_bytes, unpack, unpack_mask
+from fips.errors import ConfigError
+from fips.storage.packing import (
+    BITMASK,
+    DENSE,
+    BlockAxis,
+    block_size,
+    dequantize_rows,
+    pack,
+    parse_nm,
+    pattern_bytes,
+    quantize_rows,
+    row_scales,
+    unpack,
+    unpack_mask,
+)
 from fips.structure.locate import Role
 
-__all__ = ["BASES", "FactoredLinear", "SharedBasis", "basis_owner", "factored_layers"]
+__all__ = ["BASES", "FactoredLinear", "SharedBasis", "ValueKind", "basis_owner", "factored_layers"]
+
+ValueKind = Literal["float", "int8"]
+"""How kept entries are stored: in a floating type, or as int8 with one scale per row."""
 
 BASES = "fips_bases"
 """Name under which the owner of the bases registers them."""
@@ -40,15 +57,22 @@ class FactoredLinear(nn.Module):
     r"""A linear layer :math:`W = B F` whose basis is shared and whose factor is sparse and packed.
 
     ``up`` layers compute :math:`y = F^\top (B^\top x) + b`, ``down`` layers :math:`y = B (F x) + b`. The basis is
-    borrowed: the model owns it, so that it is saved, moved and trained once. ``values`` is a parameter, so training
-    changes the kept entries and never the support. See ``fips.storage.packing`` for the formats.
+    borrowed: the model owns it, so that it is saved, moved and trained once. ``basis=None`` is the identity, a plainly
+    pruned layer; then ``width`` says what the basis would. See ``fips.storage.packing`` for the formats.
+
+    ``values`` is a parameter, so training changes the kept entries and never the support. With ``values="int8"`` it
+    is a buffer and so is ``scales`` (one per stored row, in a floating type): training leaves both alone.
+
+    Raises ``ConfigError`` if neither basis nor width is given, or the columns do not fill the blocks of the format.
     """
 
     pattern: Tensor
+    scales: Tensor
+    values: Tensor
 
     def __init__(
         self,
-        basis: SharedBasis,
+        basis: SharedBasis | None,
         *,
         role: Role,
         columns: int,
@@ -56,64 +80,115 @@ class FactoredLinear(nn.Module):
         fmt: str = BITMASK,
         bias: bool = False,
         dtype: torch.dtype | None = None,
+        width: int | None = None,
+        values: ValueKind = "float",
     ) -> None:
         super().__init__()
         self._borrowed = (basis,)
-        width, rank = basis.weight.shape
+        width, self.rank = _width_and_rank(basis, width)
+        if columns % block_size(fmt):
+            raise ConfigError(f"format {fmt} needs a multiple of {block_size(fmt)} hidden columns, got {columns}")
         self.role: Role = role
         self.fmt = fmt
+        self.kind: ValueKind = values
         self.conv1d = False
         self.in_features, self.out_features = (width, columns) if role == "up" else (columns, width)
-        self.factor_shape = (columns, rank) if role == "up" else (rank, columns)
-        self.values = nn.Parameter(torch.empty(nonzeros, dtype=dtype))
+        self.factor_shape = (columns, self.rank) if role == "up" else (self.rank, columns)
+        if values == "int8":
+            self.register_buffer("values", torch.empty(nonzeros, dtype=torch.int8))
+            self.register_buffer("scales", torch.empty(self.factor_shape[0], dtype=dtype))
+        else:
+            self.values = nn.Parameter(torch.empty(nonzeros, dtype=dtype))
         if fmt != DENSE:
-            size = pattern_bytes(size=columns * rank, fmt=fmt)
+            size = pattern_bytes(size=columns * self.rank, fmt=fmt)
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
 
     @classmethod
     def from_factor(
         cls,
-        basis: SharedBasis,
+        basis: SharedBasis | None,
         factor_RF: Tensor,
         mask_RF: Tensor,
         *,
         role: Role,
         fmt: str,
         dtype: torch.dtype | None = None,
+        values: ValueKind = "float",
+        scales: Tensor | None = None,
     ) -> Self:
-        """Pack a dense factor on its support; the bias is set by the caller."""
+        """Pack a dense factor on its support; the bias is set by the caller. Without a basis R is the width.
+
+        ``dtype`` is that of the values, with ``values="int8"`` that of the scales. int8 values are the nearest
+        multiples of ``scales``, one for each of the F rows of a transposed ``up`` factor or of the R rows of a
+        ``down`` factor; without them every row's largest magnitude becomes 127.
+        """
+        rank, columns = factor_RF.shape
         matrix, mask = (factor_RF.T, mask_RF.T) if role == "up" else (factor_RF, mask_RF)
-        values, pattern = pack(matrix.detach().contiguous(), mask.contiguous(), fmt=fmt)
-        layer = cls(basis, role=role, columns=factor_RF.shape[1], nonzeros=values.numel(), fmt=fmt)
-        layer.values = nn.Parameter(values.to(dtype or values.dtype))
+        matrix, mask = matrix.detach().contiguous(), mask.contiguous()
+        if values == "int8":
+            scales = (row_scales(matrix, mask) if scales is None else scales.detach()).to(dtype or matrix.dtype)
+            if scales.shape != matrix.shape[:1]:
+                raise ConfigError(f"`scales` wants {matrix.shape[0]} numbers, one per row, got {tuple(scales.shape)}")
+            matrix = quantize_rows(matrix, scales)
+        kept, pattern = pack(matrix, mask, fmt=fmt, block_axis=_block_axis(role))
+        layer = cls(
+            basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=None if basis else rank,
+            values=values,
+        )  # fmt: skip
+        if scales is not None:
+            layer.values, layer.scales = kept, scales
+        else:
+            layer.values = nn.Parameter(kept.to(dtype or kept.dtype))
         if fmt != DENSE:
             layer.pattern = pattern
         return layer
 
     @property
-    def basis(self) -> SharedBasis:
+    def basis(self) -> SharedBasis | None:
         return self._borrowed[0]
+
+    @property
+    def block_axis(self) -> BlockAxis:
+        """Axis of the stored matrix that runs over hidden columns, along which blocks lie."""
+        return _block_axis(self.role)
+
+    @property
+    def width(self) -> int:
+        return self.in_features if self.role == "up" else self.out_features
+
+    @property
+    def columns(self) -> int:
+        return self.out_features if self.role == "up" else self.in_features
 
     def factor(self) -> Tensor:
         """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
         pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        return unpack(self.values, pattern, shape=self.factor_shape, fmt=self.fmt)
+        stored = unpack(self.values, pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
+        return dequantize_rows(stored, self.scales) if self.kind == "int8" else stored
+
+    def mask(self) -> Tensor:
+        """The support of ``factor()``."""
+        pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
+        return unpack_mask(pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
 
     def num_kept(self) -> int:
         """Entries the pattern keeps; equals the number of values unless the layer was damaged."""
-        if self.fmt == DENSE:
-            return self.factor_shape[0] * self.factor_shape[1]
-        return int(unpack_mask(self.pattern, shape=self.factor_shape, fmt=self.fmt).sum())
+        return int(self.mask().sum())
 
     def dense_weight(self) -> Tensor:
         r"""The product :math:`B F` as the (out, in) weight of a plain linear layer, computed in float32."""
-        basis_DR, factor = self.basis.weight.float(), self.factor().float()
+        factor = self.factor().float()
+        if self.basis is None:
+            return factor
+        basis_DR = self.basis.weight.float()
         return factor @ basis_DR.T if self.role == "up" else basis_DR @ factor
 
     def forward(self, x: Tensor) -> Tensor:
         factor = self.factor().to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.basis is None:
+            return linear(x, factor, bias)
         if self.role == "up":
             return linear(self.basis(x), factor, bias)
         y: Tensor = self.basis(linear(x, factor), expand=True)
@@ -121,12 +196,25 @@ class FactoredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / (self.factor_shape[0] * self.factor_shape[1])
-        nm = parse_nm(self.fmt)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.basis.weight.shape[1]}, "
-            f"role={self.role}, kept={kept:.3f}, pattern={'N:M ' + self.fmt if nm else self.fmt}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={'none' if self.basis is None else self.rank}, role={self.role}, kept={kept:.3f}, "
+            f"pattern={'N:M ' + self.fmt if parse_nm(self.fmt) else self.fmt}, values={self.kind}, "
             f"bias={self.bias is not None}"
         )
+
+
+def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, int]:
+    """``(D, R)``; without a basis R is D."""
+    if basis is not None:
+        return basis.weight.shape[0], basis.weight.shape[1]
+    if width is None:
+        raise ConfigError("a layer without a basis needs its `width`")
+    return width, width
+
+
+def _block_axis(role: Role) -> BlockAxis:
+    return 0 if role == "up" else 1
 
 
 def basis_owner(model: nn.Module) -> nn.Module:

@@ -118,7 +118,7 @@ def _write_config(model: PreTrainedModel, directory: Path) -> None:
     config = model.config.to_dict()
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["architectures"] = [type(model).__name__]
-    config["quantization_config"] = describe_layout(model).model_dump()
+    config["quantization_config"] = describe_layout(model).to_dict()
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -154,7 +154,7 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
         wanted = expected[name]
         if tensor.shape != wanted.shape:
             raise CheckpointError(f"tensor `{name}` has shape {tuple(tensor.shape)}, wanted {tuple(wanted.shape)}")
-        if tensor.is_floating_point() != wanted.is_floating_point():
+        if tensor.dtype != wanted.dtype and not (tensor.is_floating_point() and wanted.is_floating_point()):
             raise CheckpointError(f"tensor `{name}` has type {tensor.dtype}, wanted a type like {wanted.dtype}")
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from fips.errors import CheckpointError
-from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
-from fips.storage.packing import parse_nm
+from fips.nn import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
+from fips.storage.packing import block_size, parse_nm
 
 __all__ = ["QUANT_METHOD", "Layout", "describe_layout", "install_layout"]
 
@@ -26,11 +26,17 @@ class BasisLayout(_Strict):
 
 
 class LayerLayout(_Strict):
-    basis: str
+    """One factored layer. Fields with a default are written only where they differ from it."""
+
+    basis: str | None = None
+    """Name of its basis; None is the identity."""
+    width: int | None = Field(default=None, ge=1)
+    """Features on the side of the residual stream, given where no basis says it."""
     role: Literal["up", "down"]
     columns: int = Field(ge=1)
     nonzeros: int = Field(ge=0)
     format: str
+    values: ValueKind = "float"
     bias: bool
     conv1d: bool
 
@@ -39,6 +45,14 @@ class LayerLayout(_Strict):
     def _known(cls, value: str) -> str:
         parse_nm(value)
         return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.basis is None) != (self.width is not None):
+            raise ValueError("wants either `basis` or `width`")
+        if self.columns % block_size(self.format):
+            raise ValueError(f"`columns` {self.columns} does not fill the blocks of {self.format}")
+        return self
 
 
 class Layout(_Strict):
@@ -66,6 +80,11 @@ class Layout(_Strict):
             name = ".".join(str(part) for part in first["loc"])
             raise CheckpointError(f"{where}: `quantization_config.{name}`: {first['msg']}") from None
 
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        layers = {name: layer.model_dump(exclude_defaults=True) for name, layer in self.layers.items()}
+        return {**self.model_dump(exclude={"layers"}), "layers": layers}
+
 
 def describe_layout(model: nn.Module) -> Layout:
     """The layout of a compressed model, read off its modules."""
@@ -77,11 +96,13 @@ def describe_layout(model: nn.Module) -> Layout:
         },
         layers={
             name: LayerLayout(
-                basis=names[id(layer.basis)],
+                basis=None if layer.basis is None else names[id(layer.basis)],
+                width=layer.width if layer.basis is None else None,
                 role=layer.role,
-                columns=layer.out_features if layer.role == "up" else layer.in_features,
+                columns=layer.columns,
                 nonzeros=layer.values.numel(),
                 format=layer.fmt,
+                values=layer.kind,
                 bias=layer.bias is not None,
                 conv1d=layer.conv1d,
             )
@@ -102,15 +123,17 @@ def install_layout(model: nn.Module, layout: Layout) -> None:
             model.get_submodule(name)
         except AttributeError:
             raise CheckpointError(f"layer `{name}` of the checkpoint is not in `{type(model).__name__}`") from None
-        if entry.basis not in bases:
+        if entry.basis is not None and entry.basis not in bases:
             raise CheckpointError(f"layer `{name}` names basis `{entry.basis}`; known: {', '.join(bases)}")
         layer = FactoredLinear(
-            bases[entry.basis],
+            None if entry.basis is None else bases[entry.basis],
             role=entry.role,
             columns=entry.columns,
             nonzeros=entry.nonzeros,
             fmt=entry.format,
             bias=entry.bias,
+            width=entry.width,
+            values=entry.values,
         )
         layer.conv1d = entry.conv1d
         model.set_submodule(name, layer)

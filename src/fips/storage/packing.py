@@ -1,37 +1,67 @@
 """Sparse matrices as values plus a packed pattern; exact inverses, no pickle, any device.
 
 A packed matrix has shape (rows, cols) with the *reduction* along the columns, as the weight of a linear layer has:
-the factor of an ``up`` layer is stored transposed, (F, R), that of a ``down`` layer as it is, (R, F). Three formats:
+the factor of an ``up`` layer is stored transposed, (F, R), that of a ``down`` layer as it is, (R, F). The formats:
 
 ``dense``    all values, no pattern
 ``bitmask``  1 bit per entry, row-major, least significant bit first
 ``N:M``      per group of M consecutive entries the rank of its N-subset in colexicographic order,
              ``ceil(log2(binomial(M, N)))`` bits each, bits packed like a bitmask: 4:16 costs 11 bits per 16 entries
+``block4``,  1 bit per block of 4 (8) neighbours along ``block_axis``: 0 joins entries of one column, 1 entries of one
+``block8``   row; the bits of all blocks row-major. Hidden neurons lie on axis 0 of ``up`` and on axis 1 of ``down``
 
-Values are the kept entries in row-major order in all formats.
+Values are the kept entries in row-major order; of block formats the kept blocks in row-major order, the entries of a
+block together (for ``block_axis`` 1 this is the row-major order of the entries).
+
+int8 values stand for ``value * scale[row]``, one scale per stored row, symmetric in [-127, 127].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["code_bits", "pack", "parse_nm", "pattern_bytes", "unpack", "unpack_mask"]
+__all__ = [
+    "BITMASK",
+    "BLOCKS",
+    "DENSE",
+    "BlockAxis",
+    "block_size",
+    "code_bits",
+    "dequantize_rows",
+    "pack",
+    "parse_nm",
+    "pattern_bytes",
+    "quantize_rows",
+    "row_scales",
+    "unpack",
+    "unpack_mask",
+]
 
 DENSE, BITMASK = "dense", "bitmask"
+BLOCKS = {"block4": 4, "block8": 8}
+INT8_MAX = 127
+BlockAxis = Literal[0, 1]
 
 
 def parse_nm(fmt: str) -> tuple[int, int] | None:
-    """``(N, M)`` of an ``N:M`` format, None for the other two; raises ``ValueError`` for an unknown one."""
-    if fmt in (DENSE, BITMASK):
+    """``(N, M)`` of an ``N:M`` format, None for the others; raises ``ValueError`` for an unknown one."""
+    if fmt in (DENSE, BITMASK) or fmt in BLOCKS:
         return None
     n, colon, m = fmt.partition(":")
     if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m) <= 32):
-        raise ValueError(f"unknown packed format {fmt!r}; known: dense, bitmask, N:M with 0 < N < M <= 32")
+        known = ", ".join((DENSE, BITMASK, *BLOCKS))
+        raise ValueError(f"unknown packed format {fmt!r}; known: {known}, N:M with 0 < N < M <= 32")
     return int(n), int(m)
+
+
+def block_size(fmt: str) -> int:
+    """Entries under one mask bit; 1 for formats without blocks."""
+    return BLOCKS.get(fmt, 1)
 
 
 def code_bits(n: int, m: int) -> int:
@@ -44,15 +74,21 @@ def pattern_bytes(*, size: int, fmt: str) -> int:
     nm = parse_nm(fmt)
     if nm is not None:
         return -(-(size // nm[1] * code_bits(*nm)) // 8)
-    return 0 if fmt == DENSE else -(-size // 8)
+    return 0 if fmt == DENSE else -(-size // (8 * block_size(fmt)))
 
 
-def pack(matrix: Tensor, mask: Tensor, *, fmt: str) -> tuple[Tensor, Tensor]:
+def pack(matrix: Tensor, mask: Tensor, *, fmt: str, block_axis: BlockAxis = 1) -> tuple[Tensor, Tensor]:
     """``(values, pattern)`` of a matrix on a support; the pattern is uint8 and empty for ``dense``.
 
-    Raises ``ValueError`` if the mask does not have the structure the format promises.
+    ``block_axis`` matters to block formats only. Raises ``ValueError`` if the mask does not have the structure the
+    format promises.
     """
     nm = parse_nm(fmt)
+    if fmt in BLOCKS:
+        blocks, kept = _to_blocks(matrix, fmt, block_axis), _to_blocks(mask, fmt, block_axis)
+        if not torch.equal(kept.all(2), kept.any(2)):
+            raise ValueError(f"the mask splits a block of {BLOCKS[fmt]} neighbours along axis {block_axis}")
+        return blocks[kept.all(2)].flatten(), _pack_bits(kept.all(2).flatten())
     if fmt == DENSE and not bool(mask.all()):
         raise ValueError(f"format dense needs a full mask, got {int(mask.sum())} of {mask.numel()} entries")
     if nm is not None:
@@ -65,18 +101,25 @@ def pack(matrix: Tensor, mask: Tensor, *, fmt: str) -> tuple[Tensor, Tensor]:
     return matrix[mask], pattern
 
 
-def unpack(values: Tensor, pattern: Tensor, *, shape: tuple[int, int], fmt: str) -> Tensor:
+def unpack(values: Tensor, pattern: Tensor, *, shape: tuple[int, int], fmt: str, block_axis: BlockAxis = 1) -> Tensor:
     """The dense matrix; differentiable in ``values``. Exact inverse of ``pack``."""
     if fmt == DENSE:
         return values.view(shape)
+    if fmt in BLOCKS:
+        mask = _unpack_blocks(pattern, shape, fmt, block_axis)
+        blocks = values.new_zeros(*mask.shape, BLOCKS[fmt]).masked_scatter(mask.unsqueeze(2), values)
+        return _from_blocks(blocks, shape, block_axis)
     dense = values.new_zeros(shape)
     return dense.masked_scatter(unpack_mask(pattern, shape=shape, fmt=fmt), values)
 
 
-def unpack_mask(pattern: Tensor, *, shape: tuple[int, int], fmt: str) -> Tensor:
+def unpack_mask(pattern: Tensor, *, shape: tuple[int, int], fmt: str, block_axis: BlockAxis = 1) -> Tensor:
     """The boolean support of a packed matrix."""
     nm = parse_nm(fmt)
     size = shape[0] * shape[1]
+    if fmt in BLOCKS:
+        mask = _unpack_blocks(pattern, shape, fmt, block_axis)
+        return _from_blocks(mask.unsqueeze(2).expand(*mask.shape, BLOCKS[fmt]), shape, block_axis)
     if nm is None:
         if fmt == DENSE:
             return torch.ones(shape, dtype=torch.bool, device=pattern.device)
@@ -86,6 +129,44 @@ def unpack_mask(pattern: Tensor, *, shape: tuple[int, int], fmt: str) -> Tensor:
     return _unrank_subsets(_bits_to_codes(bits), *nm).view(shape)
 
 
+def row_scales(matrix: Tensor, mask: Tensor) -> Tensor:
+    """Scale per row that maps its largest kept magnitude to 127; 0 for a row that keeps nothing."""
+    return (matrix * mask).abs().amax(1) / INT8_MAX
+
+
+def quantize_rows(matrix: Tensor, scales: Tensor) -> Tensor:
+    """Nearest int8 multiples of one scale per row, clipped to [-127, 127]; rows of scale 0 become 0."""
+    scales_1 = scales.to(matrix.dtype).unsqueeze(1)
+    multiples = torch.where(scales_1 == 0, torch.zeros_like(matrix), matrix / scales_1)
+    return multiples.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+
+
+def dequantize_rows(quantized: Tensor, scales: Tensor) -> Tensor:
+    """``quantized[i, j] * scales[i]`` in the type of the scales."""
+    return quantized.to(scales.dtype) * scales.unsqueeze(1)
+
+
+def _to_blocks(matrix: Tensor, fmt: str, block_axis: BlockAxis) -> Tensor:
+    """(rows, cols) as (block rows, block cols, entries of a block)."""
+    rows, cols = matrix.shape
+    size = BLOCKS[fmt]
+    if matrix.shape[block_axis] % size:
+        raise ValueError(f"format {fmt} needs a multiple of {size} along axis {block_axis}, got {(rows, cols)}")
+    return matrix.view(rows // size, size, cols).transpose(1, 2) if block_axis == 0 else matrix.view(rows, -1, size)
+
+
+def _from_blocks(blocks: Tensor, shape: tuple[int, int], block_axis: BlockAxis) -> Tensor:
+    return (blocks.transpose(1, 2) if block_axis == 0 else blocks).reshape(shape)
+
+
+def _unpack_blocks(pattern: Tensor, shape: tuple[int, int], fmt: str, block_axis: BlockAxis) -> Tensor:
+    """One boolean per block, (block rows, block cols)."""
+    rows, cols = shape
+    size = BLOCKS[fmt]
+    grid = (rows // size, cols) if block_axis == 0 else (rows, cols // size)
+    return _unpack_bits(pattern, grid[0] * grid[1]).view(grid)
+
+
 def _pack_bits(bits: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
@@ -93,8 +174,11 @@ def _pack_bits(bits: Tensor) -> Tensor:
 
 
 def _unpack_bits(packed: Tensor, count: int) -> Tensor:
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(1).bitwise_and(weights) != 0).flatten()[:count]
+    """The first ``count`` bits as booleans: each byte looked up as 8 of them."""
+    bytes_ = torch.arange(256, device=packed.device)
+    bits = (bytes_.unsqueeze(1) >> torch.arange(8, device=packed.device) & 1).to(torch.uint8)
+    eights = bits.view(torch.int64).squeeze(1)  # 8 bytes of 0 or 1 in one word, in memory order
+    return eights.index_select(0, packed.int()).view(torch.bool)[:count]
 
 
 def _codes_to_bits(codes: Tensor, width: int) -> Tensor:

@@ -1,0 +1,212 @@
+"""Factored layers against dense matrices in float64: every format, kind of value, role, with and without a basis."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batches_for, tiny_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import fips
+from fips.accounting import LayerStorage, factored_footprint
+from fips.errors import CheckpointError, ConfigError
+from fips.nn import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
+from fips.solve.patterns import nm_mask
+from fips.storage.layout import Layout, describe_layout
+from fips.storage.packing import BLOCKS
+from fips.structure import LinearSite, group_mlps, locate_mlps
+from fips.structure.locate import Role
+
+WIDTH, COLUMNS, RANK = 12, 40, 16
+FORMATS = ["dense", "bitmask", "2:8", "block4", "block8"]
+CASES = list(itertools.product(["up", "down"], FORMATS, ["float", "int8"], [True, False]))
+
+
+def mask_for(fmt: str, role: Role, rank: int, columns: int, seed: int = 0) -> Tensor:
+    """A support in canonical (R, F) shape with an empty stored row where the format allows one."""
+    generator = torch.Generator().manual_seed(seed)
+    if fmt == "dense":
+        return torch.ones(rank, columns, dtype=torch.bool)
+    if ":" in fmt:
+        n, m = (int(part) for part in fmt.split(":"))
+        return nm_mask(torch.rand(rank, columns, generator=generator), n=n, m=m, dim=0 if role == "up" else 1)
+    size = BLOCKS.get(fmt, 1)
+    mask = (torch.rand(rank, columns // size, generator=generator) < 0.4).repeat_interleave(size, dim=1)
+    if role == "up":
+        mask[:, :size] = False
+    else:
+        mask[0] = False
+    return mask
+
+
+def make_layer(
+    role: Role, fmt: str, values: ValueKind, basis: SharedBasis | None, *, width: int = WIDTH, columns: int = COLUMNS
+) -> tuple[FactoredLinear, Tensor]:
+    """A layer and its (R, F) factor."""
+    rank = width if basis is None else basis.weight.shape[1]
+    mask = mask_for(fmt, role, rank, columns)
+    factor = torch.randn(rank, columns, generator=torch.Generator().manual_seed(1)) * mask
+    return FactoredLinear.from_factor(basis, factor, mask, role=role, fmt=fmt, values=values), factor
+
+
+def make_basis(width: int = WIDTH, rank: int = RANK) -> SharedBasis:
+    basis = SharedBasis(width, rank)
+    nn.init.normal_(basis.weight, generator=torch.Generator().manual_seed(2))
+    return basis
+
+
+@pytest.mark.parametrize(("role", "fmt", "values", "shared"), CASES)
+def test_forward_equals_the_dense_product(role: Role, fmt: str, values: ValueKind, shared: bool) -> None:
+    if fmt == "2:8" and role == "up" and not shared:
+        pytest.skip("a width of 12 is no multiple of 8")
+    basis = make_basis() if shared else None
+    layer, factor_RF = make_layer(role, fmt, values, basis)
+    layer.bias = nn.Parameter(torch.randn(layer.out_features))
+    stored = layer.factor().detach().double()
+    canonical = stored.T if role == "up" else stored
+    if values == "int8":
+        assert layer.values.dtype == torch.int8
+        assert layer.scales.shape == (layer.factor_shape[0],)
+        assert [name for name, _ in layer.named_parameters()] == ["bias"]
+        row = stored.abs().amax(1, keepdim=True)
+        assert ((stored - (factor_RF.T if role == "up" else factor_RF).double()).abs() <= row / 127 * 0.501).all()
+    else:
+        assert torch.equal(canonical, factor_RF.double())
+    weight_DF = canonical if basis is None else basis.weight.detach().double() @ canonical
+    x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(3))
+    expected = x.double() @ (weight_DF if role == "up" else weight_DF.T) + layer.bias.double()
+    actual = layer(x).double()
+    assert (actual - expected).norm() / expected.norm() < 5e-6
+    merged = weight_DF.T if role == "up" else weight_DF
+    assert (layer.dense_weight().double() - merged).norm() / merged.norm() < 5e-6
+    assert layer.num_kept() == layer.values.numel()
+
+
+def test_explicit_scales_are_kept_and_rounded_to_the_stored_type() -> None:
+    factor = torch.tensor([[1.0, -0.26], [0.0, 0.0]])
+    mask = torch.tensor([[True, True], [False, False]])
+    scales = torch.tensor([0.013, 0.0])
+    layer = FactoredLinear.from_factor(
+        None, factor, mask, role="down", fmt="bitmask", dtype=torch.bfloat16, values="int8", scales=scales
+    )
+    step = scales[0].bfloat16().float()
+    assert layer.scales.dtype == torch.bfloat16
+    assert layer.values.tolist() == [round(1 / step.item()), round(-0.26 / step.item())]
+    assert layer.factor().isfinite().all()
+    with pytest.raises(ConfigError, match="wants 2 numbers, one per row"):
+        FactoredLinear.from_factor(None, factor, mask, role="down", fmt="bitmask", values="int8", scales=scales[:1])
+
+
+def test_hidden_columns_must_fill_the_blocks_and_a_width_must_be_known() -> None:
+    with pytest.raises(ConfigError, match="block8 needs a multiple of 8 hidden columns, got 20"):
+        FactoredLinear(None, role="up", columns=20, nonzeros=0, fmt="block8", width=8)
+    with pytest.raises(ConfigError, match="needs its `width`"):
+        FactoredLinear(None, role="up", columns=20, nonzeros=0)
+
+
+STORAGE = [
+    LayerStorage(0, "bitmask", "int8"),
+    LayerStorage(0, "block4", "float", shared=False),
+    LayerStorage(0, "4:16", "int8", shared=False),
+    LayerStorage(0, "block8", "int8"),
+    LayerStorage(0, "dense", "int8"),
+    LayerStorage(0, "bitmask", "float", shared=False),
+    LayerStorage(0, "block8", "float"),
+    LayerStorage(0, "2:4", "float"),
+    LayerStorage(0, "bitmask", "int8", shared=False),
+]  # fmt: skip
+
+
+def mixed_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, int]:
+    """A Llama whose nine matrices are each stored in another way, and the predicted bytes of those matrices."""
+    model = tiny_model("llama").to(dtype)
+    (group,) = group_mlps(locate_mlps(model).mlps)
+    basis = make_basis(32, 24).to(dtype)
+    storages = []
+    for site, plan in zip(group.sites, STORAGE, strict=True):
+        layer = replacement(site, plan, basis if plan.shared else None, dtype)
+        storages.append(LayerStorage(layer.values.numel(), plan.fmt, plan.values, plan.shared))
+        model.set_submodule(site.name, layer)
+    setattr(basis_owner(model), BASES, nn.ModuleDict({group.name: basis}))
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    return model, factored_footprint(group, rank=24, itemsize=itemsize, layers=storages).bytes
+
+
+def replacement(site: LinearSite, plan: LayerStorage, basis: SharedBasis | None, dtype: torch.dtype) -> FactoredLinear:
+    rank = site.width if basis is None else 24
+    mask = mask_for(plan.fmt, site.role, rank, site.columns)
+    factor = torch.randn(rank, site.columns, generator=torch.Generator().manual_seed(1)) * 0.1
+    return FactoredLinear.from_factor(
+        basis, factor, mask, role=site.role, fmt=plan.fmt, dtype=dtype, values=plan.values
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_layers_are_saved_in_the_predicted_bytes_and_load_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, predicted = mixed_llama(dtype)
+    others = sum(
+        p.numel() * p.element_size()
+        for name, p in model.named_parameters()
+        if ".mlp." not in name and BASES not in name
+    )
+    assert fips.save(model, tmp_path / "out") == others + predicted
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == others + predicted
+    assert {t.dtype for name, t in tensors.items() if name.endswith("scales")} == {dtype}
+    loaded = fips.load(tmp_path / "out")
+    assert [layer.fmt for layer in factored_layers(loaded).values()] == [plan.fmt for plan in STORAGE]
+    for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b), name
+    batch = batches_for(loaded)[0]
+    with torch.no_grad():
+        if dtype == torch.float32:
+            assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+        merged = fips.merge(copy.deepcopy(loaded))
+        error = (merged(**batch).logits - loaded(**batch).logits).norm() / loaded(**batch).logits.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 3e-2)
+    assert not hasattr(basis_owner(merged), BASES)
+
+
+def test_only_used_bases_are_counted() -> None:
+    model = tiny_model("llama")
+    (group,) = group_mlps(locate_mlps(model).mlps)
+    alone = [LayerStorage(7, shared=False)] * 9
+    footprint = factored_footprint(group, rank=24, itemsize=2, layers=alone)
+    assert (footprint.parameters, footprint.value_bytes, footprint.macs_per_token) == (63, 126, 63)
+    assert footprint.pattern_bytes == 9 * 32 * 80 // 8
+    joint = factored_footprint(group, rank=24, itemsize=2, layers=[LayerStorage(7)] * 9)
+    assert joint == factored_footprint(group, rank=24, itemsize=2, nonzeros=63, fmt="bitmask")
+
+
+def test_a_layout_written_before_the_new_fields_still_parses_and_is_written_unchanged() -> None:
+    old = {
+        "quant_method": "fips", "format_version": 1, "bases": {"g0": {"width": 32, "rank": 24}},
+        "layers": {"a": {"basis": "g0", "role": "up", "columns": 80, "nonzeros": 5, "format": "bitmask", "bias": False,
+                         "conv1d": True}},
+    }  # fmt: skip
+    layout = Layout.parse(old, where="here")
+    assert layout.layers["a"].values == "float"
+    assert layout.to_dict() == old
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 32}, "either `basis` or `width`"),
+        ({"basis": None}, "either `basis` or `width`"),
+        ({"format": "block4", "columns": 81}, "does not fill the blocks of block4"),
+        ({"values": "int4"}, "values"),
+    ],
+)
+def test_contradictory_layouts_are_refused(change: dict[str, object], message: str) -> None:
+    model, _ = mixed_llama()
+    fields = describe_layout(model).to_dict()
+    fields["layers"]["model.layers.0.mlp.gate_proj"].update(change)
+    with pytest.raises(CheckpointError, match=message):
+        Layout.parse(fields, where="here")

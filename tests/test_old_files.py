@@ -1,0 +1,32 @@
+"""Directories written by earlier versions load for ever: same weights, same outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fips
+from fips.nn import factored_layers
+
+FIXTURES = Path(__file__).parent / "fixtures"
+DIRECTORIES = {"format-1-bitmask": 6, "format-1-nm": 4, "format-1-mixed": 9}
+"""Directory -> number of factored layers; `<directory>.safetensors` holds an input, the logits and the product of
+every layer's weight with `linspace(-1, 1)`."""
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_old_directories_load(name: str) -> None:
+    model = fips.load(FIXTURES / name)
+    expected = load_file(FIXTURES / f"{name}.safetensors")
+    layers = factored_layers(model)
+    assert len(layers) == DIRECTORIES[name]
+    for layer_name, layer in layers.items():
+        probe = layer.dense_weight() @ torch.linspace(-1, 1, layer.in_features)
+        torch.testing.assert_close(probe, expected[f"{layer_name}.probe"], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        logits = model(expected["input_ids"]).logits.float()
+    tolerance = 2e-2 if model.dtype == torch.bfloat16 else 1e-5
+    assert (logits - expected["logits"]).norm() / expected["logits"].norm() < tolerance
