@@ -30,7 +30,9 @@ Records = Sequence[Mapping[str, BlockCall]]
 class _TrainableLinear(nn.Module):
     """A factored layer during calibration: dense factor, mask, and the product B F formed once per step."""
 
-    def __init__(self, basis_DR: nn.Parameter, factor_RF: Tensor, site: LinearSite, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self, basis_DR: nn.Parameter | None, factor_RF: Tensor, site: LinearSite, bias: nn.Parameter | None
+    ) -> None:
         super().__init__()
         self._borrowed = (basis_DR, bias)
         self.factor_RF = nn.Parameter(factor_RF)
@@ -44,7 +46,7 @@ class _TrainableLinear(nn.Module):
         factor_RF = self.factor_RF * self.mask_RF
         if self.want_dense_gradient and factor_RF.requires_grad:
             factor_RF.register_hook(self._keep_gradient)
-        weight_DF = (basis_DR @ factor_RF).to(x.dtype)
+        weight_DF = (factor_RF if basis_DR is None else basis_DR @ factor_RF).to(x.dtype)
         return linear(x, weight_DF.T if self.up else weight_DF, None if bias is None else bias.to(x.dtype))
 
     def _keep_gradient(self, gradient_RF: Tensor) -> None:
@@ -69,22 +71,25 @@ def choose_masks(
 
 
 class TrainableGroup:
-    """Basis, factors and masks of one group while they are being found."""
+    """Basis (None: the identity), factors and masks of one group while they are being found.
+
+    ``sparsity`` is where pruning by magnitude ends; with None the supports are those set by ``set_masks``.
+    """
 
     def __init__(
         self,
-        basis_DR: Tensor,
+        basis_DR: Tensor | None,
         factors_RF: Sequence[Tensor],
         sites: Sequence[LinearSite],
         biases: Sequence[nn.Parameter | None],
         config: CompressionConfig,
-        sparsity: float,
+        sparsity: float | None,
     ) -> None:
         self.config = config
         self.sparsity = sparsity
         self.sites = tuple(sites)
         self.biases = tuple(biases)
-        self.basis_DR = nn.Parameter(basis_DR.clone())
+        self.basis_DR = None if basis_DR is None else nn.Parameter(basis_DR.clone())
         self.layers = [
             _TrainableLinear(self.basis_DR, factor_RF.clone(), site, bias)
             for factor_RF, site, bias in zip(factors_RF, sites, biases, strict=True)
@@ -98,7 +103,8 @@ class TrainableGroup:
     @property
     def parameters(self) -> list[nn.Parameter]:
         biases = [bias for bias in self.biases if bias is not None and bias.requires_grad]
-        return [self.basis_DR, *(layer.factor_RF for layer in self.layers), *biases]
+        bases = [] if self.basis_DR is None else [self.basis_DR]
+        return [*bases, *(layer.factor_RF for layer in self.layers), *biases]
 
     @property
     def masks(self) -> list[Tensor]:
@@ -131,7 +137,7 @@ class TrainableGroup:
             magnitudes=[layer.factor_RF for layer in self.layers],
             gradients=[gradient for gradient in gradients if gradient is not None],
             fraction=fraction,
-            scope=self.config.threshold,
+            scope=self.config.threshold if self.sparsity is not None else "layer",
         )
         for layer, before, after in zip(self.layers, old, masks, strict=True):
             state = optimizer.state.get(layer.factor_RF, {})
@@ -219,14 +225,14 @@ def calibrate_(
     One step takes one recorded batch; batches come in a seeded random order, reshuffled every pass. The support
     follows ``config.support_schedule`` and has its final sparsity from ``update_end`` of the steps on.
     """
-    settings = group.config.calibration
+    settings, steps = group.config.calibration, group.config.calibration_steps
     optimizer = torch.optim.AdamW(group.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=max(1, settings.steps), eta_min=min(settings.min_learning_rate, settings.learning_rate)
+        optimizer, T_max=max(1, steps), eta_min=min(settings.min_learning_rate, settings.learning_rate)
     )
     support = _Support(group, optimizer)
     losses: list[float] = []
-    for step, index in zip(range(settings.steps), _draw(len(records), group.config.seed), strict=False):
+    for step, index in zip(range(steps), _draw(len(records), group.config.seed), strict=False):
         support.before(step)
         loss = torch.zeros((), device=device)
         for name, block in blocks.items():
@@ -259,12 +265,15 @@ class _Support:
         self.group, self.optimizer = group, optimizer
         self.schedule = group.config.support_schedule
         self.final = group.sparsity
-        self.updates = update_steps(steps=settings.steps, every=settings.update_every, end=settings.update_end)
-        self.initial = min(settings.initial_sparsity, self.final)
+        steps = group.config.calibration_steps
+        self.updates = update_steps(steps=steps, every=settings.update_every, end=settings.update_end)
+        self.initial = min(settings.initial_sparsity, self.final or 0.0)
         self.fraction = settings.regrow_fraction
 
     def before(self, step: int) -> None:
-        if self.schedule == "gmp" and step in self.updates:
+        if self.final is None:
+            pass  # the solver has found the support
+        elif self.schedule == "gmp" and step in self.updates:
             sparsity = gmp_sparsity(step, initial=self.initial, final=self.final, begin=0, end=self.updates[-1])
             self.group.prune(sparsity)
         elif step == 0:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 
 from fips.errors import ConfigError
 
-__all__ = ["CalibrationConfig", "CompressionConfig", "DataConfig", "Recipe"]
+__all__ = ["CalibrationConfig", "CompressionConfig", "DataConfig", "DistillConfig", "MetricConfig", "Recipe"]
 
 FactorDtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_SPARSITY = 0.75
@@ -59,8 +59,9 @@ def _explain(error: ValidationError, owner: type[Settings]) -> str:
 class CalibrationConfig(Settings):
     """Joint block-wise reconstruction: AdamW with a cosine schedule on the original activations."""
 
-    steps: int = Field(default=600, ge=0)
-    """Optimizer steps per group; 0 keeps the closed-form start (then pruning is static)."""
+    steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps per group; 0 keeps the closed-form start (then pruning is static). Default: 600 for
+    `fips-paper`, 0 for `fips`."""
     learning_rate: float = Field(default=4e-4, gt=0)
     """Peak learning rate of AdamW."""
     min_learning_rate: float = Field(default=1e-5, ge=0)
@@ -81,19 +82,57 @@ class CalibrationConfig(Settings):
     """Upper bound for recorded activations in RAM, per group; what exceeds it goes to a temporary file."""
 
 
-class CompressionConfig(Settings):
-    """How to compress: budget, sparsity, grouping and calibration."""
+class MetricConfig(Settings):
+    """What an error costs: the second-order change of the model's output (`method: fips`)."""
 
-    budget: float = Field(gt=0, le=1)
+    temperature: float = Field(default=2.0, gt=0)
+    """Temperature of the softmax whose change counts; 1 is the KL divergence, large values treat logits alike."""
+    token_floor: float = Field(default=0.4, ge=0, le=1)
+    """Share of the weight that all tokens get alike; the rest goes by what a token does to the output."""
+    propagate_errors: bool = False
+    """Measure every group behind the compressed groups before it instead of behind the original ones."""
+    memory: ByteSize = ByteSize(4 << 30)
+    """Bound for the moments held at a time; at least one group is. Less means more passes over the data."""
+
+
+class DistillConfig(Settings):
+    """End-to-end training of the compressed layers with the original model as teacher; no labels."""
+
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps; 0 leaves it out."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of AdamW, linear warm-up over a tenth of the steps, then cosine to 0."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of both softmaxes in the KL divergence."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean relative squared error of the block outputs, beside 1 for the logits."""
+
+
+class CompressionConfig(Settings):
+    """How to compress: size, method, grouping and calibration. One of `budget` and `target_bytes` is required."""
+
+    budget: float | None = Field(default=None, gt=0, le=1)
     """Fraction of the MLP parameters to keep: basis entries plus non-zeros of the factors."""
-    method: Literal["fips-paper", "fips"] = "fips-paper"
-    """`fips-paper`: SVD start, magnitude sparsity, block-wise AdamW (arXiv 2411.09816).
-    `fips`: activation-weighted alternating solver, then the same calibration on its support."""
+    target_bytes: float | None = Field(default=None, gt=0, le=1)
+    """Stored bytes of the MLPs (values, patterns, scales, bases) as a fraction of the dense ones in a 16-bit type."""
+    method: Literal["fips-paper", "fips"] = "fips"
+    """`fips`: solver in the metric of the model's output, best structure per group for the bytes.
+    `fips-paper`: SVD start, magnitude sparsity, block-wise AdamW (arXiv 2411.09816)."""
+    sharing: Literal["auto", "always", "never"] = "auto"
+    """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning); `fips`
+    only, the paper's recipe always shares."""
+    values: Literal["float", "int8"] | None = None
+    """Type of the factor values: floating, or int8 with a scale per row. Default: int8 for `fips` with `target_bytes`,
+    else float."""
+    metric: MetricConfig = MetricConfig()
+    distill: DistillConfig = DistillConfig()
     sparsity: float | None = Field(default=None, ge=0, lt=1)
-    """Fraction of zeros in the factors; default 1 - N/M when `pattern` is N:M, else 0.75 (`fips`: what a basis of
-    full rank leaves of the budget)."""
-    pattern: str = Field(default="unstructured", pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$")
-    """`unstructured`, or `N:M`: N non-zeros in every M consecutive entries along the reduction."""
+    """Fraction of zeros in the factors of `fips-paper`; default 1 - N/M when `pattern` is N:M, else 0.75. `fips` fills
+    its bytes instead."""
+    pattern: str | None = Field(default=None, pattern=r"^(auto|unstructured|block4|block8|[1-9]\d?:[1-9]\d?)$")
+    """`unstructured`; `N:M`, N non-zeros in every M consecutive entries along the reduction; `block4` or `block8`, one
+    mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
+    measured per group. Default: `auto` for `fips`, `unstructured` for `fips-paper`."""
     threshold: Literal["group", "layer"] = "group"
     """One magnitude threshold over all factors of a group, or one per layer."""
     schedule: Literal["static", "gmp", "rigl"] | None = None
@@ -110,47 +149,92 @@ class CompressionConfig(Settings):
     growth_tau: float = Field(default=32.0, gt=0)
     """Rows added when the rank exceeds the width are copies of the first rows divided by this."""
     factor_dtype: FactorDtype | None = None
-    """Storage type of bases and factor values; null keeps the type of the weights."""
+    """Storage type of bases, floating values and scales. Default: that of the weights, but 16 bits (bfloat16 for
+    float32 weights) with `target_bytes`."""
     calibration: CalibrationConfig = CalibrationConfig()
     seed: int = Field(default=0, ge=0)
     """Seed of the order in which calibration batches are drawn."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        nm = self.nm
-        if nm is not None:
-            n, m = nm
-            if not 0 < n < m <= 32:
-                raise ValueError(f"`pattern` N:M needs 0 < N < M <= 32, got {self.pattern!r}")
-            if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
-                raise ValueError(
-                    f"`sparsity` {self.sparsity} contradicts `pattern` {self.pattern!r} (sparsity {1 - n / m:g}); "
-                    "give only one of them"
-                )
-            if self.support_schedule == "rigl":
-                raise ValueError("`schedule: rigl` needs `pattern: unstructured`; N:M works with `static` and `gmp`")
-        if self.method == "fips" and self.schedule == "gmp":
-            raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
+        if (self.budget is None) == (self.target_bytes is None):
+            given = "both" if self.budget is not None else "neither"
+            raise ValueError(f"give either `budget` (parameters) or `target_bytes` (stored bytes), got {given}")
+        if self.nm is not None:
+            self._check_nm(*self.nm)
+        self._check_paper() if self.method == "fips-paper" else self._check_fips()
         return self
+
+    def _check_nm(self, n: int, m: int) -> None:
+        if not 0 < n < m <= 32:
+            raise ValueError(f"`pattern` N:M needs 0 < N < M <= 32, got {self.pattern!r}")
+        if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
+            raise ValueError(
+                f"`sparsity` {self.sparsity} contradicts `pattern` {self.pattern!r} (sparsity {1 - n / m:g}); "
+                "give only one of them"
+            )
+        if self.support_schedule == "rigl":
+            raise ValueError("`schedule: rigl` needs `pattern: unstructured`; N:M works with `static` and `gmp`")
+
+    def _check_paper(self) -> None:
+        if self.pattern in ("auto", "block4", "block8"):
+            raise ValueError(f"`pattern: {self.pattern}` needs `method: fips`; `fips-paper` takes unstructured or N:M")
+        if self.sharing != "auto":
+            raise ValueError(f"`sharing: {self.sharing}` needs `method: fips`; `fips-paper` always shares")
+        if self.values == "int8":
+            raise ValueError("`values: int8` needs `method: fips`; `fips-paper` stores floating values")
+        if self.distill.steps:
+            raise ValueError("`distill` needs `method: fips`; `fips-paper` ends with its block-wise steps")
+
+    def _check_fips(self) -> None:
+        if self.schedule == "gmp":
+            raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
+        if self.sparsity is not None and self.nm is None:
+            raise ValueError(
+                "`sparsity` belongs to `method: fips-paper`; `fips` fills the bytes or parameters asked for"
+            )
+        if self.schedule == "rigl" and self.resolved_pattern not in ("auto", "unstructured"):
+            raise ValueError(f"`schedule: rigl` needs `pattern: unstructured`, got {self.pattern!r}")
 
     @property
     def support_schedule(self) -> Literal["static", "gmp", "rigl"]:
-        """``schedule``, or its default for the method and pattern."""
+        """``schedule``, or its default for the method."""
         if self.schedule is not None:
             return self.schedule
         return "gmp" if self.method == "fips-paper" else "static"
 
     @property
+    def calibration_steps(self) -> int:
+        """``calibration.steps``, or its default for the method."""
+        if self.calibration.steps is not None:
+            return self.calibration.steps
+        return 600 if self.method == "fips-paper" else 0
+
+    @property
+    def resolved_pattern(self) -> str:
+        """``pattern``, or its default for the method and schedule."""
+        if self.pattern is not None:
+            return self.pattern
+        return "auto" if self.method == "fips" and self.schedule != "rigl" else "unstructured"
+
+    @property
+    def value_kind(self) -> Literal["float", "int8"]:
+        """``values``, or its default for the method."""
+        if self.values is not None:
+            return self.values
+        return "int8" if self.method == "fips" and self.target_bytes is not None else "float"
+
+    @property
     def nm(self) -> tuple[int, int] | None:
-        """``(N, M)`` of an N:M pattern, None when unstructured."""
-        if self.pattern == "unstructured":
+        """``(N, M)`` of an N:M pattern, None otherwise."""
+        if self.pattern is None or ":" not in self.pattern:
             return None
         n, m = self.pattern.split(":")
         return int(n), int(m)
 
     @property
     def factor_sparsity(self) -> float:
-        """The fraction of zeros the factors end with."""
+        """The fraction of zeros the factors of `fips-paper` end with."""
         if self.nm is not None:
             return 1 - self.nm[0] / self.nm[1]
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fips.accounting import Footprint, dense_footprint, factored_footprint, itemsize, state_bytes
+from fips.accounting import Footprint, LayerStorage, dense_footprint, factored_footprint, itemsize, state_bytes
 from fips.config import CompressionConfig
-from fips.errors import ConfigError, ModelError
+from fips.errors import BudgetError, ConfigError, ModelError
 from fips.nn import factored_layers
-from fips.solve.rank import full_rank_sparsity, num_nonzeros, rank_for_budget
-from fips.storage.packing import BITMASK, DENSE
+from fips.solve.rank import num_nonzeros, rank_for_budget
+from fips.storage.packing import BITMASK, DENSE, block_size, code_bits
 from fips.structure import LayerGroup, Skipped, group_mlps, locate_mlps
 
-__all__ = ["CompressionPlan", "GroupPlan", "plan_compression"]
+__all__ = ["CompressionPlan", "GroupPlan", "plan_compression", "solved_plan", "target_bytes"]
+
+REFERENCE_ITEMSIZE = 2
+"""Sizes are compared with dense matrices in a 16-bit type, whatever type a checkpoint happens to use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +29,20 @@ class GroupPlan:
 
     group: LayerGroup
     rank: int
-    sparsity: float
-    """Fraction of zeros in the factors."""
+    """Vectors of the shared basis; 0 where the group shares none."""
     nonzeros: int
     """Kept factor entries of the whole group, exact."""
     fmt: str
-    """Packed format of its factors, see ``fips.storage.packing``."""
+    """Packed formats of its factors, see ``fips.storage.packing``."""
     dtype: torch.dtype
-    """Storage type of basis and values."""
+    """Storage type of basis, floating values and scales."""
     dense: Footprint
     factored: Footprint
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the factors."""
+        return 1 - self.nonzeros / ((self.rank or self.group.width) * self.group.columns)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -111,28 +119,21 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
 
 def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) -> GroupPlan:
     _check_alignment(group, config)
-    nm = config.nm
-    sparsity = _sparsity(group, config)
-    rank = rank_for_budget(
-        budget=config.budget,
-        width=group.width,
-        columns=group.columns,
-        sparsity=sparsity,
-        multiple=nm[1] if nm is not None else 1,
-    )
-    fmt = config.pattern if nm is not None else (BITMASK if sparsity > 0 else DENSE)
-    sizes = [rank * site.columns for site in group.sites]
-    if config.threshold == "layer":
-        nonzeros = sum(num_nonzeros(size=size, sparsity=sparsity) for size in sizes)
-    else:
-        nonzeros = num_nonzeros(size=sum(sizes), sparsity=sparsity)
     weight_dtype = model.get_submodule(group.sites[0].name).weight.dtype
     assert isinstance(weight_dtype, torch.dtype)
-    dtype = getattr(torch, config.factor_dtype) if config.factor_dtype else weight_dtype
+    dtype = storage_dtype(config, weight_dtype)
+    if config.method == "fips":
+        return _plan_pruned(group, config, weight_dtype, dtype)
+    rank = _paper_rank(group, config, dtype)
+    fmt = str(config.pattern) if config.nm is not None else (BITMASK if config.factor_sparsity > 0 else DENSE)
+    sizes = [rank * site.columns for site in group.sites]
+    if config.threshold == "layer":
+        nonzeros = sum(num_nonzeros(size=size, sparsity=config.factor_sparsity) for size in sizes)
+    else:
+        nonzeros = num_nonzeros(size=sum(sizes), sparsity=config.factor_sparsity)
     return GroupPlan(
         group=group,
         rank=rank,
-        sparsity=sparsity,
         nonzeros=nonzeros,
         fmt=fmt,
         dtype=dtype,
@@ -141,16 +142,84 @@ def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) 
     )
 
 
-def _sparsity(group: LayerGroup, config: CompressionConfig) -> float:
-    """The sparsity asked for; ``fips`` without one spends the budget on a basis of full rank where that fits."""
-    if config.method == "fips" and config.sparsity is None and config.nm is None:
-        chosen = full_rank_sparsity(budget=config.budget, width=group.width, columns=group.columns)
-        if chosen is not None:
-            return max(chosen, 0.0)
-    return config.factor_sparsity
+def storage_dtype(config: CompressionConfig, weight_dtype: torch.dtype) -> torch.dtype:
+    """Type of bases, floating values and scales."""
+    if config.factor_dtype:
+        found: torch.dtype = getattr(torch, config.factor_dtype)
+        return found
+    return torch.bfloat16 if config.target_bytes is not None and itemsize(weight_dtype) > 2 else weight_dtype
+
+
+def target_bytes(group: LayerGroup, config: CompressionConfig) -> float:
+    """Bytes a group may take on average: a share of its dense matrices in a 16-bit type."""
+    assert config.target_bytes is not None
+    return config.target_bytes * REFERENCE_ITEMSIZE * group.width * group.columns
+
+
+def solved_plan(plan: GroupPlan, *, rank: int, layers: Sequence[LayerStorage]) -> GroupPlan:
+    """The plan of a group once its structure is known, exact to the byte."""
+    formats = dict.fromkeys(layer.fmt for layer in layers)
+    return replace(
+        plan,
+        rank=rank,
+        nonzeros=sum(layer.nonzeros for layer in layers),
+        fmt=", ".join(formats),
+        factored=factored_footprint(plan.group, rank=rank, itemsize=itemsize(plan.dtype), layers=layers),
+    )
+
+
+def _plan_pruned(
+    group: LayerGroup, config: CompressionConfig, weight_dtype: torch.dtype, dtype: torch.dtype
+) -> GroupPlan:
+    """Before anything is measured: equal shares for all groups, no sharing."""
+    empty = [LayerStorage(0, values=config.value_kind, shared=False) for _ in group.sites]
+    overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
+    size = group.width * group.columns
+    value_bytes = 1 if config.value_kind == "int8" else itemsize(dtype)
+    left = config.budget * size * value_bytes if config.budget else target_bytes(group, config) - overhead
+    if left < value_bytes:
+        least = overhead / (REFERENCE_ITEMSIZE * size)
+        raise BudgetError(
+            f"`target_bytes` {config.target_bytes:g} is below the cost of the patterns of group {group.name}; the "
+            f"smallest for it is {least + 5e-4:.3f}"
+        )
+    kept = min(int(left / value_bytes), size)
+    share, rest = divmod(kept, len(group.sites))
+    layers = [replace(layer, nonzeros=share + (index < rest)) for index, layer in enumerate(empty)]
+    blank = Footprint(0, 0, 0, 0)
+    dense = dense_footprint(group, itemsize=itemsize(weight_dtype))
+    plan = GroupPlan(group=group, rank=0, nonzeros=kept, fmt=BITMASK, dtype=dtype, dense=dense, factored=blank)
+    return solved_plan(plan, rank=0, layers=layers)
+
+
+def _paper_rank(group: LayerGroup, config: CompressionConfig, dtype: torch.dtype) -> int:
+    multiple = config.nm[1] if config.nm is not None else 1
+    budget = config.budget
+    if budget is None:
+        per_entry = (1 - config.factor_sparsity) * itemsize(dtype) + _pattern_rate(config)
+        cost = group.width * itemsize(dtype) + group.columns * per_entry
+        rank = int(target_bytes(group, config) / cost) // multiple * multiple
+        budget = rank * (group.width + (1 - config.factor_sparsity) * group.columns) / (group.width * group.columns)
+    return rank_for_budget(
+        budget=budget, width=group.width, columns=group.columns, sparsity=config.factor_sparsity, multiple=multiple
+    )
+
+
+def _pattern_rate(config: CompressionConfig) -> float:
+    """Bytes of pattern per factor entry."""
+    if config.nm is not None:
+        return code_bits(*config.nm) / config.nm[1] / 8
+    return 1 / 8 if config.factor_sparsity > 0 else 0.0
 
 
 def _check_alignment(group: LayerGroup, config: CompressionConfig) -> None:
+    for site in group.sites:
+        blocks = block_size(config.resolved_pattern) if config.resolved_pattern.startswith("block") else 1
+        if site.columns % blocks:
+            raise ConfigError(
+                f"`pattern` {config.pattern} needs hidden sizes that are a multiple of {blocks}, but `{site.name}` has "
+                f"{site.columns}; use `pattern: unstructured`"
+            )
     if config.nm is None:
         return
     for site in group.sites:

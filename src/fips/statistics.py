@@ -1,93 +1,182 @@
-r"""Second moments of what the layers of a group read, streamed over the recorded activations.
+r"""What the layers of a model read and how much what they write matters, in one pass over the calibration batches.
 
-For a layer with inputs x: the mean, and :math:`E[(x - \mu)(x - \mu)^\top]` where the layer has a bias that can absorb
-the mean error, else :math:`E[x x^\top]`. For an ``up`` layer also how much each of its outputs moves the MLP's output,
-:math:`w_j = E\left[\sum_o (\partial y_o / \partial z_j)^2\right]`, one backward pass through the elementwise part
-between the up and down layers, whatever the activation or gating. Memory: the moments, not the tokens.
+For every layer with inputs :math:`x` and outputs :math:`z`, with :math:`\delta = \partial \ell / \partial z`:
 
-Shape legend: N tokens of a batch, D inputs of a layer, F hidden columns.
+.. math:: E\left[s\,(x - \mu)(x - \mu)^\top\right], \qquad E\left[\delta \delta^\top\right], \qquad
+          s = (1 - \alpha) \frac{|\delta|^2}{E |\delta|^2} + \alpha,
+
+so that tokens which move the model's output count (the class token of a vision transformer is one of 197). Without a
+bias that can absorb the mean error, :math:`\mu = 0`.
+
+:math:`\ell = \langle v, \mathrm{logits} \rangle` for one random v per example or token with covariance
+:math:`\mathrm{diag}(q) - q q^\top`, q the model's softmax at a temperature: then :math:`E[\delta\delta^\top]` is
+the Gauss-Newton matrix of the KL divergence from the original's outputs. No labels are used. Memory: the moments of the
+layers asked for, not the tokens. All sums are float32.
+
+Shape legend: N tokens of a batch, D inputs of a layer, O outputs.
+
+Reference: Martens & Grosse, arXiv 1503.05671.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fips.activations import ActivationSpool, BlockCall
-from fips.structure import LayerGroup, LinearSite, Mlp
+from fips.activations import first_tensor
+from fips.errors import DataError
+from fips.structure import LinearSite
 
-__all__ = ["RunningVariance", "SiteStatistics", "collect_statistics"]
+__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes", "valid_tokens"]
 
 
 @dataclass(slots=True)
-class SiteStatistics:
-    """Running sums for one layer."""
+class LayerMoments:
+    """Running sums of one layer over tokens."""
 
-    moment_DD: Tensor
-    sum_D: Tensor
-    count: int = 0
-    column_F: Tensor | None = None
-    """Sum over tokens of the squared sensitivities (``up`` layers with a ``down`` partner)."""
-    scale: float = 1.0
-    """1 / variance of the block's output."""
+    inputs_DD: Tensor
+    mean_D: Tensor
+    """Weighted sum of the inputs until ``finish``, then their mean."""
+    gradients_OO: Tensor
+    weight: float = 0.0
+    examples: int = 0
 
-    def add_inputs(self, x_ND: Tensor) -> None:
-        self.moment_DD += x_ND.T @ x_ND
-        self.sum_D += x_ND.sum(0)
-        self.count += x_ND.shape[0]
+    @classmethod
+    def empty(cls, site: LinearSite, device: torch.device) -> LayerMoments:
+        inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
+        return cls(
+            torch.zeros(inputs, inputs, device=device),
+            torch.zeros(inputs, device=device),
+            torch.zeros(outputs, outputs, device=device),
+        )
 
-    @property
-    def mean_D(self) -> Tensor:
-        return self.sum_D / self.count
+    def add(self, x_ND: Tensor, gradient_NO: Tensor, valid_N: Tensor | None, *, floor: float) -> None:
+        """One batch; ``floor`` is the share of the weight that all tokens get alike."""
+        if valid_N is not None:
+            x_ND, gradient_NO = x_ND[valid_N], gradient_NO[valid_N]
+        power_N = gradient_NO.square().sum(1)
+        weight_N = (1 - floor) * power_N / power_N.mean().clamp_min(torch.finfo(torch.float32).tiny) + floor
+        weighted_ND = x_ND * weight_N.unsqueeze(1)
+        self.inputs_DD += weighted_ND.T @ x_ND
+        self.mean_D += weighted_ND.sum(0)
+        self.gradients_OO += gradient_NO.T @ gradient_NO
+        self.weight += float(weight_N.sum())
 
-    def moment(self, *, centered: bool) -> Tensor:
-        """Covariance, or second moment about zero."""
-        moment_DD = self.moment_DD / self.count
-        return moment_DD - torch.outer(self.mean_D, self.mean_D) if centered else moment_DD
-
-    def column_weights(self, size: int) -> Tensor:
-        """Mean squared sensitivity of the block's output to each column, times the scale; equal if unknown."""
-        if self.column_F is None:
-            return torch.full((size,), self.scale, device=self.moment_DD.device)
-        return self.scale * self.column_F / self.count
+    def finish(self, *, centered: bool, examples: int) -> None:
+        """From sums to means; moments about the mean where ``centered``."""
+        self.inputs_DD /= self.weight
+        self.mean_D /= self.weight
+        self.gradients_OO /= examples
+        if centered:
+            self.inputs_DD -= torch.outer(self.mean_D, self.mean_D)
 
 
-def collect_statistics(
+def moment_bytes(sites: Iterable[LinearSite]) -> int:
+    """Memory that the moments of some layers take."""
+    return sum(4 * (site.width**2 + site.columns**2) for site in sites)
+
+
+def collect_moments(
     model: nn.Module,
-    group: LayerGroup,
-    blocks: Mapping[str, nn.Module],
-    records: Sequence[Mapping[str, BlockCall]],
-    spool: ActivationSpool,
-    device: torch.device,
-) -> dict[str, SiteStatistics]:
-    """Statistics of every layer of a group by name: one forward pass of each block over all recorded batches."""
-    statistics = {site.name: _empty(site, device) for site in group.sites}
-    for name, block in blocks.items():
-        mlps = [mlp for mlp in group.mlps if mlp.block == name]
-        variance = RunningVariance()
-        for record in records:
-            variance.add(spool.get(record[name].output))
-            args, kwargs = record[name].arguments(spool, device)
-            with ExitStack() as stack, torch.enable_grad():
-                taps = [stack.enter_context(_Tap(model, mlp)) for mlp in mlps]
-                block(*args, **kwargs)
-                with torch.autocast(device.type, enabled=False):
-                    for tap in taps:
-                        tap.collect(statistics)
-        for mlp in mlps:
-            for site in mlp.sites:
-                statistics[site.name].scale = 1 / variance.value
-    return statistics
+    sites: Sequence[LinearSite],
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any],
+    *,
+    temperature: float,
+    floor: float,
+    seed: int,
+) -> dict[str, LayerMoments]:
+    """Moments of the layers named by ``sites``; ``run(model, batch)`` returns the model's output.
+
+    The model's parameters must not require gradients. Raises ``DataError`` if there is no batch, if a layer never
+    runs, or if what it saw is not finite.
+    """
+    device = next(model.parameters()).device
+    moments = {site.name: LayerMoments.empty(site, device) for site in sites}
+    generator = torch.Generator(device).manual_seed(seed)
+    examples = 0
+    with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
+        for batch in batches:
+            taps.valid_N = valid_tokens(batch)
+            logits, heat = _head(run(model, batch), temperature)
+            direction = _direction(logits.detach().float(), heat, generator)
+            if taps.valid_N is not None and logits.shape[:2].numel() == taps.valid_N.numel():
+                direction = direction * taps.valid_N.view(*logits.shape[:2], 1).to(device)
+            (logits.float() * direction).sum().backward()
+            examples += logits.shape[0]
+    for site in sites:
+        found = moments[site.name]
+        if found.weight == 0:
+            raise DataError(f"layer `{site.name}` never ran on the {examples} calibration examples; leave it out")
+        found.finish(centered=site.has_bias, examples=examples)
+        if not bool(found.inputs_DD.isfinite().all() and found.gradients_OO.isfinite().all()):
+            raise DataError(
+                f"activations or gradients of `{site.name}` are not finite on the calibration data; load the model in "
+                "bfloat16 or float32 instead of float16, or leave the layer out with `ignore`"
+            )
+    return moments
 
 
-def _empty(site: LinearSite, device: torch.device) -> SiteStatistics:
-    inputs = site.width if site.role == "up" else site.columns
-    return SiteStatistics(torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, device=device))
+def _direction(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """A random vector with covariance diag(q) - q q^T in the last axis, q = softmax(logits / temperature)."""
+    noise = torch.randn(logits.shape, generator=generator, device=logits.device)
+    q = (logits / temperature).softmax(-1)
+    root = q.sqrt() * noise
+    return root - q * root.sum(-1, keepdim=True)
+
+
+def _head(output: Any, temperature: float) -> tuple[Tensor, float]:
+    """What the model returns and its temperature: infinite, every direction alike, where it returns no logits."""
+    logits = getattr(output, "logits", None)
+    return (logits, temperature) if isinstance(logits, Tensor) else (first_tensor(output), math.inf)
+
+
+def valid_tokens(batch: Any) -> Tensor | None:
+    """Which tokens are no padding, flat; None where nothing is padded."""
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return mask.flatten().bool()
+
+
+class _Taps(AbstractContextManager["_Taps"]):
+    """Hooks that add inputs and output gradients of layers to their moments as the backward pass reaches them."""
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[LinearSite], moments: dict[str, LayerMoments], floor: float
+    ) -> None:
+        self.moments, self.floor = moments, floor
+        self.valid_N: Tensor | None = None
+        self._handles = [model.get_submodule(site.name).register_forward_hook(self._hook(site.name)) for site in sites]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = args[0].detach()
+            if not output.requires_grad:
+                output = output.detach().requires_grad_(True)
+
+            def add(gradient: Tensor) -> None:
+                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                    x_ND = x.reshape(-1, x.shape[-1]).float()
+                    gradient_NO = gradient.reshape(-1, gradient.shape[-1]).float()
+                    known = self.valid_N is not None and self.valid_N.numel() == x_ND.shape[0]
+                    valid_N = self.valid_N.to(x.device) if known and self.valid_N is not None else None
+                    self.moments[name].add(x_ND, gradient_NO, valid_N, floor=self.floor)
+
+            output.register_hook(add)
+            return output
+
+        return hook
 
 
 class RunningVariance:
@@ -104,55 +193,3 @@ class RunningVariance:
     @property
     def value(self) -> float:
         return self.squares / self.count - (self.sum / self.count) ** 2
-
-
-class _Tap:
-    """Hooks on the layers of one MLP for one forward pass."""
-
-    def __init__(self, model: nn.Module, mlp: Mlp) -> None:
-        self.sites = mlp.sites
-        self.layers = [model.get_submodule(site.name) for site in mlp.sites]
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Tap:
-        for site, layer in zip(self.sites, self.layers, strict=True):
-            self._handles.append(layer.register_forward_hook(self._hook(site)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, site: LinearSite) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            self.inputs[site.name] = args[0]
-            if site.role == "down":
-                return output.detach()
-            leaf = output.detach().requires_grad_(True)
-            self.outputs[site.name] = leaf
-            return leaf
-
-        return hook
-
-    def collect(self, statistics: Mapping[str, SiteStatistics]) -> None:
-        for site in self.sites:
-            x = self.inputs[site.name].detach().float()
-            statistics[site.name].add_inputs(x.reshape(-1, x.shape[-1]))
-        downs = [(site, layer) for site, layer in zip(self.sites, self.layers, strict=True) if site.role == "down"]
-        if len(downs) != 1 or not self.outputs or not self.inputs[downs[0][0].name].requires_grad:
-            return
-        site, layer = downs[0]
-        hidden = self.inputs[site.name]
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        norms_F = weight.detach().float().norm(dim=1 if site.conv1d else 0)
-        leaves = list(self.outputs.values())
-        gradients = torch.autograd.grad(hidden, leaves, norms_F.to(hidden.dtype).expand_as(hidden), allow_unused=True)
-        for name, gradient in zip(self.outputs, gradients, strict=True):
-            if gradient is None:
-                continue
-            squared_F = gradient.float().square().reshape(-1, gradient.shape[-1]).sum(0)
-            known = statistics[name].column_F
-            statistics[name].column_F = squared_F if known is None else known + squared_F

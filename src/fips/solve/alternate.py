@@ -10,50 +10,52 @@ from torch import Tensor
 
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import MaskChooser, refit, sparse_factors
-from fips.solve.problems import SiteProblem
+from fips.solve.problems import LayerProblem
 
-__all__ = ["Factorization", "alternate"]
+__all__ = ["Factorization", "alternate", "grow_basis", "prune"]
 
 
 @dataclass(frozen=True, slots=True)
 class Factorization:
-    """A shared basis, sparse factors with their supports, and the error after every round."""
+    """A shared basis (None: the identity), sparse factors with their supports, and the error after every round."""
 
-    basis_DR: Tensor
+    basis_DR: Tensor | None
     factors_RF: list[Tensor]
     masks_RF: list[Tensor]
     losses: list[float]
-    """Sum of the losses relative to that of zero factors, one per round."""
+    """Sum of the losses, one per round."""
+
+
+def prune(problems: Sequence[LayerProblem], choose: MaskChooser) -> Factorization:
+    """No sharing: the best sparse matrices themselves, with the identity in place of the basis."""
+    for problem in problems:
+        problem.prepare(None)
+    factors, masks = sparse_factors(problems, [problem.weight_DF for problem in problems], choose)
+    return Factorization(None, factors, masks, [_total(problems, None, factors)])
 
 
 def alternate(
-    problems: Sequence[SiteProblem],
+    problems: Sequence[LayerProblem],
     basis_DR: Tensor,
     choose: MaskChooser,
     *,
+    start: Factorization | None = None,
     max_rounds: int = 6,
     tolerance: float = 2e-3,
 ) -> Factorization:
     """Alternate sparse factors and basis from a start; stops when a round gains less than ``tolerance``.
 
     A round whose new support is worse than the refitted old one keeps the old support, so that the error never rises.
+    ``start``, a pruning of the same problems, is what the first round must beat: then ``basis_DR`` is the identity.
     """
     basis_DR, _ = normalize(basis_DR.float(), [])
-    zero = sum(problem.loss(basis_DR, basis_DR.new_zeros(_shape(problem, basis_DR))) for problem in problems)
-    best: Factorization | None = None
+    best = start
     for _ in range(max_rounds):
         for problem in problems:
             problem.prepare(basis_DR)
-        starts = [problem.weight_DF.new_zeros(_shape(problem, basis_DR)) for problem in problems]
-        if best is not None:
-            starts = best.factors_RF
-        candidates = [sparse_factors(problems, starts, choose)]
-        if best is not None:
-            kept = [refit(p, f, m) for p, f, m in zip(problems, best.factors_RF, best.masks_RF, strict=True)]
-            candidates.append((kept, best.masks_RF))
-        factors, masks = min(candidates, key=lambda pair: _total(problems, basis_DR, pair[0]))
+        factors, masks = _best_factors(problems, basis_DR, choose, best)
         basis_DR, factors = normalize(fit_basis(problems, basis_DR, factors), factors)
-        loss = _total(problems, basis_DR, factors) / zero
+        loss = _total(problems, basis_DR, factors)
         losses = [*best.losses, loss] if best is not None else [loss]
         done = best is not None and loss > (1 - tolerance) * best.losses[-1]
         best = Factorization(basis_DR, factors, masks, losses)
@@ -63,11 +65,19 @@ def alternate(
     return best
 
 
-def _shape(problem: SiteProblem, basis_DR: Tensor) -> tuple[int, int]:
-    return basis_DR.shape[1], problem.weight_DF.shape[1]
+def _best_factors(
+    problems: Sequence[LayerProblem], basis_DR: Tensor, choose: MaskChooser, best: Factorization | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    if best is None:
+        shape = basis_DR.shape[1]
+        starts = [problem.weight_DF.new_zeros(shape, problem.weight_DF.shape[1]) for problem in problems]
+        return sparse_factors(problems, starts, choose)
+    kept = [refit(p, f, m) for p, f, m in zip(problems, best.factors_RF, best.masks_RF, strict=True)]
+    candidates = [sparse_factors(problems, best.factors_RF, choose), (kept, best.masks_RF)]
+    return min(candidates, key=lambda pair: _total(problems, basis_DR, pair[0]))
 
 
-def _total(problems: Sequence[SiteProblem], basis_DR: Tensor, factors_RF: Sequence[Tensor]) -> float:
+def _total(problems: Sequence[LayerProblem], basis_DR: Tensor | None, factors_RF: Sequence[Tensor]) -> float:
     return sum(problem.loss(basis_DR, factor) for problem, factor in zip(problems, factors_RF, strict=True))
 
 

@@ -7,27 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fips.solve.problems import SiteProblem
+from fips.solve.problems import LayerProblem
 
 __all__ = ["fit_basis", "normalize"]
 
 
 def fit_basis(
-    problems: Sequence[SiteProblem], basis_DR: Tensor, factors_RF: Sequence[Tensor], *, iterations: int = 20
+    problems: Sequence[LayerProblem], basis_DR: Tensor, factors_RF: Sequence[Tensor], *, iterations: int = 20
 ) -> Tensor:
     r"""Minimise the sum of all losses over B, factors fixed, starting from ``basis_DR``.
 
-    Conjugate gradients on :math:`\sum_i L_i B K_i = \sum_i T_i`, where L is the input moment of an ``up`` problem and
-    the identity of a ``down`` problem, :math:`K = F\,\mathrm{diag}(w) F^\top` or :math:`s F C F^\top`; the matrix of
-    the system is never formed. Every iterate is at least as good as the one before.
+    Conjugate gradients on :math:`\sum_i L_i B K_i = \sum_i L_i W_i R_i F_i^\top` with :math:`K_i = F_i R_i F_i^\top`;
+    the matrix of the system is never formed. Every iterate is at least as good as the one before.
     """
     terms = [problem.basis_terms(factor) for problem, factor in zip(problems, factors_RF, strict=True)]
 
     def apply(direction_DR: Tensor) -> Tensor:
         total = torch.zeros_like(direction_DR)
         for left, right, _ in terms:
-            moved = direction_DR @ right
-            total += moved if left is None else left @ moved
+            total += left @ direction_DR @ right
         return total
 
     residual = torch.stack([target for _, _, target in terms]).sum(0) - apply(basis_DR)

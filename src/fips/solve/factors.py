@@ -7,64 +7,61 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fips.solve.problems import SiteProblem
+from fips.solve.problems import LayerProblem
 
-__all__ = ["refit", "sparse_factors"]
+__all__ = ["MaskChooser", "refit", "sparse_factors"]
 
 MaskChooser = Callable[[Sequence[Tensor]], list[Tensor]]
-"""From scores of all factors of a group to supports of the wanted size and pattern."""
+"""From what every entry of all factors is worth to supports of the wanted size and pattern."""
 
 
 def sparse_factors(
-    problems: Sequence[SiteProblem],
+    problems: Sequence[LayerProblem],
     starts_RF: Sequence[Tensor],
     choose: MaskChooser,
     *,
-    iterations: int = 20,
-    growth: float = 1.25,
-    rho: float = 0.1,
+    iterations: int = 40,
+    growth: float = 1.15,
+    rho: float = 0.05,
 ) -> tuple[list[Tensor], list[Tensor]]:
     r"""Factors and supports that approximately minimise the sum of all losses for the prepared basis.
 
-    ADMM on :math:`F = Z`, Z sparse: F from ``prox``, Z the projection of F + U on the entries with the largest
-    :math:`(F + U)^2 \cdot` curvature over the whole group, with a penalty that starts at ``rho`` times the mean
-    diagonal of each problem and grows by ``growth`` per iteration. Ends with ``refit`` on the last support.
+    ADMM on :math:`X = Z`, Z sparse, in scaled coordinates: X from ``prox``, Z the projection of X + U on the entries
+    with the largest squares over all problems, with a penalty that starts at ``rho`` (every entry has curvature 1) and
+    grows by ``growth`` per iteration. Ends with ``refit`` on the last support.
 
     References: Boyd et al. (2011); Boža, arXiv 2401.02938 (ADMM for pruning).
     """
-    sparse = [start.clone() for start in starts_RF]
-    duals = [torch.zeros_like(start) for start in starts_RF]
-    rhos = [rho * float(problem.diagonal_RF.mean()) for problem in problems]
-    masks = [start != 0 for start in starts_RF]
+    sparse = [problem.scaled(start) for problem, start in zip(problems, starts_RF, strict=True)]
+    duals = [torch.zeros_like(start) for start in sparse]
+    masks = [start != 0 for start in sparse]
     for _ in range(iterations):
-        points = []
-        for index, problem in enumerate(problems):
-            solved = problem.prox(sparse[index] - duals[index], rhos[index])
-            points.append(solved + duals[index])
-        masks = choose([p.square() * q.curvature_RF for p, q in zip(points, problems, strict=True)])
+        points = [p.prox(z - dual, rho) + dual for p, z, dual in zip(problems, sparse, duals, strict=True)]
+        masks = choose([point.square() for point in points])
         sparse = [point * mask for point, mask in zip(points, masks, strict=True)]
         duals = [(point - z) / growth for point, z in zip(points, sparse, strict=True)]
-        rhos = [value * growth for value in rhos]
-    fitted = [refit(p, z, m) for p, z, m in zip(problems, sparse, masks, strict=True)]
+        rho *= growth
+    fitted = [p.unscaled(_fit(p, z, mask, 30)) for p, z, mask in zip(problems, sparse, masks, strict=True)]
     return fitted, masks
 
 
-def refit(problem: SiteProblem, start_RF: Tensor, mask_RF: Tensor, *, iterations: int = 30) -> Tensor:
+def refit(problem: LayerProblem, start_RF: Tensor, mask_RF: Tensor, *, iterations: int = 30) -> Tensor:
     """Least squares on a fixed support, by conjugate gradients preconditioned by the diagonal; never a step back."""
-    factor = start_RF * mask_RF
-    inverse = mask_RF / problem.diagonal_RF.clamp_min(torch.finfo(torch.float32).tiny)
-    residual = (problem.target_RF - problem.apply(factor)) * mask_RF
-    scaled = residual * inverse
-    direction, product = scaled.clone(), (residual * scaled).sum()
+    return problem.unscaled(_fit(problem, problem.scaled(start_RF), mask_RF, iterations))
+
+
+def _fit(problem: LayerProblem, start_RF: Tensor, mask_RF: Tensor, iterations: int) -> Tensor:
+    scaled = start_RF * mask_RF
+    residual = (problem.target_RF - problem.apply(scaled)) * mask_RF
+    direction, product = residual.clone(), residual.square().sum()
     first = product
     for _ in range(iterations):
-        if product <= 1e-10 * first:
+        if product <= 1e-10 * first or product == 0:
             break
         moved = problem.apply(direction) * mask_RF
         step = product / (direction * moved).sum()
-        factor = factor + step * direction
+        scaled = scaled + step * direction
         residual = residual - step * moved
-        scaled = residual * inverse
-        before, product = product, (residual * scaled).sum()
-        direction = scaled + (product / before) * direction
-    return factor
+        before, product = product, residual.square().sum()
+        direction = residual + (product / before) * direction
+    return scaled

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fips.solve.rank import num_nonzeros
 
-__all__ = ["nm_mask", "prune_and_regrow", "top_mask", "top_masks", "unstructured_masks"]
+__all__ = ["block_masks", "nm_mask", "prune_and_regrow", "top_mask", "top_masks", "unstructured_masks"]
 
 Scope = Literal["group", "layer"]
 
@@ -82,6 +82,15 @@ def nm_mask(scores: Tensor, *, n: int, m: int, dim: int) -> Tensor:
     kept = groups.topk(n, dim=1, sorted=False).indices
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, kept, True)
     return mask.view(moved.shape).movedim(-1, dim)
+
+
+def block_masks(scores: Sequence[Tensor], *, count: int, size: int) -> list[Tensor]:
+    """Masks of whole blocks of ``size`` neighbours along the last axis, those with the largest sums, over all tensors.
+
+    Keeps at most ``count`` entries; the last axis must be a multiple of ``size``.
+    """
+    sums = [score.unflatten(-1, (-1, size)).sum(-1) for score in scores]
+    return [mask.repeat_interleave(size, dim=-1) for mask in top_masks(sums, count=count // size)]
 
 
 def prune_and_regrow(

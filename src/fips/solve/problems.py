@@ -1,143 +1,129 @@
 r"""The quadratic error of one matrix in the metric of its own activations, and the parts a solver needs of it.
 
-``up`` (fc1-like), inputs with moment H, column j weighted by how much it moves the output:
+For a layer with weight W (d, p), whose side of the residual stream has the metric L and whose hidden side has the
+metric R,
 
-.. math:: \ell(B, F) = \mathrm{tr}\left((W - BF)^\top H (W - BF)\, \mathrm{diag}(w)\right)
+.. math:: \ell(B, F) = \mathrm{tr}\left(L\, (W - BF)\, R\, (W - BF)^\top\right).
 
-``down`` (fc2-like), hidden inputs with moment C, weighted by a scalar s:
-
-.. math:: \ell(B, F) = s\, \mathrm{tr}\left((W - BF)\, C\, (W - BF)^\top\right)
+An ``up`` layer reads the residual stream: L is the second moment of its inputs and R that of the gradients at its
+outputs. For a ``down`` layer it is the other way round. This is the Kronecker-factored second-order change of the
+model's output, so that errors of different layers add up and compare.
 
 Shape legend: D width, F columns, R rank.
+
+References: Martens & Grosse, arXiv 1503.05671 (the factored metric); Wang et al., arXiv 1905.05934 (pruning in it).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["DownProblem", "SiteProblem", "UpProblem"]
+__all__ = ["LayerProblem"]
 
-DAMPING = 1e-5
+DAMPING = 1e-4
+MAX_EIGEN = 2048
 
 
-def _damped(moment: Tensor) -> Tensor:
-    """A moment with a small multiple of its mean diagonal added, so that dead directions keep a curvature."""
-    identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
-    return moment + (DAMPING * moment.diagonal().mean() + torch.finfo(moment.dtype).tiny) * identity
+class LayerProblem:
+    r"""Error of one matrix as a function of the basis and its factor, prepared for one basis at a time.
+
+    All parts work on *scaled* factors :math:`X_{kj} = s_k F_{kj} c_j` in which every entry has curvature 1:
+    :math:`c_j^2 = R_{jj}`, :math:`s_k^2 = (B^\top L B)_{kk}`. Then the loss is a constant plus
+    :math:`\langle X, A(X) \rangle - 2 \langle X, T \rangle` with ``apply`` for A and ``target_RF`` for T, and a squared
+    scaled entry says, up to correlations, what it is worth.
+
+    ``prox`` solves :math:`A(X) + \rho X = T + \rho V` with one eigendecomposition per side. The hidden side is cut into
+    runs of at most ``max_eigen`` columns whose cross-correlations ``prox`` leaves out (they only guide the search for a
+    support: ``apply``, and with it the fit of the values, is exact): p = 14,336 costs seven decompositions of 2,048.
+    """
+
+    def __init__(
+        self,
+        weight_DF: Tensor,
+        left_DD: Tensor,
+        right_FF: Tensor,
+        *,
+        damping: float = DAMPING,
+        max_eigen: int = MAX_EIGEN,
+    ) -> None:
+        self.weight_DF = weight_DF.float()
+        self.left_DD = _damped(left_DD.float(), damping)
+        scale_F = _root(right_FF.float().diagonal())
+        self.column_F = scale_F
+        self._right_FF = _damped(right_FF.float() / torch.outer(scale_F, scale_F), damping)
+        self._weighted_DF = self.weight_DF * scale_F
+        self._scaled_DF = self._weighted_DF @ self._right_FF
+        self._right_eigen = [_eigh(self._right_FF[run, run]) for run in self._runs(max_eigen)]
+
+    def prepare(self, basis_DR: Tensor | None) -> None:
+        """Fix the basis; None is the identity."""
+        projected_DR = self.left_DD if basis_DR is None else self.left_DD @ basis_DR
+        gram_RR = projected_DR if basis_DR is None else basis_DR.T @ projected_DR
+        self.row_R = _root(gram_RR.diagonal())
+        self._gram_RR = gram_RR / torch.outer(self.row_R, self.row_R)
+        self.target_RF = (projected_DR.T @ self._scaled_DF) / self.row_R.unsqueeze(1)
+        self._left_eigen = _eigh(self._gram_RR)
+
+    def scaled(self, factor_RF: Tensor) -> Tensor:
+        return factor_RF * self.row_R.unsqueeze(1) * self.column_F
+
+    def unscaled(self, scaled_RF: Tensor) -> Tensor:
+        return scaled_RF / self.row_R.unsqueeze(1) / self.column_F
+
+    def apply(self, scaled_RF: Tensor) -> Tensor:
+        return self._gram_RR @ scaled_RF @ self._right_FF
+
+    def prox(self, point_RF: Tensor, rho: float) -> Tensor:
+        values_R, vectors_RR = self._left_eigen
+        rotated_RF = vectors_RR.T @ (self.target_RF + rho * point_RF)
+        parts, start = [], 0
+        for values_C, vectors_CC in self._right_eigen:
+            part_RC = rotated_RF[:, start : start + len(values_C)] @ vectors_CC
+            parts.append((part_RC / (torch.outer(values_R, values_C) + rho)) @ vectors_CC.T)
+            start += len(values_C)
+        return vectors_RR @ torch.cat(parts, dim=1)
+
+    def loss(self, basis_DR: Tensor | None, factor_RF: Tensor) -> float:
+        product_DF = factor_RF if basis_DR is None else basis_DR @ factor_RF
+        error_DF = self._weighted_DF - product_DF * self.column_F
+        moved_DF = self.left_DD @ error_DF @ self._right_FF
+        return max(float((moved_DF * error_DF).sum(dtype=torch.float64)), 0.0)
+
+    def basis_terms(self, factor_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(left_DD, right_RR, target_DR)`` of the normal equation ``left B right = target`` for a fixed factor."""
+        weighted_RF = factor_RF * self.column_F
+        moved_RF = weighted_RF @ self._right_FF
+        return self.left_DD, moved_RF @ weighted_RF.T, self.left_DD @ (self._weighted_DF @ moved_RF.T)
+
+    def _runs(self, size: int) -> Iterator[slice]:
+        columns = self.weight_DF.shape[1]
+        for start in range(0, columns, size):
+            yield slice(start, min(start + size, columns))
+
+
+def _root(diagonal: Tensor) -> Tensor:
+    """Square root of a diagonal; entries that are nothing beside the mean are raised to a trace of it."""
+    floor = diagonal.mean().clamp_min(0) * 1e-6 + torch.finfo(diagonal.dtype).tiny
+    return diagonal.clamp_min(floor).sqrt()
+
+
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    """A metric with a small multiple of its mean diagonal added, so that no direction is free."""
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    return matrix + (damping * matrix.diagonal().mean() + torch.finfo(matrix.dtype).tiny) * identity
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (not below 0) and eigenvectors, computed in float64."""
-    values, vectors = torch.linalg.eigh(matrix.double())
-    return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
-
-
-class SiteProblem(ABC):
-    """Error of one matrix as a function of the basis and its factor.
-
-    After ``prepare(basis)`` the factor part is :math:`A(F) = R` with a positive operator A: ``apply`` is A,
-    ``target_RF`` is R, ``diagonal_RF`` is the diagonal of A, ``prox`` solves :math:`(A + \\rho) F = R + \\rho V`.
-    Columns of an ``up`` problem separate, so its weights appear only in ``curvature_RF`` and ``loss``.
-    """
-
-    weight_DF: Tensor
-    target_RF: Tensor
-    diagonal_RF: Tensor
-
-    @abstractmethod
-    def prepare(self, basis_DR: Tensor) -> None:
-        """Fix the basis."""
-
-    @abstractmethod
-    def apply(self, factor_RF: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def prox(self, point_RF: Tensor, rho: float) -> Tensor: ...
-
-    @property
-    @abstractmethod
-    def curvature_RF(self) -> Tensor:
-        """Second derivative of the loss in every entry, comparable between problems."""
-
-    @abstractmethod
-    def loss(self, basis_DR: Tensor, factor_RF: Tensor) -> float: ...
-
-    @abstractmethod
-    def basis_terms(self, factor_RF: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """``(left_DD, right_RR, target_DR)`` of the normal equation ``left B right = target`` (None: identity)."""
-
-
-class UpProblem(SiteProblem):
-    """A layer that reads the residual stream."""
-
-    def __init__(self, weight_DF: Tensor, moment_DD: Tensor, weight_F: Tensor) -> None:
-        self.weight_DF = weight_DF.float()
-        self.moment_DD = _damped(moment_DD.float())
-        floor = weight_F.float().mean() * 1e-4
-        self.column_F = weight_F.float().clamp_min(floor)
-
-    def prepare(self, basis_DR: Tensor) -> None:
-        projected_DR = self.moment_DD @ basis_DR
-        self.gram_RR = basis_DR.T @ projected_DR
-        self.target_RF = projected_DR.T @ self.weight_DF
-        self.values_R, self.vectors_RR = _eigh(self.gram_RR)
-        self.diagonal_RF = self.gram_RR.diagonal().unsqueeze(1).expand_as(self.target_RF)
-
-    def apply(self, factor_RF: Tensor) -> Tensor:
-        return self.gram_RR @ factor_RF
-
-    def prox(self, point_RF: Tensor, rho: float) -> Tensor:
-        rotated_RF = self.vectors_RR.T @ (self.target_RF + rho * point_RF)
-        return self.vectors_RR @ (rotated_RF / (self.values_R + rho).unsqueeze(1))
-
-    @property
-    def curvature_RF(self) -> Tensor:
-        return self.diagonal_RF * self.column_F
-
-    def loss(self, basis_DR: Tensor, factor_RF: Tensor) -> float:
-        error_DF = self.weight_DF - basis_DR @ factor_RF
-        return float(((self.moment_DD @ error_DF) * error_DF * self.column_F).sum(dtype=torch.float64))
-
-    def basis_terms(self, factor_RF: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        weighted_RF = factor_RF * self.column_F
-        return self.moment_DD, weighted_RF @ factor_RF.T, self.moment_DD @ (self.weight_DF @ weighted_RF.T)
-
-
-class DownProblem(SiteProblem):
-    """A layer that writes the residual stream."""
-
-    def __init__(self, weight_DF: Tensor, moment_FF: Tensor, scale: float) -> None:
-        self.weight_DF = weight_DF.float()
-        self.moment_FF = _damped(moment_FF.float())
-        self.scale = scale
-        self.right_values_F, self.right_vectors_FF = _eigh(self.moment_FF)
-        self.weighted_DF = self.weight_DF @ self.moment_FF
-
-    def prepare(self, basis_DR: Tensor) -> None:
-        self.gram_RR = basis_DR.T @ basis_DR
-        self.target_RF = basis_DR.T @ self.weighted_DF
-        self.values_R, self.vectors_RR = _eigh(self.gram_RR)
-        self.diagonal_RF = torch.outer(self.gram_RR.diagonal(), self.moment_FF.diagonal())
-
-    def apply(self, factor_RF: Tensor) -> Tensor:
-        return self.gram_RR @ factor_RF @ self.moment_FF
-
-    def prox(self, point_RF: Tensor, rho: float) -> Tensor:
-        rotated_RF = self.vectors_RR.T @ (self.target_RF + rho * point_RF) @ self.right_vectors_FF
-        solved_RF = rotated_RF / (torch.outer(self.values_R, self.right_values_F) + rho)
-        return self.vectors_RR @ solved_RF @ self.right_vectors_FF.T
-
-    @property
-    def curvature_RF(self) -> Tensor:
-        return self.diagonal_RF * self.scale
-
-    def loss(self, basis_DR: Tensor, factor_RF: Tensor) -> float:
-        error_DF = self.weight_DF - basis_DR @ factor_RF
-        return self.scale * float(((error_DF @ self.moment_FF) * error_DF).sum(dtype=torch.float64))
-
-    def basis_terms(self, factor_RF: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        moved_RF = factor_RF @ self.moment_FF
-        return None, self.scale * (moved_RF @ factor_RF.T), self.scale * (self.weighted_DF @ factor_RF.T)
+    """Eigenvalues (not below 0) and eigenvectors; on failure the damping grows tenfold until it succeeds."""
+    extra = 0.0
+    while True:
+        try:
+            values, vectors = torch.linalg.eigh(matrix if extra == 0 else _damped(matrix, extra))
+            return values.clamp_min(0), vectors
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if not bool(matrix.isfinite().all()) or extra > 1:
+                raise
+            extra = max(extra * 10, 1e-6)

@@ -6,7 +6,7 @@ import math
 
 from fips.errors import BudgetError
 
-__all__ = ["full_rank_sparsity", "num_nonzeros", "rank_for_budget"]
+__all__ = ["num_nonzeros", "rank_for_budget"]
 
 _EPS = 1e-9
 
@@ -31,14 +31,6 @@ def rank_for_budget(*, budget: float, width: int, columns: int, sparsity: float,
             f"the smallest budget for it is {math.ceil(least * 1e4) / 1e4:g}"
         )
     return rank
-
-
-def full_rank_sparsity(*, budget: float, width: int, columns: int) -> float | None:
-    r"""Sparsity of the factors of a basis of rank D that fills a budget, :math:`s = 1 - b + d / P`.
-
-    None where the basis would take more than half of the budget (:math:`2 d > b P`): then fewer vectors are better.
-    """
-    return None if 2 * width > budget * columns else 1 - budget + width / columns
 
 
 def num_nonzeros(*, size: int, sparsity: float) -> int:

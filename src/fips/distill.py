@@ -1,0 +1,127 @@
+r"""End-to-end training of compressed layers with the original model as teacher; needs no labels and no second copy.
+
+.. math:: \mathrm{KL}\left(\mathrm{softmax}(t / \tau) \,\|\, \mathrm{softmax}(y / \tau)\right) \tau^2
+          + \lambda \frac{1}{L} \sum_l \frac{|h_l - g_l|^2}{\mathrm{Var}(g_l)}
+
+with the logits t and block outputs g of the original and y, h of the compressed model. Models without logits are
+trained on their block outputs alone. Reference: Hinton et al., arXiv 1503.02531.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from fips.activations import first_tensor
+from fips.calibrate import TrainableGroup, swapped
+from fips.config import CompressionConfig, DistillConfig
+from fips.errors import DataError
+from fips.statistics import valid_tokens
+
+__all__ = ["distill_"]
+
+WARMUP = 0.1
+
+
+def distill_(
+    model: nn.Module,
+    groups: Sequence[TrainableGroup],
+    blocks: Sequence[nn.Module],
+    batches: Iterable[Any],
+    config: CompressionConfig,
+    run: Callable[[nn.Module, Any], Any],
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train bases, factors on their supports and biases of all groups; returns the loss of every step.
+
+    One step takes one batch; ``batches`` is iterated again and again. The teacher is ``model`` itself with its own
+    layers in place, the student the same model with those of the groups. ``blocks`` are those whose outputs count
+    with ``hidden_weight``.
+    """
+    settings = config.distill
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    layers: dict[str, nn.Module] = {}
+    for group in groups:
+        layers |= group.modules
+    losses: list[float] = []
+    for step, batch in zip(range(settings.steps), _forever(batches), strict=False):
+        with torch.no_grad(), _Outputs(blocks, settings.hidden_weight) as teacher:
+            target = run(model, batch)
+        with swapped(model, layers), torch.enable_grad(), _Outputs(blocks, settings.hidden_weight) as student:
+            loss = _loss(run(model, batch), target, student, teacher, batch, settings)
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if on_step is not None:
+            on_step(step, losses[-1])
+    return losses
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up, then cosine to 0."""
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, 1.0) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def _forever(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        count = 0
+        for batch in batches:
+            count += 1
+            yield batch
+        if not count:
+            raise DataError("there is no calibration batch to distill on")
+
+
+class _Outputs(AbstractContextManager["_Outputs"]):
+    """The outputs of some blocks in one forward pass; nothing where they do not count."""
+
+    def __init__(self, blocks: Sequence[nn.Module], weight: float) -> None:
+        self.seen: dict[int, Tensor] = {}
+        chosen = blocks if weight else ()
+        self._handles = [block.register_forward_hook(self._hook(index)) for index, block in enumerate(chosen)]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, index: int) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            self.seen[index] = first_tensor(output)
+
+        return hook
+
+
+def _loss(output: Any, target: Any, student: _Outputs, teacher: _Outputs, batch: Any, config: DistillConfig) -> Tensor:
+    logits, wanted = getattr(output, "logits", None), getattr(target, "logits", None)
+    if isinstance(logits, Tensor) and isinstance(wanted, Tensor):
+        loss = _divergence(logits.float(), wanted.float(), valid_tokens(batch), config.temperature)
+    else:
+        loss = _relative(first_tensor(output), first_tensor(target))
+    if student.seen:
+        parts = [_relative(student.seen[index], teacher.seen[index]) for index in sorted(student.seen)]
+        loss = loss + config.hidden_weight * torch.stack(parts).mean()
+    return loss
+
+
+def _divergence(logits: Tensor, wanted: Tensor, valid_N: Tensor | None, temperature: float) -> Tensor:
+    ours_NC, theirs_NC = (x.flatten(0, -2) / temperature for x in (logits, wanted))
+    if valid_N is not None and valid_N.numel() == ours_NC.shape[0]:
+        keep_N = valid_N.to(ours_NC.device)
+        ours_NC, theirs_NC = ours_NC[keep_N], theirs_NC[keep_N]
+    divergence = kl_div(ours_NC.log_softmax(-1), theirs_NC.log_softmax(-1), log_target=True, reduction="batchmean")
+    return divergence * temperature**2
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (ours.float() - theirs.float()).square().mean() / theirs.float().var().clamp_min(1e-12)

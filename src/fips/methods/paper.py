@@ -1,0 +1,58 @@
+"""The paper's recipe: SVD start, magnitude sparsity, joint block-wise AdamW. Reference: arXiv 2411.09816."""
+
+from __future__ import annotations
+
+import time
+
+from fips.accounting import LayerStorage
+from fips.activations import ActivationSpool
+from fips.calibrate import BlockError, Records, TrainableGroup, calibrate_, swapped
+from fips.methods.workbench import CompressedGroup, Workbench, pack_group
+from fips.plan import CompressionPlan, GroupPlan
+from fips.solve.svd import grow_rank, shared_svd
+
+__all__ = ["compress_by_paper"]
+
+
+def compress_by_paper(bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
+    """Every group on its own: record, factorize, calibrate, pack."""
+    return [_compress_group(bench, group) for group in plan.groups]
+
+
+def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
+    started = time.perf_counter()
+    blocks, steps = bench.blocks(plan.group), bench.config.calibration_steps
+    with bench.recorded(plan.group) as (records, spool):
+        group = _factorize(bench, plan)
+        with swapped(bench.model, group.modules):
+            start = _errors_of_start(bench, plan, group, records, spool)
+            losses = calibrate_(
+                group, blocks, records, spool, bench.device,
+                lambda step, loss: bench.report("calibrate", plan.group.name, step + 1, steps, loss),
+            )  # fmt: skip
+            if not losses:
+                group.prune(bench.config.factor_sparsity)
+        storages = [LayerStorage(int(mask.sum()), plan.fmt) for mask in group.masks]
+        basis, layers = pack_group(group, plan, storages)
+        final = bench.errors_with(plan.group, layers, records, spool)
+    return CompressedGroup(plan, basis, layers, start, final, tuple(losses), time.perf_counter() - started)
+
+
+def _factorize(bench: Workbench, plan: GroupPlan) -> TrainableGroup:
+    """U and S V^T of all matrices side by side, grown beyond D where the budget allows."""
+    sites = plan.group.sites
+    basis_DR, factors_RF = shared_svd(bench.weights(sites), rank=plan.rank)
+    basis_DR, factors_RF = grow_rank(basis_DR, factors_RF, rank=plan.rank, tau=bench.config.growth_tau)
+    biases = [bench.bias(site) for site in sites]
+    return TrainableGroup(basis_DR, factors_RF, sites, biases, bench.config, bench.config.factor_sparsity)
+
+
+def _errors_of_start(
+    bench: Workbench, plan: GroupPlan, group: TrainableGroup, records: Records, spool: ActivationSpool
+) -> tuple[BlockError, ...]:
+    """The start pruned to the final sparsity at once; only masks change, and they are put back."""
+    before = group.masks
+    group.set_masks(group.choose_masks(bench.config.factor_sparsity))
+    errors = bench.errors_with(plan.group, {}, records, spool)
+    group.set_masks(before)
+    return errors

@@ -1,0 +1,164 @@
+"""What every method needs around its maths: forward passes, recorded activations, progress, packing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fips.accounting import LayerStorage
+from fips.activations import ActivationSpool, record_blocks
+from fips.calibrate import BlockError, Records, TrainableGroup, block_errors, swapped
+from fips.config import CompressionConfig
+from fips.errors import DataError
+from fips.nn import FactoredLinear, SharedBasis
+from fips.plan import GroupPlan
+from fips.storage.packing import DENSE
+from fips.structure import LayerGroup, LinearSite
+
+__all__ = [
+    "MAX_ERROR_BATCHES",
+    "CompressedGroup",
+    "Progress",
+    "ProgressEvent",
+    "Workbench",
+    "dense_matrix",
+    "pack_group",
+]
+
+MAX_ERROR_BATCHES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressEvent:
+    """One step of work: ``done`` of ``total`` steps of a stage, the last loss.
+
+    Stages: ``measure``, ``solve``, ``record``, ``calibrate``, ``distill``.
+    """
+
+    stage: str
+    group: str
+    done: int
+    total: int
+    loss: float | None = None
+
+
+Progress = Callable[[ProgressEvent], None]
+
+
+@dataclass(slots=True)
+class CompressedGroup:
+    """A finished group: what it became, its packed layers, and its errors."""
+
+    plan: GroupPlan
+    basis: SharedBasis | None
+    layers: dict[str, FactoredLinear]
+    start: tuple[BlockError, ...]
+    final: tuple[BlockError, ...]
+    losses: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(slots=True)
+class Workbench:
+    """One model, its calibration batches and the settings of one compression."""
+
+    model: nn.Module
+    config: CompressionConfig
+    batches: Iterable[Any]
+    device: torch.device
+    progress: Progress | None = None
+    file_bytes: int = 0
+    """Most bytes of activations that were in a temporary file at once."""
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output for one batch, on its device and in its type."""
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+        def place(tensor: Any) -> Any:
+            if not isinstance(tensor, Tensor):
+                return tensor
+            return tensor.to(self.device, dtype if tensor.is_floating_point() else None)
+
+        if isinstance(batch, Mapping):
+            return model(**{key: place(value) for key, value in batch.items() if key != "labels"})
+        if isinstance(batch, Tensor):
+            return model(place(batch))
+        raise DataError(f"a batch must be a dict of tensors or a tensor, got {type(batch).__name__}")
+
+    @contextmanager
+    def recorded(self, group: LayerGroup, *, limit: int | None = None) -> Iterator[tuple[Records, ActivationSpool]]:
+        """Inputs and outputs of the group's blocks in the model as it is, for the first ``limit`` batches."""
+        with ActivationSpool(self.config.calibration.activation_memory) as spool:
+            batches = self.counted("record", group.name, limit=limit)
+            with torch.no_grad():
+                records = record_blocks(self.model, self.blocks(group), batches, spool, self.run)
+            yield records, spool
+            self.file_bytes = max(self.file_bytes, spool.file_bytes)
+
+    def blocks(self, group: LayerGroup) -> dict[str, nn.Module]:
+        return {name: self.model.get_submodule(name) for name in group.blocks}
+
+    def errors(self, group: LayerGroup, records: Records, spool: ActivationSpool) -> tuple[BlockError, ...]:
+        """Block errors of the model as it is, on at most ``MAX_ERROR_BATCHES`` of the records."""
+        return tuple(block_errors(self.blocks(group), records[:MAX_ERROR_BATCHES], spool, self.device))
+
+    def errors_with(
+        self, group: LayerGroup, layers: Mapping[str, nn.Module], records: Records, spool: ActivationSpool
+    ) -> tuple[BlockError, ...]:
+        with swapped(self.model, layers), torch.no_grad():
+            return self.errors(group, records, spool)
+
+    def counted(self, stage: str, group: str, *, limit: int | None = None) -> Iterator[Any]:
+        """The batches, reported one by one."""
+        total = len(self.batches) if isinstance(self.batches, Sized) else 0
+        total = min(total, limit) if limit is not None else total
+        for index, batch in enumerate(islice(self.batches, limit)):
+            self.report(stage, group, index, total)
+            yield batch
+            self.report(stage, group, index + 1, total)
+
+    def report(self, stage: str, group: str, done: int, total: int, loss: float | None = None) -> None:
+        if self.progress is not None:
+            self.progress(ProgressEvent(stage, group, done, total, loss))
+
+    def weights(self, sites: Sequence[LinearSite]) -> list[Tensor]:
+        return [dense_matrix(self.model, site) for site in sites]
+
+    def bias(self, site: LinearSite) -> nn.Parameter | None:
+        found = getattr(self.model.get_submodule(site.name), "bias", None)
+        assert found is None or isinstance(found, nn.Parameter)
+        return found
+
+
+def dense_matrix(model: nn.Module, site: LinearSite) -> Tensor:
+    """Weight of a dense layer as (D, F): the residual stream on axis 0."""
+    weight = model.get_submodule(site.name).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach() if (site.role == "down") != site.conv1d else weight.detach().T
+
+
+def pack_group(
+    group: TrainableGroup, plan: GroupPlan, storages: Sequence[LayerStorage]
+) -> tuple[SharedBasis | None, dict[str, FactoredLinear]]:
+    """The modules that stand in for the dense layers, by name."""
+    basis = None
+    if group.basis_DR is not None:
+        basis = SharedBasis(*group.basis_DR.shape)
+        basis.weight = nn.Parameter(group.basis_DR.detach().to(plan.dtype))
+    layers = {}
+    for site, source, bias, storage in zip(group.sites, group.layers, group.biases, storages, strict=True):
+        mask_RF = torch.ones_like(source.mask_RF) if storage.fmt == DENSE else source.mask_RF
+        factor_RF = source.factor_RF.detach() * source.mask_RF
+        layer = FactoredLinear.from_factor(
+            basis, factor_RF, mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype, values=storage.values
+        )
+        layer.bias = bias
+        layer.conv1d = site.conv1d
+        layers[site.name] = layer
+    return basis, layers

@@ -1,0 +1,46 @@
+"""An order of hidden neurons in which neighbours want the same support, so that they can share mask bits.
+
+Permuting the hidden neurons of an MLP, in the outputs of its up layers and the inputs of its down layer alike, leaves
+the MLP's output unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["neighbour_order"]
+
+
+def neighbour_order(masks_RF: Sequence[Tensor], *, size: int) -> Tensor:
+    """Permutation of the F columns that puts columns of similar support into runs of ``size`` (a power of two).
+
+    Pairs columns greedily by the number of rows both want, summed over the factors, then pairs of pairs, and so on.
+    Deterministic; the number of columns must be a multiple of ``size``.
+    """
+    wants_FS = torch.cat([mask.float() for mask in masks_RF]).T.contiguous()
+    members_FK = torch.arange(wants_FS.shape[0], device=wants_FS.device).unsqueeze(1)
+    while members_FK.shape[1] < size:
+        first, second = _pair(wants_FS @ wants_FS.T)
+        members_FK = torch.cat([members_FK[first], members_FK[second]], dim=1)
+        wants_FS = wants_FS[first] + wants_FS[second]
+    return members_FK.flatten()
+
+
+def _pair(overlap_FF: Tensor) -> tuple[Tensor, Tensor]:
+    """Disjoint pairs, rows with the largest best overlap first, each with the free row it overlaps most."""
+    overlap_FF = overlap_FF.clone()
+    overlap_FF.fill_diagonal_(-1)
+    order = overlap_FF.max(1).values.argsort(descending=True, stable=True).tolist()
+    free = torch.ones(len(order), dtype=torch.bool, device=overlap_FF.device)
+    pairs = []
+    for row in order:
+        if free[row]:
+            free[row] = False
+            other = int(overlap_FF[row].masked_fill(~free, -2).argmax())
+            free[other] = False
+            pairs.append((row, other))
+    first, second = torch.tensor(pairs, device=overlap_FF.device).T
+    return first, second

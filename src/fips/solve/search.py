@@ -1,0 +1,209 @@
+"""Which structure a group gets for its bytes, and how many bytes every group gets: both by measured errors.
+
+A *choice* is a pattern with or without a shared basis. Each is solved at a few sizes; between them the logarithm of
+the error is taken as linear in the bytes. Errors of all groups are in one unit (see ``fips.solve.problems``), so the
+best split of the bytes is where one more byte is worth the same everywhere.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fips.errors import BudgetError
+from fips.solve.alternate import Factorization, alternate, prune
+from fips.solve.problems import LayerProblem
+from fips.solve.supports import ByteBudget, FixedPattern, Reduction, SupportRule
+from fips.solve.svd import shared_svd
+
+__all__ = ["Choice", "GroupSearch", "Point", "Pricing", "allocate"]
+
+SIZES = (1.0, 0.6, 1.5)
+"""Sizes at which the cheap choice of a group is measured, relative to an equal split."""
+STEPS = 200
+FLOOR = 1e-4
+"""Smallest error on a curve, relative to its largest: what is kept whole has none."""
+
+
+class Choice(NamedTuple):
+    """Structure of a group."""
+
+    shared: bool
+    """Whether its matrices share a basis of full rank."""
+    pattern: str
+    """``unstructured``, ``block4``, ``block8`` or N:M."""
+
+
+class Point(NamedTuple):
+    """A choice, the bytes it took and the error it left."""
+
+    choice: Choice
+    bytes: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """What the parts of a factorization cost, in bytes (or in numbers, where only numbers count)."""
+
+    value: float
+    """One kept entry."""
+    basis_entry: float
+    pattern_bit: float = 1 / 8
+    row_scale: float = 0.0
+    """One scale per stored row, where values are int8."""
+
+
+class GroupSearch:
+    """The problems of one group under all choices that its shapes allow.
+
+    ``reductions`` is the axis of every factor along which N:M patterns run; ``code_bytes`` the bytes of an N:M pattern
+    per entry.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[LayerProblem],
+        reductions: Sequence[Reduction],
+        pricing: Pricing,
+        code_bytes: dict[str, float],
+    ) -> None:
+        self.problems, self.reductions, self.pricing = problems, tuple(reductions), pricing
+        self.code_bytes = code_bytes
+        self.width = problems[0].weight_DF.shape[0]
+        self.columns = sum(problem.weight_DF.shape[1] for problem in problems)
+        self._solved: dict[tuple[Choice, float], Factorization] = {}
+
+    def overhead(self, choice: Choice) -> float:
+        """Bytes besides values and patterns: basis and scales."""
+        rows = sum(
+            problem.weight_DF.shape[1] if axis == 0 else self.width
+            for problem, axis in zip(self.problems, self.reductions, strict=True)
+        )
+        return self.pricing.row_scale * rows + choice.shared * self.width**2 * self.pricing.basis_entry
+
+    def fixed_bytes(self, choice: Choice) -> float | None:
+        """The size of an N:M choice, which its pattern decides; None for the others."""
+        if ":" not in choice.pattern:
+            return None
+        n, m = map(int, choice.pattern.split(":"))
+        code = self.code_bytes[choice.pattern] if self.pricing.pattern_bit else 0.0
+        return self.overhead(choice) + self.width * self.columns * (n / m * self.pricing.value + code)
+
+    def _dense_bytes(self, choice: Choice) -> float:
+        """The most a choice can take: all factors whole, without patterns."""
+        return self.overhead(choice) + self.width * self.columns * self.pricing.value
+
+    def solve(self, choice: Choice, size: float) -> Factorization:
+        """The best factorization of a structure within ``size`` bytes. Raises ``BudgetError`` if it cannot fit."""
+        key = (choice, size)
+        if key not in self._solved:
+            rule = self._rule(choice, size - self.overhead(choice))
+            found = prune(self.problems, rule)
+            if choice.shared:
+                weights_DF = [problem.weight_DF for problem in self.problems]
+                basis_DR, _ = shared_svd(weights_DF, rank=self.width)
+                found = alternate(self.problems, basis_DR, rule)
+            self._solved[key] = found
+        return self._solved[key]
+
+    def forget(self) -> None:
+        """Drop solved factorizations; the problems stay."""
+        self._solved.clear()
+
+    def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
+        """Errors of the choices around an equal share of ``size`` bytes.
+
+        A shared basis is first tried at that size alone, and dropped if it leaves more error than pruning there.
+        """
+        points: list[Point] = []
+        for choice in sorted(choices):
+            fixed = self.fixed_bytes(choice)
+            sizes = [fixed] if fixed is not None else [factor * size for factor in SIZES]
+            for index, bytes_ in enumerate(sizes):
+                try:
+                    loss = self.solve(choice, bytes_).losses[-1]
+                except BudgetError:
+                    continue
+                points.append(Point(choice, min(bytes_, self._dense_bytes(choice)), loss))
+                if index == 0 and choice.shared and loss > _loss_at(points[:-1], bytes_):
+                    break
+        return points
+
+    def _rule(self, choice: Choice, left: float) -> SupportRule:
+        if ":" in choice.pattern:
+            n, m = map(int, choice.pattern.split(":"))
+            return FixedPattern(n, m, self.reductions)
+        block = int(choice.pattern.removeprefix("block")) if choice.pattern.startswith("block") else 1
+        return ByteBudget(left, self.pricing.value, self.pricing.pattern_bit, block)
+
+
+def allocate(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choice, float]]:
+    """A choice and its bytes for every group, so that the sum of errors is least within ``total`` bytes.
+
+    Greedy on the lower convex hull of every group's measured curve, which is optimal for convex curves. Raises
+    ``BudgetError`` if even the smallest choices do not fit.
+    """
+    hulls = [_hull(points) for points in trials]
+    spent = sum(hull[0].bytes for hull in hulls)
+    if spent > total * (1 + 1e-9):
+        raise BudgetError(
+            f"the smallest structures tried take {spent:.0f} bytes, {total:.0f} are allowed; ask for more bytes or for "
+            "a pattern with fewer non-zeros"
+        )
+    position = [0] * len(hulls)
+    queue = [(_slope(hull, 0), index) for index, hull in enumerate(hulls) if len(hull) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, index = heapq.heappop(queue)
+        hull, at = hulls[index], position[index]
+        step = hull[at + 1].bytes - hull[at].bytes
+        if spent + step > total * (1 + 1e-9):
+            continue
+        spent += step
+        position[index] += 1
+        if at + 2 < len(hull):
+            heapq.heappush(queue, (_slope(hull, at + 1), index))
+    ends = [hull[at] for hull, at in zip(hulls, position, strict=True)]
+    open_ends = [index for index, end in enumerate(ends) if ":" not in end.choice.pattern]
+    spare = max(total - spent, 0.0) / max(len(open_ends), 1)
+    return [(end.choice, end.bytes + (spare if index in open_ends else 0.0)) for index, end in enumerate(ends)]
+
+
+def _slope(hull: Sequence[Point], at: int) -> float:
+    return (hull[at + 1].loss - hull[at].loss) / (hull[at + 1].bytes - hull[at].bytes)
+
+
+def _hull(points: Sequence[Point]) -> list[Point]:
+    """Lower convex hull of all choices' curves, finely sampled."""
+    sampled = [*points]
+    for _, group in itertools.groupby(sorted(points), key=lambda point: point.choice):
+        curve = sorted(group, key=lambda point: point.bytes)
+        floor = FLOOR * curve[0].loss
+        for left, right in itertools.pairwise(curve):
+            for step in range(1, STEPS):
+                size = left.bytes + (right.bytes - left.bytes) * step / STEPS
+                sampled.append(Point(left.choice, size, _between(left, right, size, floor)))
+    hull: list[Point] = []
+    for point in sorted(sampled, key=lambda point: (point.bytes, point.loss)):
+        if hull and point.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _slope([hull[-2], hull[-1]], 0) >= _slope([hull[-1], point], 0):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _between(left: Point, right: Point, size: float, floor: float) -> float:
+    share = (size - left.bytes) / (right.bytes - left.bytes)
+    ends = (math.log(max(point.loss, floor, 1e-30)) for point in (left, right))
+    return math.exp(sum(weight * end for weight, end in zip((1 - share, share), ends, strict=True)))
+
+
+def _loss_at(points: Sequence[Point], size: float) -> float:
+    """The least error measured at a size."""
+    return min((point.loss for point in points if abs(point.bytes - size) <= 1e-9 * size), default=math.inf)
