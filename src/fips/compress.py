@@ -12,6 +12,7 @@ from torch import nn
 
 from fips.calibrate import autocast_for, resolve_precision
 from fips.config import CompressionConfig
+from fips.methods.baseline import compress_by_baseline
 from fips.methods.paper import compress_by_paper
 from fips.methods.solver import compress_by_solver
 from fips.methods.workbench import CompressedGroup, Progress, ProgressEvent, Workbench
@@ -20,6 +21,8 @@ from fips.plan import plan_compression
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
+
+METHODS = {"fips": compress_by_solver, "fips-paper": compress_by_paper}
 
 
 def compress(
@@ -50,7 +53,7 @@ def compress(
     device = next(model.parameters()).device
     bench = Workbench(model, config, batches, device, progress)
     with _frozen(model), autocast_for(config.calibration.precision, device):
-        groups = compress_by_paper(bench, plan) if config.method == "fips-paper" else compress_by_solver(bench, plan)
+        groups = METHODS.get(config.method, compress_by_baseline)(bench, plan)
     _install(model, groups)
     report = CompressionReport(
         config=config,
@@ -93,7 +96,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _install(model: nn.Module, groups: Sequence[CompressedGroup]) -> None:
-    bases = {group.plan.group.name: group.basis for group in groups if group.basis is not None}
+    bases = {name: basis for group in groups for name, basis in group.bases.items()}
     setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
     for group in groups:
         for name, layer in group.layers.items():

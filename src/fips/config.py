@@ -19,7 +19,10 @@ from fips.errors import ConfigError
 __all__ = ["CalibrationConfig", "CompressionConfig", "DataConfig", "DistillConfig", "MetricConfig", "Recipe"]
 
 FactorDtype = Literal["float32", "bfloat16", "float16"]
+Method = Literal["fips", "fips-paper", "magnitude", "wanda", "sparsegpt", "svd", "svd-llm", "basis-sharing"]
 DEFAULT_SPARSITY = 0.75
+PRUNERS = ("magnitude", "wanda", "sparsegpt")
+BASELINES = (*PRUNERS, "svd", "svd-llm", "basis-sharing")
 
 
 class Settings(BaseModel):
@@ -115,9 +118,10 @@ class CompressionConfig(Settings):
     """Fraction of the MLP parameters to keep: basis entries plus non-zeros of the factors."""
     target_bytes: float | None = Field(default=None, gt=0, le=1)
     """Stored bytes of the MLPs (values, patterns, scales, bases) as a fraction of the dense ones in a 16-bit type."""
-    method: Literal["fips-paper", "fips"] = "fips"
+    method: Method = "fips"
     """`fips`: solver in the metric of the model's output, best structure per group for the bytes.
-    `fips-paper`: SVD start, magnitude sparsity, block-wise AdamW (arXiv 2411.09816)."""
+    `fips-paper`: SVD start, magnitude sparsity, block-wise AdamW (arXiv 2411.09816).
+    Others to compare with, see ``fips.baselines``."""
     sharing: Literal["auto", "always", "never"] = "auto"
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning); `fips`
     only, the paper's recipe always shares."""
@@ -162,7 +166,7 @@ class CompressionConfig(Settings):
             raise ValueError(f"give either `budget` (parameters) or `target_bytes` (stored bytes), got {given}")
         if self.nm is not None:
             self._check_nm(*self.nm)
-        self._check_paper() if self.method == "fips-paper" else self._check_fips()
+        self._check_fips() if self.method == "fips" else self._check_other()
         return self
 
     def _check_nm(self, n: int, m: int) -> None:
@@ -176,15 +180,19 @@ class CompressionConfig(Settings):
         if self.support_schedule == "rigl":
             raise ValueError("`schedule: rigl` needs `pattern: unstructured`; N:M works with `static` and `gmp`")
 
-    def _check_paper(self) -> None:
+    def _check_other(self) -> None:
         if self.pattern in ("auto", "block4", "block8"):
-            raise ValueError(f"`pattern: {self.pattern}` needs `method: fips`; `fips-paper` takes unstructured or N:M")
+            raise ValueError(f"`pattern: {self.pattern}` needs `method: fips`, got `{self.method}`")
         if self.sharing != "auto":
-            raise ValueError(f"`sharing: {self.sharing}` needs `method: fips`; `fips-paper` always shares")
-        if self.values == "int8":
-            raise ValueError("`values: int8` needs `method: fips`; `fips-paper` stores floating values")
+            raise ValueError(f"`sharing: {self.sharing}` needs `method: fips`, got `{self.method}`")
+        if self.values == "int8" and self.method not in PRUNERS:
+            raise ValueError(f"`values: int8` needs `method: fips` or pruning, got `{self.method}`")
         if self.distill.steps:
-            raise ValueError("`distill` needs `method: fips`; `fips-paper` ends with its block-wise steps")
+            raise ValueError(f"`distill` needs `method: fips`, got `{self.method}`")
+        if self.method in BASELINES and (self.nm is not None or self.sparsity is not None):
+            raise ValueError(
+                f"`method: {self.method}` takes neither `pattern` nor `sparsity`; its size follows the bytes"
+            )
 
     def _check_fips(self) -> None:
         if self.schedule == "gmp":

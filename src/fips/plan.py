@@ -122,7 +122,7 @@ def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) 
     weight_dtype = model.get_submodule(group.sites[0].name).weight.dtype
     assert isinstance(weight_dtype, torch.dtype)
     dtype = storage_dtype(config, weight_dtype)
-    if config.method == "fips":
+    if config.method != "fips-paper":
         return _plan_pruned(group, config, weight_dtype, dtype)
     rank = _paper_rank(group, config, dtype)
     fmt = str(config.pattern) if config.nm is not None else (BITMASK if config.factor_sparsity > 0 else DENSE)

@@ -33,9 +33,9 @@ def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
             if not losses:
                 group.prune(bench.config.factor_sparsity)
         storages = [LayerStorage(int(mask.sum()), plan.fmt) for mask in group.masks]
-        basis, layers = pack_group(group, plan, storages)
+        bases, layers = pack_group(group, plan, storages)
         final = bench.errors_with(plan.group, layers, records, spool)
-    return CompressedGroup(plan, basis, layers, start, final, tuple(losses), time.perf_counter() - started)
+    return CompressedGroup(plan, bases, layers, start, final, tuple(losses), time.perf_counter() - started)
 
 
 def _factorize(bench: Workbench, plan: GroupPlan) -> TrainableGroup:

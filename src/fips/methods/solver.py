@@ -210,10 +210,10 @@ def _storage(mask_RF: Tensor, choice: Choice, config: CompressionConfig) -> Laye
 
 
 def _finish(bench: Workbench, item: _Solved) -> CompressedGroup:
-    basis, layers = pack_group(item.trainable, item.plan, item.storages)
+    bases, layers = pack_group(item.trainable, item.plan, item.storages)
     with bench.recorded(item.plan.group, limit=MAX_ERROR_BATCHES) as (records, spool):
         final = bench.errors_with(item.plan.group, layers, records, spool)
-    return CompressedGroup(item.plan, basis, layers, item.start, final, tuple(item.losses), item.seconds)
+    return CompressedGroup(item.plan, bases, layers, item.start, final, tuple(item.losses), item.seconds)
 
 
 def _measure(bench: Workbench, groups: Sequence[GroupPlan]) -> dict[str, LayerMoments]:

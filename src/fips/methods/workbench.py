@@ -56,7 +56,8 @@ class CompressedGroup:
     """A finished group: what it became, its packed layers, and its errors."""
 
     plan: GroupPlan
-    basis: SharedBasis | None
+    bases: dict[str, SharedBasis]
+    """By the name they are registered under."""
     layers: dict[str, FactoredLinear]
     start: tuple[BlockError, ...]
     final: tuple[BlockError, ...]
@@ -145,8 +146,8 @@ def dense_matrix(model: nn.Module, site: LinearSite) -> Tensor:
 
 def pack_group(
     group: TrainableGroup, plan: GroupPlan, storages: Sequence[LayerStorage]
-) -> tuple[SharedBasis | None, dict[str, FactoredLinear]]:
-    """The modules that stand in for the dense layers, by name."""
+) -> tuple[dict[str, SharedBasis], dict[str, FactoredLinear]]:
+    """The basis, if there is one, and the modules that stand in for the dense layers, by name."""
     basis = None
     if group.basis_DR is not None:
         basis = SharedBasis(*group.basis_DR.shape)
@@ -161,4 +162,4 @@ def pack_group(
         layer.bias = bias
         layer.conv1d = site.conv1d
         layers[site.name] = layer
-    return basis, layers
+    return {} if basis is None else {plan.group.name: basis}, layers

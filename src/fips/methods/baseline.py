@@ -1,0 +1,159 @@
+"""Published methods through the same interface: same data, same storage, same accounting as ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from fips.accounting import Footprint, LayerStorage, itemsize
+from fips.baselines.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
+from fips.baselines.pruning import magnitude, sparsegpt, wanda
+from fips.errors import BudgetError
+from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, dense_matrix
+from fips.nn import FactoredLinear, SharedBasis
+from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
+from fips.statistics import LayerMoments, collect_moments
+from fips.storage.packing import BITMASK, DENSE
+from fips.structure import LinearSite
+
+__all__ = ["compress_by_baseline"]
+
+SHARING_SPAN = 2
+"""Consecutive layers that share a basis in Basis Sharing, as in its paper."""
+
+
+def compress_by_baseline(bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
+    """Every group with the method of the settings, on the second moments of the original's inputs."""
+    return [_compress_group(bench, group) for group in plan.groups]
+
+
+def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
+    started = time.perf_counter()
+    low_rank = bench.config.method in ("svd", "svd-llm", "basis-sharing")
+    moments = {} if bench.config.method in ("magnitude", "svd") else _second_moments(bench, plan)
+    with torch.autocast(bench.device.type, enabled=False):
+        found = _low_rank(bench, plan, moments) if low_rank else _pruned(bench, plan, moments)
+    for site in plan.group.sites:
+        found.layers[site.name].bias = bench.bias(site)
+        found.layers[site.name].conv1d = site.conv1d
+    with bench.recorded(plan.group, limit=MAX_ERROR_BATCHES) as (records, spool):
+        errors = bench.errors_with(plan.group, found.layers, records, spool)
+    found.start = found.final = errors
+    found.seconds = time.perf_counter() - started
+    return found
+
+
+def _second_moments(bench: Workbench, plan: GroupPlan) -> dict[str, Tensor]:
+    """About zero, all tokens alike, as these methods define it."""
+    sites = plan.group.sites
+    batches = bench.counted("measure", plan.group.name)
+    moments = collect_moments(bench.model, sites, batches, bench.run, temperature=1.0, floor=1.0, seed=0)
+    return {site.name: _about_zero(moments[site.name], site) for site in sites}
+
+
+def _about_zero(moments: LayerMoments, site: LinearSite) -> Tensor:
+    if not site.has_bias:
+        return moments.inputs_DD
+    return moments.inputs_DD + torch.outer(moments.mean_D, moments.mean_D)
+
+
+def _pruned(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -> CompressedGroup:
+    """The same density in every layer, as much as the bytes allow."""
+    config, sites = bench.config, plan.group.sites
+    density = plan.nonzeros / (plan.group.width * plan.group.columns)
+    layers: dict[str, FactoredLinear] = {}
+    storages = []
+    for site in sites:
+        weight_OI = _as_linear(dense_matrix(bench.model, site).float(), site)
+        if config.method == "magnitude":
+            pruned_OI, mask_OI = magnitude(weight_OI, density=density)
+        else:
+            method = wanda if config.method == "wanda" else sparsegpt
+            pruned_OI, mask_OI = method(weight_OI, moments[site.name], density=density)
+        storages.append(LayerStorage(int(mask_OI.sum()), BITMASK, config.value_kind, shared=False))
+        layers[site.name] = FactoredLinear.from_factor(
+            None, _as_linear(pruned_OI, site), _as_linear(mask_OI, site), role=site.role, fmt=BITMASK,
+            dtype=plan.dtype, values=config.value_kind,
+        )  # fmt: skip
+    return CompressedGroup(solved_plan(plan, rank=0, layers=storages), {}, layers, (), (), (), 0.0)
+
+
+def _as_linear(matrix: Tensor, site: LinearSite) -> Tensor:
+    """(D, F) as (O, I) and back."""
+    return matrix.T if site.role == "up" else matrix
+
+
+def _low_rank(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -> CompressedGroup:
+    bases: dict[str, SharedBasis] = {}
+    layers: dict[str, FactoredLinear] = {}
+    footprint = Footprint(0, 0, 0, 0)
+    rank = 0
+    for index, team in enumerate(_teams(plan, bench.config.method)):
+        columns = sum(site.columns for site in team)
+        rank = _rank(plan, bench, columns)
+        weights_DF = [dense_matrix(bench.model, site).float() for site in team]
+        basis_DR, factors_RF = _factorize(bench.config.method, weights_DF, team, moments, rank)
+        basis = SharedBasis(plan.group.width, rank)
+        basis.weight = nn.Parameter(basis_DR.to(plan.dtype))
+        bases[f"{plan.group.name}_{index}"] = basis
+        for site, factor_RF in zip(team, factors_RF, strict=True):
+            mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)
+            layers[site.name] = FactoredLinear.from_factor(
+                basis, factor_RF, mask_RF, role=site.role, fmt=DENSE, dtype=plan.dtype
+            )
+        footprint += _team_footprint(plan, rank, columns, len(team))
+    plan = GroupPlan(
+        plan.group, rank, sum(layer.values.numel() for layer in layers.values()), DENSE, plan.dtype, plan.dense,
+        footprint,
+    )  # fmt: skip
+    return CompressedGroup(plan, bases, layers, (), (), (), 0.0)
+
+
+def _teams(plan: GroupPlan, method: str) -> Iterator[list[LinearSite]]:
+    """Layers that share a basis: single ones, for Basis Sharing the same up layer of consecutive MLPs."""
+    if method != "basis-sharing":
+        yield from ([site] for site in plan.group.sites)
+        return
+    mlps = plan.group.mlps
+    for _, span in groupby(range(len(mlps)), key=lambda index: index // SHARING_SPAN):
+        members = [mlps[index].sites for index in span]
+        for place in zip(*members, strict=True):
+            yield from [list(place)] if place[0].role == "up" else [[site] for site in place]
+
+
+def _rank(plan: GroupPlan, bench: Workbench, columns: int) -> int:
+    config, width = bench.config, plan.group.width
+    dense = width * columns
+    allowed = config.budget * dense if config.budget else _bytes_per_entry(plan, bench) * dense / itemsize(plan.dtype)
+    rank = int(allowed / (width + columns))
+    if rank < 1:
+        raise BudgetError(f"not one vector of {width} + {columns} numbers fits; ask for more bytes")
+    return rank
+
+
+def _bytes_per_entry(plan: GroupPlan, bench: Workbench) -> float:
+    """Bytes per entry of the dense matrices."""
+    return target_bytes(plan.group, bench.config) / (plan.group.width * plan.group.columns)
+
+
+def _factorize(
+    method: str, weights_DF: Sequence[Tensor], team: Sequence[LinearSite], moments: Mapping[str, Tensor], rank: int
+) -> tuple[Tensor, list[Tensor]]:
+    if method == "svd":
+        basis_DR, factor_RF = truncated_svd(weights_DF[0], rank=rank)
+        return basis_DR, [factor_RF]
+    if team[0].role == "up":
+        moment_DD = torch.stack([moments[site.name] for site in team]).sum(0)
+        return shared_whitened_svd(weights_DF, moment_DD, rank=rank)
+    basis_DR, factor_RF = whitened_svd(weights_DF[0], moments[team[0].name], reads_stream=False, rank=rank)
+    return basis_DR, [factor_RF]
+
+
+def _team_footprint(plan: GroupPlan, rank: int, columns: int, members: int) -> Footprint:
+    entries = rank * (plan.group.width + columns)
+    macs = rank * (members * plan.group.width + columns)
+    return Footprint(entries, entries * itemsize(plan.dtype), 0, macs)
