@@ -25,6 +25,7 @@ from fips.calibrate import (
 )
 from fips.config import CompressionConfig
 from fips.errors import DataError
+from fips.integrations.quantizer import attach
 from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner
 from fips.plan import GroupPlan, plan_compression
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
@@ -32,6 +33,7 @@ from fips.solve.alternate import alternate, grow_basis
 from fips.solve.problems import DownProblem, SiteProblem, UpProblem
 from fips.solve.svd import grow_rank, shared_svd
 from fips.statistics import SiteStatistics, collect_statistics
+from fips.storage.layout import replace_linear
 from fips.structure import LinearSite
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
@@ -274,4 +276,5 @@ def _install(model: nn.Module, bases: Mapping[str, SharedBasis], layers: Mapping
     setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
     for name, layer in layers.items():
         layer.train(model.training)
-        model.set_submodule(name, layer)
+        replace_linear(model, name, layer)
+    attach(model)

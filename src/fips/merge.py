@@ -15,20 +15,38 @@ __all__ = ["merge"]
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every factored layer by a dense one with weight B F, in place; returns the model.
 
     The result needs nothing from fips and computes the same function up to rounding. Products are formed in float32
-    and stored in the type of the model's other weights. Raises ``ModelError`` if the model has no factored layer.
+    and stored in ``dtype``, by default the type of the model's other weights. Raises ``ModelError`` if the model has
+    no factored layer.
     """
     layers = factored_layers(model)
     if not layers:
         raise ModelError("the model has no factored layer to merge; it is already dense")
-    dtype = _other_dtype(model, layers)
+    dtype = dtype or _other_dtype(model, layers)
     for name, layer in layers.items():
         model.set_submodule(name, _dense(layer, dtype))
     delattr(basis_owner(model), BASES)
+    _forget_packing(model)
     return model
+
+
+def _forget_packing(model: nn.Module) -> None:
+    """Undo what ``fips.integrations.quantizer.attach`` set on a transformers model."""
+    config = getattr(model, "config", None)
+    for name in ("quantization_config", "auto_map"):
+        if config is not None and name in vars(config):
+            delattr(config, name)
+    attributes = vars(model)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "save_pretrained", "_upload_modified_files"):
+        attributes.pop(name, None)
+    if "_fips_conversions" in attributes:
+        conversions = attributes.pop("_fips_conversions")
+        attributes.pop("_weight_conversions", None)
+        if conversions is not None:
+            attributes["_weight_conversions"] = conversions
 
 
 def _other_dtype(model: nn.Module, layers: Mapping[str, FactoredLinear]) -> torch.dtype:

@@ -63,12 +63,17 @@ class FactoredLinear(nn.Module):
     ``values`` is a parameter, so training changes the kept entries and never the support. With ``values="int8"`` it
     is a buffer and so is ``scales`` (one per stored row, in a floating type): training leaves both alone.
 
+    ``weight`` is an empty placeholder. Code that asks a linear layer for the device or type of its weight finds them,
+    and a loader that does not know fips meets a weight of the wrong shape and refuses, where without it the layer
+    would be missing from the file and be filled with random numbers.
+
     Raises ``ConfigError`` if neither basis nor width is given, or the columns do not fill the blocks of the format.
     """
 
     pattern: Tensor
     scales: Tensor
     values: Tensor
+    weight: Tensor
 
     def __init__(
         self,
@@ -103,6 +108,7 @@ class FactoredLinear(nn.Module):
             size = pattern_bytes(size=columns * self.rank, fmt=fmt)
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
+        self.register_buffer("weight", torch.empty(0, dtype=dtype))
 
     @classmethod
     def from_factor(
@@ -190,8 +196,8 @@ class FactoredLinear(nn.Module):
         if self.basis is None:
             return linear(x, factor, bias)
         if self.role == "up":
-            return linear(self.basis(x), factor, bias)
-        y: Tensor = self.basis(linear(x, factor), expand=True)
+            return linear(self.basis(x).to(x.device), factor, bias)
+        y: Tensor = self.basis(linear(x, factor), expand=True).to(x.device)  # a dispatched basis may live elsewhere
         return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
