@@ -274,6 +274,7 @@ def test_the_model_card_says_first_how_to_load(saved: Path) -> None:
     first = body.split("\n\n")[0]
     assert "import fips" in first
     assert "trust_remote_code=True" in first
+    assert f'AutoModelForCausalLM.from_pretrained("{saved.name}")' in body
     report = json.loads((saved / "fips_report.json").read_text())
     assert f"{report['mlp']['factored']['bytes']:,}" in card
     assert f"{report['results'][1]['relative_error_final']:.5f}" in card

@@ -15,7 +15,7 @@ REMOTE_CODE = "fips_remote.py"
 CARD = "README.md"
 _TEMPLATE_MARK = "has been automatically generated"
 
-_REMOTE_TEXT = '''"""Runs under `trust_remote_code=True`: importing fips teaches transformers the layers of this model."""
+_REMOTE_TEXT = '''"""Runs under `trust_remote_code=True`: fips teaches transformers the layers of this model."""
 
 import transformers
 
@@ -61,12 +61,12 @@ def write_remote_code(directory: Path, config: PretrainedConfig) -> None:
         (directory / REMOTE_CODE).write_text(_REMOTE_TEXT.format(name=type(config).__name__), encoding="utf-8")
 
 
-def write_card(directory: Path, *, architecture: str, report: Mapping[str, Any] | None) -> None:
-    """Write the model card; one that a person wrote is kept below the notice on how to load the model."""
+def write_card(directory: Path, *, name: str, architecture: str, report: Mapping[str, Any] | None) -> None:
+    """Write the card of model ``name``; one that a person wrote is kept below the notice on how to load the model."""
     path = directory / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not text or _TEMPLATE_MARK in text:
-        path.write_text(model_card(directory.name, architecture=architecture, report=report), encoding="utf-8")
+        path.write_text(model_card(name, architecture=architecture, report=report), encoding="utf-8")
     elif "import fips" not in text:
         header, body = _split_header(text)
         path.write_text(f"{header}{_NOTICE}\n{body}", encoding="utf-8")

@@ -125,16 +125,16 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **k
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
-        _write_companions(self, Path(save_directory))
+        _write_companions(self, Path(save_directory), Path(save_directory).name)
     return result
 
 
-def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-    _write_companions(self, Path(working_dir))
-    return type(self)._upload_modified_files(self, working_dir, *args, **kwargs)
+def _upload_modified_files(self: PreTrainedModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    _write_companions(self, Path(working_dir), repo_id)
+    return type(self)._upload_modified_files(self, working_dir, repo_id, *args, **kwargs)
 
 
-def _write_companions(model: PreTrainedModel, directory: Path) -> None:
+def _write_companions(model: PreTrainedModel, directory: Path, name: str) -> None:
     if not factored_layers(model) or not (directory / "config.json").is_file():  # an adapter alone, or merged
         return
     write_remote_code(directory, model.config)
@@ -142,7 +142,7 @@ def _write_companions(model: PreTrainedModel, directory: Path) -> None:
     fields = None if report is None else report.to_dict()
     if fields is not None:
         write_json(directory / REPORT_FILE, fields)
-    write_card(directory, architecture=type(model).__name__, report=fields)
+    write_card(directory, name=name, architecture=type(model).__name__, report=fields)
 
 
 def _stored_types(files: Sequence[str]) -> dict[str, torch.dtype]:

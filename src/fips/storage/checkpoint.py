@@ -76,7 +76,7 @@ def save(
         if fields is not None:
             write_json(scratch / REPORT_FILE, fields)
         write_remote_code(scratch, model.config)
-        write_card(scratch, architecture=type(model).__name__, report=fields)
+        write_card(scratch, name=Path(directory).name, architecture=type(model).__name__, report=fields)
         if recipe is not None:
             (scratch / RECIPE_FILE).write_text(recipe, encoding="utf-8")
         write_manifest(scratch)
