@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fips.config import DataConfig, Recipe
 from fips.data import Batches, load_batches
 from fips.errors import ConfigError, DataError, ModelError
 from fips.evaluate import EvaluationResult, evaluate
+from fips.integrations.lm_eval import run_tasks
 from fips.integrations.transformers import (
     build_empty,
     config_from_fields,
@@ -28,7 +30,14 @@ from fips.report.record import CompressionReport
 from fips.storage.checkpoint import is_compressed, load, save
 from fips.storage.files import require_free
 
-__all__ = ["Compression", "compress_to_directory", "evaluate_source", "pick_device", "plan_source"]
+__all__ = [
+    "Compression",
+    "compress_to_directory",
+    "evaluate_source",
+    "evaluate_tasks",
+    "pick_device",
+    "plan_source",
+]
 
 
 def pick_device(name: str) -> torch.device:
@@ -101,6 +110,36 @@ def evaluate_source(
     batches, _ = _batches(source, data, build_empty(load_config(source)), purpose="evaluation")
     model = load(source, device=place) if is_compressed(source) else load_dense(source, dtype=dtype, device=place)
     return evaluate(model, batches, progress=progress)
+
+
+def evaluate_tasks(
+    source: str,
+    tasks: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    include_path: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Metrics of lm-eval tasks for a compressed directory or a dense language model."""
+    place = pick_device(device)
+    if model_kind(build_empty(load_config(source))) != "text":
+        raise ModelError(f"`--tasks` are for language models; `{source}` reads images: give --data")
+    tokenizer = load_processor(source, "text")
+    if tokenizer is None:
+        raise ModelError(f"`{source}` has no tokenizer, which tasks need; save one beside the model")
+    model = load(source, device=place) if is_compressed(source) else load_dense(source, dtype=dtype, device=place)
+    return run_tasks(
+        model,
+        tokenizer,
+        tasks,
+        batch_size=batch_size or 8,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+    )
 
 
 def _batches(source: str, data: DataConfig, model: nn.Module, *, purpose: Any) -> tuple[Batches, Any]:
