@@ -42,6 +42,7 @@ ORDER = [
     "integrations.extras",
     "integrations.lm_eval",
     "integrations.companions",
+    "integrations.peft",
     "integrations.quantizer",
     "integrations.transformers",
     "compress",

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fips.errors import CheckpointError
 from fips.integrations.companions import auto_map, write_card, write_remote_code
-from fips.merge import merge
+from fips.merge import drop_unused_bases, merge
 from fips.nn import BASES, SharedBasis, basis_owner, factored_layers
 from fips.report.record import REPORT_FILE, CompressionReport
 from fips.storage.files import MANIFEST, read_json, write_json
@@ -122,6 +122,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **k
     No manifest is written, since training loops and people go on editing such directories; one that ``fips.save``
     left there is removed, because it no longer describes the files.
     """
+    drop_unused_bases(self)  # adapters merged into some layers, or into all of them, have made those dense
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
