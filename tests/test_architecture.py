@@ -43,6 +43,7 @@ ORDER = [
     "integrations.lm_eval",
     "integrations.companions",
     "integrations.peft",
+    "integrations.onnx",
     "integrations.quantizer",
     "integrations.transformers",
     "compress",

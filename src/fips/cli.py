@@ -174,6 +174,29 @@ def evaluate(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Compressed directory.")],
+    output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")],
+    format_: Annotated[str, typer.Option("--format", help="dense (a plain checkpoint) or onnx.")] = "dense",
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Write a compressed model for tools that do not know fips; ONNX files are checked on the first batch of --data."""
+    from dataclasses import asdict
+
+    from fips.config import DataConfig
+    from fips.jobs import export_directory
+
+    example = DataConfig(source=data, num_samples=2) if data is not None else None
+    done = export_directory(model, output, fmt=format_, data=example)
+    if as_json:
+        _print_json(asdict(done))
+        return
+    checked = "" if done.relative_error is None else f"; ONNX Runtime differs from torch by {done.relative_error:.1e}"
+    stdout.print(f"written to {output}: {done.file_bytes:,} bytes{checked}", highlight=False)
+
+
+@app.command()
 def recipes(as_json: Json = False) -> None:
     """List the recipes that ship with fips."""
     from rich.table import Table

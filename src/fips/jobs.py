@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fips.compress import Progress, compress
 from fips.config import DataConfig, Recipe
@@ -16,25 +17,30 @@ from fips.data import Batches, load_batches
 from fips.errors import ConfigError, DataError, ModelError
 from fips.evaluate import EvaluationResult, evaluate
 from fips.integrations.lm_eval import run_tasks
+from fips.integrations.onnx import export_onnx
 from fips.integrations.transformers import (
     build_empty,
     config_from_fields,
     context_length,
+    example_inputs,
     load_config,
     load_dense,
     load_processor,
     model_kind,
 )
+from fips.merge import merge
 from fips.plan import CompressionPlan, plan_compression
 from fips.report.record import CompressionReport
 from fips.storage.checkpoint import is_compressed, load, save
-from fips.storage.files import require_free
+from fips.storage.files import complete_directory, require_free
 
 __all__ = [
     "Compression",
+    "Export",
     "compress_to_directory",
     "evaluate_source",
     "evaluate_tasks",
+    "export_directory",
     "pick_device",
     "plan_source",
 ]
@@ -140,6 +146,56 @@ def evaluate_tasks(
         num_fewshot=num_fewshot,
         include_path=include_path,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What ``export_directory`` wrote."""
+
+    format: str
+    file_bytes: int
+    relative_error: float | None
+    """Of ONNX Runtime against torch; None for a dense checkpoint."""
+
+
+def export_directory(source: str, output: Path, *, fmt: str, data: DataConfig | None = None) -> Export:
+    """Write a compressed directory in a form that needs nothing of fips.
+
+    ``dense`` is a plain checkpoint of the original architecture; ``onnx`` a ``model.onnx`` with packed constants,
+    checked with ONNX Runtime on the first batch of ``data``, or on made-up inputs without it. Tokenizer or image
+    processor are copied. Raises ``ConfigError`` for another format and everything ``load`` raises.
+    """
+    if fmt not in ("dense", "onnx"):
+        raise ConfigError(f"`--format` must be dense or onnx, got {fmt!r}")
+    require_free(output)
+    if not is_compressed(source):
+        raise ModelError(f"`{source}` is not a compressed directory; `fips compress` makes one")
+    model = load(source)
+    processor = load_processor(source, model_kind(model))
+    error = None
+    with complete_directory(output) as scratch:
+        if fmt == "onnx":
+            error = export_onnx(model, scratch / "model.onnx", _example(source, model, data)).relative_error
+        merge(model)
+        if fmt == "onnx":
+            model.config.save_pretrained(scratch)
+        else:
+            model.save_pretrained(scratch)
+        if processor is not None:
+            processor.save_pretrained(scratch)
+    return Export(fmt, sum(path.stat().st_size for path in output.rglob("*") if path.is_file()), error)
+
+
+def _example(source: str, model: PreTrainedModel, data: DataConfig | None) -> dict[str, Tensor]:
+    """Inputs to trace and check an export with: the first batch of the data, or made-up ones of the right shape."""
+    if data is not None:
+        batches, _ = _batches(source, data, model, purpose="calibration")
+        batch = {key: value for key, value in next(iter(batches)).items() if key != "labels"}
+    else:
+        batch = example_inputs(model)
+    if "input_ids" in batch:
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    return batch
 
 
 def _batches(source: str, data: DataConfig, model: nn.Module, *, purpose: Any) -> tuple[Batches, Any]:

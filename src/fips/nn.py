@@ -169,9 +169,12 @@ class FactoredLinear(nn.Module):
 
     def factor(self) -> Tensor:
         """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
+        return dequantize_rows(self.stored(), self.scales) if self.kind == "int8" else self.stored()
+
+    def stored(self) -> Tensor:
+        """The values in their places, int8 ones as they are."""
         pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        stored = unpack(self.values, pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
-        return dequantize_rows(stored, self.scales) if self.kind == "int8" else stored
+        return unpack(self.values, pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
 
     def mask(self) -> Tensor:
         """The support of ``factor()``."""
