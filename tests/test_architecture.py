@@ -46,6 +46,8 @@ ORDER = [
     "integrations.onnx",
     "integrations.quantizer",
     "integrations.transformers",
+    "integrations.timm",
+    "integrations.sources",
     "compress",
     "storage.checkpoint",
     "",

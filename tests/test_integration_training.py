@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,17 @@ class TestLora:
         assert "fips" not in (tmp_path / "wholly" / "config.json").read_text()
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "wholly")
         assert torch.equal(logits_of(plain), logits_of(wholly))
+
+    def test_importing_peft_first_is_enough(self, tmp_path: Path) -> None:
+        fips.save(packed("llama"), tmp_path / "base")
+        code = (
+            "import sys, peft, fips; from transformers import AutoModelForCausalLM as A;"
+            "m = peft.get_peft_model(A.from_pretrained(sys.argv[1]), peft.LoraConfig(target_modules=['up_proj']));"
+            "print(sum('lora_A' in n for n, _ in m.named_parameters()))"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / "base")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr[-2000:]
 
     def test_transformers_own_adapter_calls_work(self, tmp_path: Path) -> None:
         import fips.integrations.peft

@@ -193,7 +193,7 @@ def export(
         _print_json(asdict(done))
         return
     checked = "" if done.relative_error is None else f"; ONNX Runtime differs from torch by {done.relative_error:.1e}"
-    stdout.print(f"written to {output}: {done.file_bytes:,} bytes{checked}", highlight=False)
+    stdout.print(f"written to {output}: {done.file_bytes:,} bytes{checked}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -334,7 +334,7 @@ def _print_compression(done: Any, output: Path, *, as_json: bool) -> None:
         f"peak memory {format_bytes(done.report.peak_memory_bytes)}",
         highlight=False,
     )
-    stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False)
+    stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False, soft_wrap=True)
 
 
 def _print_evaluation(name: str, result: Any) -> None:

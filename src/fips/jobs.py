@@ -18,12 +18,12 @@ from fips.errors import ConfigError, DataError, ModelError
 from fips.evaluate import EvaluationResult, evaluate
 from fips.integrations.lm_eval import run_tasks
 from fips.integrations.onnx import export_onnx
+from fips.integrations.sources import empty_model, kind_of, longest_sequence, processor_of, read_model
+from fips.integrations.timm import PixelBatches, is_timm_model
 from fips.integrations.transformers import (
     build_empty,
     config_from_fields,
-    context_length,
     example_inputs,
-    load_config,
     load_dense,
     load_processor,
     model_kind,
@@ -61,16 +61,13 @@ def pick_device(name: str) -> torch.device:
 def plan_source(source: str | None, recipe: Recipe) -> tuple[nn.Module, CompressionPlan]:
     """The plan for a model, built without weights from its configuration or from the recipe's own."""
     if source is not None:
-        config = load_config(source)
+        model = empty_model(source, compressed=False)
     elif recipe.architecture is not None:
-        config = config_from_fields(recipe.architecture)
+        model = build_empty(config_from_fields(recipe.architecture))
     elif recipe.model is not None:
-        config = load_config(recipe.model)
+        model = empty_model(recipe.model, compressed=False)
     else:
         raise ConfigError("no model: give MODEL, or a recipe that names one")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"`{source or recipe.model}` is already compressed; give the original model")
-    model = build_empty(config)
     return model, plan_compression(model, recipe.compression)
 
 
@@ -99,11 +96,13 @@ def compress_to_directory(
     place = pick_device(device)
     empty, _ = plan_source(source, recipe)
     batches, processor = _batches(source, recipe.data, empty, purpose="calibration")
-    model = load_dense(source, dtype=dtype, device=place)
-    report = compress(model, batches, recipe.compression, progress=progress)
+    model = read_model(source, dtype=dtype, device=place)
+    examples = PixelBatches(batches) if is_timm_model(model) else batches
+    report = compress(model, examples, recipe.compression, progress=progress)
     report.source = source
     used = recipe.model_copy(update={"model": source, "architecture": None})
-    tensor_bytes = save(model, output, processor=processor, recipe=used.to_yaml())
+    files = None if is_timm_model(model) else processor  # timm keeps the transform in its config.json
+    tensor_bytes = save(model, output, processor=files, recipe=used.to_yaml())
     file_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return Compression(report, tensor_bytes, file_bytes)
 
@@ -113,8 +112,8 @@ def evaluate_source(
 ) -> EvaluationResult:
     """Accuracy or perplexity of a compressed directory or of a dense model."""
     place = pick_device(device)
-    batches, _ = _batches(source, data, build_empty(load_config(source)), purpose="evaluation")
-    model = load(source, device=place) if is_compressed(source) else load_dense(source, dtype=dtype, device=place)
+    batches, _ = _batches(source, data, empty_model(source), purpose="evaluation")
+    model = load(source, device=place) if is_compressed(source) else read_model(source, dtype=dtype, device=place)
     return evaluate(model, batches, progress=progress)
 
 
@@ -131,7 +130,7 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """Metrics of lm-eval tasks for a compressed directory or a dense language model."""
     place = pick_device(device)
-    if model_kind(build_empty(load_config(source))) != "text":
+    if kind_of(empty_model(source)) != "text":
         raise ModelError(f"`--tasks` are for language models; `{source}` reads images: give --data")
     tokenizer = load_processor(source, "text")
     if tokenizer is None:
@@ -171,6 +170,8 @@ def export_directory(source: str, output: Path, *, fmt: str, data: DataConfig | 
     if not is_compressed(source):
         raise ModelError(f"`{source}` is not a compressed directory; `fips compress` makes one")
     model = load(source)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"`{source}` holds a `{type(model).__name__}`; only transformers models can be exported")
     processor = load_processor(source, model_kind(model))
     error = None
     with complete_directory(output) as scratch:
@@ -199,7 +200,8 @@ def _example(source: str, model: PreTrainedModel, data: DataConfig | None) -> di
 
 
 def _batches(source: str, data: DataConfig, model: nn.Module, *, purpose: Any) -> tuple[Batches, Any]:
-    kind = model_kind(model)
-    processor = load_processor(source, kind)
-    length = context_length(model.config) if kind == "text" else None
-    return load_batches(data, processor=processor, kind=kind, purpose=purpose, context_length=length), processor
+    processor = processor_of(source, model)
+    batches = load_batches(
+        data, processor=processor, kind=kind_of(model), purpose=purpose, context_length=longest_sequence(model)
+    )
+    return batches, processor

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["CARD", "REMOTE_CODE", "auto_map", "model_card", "write_card", "write_remote_code"]
+__all__ = ["CARD", "REMOTE_CODE", "architecture_of", "auto_map", "model_card", "write_card", "write_remote_code"]
 
 REMOTE_CODE = "fips_remote.py"
 CARD = "README.md"
@@ -38,6 +39,21 @@ _NOTICE = """\
 > mismatch and the warning `Unknown quantization type, got fips`: never pass `ignore_mismatched_sizes=True`.
 """
 
+_NOTICE_TIMM = """\
+> **The MLPs of this timm model are packed by fips** (shared basis times sparse factors,
+> [arXiv 2411.09816](https://arxiv.org/abs/2411.09816)). Load it with `import fips` and `fips.load`; timm alone refuses
+> its weights.
+"""
+
+_USAGE_TIMM = """
+```python
+import fips
+
+model = fips.load("{name}")
+fips.merge(model)  # optional: plain dense layers, faster where memory does not matter
+```
+"""
+
 _USAGE = """
 ```python
 import fips
@@ -61,7 +77,7 @@ def write_remote_code(directory: Path, config: PretrainedConfig) -> None:
         (directory / REMOTE_CODE).write_text(_REMOTE_TEXT.format(name=type(config).__name__), encoding="utf-8")
 
 
-def write_card(directory: Path, *, name: str, architecture: str, report: Mapping[str, Any] | None) -> None:
+def write_card(directory: Path, *, name: str, architecture: str | None, report: Mapping[str, Any] | None) -> None:
     """Write the card of model ``name``; one that a person wrote is kept below the notice on how to load the model."""
     path = directory / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -72,13 +88,21 @@ def write_card(directory: Path, *, name: str, architecture: str, report: Mapping
         path.write_text(f"{header}{_NOTICE}\n{body}", encoding="utf-8")
 
 
-def model_card(name: str, *, architecture: str, report: Mapping[str, Any] | None) -> str:
+def model_card(name: str, *, architecture: str | None, report: Mapping[str, Any] | None) -> str:
     """Model card with the loading notice first, then what was done and measured."""
     source = (report or {}).get("source")
     base = f"base_model: {source}\n" if source and not Path(source).exists() and source.count("/") == 1 else ""
-    header = f"---\nlibrary_name: transformers\ntags:\n- fips\n{base}---\n\n"
-    usage = _USAGE.format(name=name, auto_class=_auto_class(architecture))
-    return f"{header}{_NOTICE}{usage}{_results(report) if report else ''}"
+    library = "transformers" if architecture else "timm"
+    header = f"---\nlibrary_name: {library}\ntags:\n- fips\n{base}---\n\n"
+    results = _results(report) if report else ""
+    if architecture is None:
+        return f"{header}{_NOTICE_TIMM}{_USAGE_TIMM.format(name=name)}{results}"
+    return f"{header}{_NOTICE}{_USAGE.format(name=name, auto_class=_auto_class(architecture))}{results}"
+
+
+def architecture_of(model: nn.Module) -> str | None:
+    """The class transformers builds; None for a model of timm."""
+    return type(model).__name__ if isinstance(model, PreTrainedModel) else None
 
 
 def _split_header(text: str) -> tuple[str, str]:

@@ -1,4 +1,6 @@
-"""LoRA on packed layers: ``import fips.integrations.peft`` teaches peft the layer type.
+"""LoRA on packed layers: importing this module teaches peft the layer type.
+
+Loading or making a packed model does it where peft was imported before; otherwise ``import fips.integrations.peft``.
 
 An adapter leaves the packed layer as it is and adds ``scaling * B A x``. It is trained, saved and loaded by peft as any
 other. Merging an adapter gives a plain dense layer, since basis times factor cannot hold a dense update exactly.

@@ -7,6 +7,7 @@ exists.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MethodType
@@ -20,7 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fips.errors import CheckpointError
-from fips.integrations.companions import auto_map, write_card, write_remote_code
+from fips.integrations.companions import architecture_of, auto_map, write_card, write_remote_code
 from fips.merge import drop_unused_bases, merge
 from fips.nn import BASES, SharedBasis, basis_owner, factored_layers
 from fips.report.record import REPORT_FILE, CompressionReport
@@ -105,6 +106,8 @@ def attach(model: nn.Module) -> None:
     if "_fips_conversions" not in vars(model):
         model._fips_conversions = vars(model).get("_weight_conversions")
     model._weight_conversions = []  # packed tensors are named after their modules, not after older checkpoints
+    if "peft" in sys.modules:  # whoever imported peft means to use it; others are spared the import
+        import fips.integrations.peft  # noqa: F401
     model.save_pretrained = MethodType(_save_pretrained, model)
     model._upload_modified_files = MethodType(_upload_modified_files, model)
 
@@ -143,7 +146,7 @@ def _write_companions(model: PreTrainedModel, directory: Path, name: str) -> Non
     fields = None if report is None else report.to_dict()
     if fields is not None:
         write_json(directory / REPORT_FILE, fields)
-    write_card(directory, name=name, architecture=type(model).__name__, report=fields)
+    write_card(directory, name=name, architecture=architecture_of(model), report=fields)
 
 
 def _stored_types(files: Sequence[str]) -> dict[str, torch.dtype]:

@@ -47,7 +47,7 @@ def load_config(source: str) -> PretrainedConfig:
 def config_from_fields(fields: Mapping[str, Any]) -> PretrainedConfig:
     """Configuration from ``model_type`` and its fields; raises ``ModelError`` for an unknown type."""
     try:
-        return AutoConfig.for_model(**fields)
+        return transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"cannot build a configuration from {dict(fields)}: {error}") from None
 
