@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClass
 import fips
 from fips.integrations.quantizer import FipsHfQuantizer
 from fips.nn import factored_layers
+from fips.storage import checkpoint
 from fips.storage.files import MANIFEST
 
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(5))
@@ -323,6 +325,33 @@ def test_deepcopy_is_independent_and_whole(loaded: PreTrainedModel, expected: Te
         assert layer.basis is twin.model.fips_bases["g0"] or layer.basis is twin.model.fips_bases["g1"]
     twin.save_pretrained(tmp_path / "twin")
     assert torch.equal(logits_of(fips.load(tmp_path / "twin")), expected)
+
+
+def test_a_pickled_model_comes_back_whole(loaded: PreTrainedModel, expected: Tensor, tmp_path: Path) -> None:
+    """As processes that are spawned for training receive it."""
+    twin = pickle.loads(pickle.dumps(loaded))
+    assert torch.equal(logits_of(twin), expected)
+    with torch.no_grad():
+        loaded.model.norm.weight.zero_()
+    twin.save_pretrained(tmp_path / "twin")
+    assert torch.equal(logits_of(fips.load(tmp_path / "twin")), expected)
+
+
+def test_a_hub_id_is_downloaded_and_loaded(
+    saved: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def download(repo_id: str, **_: Any) -> str:
+        asked.append(repo_id)
+        return str(saved)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    assert torch.equal(logits_of(fips.load("me/packed-llama")), expected)
+    assert asked == ["me/packed-llama"]
+    monkeypatch.undo()
+    with pytest.raises(fips.FipsError, match="cannot download `me/packed-llama`"):
+        fips.load("me/packed-llama")
 
 
 def test_casting_works_as_in_any_model(loaded: PreTrainedModel, expected: Tensor) -> None:

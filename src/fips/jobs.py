@@ -18,7 +18,14 @@ from fips.errors import ConfigError, DataError, ModelError
 from fips.evaluate import EvaluationResult, evaluate
 from fips.integrations.lm_eval import run_tasks
 from fips.integrations.onnx import export_onnx
-from fips.integrations.sources import empty_model, kind_of, longest_sequence, processor_of, read_model
+from fips.integrations.sources import (
+    empty_model,
+    is_compressed_source,
+    kind_of,
+    longest_sequence,
+    processor_of,
+    read_model,
+)
 from fips.integrations.timm import PixelBatches, is_timm_model
 from fips.integrations.transformers import (
     build_empty,
@@ -31,7 +38,7 @@ from fips.integrations.transformers import (
 from fips.merge import merge
 from fips.plan import CompressionPlan, plan_compression
 from fips.report.record import CompressionReport
-from fips.storage.checkpoint import is_compressed, load, save
+from fips.storage.checkpoint import load, save
 from fips.storage.files import complete_directory, require_free
 
 __all__ = [
@@ -113,7 +120,9 @@ def evaluate_source(
     """Accuracy or perplexity of a compressed directory or of a dense model."""
     place = pick_device(device)
     batches, _ = _batches(source, data, empty_model(source), purpose="evaluation")
-    model = load(source, device=place) if is_compressed(source) else read_model(source, dtype=dtype, device=place)
+    model = (
+        load(source, device=place) if is_compressed_source(source) else read_model(source, dtype=dtype, device=place)
+    )
     return evaluate(model, batches, progress=progress)
 
 
@@ -135,7 +144,9 @@ def evaluate_tasks(
     tokenizer = load_processor(source, "text")
     if tokenizer is None:
         raise ModelError(f"`{source}` has no tokenizer, which tasks need; save one beside the model")
-    model = load(source, device=place) if is_compressed(source) else load_dense(source, dtype=dtype, device=place)
+    model = (
+        load(source, device=place) if is_compressed_source(source) else load_dense(source, dtype=dtype, device=place)
+    )
     return run_tasks(
         model,
         tokenizer,
@@ -167,8 +178,8 @@ def export_directory(source: str, output: Path, *, fmt: str, data: DataConfig | 
     if fmt not in ("dense", "onnx"):
         raise ConfigError(f"`--format` must be dense or onnx, got {fmt!r}")
     require_free(output)
-    if not is_compressed(source):
-        raise ModelError(f"`{source}` is not a compressed directory; `fips compress` makes one")
+    if not is_compressed_source(source):
+        raise ModelError(f"`{source}` is not a compressed model; `fips compress` makes one")
     model = load(source)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"`{source}` holds a `{type(model).__name__}`; only transformers models can be exported")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -108,8 +108,8 @@ def attach(model: nn.Module) -> None:
     model._weight_conversions = []  # packed tensors are named after their modules, not after older checkpoints
     if "peft" in sys.modules:  # whoever imported peft means to use it; others are spared the import
         import fips.integrations.peft  # noqa: F401
-    model.save_pretrained = MethodType(_save_pretrained, model)
-    model._upload_modified_files = MethodType(_upload_modified_files, model)
+    model.save_pretrained = partial(_save_pretrained, model)  # unlike bound methods, these pickle
+    model._upload_modified_files = partial(_upload_modified_files, model)
 
 
 def _refresh_config(model: PreTrainedModel) -> None:
@@ -119,23 +119,23 @@ def _refresh_config(model: PreTrainedModel) -> None:
         model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **remote}
 
 
-def _save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """``save_pretrained`` of the class, and the files a packed model needs beside its weights.
 
     No manifest is written, since training loops and people go on editing such directories; one that ``fips.save``
     left there is removed, because it no longer describes the files.
     """
-    drop_unused_bases(self)  # adapters merged into some layers, or into all of them, have made those dense
-    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    drop_unused_bases(model)  # adapters merged into some layers, or into all of them, have made those dense
+    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
-        _write_companions(self, Path(save_directory), Path(save_directory).name)
+        _write_companions(model, Path(save_directory), Path(save_directory).name)
     return result
 
 
-def _upload_modified_files(self: PreTrainedModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    _write_companions(self, Path(working_dir), repo_id)
-    return type(self)._upload_modified_files(self, working_dir, repo_id, *args, **kwargs)
+def _upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    _write_companions(model, Path(working_dir), repo_id)
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
 def _write_companions(model: PreTrainedModel, directory: Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from fips.integrations.transformers import (
     load_processor,
     model_kind,
 )
+from fips.storage.checkpoint import is_compressed
+from fips.storage.layout import QUANT_METHOD
 
-__all__ = ["empty_model", "kind_of", "longest_sequence", "processor_of", "read_model"]
+__all__ = ["empty_model", "is_compressed_source", "kind_of", "longest_sequence", "processor_of", "read_model"]
 
 
 def empty_model(source: str, *, compressed: bool = True) -> nn.Module:
@@ -31,6 +34,14 @@ def empty_model(source: str, *, compressed: bool = True) -> nn.Module:
         raise ModelError(f"`{source}` is already compressed; give the original model")
     model: nn.Module = build_empty(config)
     return model
+
+
+def is_compressed_source(source: str) -> bool:
+    """Whether a directory or hub id holds a model that fips packed."""
+    if Path(source).exists() or is_timm_source(source):
+        return is_compressed(source)
+    quantization = getattr(load_config(source), "quantization_config", None)
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def read_model(source: str, *, dtype: str, device: torch.device) -> nn.Module:

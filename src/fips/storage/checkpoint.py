@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -96,9 +98,7 @@ def load(directory: str | Path, *, device: torch.device | str = "cpu", verify: b
     of all files first, where a manifest lists them (``save_pretrained`` writes none). Raises ``CheckpointError``
     naming the file or tensor that is missing, cut short, altered, of an unknown version or of the wrong shape or type.
     """
-    path = Path(directory)
-    if not path.is_dir():
-        raise CheckpointError(f"`{path}` is not a directory; give one written by `fips.save` or `fips compress`")
+    path = _local(directory)
     fields = read_json(path / "config.json")
     layout = Layout.parse(fields.pop("quantization_config", None), where=f"`{path / 'config.json'}`")
     if verify and (path / MANIFEST).is_file():
@@ -114,6 +114,20 @@ def load(directory: str | Path, *, device: torch.device | str = "cpu", verify: b
     if (path / REPORT_FILE).is_file():
         model.fips_report = CompressionReport.from_dict(read_json(path / REPORT_FILE))
     return model.eval()
+
+
+def _local(source: str | Path) -> Path:
+    """The directory itself, or the one a hub id is downloaded to."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise CheckpointError(f"`{path}` is not a directory; give one written by `fips.save` or `fips compress`")
+    try:
+        return Path(snapshot_download(source))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"cannot download `{source}`, which is no directory either: {first}") from None
 
 
 def _write_weights(state: dict[str, Tensor], directory: Path, max_shard_size: str | int) -> None:
