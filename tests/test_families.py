@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import DECODER, FAMILIES, SMALL, batches_for, tiny_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -101,6 +102,24 @@ class FamilyTests:
         plain, info = type(model).from_pretrained(tmp_path / "dense", output_loading_info=True)
         assert {key: value for key, value in info.items() if value} == {}
         assert torch.equal(self.outputs(plain), self.outputs(merged))
+
+    def test_a_checkpoint_keeps_its_names_through_packing_and_back(self, tmp_path: Path) -> None:
+        """Some families are saved under older names than their modules have; packed ones under those of the modules."""
+        original = self.model()
+        original.save_pretrained(tmp_path / "original")
+        model = type(original).from_pretrained(tmp_path / "original")
+        calibration = {"steps": 0, "precision": "float32"}
+        config = fips.CompressionConfig(budget=0.6, calibration=calibration)
+        fips.compress(model, [self.inputs(model, 0)], config)
+        expected = self.outputs(model)
+        model.save_pretrained(tmp_path / "packed")
+        assert torch.equal(self.outputs(fips.load(tmp_path / "packed")), expected)
+        written = set(load_file(tmp_path / "packed" / "model.safetensors"))
+        assert written <= set(model.state_dict())
+        model.dequantize()
+        model.save_pretrained(tmp_path / "dense")
+        before, after = (set(load_file(tmp_path / name / "model.safetensors")) for name in ("original", "dense"))
+        assert after == before
 
 
 class AudioTests(FamilyTests):
