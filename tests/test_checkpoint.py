@@ -52,17 +52,19 @@ def test_the_directory_holds_what_a_user_needs(saved: Path) -> None:
     names = {path.name for path in saved.iterdir()}
     assert names == {
         "config.json", "generation_config.json", WEIGHTS, "fips_report.json", "fips_recipe.yaml", MANIFEST,
+        "README.md", "fips_remote.py",
     }  # fmt: skip
     tensors = load_file(saved / WEIGHTS)
     assert [name for name in tensors if name.endswith("fips_bases.g0.weight")] == ["model.fips_bases.g0.weight"]
-    assert not [name for name in tensors if name.endswith("_proj.weight") and ".mlp." in name]
+    placeholders = [t for name, t in tensors.items() if name.endswith("_proj.weight") and ".mlp." in name]
+    assert [t.numel() for t in placeholders] == [0] * 9
     assert tensors["model.layers.0.mlp.up_proj.pattern"].dtype == torch.uint8
     assert "lm_head.weight" not in tensors  # tied
 
 
 def test_no_file_is_a_pickle(saved: Path) -> None:
     for path in saved.iterdir():
-        assert path.suffix in {".safetensors", ".json", ".yaml"}
+        assert path.suffix in {".safetensors", ".json", ".yaml", ".md", ".py"}
         assert not path.read_bytes().startswith((b"\x80", b"PK"))
 
 
@@ -107,10 +109,24 @@ def test_one_altered_byte_is_refused(copy: Path, name: str) -> None:
         fips.load(copy)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "config.json", MANIFEST, "fips_report.json"])
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "fips_report.json", "fips_remote.py"])
 def test_a_missing_file_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(fips.FipsError, match=rf"{name}` is missing"):
+        fips.load(copy)
+
+
+def test_the_model_card_may_be_edited(copy: Path) -> None:
+    (copy / "README.md").write_text("# Mine")
+    fips.load(copy)
+
+
+def test_without_a_manifest_nothing_is_verified_but_tensors_still_are(copy: Path) -> None:
+    (copy / MANIFEST).unlink()
+    edit_json(copy / "config.json", lambda config: config.update(note="edited"))
+    fips.load(copy)
+    edit_tensors(copy / WEIGHTS, lambda t: t.pop("model.layers.1.mlp.up_proj.values"))
+    with pytest.raises(fips.FipsError, match="lacks tensor"):
         fips.load(copy)
 
 

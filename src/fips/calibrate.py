@@ -38,6 +38,7 @@ class _TrainableLinear(nn.Module):
         self.factor_RF = nn.Parameter(factor_RF)
         self.mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)
         self.up = site.role == "up"
+        self.weight = torch.empty(0, dtype=torch.int8)  # T5 asks for it, and casts its input to any other type
         self.want_dense_gradient = False
         self.dense_gradient_RF: Tensor | None = None
 

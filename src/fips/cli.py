@@ -147,19 +147,53 @@ def evaluate(
     batch_size: BatchSize = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead of --data, such as arc_easy,piqa.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question of a task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Directory with further lm-eval task files.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Top-1 and top-5 of an image classifier, perplexity and bits per byte of a language model."""
+    """Top-1 and top-5 of an image classifier, perplexity and bits per byte of a language model, or lm-eval tasks."""
     from fips.config import DataConfig
-    from fips.jobs import evaluate_source
+    from fips.jobs import evaluate_source, evaluate_tasks
 
     fields = _data_fields(locals())
-    if "source" not in fields:
-        raise ConfigError("no data: give --data")
+    if (tasks is None) == ("source" not in fields):
+        raise ConfigError("no data: give --data or --tasks" if tasks is None else "give either --data or --tasks")
+    if tasks is not None:
+        metrics = evaluate_tasks(
+            model, tasks.split(","), device=device, dtype=dtype, batch_size=batch_size, limit=limit,
+            num_fewshot=num_fewshot, include_path=include_path,
+        )  # fmt: skip
+        _print_json(metrics) if as_json else _print_tasks(metrics)
+        return
     with _counter("evaluate") as progress:
         result = evaluate_source(model, DataConfig(**fields), dtype=dtype, device=device, progress=progress)
     _print_json(result.to_dict()) if as_json else _print_evaluation(model, result)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Compressed directory.")],
+    output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")],
+    format_: Annotated[str, typer.Option("--format", help="dense (a plain checkpoint) or onnx.")] = "dense",
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Write a compressed model for tools that do not know fips; ONNX files are checked on the first batch of --data."""
+    from dataclasses import asdict
+
+    from fips.config import DataConfig
+    from fips.jobs import export_directory
+
+    example = DataConfig(source=data, num_samples=2) if data is not None else None
+    done = export_directory(model, output, fmt=format_, data=example)
+    if as_json:
+        _print_json(asdict(done))
+        return
+    checked = "" if done.relative_error is None else f"; ONNX Runtime differs from torch by {done.relative_error:.1e}"
+    stdout.print(f"written to {output}: {done.file_bytes:,} bytes{checked}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -300,7 +334,7 @@ def _print_compression(done: Any, output: Path, *, as_json: bool) -> None:
         f"peak memory {format_bytes(done.report.peak_memory_bytes)}",
         highlight=False,
     )
-    stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False)
+    stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False, soft_wrap=True)
 
 
 def _print_evaluation(name: str, result: Any) -> None:
@@ -310,6 +344,16 @@ def _print_evaluation(name: str, result: Any) -> None:
     for key, value in result.to_dict().items():
         if not isinstance(value, dict):
             table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    stdout.print(table)
+
+
+def _print_tasks(metrics: dict[str, dict[str, float]]) -> None:
+    from rich.table import Table
+
+    table = Table("task", "metric", "value")
+    for task, values in metrics.items():
+        for name, value in values.items():
+            table.add_row(task, name, f"{value:.4f}")
     stdout.print(table)
 
 

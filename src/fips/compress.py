@@ -12,6 +12,7 @@ from torch import nn
 
 from fips.calibrate import autocast_for, resolve_precision
 from fips.config import CompressionConfig
+from fips.integrations.quantizer import attach
 from fips.methods.baseline import compress_by_baseline
 from fips.methods.paper import compress_by_paper
 from fips.methods.solver import compress_by_solver
@@ -19,6 +20,7 @@ from fips.methods.workbench import CompressedGroup, Progress, ProgressEvent, Wor
 from fips.nn import BASES, basis_owner
 from fips.plan import plan_compression
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
+from fips.storage.layout import replace_linear
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
 
@@ -101,4 +103,5 @@ def _install(model: nn.Module, groups: Sequence[CompressedGroup]) -> None:
     for group in groups:
         for name, layer in group.layers.items():
             layer.train(model.training)
-            model.set_submodule(name, layer)
+            replace_linear(model, name, layer)
+    attach(model)

@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FipsError",
+    "MissingPackageError",
     "ModelError",
     "NoMatchError",
     "OutputError",
@@ -36,6 +37,10 @@ class BudgetError(ConfigError):
 
 class NoMatchError(FipsError, ValueError):
     """A pattern matched no layer, or the model has no layer that fips can compress."""
+
+
+class MissingPackageError(FipsError, ImportError):
+    """Something was asked for that an optional package does, and it is not installed."""
 
 
 class ModelError(FipsError, ValueError):

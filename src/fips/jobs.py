@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fips.compress import Progress, compress
 from fips.config import DataConfig, Recipe
 from fips.data import Batches, load_batches
 from fips.errors import ConfigError, DataError, ModelError
 from fips.evaluate import EvaluationResult, evaluate
+from fips.integrations.lm_eval import run_tasks
+from fips.integrations.onnx import export_onnx
+from fips.integrations.sources import (
+    empty_model,
+    is_compressed_source,
+    kind_of,
+    longest_sequence,
+    processor_of,
+    read_model,
+)
+from fips.integrations.timm import PixelBatches, is_timm_model
 from fips.integrations.transformers import (
     build_empty,
     config_from_fields,
-    context_length,
-    load_config,
+    example_inputs,
     load_dense,
     load_processor,
     model_kind,
 )
+from fips.merge import merge
 from fips.plan import CompressionPlan, plan_compression
 from fips.report.record import CompressionReport
-from fips.storage.checkpoint import is_compressed, load, save
-from fips.storage.files import require_free
+from fips.storage.checkpoint import load, save
+from fips.storage.files import complete_directory, require_free
 
-__all__ = ["Compression", "compress_to_directory", "evaluate_source", "pick_device", "plan_source"]
+__all__ = [
+    "Compression",
+    "Export",
+    "compress_to_directory",
+    "evaluate_source",
+    "evaluate_tasks",
+    "export_directory",
+    "pick_device",
+    "plan_source",
+]
 
 
 def pick_device(name: str) -> torch.device:
@@ -46,16 +68,13 @@ def pick_device(name: str) -> torch.device:
 def plan_source(source: str | None, recipe: Recipe) -> tuple[nn.Module, CompressionPlan]:
     """The plan for a model, built without weights from its configuration or from the recipe's own."""
     if source is not None:
-        config = load_config(source)
+        model = empty_model(source, compressed=False)
     elif recipe.architecture is not None:
-        config = config_from_fields(recipe.architecture)
+        model = build_empty(config_from_fields(recipe.architecture))
     elif recipe.model is not None:
-        config = load_config(recipe.model)
+        model = empty_model(recipe.model, compressed=False)
     else:
         raise ConfigError("no model: give MODEL, or a recipe that names one")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"`{source or recipe.model}` is already compressed; give the original model")
-    model = build_empty(config)
     return model, plan_compression(model, recipe.compression)
 
 
@@ -84,11 +103,13 @@ def compress_to_directory(
     place = pick_device(device)
     empty, _ = plan_source(source, recipe)
     batches, processor = _batches(source, recipe.data, empty, purpose="calibration")
-    model = load_dense(source, dtype=dtype, device=place)
-    report = compress(model, batches, recipe.compression, progress=progress)
+    model = read_model(source, dtype=dtype, device=place)
+    examples = PixelBatches(batches) if is_timm_model(model) else batches
+    report = compress(model, examples, recipe.compression, progress=progress)
     report.source = source
     used = recipe.model_copy(update={"model": source, "architecture": None})
-    tensor_bytes = save(model, output, processor=processor, recipe=used.to_yaml())
+    files = None if is_timm_model(model) else processor  # timm keeps the transform in its config.json
+    tensor_bytes = save(model, output, processor=files, recipe=used.to_yaml())
     file_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return Compression(report, tensor_bytes, file_bytes)
 
@@ -98,13 +119,100 @@ def evaluate_source(
 ) -> EvaluationResult:
     """Accuracy or perplexity of a compressed directory or of a dense model."""
     place = pick_device(device)
-    batches, _ = _batches(source, data, build_empty(load_config(source)), purpose="evaluation")
-    model = load(source, device=place) if is_compressed(source) else load_dense(source, dtype=dtype, device=place)
+    batches, _ = _batches(source, data, empty_model(source), purpose="evaluation")
+    model = (
+        load(source, device=place) if is_compressed_source(source) else read_model(source, dtype=dtype, device=place)
+    )
     return evaluate(model, batches, progress=progress)
 
 
+def evaluate_tasks(
+    source: str,
+    tasks: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    include_path: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Metrics of lm-eval tasks for a compressed directory or a dense language model."""
+    place = pick_device(device)
+    if kind_of(empty_model(source)) != "text":
+        raise ModelError(f"`--tasks` are for language models; `{source}` reads images: give --data")
+    tokenizer = load_processor(source, "text")
+    if tokenizer is None:
+        raise ModelError(f"`{source}` has no tokenizer, which tasks need; save one beside the model")
+    model = (
+        load(source, device=place) if is_compressed_source(source) else load_dense(source, dtype=dtype, device=place)
+    )
+    return run_tasks(
+        model,
+        tokenizer,
+        tasks,
+        batch_size=batch_size or 8,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What ``export_directory`` wrote."""
+
+    format: str
+    file_bytes: int
+    relative_error: float | None
+    """Of ONNX Runtime against torch; None for a dense checkpoint."""
+
+
+def export_directory(source: str, output: Path, *, fmt: str, data: DataConfig | None = None) -> Export:
+    """Write a compressed directory in a form that needs nothing of fips.
+
+    ``dense`` is a plain checkpoint of the original architecture; ``onnx`` a ``model.onnx`` with packed constants,
+    checked with ONNX Runtime on the first batch of ``data``, or on made-up inputs without it. Tokenizer or image
+    processor are copied. Raises ``ConfigError`` for another format and everything ``load`` raises.
+    """
+    if fmt not in ("dense", "onnx"):
+        raise ConfigError(f"`--format` must be dense or onnx, got {fmt!r}")
+    require_free(output)
+    if not is_compressed_source(source):
+        raise ModelError(f"`{source}` is not a compressed model; `fips compress` makes one")
+    model = load(source)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"`{source}` holds a `{type(model).__name__}`; only transformers models can be exported")
+    processor = load_processor(source, model_kind(model))
+    error = None
+    with complete_directory(output) as scratch:
+        if fmt == "onnx":
+            error = export_onnx(model, scratch / "model.onnx", _example(source, model, data)).relative_error
+        merge(model)
+        if fmt == "onnx":
+            model.config.save_pretrained(scratch)
+        else:
+            model.save_pretrained(scratch)
+        if processor is not None:
+            processor.save_pretrained(scratch)
+    return Export(fmt, sum(path.stat().st_size for path in output.rglob("*") if path.is_file()), error)
+
+
+def _example(source: str, model: PreTrainedModel, data: DataConfig | None) -> dict[str, Tensor]:
+    """Inputs to trace and check an export with: the first batch of the data, or made-up ones of the right shape."""
+    if data is not None:
+        batches, _ = _batches(source, data, model, purpose="calibration")
+        batch = {key: value for key, value in next(iter(batches)).items() if key != "labels"}
+    else:
+        batch = example_inputs(model)
+    if "input_ids" in batch:
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    return batch
+
+
 def _batches(source: str, data: DataConfig, model: nn.Module, *, purpose: Any) -> tuple[Batches, Any]:
-    kind = model_kind(model)
-    processor = load_processor(source, kind)
-    length = context_length(model.config) if kind == "text" else None
-    return load_batches(data, processor=processor, kind=kind, purpose=purpose, context_length=length), processor
+    processor = processor_of(source, model)
+    batches = load_batches(
+        data, processor=processor, kind=kind_of(model), purpose=purpose, context_length=longest_sequence(model)
+    )
+    return batches, processor

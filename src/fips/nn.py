@@ -63,12 +63,17 @@ class FactoredLinear(nn.Module):
     ``values`` is a parameter, so training changes the kept entries and never the support. With ``values="int8"`` it
     is a buffer and so is ``scales`` (one per stored row, in a floating type): training leaves both alone.
 
+    ``weight`` is an empty placeholder. Code that asks a linear layer for the device or type of its weight finds them,
+    and a loader that does not know fips meets a weight of the wrong shape and refuses, where without it the layer
+    would be missing from the file and be filled with random numbers.
+
     Raises ``ConfigError`` if neither basis nor width is given, or the columns do not fill the blocks of the format.
     """
 
     pattern: Tensor
     scales: Tensor
     values: Tensor
+    weight: Tensor
 
     def __init__(
         self,
@@ -103,6 +108,7 @@ class FactoredLinear(nn.Module):
             size = pattern_bytes(size=columns * self.rank, fmt=fmt)
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
+        self.register_buffer("weight", torch.empty(0, dtype=dtype))
 
     @classmethod
     def from_factor(
@@ -163,9 +169,12 @@ class FactoredLinear(nn.Module):
 
     def factor(self) -> Tensor:
         """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
+        return dequantize_rows(self.stored(), self.scales) if self.kind == "int8" else self.stored()
+
+    def stored(self) -> Tensor:
+        """The values in their places, int8 ones as they are."""
         pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        stored = unpack(self.values, pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
-        return dequantize_rows(stored, self.scales) if self.kind == "int8" else stored
+        return unpack(self.values, pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
 
     def mask(self) -> Tensor:
         """The support of ``factor()``."""
@@ -190,8 +199,8 @@ class FactoredLinear(nn.Module):
         if self.basis is None:
             return linear(x, factor, bias)
         if self.role == "up":
-            return linear(self.basis(x), factor, bias)
-        y: Tensor = self.basis(linear(x, factor), expand=True)
+            return linear(self.basis(x).to(x.device), factor, bias)
+        y: Tensor = self.basis(linear(x, factor), expand=True).to(x.device)  # a dispatched basis may live elsewhere
         return y if bias is None else y + bias
 
     def extra_repr(self) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "build_empty",
     "config_from_fields",
     "context_length",
+    "example_inputs",
     "load_config",
     "load_dense",
     "load_processor",
@@ -46,7 +47,7 @@ def load_config(source: str) -> PretrainedConfig:
 def config_from_fields(fields: Mapping[str, Any]) -> PretrainedConfig:
     """Configuration from ``model_type`` and its fields; raises ``ModelError`` for an unknown type."""
     try:
-        return AutoConfig.for_model(**fields)
+        return transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"cannot build a configuration from {dict(fields)}: {error}") from None
 
@@ -111,6 +112,20 @@ def context_length(config: PretrainedConfig) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Made-up inputs of the shape a model takes: two noise images, or two sequences of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    if model_kind(model) == "text":
+        config = model.config.get_text_config()
+        length = min(context_length(config) or 16, 16)
+        return {"input_ids": torch.randint(config.vocab_size, (2, length), generator=generator)}
+    config = getattr(model.config, "vision_config", model.config)
+    size = config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    shape = (2, getattr(config, "num_channels", 3), height, width)
+    return {"pixel_values": torch.randn(shape, generator=generator)}
 
 
 def load_processor(source: str, kind: Kind) -> Any:

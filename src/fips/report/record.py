@@ -15,8 +15,9 @@ import transformers
 from fips.calibrate import BlockError
 from fips.config import CompressionConfig
 
-__all__ = ["CompressionReport", "GroupResult", "environment", "peak_memory_bytes"]
+__all__ = ["REPORT_FILE", "CompressionReport", "GroupResult", "environment", "peak_memory_bytes"]
 
+REPORT_FILE = "fips_report.json"
 REPORT_VERSION = 1
 
 

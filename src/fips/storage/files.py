@@ -6,16 +6,26 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fips.errors import CheckpointError, OutputError
 
-__all__ = ["MANIFEST", "complete_directory", "require_free", "verify_manifest", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "complete_directory",
+    "read_json",
+    "require_free",
+    "verify_manifest",
+    "write_json",
+    "write_manifest",
+]
 
 MANIFEST = "fips_manifest.json"
+EDITABLE = "README.md"
+"""The model card is for people to edit; its bytes are not checked."""
 FORMAT_VERSION = 1
 
 
@@ -47,10 +57,9 @@ def complete_directory(directory: Path) -> Iterator[Path]:
 
 def write_manifest(directory: Path) -> None:
     """Record size and SHA-256 of every file; written last, its presence says the directory is complete."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != EDITABLE)
     entries = {str(path.relative_to(directory)): _fingerprint(path) for path in files}
-    text = json.dumps({"format_version": FORMAT_VERSION, "files": entries}, indent=2)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, "files": entries})
 
 
 def verify_manifest(directory: Path) -> None:
@@ -87,6 +96,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"`{path}` must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

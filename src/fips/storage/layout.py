@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
@@ -11,7 +12,7 @@ from fips.errors import CheckpointError
 from fips.nn import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
 from fips.storage.packing import block_size, parse_nm
 
-__all__ = ["QUANT_METHOD", "Layout", "describe_layout", "install_layout"]
+__all__ = ["QUANT_METHOD", "Layout", "describe_layout", "install_layout", "replace_linear"]
 
 QUANT_METHOD = "fips"
 
@@ -111,20 +112,25 @@ def describe_layout(model: nn.Module) -> Layout:
     )
 
 
-def install_layout(model: nn.Module, layout: Layout) -> None:
+def install_layout(model: nn.Module, layout: Layout, *, partial: bool = False) -> None:
     """Put empty bases and factored layers of a layout into a dense model, in place.
 
-    Raises ``CheckpointError`` if a named layer is not in the model or a basis is not in the layout.
+    Names are those of the model the layout was read off; a model with or without a head around the same base model
+    (``LlamaModel`` for ``LlamaForCausalLM``) is filled too. With ``partial`` layers that the model does not have are
+    left out (an encoder of an encoder-decoder), as long as some remain. Raises ``CheckpointError`` if a named layer
+    is not in the model or a basis is not in the layout.
     """
-    bases = {name: SharedBasis(basis.width, basis.rank) for name, basis in layout.bases.items()}
+    places = {name: _place(model, name) for name in layout.layers}
+    absent = next((name for name, place in places.items() if place is None), None)
+    if absent is not None and not (partial and any(places.values())):
+        raise CheckpointError(f"layer `{absent}` of the checkpoint is not in `{type(model).__name__}`")
+    present = {places[name] or "": entry for name, entry in layout.layers.items() if places[name] is not None}
+    used = {entry.basis for entry in present.values()}
+    bases = {name: SharedBasis(basis.width, basis.rank) for name, basis in layout.bases.items() if name in used}
     setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
-    for name, entry in layout.layers.items():
-        try:
-            model.get_submodule(name)
-        except AttributeError:
-            raise CheckpointError(f"layer `{name}` of the checkpoint is not in `{type(model).__name__}`") from None
+    for name, entry in present.items():
         if entry.basis is not None and entry.basis not in bases:
-            raise CheckpointError(f"layer `{name}` names basis `{entry.basis}`; known: {', '.join(bases)}")
+            raise CheckpointError(f"layer `{name}` names basis `{entry.basis}`; known: {', '.join(layout.bases)}")
         layer = FactoredLinear(
             None if entry.basis is None else bases[entry.basis],
             role=entry.role,
@@ -136,4 +142,28 @@ def install_layout(model: nn.Module, layout: Layout) -> None:
             values=entry.values,
         )
         layer.conv1d = entry.conv1d
-        model.set_submodule(name, layer)
+        replace_linear(model, name, layer)
+
+
+def replace_linear(model: nn.Module, name: str, layer: FactoredLinear) -> None:
+    """Put a factored layer in the place of a dense one, whose type and device its placeholder weight takes."""
+    dense = model.get_submodule(name).weight
+    assert isinstance(dense, torch.Tensor)
+    layer.weight = torch.empty(0, dtype=dense.dtype, device=dense.device)
+    model.set_submodule(name, layer)
+
+
+def _place(model: nn.Module, name: str) -> str | None:
+    """The name of a layer in a model with or without a head around its base model; None if it is in neither."""
+    prefix = getattr(model, "base_model_prefix", "")
+    candidates = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"] if prefix else [name]
+    return next((place for place in candidates if _has_submodule(model, place)), None)
+
+
+def _has_submodule(model: nn.Module, name: str) -> bool:
+    for part in name.split("."):
+        child = getattr(model, part, None)
+        if not isinstance(child, nn.Module):
+            return False
+        model = child
+    return True

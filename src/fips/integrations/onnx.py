@@ -1,0 +1,190 @@
+"""ONNX files of packed models: every basis stored once, factors packed, decoded by the graph.
+
+The decoding reads constants only, so ONNX Runtime does it once, when it loads the file; what then runs is dense.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from fips.errors import ModelError
+from fips.integrations.extras import require
+from fips.nn import FactoredLinear, factored_layers
+from fips.storage.packing import BITMASK, pack
+
+__all__ = ["OnnxFile", "export_onnx"]
+
+TOLERANCE = 1e-4
+"""Largest accepted relative error of ONNX Runtime against torch, Frobenius norm, both in float32."""
+_FOLD_LIMIT = 64  # elements; larger constants stay as they are, so that packed factors stay packed
+_DYNAMIC = {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxFile:
+    """What ``export_onnx`` wrote and measured."""
+
+    path: Path
+    bytes: int
+    opset: int
+    relative_error: float
+    """ONNX Runtime against torch on the inputs given, Frobenius norm."""
+
+
+def export_onnx(model: PreTrainedModel, path: Path, inputs: Mapping[str, Tensor]) -> OnnxFile:
+    """Write an ONNX file with dynamic batch and sequence sizes, run it on ``inputs`` and compare with torch.
+
+    Arithmetic is float32; values keep the type they are stored in, patterns become bitmasks. Of the outputs the first
+    is exported (logits, or the last hidden state). The model is left as it is. Raises ``ModelError`` if the model
+    cannot be exported or ONNX Runtime disagrees, ``MissingPackageError`` without onnx, onnxscript and onnxruntime.
+    """
+    for package in ("onnx", "onnxscript.optimizer", "onnxruntime"):
+        require(package, extra="onnx", purpose="export to ONNX")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"`{type(model).__name__}` is an encoder-decoder, which has no single ONNX graph")
+    inputs = {
+        name: tensor if tensor.shape[0] > 1 else tensor.repeat_interleave(2, 0) for name, tensor in inputs.items()
+    }
+    wrapper = _FirstOutput(_exportable(model), tuple(inputs))  # a batch of one would be taken for a constant
+    with torch.no_grad():
+        expected = wrapper(*inputs.values())
+        program = _trace(wrapper.eval(), inputs)
+    _tidy(program.model)
+    program.save(str(path))
+    error = _relative_error(_run(path, inputs), expected)
+    if not error <= TOLERANCE:
+        raise ModelError(f"ONNX Runtime differs from torch by {error:.1e} (relative), allowed is {TOLERANCE:.0e}")
+    files = [path, path.with_name(path.name + ".data")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return OnnxFile(path, size, int(program.model.opset_imports[""]), error)
+
+
+class _FirstOutput(nn.Module):
+    """A model as a function of positional tensors that returns one tensor."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        result: Tensor = self.model(**dict(zip(self._names, tensors, strict=True)), return_dict=True)[0]
+        return result
+
+
+class _DecodedLinear(nn.Module):
+    """A packed layer whose decoding uses operations that ONNX has: integer division and cumulative sums."""
+
+    def __init__(self, layer: FactoredLinear) -> None:
+        super().__init__()
+        self._borrowed = (layer.basis,)
+        self._up, self._shape = layer.role == "up", layer.factor_shape
+        self.bias = layer.bias
+        self.weight = torch.empty(0)
+        values, pattern = pack(layer.stored().detach(), layer.mask(), fmt=BITMASK)
+        self.register_buffer("values", values)
+        self.register_buffer("pattern", pattern)
+        if layer.kind == "int8":
+            self.register_buffer("scales", layer.scales)
+
+    def _factor(self) -> Tensor:
+        powers = 2 ** torch.arange(8, dtype=torch.int32)
+        bytes_ = self.get_buffer("pattern").to(torch.int32).unsqueeze(1)
+        count = self._shape[0] * self._shape[1]
+        bits = (torch.div(bytes_, powers, rounding_mode="floor") % 2).flatten()[:count]
+        places = (bits.cumsum(0) - 1).clamp(min=0)
+        values = self.get_buffer("values").float()
+        factor = torch.where(bits == 1, values[places], torch.zeros(())).view(self._shape)
+        return factor * self.get_buffer("scales").float().unsqueeze(1) if "scales" in self._buffers else factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        (basis,) = self._borrowed
+        if basis is None:
+            return linear(x, self._factor(), self.bias)
+        if self._up:
+            return linear(basis(x), self._factor(), self.bias)
+        y: Tensor = basis(linear(x, self._factor()), expand=True)
+        return y if self.bias is None else y + self.bias
+
+
+def _exportable(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy on the CPU, in float32 but for the packed values, without key-value cache."""
+    twin: PreTrainedModel = copy.deepcopy(model).cpu().eval()
+    for name, layer in factored_layers(twin).items():
+        twin.set_submodule(name, _DecodedLinear(layer))
+    for parameter in twin.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in twin.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and not isinstance(module, _DecodedLinear):
+                module._buffers[name] = buffer.float()
+    twin.config.use_cache = False
+    return twin
+
+
+def _trace(wrapper: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    dims = {name: torch.export.Dim(name) for name in ("batch", "sequence")}
+    shapes = tuple({axis: dims[dim] for axis, dim in enumerate(_DYNAMIC.get(name, ("batch",)))} for name in inputs)
+    try:
+        with _quiet():
+            return torch.onnx.export(
+                wrapper,
+                tuple(inputs.values()),
+                dynamo=True,
+                dynamic_shapes=(shapes,),
+                optimize=False,
+                input_names=list(inputs),
+                output_names=["output"],
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ModelError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from None
+
+
+def _tidy(graph_model: Any) -> None:
+    """Simplify the graph without unpacking its constants, and drop stack traces."""
+    optimizer = require("onnxscript.optimizer", extra="onnx", purpose="export to ONNX")
+    with _quiet():
+        optimizer.optimize_ir(graph_model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
+    for node in graph_model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+
+
+def _run(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:
+    runtime = require("onnxruntime", extra="onnx", purpose="export to ONNX")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return torch.from_numpy(output)
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs every operation it registers and warns of its own deprecations."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

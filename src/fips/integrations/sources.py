@@ -1,0 +1,67 @@
+"""MODEL on the command line: transformers or timm, a directory or a hub id, with or without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fips.errors import ModelError
+from fips.integrations.timm import TimmProcessor, build_timm, is_timm_model, is_timm_source, load_timm
+from fips.integrations.transformers import (
+    Kind,
+    build_empty,
+    context_length,
+    load_config,
+    load_dense,
+    load_processor,
+    model_kind,
+)
+from fips.storage.checkpoint import is_compressed
+from fips.storage.layout import QUANT_METHOD
+
+__all__ = ["empty_model", "is_compressed_source", "kind_of", "longest_sequence", "processor_of", "read_model"]
+
+
+def empty_model(source: str, *, compressed: bool = True) -> nn.Module:
+    """The original architecture of a source, on the meta device; ``compressed=False`` refuses a compressed one."""
+    if is_timm_source(source):
+        return build_timm(source)
+    config = load_config(source)
+    if not compressed and getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"`{source}` is already compressed; give the original model")
+    model: nn.Module = build_empty(config)
+    return model
+
+
+def is_compressed_source(source: str) -> bool:
+    """Whether a directory or hub id holds a model that fips packed."""
+    if Path(source).exists() or is_timm_source(source):
+        return is_compressed(source)
+    quantization = getattr(load_config(source), "quantization_config", None)
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def read_model(source: str, *, dtype: str, device: torch.device) -> nn.Module:
+    """A dense model with its weights, in evaluation mode."""
+    if is_timm_source(source):
+        return load_timm(source, dtype=dtype, device=device)
+    if is_timm_source(source):
+        return load_timm(source, dtype=dtype, device=device)
+    dense: nn.Module = load_dense(source, dtype=dtype, device=device)
+    return dense
+
+
+def kind_of(model: nn.Module) -> Kind:
+    return "image" if is_timm_model(model) else model_kind(model)
+
+
+def processor_of(source: str, model: nn.Module) -> Any:
+    """What turns examples into inputs, None if the source has none."""
+    return TimmProcessor.of(model) if is_timm_model(model) else load_processor(source, kind_of(model))
+
+
+def longest_sequence(model: nn.Module) -> int | None:
+    return context_length(model.config) if kind_of(model) == "text" else None

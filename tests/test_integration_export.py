@@ -1,0 +1,176 @@
+"""Exports that need nothing of fips: a plain checkpoint, and an ONNX file whose constants stay packed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import batches_for, tiny_model
+from PIL import Image
+from test_nn import mixed_llama
+from torch import Tensor
+from transformers import ViTImageProcessor
+
+import fips
+from fips.cli import main
+from fips.nn import factored_layers
+from fips.storage.packing import pattern_bytes
+
+IDS = torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("export")
+    for family in ("llama", "vit"):
+        model = tiny_model(family)
+        calibration = {"steps": 2, "precision": "float32"}
+        config = fips.CompressionConfig(budget=0.5, group_size=2, calibration=calibration)
+        fips.compress(model, batches_for(model), config)
+        processor = ViTImageProcessor(size={"height": 32, "width": 32}) if family == "vit" else None
+        fips.save(model, root / family, processor=processor)
+    mixed, _ = mixed_llama()
+    fips.save(mixed, root / "mixed")
+    return {name: root / name for name in ("llama", "vit", "mixed")}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for index in range(4):
+        (root / f"class{index % 2}").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 255, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"class{index % 2}" / f"{index}.png")
+    return root
+
+
+def outputs_of(model: Any, **inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def test_dense_export_loads_without_fips(directories: dict[str, Path], tmp_path: Path) -> None:
+    assert main(["export", str(directories["vit"]), "--output", str(tmp_path / "dense")]) == 0
+    code = (
+        "import sys, torch; from transformers import AutoModelForImageClassification as M, AutoImageProcessor as P;"
+        "m, i = M.from_pretrained(sys.argv[1], output_loading_info=True); assert not any(i.values()), i;"
+        "P.from_pretrained(sys.argv[1]); assert 'fips' not in sys.modules;"
+        "torch.save(m(torch.ones(1, 3, 32, 32)).logits.detach(), sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "dense"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = outputs_of(fips.load(directories["vit"]), pixel_values=torch.ones(1, 3, 32, 32))
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--format", "gguf"], 2, "must be dense or onnx"),
+        (["--format", "onnx", "--output", "."], 1, "is not empty"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    directories: dict[str, Path], tmp_path: Path, arguments: list[str], code: int, message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(["export", str(directories["vit"]), "--output", str(tmp_path / "new"), *arguments]) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+class TestOnnx:
+    """Against torch, in ONNX Runtime."""
+
+    onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    script = pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+
+    def run(self, path: Path, **inputs: Tensor) -> Tensor:
+        session = self.runtime.InferenceSession(str(path))
+        (output,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        return torch.from_numpy(output)
+
+    @pytest.fixture(scope="class")
+    def exported(
+        self, directories: dict[str, Path], images: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> dict[str, Path]:
+        root = tmp_path_factory.mktemp("onnx")
+        for name, path in directories.items():
+            command = ["export", str(path), "--format", "onnx", "--output", str(root / name), "--json"]
+            assert main([*command, *(["--data", str(images)] if name == "vit" else [])]) == 0
+        return {name: root / name / "model.onnx" for name in directories}
+
+    @pytest.mark.parametrize("name", ["llama", "mixed"])
+    def test_text_with_other_lengths_and_padding(
+        self, exported: dict[str, Path], directories: dict[str, Path], name: str
+    ) -> None:
+        mask = torch.ones_like(IDS)
+        mask[1, 7:] = 0
+        expected = outputs_of(fips.load(directories[name]), input_ids=IDS, attention_mask=mask)
+        actual = self.run(exported[name], input_ids=IDS, attention_mask=mask)
+        scored = mask.bool()
+        assert (actual - expected)[scored].norm() / expected[scored].norm() < 1e-5
+
+    def test_real_images(self, exported: dict[str, Path], directories: dict[str, Path], images: Path) -> None:
+        processor = ViTImageProcessor.from_pretrained(directories["vit"])
+        pictures = [Image.open(path) for path in sorted(images.rglob("*.png"))]
+        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+        expected = outputs_of(fips.load(directories["vit"]), pixel_values=pixels)
+        assert (self.run(exported["vit"], pixel_values=pixels) - expected).norm() / expected.norm() < 1e-5
+        assert {path.name for path in exported["vit"].parent.iterdir()} >= {"config.json", "preprocessor_config.json"}
+        assert "fips" not in (exported["vit"].parent / "config.json").read_text()
+
+    @pytest.mark.parametrize("name", ["llama", "vit", "mixed"])
+    def test_every_basis_is_stored_once_and_factors_stay_packed(
+        self, exported: dict[str, Path], directories: dict[str, Path], name: str
+    ) -> None:
+        graph = self.onnx.load(exported[name]).graph
+        model = fips.load(directories[name])
+        constants = [(tuple(c.dims), c.name) for c in graph.initializer]
+        bases = [tuple(p.shape) for n, p in model.named_parameters() if "fips_bases" in n]
+        assert [shape for shape, n in constants if "fips_bases" in n] == bases
+        for shape in bases:
+            assert sum(dims in (shape, shape[::-1]) for dims, _ in constants) == bases.count(shape)
+        for layer in factored_layers(model).values():
+            size = layer.factor_shape[0] * layer.factor_shape[1]
+            if layer.values.numel() < size:
+                assert not [dims for dims, _ in constants if dims in (layer.factor_shape, layer.factor_shape[::-1])]
+            assert (pattern_bytes(size=size, fmt="bitmask"),) in [dims for dims, _ in constants]
+
+    def test_the_runtime_decodes_once_when_it_loads(self, exported: dict[str, Path], tmp_path: Path) -> None:
+        options = self.runtime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        self.runtime.InferenceSession(str(exported["vit"]), options)
+        before = {node.op_type for node in self.onnx.load(exported["vit"]).graph.node}
+        after = {node.op_type for node in self.onnx.load(tmp_path / "optimized.onnx").graph.node}
+        assert "CumSum" in before
+        assert "CumSum" not in after
+
+    def test_a_wrong_file_is_not_written(
+        self, directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        import fips.integrations.onnx as module
+
+        monkeypatch.setattr(module, "_run", lambda path, inputs: torch.ones(2, 10))
+        command = ["export", str(directories["vit"]), "--format", "onnx", "--output", str(tmp_path / "bad")]
+        assert main(command) == 1
+        assert "differs from torch" in capsys.readouterr().err
+        assert not (tmp_path / "bad").exists()
+
+    def test_the_command_reports_size_and_error(
+        self, directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        command = ["export", str(directories["vit"]), "--format", "onnx", "--output", str(tmp_path / "vit"), "--json"]
+        assert main(command) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["relative_error"] < 1e-5
+        assert result["file_bytes"] == sum(path.stat().st_size for path in (tmp_path / "vit").iterdir())

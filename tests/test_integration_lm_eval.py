@@ -1,0 +1,152 @@
+"""lm-eval in process, through our module and through its stock command: one local task, one answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import batches_for, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import fips
+from fips.cli import main
+
+pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+
+WORDS = [f"w{index}" for index in range(3, 64)]
+TASK = """
+task: local_words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def questions(count: int = 24) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, len(WORDS), (count, 6), generator=generator).tolist()
+    return [
+        {"text": " ".join(WORDS[i] for i in row[:4]), "choices": [WORDS[i] for i in row[4:]], "answer": row[0] % 2}
+        for row in ids
+    ]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model("llama")
+    calibration = {"steps": 2, "precision": "float32"}
+    fips.compress(model, batches_for(model), fips.CompressionConfig(budget=0.5, calibration=calibration))
+    path = tmp_path_factory.mktemp("lm-eval") / "model"
+    fips.save(model, path, processor=tokenizer())
+    return path
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "questions.jsonl"
+    data.write_text("\n".join(json.dumps(question) for question in questions()) + "\n")
+    (folder / "local_words.yaml").write_text(TASK.format(data=data))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def accuracy(directory: Path) -> float:
+    """Independent computation: the choice whose next-token logit is higher."""
+    model, encode = fips.load(directory), tokenizer()
+    hits = 0
+    for question in questions():
+        ids = torch.tensor([encode(question["text"])["input_ids"]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        scores = [logits[encode(choice)["input_ids"][0]].item() for choice in question["choices"]]
+        hits += int(scores[1] > scores[0]) == question["answer"]
+    return hits / len(questions())
+
+
+def test_in_process_through_the_command_line(
+    directory: Path, tasks: Path, accuracy: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert 0.2 < accuracy < 0.8  # neither answer is always right
+    command = ["evaluate", str(directory), "--tasks", "local_words", "--include-path", str(tasks)]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["local_words"]["acc"] == pytest.approx(accuracy)
+    assert main([*command, "--limit", "4"]) == 0
+    assert "local_words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "fips.lm_eval"], ["-m", "lm_eval"]], ids=["python -m fips.lm_eval", "stock command"]
+)
+def test_the_harness_command_gives_the_same_number(
+    directory: Path, tasks: Path, accuracy: float, tmp_path: Path, command: list[str]
+) -> None:
+    trust = [] if command[1] == "fips.lm_eval" else ["trust_remote_code=True"]
+    arguments = ",".join([f"pretrained={directory}", *trust])
+    options = [
+        "--device",
+        "cpu",
+        "--tasks",
+        "local_words",
+        "--include_path",
+        str(tasks),
+        "--output_path",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [sys.executable, *command, "--model", "hf", "--model_args", arguments, *options],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.rglob("results_*.json")
+    assert json.loads(written.read_text())["results"]["local_words"]["acc,none"] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "no_such_task"], "knows no task `no_such_task`"),
+        (["--tasks", "arc_easy", "--data", "x"], "either --data or --tasks"),
+        ([], "give --data or --tasks"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    directory: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(directory), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_names_the_extra(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["evaluate", str(directory), "--tasks", "arc_easy"]) == 1
+    assert "fips[lm-eval]" in capsys.readouterr().err
