@@ -25,7 +25,9 @@ WEIGHTS = "model.safetensors"
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("llama")
     calibration = {"steps": 2, "precision": "float32"}
-    fips.compress(model, batches_for(model), fips.CompressionConfig(budget=0.5, calibration=calibration))
+    fips.compress(
+        model, batches_for(model), fips.CompressionConfig(method="fips-paper", budget=0.5, calibration=calibration)
+    )
     path = tmp_path_factory.mktemp("saved") / "model"
     fips.save(model, path, recipe="compression: {budget: 0.5}\n")
     return path
@@ -84,7 +86,7 @@ def test_types_survive(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
     calibration = {"steps": 2}
     batches = batches_for(model)
-    fips.compress(model, batches, fips.CompressionConfig(budget=0.5, calibration=calibration))
+    fips.compress(model, batches, fips.CompressionConfig(method="fips-paper", budget=0.5, calibration=calibration))
     fips.save(model, tmp_path / "out")
     loaded = fips.load(tmp_path / "out")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 import fips
 from fips.accounting import state_bytes
 from fips.calibrate import TrainableGroup, calibrate_
-from fips.compress import ProgressEvent, dense_matrix
+from fips.compress import ProgressEvent
+from fips.methods.workbench import dense_matrix
 from fips.nn import factored_layers
 from fips.storage.packing import unpack_mask
 from fips.structure import group_mlps, locate_mlps
@@ -22,7 +23,7 @@ from fips.structure import group_mlps, locate_mlps
 
 def settings(**changes: Any) -> fips.CompressionConfig:
     calibration = {"steps": 12, "update_every": 3, "learning_rate": 3e-3, "precision": "float32"}
-    return fips.CompressionConfig(**{"budget": 0.6, "calibration": calibration, **changes})
+    return fips.CompressionConfig(**{"method": "fips-paper", "budget": 0.6, "calibration": calibration, **changes})
 
 
 def logits_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -19,7 +19,18 @@ from fips.report.tables import format_bytes
     [
         ({"budget": 0}, r"`budget`.*greater than 0, got 0"),
         ({"budget": 1.5}, r"`budget`.*less than or equal to 1, got 1.5"),
-        ({}, r"`budget` is required in CompressionConfig"),
+        ({}, r"either `budget` .* or `target_bytes` .*, got neither"),
+        ({"budget": 0.5, "target_bytes": 0.5}, r"got both"),
+        ({"budget": 0.5, "sparsity": 0.5}, r"`sparsity` belongs to `method: fips-paper`"),
+        ({"budget": 0.5, "schedule": "gmp"}, r"starts from dense factors"),
+        ({"budget": 0.5, "schedule": "rigl", "pattern": "block4"}, r"needs `pattern: unstructured`"),
+        (
+            {"budget": 0.5, "method": "svd", "values": "int8"},
+            r"`values: int8` needs `method: fips` or pruning, got `svd`",
+        ),
+        ({"budget": 0.5, "method": "wanda", "distill": {"steps": 3}}, r"`distill` needs `method: fips`"),
+        ({"budget": 0.5, "method": "fips-paper", "sharing": "never"}, r"`sharing: never` needs `method: fips`"),
+        ({"budget": 0.5, "method": "sparsegpt", "sparsity": 0.5}, r"takes neither `pattern` nor `sparsity`"),
         (
             {"budget": 0.5, "sparsty": 1},
             r"unknown field `sparsty`.*did you mean `sparsity`\?.*known fields: .*threshold",
@@ -50,9 +61,17 @@ def test_settings_are_frozen_and_replaced_with_validation() -> None:
 
 
 def test_sparsity_follows_the_pattern() -> None:
-    assert CompressionConfig(budget=0.5).factor_sparsity == 0.75
-    assert CompressionConfig(budget=0.5, pattern="2:4").factor_sparsity == 0.5
-    assert CompressionConfig(budget=0.5, sparsity=0.0).factor_sparsity == 0.0
+    assert CompressionConfig(method="fips-paper", budget=0.5).factor_sparsity == 0.75
+    assert CompressionConfig(method="fips-paper", budget=0.5, pattern="2:4").factor_sparsity == 0.5
+    assert CompressionConfig(method="fips-paper", budget=0.5, sparsity=0.0).factor_sparsity == 0.0
+
+
+def test_defaults_follow_the_method() -> None:
+    paper, ours = CompressionConfig(method="fips-paper", budget=0.5), CompressionConfig(target_bytes=0.5)
+    assert (paper.resolved_pattern, paper.calibration_steps, paper.value_kind) == ("unstructured", 600, "float")
+    assert (ours.method, ours.resolved_pattern, ours.calibration_steps, ours.value_kind) == ("fips", "auto", 0, "int8")
+    assert CompressionConfig(budget=0.5).value_kind == "float"
+    assert CompressionConfig(target_bytes=0.5, schedule="rigl").resolved_pattern == "unstructured"
 
 
 @pytest.mark.parametrize("name", recipe_names())

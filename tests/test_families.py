@@ -42,7 +42,7 @@ class FamilyTests:
         """The compressed model, its directory and the predicted bytes."""
         model = self.model()
         calibration = {"steps": 2, "precision": "float32"}
-        config = fips.CompressionConfig(budget=0.6, group_size=2, calibration=calibration)
+        config = fips.CompressionConfig(method="fips-paper", budget=0.6, group_size=2, calibration=calibration)
         report = fips.compress(model, [self.inputs(model, seed) for seed in range(2)], config)
         path = tmp_path_factory.mktemp(self.family) / "model"
         assert fips.save(model, path) == report.plan["compressed_model"]["bytes"]
@@ -109,7 +109,7 @@ class FamilyTests:
         original.save_pretrained(tmp_path / "original")
         model = type(original).from_pretrained(tmp_path / "original")
         calibration = {"steps": 0, "precision": "float32"}
-        config = fips.CompressionConfig(budget=0.6, calibration=calibration)
+        config = fips.CompressionConfig(method="fips-paper", budget=0.6, calibration=calibration)
         fips.compress(model, [self.inputs(model, 0)], config)
         expected = self.outputs(model)
         model.save_pretrained(tmp_path / "packed")
@@ -158,6 +158,6 @@ def test_mixtral_experts_are_skipped_with_the_reason() -> None:
     config = AutoConfig.for_model("mixtral", **DECODER, num_local_experts=4)
     model = transformers.MixtralForCausalLM(config)
     with pytest.raises(fips.FipsError, match=r"`model\.layers\.0\.mlp\.experts`: 4 experts fused in tensors of shape"):
-        fips.compress(model, [], fips.CompressionConfig(budget=0.5))
+        fips.compress(model, [], fips.CompressionConfig(method="fips-paper", budget=0.5))
     with pytest.raises(fips.FipsError, match="no MLP to compress"):
         locate_mlps(model)

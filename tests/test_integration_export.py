@@ -31,7 +31,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in ("llama", "vit"):
         model = tiny_model(family)
         calibration = {"steps": 2, "precision": "float32"}
-        config = fips.CompressionConfig(budget=0.5, group_size=2, calibration=calibration)
+        config = fips.CompressionConfig(method="fips-paper", budget=0.5, group_size=2, calibration=calibration)
         fips.compress(model, batches_for(model), config)
         processor = ViTImageProcessor(size={"height": 32, "width": 32}) if family == "vit" else None
         fips.save(model, root / family, processor=processor)

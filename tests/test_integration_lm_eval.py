@@ -61,7 +61,9 @@ def questions(count: int = 24) -> list[dict[str, Any]]:
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("llama")
     calibration = {"steps": 2, "precision": "float32"}
-    fips.compress(model, batches_for(model), fips.CompressionConfig(budget=0.5, calibration=calibration))
+    fips.compress(
+        model, batches_for(model), fips.CompressionConfig(method="fips-paper", budget=0.5, calibration=calibration)
+    )
     path = tmp_path_factory.mktemp("lm-eval") / "model"
     fips.save(model, path, processor=tokenizer())
     return path

@@ -24,7 +24,9 @@ SOURCES = ["shared", "mixed"]
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Llama in two groups, and one whose matrices use every format, int8 and no basis."""
     model = tiny_model("llama")
-    config = fips.CompressionConfig(budget=0.5, group_size=2, calibration={"steps": 2, "precision": "float32"})
+    config = fips.CompressionConfig(
+        method="fips-paper", budget=0.5, group_size=2, calibration={"steps": 2, "precision": "float32"}
+    )
     fips.compress(model, batches_for(model), config)
     root = tmp_path_factory.mktemp("runtime")
     fips.save(model, root / "shared")
@@ -122,7 +124,9 @@ def test_compile_captures_the_whole_graph() -> None:
     """One block, so that the compiler is quick; gradients too."""
     model = tiny_model("llama", num_hidden_layers=1)
     calibration = {"steps": 2, "precision": "float32"}
-    fips.compress(model, batches_for(model), fips.CompressionConfig(budget=0.5, calibration=calibration))
+    fips.compress(
+        model, batches_for(model), fips.CompressionConfig(method="fips-paper", budget=0.5, calibration=calibration)
+    )
     model.config.use_cache = False
     compiled = torch.compile(model, fullgraph=True)
     expected = model(IDS).logits
@@ -141,6 +145,8 @@ def test_compile_captures_the_whole_graph() -> None:
 def test_a_thin_model_serves_half_precision_inputs() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     calibration = {"steps": 2}
-    fips.compress(model, batches_for(model), fips.CompressionConfig(budget=0.5, calibration=calibration))
+    fips.compress(
+        model, batches_for(model), fips.CompressionConfig(method="fips-paper", budget=0.5, calibration=calibration)
+    )
     assert logits_of(model).dtype == torch.bfloat16
     assert {layer.weight.dtype for layer in factored_layers(model).values()} == {torch.bfloat16}

@@ -35,7 +35,9 @@ class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
 def packed(family: str, **changes: Any) -> PreTrainedModel:
     model = tiny_model(family)
     calibration = {"steps": 2, "precision": "float32"}
-    config = fips.CompressionConfig(**{"budget": 0.5, "group_size": 2, "calibration": calibration, **changes})
+    config = fips.CompressionConfig(
+        **{"method": "fips-paper", "budget": 0.5, "group_size": 2, "calibration": calibration, **changes}
+    )
     fips.compress(model, batches_for(model), config)
     return model
 

@@ -31,7 +31,9 @@ IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(5))
 
 
 def settings(**changes: Any) -> fips.CompressionConfig:
-    return fips.CompressionConfig(**{"budget": 0.5, "calibration": {"steps": 2, "precision": "float32"}, **changes})
+    return fips.CompressionConfig(
+        **{"method": "fips-paper", "budget": 0.5, "calibration": {"steps": 2, "precision": "float32"}, **changes}
+    )
 
 
 def logits_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:

@@ -39,8 +39,9 @@ Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, ..."
 Dtype = Annotated[str, typer.Option(help="Type to load the weights in; `auto` keeps the checkpoint's.")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name or YAML file; options override it.")]
 Budget = Annotated[float | None, typer.Option(help="Fraction of the MLP parameters to keep.")]
+TargetBytes = Annotated[float | None, typer.Option(help="Stored MLP bytes to keep, relative to 16-bit dense.")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the factors.")]
-Pattern = Annotated[str | None, typer.Option(help="`unstructured` or N:M, such as 4:16.")]
+Pattern = Annotated[str | None, typer.Option(help="auto, unstructured, N:M such as 4:16, block4 or block8.")]
 GroupSize = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
 Groups = Annotated[str | None, typer.Option(help="Explicit groups of block indices, such as `0-3,4-7,8-11`.")]
 Targets = Annotated[
@@ -62,6 +63,7 @@ def inspect(
     model: ModelArgument,
     recipe: RecipeOption = None,
     budget: Budget = None,
+    target_bytes: TargetBytes = None,
     sparsity: Sparsity = None,
     pattern: Pattern = None,
     group_size: GroupSize = None,
@@ -73,7 +75,7 @@ def inspect(
     """List every MLP found, its layers, group, rank, parameters and bytes; changes nothing and reads no weights."""
     from fips.jobs import plan_source
 
-    setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_budget=0.5)
+    setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_size=0.5)
     _, plan = plan_source(model, setting)
     _print_plan(plan, as_json=as_json, with_layers=True)
 
@@ -83,12 +85,20 @@ def compress(
     model: OptionalModel = None,
     data: Data = None,
     budget: Budget = None,
+    target_bytes: TargetBytes = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write; absent or empty.")] = None,
     recipe: RecipeOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.")] = False,
     sparsity: Sparsity = None,
     pattern: Pattern = None,
-    method: Annotated[str | None, typer.Option(help="fips-paper or fips.")] = None,
+    method: Annotated[str | None, typer.Option(help="fips, fips-paper, or a method to compare with.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Who shares a basis: `auto` as measured, `none`, or a number of blocks.")
+    ] = None,
+    values: Annotated[str | None, typer.Option(help="Type of the values: float or int8.")] = None,
+    distill: Annotated[
+        int | None, typer.Option(metavar="STEPS", help="End-to-end steps with the original as teacher.")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="static, gmp or rigl.")] = None,
     threshold: Annotated[str | None, typer.Option(help="One threshold per `group` or per `layer`.")] = None,
     group_size: GroupSize = None,
@@ -197,6 +207,47 @@ def export(
 
 
 @app.command()
+def compare(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help="Calibration data, as for `fips compress`.")],
+    output: Annotated[Path, typer.Option(help="Directory for compare.json, compare.md and compare.svg.")],
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100.")
+    ] = "fips,no-sharing,fips-paper,sparsegpt,wanda,magnitude,svd-llm,basis-sharing,svd",
+    sizes: Annotated[
+        str, typer.Option("--bytes", help="Stored MLP bytes relative to 16-bit dense.")
+    ] = "0.3,0.4,0.5,0.6",
+    seeds: Annotated[str, typer.Option(help="Seeds of calibration samples and solvers.")] = "0",
+    eval_data: Annotated[str | None, typer.Option(help="Data to score on; default: --data.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
+    eval_samples: Annotated[int | None, typer.Option(help="How many of them; default: all.")] = None,
+    split: Split = None,
+    column: Column = None,
+    num_samples: NumSamples = None,
+    sequence_length: SequenceLength = None,
+    document_separator: Separator = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare methods at equal stored bytes: quality, block error, size and time of each."""
+    from fips.config import DataConfig
+    from fips.jobs import compare_source
+    from fips.report.tables import comparison_table
+
+    fields = _data_fields({**locals(), "seed": None})
+    scored = {**fields, "source": eval_data or data, "split": eval_split, "num_samples": eval_samples}
+    with _counter("compare") as progress:
+        result = compare_source(
+            model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(","),
+            sizes=_numbers("--bytes", sizes, float), seeds=_numbers("--seeds", seeds, int), dtype=dtype,
+            device=device, progress=progress,
+        )  # fmt: skip
+    _print_json(result.to_dict()) if as_json else stdout.print(comparison_table(result))
+
+
+@app.command()
 def recipes(as_json: Json = False) -> None:
     """List the recipes that ship with fips."""
     from rich.table import Table
@@ -207,9 +258,11 @@ def recipes(as_json: Json = False) -> None:
     if as_json:
         _print_json({name: entry.model_dump(mode="json", exclude_none=True) for name, entry in entries.items()})
         return
-    table = Table("recipe", "model", "budget", "description")
+    table = Table("recipe", "model", "keeps", "description")
     for name, entry in entries.items():
-        table.add_row(name, entry.model or "any", f"{entry.compression.budget:g}", entry.description)
+        setting = entry.compression
+        size = f"{setting.budget:g} parameters" if setting.budget else f"{setting.target_bytes:g} bytes"
+        table.add_row(name, entry.model or "any", size, entry.description)
     stdout.print(table)
 
 
@@ -230,8 +283,8 @@ def demo(
 
 
 INTERRUPTED = 130
-COMPRESSION = ("budget", "method", "sparsity", "pattern", "schedule", "threshold", "group_size", "groups", "targets",
-               "ignore", "factor_dtype", "seed")  # fmt: skip
+COMPRESSION = ("budget", "target_bytes", "method", "values", "sparsity", "pattern", "schedule", "threshold",
+               "group_size", "groups", "targets", "ignore", "factor_dtype", "seed")  # fmt: skip
 CALIBRATION = ("steps", "learning_rate", "precision", "activation_memory")
 DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
 
@@ -241,7 +294,26 @@ def _given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     fields = {name: options[name] for name in names if options.get(name) not in (None, [])}
     if "groups" in fields:
         fields["groups"] = _parse_groups(fields["groups"])
+    if names is COMPRESSION and options.get("group") is not None:
+        fields |= _parse_group(options["group"])
+    if names is COMPRESSION and options.get("distill") is not None:
+        fields["distill"] = {"steps": options["distill"]}
     return fields
+
+
+def _parse_group(text: str) -> dict[str, Any]:
+    if text in ("auto", "none"):
+        return {"sharing": "auto" if text == "auto" else "never"}
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"`--group` wants `auto`, `none` or a number of blocks, got {text!r}")
+    return {"sharing": "always", "group_size": int(text)}
+
+
+def _numbers(option: str, text: str, kind: Any) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"`{option}` wants numbers with commas between them, got {text!r}") from None
 
 
 def _data_fields(options: dict[str, Any]) -> dict[str, Any]:
@@ -270,17 +342,22 @@ def _recipe(
     compression: dict[str, Any],
     calibration: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
-    default_budget: float | None = None,
+    default_size: float | None = None,
 ) -> Any:
     """The recipe asked for, or the method's own, with the options given on the command line in its place."""
     from fips.config import DataConfig, Recipe
     from fips.recipes import load_recipe
 
-    base = load_recipe(name or ("fips" if compression.get("method") == "fips" else "paper"))
-    if name is None and "budget" not in compression:
-        if default_budget is None:
-            raise ConfigError("no budget: give --budget (fraction of MLP parameters to keep) or --recipe")
-        compression = {**compression, "budget": default_budget}
+    base = load_recipe(name or ("paper" if compression.get("method") == "fips-paper" else "fips"))
+    sized = "budget" in compression or "target_bytes" in compression
+    if name is None and not sized:
+        if default_size is None:
+            raise ConfigError(
+                "no size: give --target-bytes (stored MLP bytes), --budget (fraction of MLP parameters) or --recipe"
+            )
+        compression = {**compression, "target_bytes": default_size}
+    if sized or name is None:
+        compression = {"budget": None, "target_bytes": None, **compression}
     if "pattern" in compression and "sparsity" not in compression:
         compression = {**compression, "sparsity": None}
     if "group_size" in compression and "groups" not in compression:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fips.compare import Comparison, Run, compare, method_config, write_comparison
 from fips.compress import Progress, compress
 from fips.config import DataConfig, Recipe
 from fips.data import Batches, load_batches
@@ -37,13 +38,14 @@ from fips.integrations.transformers import (
 )
 from fips.merge import merge
 from fips.plan import CompressionPlan, plan_compression
-from fips.report.record import CompressionReport
+from fips.report.record import CompressionReport, environment
 from fips.storage.checkpoint import load, save
 from fips.storage.files import complete_directory, require_free
 
 __all__ = [
     "Compression",
     "Export",
+    "compare_source",
     "compress_to_directory",
     "evaluate_source",
     "evaluate_tasks",
@@ -124,6 +126,51 @@ def evaluate_source(
         load(source, device=place) if is_compressed_source(source) else read_model(source, dtype=dtype, device=place)
     )
     return evaluate(model, batches, progress=progress)
+
+
+def compare_source(
+    source: str,
+    calibration: DataConfig,
+    evaluation: DataConfig,
+    output: Path,
+    *,
+    methods: Sequence[str],
+    sizes: Sequence[float],
+    seeds: Sequence[int],
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Any = None,
+) -> Comparison:
+    """Compare methods on a model and write table, JSON and plot to a directory that is absent or empty."""
+    require_free(output)
+    place = pick_device(device)
+    for method in methods:
+        method_config(method, target_bytes=sizes[0], seed=0)
+    empty = empty_model(source, compressed=False)
+    scored, _ = _batches(source, evaluation, empty, purpose="evaluation")
+    model = read_model(source, dtype=dtype, device=place)
+
+    def examples(seed: int) -> Any:
+        batches, _ = _batches(source, calibration.replace(seed=seed), empty, purpose="calibration")
+        return PixelBatches(batches) if is_timm_model(model) else batches
+
+    done: list[Run] = []
+    total = len(methods) * len(sizes) * len(seeds)
+
+    def on_run(run: Run) -> None:
+        done.append(run)
+        if progress is not None:
+            progress(len(done), total)
+
+    result = compare(model, examples, scored, methods=methods, sizes=sizes, seeds=seeds, on_run=on_run)
+    facts = {
+        "source": Path(source).name,
+        "calibration": calibration.model_dump(mode="json", exclude_none=True),
+        "evaluation": evaluation.model_dump(mode="json", exclude_none=True),
+        "environment": environment(place),
+    }
+    write_comparison(result, output, facts=facts)
+    return result
 
 
 def evaluate_tasks(

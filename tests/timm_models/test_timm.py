@@ -44,7 +44,9 @@ def pixels(seed: int = 0) -> Tensor:
 
 
 def settings(**changes: Any) -> fips.CompressionConfig:
-    return fips.CompressionConfig(**{"budget": 0.5, "calibration": {"steps": 2, "precision": "float32"}, **changes})
+    return fips.CompressionConfig(
+        **{"method": "fips-paper", "budget": 0.5, "calibration": {"steps": 2, "precision": "float32"}, **changes}
+    )
 
 
 def outputs_of(model: nn.Module, x: Tensor) -> Tensor:

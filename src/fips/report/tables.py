@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -10,7 +11,7 @@ from fips.plan import CompressionPlan, GroupPlan
 from fips.report.record import CompressionReport
 from fips.structure import Mlp
 
-__all__ = ["format_bytes", "mlp_table", "plan_table", "result_table", "size_table", "skipped_lines"]
+__all__ = ["comparison_table", "format_bytes", "mlp_table", "plan_table", "result_table", "size_table", "skipped_lines"]
 
 
 def format_bytes(count: int) -> str:
@@ -104,3 +105,21 @@ def result_table(report: CompressionReport) -> Table:
 
 def skipped_lines(plan: CompressionPlan) -> list[str]:
     return [f"skipped {item.name}: {item.reason}" for item in plan.skipped]
+
+
+def comparison_table(comparison: Any) -> Table:
+    """One row per method and size, the original's quality in the title."""
+    title = f"{comparison.metric} of the original: {comparison.original:.4g}"
+    table = Table("method", "bytes", comparison.metric, "block error", "time", title=title, title_justify="left")
+    for row in comparison.rows():
+        if row["quality"] is None:
+            table.add_row(row["method"], f"{row['target_bytes']:g}", "does not fit", "", "")
+            continue
+        table.add_row(
+            row["method"],
+            f"{row['stored_bytes']:.3f}",
+            f"{row['quality']:.4g}",
+            f"{row['relative_error']:.4g}",
+            f"{row['seconds']:.0f} s",
+        )
+    return table

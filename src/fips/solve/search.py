@@ -25,6 +25,9 @@ __all__ = ["Choice", "GroupSearch", "Point", "Pricing", "allocate"]
 SIZES = (1.0, 0.6, 1.5)
 """Sizes at which the cheap choice of a group is measured, relative to an equal split."""
 STEPS = 200
+ROUNDS, TRIAL_ROUNDS = 6, 2
+LATE_GAIN = 1.15
+"""Rounds 3 to 6 have lowered the error by 6 to 12 % wherever it was measured."""
 FLOOR = 1e-4
 """Smallest error on a curve, relative to its largest: what is kept whole has none."""
 
@@ -76,7 +79,7 @@ class GroupSearch:
         self.code_bytes = code_bytes
         self.width = problems[0].weight_DF.shape[0]
         self.columns = sum(problem.weight_DF.shape[1] for problem in problems)
-        self._solved: dict[tuple[Choice, float], Factorization] = {}
+        self._solved: dict[tuple[Choice, float, int], Factorization] = {}
 
     def overhead(self, choice: Choice) -> float:
         """Bytes besides values and patterns: basis and scales."""
@@ -98,16 +101,16 @@ class GroupSearch:
         """The most a choice can take: all factors whole, without patterns."""
         return self.overhead(choice) + self.width * self.columns * self.pricing.value
 
-    def solve(self, choice: Choice, size: float) -> Factorization:
+    def solve(self, choice: Choice, size: float, *, rounds: int = ROUNDS) -> Factorization:
         """The best factorization of a structure within ``size`` bytes. Raises ``BudgetError`` if it cannot fit."""
-        key = (choice, size)
+        key = (choice, size, rounds if choice.shared else 0)
         if key not in self._solved:
             rule = self._rule(choice, size - self.overhead(choice))
             found = prune(self.problems, rule)
             if choice.shared:
                 weights_DF = [problem.weight_DF for problem in self.problems]
                 basis_DR, _ = shared_svd(weights_DF, rank=self.width)
-                found = alternate(self.problems, basis_DR, rule)
+                found = alternate(self.problems, basis_DR, rule, max_rounds=rounds)
             self._solved[key] = found
         return self._solved[key]
 
@@ -118,7 +121,8 @@ class GroupSearch:
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Errors of the choices around an equal share of ``size`` bytes.
 
-        A shared basis is first tried at that size alone, and dropped if it leaves more error than pruning there.
+        A shared basis is first tried at that size alone and for a few rounds, and dropped if the error it leaves is
+        further above that of pruning than the remaining rounds were ever seen to bring.
         """
         points: list[Point] = []
         for choice in sorted(choices):
@@ -126,13 +130,17 @@ class GroupSearch:
             sizes = [fixed] if fixed is not None else [factor * size for factor in SIZES]
             for index, bytes_ in enumerate(sizes):
                 try:
+                    if index == 0 and choice.shared and self._hopeless(choice, bytes_, points):
+                        break
                     loss = self.solve(choice, bytes_).losses[-1]
                 except BudgetError:
                     continue
                 points.append(Point(choice, min(bytes_, self._dense_bytes(choice)), loss))
-                if index == 0 and choice.shared and loss > _loss_at(points[:-1], bytes_):
-                    break
         return points
+
+    def _hopeless(self, choice: Choice, size: float, points: Sequence[Point]) -> bool:
+        first = self.solve(choice, size, rounds=TRIAL_ROUNDS).losses[-1]
+        return first > LATE_GAIN * _loss_at(points, size)
 
     def _rule(self, choice: Choice, left: float) -> SupportRule:
         if ":" in choice.pattern:
@@ -185,6 +193,8 @@ def _hull(points: Sequence[Point]) -> list[Point]:
         curve = sorted(group, key=lambda point: point.bytes)
         floor = FLOOR * curve[0].loss
         for left, right in itertools.pairwise(curve):
+            if left.bytes == right.bytes:
+                continue
             for step in range(1, STEPS):
                 size = left.bytes + (right.bytes - left.bytes) * step / STEPS
                 sampled.append(Point(left.choice, size, _between(left, right, size, floor)))
