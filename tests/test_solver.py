@@ -426,7 +426,9 @@ def test_reordered_neurons_leave_the_output_unchanged(family: str, monkeypatch: 
     site = locate_mlps(original).mlps[0].sites[0]
     weight = model.get_submodule(site.name).dense_weight().T
     assert not torch.allclose(weight, dense_matrix(original, site), atol=1e-3)
-    torch.testing.assert_close(weight[:, : len(orders[0])], dense_matrix(original, site)[:, orders[0]])
+    torch.testing.assert_close(
+        weight[:, : len(orders[0])], dense_matrix(original, site)[:, orders[0]], atol=1e-3, rtol=1e-2
+    )
     with torch.no_grad():
         torch.testing.assert_close(model(**batches[0]).logits, expected, atol=1e-4, rtol=1e-3)
 
