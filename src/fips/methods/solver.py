@@ -172,6 +172,8 @@ def _solve(bench: Workbench, plan: GroupPlan, search: _Search, choice: Choice, s
     group = TrainableGroup(found.basis_DR, found.factors_RF, sites, biases, config, None)
     group.set_masks(found.masks_RF)
     search.search.forget()
+    if not config.calibration_steps and not config.distill.steps:
+        return _Solved(plan, storages, group, (), [], 0.0)
     limit = None if config.calibration_steps else MAX_ERROR_BATCHES
     with bench.recorded(plan.group, limit=limit) as (records, spool):
         start = bench.errors_with(plan.group, group.modules, records, spool)
@@ -213,7 +215,7 @@ def _finish(bench: Workbench, item: _Solved) -> CompressedGroup:
     bases, layers = pack_group(item.trainable, item.plan, item.storages)
     with bench.recorded(item.plan.group, limit=MAX_ERROR_BATCHES) as (records, spool):
         final = bench.errors_with(item.plan.group, layers, records, spool)
-    return CompressedGroup(item.plan, bases, layers, item.start, final, tuple(item.losses), item.seconds)
+    return CompressedGroup(item.plan, bases, layers, item.start or final, final, tuple(item.losses), item.seconds)
 
 
 def _measure(bench: Workbench, groups: Sequence[GroupPlan]) -> dict[str, LayerMoments]:
