@@ -204,7 +204,7 @@ def test_narrow_factors_stay_narrow_and_a_narrower_dtype_casts_all(tmp_path: Pat
 
 
 def test_old_directories_load_through_transformers() -> None:
-    for name in ("format-1-bitmask", "format-1-nm", "format-1-mixed"):
+    for name in ("format-1-bitmask", "format-1-nm", "format-1-mixed", "format-1-placeholders"):
         path = Path(__file__).parent / "fixtures" / name
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
         assert {key: value for key, value in info.items() if value} == {}

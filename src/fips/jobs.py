@@ -35,6 +35,7 @@ from fips.integrations.transformers import (
     load_dense,
     load_processor,
     model_kind,
+    quiet,
 )
 from fips.merge import merge
 from fips.plan import CompressionPlan, plan_compression
@@ -236,12 +237,13 @@ def export_directory(source: str, output: Path, *, fmt: str, data: DataConfig | 
         if fmt == "onnx":
             error = export_onnx(model, scratch / "model.onnx", _example(source, model, data)).relative_error
         merge(model)
-        if fmt == "onnx":
-            model.config.save_pretrained(scratch)
-        else:
-            model.save_pretrained(scratch)
-        if processor is not None:
-            processor.save_pretrained(scratch)
+        with quiet():
+            if fmt == "onnx":
+                model.config.save_pretrained(scratch)
+            else:
+                model.save_pretrained(scratch)
+            if processor is not None:
+                processor.save_pretrained(scratch)
     return Export(fmt, sum(path.stat().st_size for path in output.rglob("*") if path.is_file()), error)
 
 

@@ -124,7 +124,7 @@ def test_the_command_line_takes_a_timm_directory(
 ) -> None:
     dense = write_dense(tiny("vit"), tmp_path / "dense")
     assert main(["inspect", str(dense)]) == 0
-    options = ["--data", str(images), "--budget", "0.5", "--steps", "2", "--batch-size", "10"]
+    options = ["--data", str(images), "--method", "fips-paper", "--budget", "0.5", "--steps", "2", "--batch-size", "10"]
     assert main(["compress", str(dense), *options, "--output", str(tmp_path / "out")]) == 0
     for source in (dense, tmp_path / "out"):
         capsys.readouterr()

@@ -26,6 +26,7 @@ __all__ = [
     "load_dense",
     "load_processor",
     "model_kind",
+    "quiet",
 ]
 
 Kind = Literal["image", "text"]
@@ -67,7 +68,7 @@ def load_dense(source: str, *, dtype: str = "auto", device: torch.device | str =
 
 def build_empty(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration, in its type, with parameters on the meta device; buffers are real."""
-    with init_empty_weights(include_buffers=False), _quiet(), _default_dtype(config.dtype or torch.float32):
+    with init_empty_weights(include_buffers=False), quiet(), _default_dtype(config.dtype or torch.float32):
         model = _model_class(config)(config)
     model.tie_weights()  # the context above gives every name a parameter of its own
     return model.eval()
@@ -131,7 +132,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def load_processor(source: str, kind: Kind) -> Any:
     """The tokenizer or image processor stored with a model, None if it has none."""
     try:
-        with _quiet():
+        with quiet():
             if kind == "text":
                 return transformers.AutoTokenizer.from_pretrained(source)
             return transformers.AutoImageProcessor.from_pretrained(source)
@@ -145,7 +146,7 @@ def _looks_like_path(source: str) -> bool:
 
 def _from_source(source: str, load: Callable[..., _T], **options: Any) -> _T:
     try:
-        with _quiet():
+        with quiet():
             return load(source, **options)
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
@@ -165,7 +166,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the progress bars and notes of transformers and the hub client, which would mix with ours."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
