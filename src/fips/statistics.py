@@ -11,8 +11,8 @@ bias that can absorb the mean error, :math:`\mu = 0`.
 :math:`\ell = \langle v, \mathrm{logits} \rangle` for one random v per example or token with covariance
 :math:`\mathrm{diag}(q) - q q^\top`, q the model's softmax at a temperature: then :math:`E[\delta\delta^\top]` is
 the Gauss-Newton matrix of the KL divergence from the original's outputs. No labels are used. Memory: the moments of the
-layers asked for, not the tokens. Sums are float32; under autocast to bfloat16 the products of a few thousand tokens at
-a time are of that type.
+layers asked for, not the tokens. All sums are float32: products rounded to bfloat16
+would not be positive semidefinite.
 
 Shape legend: N tokens of a batch, D inputs of a layer, O outputs.
 
@@ -33,8 +33,6 @@ from torch import Tensor, nn
 from fips.activations import first_tensor
 from fips.errors import DataError
 from fips.structure import LinearSite
-
-CHUNK = 2048
 
 __all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes", "valid_tokens"]
 
@@ -59,23 +57,15 @@ class LayerMoments:
             torch.zeros(outputs, outputs, device=device),
         )
 
-    def add(
-        self, x_ND: Tensor, gradient_NO: Tensor, valid_N: Tensor | None, *, floor: float, reduced: bool = False
-    ) -> None:
-        """One batch; ``floor`` is the share of the weight that all tokens get alike.
-
-        ``reduced`` multiplies ``CHUNK`` tokens at a time in bfloat16 and adds the products in float32.
-        """
+    def add(self, x_ND: Tensor, gradient_NO: Tensor, valid_N: Tensor | None, *, floor: float) -> None:
+        """One batch; ``floor`` is the share of the weight that all tokens get alike."""
         if valid_N is not None:
             x_ND, gradient_NO = x_ND[valid_N], gradient_NO[valid_N]
         power_N = gradient_NO.square().sum(1)
         weight_N = (1 - floor) * power_N / power_N.mean().clamp_min(torch.finfo(torch.float32).tiny) + floor
         weighted_ND = x_ND * weight_N.unsqueeze(1)
-        for x_CD, weighted_CD, gradient_CO in zip(
-            *(t.split(CHUNK) for t in (x_ND, weighted_ND, gradient_NO)), strict=True
-        ):
-            self.inputs_DD += _product(weighted_CD, x_CD, reduced)
-            self.gradients_OO += _product(gradient_CO, gradient_CO, reduced)
+        self.inputs_DD += weighted_ND.T @ x_ND
+        self.gradients_OO += gradient_NO.T @ gradient_NO
         self.mean_D += weighted_ND.sum(0)
         self.weight += float(weight_N.sum())
 
@@ -86,12 +76,6 @@ class LayerMoments:
         self.gradients_OO /= examples
         if centered:
             self.inputs_DD -= torch.outer(self.mean_D, self.mean_D)
-
-
-def _product(left_ND: Tensor, right_NE: Tensor, reduced: bool) -> Tensor:
-    if reduced:
-        return (left_ND.bfloat16().T @ right_NE.bfloat16()).float()
-    return left_ND.T @ right_NE
 
 
 def moment_bytes(sites: Iterable[LinearSite]) -> int:
@@ -170,8 +154,6 @@ class _Taps(AbstractContextManager["_Taps"]):
     ) -> None:
         self.moments, self.floor = moments, floor
         self.valid_N: Tensor | None = None
-        device = next(model.parameters()).device.type
-        self.reduced = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         self._handles = [model.get_submodule(site.name).register_forward_hook(self._hook(site.name)) for site in sites]
 
     def __exit__(self, *_: object) -> None:
@@ -190,7 +172,7 @@ class _Taps(AbstractContextManager["_Taps"]):
                     gradient_NO = gradient.reshape(-1, gradient.shape[-1]).float()
                     known = self.valid_N is not None and self.valid_N.numel() == x_ND.shape[0]
                     valid_N = self.valid_N.to(x.device) if known and self.valid_N is not None else None
-                    self.moments[name].add(x_ND, gradient_NO, valid_N, floor=self.floor, reduced=self.reduced)
+                    self.moments[name].add(x_ND, gradient_NO, valid_N, floor=self.floor)
 
             output.register_hook(add)
             return output

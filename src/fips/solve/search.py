@@ -11,6 +11,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -153,9 +154,35 @@ class GroupSearch:
 def allocate(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choice, float]]:
     """A choice and its bytes for every group, so that the sum of errors is least within ``total`` bytes.
 
-    Greedy on the lower convex hull of every group's measured curve, which is optimal for convex curves. Raises
-    ``BudgetError`` if even the smallest choices do not fit.
+    Greedy on the lower convex hull of every group's measured curve, which is optimal for convex curves. Where N:M
+    patterns, whose sizes are fixed, leave bytes unused, the best split without them is taken if it promises less
+    error. Raises ``BudgetError`` if even the smallest choices do not fit.
     """
+    free = [[point for point in points if ":" not in point.choice.pattern] for points in trials]
+    splits = [_split(trials, total)]
+    if all(free) and any(":" in choice.pattern for choice, _ in splits[0]):
+        with suppress(BudgetError):
+            splits.append(_split(free, total))
+    return min(splits, key=lambda split: _promise(trials, split))
+
+
+def _promise(trials: Sequence[Sequence[Point]], split: Sequence[tuple[Choice, float]]) -> float:
+    """The error that the measured curves promise for a split."""
+    return sum(
+        _on_curve([point for point in points if point.choice == choice], size)
+        for points, (choice, size) in zip(trials, split, strict=True)
+    )
+
+
+def _on_curve(points: Sequence[Point], size: float) -> float:
+    curve = sorted(points, key=lambda point: point.bytes)
+    for left, right in itertools.pairwise(curve):
+        if left.bytes <= size <= right.bytes and left.bytes < right.bytes:
+            return _between(left, right, size, FLOOR * curve[0].loss)
+    return curve[0].loss if size <= curve[0].bytes else curve[-1].loss
+
+
+def _split(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choice, float]]:
     hulls = [_hull(points) for points in trials]
     spent = sum(hull[0].bytes for hull in hulls)
     if spent > total * (1 + 1e-9):
