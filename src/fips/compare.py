@@ -18,6 +18,7 @@ from fips.config import CompressionConfig
 from fips.data import Batches
 from fips.errors import BudgetError, ConfigError
 from fips.evaluate import EvaluationResult, evaluate
+from fips.methods.workbench import MomentCache
 from fips.report.plots import quality_plot
 
 __all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
@@ -40,6 +41,7 @@ class Run:
     relative_error_start: float | None = None
     """The same before any gradient step."""
     seconds: float | None = None
+    """Time of the compression; moments are measured once per seed, in the first run that needs them."""
     shared_groups: int | None = None
     """Groups that ended with a shared basis."""
     formats: tuple[str, ...] = ()
@@ -118,8 +120,9 @@ def compare(
     ]
     original = evaluate(model, evaluation)
     runs = []
+    moments: MomentCache = {}
     for method, config in jobs:
-        runs.append(_run(model, method, config, calibration(config.seed), evaluation))
+        runs.append(_run(model, method, config, calibration(config.seed), evaluation, moments))
         if on_run is not None:
             on_run(runs[-1])
     headline = original.headline
@@ -127,12 +130,17 @@ def compare(
 
 
 def _run(
-    model: nn.Module, method: str, config: CompressionConfig, calibration: Iterable[Any], evaluation: Batches
+    model: nn.Module,
+    method: str,
+    config: CompressionConfig,
+    calibration: Iterable[Any],
+    evaluation: Batches,
+    moments: MomentCache,
 ) -> Run:
     assert config.target_bytes is not None
     candidate = copy.deepcopy(model)
     try:
-        report = compress(candidate, calibration, config)
+        report = compress(candidate, calibration, config, moments=moments)
     except BudgetError as error:
         return Run(method, config.target_bytes, config.seed, failure=str(error))
     result: EvaluationResult = evaluate(candidate, evaluation)

@@ -16,7 +16,7 @@ from fips.integrations.quantizer import attach
 from fips.methods.baseline import compress_by_baseline
 from fips.methods.paper import compress_by_paper
 from fips.methods.solver import compress_by_solver
-from fips.methods.workbench import CompressedGroup, Progress, ProgressEvent, Workbench
+from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench
 from fips.nn import BASES, basis_owner
 from fips.plan import plan_compression
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
@@ -33,6 +33,7 @@ def compress(
     config: CompressionConfig,
     *,
     progress: Progress | None = None,
+    moments: MomentCache | None = None,
 ) -> CompressionReport:
     r"""Compress the MLPs of ``model`` in place and report what was done.
 
@@ -47,13 +48,16 @@ def compress(
     group's factors with optimizer state, and recorded activations up to ``calibration.activation_memory``;
     distillation holds the factors of all groups.
 
+    ``moments``, a dict that is filled and read, saves measuring anew where one model is compressed several times on
+    the same batches.
+
     Raises ``ConfigError``, ``BudgetError``, ``NoMatchError``, ``ModelError`` before any work, ``DataError`` for
     unusable batches. Reference: arXiv 2411.09816.
     """
     started = time.perf_counter()
     plan = plan_compression(model, config)
     device = next(model.parameters()).device
-    bench = Workbench(model, config, batches, device, progress)
+    bench = Workbench(model, config, batches, device, progress, moments)
     with _frozen(model), autocast_for(config.calibration.precision, device):
         groups = METHODS.get(config.method, compress_by_baseline)(bench, plan)
     _install(model, groups)

@@ -16,7 +16,7 @@ from fips.errors import BudgetError
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, dense_matrix
 from fips.nn import FactoredLinear, SharedBasis
 from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
-from fips.statistics import LayerMoments, collect_moments
+from fips.statistics import LayerMoments
 from fips.storage.packing import BITMASK, DENSE
 from fips.structure import LinearSite
 
@@ -50,8 +50,7 @@ def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
 def _second_moments(bench: Workbench, plan: GroupPlan) -> dict[str, Tensor]:
     """About zero, all tokens alike, as these methods define it."""
     sites = plan.group.sites
-    batches = bench.counted("measure", plan.group.name)
-    moments = collect_moments(bench.model, sites, batches, bench.run, temperature=1.0, floor=1.0, seed=0)
+    moments = bench.moments(plan.group.name, sites, floor=1.0)
     return {site.name: _about_zero(moments[site.name], site) for site in sites}
 
 

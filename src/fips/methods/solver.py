@@ -21,7 +21,7 @@ from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
 from fips.solve.search import Choice, GroupSearch, Point, Pricing, allocate
 from fips.solve.supports import Reduction
-from fips.statistics import LayerMoments, collect_moments, moment_bytes
+from fips.statistics import LayerMoments, moment_bytes
 from fips.storage.packing import BITMASK, DENSE, code_bits
 from fips.structure import LinearSite
 
@@ -219,13 +219,9 @@ def _finish(bench: Workbench, item: _Solved) -> CompressedGroup:
 
 
 def _measure(bench: Workbench, groups: Sequence[GroupPlan]) -> dict[str, LayerMoments]:
-    metric = bench.config.metric
     sites = [site for group in groups for site in group.group.sites]
-    batches = bench.counted("measure", groups[0].group.name if len(groups) == 1 else "all")
-    return collect_moments(
-        bench.model, sites, batches, bench.run, temperature=metric.temperature, floor=metric.token_floor,
-        seed=bench.config.seed,
-    )  # fmt: skip
+    name = groups[0].group.name if len(groups) == 1 else "all"
+    return bench.moments(name, sites, floor=bench.config.metric.token_floor)
 
 
 def _chunks(groups: Sequence[GroupPlan], memory: int) -> Iterator[list[GroupPlan]]:

@@ -18,12 +18,14 @@ from fips.config import CompressionConfig
 from fips.errors import DataError
 from fips.nn import FactoredLinear, SharedBasis
 from fips.plan import GroupPlan
+from fips.statistics import LayerMoments, collect_moments
 from fips.storage.packing import DENSE
 from fips.structure import LayerGroup, LinearSite
 
 __all__ = [
     "MAX_ERROR_BATCHES",
     "CompressedGroup",
+    "MomentCache",
     "Progress",
     "ProgressEvent",
     "Workbench",
@@ -49,6 +51,8 @@ class ProgressEvent:
 
 
 Progress = Callable[[ProgressEvent], None]
+MomentCache = dict[tuple[tuple[str, ...], float, float, int], dict[str, LayerMoments]]
+"""Moments by layers, temperature, floor and seed, for several compressions of one model on the same batches."""
 
 
 @dataclass(slots=True)
@@ -74,8 +78,24 @@ class Workbench:
     batches: Iterable[Any]
     device: torch.device
     progress: Progress | None = None
+    cache: MomentCache | None = None
     file_bytes: int = 0
     """Most bytes of activations that were in a temporary file at once."""
+
+    def moments(self, name: str, sites: Sequence[LinearSite], *, floor: float) -> dict[str, LayerMoments]:
+        """What the layers read and how much what they write matters, in the model as it is."""
+        metric, seed = self.config.metric, self.config.seed
+        key = (tuple(site.name for site in sites), metric.temperature, floor, seed)
+        cache = None if metric.propagate_errors else self.cache
+        if cache is not None and key in cache:
+            return cache[key]
+        found = collect_moments(
+            self.model, sites, self.counted("measure", name), self.run, temperature=metric.temperature, floor=floor,
+            seed=seed,
+        )  # fmt: skip
+        if cache is not None:
+            cache[key] = found
+        return found
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for one batch, on its device and in its type."""
