@@ -16,7 +16,7 @@ from fips.errors import BudgetError
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, dense_matrix
 from fips.nn import FactoredLinear, SharedBasis
 from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
-from fips.statistics import LayerMoments
+from fips.statistics import LayerMoments, moment_bytes
 from fips.storage.packing import BITMASK, DENSE
 from fips.structure import LinearSite
 
@@ -28,13 +28,21 @@ SHARING_SPAN = 2
 
 def compress_by_baseline(bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
     """Every group with the method of the settings, on the second moments of the original's inputs."""
-    return [_compress_group(bench, group) for group in plan.groups]
+    sites = [site for group in plan.groups for site in group.group.sites]
+    if bench.config.method in ("magnitude", "svd"):
+        return [_compress_group(bench, group, {}) for group in plan.groups]
+    if moment_bytes(sites) <= bench.config.metric.memory:
+        moments = _second_moments(bench, "all", sites)
+        return [_compress_group(bench, group, moments) for group in plan.groups]
+    return [
+        _compress_group(bench, group, _second_moments(bench, group.group.name, group.group.sites))
+        for group in plan.groups
+    ]
 
 
-def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
+def _compress_group(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -> CompressedGroup:
     started = time.perf_counter()
     low_rank = bench.config.method in ("svd", "svd-llm", "basis-sharing")
-    moments = {} if bench.config.method in ("magnitude", "svd") else _second_moments(bench, plan)
     with torch.autocast(bench.device.type, enabled=False):
         found = _low_rank(bench, plan, moments) if low_rank else _pruned(bench, plan, moments)
     for site in plan.group.sites:
@@ -47,10 +55,9 @@ def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
     return found
 
 
-def _second_moments(bench: Workbench, plan: GroupPlan) -> dict[str, Tensor]:
+def _second_moments(bench: Workbench, name: str, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
     """About zero, all tokens alike, as these methods define it."""
-    sites = plan.group.sites
-    moments = bench.moments(plan.group.name, sites, floor=1.0)
+    moments = bench.moments(name, sites, floor=1.0)
     return {site.name: _about_zero(moments[site.name], site) for site in sites}
 
 

@@ -1,0 +1,125 @@
+"""All methods on real models at equal stored bytes, without gradient steps unless a method says so.
+
+    python benchmarks/compare_methods.py vit --models ../shared/models --data ../shared/data --output benchmarks/results
+
+One process, examples kept in memory. Images: calibrated on the training folder, scored on all of the validation
+folder. Stories: calibrated on the first fifth of the text, scored on the rest, every token once, windows of 512 that
+never cross a story; stories with characters the tokenizer does not know are left out of both. Demo: calibrated and
+scored on the modules of the interpreter's standard library that `fips demo` uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper_recipe import SEPARATOR, STORY_WINDOWS, story_job
+
+from fips.compare import Comparison, Run, compare, write_comparison
+from fips.config import DataConfig
+from fips.data import Batches, load_batches
+from fips.demo.corpus import calibration_files, copy_files, held_out_files
+from fips.demo.run import EVALUATION_WINDOWS, MODEL_DIRECTORY, WINDOW
+from fips.integrations.transformers import load_dense, load_processor, model_kind
+from fips.report.record import environment
+
+METHODS = (
+    "fips,fips+values=float,no-sharing,no-sharing+values=float,sparsegpt,sparsegpt+values=int8,"
+    "wanda,magnitude,svd-llm,basis-sharing,svd"
+)
+
+
+def settings(name: str, models: Path, data: Path, scratch: Path) -> tuple[str, DataConfig, DataConfig]:
+    """Model, calibration data and evaluation data."""
+    if name == "vit":
+        images = data / "tiny-imagenet"
+        calibration = DataConfig(source=str(images / "train"), num_samples=1024, batch_size=64)
+        return (
+            str(models / "vit-tiny-tinyimagenet"),
+            calibration,
+            DataConfig(source=str(images / "validation"), batch_size=100),
+        )
+    if name == "demo":
+        source = copy_files(calibration_files(seed=0), scratch / "calibration")
+        held_out = copy_files(held_out_files(), scratch / "held-out")
+        calibration = DataConfig(source=str(source), num_samples=256, sequence_length=WINDOW, batch_size=8)
+        return (
+            str(MODEL_DIRECTORY),
+            calibration,
+            DataConfig(source=str(held_out), num_samples=EVALUATION_WINDOWS, sequence_length=WINDOW, batch_size=16),
+        )
+    story_job(name, models, data, scratch)
+    text = {"sequence_length": 512, "document_separator": SEPARATOR, "batch_size": 16}
+    calibration = DataConfig(source=str(scratch / "calibration.txt"), num_samples=STORY_WINDOWS[name], **text)
+    return str(models / name), calibration, DataConfig(source=str(scratch / "evaluation.txt"), **text)
+
+
+def in_memory(batches: Batches) -> Batches:
+    """The same batches, each made once."""
+    cached = functools.cache(lambda chunk: batches.collate(chunk))
+    chunks = [tuple(chunk) for chunk in batches.chunks]
+    return replace(batches, chunks=chunks, collate=lambda chunk: dict(cached(chunk)))
+
+
+def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
+    source, calibration, evaluation = settings(args.name, args.models, args.data, scratch)
+    model = load_dense(source, dtype="auto", device=torch.device("cpu"))
+    kind = model_kind(model)
+    options: dict[str, Any] = {"processor": load_processor(source, kind), "kind": kind}
+    if kind == "text":
+        options["context_length"] = model.config.max_position_embeddings
+
+    def examples(seed: int) -> Batches:
+        return in_memory(load_batches(calibration.replace(seed=seed), purpose="calibration", **options))
+
+    scored = in_memory(load_batches(evaluation, purpose="evaluation", **options))
+    latest = functools.lru_cache(maxsize=1)(examples)
+    done: list[Run] = []
+
+    def on_run(run: Run) -> None:
+        done.append(run)
+        print(run.seed, run.target_bytes, run.method, run.quality, run.relative_error, run.seconds, flush=True)
+
+    return compare(
+        model, latest, scored, methods=args.methods.split(","), sizes=[float(part) for part in args.bytes.split(",")],
+        seeds=[int(part) for part in args.seeds.split(",")], on_run=on_run,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("vit", "demo", *STORY_WINDOWS))
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--bytes", default="0.6,0.5,0.4,0.3")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--suffix", default="", help="added to the name of the result directory")
+    args = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = measure(args, Path(scratch))
+    facts = {
+        "benchmark": f"methods at equal stored bytes, {args.name}",
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit,
+        "environment": environment(torch.device("cpu")),
+    }
+    directory = args.output / f"compare-{args.name}{args.suffix}"
+    write_comparison(result, directory, facts=facts)
+    print(json.dumps(result.rows(), indent=1))
+
+
+if __name__ == "__main__":
+    main()
