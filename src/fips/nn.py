@@ -9,9 +9,10 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from fips.errors import ConfigError
+from fips.kernels.reference import Packed
+from fips.kernels.runtime import BasisRuntime, LayerRuntime, Product
 from fips.storage.packing import (
     BITMASK,
     DENSE,
@@ -43,11 +44,11 @@ class SharedBasis(nn.Module):
     def __init__(self, width: int, rank: int, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, rank, dtype=dtype))
+        self._runtime = BasisRuntime()
 
     def forward(self, x: Tensor, *, expand: bool = False) -> Tensor:
         r"""Coordinates :math:`x B` of (..., D) inputs, or with ``expand`` the vectors :math:`x B^\top` of (..., R)."""
-        weight_DR = self.weight.to(x.dtype)
-        return linear(x, weight_DR) if expand else linear(x, weight_DR.T)
+        return self._runtime.multiply(x, self.weight, expand=expand)
 
     def extra_repr(self) -> str:
         return f"width={self.weight.shape[0]}, rank={self.weight.shape[1]}"
@@ -62,6 +63,8 @@ class FactoredLinear(nn.Module):
 
     ``values`` is a parameter, so training changes the kept entries and never the support. With ``values="int8"`` it
     is a buffer and so is ``scales`` (one per stored row, in a floating type): training leaves both alone.
+
+    ``runtime`` chooses how the product is formed and says what that costs in memory; see ``fips.kernels.runtime``.
 
     Raises ``ConfigError`` if neither basis nor width is given, or the columns do not fill the blocks of the format.
     """
@@ -103,6 +106,7 @@ class FactoredLinear(nn.Module):
             size = pattern_bytes(size=columns * self.rank, fmt=fmt)
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
+        self.runtime = LayerRuntime()
 
     @classmethod
     def from_factor(
@@ -185,14 +189,15 @@ class FactoredLinear(nn.Module):
         return factor @ basis_DR.T if self.role == "up" else basis_DR @ factor
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = self.factor().to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.basis is None:
-            return linear(x, factor, bias)
-        if self.role == "up":
-            return linear(self.basis(x), factor, bias)
-        y: Tensor = self.basis(linear(x, factor), expand=True)
-        return y if bias is None else y + bias
+        return self.runtime.forward(x, self.product())
+
+    def product(self) -> Product:
+        """What the layer multiplies by, for ``runtime``."""
+        scales, basis = (self.scales if self.kind == "int8" else None), self.basis
+        pattern = self.values.detach() if self.fmt == DENSE else self.pattern
+        packed = Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis)
+        weight = None if basis is None else basis.weight
+        return Product(packed, up=self.role == "up", bias=self.bias, basis=basis, basis_DR=weight)
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / (self.factor_shape[0] * self.factor_shape[1])
