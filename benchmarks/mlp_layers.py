@@ -3,10 +3,10 @@
     python benchmarks/mlp_layers.py deit --output benchmarks/results/mlp-layers-deit.json
 
 Every layer kind exists in many copies, visited in turn, so that weights come from memory as they do in a model; 12
-layers share a basis. Dense and packed layers run alternately; medians and quartiles of every run are kept. Weights and
-supports are random: speed depends on them only through the number of kept entries. Stored bytes are those of the file,
-relative to the dense bfloat16 matrix. Limits: bytes over the bandwidth of reading 1 GiB, flops (of the dense product
-for dense layers, of basis and factor as dense matrices for packed ones) over the best rate of a 4096^3 bfloat16 product.
+layers share a basis. Dense and packed layers run alternately; medians and quartiles are kept. Weights and supports are
+random: speed depends on them only through the number of kept entries. Stored bytes are those of the file, relative to
+the dense bfloat16 matrix. Limits: bytes over the bandwidth of reading 1 GiB; flops (of basis and factor as dense
+matrices) over the rate of torch's 4096^3 bfloat16 product.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,6 +87,10 @@ def _mask(matrix: Tensor, fmt: str, kept: float) -> Tensor:
     return torch.ones_like(matrix, dtype=torch.bool) if fmt == DENSE else torch.rand(matrix.shape) < kept
 
 
+def cycle(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> Callable[[int], Tensor]:
+    return lambda index: layers[index % len(layers)](x)
+
+
 def stored_bytes(layer: FactoredLinear) -> float:
     """Bytes of one layer in the file, with its share of the basis."""
     basis = 0 if layer.basis is None else layer.basis.weight.numel() * 2 / GROUP
@@ -129,9 +134,9 @@ def measure(shape: str, *, copies: int, seconds: float) -> list[dict[str, object
                     x = torch.randn(tokens, inner)
                     half = x.to(torch.bfloat16)
                     runs = {
-                        "dense float32": lambda i, x=x: linear(x, wide[i % len(wide)]),
-                        "dense bfloat16": lambda i, x=half: linear(x, dense[i % len(dense)]),
-                        "packed": lambda i, x=half, layers=layers: layers[i % len(layers)](x),
+                        "dense float32": cycle([partial(linear, weight=weight) for weight in wide], x),
+                        "dense bfloat16": cycle([partial(linear, weight=weight) for weight in dense], half),
+                        "packed": cycle(layers, half),
                     }
                     rows.append(
                         summary(alternate(runs, seconds=seconds), layers[0])

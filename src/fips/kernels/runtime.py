@@ -89,6 +89,7 @@ class LayerRuntime:
         self._prepared: ops.Prepared | None = None
         self._merged: Tensor | None = None
         self._merged_key: tuple[Any, ...] = ()
+        self._chosen: dict[tuple[Any, ...], Way] = {}
         cpu.available()  # loaded here, not while a tracer watches
 
     def __reduce__(self) -> tuple[type[LayerRuntime], tuple[str]]:
@@ -119,8 +120,17 @@ class LayerRuntime:
 
     def way(self, x: Tensor, layer: Product) -> Way:
         """The way a call with this input takes; measures if nobody has."""
-        possible = self._possible(x, layer)
         wanted = os.environ.get("FIPS_RUNTIME", self._policy)
+        grad = ops.needs_grad(x, *layer.tensors())
+        tokens = (x.shape[:-1].numel() - 1).bit_length()
+        values = layer.packed.values_Z
+        key = (wanted, grad, tokens, x.dtype, values.dtype, x.device, torch.get_num_threads(), cpu.available())
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(wanted, grad, x, layer)
+        return self._chosen[key]
+
+    def _choose(self, wanted: str, grad: bool, x: Tensor, layer: Product) -> Way:
+        possible = self._possible(grad, x, layer)
         if wanted in possible:
             return wanted
         if len(possible) == 1 or wanted not in ("auto", "speed"):
@@ -129,9 +139,9 @@ class LayerRuntime:
             possible = tuple(way for way in possible if way != "merged")
         return _timings.fastest(layer.signature(x), possible, lambda way: self._compute(way, x, layer))
 
-    def _possible(self, x: Tensor, layer: Product) -> tuple[Way, ...]:
+    def _possible(self, grad: bool, x: Tensor, layer: Product) -> tuple[Way, ...]:
         packed = ops.supports(x, layer.packed)
-        if ops.needs_grad(x, *layer.tensors()):
+        if grad:
             return ("packed", "decode") if packed else ("decode",)
         ways: tuple[Way, ...] = ("decode", "merged") if layer.basis is None else ("decode", "merge", "merged")
         return ("packed", *ways) if packed else ways
