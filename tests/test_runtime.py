@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from test_kernels import TOLERANCE, assert_close, inputs
 from torch import Tensor, nn
 
@@ -210,3 +211,18 @@ def test_without_a_library_the_result_is_the_same(monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         assert layer.runtime.way(x, layer.product()) != "packed"
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+
+
+@needs_library
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_nothing_is_kept_of_offloaded_layers(role: str) -> None:
+    layer = make_layer(role)
+    x = inputs(3, layer.in_features, torch.float32)
+    wanted = expected(layer, x)
+    assert layer.basis is not None
+    for module in (layer, layer.basis):
+        cpu_offload(module, torch.device("cpu"))
+    with torch.no_grad():
+        assert_close(layer(x), wanted, TOLERANCE[torch.float32])
+    assert layer.values.device.type == "meta"
+    assert layer.runtime.extra_bytes == 0

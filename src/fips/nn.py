@@ -48,7 +48,7 @@ class SharedBasis(nn.Module):
 
     def forward(self, x: Tensor, *, expand: bool = False) -> Tensor:
         r"""Coordinates :math:`x B` of (..., D) inputs, or with ``expand`` the vectors :math:`x B^\top` of (..., R)."""
-        return self._runtime.multiply(x, self.weight, expand=expand)
+        return self._runtime.multiply(x, self.weight, expand=expand, offloaded=_offloaded(self))
 
     def extra_repr(self) -> str:
         return f"width={self.weight.shape[0]}, rank={self.weight.shape[1]}"
@@ -194,10 +194,12 @@ class FactoredLinear(nn.Module):
     def product(self) -> Product:
         """What the layer multiplies by, for ``runtime``."""
         scales, basis = (self.scales if self.kind == "int8" else None), self.basis
-        pattern = self.values.detach() if self.fmt == DENSE else self.pattern
+        pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
         packed = Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis)
         weight = None if basis is None else basis.weight
-        return Product(packed, up=self.role == "up", bias=self.bias, basis=basis, basis_DR=weight)
+        return Product(
+            packed, up=self.role == "up", bias=self.bias, basis=basis, basis_DR=weight, offloaded=_offloaded(self)
+        )
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / (self.factor_shape[0] * self.factor_shape[1])
@@ -207,6 +209,12 @@ class FactoredLinear(nn.Module):
             f"pattern={'N:M ' + self.fmt if parse_nm(self.fmt) else self.fmt}, values={self.kind}, "
             f"bias={self.bias is not None}"
         )
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the tensors of a module for one call and takes them away again."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
 
 def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, int]:

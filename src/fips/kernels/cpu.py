@@ -95,6 +95,8 @@ class Prepared:
 
 
 def _key(packed: Packed) -> tuple[int, ...]:
+    if packed.fmt == DENSE and packed.scales_N is None:
+        return (packed.values_Z.data_ptr(),)
     tensors = (packed.pattern,) if packed.scales_N is None else (packed.pattern, packed.scales_N)
     versions = (0 if tensor.is_inference() else tensor._version for tensor in tensors)
     return (packed.values_Z.data_ptr(), *(tensor.data_ptr() for tensor in tensors), *versions)

@@ -58,15 +58,20 @@ class BasisRuntime:
     def __reduce__(self) -> tuple[type[BasisRuntime], tuple[()]]:
         return BasisRuntime, ()
 
-    def multiply(self, x: Tensor, weight_DR: Tensor, *, expand: bool) -> Tensor:
-        """``x B`` of (..., D) inputs, or with ``expand`` the vectors ``x B^T`` of (..., R)."""
+    def multiply(self, x: Tensor, weight_DR: Tensor, *, expand: bool, offloaded: bool = False) -> Tensor:
+        """``x B`` of (..., D) inputs, or with ``expand`` the vectors ``x B^T`` of (..., R).
+
+        Nothing is kept of an ``offloaded`` weight, which is there for this call only.
+        """
         if not self._few(x, weight_DR):
             weight = weight_DR.to(x.dtype)
             return linear(x, weight) if expand else linear(x, weight.T)
-        packed = Packed(weight_DR, weight_DR, None, (weight_DR.shape[0], weight_DR.shape[1]), "dense")
+        packed = Packed(weight_DR, weight_DR.new_empty(0), None, (weight_DR.shape[0], weight_DR.shape[1]), "dense")
+        multiply = cpu.multiply if expand else cpu.multiply_columns
+        if offloaded:
+            return multiply(x, cpu.prepare(packed))
         if self._prepared is None or not self._prepared.is_current(packed):
             self._prepared = cpu.prepare(packed)
-        multiply = cpu.multiply if expand else cpu.multiply_columns
         return multiply(x, self._prepared)
 
     def _few(self, x: Tensor, weight: Tensor) -> bool:
@@ -144,12 +149,16 @@ class LayerRuntime:
         if grad:
             return ("packed", "decode") if packed else ("decode",)
         ways: tuple[Way, ...] = ("decode", "merged") if layer.basis is None else ("decode", "merge", "merged")
+        if layer.offloaded or (layer.basis_DR is not None and layer.basis_DR.device != x.device):
+            ways = ("decode",)  # the basis is not here to be read, only to be called
         return ("packed", *ways) if packed else ways
 
     def _compute(self, way: Way, x: Tensor, layer: Product) -> Tensor:
         if way in ("merge", "merged"):
             weight = self._merged_weight(x.dtype, layer) if way == "merged" else layer.merged(x.dtype)
             return linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
+        if way == "packed" and layer.offloaded:
+            return layer.through_factor(x, ops.packed_linear)
         return layer.through_factor(x, self._packed if way == "packed" else reference.multiply)
 
     def _packed(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -169,12 +178,21 @@ class LayerRuntime:
 class Product:
     """What one call multiplies by: a packed factor, its basis if any, and the bias."""
 
-    __slots__ = ("basis", "basis_DR", "bias", "packed", "up")
+    __slots__ = ("basis", "basis_DR", "bias", "offloaded", "packed", "up")
 
     def __init__(
-        self, packed: Packed, *, up: bool, bias: Tensor | None, basis: Basis | None, basis_DR: Tensor | None
+        self,
+        packed: Packed,
+        *,
+        up: bool,
+        bias: Tensor | None,
+        basis: Basis | None,
+        basis_DR: Tensor | None,
+        offloaded: bool = False,
     ) -> None:
         self.packed, self.up, self.bias, self.basis, self.basis_DR = packed, up, bias, basis, basis_DR
+        self.offloaded = offloaded
+        """The tensors are there for this call only: nothing may be kept of them."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         found = (self.packed.values_Z, self.packed.pattern, self.packed.scales_N, self.bias, self.basis_DR)
@@ -188,8 +206,8 @@ class Product:
         if self.basis is None:
             return multiply(x, self.packed, self.bias)
         if self.up:
-            return multiply(self.basis(x), self.packed, self.bias)
-        y = self.basis(multiply(x, self.packed, None), expand=True)
+            return multiply(self.basis(x).to(x.device), self.packed, self.bias)  # a dispatched basis may live elsewhere
+        y = self.basis(multiply(x, self.packed, None), expand=True).to(x.device)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     @torch.no_grad()
