@@ -120,6 +120,7 @@ def limits() -> dict[str, float]:
     return {"bytes_per_s": 2**30 / read, "bf16_flops_per_s": 2 * 4096**3 / product}
 
 
+@torch.inference_mode()
 def measure(shape: str, *, copies: int, seconds: float) -> list[dict[str, object]]:
     width, columns, token_counts = SHAPES[shape]
     rows = []
@@ -133,6 +134,8 @@ def measure(shape: str, *, copies: int, seconds: float) -> list[dict[str, object
                 for tokens in token_counts:
                     x = torch.randn(tokens, inner)
                     half = x.to(torch.bfloat16)
+                    for layer in layers:
+                        layer(half)  # the first call of a layer prepares it
                     runs = {
                         "dense float32": cycle([partial(linear, weight=weight) for weight in wide], x),
                         "dense bfloat16": cycle([partial(linear, weight=weight) for weight in dense], half),
