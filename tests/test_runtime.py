@@ -132,7 +132,7 @@ def test_moved_and_reloaded_tensors_are_noticed() -> None:
         mask = torch.zeros(32, 96, dtype=torch.bool)
         mask.view(-1)[: layer.values.numel()] = True
         packed = FactoredLinear.from_factor(other.basis, torch.randn(32, 96), mask, role="up", fmt="bitmask")
-        layer.load_state_dict({"pattern": packed.pattern, "values": packed.values, "bias": other.bias})
+        layer.load_state_dict({"pattern": packed.pattern, "values": packed.values, "bias": other.bias}, strict=False)
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
         layer.to(torch.bfloat16)
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
