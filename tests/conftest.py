@@ -11,9 +11,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the hub
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["FIPS_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # the user's timings stay as they are
+
+
+@pytest.fixture(autouse=True)
+def _one_way_of_multiplying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal bits where tests compare bits: the measured choice may differ from run to run, as float sums may."""
+    if request.module.__name__ not in ("test_runtime", "test_kernels", "test_gpu_kernel", "test_bench"):
+        monkeypatch.setenv("FIPS_RUNTIME", "decode")
+
 
 SMALL = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
 DECODER = {**SMALL, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -248,6 +248,28 @@ def compare(
 
 
 @app.command()
+def bench(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Compressed directory.", show_default=False)],
+    against: Annotated[str | None, typer.Option(help="Model to compare with; else DIR merged to dense layers.")] = None,
+    policy: Annotated[str, typer.Option(help="auto, speed, packed, decode, merge or merged.")] = "auto",
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes (repeatable); 1, 8 and 64 unless given.")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="Prompt lengths (repeatable); else 1, 128, 1024.")] = None,
+    repeats: Annotated[int, typer.Option(help="Alternating runs per case.")] = 9,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time a compressed model beside the dense one, and print memory and file sizes."""
+    from fips.bench import BATCHES, PROMPTS
+    from fips.bench import bench as run_bench
+
+    result = run_bench(
+        directory, against=against, policy=policy, batches=batch or BATCHES, prompts=prompt or PROMPTS,
+        repeats=repeats, seed=seed or 0,
+    )  # fmt: skip
+    _print_json(result) if as_json else _print_bench(result)
+
+
+@app.command()
 def recipes(as_json: Json = False) -> None:
     """List the recipes that ship with fips."""
     from rich.table import Table
@@ -432,6 +454,30 @@ def _print_tasks(metrics: dict[str, dict[str, float]]) -> None:
         for name, value in values.items():
             table.add_row(task, name, f"{value:.4f}")
     stdout.print(table)
+
+
+def _print_bench(result: dict[str, Any]) -> None:
+    from rich.table import Column, Table
+
+    from fips.report.tables import format_bytes
+
+    table = Table(Column("median ± half spread, ms", no_wrap=True), "dense", "compressed", "speedup", "per second")
+    for name, case in result["cases"].items():
+        dense, compressed = (
+            f"{1e3 * side['median_s']:.2f} ± {500 * (side['quartiles_s'][1] - side['quartiles_s'][0]):.2f}"
+            for side in (case["dense"], case["compressed"])
+        )
+        table.add_row(name, dense, compressed, f"{case['speedup']:.2f}", f"{case['compressed']['per_second']:.0f}")
+    stdout.print(table)
+    for words, sizes in (("file", result["file_bytes"]), ("peak memory", result["peak_memory_bytes"])):
+        dense, compressed = (format_bytes(sizes[side]) if sizes[side] else "-" for side in ("dense", "compressed"))
+        stdout.print(f"{words}: {dense} dense, {compressed} compressed", highlight=False)
+    runtime = result["runtime"]
+    stdout.print(
+        f"packed layers: {format_bytes(runtime['stored_bytes'])} stored, {format_bytes(runtime['extra_bytes'])} beside "
+        f"them at run time, {format_bytes(runtime['dense_bytes'])} as dense matrices",
+        highlight=False,
+    )
 
 
 class _Bars:

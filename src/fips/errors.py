@@ -7,6 +7,7 @@ Messages say what was wrong, what was got, what was wanted and what to do next. 
 from __future__ import annotations
 
 __all__ = [
+    "BackendError",
     "BudgetError",
     "CheckpointError",
     "ConfigError",
@@ -57,3 +58,7 @@ class OutputError(FipsError, ValueError):
 
 class CheckpointError(FipsError, ValueError):
     """A compressed directory is incomplete, altered, or of an unknown version."""
+
+
+class BackendError(FipsError, RuntimeError):
+    """A kernel was asked for that this machine or this installation does not have."""

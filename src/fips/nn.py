@@ -9,9 +9,10 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from fips.errors import ConfigError
+from fips.kernels.reference import Packed
+from fips.kernels.runtime import BasisRuntime, LayerRuntime, Product
 from fips.storage.packing import (
     BITMASK,
     DENSE,
@@ -43,11 +44,11 @@ class SharedBasis(nn.Module):
     def __init__(self, width: int, rank: int, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, rank, dtype=dtype))
+        self._runtime = BasisRuntime()
 
     def forward(self, x: Tensor, *, expand: bool = False) -> Tensor:
         r"""Coordinates :math:`x B` of (..., D) inputs, or with ``expand`` the vectors :math:`x B^\top` of (..., R)."""
-        weight_DR = self.weight.to(x.dtype)
-        return linear(x, weight_DR) if expand else linear(x, weight_DR.T)
+        return self._runtime.multiply(x, self.weight, expand=expand, offloaded=_offloaded(self))
 
     def extra_repr(self) -> str:
         return f"width={self.weight.shape[0]}, rank={self.weight.shape[1]}"
@@ -66,6 +67,8 @@ class FactoredLinear(nn.Module):
     ``weight`` is an empty placeholder. Code that asks a linear layer for the device or type of its weight finds them,
     and a loader that does not know fips meets a weight of the wrong shape and refuses, where without it the layer
     would be missing from the file and be filled with random numbers.
+
+    ``runtime`` chooses how the product is formed and says what that costs in memory; see ``fips.kernels.runtime``.
 
     Raises ``ConfigError`` if neither basis nor width is given, or the columns do not fill the blocks of the format.
     """
@@ -109,6 +112,7 @@ class FactoredLinear(nn.Module):
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
         self.register_buffer("weight", torch.empty(0, dtype=dtype))
+        self.runtime = LayerRuntime()
 
     @classmethod
     def from_factor(
@@ -194,14 +198,17 @@ class FactoredLinear(nn.Module):
         return factor @ basis_DR.T if self.role == "up" else basis_DR @ factor
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = self.factor().to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.basis is None:
-            return linear(x, factor, bias)
-        if self.role == "up":
-            return linear(self.basis(x).to(x.device), factor, bias)
-        y: Tensor = self.basis(linear(x, factor), expand=True).to(x.device)  # a dispatched basis may live elsewhere
-        return y if bias is None else y + bias
+        return self.runtime.forward(x, self.product())
+
+    def product(self) -> Product:
+        """What the layer multiplies by, for ``runtime``."""
+        scales, basis = (self.scales if self.kind == "int8" else None), self.basis
+        pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
+        packed = Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis)
+        weight = None if basis is None else basis.weight
+        return Product(
+            packed, up=self.role == "up", bias=self.bias, basis=basis, basis_DR=weight, offloaded=_offloaded(self)
+        )
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / (self.factor_shape[0] * self.factor_shape[1])
@@ -211,6 +218,12 @@ class FactoredLinear(nn.Module):
             f"pattern={'N:M ' + self.fmt if parse_nm(self.fmt) else self.fmt}, values={self.kind}, "
             f"bias={self.bias is not None}"
         )
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the tensors of a module for one call and takes them away again."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
 
 def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, int]:

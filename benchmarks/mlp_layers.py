@@ -1,0 +1,196 @@
+"""Packed MLP layers beside torch's dense ones, in float32 and bfloat16: one shape per run, cold weights.
+
+    python benchmarks/mlp_layers.py deit --output benchmarks/results/mlp-layers-deit.json
+
+Every layer kind exists in many copies, visited in turn, so that weights come from memory as they do in a model; 12
+layers share a basis. Dense and packed layers run alternately; medians and quartiles are kept. Weights and supports are
+random: speed depends on them only through the number of kept entries. Stored bytes are those of the file, relative to
+the dense bfloat16 matrix. Limits: bytes over the bandwidth of reading 1 GiB; flops (of basis and factor as dense
+matrices) over the rate of torch's 4096^3 bfloat16 product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fips.kernels import cpu
+from fips.nn import FactoredLinear, SharedBasis
+from fips.report.record import environment
+from fips.storage.packing import BITMASK, DENSE, parse_nm
+
+SHAPES = {"deit": (768, 3072, (1, 16, 197)), "llama": (2048, 8192, (1, 16, 512))}
+# name: rank over width (None: no basis), format, kept fraction, int8 values
+KINDS = {
+    "0.25-0.30": {
+        "pruned, bf16": (None, BITMASK, 0.22, False),
+        "pruned, int8": (None, BITMASK, 0.44, True),
+        "pruned 4:16, bf16": (None, "4:16", 0.25, False),
+        "basis r=0.47d, bf16": (0.47, BITMASK, 0.5, False),
+        "basis r=0.47d, int8 all kept": (0.47, DENSE, 1.0, True),
+    },
+    "0.50-0.55": {
+        "pruned, bf16": (None, BITMASK, 0.47, False),
+        "pruned, int8": (None, BITMASK, 0.9, True),
+        "basis r=0.75d, bf16": (0.75, BITMASK, 0.63, False),
+        "basis r=0.94d, int8 all kept": (0.94, DENSE, 1.0, True),
+    },
+}
+GROUP = 12
+
+
+def make_layers(
+    width: int, columns: int, kind: tuple[float | None, str, float, bool], *, role: str, copies: int
+) -> list[FactoredLinear]:
+    ratio, fmt, kept, int8 = kind
+    rank = width if ratio is None else round(ratio * width / 64) * 64
+    factor = torch.randn(rank, columns)
+    mask = _mask(factor if role == "down" else factor.T, fmt, kept)
+    mask = mask if role == "down" else mask.T
+    layers: list[FactoredLinear] = []
+    basis: SharedBasis | None = None
+    first: FactoredLinear | None = None
+    for index in range(copies):
+        if ratio is not None and index % GROUP == 0:
+            basis = SharedBasis(width, rank)
+            basis.weight.data = torch.randn(width, rank).to(torch.bfloat16)
+        if first is None:
+            first = layer = FactoredLinear.from_factor(
+                basis, factor, mask, role=role, fmt=fmt, dtype=torch.bfloat16, values="int8" if int8 else "float"
+            )
+        else:
+            layer = FactoredLinear(
+                basis, role=role, columns=columns, nonzeros=first.values.numel(), fmt=fmt, dtype=torch.bfloat16,
+                width=width if basis is None else None, values=first.kind,
+            )  # fmt: skip
+            layer.load_state_dict(first.state_dict())
+        layer.runtime.policy = "packed"
+        layers.append(layer)
+    return layers
+
+
+def _mask(matrix: Tensor, fmt: str, kept: float) -> Tensor:
+    nm = parse_nm(fmt)
+    if nm is not None:
+        order = torch.rand(matrix.numel() // nm[1], nm[1]).argsort(1)
+        return (order < nm[0]).view(matrix.shape)
+    return torch.ones_like(matrix, dtype=torch.bool) if fmt == DENSE else torch.rand(matrix.shape) < kept
+
+
+def cycle(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> Callable[[int], Tensor]:
+    return lambda index: layers[index % len(layers)](x)
+
+
+def stored_bytes(layer: FactoredLinear) -> float:
+    """Bytes of one layer in the file, with its share of the basis."""
+    basis = 0 if layer.basis is None else layer.basis.weight.numel() * 2 / GROUP
+    return layer.product().packed.nbytes() + basis
+
+
+@torch.inference_mode()
+def alternate(runs: dict[str, Callable[[int], Tensor]], *, seconds: float) -> dict[str, list[float]]:
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run(0)
+        run(1)
+    begin, index = time.perf_counter(), 0
+    while index < 7 or (time.perf_counter() - begin < seconds and index < 200):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(index)
+            taken[name].append(time.perf_counter() - start)
+        index += 1
+    return taken
+
+
+def limits() -> dict[str, float]:
+    buffer, a = torch.zeros(2**28), torch.randn(4096, 4096, dtype=torch.bfloat16)
+    read = min(alternate({"sum": lambda _: buffer.sum()}, seconds=2)["sum"])
+    product = min(alternate({"product": lambda _: a @ a}, seconds=2)["product"])
+    return {"bytes_per_s": 2**30 / read, "bf16_flops_per_s": 2 * 4096**3 / product}
+
+
+@torch.inference_mode()
+def measure(shape: str, *, copies: int, seconds: float) -> list[dict[str, object]]:
+    width, columns, token_counts = SHAPES[shape]
+    rows = []
+    for role in ("up", "down"):
+        out, inner = (columns, width) if role == "up" else (width, columns)
+        dense = [torch.randn(out, inner, dtype=torch.bfloat16) for _ in range(copies)]
+        wide = [weight.float() for weight in dense[: copies // 2]]
+        for level, kinds in KINDS.items():
+            for name, kind in kinds.items():
+                layers = make_layers(width, columns, kind, role=role, copies=copies)
+                for tokens in token_counts:
+                    x = torch.randn(tokens, inner)
+                    half = x.to(torch.bfloat16)
+                    for layer in layers:
+                        layer(half)  # the first call of a layer prepares it
+                    runs = {
+                        "dense float32": cycle([partial(linear, weight=weight) for weight in wide], x),
+                        "dense bfloat16": cycle([partial(linear, weight=weight) for weight in dense], half),
+                        "packed": cycle(layers, half),
+                    }
+                    rows.append(
+                        summary(alternate(runs, seconds=seconds), layers[0])
+                        | {"role": role, "level": level, "kind": name, "tokens": tokens}
+                    )
+                    print(rows[-1]["role"], name, tokens, round(rows[-1]["speedup"], 2), flush=True)
+    return rows
+
+
+def summary(taken: dict[str, list[float]], layer: FactoredLinear) -> dict[str, object]:
+    medians = {name: statistics.median(runs) for name, runs in taken.items()}
+    rank, (rows, cols) = layer.rank, layer.factor_shape
+    basis = 0 if layer.basis is None else layer.width * rank
+    best = min(medians["dense float32"], medians["dense bfloat16"])
+    return {
+        "speedup": best / medians["packed"],
+        "median_s": medians,
+        "quartiles_s": {name: statistics.quantiles(runs, n=4)[::2] for name, runs in taken.items()},
+        "stored_ratio": stored_bytes(layer) / (layer.in_features * layer.out_features * 2),
+        "bytes_read": layer.product().packed.nbytes() + 2 * basis,
+        "macs_per_token": rows * cols + basis,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--megabytes", type=int, default=400, help="dense bfloat16 weights visited in turn")
+    parser.add_argument("--seconds", type=float, default=0.4, help="per combination")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    width, columns, _ = SHAPES[args.shape]
+    copies = max(4, args.megabytes * 10**6 // (width * columns * 2))
+    best = limits()
+    rows = measure(args.shape, copies=copies, seconds=args.seconds)
+    for row in rows:
+        packed = row["median_s"]["packed"]
+        row["of_bandwidth_limit"] = row["bytes_read"] / best["bytes_per_s"] / packed
+        row["of_flop_limit"] = 2 * row["macs_per_token"] * row["tokens"] / best["bf16_flops_per_s"] / packed
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    record = {
+        "command": f"python benchmarks/mlp_layers.py {args.shape} --output {args.output}",
+        "commit": commit,
+        "environment": {**environment(torch.device("cpu")), "kernels": list(cpu.isa_names())},
+        "shape": {"width": width, "columns": columns, "copies": copies},
+        "limits": best,
+        "results": rows,
+    }
+    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The compiled CPU kernels: loaded with ctypes, registered with torch, absent without a compiler.
+
+``csrc/fips_kernels.h`` is the interface. The library reads packed tensors where they are: nothing is copied or laid
+out anew. Only the index of every row's first value is added for patterns that do not imply it (4 bytes a row).
+
+Set ``FIPS_KERNELS=off`` to do without, or to the path of a library to use that one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator
+from ctypes import c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fips.errors import BackendError
+from fips.kernels.reference import Packed
+from fips.storage.packing import BITMASK, BLOCKS, DENSE, parse_nm
+
+__all__ = [
+    "PATHS",
+    "Prepared",
+    "available",
+    "isa_names",
+    "multiply",
+    "multiply_columns",
+    "prepare",
+    "supports",
+    "unavailable_reason",
+]
+
+log = logging.getLogger("fips.kernels")
+
+ABI = 1
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
+"""Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_FORMATS = {DENSE: 0, BITMASK: 1}
+_NM, _BLOCK_ROWS, _BLOCK_COLS = 2, 3, 4
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("rows", c_int64), ("cols", c_int64), ("format", c_int32), ("value_type", c_int32), ("n", c_int32),
+        ("m", c_int32), ("values", c_void_p), ("pattern", c_void_p), ("num_values", c_int64),
+        ("pattern_bytes", c_int64), ("row_start", c_void_p), ("scales", c_void_p),
+    ]  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p), ("y", c_void_p), ("bias", c_void_p), ("tokens", c_int64), ("x_stride", c_int64),
+        ("y_stride", c_int64), ("x_type", c_int32), ("threads", c_int32), ("isa", c_int32), ("path", c_int32),
+        ("activation_bits", c_int32),
+    ]  # fmt: skip
+
+
+class Prepared:
+    """A packed matrix with what the kernels need besides its stored tensors; borrows those, owns ``extra_bytes``."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+        self.key = _key(packed)
+        self.row_start: Tensor | None = None
+        self.scales = None if packed.scales_N is None else packed.scales_N.detach().float().contiguous()
+        self.struct = _describe(packed, self.scales)
+        if packed.fmt == BITMASK or packed.fmt in BLOCKS:
+            self.row_start = torch.empty(packed.shape[0], dtype=torch.int32)
+            kept = _require().fips_row_starts(ctypes.byref(self.struct), self.row_start.data_ptr())
+            if kept != packed.values_Z.numel():
+                raise BackendError(
+                    f"the pattern keeps {kept} entries, but there are {packed.values_Z.numel()} values; "
+                    "load the checkpoint again"
+                )
+            self.struct.row_start = self.row_start.data_ptr()
+        self.reference = ctypes.byref(self.struct)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory beyond the stored tensors."""
+        stored = self.packed.scales_N
+        copied = self.scales is not None and stored is not None and self.scales.data_ptr() != stored.data_ptr()
+        rows = self.packed.shape[0]
+        return 4 * rows * (int(copied) + int(self.row_start is not None))
+
+    def is_current(self, packed: Packed) -> bool:
+        """Whether ``packed`` still lies where this was prepared for, with the same pattern and scales."""
+        return self.key == _key(packed)
+
+
+def _key(packed: Packed) -> tuple[int, ...]:
+    if packed.fmt == DENSE and packed.scales_N is None:
+        return (packed.values_Z.data_ptr(),)
+    tensors = (packed.pattern,) if packed.scales_N is None else (packed.pattern, packed.scales_N)
+    versions = (0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return (packed.values_Z.data_ptr(), *(tensor.data_ptr() for tensor in tensors), *versions)
+
+
+_library: ctypes.CDLL | None = None
+_available: bool | None = None  # plain values, so that a traced function may ask
+_reason = ""
+
+
+def available() -> bool:
+    """Whether a compiled library was found and works; if not, the reason is logged once."""
+    if _available is None:
+        _load()
+    return bool(_available)
+
+
+def unavailable_reason() -> str:
+    """Why not, in words; empty if it is."""
+    return "" if available() else _reason
+
+
+def isa_names() -> tuple[str, ...]:
+    """Instruction sets of this machine that the library has kernels for, worst first."""
+    return ISAS[: _require().fips_isa_level() + 1] if available() else ()
+
+
+def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
+    """Whether the kernels can multiply by this matrix."""
+    nm = parse_nm(packed.fmt)
+    return (
+        available()
+        and packed.values_Z.device.type == "cpu"
+        and packed.values_Z.dtype in TYPES
+        and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and (packed.values_Z.dtype != torch.int8 or packed.shape[1] <= 65536)
+        and packed.values_Z.numel() < 2**31
+        and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))
+    )
+
+
+def prepare(packed: Packed) -> Prepared:
+    """What ``multiply`` needs, once per matrix. Raises ``BackendError`` without a library or for a damaged pattern."""
+    _require()
+    return Prepared(packed)
+
+
+def multiply(
+    x_TK: Tensor,
+    prepared: Prepared,
+    bias_N: Tensor | None = None,
+    *,
+    path: str = "auto",
+    isa: str | None = None,
+    activation_bits: int | None = None,
+) -> Tensor:
+    r""":math:`y = x S^\top + b` in the type of ``x``, from the packed bytes; no autograd.
+
+    Sums run in float32. Beside int8 values, machines with byte dot products turn every token into a fixed-point number
+    of ``activation_bits`` with one scale: 24 bits for float32 inputs and 16 for half types unless said otherwise. With
+    16 the error stays below the rounding of bfloat16 while a token's largest entry is below about 200 times its
+    typical one; 8 bits are faster and coarser, and never chosen by themselves. ``path`` and ``isa`` are for
+    measurements and tests. Raises ``BackendError`` if the combination has no kernel.
+    """
+    rows, cols = prepared.packed.shape
+    x = _rows_of(x_TK, cols)
+    y = x.new_empty(x.shape[0], rows)
+    bias = bias_N if bias_N is None or bias_N.dtype == x.dtype else bias_N.to(x.dtype)
+    bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
+    call = _call(x, y, bias, isa, PATHS[path], bits)
+    if _require().fips_multiply(prepared.reference, ctypes.byref(call)) != 0:
+        raise BackendError(
+            f"no CPU kernel for format {prepared.packed.fmt}, values {prepared.packed.values_Z.dtype}, inputs "
+            f"{x.dtype}, path {path}; use path `auto`"
+        )
+    return y if x_TK.dim() == 2 else y.view(*x_TK.shape[:-1], rows)
+
+
+def multiply_columns(x_TN: Tensor, prepared: Prepared, *, isa: str | None = None) -> Tensor:
+    """``x S`` for a dense S and at most four tokens: S is read once, in memory order; no autograd."""
+    rows, cols = prepared.packed.shape
+    x = _rows_of(x_TN, rows)
+    y = x.new_empty(x.shape[0], cols)
+    if _require().fips_multiply_columns(prepared.reference, ctypes.byref(_call(x, y, None, isa, 0, 16))) != 0:
+        raise BackendError(f"no CPU kernel for {x.shape[0]} tokens and format {prepared.packed.fmt}; use torch")
+    return y if x_TN.dim() == 2 else y.view(*x_TN.shape[:-1], cols)
+
+
+def _rows_of(x: Tensor, features: int) -> Tensor:
+    """(tokens, features) with the features side by side; a view where possible."""
+    flat = x if x.dim() == 2 else x.reshape(-1, features)
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int, activation_bits: int) -> _Call:
+    return _Call(
+        x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), x.shape[0], x.stride(0), y.shape[1],
+        TYPES[x.dtype], torch.get_num_threads(), len(ISAS) if isa is None else ISAS.index(isa), path, activation_bits,
+    )  # fmt: skip
+
+
+def _describe(packed: Packed, scales: Tensor | None) -> _Matrix:
+    nm = parse_nm(packed.fmt)
+    if nm is not None:
+        code, n, m = _NM, *nm
+    elif packed.fmt in BLOCKS:
+        code, n, m = (_BLOCK_ROWS if packed.block_axis == 0 else _BLOCK_COLS), 0, BLOCKS[packed.fmt]
+    else:
+        code, n, m = _FORMATS[packed.fmt], 0, 0
+    values, pattern = packed.values_Z.detach(), packed.pattern
+    assert values.is_contiguous()
+    assert pattern.is_contiguous()
+    return _Matrix(
+        *packed.shape, code, TYPES[values.dtype], n, m, values.data_ptr(), pattern.data_ptr(), values.numel(),
+        pattern.numel(), None, None if scales is None else scales.data_ptr(),
+    )  # fmt: skip
+
+
+def _require() -> ctypes.CDLL:
+    if not available() or _library is None:
+        raise BackendError(f"the compiled CPU kernels are not available: {_reason}")
+    return _library
+
+
+def _load() -> None:
+    global _library, _available, _reason
+    _library, _reason = _open()
+    _available = _library is not None
+    if not _available:
+        log.warning("CPU kernels unavailable, packed layers run on plain torch: %s", _reason)
+
+
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    wish = os.environ.get("FIPS_KERNELS", "")
+    if wish == "off":
+        return None, "FIPS_KERNELS=off"
+    path = Path(wish) if wish else next(_installed(), None)
+    if path is None:
+        return None, "fips was installed where no C++ compiler was found; reinstall it where there is one"
+    try:
+        library = ctypes.CDLL(str(path))
+        if library.fips_abi() != ABI:
+            return None, f"{path} belongs to another version of fips; reinstall it"
+        library.fips_multiply.argtypes = [c_void_p, c_void_p]
+        library.fips_multiply_columns.argtypes = [c_void_p, c_void_p]
+        library.fips_row_starts.argtypes = [c_void_p, c_void_p]
+        library.fips_row_starts.restype = c_int64
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded: {error}"
+    return library, ""
+
+
+def _installed() -> Iterator[Path]:
+    """Compiled libraries in the folders of this package (an editable install has two)."""
+    import fips.kernels
+
+    for folder in fips.kernels.__path__:
+        for name in ("libfips_kernels.so", "libfips_kernels.dylib", "fips_kernels.dll"):
+            if (Path(folder) / name).is_file():
+                yield Path(folder) / name

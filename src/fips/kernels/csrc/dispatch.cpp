@@ -1,0 +1,167 @@
+// What the machine can do, which variant runs, and the tables they share.
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "packed.h"
+#include "paths.h"
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+uint16_t unrank_subset(int64_t rank, int n, int m) {
+  uint16_t mask = 0;
+  for (int k = n; k >= 1; --k) {
+    int position = k - 1;
+    for (;;) { // the largest position with binomial(position, k) <= rank
+      double next = 1;
+      for (int i = 1; i <= k; ++i) next = next * (position + 1 - k + i) / i;
+      if (position + 1 >= m || int64_t(next + 0.5) > rank) break;
+      ++position;
+    }
+    double here = position < k ? 0 : 1;
+    for (int i = 1; i <= k && position >= k; ++i) here = here * (position - k + i) / i;
+    rank -= int64_t(here + 0.5);
+    mask = uint16_t(mask | 1u << position);
+  }
+  return mask;
+}
+
+std::unique_ptr<std::vector<uint16_t>> make_table(int n, int m) {
+  const int bits = nm_code_bits(n, m), groups = 16 / m;
+  double subsets = 1;
+  for (int i = 1; i <= n; ++i) subsets = subsets * (m - n + i) / i;
+  std::vector<uint16_t> one(size_t(1) << bits, 0);
+  for (int64_t code = 0; code < int64_t(subsets + 0.5); ++code) one[size_t(code)] = unrank_subset(code, n, m);
+  auto table = std::make_unique<std::vector<uint16_t>>(size_t(1) << bits * groups, 0);
+  for (size_t code = 0; code < table->size(); ++code)
+    for (int g = 0; g < groups; ++g)
+      (*table)[code] = uint16_t((*table)[code] | one[code >> g * bits & (one.size() - 1)] << g * m);
+  return table;
+}
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+bool may_use_amx() { // the kernel wants to be asked for the tile registers
+#if defined(FIPS_HAVE_AMX) && defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  unsigned eax = 7, ebx = 0, ecx = 0, edx;
+  __asm__("cpuid" : "+a"(eax), "+b"(ebx), "+c"(ecx), "=d"(edx));
+  const bool present = (edx >> 22 & 1) && (edx >> 24 & 1) && (edx >> 25 & 1); // bf16, tiles, int8
+  return present && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+int detect() {
+  int level = FIPS_PORTABLE;
+#if defined(FIPS_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    level = FIPS_AVX2;
+#endif
+#if defined(FIPS_HAVE_AVX512)
+  if (level == FIPS_AVX2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512vnni"))
+    level = FIPS_AVX512;
+#endif
+#if defined(FIPS_HAVE_AVX512_BF16)
+  if (level == FIPS_AVX512 && __builtin_cpu_supports("avx512bf16")) level = FIPS_AVX512_BF16;
+#endif
+  if (level == FIPS_AVX512_BF16 && may_use_amx()) level = FIPS_AMX;
+  return level;
+}
+#else
+int detect() { return FIPS_PORTABLE; }
+#endif
+
+bool valid(const fips_matrix &a, const fips_call &c) {
+  if (a.rows < 0 || a.cols <= 0 || c.tokens < 0 || c.threads < 1) return false;
+  if (c.x_type < FIPS_F32 || c.x_type > FIPS_F16) return false;
+  if (a.value_type == FIPS_I8 && a.cols > 65536) return false; // sums of bytes would leave 32 bits
+  switch (a.format) {
+  case FIPS_DENSE: return true;
+  case FIPS_BITMASK: return a.row_start;
+  case FIPS_NM: return fips_nm_table(a.n, a.m) && a.cols % a.m == 0;
+  case FIPS_BLOCK_ROWS: return a.row_start && a.m > 0;
+  case FIPS_BLOCK_COLS: return a.row_start && (a.m == 4 || a.m == 8);
+  default: return false;
+  }
+}
+
+} // namespace
+
+const uint16_t *fips_nm_table(int n, int m) {
+  static std::mutex lock;
+  static std::map<std::pair<int, int>, std::unique_ptr<std::vector<uint16_t>>> tables;
+  if (!(m == 2 || m == 4 || m == 8 || m == 16) || n < 1 || n >= m) return nullptr;
+  const std::lock_guard<std::mutex> guard(lock);
+  auto &table = tables[{n, m}];
+  if (!table) table = make_table(n, m);
+  return table->data();
+}
+
+extern "C" {
+
+int fips_abi(void) { return FIPS_ABI; }
+
+int fips_isa_level(void) {
+  static const int level = detect();
+  return level;
+}
+
+int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
+  if (!valid(*matrix, *call)) return -1;
+  if (!matrix->rows || !call->tokens) return 0;
+  const int level = call->isa < fips_isa_level() ? call->isa : fips_isa_level();
+#if defined(FIPS_HAVE_AMX)
+  if (level >= FIPS_AMX && fips_amx(*matrix, *call)) return 0;
+#endif
+#if defined(FIPS_HAVE_AVX512_BF16)
+  if (level >= FIPS_AVX512_BF16) return fips_avx512_bf16(*matrix, *call) ? 0 : -1;
+#endif
+#if defined(FIPS_HAVE_AVX512)
+  if (level >= FIPS_AVX512) return fips_avx512(*matrix, *call) ? 0 : -1;
+#endif
+#if defined(FIPS_HAVE_AVX2)
+  if (level >= FIPS_AVX2) return fips_avx2(*matrix, *call) ? 0 : -1;
+#endif
+  return fips_portable(*matrix, *call) ? 0 : -1;
+}
+
+int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {
+  if (!valid(*matrix, *call)) return -1;
+  if (!matrix->rows || !call->tokens) return -1;
+  const int level = call->isa < fips_isa_level() ? call->isa : fips_isa_level();
+#if defined(FIPS_HAVE_AVX512)
+  if (level >= FIPS_AVX512) return fips_columns_avx512(*matrix, *call) ? 0 : -1;
+#endif
+#if defined(FIPS_HAVE_AVX2)
+  if (level >= FIPS_AVX2) return fips_columns_avx2(*matrix, *call) ? 0 : -1;
+#endif
+  return fips_columns_portable(*matrix, *call) ? 0 : -1;
+}
+
+int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start) {
+  fips_matrix a = *matrix;
+  a.row_start = row_start; // the readers keep the pointer; only masks are read here
+  int64_t kept = 0;
+  const bool known = with_reader(a, [&](const auto &reader) {
+    int64_t first = 0;
+    for (int64_t row = 0; row < a.rows; ++row) {
+      if (row % reader.stride() == 0) first = kept;
+      row_start[row] = uint32_t(first);
+      for (int64_t k = 0; k < a.cols; k += 64) kept += popcount64(reader.mask(row, k));
+    }
+  });
+  return known ? kept : -1;
+}
+
+} // extern "C"

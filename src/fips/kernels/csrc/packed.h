@@ -1,0 +1,314 @@
+// Reading packed patterns: 64 columns of a row at a time, as one 64-bit mask.
+//
+// Everything lives in an anonymous namespace: each instruction set compiles its own copy, and the linker must not
+// replace a portable one by one that needs AVX-512.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "fips_kernels.h"
+
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
+
+const uint16_t *fips_nm_table(int n, int m); // dispatch.cpp: code of 16 columns -> 16-bit mask
+
+// Calls inside the inner loops would spill the vector registers.
+#if defined(__GNUC__)
+#define FIPS_INLINE __attribute__((always_inline)) inline
+#else
+#define FIPS_INLINE inline
+#endif
+
+namespace {
+
+FIPS_INLINE int popcount64(uint64_t bits) {
+#if defined(__GNUC__)
+  return __builtin_popcountll(bits);
+#else
+  int count = 0;
+  for (; bits; bits &= bits - 1) ++count;
+  return count;
+#endif
+}
+
+FIPS_INLINE int lowest_bit(uint64_t bits) {
+#if defined(__GNUC__)
+  return __builtin_ctzll(bits);
+#else
+  int count = 0;
+  for (; !(bits & 1); bits >>= 1) ++count;
+  return count;
+#endif
+}
+
+// 57 or more bits of a little-endian bit stream from position `bit` on; zeros after its end.
+FIPS_INLINE uint64_t bits_at(const uint8_t *stream, int64_t bytes, int64_t bit) {
+  const int64_t byte = bit >> 3;
+  uint64_t word = 0;
+  if (byte + 8 <= bytes) {
+    std::memcpy(&word, stream + byte, 8);
+  } else if (byte < bytes) {
+    std::memcpy(&word, stream + byte, size_t(bytes - byte));
+  }
+  return word >> (bit & 7);
+}
+
+FIPS_INLINE uint64_t word_at(const uint8_t *stream, int64_t bytes, int64_t bit) {
+  uint64_t word = bits_at(stream, bytes, bit);
+  const int shift = int(bit & 7);
+  if (shift && (bit >> 3) + 8 < bytes) word |= uint64_t(stream[(bit >> 3) + 8]) << (64 - shift);
+  return word;
+}
+
+FIPS_INLINE uint64_t first_columns(int64_t count) {
+  return count >= 64 ? ~uint64_t(0) : count > 0 ? (uint64_t(1) << count) - 1 : 0;
+}
+
+inline int nm_code_bits(int n, int m) {
+  double subsets = 1;
+  for (int i = 1; i <= n; ++i) subsets = subsets * (m - n + i) / i;
+  int bits = 0;
+  for (int64_t most = int64_t(subsets + 0.5) - 1; most; most >>= 1) ++bits;
+  return bits;
+}
+
+// A reader knows the columns kept in a row (`mask`) and where its values lie (`start`, then every `stride`-th).
+struct DenseReader {
+  static constexpr bool contiguous = true;
+  static constexpr int64_t stride() { return 1; }
+  int64_t cols;
+  explicit DenseReader(const fips_matrix &a) : cols(a.cols) {}
+  int64_t start(int64_t row) const { return row * cols; }
+  FIPS_INLINE uint64_t mask(int64_t, int64_t k) const { return first_columns(cols - k); }
+};
+
+struct BitmaskReader {
+  static constexpr bool contiguous = true;
+  static constexpr int64_t stride() { return 1; }
+  const uint8_t *bits;
+  int64_t bytes, cols;
+  const uint32_t *starts;
+  explicit BitmaskReader(const fips_matrix &a)
+      : bits(a.pattern), bytes(a.pattern_bytes), cols(a.cols), starts(a.row_start) {}
+  int64_t start(int64_t row) const { return starts[row]; }
+  FIPS_INLINE uint64_t mask(int64_t row, int64_t k) const {
+    return word_at(bits, bytes, row * cols + k) & first_columns(cols - k);
+  }
+};
+
+struct NmReader {
+  static constexpr bool contiguous = true;
+  static constexpr int64_t stride() { return 1; }
+  const uint8_t *codes;
+  const uint16_t *table;
+  int64_t bytes, cols, groups;
+  int n, m, shift_m, bits, wide;
+  explicit NmReader(const fips_matrix &a)
+      : codes(a.pattern), table(fips_nm_table(a.n, a.m)), bytes(a.pattern_bytes), cols(a.cols), groups(a.cols / a.m),
+        n(a.n), m(a.m), shift_m(lowest_bit(uint64_t(a.m))), bits(nm_code_bits(a.n, a.m)), wide(bits * (16 / a.m)) {}
+  int64_t start(int64_t row) const { return row * groups * n; }
+  FIPS_INLINE uint64_t mask(int64_t row, int64_t k) const {
+    const uint64_t word = bits_at(codes, bytes, (row * groups + (k >> shift_m)) * bits);
+    const uint64_t low = (uint64_t(1) << wide) - 1;
+    const uint64_t mask = uint64_t(table[word & low]) | uint64_t(table[(word >> wide) & low]) << 16 |
+                          uint64_t(table[(word >> 2 * wide) & low]) << 32 |
+                          uint64_t(table[(word >> 3 * wide) & low]) << 48;
+    return cols - k >= 64 ? mask : mask & first_columns(cols - k);
+  }
+};
+
+struct BlockRowsReader { // the rows of a block take turns in the values
+  static constexpr bool contiguous = false;
+  const uint8_t *bits;
+  int64_t bytes, cols, size;
+  const uint32_t *starts;
+  explicit BlockRowsReader(const fips_matrix &a)
+      : bits(a.pattern), bytes(a.pattern_bytes), cols(a.cols), size(a.m), starts(a.row_start) {}
+  int64_t stride() const { return size; }
+  int64_t start(int64_t row) const { return starts[row] + row % size; }
+  FIPS_INLINE uint64_t mask(int64_t row, int64_t k) const {
+    return word_at(bits, bytes, row / size * cols + k) & first_columns(cols - k);
+  }
+};
+
+struct BlockColsReader {
+  static constexpr bool contiguous = true;
+  static constexpr int64_t stride() { return 1; }
+  const uint8_t *bits;
+  int64_t bytes, cols, blocks;
+  const uint32_t *starts;
+  int size;
+  explicit BlockColsReader(const fips_matrix &a)
+      : bits(a.pattern), bytes(a.pattern_bytes), cols(a.cols), blocks((a.cols + a.m - 1) / a.m), starts(a.row_start),
+        size(a.m) {}
+  int64_t start(int64_t row) const { return starts[row]; }
+  FIPS_INLINE uint64_t mask(int64_t row, int64_t k) const {
+    uint64_t word = bits_at(bits, bytes, row * blocks + k / size);
+    if (size == 4) { // spread 16 bits to every fourth place, then fill the nibbles
+      word &= 0xFFFF;
+      word = (word | word << 24) & 0x000000FF000000FFull;
+      word = (word | word << 12) & 0x000F000F000F000Full;
+      word = (word | word << 6) & 0x0303030303030303ull;
+      word = (word | word << 3) & 0x1111111111111111ull;
+      word *= 0xF;
+    } else { // 8
+      word &= 0xFF;
+      word = (word | word << 28) & 0x0000000F0000000Full;
+      word = (word | word << 14) & 0x0003000300030003ull;
+      word = (word | word << 7) & 0x0101010101010101ull;
+      word *= 0xFF;
+    }
+    return word & first_columns(cols - k);
+  }
+};
+
+// Call `body` with the reader of a matrix; false for an unknown format.
+template <class Body> bool with_reader(const fips_matrix &a, Body &&body) {
+  switch (a.format) {
+  case FIPS_DENSE: body(DenseReader(a)); return true;
+  case FIPS_BITMASK: body(BitmaskReader(a)); return true;
+  case FIPS_NM: body(NmReader(a)); return true;
+  case FIPS_BLOCK_ROWS: body(BlockRowsReader(a)); return true;
+  case FIPS_BLOCK_COLS: body(BlockColsReader(a)); return true;
+  default: return false;
+  }
+}
+
+FIPS_INLINE float bf16_to_float(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline uint16_t float_to_bf16(float value) { // to nearest even, NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+inline float f16_to_float(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16;
+  uint32_t rest = bits & 0x7FFF, wide;
+  if (rest >= 0x7C00) {
+    wide = sign | 0x7F800000 | (rest & 0x3FF) << 13;
+  } else if (rest >= 0x400) {
+    wide = sign | ((rest << 13) + 0x38000000);
+  } else {
+    const float tiny = float(rest) * 5.9604644775390625e-8f; // 2^-24
+    std::memcpy(&wide, &tiny, 4);
+    wide |= sign;
+  }
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline uint16_t float_to_f16(float value) { // to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  bits &= 0x7FFFFFFF;
+  if (bits > 0x7F800000) return sign | 0x7E00;
+  if (bits >= 0x477FF000) return sign | 0x7C00;
+  if (bits < 0x38800000) { // subnormal: let the float unit round
+    float shifted;
+    std::memcpy(&shifted, &bits, 4);
+    shifted += 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &shifted, 4);
+    return uint16_t(sign | (rounded - 0x3F000000));
+  }
+  return uint16_t(sign | ((bits + 0xFFF + (bits >> 13 & 1) - 0x38000000) >> 13));
+}
+
+inline float load_float(const void *data, int type, int64_t index) {
+  switch (type) {
+  case FIPS_F32: return static_cast<const float *>(data)[index];
+  case FIPS_BF16: return bf16_to_float(static_cast<const uint16_t *>(data)[index]);
+  case FIPS_F16: return f16_to_float(static_cast<const uint16_t *>(data)[index]);
+  default: return float(static_cast<const int8_t *>(data)[index]);
+  }
+}
+
+inline void store_float(void *data, int type, int64_t index, float value) {
+  switch (type) {
+  case FIPS_F32: static_cast<float *>(data)[index] = value; break;
+  case FIPS_BF16: static_cast<uint16_t *>(data)[index] = float_to_bf16(value); break;
+  default: static_cast<uint16_t *>(data)[index] = float_to_f16(value); break;
+  }
+}
+
+struct F32Values {
+  using type = float;
+  FIPS_INLINE static float get(float v) { return v; }
+};
+struct BF16Values {
+  using type = uint16_t;
+  FIPS_INLINE static float get(uint16_t v) { return bf16_to_float(v); }
+};
+struct F16Values {
+  using type = uint16_t;
+  FIPS_INLINE static float get(uint16_t v) { return f16_to_float(v); }
+};
+struct I8Values {
+  using type = int8_t;
+  FIPS_INLINE static float get(int8_t v) { return float(v); }
+};
+
+template <class Body> bool with_values(const fips_matrix &a, Body &&body) {
+  switch (a.value_type) {
+  case FIPS_F32: body(F32Values()); return true;
+  case FIPS_BF16: body(BF16Values()); return true;
+  case FIPS_F16: body(F16Values()); return true;
+  case FIPS_I8: body(I8Values()); return true;
+  default: return false;
+  }
+}
+
+// Fixed point beside int8 values: x ~ scale * (the number whose signed digits to base 256 are the planes).
+inline int fixed_planes(const fips_call &c) { return c.activation_bits == 8 ? 1 : c.activation_bits == 16 ? 2 : 3; }
+
+inline float fixed_scale(float most, int planes) { // a little below 127 in every digit, so that rounding cannot carry
+  if (!(most > 0)) return 1.0f;
+  return most / (planes == 1 ? 127.0f : planes == 2 ? 32639.0f : 8355000.0f);
+}
+
+// Memory that is kept between calls, 64-byte aligned; grows only.
+class Scratch {
+public:
+  ~Scratch() { release(); }
+  template <class T> T *get(int64_t count) {
+    const size_t bytes = (size_t(count) * sizeof(T) + 127) / 64 * 64;
+    if (bytes > size_) {
+      release();
+#if defined(_WIN32)
+      data_ = _aligned_malloc(bytes, 64);
+#else
+      data_ = std::aligned_alloc(64, bytes);
+#endif
+      size_ = bytes;
+    }
+    return static_cast<T *>(data_);
+  }
+
+private:
+  void release() {
+#if defined(_WIN32)
+    _aligned_free(data_);
+#else
+    std::free(data_);
+#endif
+  }
+  void *data_ = nullptr;
+  size_t size_ = 0;
+};
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+} // namespace

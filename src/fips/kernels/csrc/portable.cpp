@@ -1,0 +1,46 @@
+// Plain C++: any processor, any compiler.
+#include <type_traits>
+
+#include "columns.h"
+#include "paths.h"
+#include "tokens.h"
+
+namespace {
+
+template <int W> struct PlainVector {
+  static constexpr int width = W;
+  struct type {
+    float lane[W];
+  };
+  static type load(const float *from) {
+    type v;
+    for (int i = 0; i < W; ++i) v.lane[i] = from[i];
+    return v;
+  }
+  template <class Values> static type read(const typename Values::type *from) {
+    type v;
+    for (int i = 0; i < W; ++i) v.lane[i] = Values::get(from[i]);
+    return v;
+  }
+  static void store(float *to, const type &v) {
+    for (int i = 0; i < W; ++i) to[i] = v.lane[i];
+  }
+  static type set(float value) {
+    type v;
+    for (int i = 0; i < W; ++i) v.lane[i] = value;
+    return v;
+  }
+  static type fma(const type &a, const type &b, type c) {
+    for (int i = 0; i < W; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+  }
+};
+
+} // namespace
+
+bool fips_portable(const fips_matrix &a, const fips_call &c) {
+  if (c.path == FIPS_TILES) return false;
+  return c.tokens == 1 ? tokens_path<PlainVector<1>, 1>(a, c) : tokens_path<PlainVector<8>>(a, c);
+}
+
+bool fips_columns_portable(const fips_matrix &a, const fips_call &c) { return columns_path<PlainVector<8>>(a, c); }

@@ -1,0 +1,103 @@
+"""The packed product as a torch operator: gradients, ``torch.compile``, CPU and GPU behind one name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fips.kernels import cpu, gpu, reference
+from fips.kernels.reference import Packed
+
+__all__ = ["Prepared", "is_plain", "multiply", "needs_grad", "packed_linear", "prepare", "supports", "traceable"]
+
+Prepared = cpu.Prepared | gpu.Prepared
+
+
+def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """``x S^T + bias`` by the kernel of the device, differentiable in ``x``, floating values and bias."""
+    y: Tensor = torch.ops.fips.packed_linear(
+        x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis
+    )
+    return y
+
+
+def prepare(packed: Packed) -> Prepared:
+    """What ``multiply`` needs, for the device of the matrix."""
+    return gpu.prepare(packed) if packed.values_Z.device.type == "cuda" else cpu.prepare(packed)
+
+
+def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
+    """``x S^T + bias`` by the kernel of the device; no autograd."""
+    if isinstance(prepared, gpu.Prepared):
+        return gpu.multiply(x, prepared, bias)
+    return cpu.multiply(x, prepared, bias)
+
+
+def supports(x: Tensor, packed: Packed) -> bool:
+    """Whether a kernel for this device, these types and this format exists."""
+    return gpu.supports(packed, x.dtype) if x.device.type == "cuda" else cpu.supports(packed, x.dtype)
+
+
+def traceable(x: Tensor, packed: Packed) -> bool:
+    """Whether the operator may stand in a traced graph: not in exported ones, which must run without fips."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and supports(x, packed)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a product of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Real tensors with memory to read, not stand-ins of a tracer or of the meta device."""
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type in ("cpu", "cuda") for t in tensors) and not (
+        torch._C._functorch.maybe_current_level() or torch._C._get_tracing_state()
+    )
+
+
+@torch.library.custom_op("fips::packed_linear", mutates_args=())
+def _packed_linear(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    fmt: str,
+    block_axis: int,
+) -> Tensor:
+    packed = _packed(values, pattern, scales, shape, fmt, block_axis)
+    if not supports(x, packed):
+        return reference.multiply(x, packed, bias)
+    return multiply(x, prepare(packed), bias)
+
+
+@_packed_linear.register_fake
+def _(x: Tensor, values: Tensor, pattern: Tensor, scales: Any, bias: Any, shape: list[int], *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, pattern, scales, bias, ctx.shape, ctx.fmt, ctx.block_axis = inputs
+    ctx.save_for_backward(x, values, pattern, scales)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, values, pattern, scales = ctx.saved_tensors
+    packed = _packed(values, pattern, scales, ctx.shape, ctx.fmt, ctx.block_axis)
+    grad_x, grad_values = reference.multiply_backward(grad, x, packed)
+    bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return grad_x, grad_values, None, None, bias, None, None, None
+
+
+_packed_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _packed(
+    values: Tensor, pattern: Tensor, scales: Tensor | None, shape: list[int], fmt: str, block_axis: int
+) -> Packed:
+    rows, cols = shape
+    return Packed(values, pattern, scales, (rows, cols), fmt, 0 if block_axis == 0 else 1)

@@ -1,0 +1,49 @@
+"""``fips bench``: original beside compressed, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import vit_directory  # noqa: F401
+
+from fips.bench import bench, runtime_report
+from fips.cli import main
+from fips.errors import ModelError
+from fips.storage.checkpoint import load
+
+TEXT = Path(__file__).parent / "fixtures" / "format-1-mixed"
+
+
+def test_a_language_model_is_timed_on_prompts_and_single_tokens() -> None:
+    result = bench(str(TEXT), batches=(1, 3), prompts=(1, 8), repeats=3)
+    assert list(result["cases"]) == ["prompt of 1", "prompt of 8", "next token, batch 1", "next token, batch 3"]
+    for case in result["cases"].values():
+        for side in ("dense", "compressed"):
+            assert len(case[side]["runs_s"]) == 3
+            low, high = case[side]["quartiles_s"]
+            assert 0 < low <= case[side]["median_s"] <= high
+        assert case["speedup"] == pytest.approx(case["dense"]["median_s"] / case["compressed"]["median_s"])
+    assert result["peak_memory_bytes"]["compressed"] > 10**7
+    assert result["file_bytes"]["compressed"] == (TEXT / "model.safetensors").stat().st_size
+
+
+def test_the_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(TEXT), "--repeats", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["policy"] == "auto"
+    assert main(["bench", str(TEXT), "--repeats", "3", "--policy", "decode"]) == 0
+    out = capsys.readouterr().out
+    assert "next token, batch 8" in out
+    assert "peak memory" in out
+
+
+def test_only_compressed_directories(vit_directory: Path) -> None:  # noqa: F811
+    with pytest.raises(ModelError, match="not a compressed directory"):
+        bench(str(vit_directory))
+
+
+def test_loading_holds_the_packed_bytes_only() -> None:
+    report = runtime_report(load(TEXT))
+    assert report["extra_bytes"] == 0
+    assert report["stored_bytes"] < 1.3 * report["dense_bytes"]

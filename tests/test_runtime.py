@@ -1,0 +1,228 @@
+"""How a layer chooses its way: every way gives the same result, choices are measured once and remembered."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from test_kernels import TOLERANCE, assert_close, inputs
+from torch import Tensor, nn
+
+from fips.errors import ConfigError
+from fips.kernels import cpu, runtime
+from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
+from fips.nn import FactoredLinear, SharedBasis
+
+needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
+
+
+def make_layer(role: str = "up", *, basis: bool = True, dtype: torch.dtype = torch.float32) -> FactoredLinear:
+    generator = torch.Generator().manual_seed(0)
+    width, rank, columns = 48, (32 if basis else 48), 96
+    shared = SharedBasis(width, rank) if basis else None
+    if shared is not None:
+        nn.init.orthogonal_(shared.weight, generator=generator)
+        shared.to(dtype)
+    factor = torch.randn(rank, columns, generator=generator)
+    mask = torch.rand(rank, columns, generator=generator) < 0.4
+    layer = FactoredLinear.from_factor(shared, factor, mask, role=role, fmt="bitmask", dtype=dtype)  # type: ignore[arg-type]
+    layer.bias = nn.Parameter(torch.randn(layer.out_features, generator=generator).to(dtype))
+    return layer.eval()
+
+
+def expected(layer: FactoredLinear, x: Tensor) -> Tensor:
+    assert layer.bias is not None
+    return x.double() @ layer.dense_weight().double().T + layer.bias.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("basis", [True, False])
+@pytest.mark.parametrize("role", ["up", "down"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_way_computes_the_same(policy: str, role: str, basis: bool, dtype: torch.dtype) -> None:
+    layer = make_layer(role, basis=basis, dtype=dtype)
+    layer.runtime.policy = policy
+    for shape in ((48,), (1, 48), (3, 48), (2, 9, 48), (70, 48), (0, 48)):
+        features = layer.in_features
+        x = inputs(torch.Size(shape[:-1]).numel(), features, dtype).view(*shape[:-1], features)
+        with torch.no_grad():
+            y = layer(x)
+        assert y.dtype == dtype
+        assert y.shape == (*shape[:-1], layer.out_features)
+        if y.numel():
+            assert_close(y, expected(layer, x), TOLERANCE[dtype])
+
+
+def test_training_changes_values_on_a_fixed_support() -> None:
+    layer = make_layer("up")
+    x, target = inputs(20, 48, torch.float32), inputs(20, 96, torch.float32)
+    mask = layer.mask()
+    assert layer.basis is not None
+    optimizer = torch.optim.Adam([*layer.parameters(), *layer.basis.parameters()], lr=0.02)
+    losses = []
+    for _ in range(40):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert torch.equal(layer.mask(), mask)
+    with torch.no_grad():  # what was prepared before the steps is not used after them
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+
+
+def test_gradients_equal_those_of_the_dense_product() -> None:
+    for role in ("up", "down"):
+        layer = make_layer(role)
+        assert layer.basis is not None
+        x = inputs(6, layer.in_features, torch.float32).requires_grad_()
+        weights = inputs(6, layer.out_features, torch.float32)
+        wanted_of = (x, layer.values, layer.bias, layer.basis.weight)
+        got = torch.autograd.grad((layer(x) * weights).sum(), wanted_of)
+        plain = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+        wanted = torch.autograd.grad((plain * weights).sum(), wanted_of)
+        for actual, reference in zip(got, wanted, strict=True):
+            assert_close(actual, reference.double(), TOLERANCE[torch.float32])
+
+
+@needs_library
+def test_the_frugal_ways_keep_no_dense_copy() -> None:
+    layer = make_layer()
+    for policy in ("auto", *FRUGAL):
+        layer.runtime.policy = policy
+        with torch.no_grad():
+            for tokens in (1, 16, 200):
+                layer(inputs(tokens, 48, torch.float32))
+        assert layer.runtime.extra_bytes <= 4 * layer.factor_shape[0]
+    layer.runtime.policy = "merged"
+    with torch.no_grad():
+        layer(inputs(1, 48, torch.float32))
+    assert layer.runtime.extra_bytes >= 4 * 48 * 96  # and says what it costs
+    layer.runtime.policy = "auto"
+    assert layer.runtime.extra_bytes < 4 * 48 * 96
+
+
+def test_a_merged_weight_follows_the_values() -> None:
+    layer = make_layer()
+    layer.runtime.policy = "merged"
+    x = inputs(3, 48, torch.float32)
+    with torch.no_grad():
+        layer(x)
+        layer.values.mul_(2)
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+        layer.load_state_dict({name: tensor * 0 for name, tensor in layer.state_dict().items() if name != "pattern"},
+                              strict=False)  # fmt: skip
+        assert torch.equal(layer(x), torch.zeros(3, 96))
+
+
+@needs_library
+def test_moved_and_reloaded_tensors_are_noticed() -> None:
+    layer = make_layer()
+    layer.runtime.policy = "packed"
+    x = inputs(3, 48, torch.float32)
+    with torch.no_grad():
+        layer(x)
+        other = make_layer("up")
+        mask = torch.zeros(32, 96, dtype=torch.bool)
+        mask.view(-1)[: layer.values.numel()] = True
+        packed = FactoredLinear.from_factor(other.basis, torch.randn(32, 96), mask, role="up", fmt="bitmask")
+        layer.load_state_dict({"pattern": packed.pattern, "values": packed.values, "bias": other.bias}, strict=False)
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+        layer.to(torch.bfloat16)
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+
+
+def test_copies_and_pickles_prepare_their_own() -> None:
+    layer = make_layer()
+    layer.runtime.policy = "decode"
+    x = inputs(3, 48, torch.float32)
+    with torch.no_grad():
+        y = layer(x)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert other.runtime is not layer.runtime
+            assert other.runtime.policy == "decode"
+            assert torch.equal(other(x), y)
+
+
+def test_choices_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIPS_CACHE", str(tmp_path))
+    runtime._timings.forget()
+    layer = make_layer()
+    calls: list[tuple[str, ...]] = []
+    measure = runtime._measure
+    monkeypatch.setattr(runtime, "_measure", lambda ways, compute: calls.append(ways) or measure(ways, compute))
+    with torch.no_grad():
+        for tokens in (3, 4, 3):  # one power of two
+            layer(inputs(tokens, 48, torch.float32))
+        assert len(calls) == 1
+        assert "merged" not in calls[0]
+        layer(inputs(5, 48, torch.float32))
+        assert len(calls) == 2
+        stored = json.loads(runtime.timings_file().read_text())
+        assert len(stored["seconds"]) == 2
+        runtime._timings.forget()  # as a new process
+        layer(inputs(4, 48, torch.float32))
+        assert len(calls) == 2
+    runtime._timings.forget()
+
+
+def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIPS_CACHE", str(tmp_path))
+    runtime._timings.forget()
+    layer = make_layer()
+    x = inputs(4, 48, torch.float32)
+    seconds = {"packed": 2.0, "decode": 1.0, "merge": 3.0, "merged": 0.5}
+    monkeypatch.setattr(runtime, "_measure", lambda ways, compute: {way: seconds[way] for way in ways})
+    with torch.no_grad():
+        assert layer.runtime.way(x, layer.product()) == "decode"
+        layer.runtime.policy = "speed"
+        assert layer.runtime.way(x, layer.product()) == "merged"
+        monkeypatch.setenv("FIPS_RUNTIME", "merge")
+        assert layer.runtime.way(x, layer.product()) == "merge"
+    runtime._timings.forget()
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="known: auto"):
+        LayerRuntime("fast")
+
+
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_compiled_and_exported_layers_agree(role: str) -> None:
+    layer = make_layer(role)
+    x = inputs(6, layer.in_features, torch.float32)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,)).module()
+        assert_close(exported(x), expected(layer, x), TOLERANCE[torch.float32])
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x), expected(layer, x), TOLERANCE[torch.float32])
+
+
+def test_without_a_library_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer()
+    x = inputs(6, 48, torch.float32)
+    monkeypatch.setattr(cpu, "_available", False)
+    with torch.no_grad():
+        assert layer.runtime.way(x, layer.product()) != "packed"
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+
+
+@needs_library
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_nothing_is_kept_of_offloaded_layers(role: str) -> None:
+    layer = make_layer(role)
+    x = inputs(3, layer.in_features, torch.float32)
+    wanted = expected(layer, x)
+    assert layer.basis is not None
+    for module in (layer, layer.basis):
+        cpu_offload(module, torch.device("cpu"))
+    with torch.no_grad():
+        assert_close(layer(x), wanted, TOLERANCE[torch.float32])
+    assert layer.values.device.type == "meta"
+    assert layer.runtime.extra_bytes == 0
