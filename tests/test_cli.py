@@ -128,6 +128,22 @@ def test_dry_run_plans_a_recipe_without_weights_or_data(name: str, capsys: Captu
     assert "25.0%" in capsys.readouterr().out
 
 
+def test_compare_writes_table_json_and_plot(vit_directory: Path, images: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "compared"
+    methods = "fips,no-sharing+values=float,fips-paper+calibration.steps=2,sparsegpt,wanda,svd-llm,basis-sharing"
+    command = ["compare", str(vit_directory), "--data", str(images), "--output", str(out), "--methods", methods]
+    assert main([*command, "--bytes", "0.05,0.5", "--seeds", "0,1", "--num-samples", "8", "--batch-size", "4"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+    result = json.loads((out / "compare.json").read_text())
+    assert result["metric"] == "top1_percent"
+    assert len(result["runs"]) == 7 * 2 * 2
+    for run in result["runs"]:
+        assert (run["quality"] is None) == (run["failure"] is not None)
+        assert run["stored_bytes"] is None or run["stored_bytes"] <= run["target_bytes"]
+    assert {run["method"] for run in result["runs"] if run["target_bytes"] == 0.5 and run["failure"]} == set()
+    assert "| fips | 0.5" in (out / "compare.md").read_text()
+
+
 def test_recipes_are_listed(capsys: Capture) -> None:
     assert main(["recipes", "--json"]) == 0
     assert {"paper", "demo", "paper-swin-l"} <= json.loads(capsys.readouterr().out).keys()
@@ -140,8 +156,22 @@ BAD_INPUT: dict[str, Case] = {
     "directory without config": (["compress", "IMAGES", "--data", "TEXT", "--budget", "0.5"], 1, "no config.json"),
     "budget 0": (["compress", "VIT", "--data", "IMAGES", "--budget", "0"], 2, "`budget`"),
     "budget over 1": (["compress", "VIT", "--data", "IMAGES", "--budget", "1.5"], 2, "`budget`"),
-    "budget below a basis": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.001"], 2, "one basis vector"),
-    "no budget": (["compress", "VIT", "--data", "IMAGES"], 2, "no budget"),
+    "budget below a basis": (
+        ["compress", "VIT", "--data", "IMAGES", "--budget", "0.001", "--method", "fips-paper"], 2, "one basis vector"
+    ),
+    "bytes below the patterns": (
+        ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.01"], 2, "below the cost of the patterns"
+    ),
+    "budget and bytes": (
+        ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.5", "--budget", "0.5"], 2, "got both"
+    ),
+    "strange group": (
+        ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.5", "--group", "some"], 2, "`--group` wants"
+    ),
+    "unknown method to compare": (
+        ["compare", "VIT", "--data", "IMAGES", "--output", "OUT", "--methods", "fips,magic"], 2, "`method`"
+    ),
+    "no size": (["compress", "VIT", "--data", "IMAGES"], 2, "no size"),
     "no data": (["compress", "VIT", "--budget", "0.5"], 1, "no calibration data"),
     "missing data": (["compress", "VIT", "--data", "./nothing", "--budget", "0.5"], 1, "nothing"),
     "empty image folder": (["compress", "VIT", "--data", "EMPTY", "--budget", "0.5"], 1, "empty"),
@@ -236,5 +266,5 @@ def test_an_interrupt_exits_cleanly_and_leaves_nothing(
 def test_help_names_every_subcommand(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("inspect", "compress", "evaluate", "recipes", "demo"):
+    for name in ("inspect", "compress", "evaluate", "compare", "bench", "export", "recipes", "demo"):
         assert name in out

@@ -56,18 +56,18 @@ def test_the_embedded_model_has_learned_python(tmp_path: Path) -> None:
 
 def test_the_demo_compresses_saves_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_module, "EVALUATION_WINDOWS", 4)
-    recipe = demo_module.demo_recipe(budget=0.5)
-    quick = recipe.compression.replace(calibration=recipe.compression.calibration.replace(steps=2))
+    recipe = demo_module.demo_recipe(target_bytes=0.5)
     assert recipe.data is not None
-    short = recipe.model_copy(update={"compression": quick, "data": recipe.data.replace(num_samples=16)})
+    short = recipe.model_copy(update={"data": recipe.data.replace(num_samples=16)})
     monkeypatch.setattr(demo_module, "demo_recipe", lambda **_: short)
     console = Console(record=True, width=100)
-    result = demo_module.run_demo(tmp_path / "out", budget=0.5, console=console)
+    result = demo_module.run_demo(tmp_path / "out", target_bytes=0.5, console=console)
     text = console.export_text()
     for word in ("model.layers.0.mlp", "Plan", "bits_per_byte", "model.safetensors:", "fips.load("):
         assert word in text
     assert result["file_bytes"]["after"] < 0.75 * result["file_bytes"]["before"]
-    assert result["bits_per_byte"]["after"]["bits_per_byte"] > result["bits_per_byte"]["before"]["bits_per_byte"]
+    before, after = (result["bits_per_byte"][key]["bits_per_byte"] for key in ("before", "after"))
+    assert abs(after - before) < 0.1
     assert sum(p.numel() for p in fips.load(tmp_path / "out").parameters()) > 1_000_000
 
 

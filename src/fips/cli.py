@@ -291,7 +291,7 @@ def recipes(as_json: Json = False) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")] = Path("fips-demo"),
-    budget: Annotated[float, typer.Option(help="Fraction of the MLP parameters to keep.")] = 0.5,
+    target_bytes: Annotated[float, typer.Option(help="Stored MLP bytes to keep, relative to 16-bit dense.")] = 0.4,
     as_json: Json = False,
 ) -> None:
     """Compress the embedded byte-level Llama on your interpreter's standard library; no network, under 3 minutes."""
@@ -299,7 +299,7 @@ def demo(
 
     console = stderr if as_json else stdout
     with _progress_bars() as progress:
-        result = run_demo(output, budget=budget, console=console, progress=progress)
+        result = run_demo(output, target_bytes=target_bytes, console=console, progress=progress)
     if as_json:
         _print_json(result)
 

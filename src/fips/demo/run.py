@@ -16,7 +16,7 @@ from fips.demo.corpus import calibration_files, copy_files, held_out_files
 from fips.evaluate import EvaluationResult
 from fips.jobs import compress_to_directory, evaluate_source, plan_source
 from fips.recipes import load_recipe
-from fips.report.tables import format_bytes, mlp_table, plan_table, result_table, size_table
+from fips.report.tables import format_bytes, mlp_table, plan_table, result_table
 from fips.storage.files import require_free
 
 __all__ = ["MODEL_DIRECTORY", "demo_recipe", "run_demo"]
@@ -26,17 +26,19 @@ WINDOW = 512
 EVALUATION_WINDOWS = 256
 
 
-def demo_recipe(*, budget: float) -> Recipe:
-    """The shipped ``demo`` recipe at a budget."""
+def demo_recipe(*, target_bytes: float) -> Recipe:
+    """The shipped ``demo`` recipe at a size."""
     recipe = load_recipe("demo")
-    fields = {**recipe.compression.model_dump(exclude_unset=True), "budget": budget}
+    fields = {**recipe.compression.model_dump(exclude_unset=True), "target_bytes": target_bytes}
     return recipe.model_copy(update={"compression": CompressionConfig(**fields)})
 
 
-def run_demo(output: Path, *, budget: float, console: Console, progress: Progress | None = None) -> dict[str, Any]:
+def run_demo(
+    output: Path, *, target_bytes: float, console: Console, progress: Progress | None = None
+) -> dict[str, Any]:
     """Compress the embedded model into ``output`` and print each step; returns the figures as a JSON-able dict."""
     started = time.perf_counter()
-    recipe = demo_recipe(budget=budget)
+    recipe = demo_recipe(target_bytes=target_bytes)
     require_free(output)
     source = str(MODEL_DIRECTORY)
     _, plan = plan_source(source, recipe)
@@ -54,7 +56,6 @@ def run_demo(output: Path, *, budget: float, console: Console, progress: Progres
         done = compress_to_directory(source, recipe, output, progress=progress)
         after = evaluate_source(str(output), evaluation)
     console.print(result_table(done.report))
-    console.print(size_table(plan))
     console.print(_quality_table(before, after))
     seconds = time.perf_counter() - started
     original_file = (MODEL_DIRECTORY / "model.safetensors").stat().st_size
