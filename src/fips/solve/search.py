@@ -128,6 +128,8 @@ class GroupSearch:
         points: list[Point] = []
         for choice in sorted(choices):
             fixed = self.fixed_bytes(choice)
+            if fixed is not None and len(choices) > 1 and not min(SIZES) <= fixed / size <= max(SIZES):
+                continue
             sizes = [fixed] if fixed is not None else [factor * size for factor in SIZES]
             for index, bytes_ in enumerate(sizes):
                 try:
