@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
 
     def on_run(run: Run) -> None:
         done.append(run)
+        partial = {"unfinished": True, "runs": [asdict(item) for item in done]}
+        (args.output / f"compare-{args.name}{args.suffix}-partial.json").write_text(json.dumps(partial, indent=2))
         print(run.seed, run.target_bytes, run.method, run.quality, run.relative_error, run.seconds, flush=True)
 
     return compare(
@@ -118,6 +120,7 @@ def main() -> None:
     }
     directory = args.output / f"compare-{args.name}{args.suffix}"
     write_comparison(result, directory, facts=facts)
+    (args.output / f"compare-{args.name}{args.suffix}-partial.json").unlink(missing_ok=True)
     print(json.dumps(result.rows(), indent=1))
 
 
