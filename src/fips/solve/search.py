@@ -26,6 +26,9 @@ __all__ = ["Choice", "GroupSearch", "Point", "Pricing", "allocate"]
 SIZES = (1.0, 0.6, 1.5)
 """Sizes at which the cheap choice of a group is measured, relative to an equal split."""
 STEPS = 200
+WORTH_SHARING = 0.85
+"""Error of a shared basis relative to pruning, at equal bytes, below which it is taken: a basis adapts to the
+calibration data more than a support does, and promises of less than this were not kept on other data."""
 ROUNDS, TRIAL_ROUNDS = 6, 2
 LATE_GAIN = 1.1
 """Rounds 3 to 6 have lowered the error by 5 to 8 % where it was measured; more is not expected of them."""
@@ -122,8 +125,8 @@ class GroupSearch:
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Errors of the choices around an equal share of ``size`` bytes.
 
-        A shared basis is solved at that size alone, and only where it leaves less error than pruning; its curve is then
-        that of pruning, scaled to go through this point.
+        A shared basis is solved at that size alone, and counts only where it leaves clearly less error than pruning; its
+        curve is then that of pruning, scaled to go through this point.
         """
         points: list[Point] = []
         for choice in sorted(choices):
@@ -151,7 +154,7 @@ class GroupSearch:
             ratio = self.solve(choice, size).losses[-1] / known
         except BudgetError:
             return []
-        return [Point(choice, point.bytes, ratio * point.loss) for point in pruned] if ratio < 1 else []
+        return [Point(choice, point.bytes, ratio * point.loss) for point in pruned] if ratio < WORTH_SHARING else []
 
     def _rule(self, choice: Choice, left: float) -> SupportRule:
         if ":" in choice.pattern:
