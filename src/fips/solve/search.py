@@ -125,8 +125,8 @@ class GroupSearch:
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Errors of the choices around an equal share of ``size`` bytes.
 
-        A shared basis is solved at that size alone, and counts only where it leaves clearly less error than pruning; its
-        curve is then that of pruning, scaled to go through this point.
+        A shared basis is solved at that size alone, and counts only where it leaves clearly less error than pruning;
+        its curve is then that of pruning, scaled to go through this point.
         """
         points: list[Point] = []
         for choice in sorted(choices):
