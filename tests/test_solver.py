@@ -21,7 +21,7 @@ from fips.solve.factors import refit, sparse_factors
 from fips.solve.patterns import nm_mask, unstructured_masks
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
-from fips.solve.search import Choice, Point, allocate
+from fips.solve.search import Choice, GroupSearch, Point, Pricing, allocate
 from fips.solve.supports import ByteBudget
 from fips.solve.svd import shared_svd
 from fips.statistics import collect_moments
@@ -468,3 +468,13 @@ def test_a_byte_budget_is_kept_and_full_factors_lose_their_pattern() -> None:
     assert all((mask.view(16, 10, 4).all(2) == mask.view(16, 10, 4).any(2)).all() for mask in blocks)
     with pytest.raises(BudgetError, match="patterns"):
         ByteBudget(total=100, value_bytes=1)(scores)
+
+
+def test_a_basis_is_not_shared_where_pruning_loses_nothing() -> None:
+    """More bytes than dense int8 matrices take: everything is kept whole, and no basis is paid for."""
+    search = GroupSearch(problems(), (0, 1, 0, 1), Pricing(value=1.0, basis_entry=2.0, row_scale=2.0), {})
+    dense = search.overhead(Choice(False, "unstructured")) + 4 * D * F
+    points = search.trials([Choice(False, "unstructured"), Choice(True, "unstructured")], 1.2 * dense)
+    assert not any(point.choice.shared for point in points)
+    ((choice, size),) = allocate([points], 1.2 * dense)
+    assert all(bool(mask.all()) for mask in search.solve(choice, size).masks_RF)

@@ -147,7 +147,9 @@ class GroupSearch:
 
     def _shared_trials(self, choice: Choice, size: float, points: Sequence[Point]) -> list[Point]:
         pruned = [point for point in points if point.choice == Choice(False, choice.pattern)]
-        known = _loss_at(pruned, size)
+        known = _on_curve(pruned, size) if pruned else 0.0
+        if known <= FLOOR * max((point.loss for point in pruned), default=0.0):
+            return []  # pruning leaves nothing to gain
         try:
             if self.solve(choice, size, rounds=TRIAL_ROUNDS).losses[-1] > LATE_GAIN * known:
                 return []
@@ -252,8 +254,3 @@ def _between(left: Point, right: Point, size: float, floor: float) -> float:
     share = (size - left.bytes) / (right.bytes - left.bytes)
     ends = (math.log(max(point.loss, floor, 1e-30)) for point in (left, right))
     return math.exp(sum(weight * end for weight, end in zip((1 - share, share), ends, strict=True)))
-
-
-def _loss_at(points: Sequence[Point], size: float) -> float:
-    """The least error measured at a size."""
-    return min((point.loss for point in points if abs(point.bytes - size) <= 1e-9 * size), default=math.inf)
