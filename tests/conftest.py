@@ -19,6 +19,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+import fips
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -85,6 +87,12 @@ def batches_for(model: PreTrainedModel, *, count: int = 4, batch: int = 4, seed:
 @pytest.fixture
 def vit() -> PreTrainedModel:
     return tiny_model("vit")
+
+
+def quick_settings(**changes: Any) -> fips.CompressionConfig:
+    """The paper's recipe with two steps: the quickest way to a compressed model."""
+    calibration = {"steps": 2, "precision": "float32"}
+    return fips.CompressionConfig(**{"method": "fips-paper", "budget": 0.5, "calibration": calibration, **changes})
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ ORDER = [
     "solve.patterns",
     "solve.schedules",
     "solve.svd",
+    "solve.conjugate",
     "solve.problems",
     "solve.basis",
     "solve.factors",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batches_for, tiny_model
+from conftest import batches_for, quick_settings, tiny_model
 from safetensors.torch import load_file, save_file
 
 import fips
@@ -24,10 +24,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("llama")
-    calibration = {"steps": 2, "precision": "float32"}
-    fips.compress(
-        model, batches_for(model), fips.CompressionConfig(method="fips-paper", budget=0.5, calibration=calibration)
-    )
+    fips.compress(model, batches_for(model), quick_settings())
     path = tmp_path_factory.mktemp("saved") / "model"
     fips.save(model, path, recipe="compression: {budget: 0.5}\n")
     return path

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
-from conftest import DECODER, FAMILIES, SMALL, batches_for, tiny_model
+from conftest import DECODER, FAMILIES, SMALL, batches_for, quick_settings, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -41,8 +41,7 @@ class FamilyTests:
     def run(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, int]:
         """The compressed model, its directory and the predicted bytes."""
         model = self.model()
-        calibration = {"steps": 2, "precision": "float32"}
-        config = fips.CompressionConfig(method="fips-paper", budget=0.6, group_size=2, calibration=calibration)
+        config = quick_settings(budget=0.6, group_size=2)
         report = fips.compress(model, [self.inputs(model, seed) for seed in range(2)], config)
         path = tmp_path_factory.mktemp(self.family) / "model"
         assert fips.save(model, path) == report.plan["compressed_model"]["bytes"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import batches_for, tiny_model
+from conftest import batches_for, quick_settings, tiny_model
 from PIL import Image
 from test_nn import mixed_llama
 from torch import Tensor
@@ -30,9 +30,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("export")
     for family in ("llama", "vit"):
         model = tiny_model(family)
-        calibration = {"steps": 2, "precision": "float32"}
-        config = fips.CompressionConfig(method="fips-paper", budget=0.5, group_size=2, calibration=calibration)
-        fips.compress(model, batches_for(model), config)
+        fips.compress(model, batches_for(model), quick_settings(group_size=2))
         processor = ViTImageProcessor(size={"height": 32, "width": 32}) if family == "vit" else None
         fips.save(model, root / family, processor=processor)
     mixed, _ = mixed_llama()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batches_for, tiny_model
+from conftest import batches_for, quick_settings, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,10 +60,7 @@ def questions(count: int = 24) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("llama")
-    calibration = {"steps": 2, "precision": "float32"}
-    fips.compress(
-        model, batches_for(model), fips.CompressionConfig(method="fips-paper", budget=0.5, calibration=calibration)
-    )
+    fips.compress(model, batches_for(model), quick_settings())
     path = tmp_path_factory.mktemp("lm-eval") / "model"
     fips.save(model, path, processor=tokenizer())
     return path

@@ -8,7 +8,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from conftest import batches_for, tiny_model
+from conftest import batches_for, quick_settings, tiny_model
 from test_nn import mixed_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -24,10 +24,7 @@ SOURCES = ["shared", "mixed"]
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Llama in two groups, and one whose matrices use every format, int8 and no basis."""
     model = tiny_model("llama")
-    config = fips.CompressionConfig(
-        method="fips-paper", budget=0.5, group_size=2, calibration={"steps": 2, "precision": "float32"}
-    )
-    fips.compress(model, batches_for(model), config)
+    fips.compress(model, batches_for(model), quick_settings(group_size=2))
     root = tmp_path_factory.mktemp("runtime")
     fips.save(model, root / "shared")
     mixed, _ = mixed_llama()
@@ -123,10 +120,7 @@ def test_export_gives_the_same_outputs(directories: dict[str, Path], source: str
 def test_compile_captures_the_whole_graph() -> None:
     """One block, so that the compiler is quick; gradients too."""
     model = tiny_model("llama", num_hidden_layers=1)
-    calibration = {"steps": 2, "precision": "float32"}
-    fips.compress(
-        model, batches_for(model), fips.CompressionConfig(method="fips-paper", budget=0.5, calibration=calibration)
-    )
+    fips.compress(model, batches_for(model), quick_settings())
     model.config.use_cache = False
     compiled = torch.compile(model, fullgraph=True)
     expected = model(IDS).logits

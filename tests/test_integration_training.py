@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batches_for, tiny_model
+from conftest import batches_for, quick_settings, tiny_model
 from test_nn import mixed_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -34,11 +34,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def packed(family: str, **changes: Any) -> PreTrainedModel:
     model = tiny_model(family)
-    calibration = {"steps": 2, "precision": "float32"}
-    config = fips.CompressionConfig(
-        **{"method": "fips-paper", "budget": 0.5, "group_size": 2, "calibration": calibration, **changes}
-    )
-    fips.compress(model, batches_for(model), config)
+    fips.compress(model, batches_for(model), quick_settings(**{"group_size": 2, **changes}))
     return model
 
 

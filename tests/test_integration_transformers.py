@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import batches_for, tiny_model
+from conftest import batches_for, quick_settings, tiny_model
 from safetensors.torch import load_file, save_file
 from test_nn import mixed_llama
 from torch import Tensor, nn
@@ -30,12 +30,6 @@ from fips.storage.files import MANIFEST
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(5))
 
 
-def settings(**changes: Any) -> fips.CompressionConfig:
-    return fips.CompressionConfig(
-        **{"method": "fips-paper", "budget": 0.5, "calibration": {"steps": 2, "precision": "float32"}, **changes}
-    )
-
-
 def logits_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids).logits
@@ -45,7 +39,7 @@ def logits_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compressed Llama in two groups."""
     model = tiny_model("llama")
-    fips.compress(model, batches_for(model), settings(group_size=2))
+    fips.compress(model, batches_for(model), quick_settings(group_size=2))
     path = tmp_path_factory.mktemp("saved") / "llama"
     fips.save(model, path)
     return path
@@ -111,7 +105,7 @@ def test_a_head_loads_from_a_directory_of_the_base_model(saved: Path, tmp_path: 
 def test_image_models_load(tmp_path: Path) -> None:
     model = tiny_model("vit")
     batch = batches_for(model)[0]
-    fips.compress(model, batches_for(model), settings())
+    fips.compress(model, batches_for(model), quick_settings())
     fips.save(model, tmp_path / "vit")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "vit")
     with torch.no_grad():
@@ -140,7 +134,7 @@ def test_save_pretrained_writes_packed_tensors_again(
 
 def test_save_pretrained_works_right_after_compression(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    fips.compress(model, batches_for(model), settings())
+    fips.compress(model, batches_for(model), quick_settings())
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits_of(model))
 
@@ -188,7 +182,7 @@ def test_mixed_storage_loads_exactly(tmp_path: Path) -> None:
 
 def test_narrow_factors_stay_narrow_and_a_narrower_dtype_casts_all(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    fips.compress(model, batches_for(model), settings(factor_dtype="bfloat16"))
+    fips.compress(model, batches_for(model), quick_settings(factor_dtype="bfloat16"))
     fips.save(model, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.float32

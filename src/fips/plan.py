@@ -214,7 +214,7 @@ def _pattern_rate(config: CompressionConfig) -> float:
 
 def _check_alignment(group: LayerGroup, config: CompressionConfig) -> None:
     for site in group.sites:
-        blocks = block_size(config.resolved_pattern) if config.resolved_pattern.startswith("block") else 1
+        blocks = block_size(config.resolved_pattern)
         if site.columns % blocks:
             raise ConfigError(
                 f"`pattern` {config.pattern} needs hidden sizes that are a multiple of {blocks}, but `{site.name}` has "

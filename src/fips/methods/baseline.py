@@ -134,16 +134,15 @@ def _teams(plan: GroupPlan, method: str) -> Iterator[list[LinearSite]]:
 def _rank(plan: GroupPlan, bench: Workbench, columns: int) -> int:
     config, width = bench.config, plan.group.width
     dense = width * columns
-    allowed = config.budget * dense if config.budget else _bytes_per_entry(plan, bench) * dense / itemsize(plan.dtype)
+    if config.budget:
+        allowed = config.budget * dense
+    else:
+        share = columns / plan.group.columns
+        allowed = target_bytes(plan.group, config) * share / itemsize(plan.dtype)
     rank = int(allowed / (width + columns))
     if rank < 1:
         raise BudgetError(f"not one vector of {width} + {columns} numbers fits; ask for more bytes")
     return rank
-
-
-def _bytes_per_entry(plan: GroupPlan, bench: Workbench) -> float:
-    """Bytes per entry of the dense matrices."""
-    return target_bytes(plan.group, bench.config) / (plan.group.width * plan.group.columns)
 
 
 def _factorize(

@@ -22,7 +22,7 @@ from fips.solve.reorder import neighbour_order
 from fips.solve.search import Choice, GroupSearch, Point, Pricing, allocate
 from fips.solve.supports import Reduction
 from fips.statistics import LayerMoments, moment_bytes
-from fips.storage.packing import BITMASK, DENSE, code_bits
+from fips.storage.packing import BITMASK, DENSE, block_size, code_bits
 from fips.structure import LinearSite
 
 __all__ = ["compress_by_solver", "site_problem"]
@@ -113,9 +113,8 @@ def _search(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoment
     config, sites = bench.config, plan.group.sites
     orders = [torch.arange(site.columns, device=bench.device) for site in sites]
     search = _group_search(bench, plan, moments, orders)
-    pattern = config.resolved_pattern
-    if pattern.startswith("block"):
-        block = int(pattern.removeprefix("block"))
+    block = block_size(config.resolved_pattern)
+    if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
             free = search.solve(Choice(False, "unstructured"), _share(plan, config))
         orders = _neighbours(plan, dict(zip([site.name for site in sites], free.masks_RF, strict=True)), block)
@@ -133,8 +132,9 @@ def _group_search(
             for weight_DF, site, order in zip(bench.weights(sites), sites, orders, strict=True)
         ]
     reductions: list[Reduction] = [0 if site.role == "up" else 1 for site in sites]
-    codes = {nm: code_bits(*map(int, nm.split(":"))) / int(nm.split(":")[1]) / 8 for nm in (*N16, config.pattern or "")
-             if ":" in nm}  # fmt: skip
+    codes = {
+        pattern: code_bits(*nm) for pattern in (*N16, config.resolved_pattern) if (nm := Choice(False, pattern).nm)
+    }
     return GroupSearch(problems, reductions, _pricing(plan, config), codes)
 
 

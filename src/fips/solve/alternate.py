@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import MaskChooser, refit, sparse_factors
 from fips.solve.problems import LayerProblem
 
-__all__ = ["Factorization", "alternate", "grow_basis", "prune"]
+__all__ = ["Factorization", "alternate", "prune"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +38,15 @@ def alternate(
     basis_DR: Tensor,
     choose: MaskChooser,
     *,
-    start: Factorization | None = None,
     max_rounds: int = 6,
     tolerance: float = 2e-3,
 ) -> Factorization:
     """Alternate sparse factors and basis from a start; stops when a round gains less than ``tolerance``.
 
     A round whose new support is worse than the refitted old one keeps the old support, so that the error never rises.
-    ``start``, a pruning of the same problems, is what the first round must beat: then ``basis_DR`` is the identity.
     """
     basis_DR, _ = normalize(basis_DR.float(), [])
-    best = start
+    best: Factorization | None = None
     for _ in range(max_rounds):
         for problem in problems:
             problem.prepare(basis_DR)
@@ -79,14 +76,3 @@ def _best_factors(
 
 def _total(problems: Sequence[LayerProblem], basis_DR: Tensor | None, factors_RF: Sequence[Tensor]) -> float:
     return sum(problem.loss(basis_DR, factor) for problem, factor in zip(problems, factors_RF, strict=True))
-
-
-def grow_basis(basis_DR: Tensor, weights_DF: Sequence[Tensor], *, rank: int, seed: int) -> Tensor:
-    """Columns added up to a rank beyond D: normalized random columns of the weights."""
-    extra = rank - basis_DR.shape[1]
-    if extra <= 0:
-        return basis_DR
-    columns_DF = torch.cat(list(weights_DF), dim=1)
-    order = torch.randperm(columns_DF.shape[1], generator=torch.Generator().manual_seed(seed))[:extra]
-    chosen_DR = columns_DF[:, order.to(columns_DF.device)].to(basis_DR.dtype)
-    return torch.cat([basis_DR, chosen_DR / chosen_DR.norm(dim=0).clamp_min(1e-12)], dim=1)

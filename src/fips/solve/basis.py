@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fips.solve.conjugate import conjugate_gradients
 from fips.solve.problems import LayerProblem
 
 __all__ = ["fit_basis", "normalize"]
@@ -29,18 +30,8 @@ def fit_basis(
         return total
 
     residual = torch.stack([target for _, _, target in terms]).sum(0) - apply(basis_DR)
-    direction, product = residual.clone(), residual.square().sum()
-    first = product
-    for _ in range(iterations):
-        if product <= 1e-12 * first or product == 0:
-            break
-        moved = apply(direction)
-        step = product / (direction * moved).sum()
-        basis_DR = basis_DR + step * direction
-        residual = residual - step * moved
-        before, product = product, residual.square().sum()
-        direction = residual + (product / before) * direction
-    return basis_DR
+    enough = 1e-12 * residual.square().sum()
+    return conjugate_gradients(apply, basis_DR, residual, iterations=iterations, enough=enough)
 
 
 def normalize(basis_DR: Tensor, factors_RF: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fips.solve.conjugate import conjugate_gradients
 from fips.solve.problems import LayerProblem
 
 __all__ = ["MaskChooser", "refit", "sparse_factors"]
@@ -53,15 +54,10 @@ def refit(problem: LayerProblem, start_RF: Tensor, mask_RF: Tensor, *, iteration
 def _fit(problem: LayerProblem, start_RF: Tensor, mask_RF: Tensor, iterations: int) -> Tensor:
     scaled = start_RF * mask_RF
     residual = (problem.target_RF - problem.apply(scaled)) * mask_RF
-    direction, product = residual.clone(), residual.square().sum()
-    first = product
-    for _ in range(iterations):
-        if product <= 1e-10 * first or product == 0:
-            break
-        moved = problem.apply(direction) * mask_RF
-        step = product / (direction * moved).sum()
-        scaled = scaled + step * direction
-        residual = residual - step * moved
-        before, product = product, residual.square().sum()
-        direction = residual + (product / before) * direction
-    return scaled
+    return conjugate_gradients(
+        lambda direction: problem.apply(direction) * mask_RF,
+        scaled,
+        residual,
+        iterations=iterations,
+        enough=1e-10 * residual.square().sum(),
+    )

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fips.solve.conjugate import conjugate_gradients
+
 __all__ = ["LayerProblem"]
 
 DAMPING = 1e-4
@@ -82,20 +84,14 @@ class LayerProblem:
         solved_RF = self._solve_runs(wanted_RF, rho)
         if len(self._right_eigen) == 1:
             return solved_RF
-        residual = wanted_RF - self.apply(solved_RF) - rho * solved_RF
-        direction = scaled = self._solve_runs(residual, rho)
-        product = (residual * scaled).sum()
-        for _ in range(iterations):
-            if product <= 1e-8 * wanted_RF.square().sum():
-                break
-            moved = self.apply(direction) + rho * direction
-            step = product / (direction * moved).sum()
-            solved_RF = solved_RF + step * direction
-            residual = residual - step * moved
-            scaled = self._solve_runs(residual, rho)
-            before, product = product, (residual * scaled).sum()
-            direction = scaled + (product / before) * direction
-        return solved_RF
+        return conjugate_gradients(
+            lambda direction_RF: self.apply(direction_RF) + rho * direction_RF,
+            solved_RF,
+            wanted_RF - self.apply(solved_RF) - rho * solved_RF,
+            iterations=iterations,
+            enough=1e-8 * wanted_RF.square().sum(),
+            precondition=lambda residual_RF: self._solve_runs(residual_RF, rho),
+        )
 
     def _solve_runs(self, wanted_RF: Tensor, rho: float) -> Tensor:
         """The solution of the prox equation without correlations between runs of columns."""

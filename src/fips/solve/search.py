@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,6 +44,17 @@ class Choice(NamedTuple):
     pattern: str
     """``unstructured``, ``block4``, ``block8`` or N:M."""
 
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        """``(N, M)`` of an N:M pattern, whose size is fixed; None of the others."""
+        n, colon, m = self.pattern.partition(":")
+        return (int(n), int(m)) if colon else None
+
+    @property
+    def block(self) -> int:
+        """Neighbours under one bit of the pattern."""
+        return int(self.pattern.removeprefix("block")) if self.pattern.startswith("block") else 1
+
 
 class Point(NamedTuple):
     """A choice, the bytes it took and the error it left."""
@@ -68,8 +79,8 @@ class Pricing:
 class GroupSearch:
     """The problems of one group under all choices that its shapes allow.
 
-    ``reductions`` is the axis of every factor along which N:M patterns run; ``code_bytes`` the bytes of an N:M pattern
-    per entry.
+    ``reductions`` is the axis of every factor along which N:M patterns run; ``code_bits`` the bits of an N:M pattern
+    per M entries, by pattern.
     """
 
     def __init__(
@@ -77,10 +88,10 @@ class GroupSearch:
         problems: Sequence[LayerProblem],
         reductions: Sequence[Reduction],
         pricing: Pricing,
-        code_bytes: dict[str, float],
+        code_bits: Mapping[str, int],
     ) -> None:
         self.problems, self.reductions, self.pricing = problems, tuple(reductions), pricing
-        self.code_bytes = code_bytes
+        self.code_bits = code_bits
         self.width = problems[0].weight_DF.shape[0]
         self.columns = sum(problem.weight_DF.shape[1] for problem in problems)
         self._solved: dict[tuple[Choice, float, int], Factorization] = {}
@@ -95,11 +106,11 @@ class GroupSearch:
 
     def fixed_bytes(self, choice: Choice) -> float | None:
         """The size of an N:M choice, which its pattern decides; None for the others."""
-        if ":" not in choice.pattern:
+        if choice.nm is None:
             return None
-        n, m = map(int, choice.pattern.split(":"))
-        code = self.code_bytes[choice.pattern] if self.pricing.pattern_bit else 0.0
-        return self.overhead(choice) + self.width * self.columns * (n / m * self.pricing.value + code)
+        n, m = choice.nm
+        entry = (n * self.pricing.value + self.code_bits[choice.pattern] * self.pricing.pattern_bit) / m
+        return self.overhead(choice) + self.width * self.columns * entry
 
     def _dense_bytes(self, choice: Choice) -> float:
         """The most a choice can take: all factors whole, without patterns."""
@@ -159,11 +170,9 @@ class GroupSearch:
         return [Point(choice, point.bytes, ratio * point.loss) for point in pruned] if ratio < WORTH_SHARING else []
 
     def _rule(self, choice: Choice, left: float) -> SupportRule:
-        if ":" in choice.pattern:
-            n, m = map(int, choice.pattern.split(":"))
-            return FixedPattern(n, m, self.reductions)
-        block = int(choice.pattern.removeprefix("block")) if choice.pattern.startswith("block") else 1
-        return ByteBudget(left, self.pricing.value, self.pricing.pattern_bit, block)
+        if choice.nm is not None:
+            return FixedPattern(*choice.nm, self.reductions)
+        return ByteBudget(left, self.pricing.value, self.pricing.pattern_bit, choice.block)
 
 
 def allocate(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choice, float]]:
@@ -173,9 +182,9 @@ def allocate(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choi
     patterns, whose sizes are fixed, leave bytes unused, the best split without them is taken if it promises less
     error. Raises ``BudgetError`` if even the smallest choices do not fit.
     """
-    free = [[point for point in points if ":" not in point.choice.pattern] for points in trials]
+    free = [[point for point in points if point.choice.nm is None] for points in trials]
     splits = [_split(trials, total)]
-    if all(free) and any(":" in choice.pattern for choice, _ in splits[0]):
+    if all(free) and any(choice.nm is not None for choice, _ in splits[0]):
         with suppress(BudgetError):
             splits.append(_split(free, total))
     return min(splits, key=lambda split: _promise(trials, split))
@@ -219,7 +228,7 @@ def _split(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choice
         if at + 2 < len(hull):
             heapq.heappush(queue, (_slope(hull, at + 1), index))
     ends = [hull[at] for hull, at in zip(hulls, position, strict=True)]
-    open_ends = [index for index, end in enumerate(ends) if ":" not in end.choice.pattern]
+    open_ends = [index for index, end in enumerate(ends) if end.choice.nm is None]
     spare = max(total - spent, 0.0) / max(len(open_ends), 1)
     return [(end.choice, end.bytes + (spare if index in open_ends else 0.0)) for index, end in enumerate(ends)]
 
