@@ -69,7 +69,7 @@ def test_sparsity_follows_the_pattern() -> None:
 def test_defaults_follow_the_method() -> None:
     paper, ours = CompressionConfig(method="fips-paper", budget=0.5), CompressionConfig(target_bytes=0.5)
     assert (paper.resolved_pattern, paper.calibration_steps, paper.value_kind) == ("unstructured", 600, "float")
-    assert (ours.method, ours.resolved_pattern, ours.calibration_steps, ours.value_kind) == ("fips", "auto", 0, "int8")
+    assert (ours.method, ours.resolved_pattern, ours.calibration_steps, ours.value_kind) == ("fips", "auto", 0, "auto")
     assert CompressionConfig(budget=0.5).value_kind == "float"
     assert CompressionConfig(target_bytes=0.5, schedule="rigl").resolved_pattern == "unstructured"
 

@@ -175,7 +175,11 @@ def test_mixed_storage_loads_exactly(tmp_path: Path) -> None:
     fips.save(model, tmp_path / "mixed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
     assert torch.equal(logits_of(again), logits_of(model))
-    assert {t.dtype for n, t in again.state_dict().items() if n.endswith("values")} == {torch.int8, torch.float32}
+    assert {t.dtype for n, t in again.state_dict().items() if n.endswith("values")} == {
+        torch.int8,
+        torch.uint8,
+        torch.float32,
+    }
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(logits_of(fips.load(tmp_path / "again")), logits_of(model))
 

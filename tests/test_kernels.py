@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from fips.errors import BackendError
 from fips.kernels import cpu, ops, reference
 from fips.kernels.reference import Packed
 from fips.solve.patterns import nm_mask
-from fips.storage.packing import BLOCKS, pack, quantize_rows, row_scales
+from fips.storage.packing import BLOCKS, pack, pack_integers, quantize_rows, row_scales, unpack_integers
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
 
@@ -98,6 +100,31 @@ def test_every_path_agrees_with_float64(fmt: str, values: torch.dtype, isa: str)
                     assert_close(y, exact(x, packed, bias), TOLERANCE[dtype])
                     ran += 1
         assert ran >= 27
+
+
+def narrow(packed: Packed, bits: int) -> Packed:
+    """The matrix with its int8 values shortened to their highest bits."""
+    values = packed.values_Z >> (8 - bits)
+    return replace(packed, values_Z=pack_integers(values, bits=bits), bits=bits, count=values.numel())
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_integers_of_few_bits_agree_with_float64(fmt: str, bits: int, isa: str) -> None:
+    for shape in ((96, 160), *SHAPES):
+        if not fits(fmt, shape, 1):
+            continue
+        packed = narrow(example(fmt, shape, dtype=torch.int8), bits)
+        wide = replace(packed, values_Z=unpack_integers(packed.values_Z, bits=bits, count=packed.count), count=0)
+        prepared = cpu.prepare(packed)
+        for tokens in (1, 4, 33):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = inputs(tokens, shape[1], dtype)
+                y = cpu.multiply(x, prepared, isa=isa)
+                assert_close(y, exact(x, wide), TOLERANCE[dtype])
+                assert_close(reference.multiply(x, packed), exact(x, wide), TOLERANCE[dtype])
 
 
 @needs_library
@@ -221,5 +248,5 @@ def test_gradients_of_the_operator(fmt: str, axis: int) -> None:
 def test_the_operator_compiles() -> None:
     packed = example("bitmask", (96, 160))
     x = inputs(6, 160, torch.float32)
-    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1)
+    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, 8, 0)
     torch.library.opcheck(torch.ops.fips.packed_linear, sample, test_utils=("test_schema", "test_faketensor"))

@@ -24,7 +24,7 @@ from fips.structure.locate import Role
 
 WIDTH, COLUMNS, RANK = 12, 40, 16
 FORMATS = ["dense", "bitmask", "2:8", "block4", "block8"]
-CASES = list(itertools.product(["up", "down"], FORMATS, ["float", "int8"], [True, False]))
+CASES = list(itertools.product(["up", "down"], FORMATS, ["float", "int8", "int5", "int2"], [True, False]))
 
 
 def mask_for(fmt: str, role: Role, rank: int, columns: int, seed: int = 0) -> Tensor:
@@ -69,12 +69,17 @@ def test_forward_equals_the_dense_product(role: Role, fmt: str, values: ValueKin
     layer.bias = nn.Parameter(torch.randn(layer.out_features))
     stored = layer.factor().detach().double()
     canonical = stored.T if role == "up" else stored
-    if values == "int8":
-        assert layer.values.dtype == torch.int8
+    if values != "float":
+        bits = int(values[3:])
+        assert layer.values.dtype == (torch.int8 if bits == 8 else torch.uint8)
+        assert layer.values.numel() == -(-layer.nonzeros * bits // 8)
         assert layer.scales.shape == (layer.factor_shape[0],)
         assert [name for name, _ in layer.named_parameters()] == ["bias"]
         row = stored.abs().amax(1, keepdim=True)
-        assert ((stored - (factor_RF.T if role == "up" else factor_RF).double()).abs() <= row / 127 * 0.501).all()
+        assert (
+            (stored - (factor_RF.T if role == "up" else factor_RF).double()).abs()
+            <= row / (2 ** (bits - 1) - 1) * 0.501
+        ).all()
     else:
         assert torch.equal(canonical, factor_RF.double())
     weight_DF = canonical if basis is None else basis.weight.detach().double() @ canonical
@@ -84,7 +89,7 @@ def test_forward_equals_the_dense_product(role: Role, fmt: str, values: ValueKin
     assert (actual - expected).norm() / expected.norm() < 5e-6
     merged = weight_DF.T if role == "up" else weight_DF
     assert (layer.dense_weight().double() - merged).norm() / merged.norm() < 5e-6
-    assert layer.num_kept() == layer.values.numel()
+    assert layer.num_kept() == layer.nonzeros
 
 
 def test_explicit_scales_are_kept_and_rounded_to_the_stored_type() -> None:
@@ -112,9 +117,9 @@ def test_hidden_columns_must_fill_the_blocks_and_a_width_must_be_known() -> None
 STORAGE = [
     LayerStorage(0, "bitmask", "int8"),
     LayerStorage(0, "block4", "float", shared=False),
-    LayerStorage(0, "4:16", "int8", shared=False),
-    LayerStorage(0, "block8", "int8"),
-    LayerStorage(0, "dense", "int8"),
+    LayerStorage(0, "4:16", "int4", shared=False),
+    LayerStorage(0, "block8", "int6"),
+    LayerStorage(0, "dense", "int3"),
     LayerStorage(0, "bitmask", "float", shared=False),
     LayerStorage(0, "block8", "float"),
     LayerStorage(0, "2:4", "float"),
@@ -130,7 +135,7 @@ def mixed_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, int]:
     storages = []
     for site, plan in zip(group.sites, STORAGE, strict=True):
         layer = replacement(site, plan, basis if plan.shared else None, dtype)
-        storages.append(LayerStorage(layer.values.numel(), plan.fmt, plan.values, plan.shared))
+        storages.append(LayerStorage(layer.nonzeros, plan.fmt, plan.values, plan.shared))
         model.set_submodule(site.name, layer)
     setattr(basis_owner(model), BASES, nn.ModuleDict({group.name: basis}))
     itemsize = torch.empty(0, dtype=dtype).element_size()
@@ -201,7 +206,7 @@ def test_a_layout_written_before_the_new_fields_still_parses_and_is_written_unch
         ({"width": 32}, "either `basis` or `width`"),
         ({"basis": None}, "either `basis` or `width`"),
         ({"format": "block4", "columns": 81}, "does not fill the blocks of block4"),
-        ({"values": "int4"}, "values"),
+        ({"values": "int9"}, "values"),
     ],
 )
 def test_contradictory_layouts_are_refused(change: dict[str, object], message: str) -> None:

@@ -14,11 +14,15 @@ from fips.storage.packing import (
     BlockAxis,
     code_bits,
     dequantize_rows,
+    largest_integer,
     pack,
+    pack_integers,
+    packed_length,
     pattern_bytes,
     quantize_rows,
     row_scales,
     unpack,
+    unpack_integers,
     unpack_mask,
 )
 
@@ -105,6 +109,22 @@ def test_int8_rows_reach_127_and_err_by_half_a_step_at_most() -> None:
     assert quantized.abs().amax(1).tolist() == [0 if row == 2 else 127 for row in range(13)]
     error = (dequantize_rows(quantized, scales) - matrix * mask).abs()
     assert (error <= scales.unsqueeze(1) * 0.5001).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 1003])
+def test_integers_of_few_bits_come_back_exactly(bits: int, count: int) -> None:
+    limit = largest_integer(bits)
+    generator = torch.Generator().manual_seed(count)
+    values = torch.randint(-limit - 1, limit + 1, (count,), generator=generator).to(torch.int8)
+    packed = pack_integers(values, bits=bits)
+    assert packed.numel() == packed_length(count, bits) == -(-count * bits // 8)
+    assert torch.equal(unpack_integers(packed, bits=bits, count=count), values)
+
+
+def test_the_stream_of_integers_starts_at_the_lowest_bit() -> None:
+    packed = pack_integers(torch.tensor([1, -1, 3], dtype=torch.int8), bits=3)
+    assert packed.tolist() == [0b11_111_001, 0b0]  # 1, 7 and the low bits of 3; then its high bit, 0
 
 
 def test_int8_clips_to_a_symmetric_range() -> None:

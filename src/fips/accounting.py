@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from fips.nn import ValueKind
-from fips.storage.packing import BITMASK, pattern_bytes
+from fips.storage.packing import BITMASK, ValueKind, packed_length, pattern_bytes, value_bits
 from fips.structure import LayerGroup, LinearSite
 
 __all__ = ["Footprint", "LayerStorage", "dense_footprint", "factored_footprint", "named_state", "state_bytes"]
@@ -75,7 +74,7 @@ def factored_footprint(
 
     Either ``layers`` says how each site of the group is stored, in order, or ``nonzeros`` is the number of floating
     values of all of them together in one format. ``itemsize`` is that of basis, floating values and scales. A basis
-    that no layer uses takes nothing. Scales of int8 values are bytes, not parameters. Multiply-adds: every matrix
+    that no layer uses takes nothing. Scales of integer values are bytes, not parameters. Multiply-adds: every matrix
     applies its basis once and its non-zeros once, whatever the kernel spends on zeros.
     """
     if layers is None:
@@ -99,10 +98,11 @@ def _layer_bytes(site: LinearSite, layer: LayerStorage, rank: int, itemsize: int
     """``(values and scales, pattern)`` of one matrix."""
     rank = rank if layer.shared else site.width
     pattern = pattern_bytes(size=rank * site.columns, fmt=layer.fmt)
-    if layer.values == "float":
+    bits = value_bits(layer.values)
+    if bits is None:
         return layer.nonzeros * itemsize, pattern
     rows = site.columns if site.role == "up" else rank
-    return layer.nonzeros + rows * itemsize, pattern
+    return packed_length(layer.nonzeros, bits) + rows * itemsize, pattern
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:

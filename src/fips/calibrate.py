@@ -20,6 +20,7 @@ from fips.config import CompressionConfig
 from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
 from fips.solve.schedules import gmp_sparsity, rigl_fraction, update_steps
 from fips.statistics import RunningVariance
+from fips.storage.packing import largest_integer
 from fips.structure import LinearSite
 
 __all__ = ["BlockError", "TrainableGroup", "autocast_for", "block_errors", "calibrate_", "resolve_precision", "swapped"]
@@ -37,6 +38,8 @@ class _TrainableLinear(nn.Module):
         self._borrowed = (basis_DR, bias)
         self.factor_RF = nn.Parameter(factor_RF)
         self.mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)
+        self.grid: tuple[Tensor, int] | None = None
+        """Steps that broadcast over the factor, and the largest integer."""
         self.up = site.role == "up"
         self.weight = torch.empty(0, dtype=torch.int8)  # T5 asks for it, and casts its input to any other type
         self.want_dense_gradient = False
@@ -47,11 +50,18 @@ class _TrainableLinear(nn.Module):
         factor_RF = self.factor_RF * self.mask_RF
         if self.want_dense_gradient and factor_RF.requires_grad:
             factor_RF.register_hook(self._keep_gradient)
+        if self.grid is not None:
+            factor_RF = factor_RF + (_on_grid(factor_RF.detach(), *self.grid) - factor_RF.detach())
         weight_DF = (factor_RF if basis_DR is None else basis_DR @ factor_RF).to(x.dtype)
         return linear(x, weight_DF.T if self.up else weight_DF, None if bias is None else bias.to(x.dtype))
 
     def _keep_gradient(self, gradient_RF: Tensor) -> None:
         self.dense_gradient_RF = gradient_RF.detach()
+
+
+def _on_grid(factor_RF: Tensor, steps: Tensor, limit: int) -> Tensor:
+    """Nearest multiples of the steps, clipped."""
+    return torch.where(steps == 0, 0.0, factor_RF / steps).round().clamp(-limit, limit) * steps
 
 
 def choose_masks(
@@ -121,6 +131,15 @@ class TrainableGroup:
         """Use other supports; entries outside them keep their value, unused."""
         for layer, mask_RF in zip(self.layers, masks, strict=True):
             layer.mask_RF = mask_RF
+
+    def set_steps(self, steps: Sequence[Tensor], bits: Sequence[int]) -> None:
+        """Train integers of some bits times the step of their stored row; gradients pass the rounding as it were not.
+
+        Reference: Bengio et al., arXiv 1308.3432 (straight-through estimator).
+        """
+        for layer, steps_N, width in zip(self.layers, steps, bits, strict=True):
+            steps_11 = steps_N.float().unsqueeze(0 if layer.up else 1)
+            layer.grid = (steps_11, largest_integer(width))
 
     def prune(self, sparsity: float) -> None:
         """Keep the largest magnitudes at a sparsity and zero the rest for good."""

@@ -95,7 +95,7 @@ def compress(
     group: Annotated[
         str | None, typer.Option(help="Who shares a basis: `auto` as measured, `none`, or a number of blocks.")
     ] = None,
-    values: Annotated[str | None, typer.Option(help="Type of the values: float or int8.")] = None,
+    values: Annotated[str | None, typer.Option(help="Type of the values: auto, float, or int2 to int8.")] = None,
     distill: Annotated[
         int | None, typer.Option(metavar="STEPS", help="End-to-end steps with the original as teacher.")
     ] = None,
@@ -213,7 +213,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="Directory for compare.json, compare.md and compare.svg.")],
     methods: Annotated[
         str, typer.Option(help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100.")
-    ] = "fips,no-sharing,fips-paper,sparsegpt,wanda,magnitude,svd-llm,basis-sharing,svd",
+    ] = "fips,no-sharing,fips-paper,gptq,sparsegpt,wanda,magnitude,svd-llm,basis-sharing,svd",
     sizes: Annotated[
         str, typer.Option("--bytes", help="Stored MLP bytes relative to 16-bit dense.")
     ] = "0.3,0.4,0.5,0.6",

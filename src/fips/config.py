@@ -19,10 +19,11 @@ from fips.errors import ConfigError
 __all__ = ["CalibrationConfig", "CompressionConfig", "DataConfig", "DistillConfig", "MetricConfig", "Recipe"]
 
 FactorDtype = Literal["float32", "bfloat16", "float16"]
-Method = Literal["fips", "fips-paper", "magnitude", "wanda", "sparsegpt", "svd", "svd-llm", "basis-sharing"]
+Method = Literal["fips", "fips-paper", "gptq", "magnitude", "wanda", "sparsegpt", "svd", "svd-llm", "basis-sharing"]
+Values = Literal["auto", "float", "int8", "int7", "int6", "int5", "int4", "int3", "int2"]
 DEFAULT_SPARSITY = 0.75
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
-BASELINES = (*PRUNERS, "svd", "svd-llm", "basis-sharing")
+BASELINES = ("gptq", *PRUNERS, "svd", "svd-llm", "basis-sharing")
 
 
 class Settings(BaseModel):
@@ -125,9 +126,9 @@ class CompressionConfig(Settings):
     sharing: Literal["auto", "always", "never"] = "auto"
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning); `fips`
     only, the paper's recipe always shares."""
-    values: Literal["float", "int8"] | None = None
-    """Type of the factor values: floating, or int8 with a scale per row. Default: int8 for `fips` with `target_bytes`,
-    else float."""
+    values: Values | None = None
+    """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
+    bits as measured per layer. Default: `auto` for `fips` with `target_bytes`, else float."""
     metric: MetricConfig = MetricConfig()
     distill: DistillConfig = DistillConfig()
     sparsity: float | None = Field(default=None, ge=0, lt=1)
@@ -185,16 +186,21 @@ class CompressionConfig(Settings):
             raise ValueError(f"`pattern: {self.pattern}` needs `method: fips`, got `{self.method}`")
         if self.sharing != "auto":
             raise ValueError(f"`sharing: {self.sharing}` needs `method: fips`, got `{self.method}`")
-        if self.values == "int8" and self.method not in PRUNERS:
-            raise ValueError(f"`values: int8` needs `method: fips` or pruning, got `{self.method}`")
+        if self.values == "auto" or (self.value_kind != "float" and self.method not in PRUNERS):
+            wanted = "`method: fips`" if self.values == "auto" else "`method: fips` or pruning"
+            raise ValueError(f"`values: {self.values}` needs {wanted}, got `{self.method}`")
         if self.distill.steps:
             raise ValueError(f"`distill` needs `method: fips`, got `{self.method}`")
+        if self.method == "gptq" and self.target_bytes is None:
+            raise ValueError("`method: gptq` keeps all parameters in fewer bits: give `target_bytes`, not `budget`")
         if self.method in BASELINES and (self.nm is not None or self.sparsity is not None):
             raise ValueError(
                 f"`method: {self.method}` takes neither `pattern` nor `sparsity`; its size follows the bytes"
             )
 
     def _check_fips(self) -> None:
+        if self.values == "auto" and self.target_bytes is None:
+            raise ValueError("`values: auto` weighs bits against bytes: give `target_bytes`, not `budget`")
         if self.schedule == "gmp":
             raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
         if self.sparsity is not None and self.nm is None:
@@ -226,11 +232,11 @@ class CompressionConfig(Settings):
         return "auto" if self.method == "fips" and self.schedule != "rigl" else "unstructured"
 
     @property
-    def value_kind(self) -> Literal["float", "int8"]:
+    def value_kind(self) -> Values:
         """``values``, or its default for the method."""
         if self.values is not None:
             return self.values
-        return "int8" if self.method == "fips" and self.target_bytes is not None else "float"
+        return "auto" if self.method == "fips" and self.target_bytes is not None else "float"
 
     @property
     def nm(self) -> tuple[int, int] | None:

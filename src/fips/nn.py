@@ -5,7 +5,7 @@ Shape legend: D width of the residual stream, F columns of one matrix, R rank of
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,24 @@ from fips.storage.packing import (
     BITMASK,
     DENSE,
     BlockAxis,
+    ValueKind,
     block_size,
     dequantize_rows,
     pack,
+    pack_integers,
+    packed_length,
     parse_nm,
     pattern_bytes,
     quantize_rows,
     row_scales,
     unpack,
+    unpack_integers,
     unpack_mask,
+    value_bits,
 )
 from fips.structure.locate import Role
 
 __all__ = ["BASES", "FactoredLinear", "SharedBasis", "ValueKind", "basis_owner", "factored_layers"]
-
-ValueKind = Literal["float", "int8"]
-"""How kept entries are stored: in a floating type, or as int8 with one scale per row."""
 
 BASES = "fips_bases"
 """Name under which the owner of the bases registers them."""
@@ -61,8 +63,9 @@ class FactoredLinear(nn.Module):
     borrowed: the model owns it, so that it is saved, moved and trained once. ``basis=None`` is the identity, a plainly
     pruned layer; then ``width`` says what the basis would. See ``fips.storage.packing`` for the formats.
 
-    ``values`` is a parameter, so training changes the kept entries and never the support. With ``values="int8"`` it
-    is a buffer and so is ``scales`` (one per stored row, in a floating type): training leaves both alone.
+    ``values`` is a parameter, so training changes the kept entries and never the support. With integer ``values``
+    (``"int8"`` to ``"int2"``) it is a buffer and so is ``scales`` (one per stored row, in a floating type): training
+    leaves both alone.
 
     ``weight`` is an empty placeholder. Code that asks a linear layer for the device or type of its weight finds them,
     and a loader that does not know fips meets a weight of the wrong shape and refuses, where without it the layer
@@ -99,11 +102,14 @@ class FactoredLinear(nn.Module):
         self.role: Role = role
         self.fmt = fmt
         self.kind: ValueKind = values
+        self.bits = value_bits(values)
+        self.nonzeros = nonzeros
         self.conv1d = False
         self.in_features, self.out_features = (width, columns) if role == "up" else (columns, width)
         self.factor_shape = (columns, self.rank) if role == "up" else (self.rank, columns)
-        if values == "int8":
-            self.register_buffer("values", torch.empty(nonzeros, dtype=torch.int8))
+        if self.bits is not None:
+            dtype_ = torch.int8 if self.bits == 8 else torch.uint8
+            self.register_buffer("values", torch.empty(packed_length(nonzeros, self.bits), dtype=dtype_))
             self.register_buffer("scales", torch.empty(self.factor_shape[0], dtype=dtype))
         else:
             self.values = nn.Parameter(torch.empty(nonzeros, dtype=dtype))
@@ -129,25 +135,28 @@ class FactoredLinear(nn.Module):
     ) -> Self:
         """Pack a dense factor on its support; the bias is set by the caller. Without a basis R is the width.
 
-        ``dtype`` is that of the values, with ``values="int8"`` that of the scales. int8 values are the nearest
-        multiples of ``scales``, one for each of the F rows of a transposed ``up`` factor or of the R rows of a
-        ``down`` factor; without them every row's largest magnitude becomes 127.
+        ``dtype`` is that of the values, beside integers that of the scales. Integers are the nearest multiples of
+        ``scales``, one for each of the F rows of a transposed ``up`` factor or of the R rows of a ``down`` factor;
+        without them every row's largest magnitude becomes the largest integer.
         """
+        bits = value_bits(values)
         rank, columns = factor_RF.shape
         matrix, mask = (factor_RF.T, mask_RF.T) if role == "up" else (factor_RF, mask_RF)
         matrix, mask = matrix.detach().contiguous(), mask.contiguous()
-        if values == "int8":
-            scales = (row_scales(matrix, mask) if scales is None else scales.detach()).to(dtype or matrix.dtype)
+        if bits is not None:
+            scales = (row_scales(matrix, mask, bits=bits) if scales is None else scales.detach()).to(
+                dtype or matrix.dtype
+            )
             if scales.shape != matrix.shape[:1]:
                 raise ConfigError(f"`scales` wants {matrix.shape[0]} numbers, one per row, got {tuple(scales.shape)}")
-            matrix = quantize_rows(matrix, scales)
+            matrix = quantize_rows(matrix, scales, bits=bits)
         kept, pattern = pack(matrix, mask, fmt=fmt, block_axis=_block_axis(role))
         layer = cls(
             basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=None if basis else rank,
             values=values,
         )  # fmt: skip
-        if scales is not None:
-            layer.values, layer.scales = kept, scales
+        if scales is not None and bits is not None:
+            layer.values, layer.scales = pack_integers(kept, bits=bits), scales
         else:
             layer.values = nn.Parameter(kept.to(dtype or kept.dtype))
         if fmt != DENSE:
@@ -173,12 +182,15 @@ class FactoredLinear(nn.Module):
 
     def factor(self) -> Tensor:
         """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
-        return dequantize_rows(self.stored(), self.scales) if self.kind == "int8" else self.stored()
+        return self.stored() if self.bits is None else dequantize_rows(self.stored(), self.scales)
 
     def stored(self) -> Tensor:
-        """The values in their places, int8 ones as they are."""
+        """The values in their places, integers as int8."""
         pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        return unpack(self.values, pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
+        values = self.values
+        if self.bits is not None:
+            values = unpack_integers(values, bits=self.bits, count=self.nonzeros)
+        return unpack(values, pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
 
     def mask(self) -> Tensor:
         """The support of ``factor()``."""
@@ -202,16 +214,17 @@ class FactoredLinear(nn.Module):
 
     def product(self) -> Product:
         """What the layer multiplies by, for ``runtime``."""
-        scales, basis = (self.scales if self.kind == "int8" else None), self.basis
+        scales, basis = (None if self.bits is None else self.scales), self.basis
+        narrow = {"bits": self.bits, "count": self.nonzeros} if self.bits is not None and self.bits < 8 else {}
         pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        packed = Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis)
+        packed = Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, **narrow)
         weight = None if basis is None else basis.weight
         return Product(
             packed, up=self.role == "up", bias=self.bias, basis=basis, basis_DR=weight, offloaded=_offloaded(self)
         )
 
     def extra_repr(self) -> str:
-        kept = self.values.numel() / (self.factor_shape[0] * self.factor_shape[1])
+        kept = self.nonzeros / (self.factor_shape[0] * self.factor_shape[1])
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={'none' if self.basis is None else self.rank}, role={self.role}, kept={kept:.3f}, "

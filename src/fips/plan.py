@@ -14,7 +14,7 @@ from fips.config import CompressionConfig
 from fips.errors import BudgetError, ConfigError, ModelError
 from fips.nn import factored_layers
 from fips.solve.rank import num_nonzeros, rank_for_budget
-from fips.storage.packing import BITMASK, DENSE, block_size, code_bits
+from fips.storage.packing import BITMASK, DENSE, block_size, code_bits, value_bits
 from fips.structure import LayerGroup, Skipped, group_mlps, locate_mlps
 
 __all__ = ["CompressionPlan", "GroupPlan", "plan_compression", "solved_plan", "target_bytes"]
@@ -171,11 +171,12 @@ def solved_plan(plan: GroupPlan, *, rank: int, layers: Sequence[LayerStorage]) -
 def _plan_pruned(
     group: LayerGroup, config: CompressionConfig, weight_dtype: torch.dtype, dtype: torch.dtype
 ) -> GroupPlan:
-    """Before anything is measured: equal shares for all groups, no sharing."""
-    empty = [LayerStorage(0, values=config.value_kind, shared=False) for _ in group.sites]
+    """Before anything is measured: equal shares for all groups, no sharing, int8 where the width is to be measured."""
+    kind = config.value_kind if config.value_kind != "auto" else "int8"
+    empty = [LayerStorage(0, values=kind, shared=False) for _ in group.sites]
     overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
     size = group.width * group.columns
-    value_bytes = 1 if config.value_kind == "int8" else itemsize(dtype)
+    value_bytes = (value_bits(kind) or 8 * itemsize(dtype)) / 8
     left = config.budget * size * value_bytes if config.budget else target_bytes(group, config) - overhead
     if left < value_bytes:
         least = overhead / (REFERENCE_ITEMSIZE * size)

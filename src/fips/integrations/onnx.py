@@ -96,7 +96,7 @@ class _DecodedLinear(nn.Module):
         values, pattern = pack(layer.stored().detach(), layer.mask(), fmt=BITMASK)
         self.register_buffer("values", values)
         self.register_buffer("pattern", pattern)
-        if layer.kind == "int8":
+        if layer.bits is not None:
             self.register_buffer("scales", layer.scales)
 
     def _factor(self) -> Tensor:

@@ -76,10 +76,10 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, layer in factored_layers(model).items():
             pattern = layer._buffers.get("pattern")
-            if pattern is not None and not pattern.is_meta and layer.num_kept() != layer.values.numel():
+            if pattern is not None and not pattern.is_meta and layer.num_kept() != layer.nonzeros:
                 kept = layer.num_kept()
                 raise CheckpointError(
-                    f"layer `{name}`: its pattern keeps {kept} entries, but it has {layer.values.numel()} values"
+                    f"layer `{name}`: its pattern keeps {kept} entries, but it has {layer.nonzeros} values"
                 )
         model.is_quantized = False  # casting and training work as in any other model
         attach(model)

@@ -36,11 +36,12 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 1
+ABI = 2
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 3}
+"""uint8 are packed integers of less than 8 bits."""
 _FORMATS = {DENSE: 0, BITMASK: 1}
 _NM, _BLOCK_ROWS, _BLOCK_COLS = 2, 3, 4
 
@@ -49,7 +50,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = [
         ("rows", c_int64), ("cols", c_int64), ("format", c_int32), ("value_type", c_int32), ("n", c_int32),
         ("m", c_int32), ("values", c_void_p), ("pattern", c_void_p), ("num_values", c_int64),
-        ("pattern_bytes", c_int64), ("row_start", c_void_p), ("scales", c_void_p),
+        ("pattern_bytes", c_int64), ("row_start", c_void_p), ("scales", c_void_p), ("value_bits", c_int64),
     ]  # fmt: skip
 
 
@@ -73,10 +74,9 @@ class Prepared:
         if packed.fmt == BITMASK or packed.fmt in BLOCKS:
             self.row_start = torch.empty(packed.shape[0], dtype=torch.int32)
             kept = _require().fips_row_starts(ctypes.byref(self.struct), self.row_start.data_ptr())
-            if kept != packed.values_Z.numel():
+            if kept != packed.kept:
                 raise BackendError(
-                    f"the pattern keeps {kept} entries, but there are {packed.values_Z.numel()} values; "
-                    "load the checkpoint again"
+                    f"the pattern keeps {kept} entries, but there are {packed.kept} values; load the checkpoint again"
                 )
             self.struct.row_start = self.row_start.data_ptr()
         self.reference = ctypes.byref(self.struct)
@@ -132,8 +132,8 @@ def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
         and packed.values_Z.device.type == "cpu"
         and packed.values_Z.dtype in TYPES
         and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and (packed.values_Z.dtype != torch.int8 or packed.shape[1] <= 65536)
-        and packed.values_Z.numel() < 2**31
+        and (packed.values_Z.is_floating_point() or packed.shape[1] <= 65536)
+        and packed.kept < 2**31
         and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))
     )
 
@@ -210,8 +210,8 @@ def _describe(packed: Packed, scales: Tensor | None) -> _Matrix:
     assert values.is_contiguous()
     assert pattern.is_contiguous()
     return _Matrix(
-        *packed.shape, code, TYPES[values.dtype], n, m, values.data_ptr(), pattern.data_ptr(), values.numel(),
-        pattern.numel(), None, None if scales is None else scales.data_ptr(),
+        *packed.shape, code, TYPES[values.dtype], n, m, values.data_ptr(), pattern.data_ptr(), packed.kept,
+        pattern.numel(), None, None if scales is None else scales.data_ptr(), packed.bits,
     )  # fmt: skip
 
 

@@ -83,6 +83,7 @@ def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
     return (
         available()
         and packed.values_Z.device.type == "cuda"
+        and packed.bits == 8
         and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
         and packed.values_Z.numel() < 2**31
         and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))

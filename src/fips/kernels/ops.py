@@ -18,8 +18,9 @@ Prepared = cpu.Prepared | gpu.Prepared
 def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """``x S^T + bias`` by the kernel of the device, differentiable in ``x``, floating values and bias."""
     y: Tensor = torch.ops.fips.packed_linear(
-        x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis
-    )
+        x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis,
+        packed.bits, packed.count,
+    )  # fmt: skip
     return y
 
 
@@ -67,8 +68,10 @@ def _packed_linear(
     shape: list[int],
     fmt: str,
     block_axis: int,
+    bits: int,
+    count: int,
 ) -> Tensor:
-    packed = _packed(values, pattern, scales, shape, fmt, block_axis)
+    packed = _packed(values, pattern, scales, shape, fmt, block_axis, bits, count)
     if not supports(x, packed):
         return reference.multiply(x, packed, bias)
     return multiply(x, prepare(packed), bias)
@@ -80,24 +83,31 @@ def _(x: Tensor, values: Tensor, pattern: Tensor, scales: Any, bias: Any, shape:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, pattern, scales, bias, ctx.shape, ctx.fmt, ctx.block_axis = inputs
+    x, values, pattern, scales, bias, *ctx.layout = inputs
     ctx.save_for_backward(x, values, pattern, scales)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, pattern, scales = ctx.saved_tensors
-    packed = _packed(values, pattern, scales, ctx.shape, ctx.fmt, ctx.block_axis)
+    packed = _packed(values, pattern, scales, *ctx.layout)
     grad_x, grad_values = reference.multiply_backward(grad, x, packed)
     bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_values, None, None, bias, None, None, None
+    return grad_x, grad_values, None, None, bias, None, None, None, None, None
 
 
 _packed_linear.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _packed(
-    values: Tensor, pattern: Tensor, scales: Tensor | None, shape: list[int], fmt: str, block_axis: int
+    values: Tensor,
+    pattern: Tensor,
+    scales: Tensor | None,
+    shape: list[int],
+    fmt: str,
+    block_axis: int,
+    bits: int,
+    count: int,
 ) -> Packed:
     rows, cols = shape
-    return Packed(values, pattern, scales, (rows, cols), fmt, 0 if block_axis == 0 else 1)
+    return Packed(values, pattern, scales, (rows, cols), fmt, 0 if block_axis == 0 else 1, bits, count)

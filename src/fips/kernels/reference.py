@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fips.storage.packing import DENSE, BlockAxis, dequantize_rows, unpack, unpack_mask
+from fips.storage.packing import DENSE, BlockAxis, dequantize_rows, unpack, unpack_integers, unpack_mask
 
 __all__ = ["Packed", "multiply", "multiply_backward", "to_dense"]
 
@@ -23,10 +23,24 @@ class Packed:
     pattern: Tensor
     """Packed pattern; empty for format dense."""
     scales_N: Tensor | None
-    """Per row, beside int8 values."""
+    """Per row, beside integer values."""
     shape: tuple[int, int]
     fmt: str
     block_axis: BlockAxis = 1
+    bits: int = 8
+    """Of integer values, see ``fips.storage.packing``."""
+    count: int = 0
+    """Kept entries, where the number of stored values does not say it: of integers of less than 8 bits."""
+
+    @property
+    def kept(self) -> int:
+        """Kept entries."""
+        return self.count or self.values_Z.numel()
+
+    @property
+    def kind(self) -> str:
+        """Type of the values: ``float32``, ``int8``, ``int4``, ..."""
+        return f"int{self.bits}" if self.count else str(self.values_Z.dtype).removeprefix("torch.")
 
     def nbytes(self) -> int:
         """Bytes of everything stored."""
@@ -36,7 +50,10 @@ class Packed:
 
 def to_dense(packed: Packed) -> Tensor:
     """S as a dense matrix in the type of its values, or of its scales."""
-    stored = unpack(packed.values_Z, packed.pattern, shape=packed.shape, fmt=packed.fmt, block_axis=packed.block_axis)
+    values_Z = packed.values_Z
+    if packed.count:
+        values_Z = unpack_integers(values_Z, bits=packed.bits, count=packed.count)
+    stored = unpack(values_Z, packed.pattern, shape=packed.shape, fmt=packed.fmt, block_axis=packed.block_axis)
     return stored if packed.scales_N is None else dequantize_rows(stored, packed.scales_N)
 
 

@@ -129,7 +129,16 @@ class LayerRuntime:
         grad = ops.needs_grad(x, *layer.tensors())
         tokens = (x.shape[:-1].numel() - 1).bit_length()
         values = layer.packed.values_Z
-        key = (wanted, grad, tokens, x.dtype, values.dtype, x.device, torch.get_num_threads(), cpu.available())
+        key = (
+            wanted,
+            grad,
+            tokens,
+            x.dtype,
+            values.dtype,
+            x.device,
+            torch.get_num_threads(),
+            cpu.available(),
+        )
         if key not in self._chosen:
             self._chosen[key] = self._choose(wanted, grad, x, layer)
         return self._chosen[key]
@@ -223,10 +232,10 @@ class Product:
         """Everything the speed depends on; tokens up to the next power of two."""
         packed, tokens = self.packed, max(1, x.shape[:-1].numel())
         rows, cols = packed.shape
-        kept = round(100 * packed.values_Z.numel() / (rows * cols))
+        kept = round(100 * packed.kept / (rows * cols))
         parts = (
             f"{x.device.type}:{torch.get_num_threads()}", "up" if self.up else "down", f"{rows}x{cols}", packed.fmt,
-            f"{kept}%", packed.values_Z.dtype, "no basis" if self.basis_DR is None else self.basis_DR.shape[0],
+            f"{kept}%", packed.kind, "no basis" if self.basis_DR is None else self.basis_DR.shape[0],
             x.dtype, f"<={1 << (tokens - 1).bit_length()}",
         )  # fmt: skip
         return " ".join(str(part).removeprefix("torch.") for part in parts)

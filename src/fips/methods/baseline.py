@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from fips.accounting import Footprint, LayerStorage, itemsize
 from fips.baselines.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
 from fips.baselines.pruning import magnitude, sparsegpt, wanda
+from fips.baselines.quantization import gptq
 from fips.errors import BudgetError
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, dense_matrix
 from fips.nn import FactoredLinear, SharedBasis
 from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
 from fips.statistics import LayerMoments, moment_bytes
-from fips.storage.packing import BITMASK, DENSE
+from fips.storage.packing import BITMASK, DENSE, value_kind
 from fips.structure import LinearSite
 
 __all__ = ["compress_by_baseline"]
@@ -44,7 +45,10 @@ def _compress_group(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Ten
     started = time.perf_counter()
     low_rank = bench.config.method in ("svd", "svd-llm", "basis-sharing")
     with torch.autocast(bench.device.type, enabled=False):
-        found = _low_rank(bench, plan, moments) if low_rank else _pruned(bench, plan, moments)
+        if low_rank:
+            found = _low_rank(bench, plan, moments)
+        else:
+            found = (_rounded if bench.config.method == "gptq" else _pruned)(bench, plan, moments)
     for site in plan.group.sites:
         found.layers[site.name].bias = bench.bias(site)
         found.layers[site.name].conv1d = site.conv1d
@@ -72,6 +76,8 @@ def _pruned(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) ->
     config, sites = bench.config, plan.group.sites
     density = plan.nonzeros / (plan.group.width * plan.group.columns)
     layers: dict[str, FactoredLinear] = {}
+    kind = config.value_kind
+    assert kind != "auto"
     storages = []
     for site in sites:
         weight_OI = _as_linear(dense_matrix(bench.model, site).float(), site)
@@ -80,11 +86,32 @@ def _pruned(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) ->
         else:
             method = wanda if config.method == "wanda" else sparsegpt
             pruned_OI, mask_OI = method(weight_OI, moments[site.name], density=density)
-        storages.append(LayerStorage(int(mask_OI.sum()), BITMASK, config.value_kind, shared=False))
+        storages.append(LayerStorage(int(mask_OI.sum()), BITMASK, kind, shared=False))
         layers[site.name] = FactoredLinear.from_factor(
             None, _as_linear(pruned_OI, site), _as_linear(mask_OI, site), role=site.role, fmt=BITMASK,
-            dtype=plan.dtype, values=config.value_kind,
+            dtype=plan.dtype, values=kind,
         )  # fmt: skip
+    return CompressedGroup(solved_plan(plan, rank=0, layers=storages), {}, layers, (), (), (), 0.0)
+
+
+def _rounded(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -> CompressedGroup:
+    """All entries in as many bits as the bytes allow."""
+    size = plan.group.width * plan.group.columns
+    rows = sum(site.columns if site.role == "up" else site.width for site in plan.group.sites)
+    allowed = target_bytes(plan.group, bench.config) - rows * itemsize(plan.dtype)
+    bits = min(int(8 * allowed / size), 8)
+    if bits < 2:
+        raise BudgetError(f"{allowed:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes")
+    kind = value_kind(bits)
+    layers: dict[str, FactoredLinear] = {}
+    for site in plan.group.sites:
+        weight_OI = _as_linear(dense_matrix(bench.model, site).float(), site)
+        rounded_OI, steps_O = gptq(weight_OI, moments[site.name], bits=bits, dtype=plan.dtype)
+        layers[site.name] = FactoredLinear.from_factor(
+            None, _as_linear(rounded_OI, site), torch.ones_like(_as_linear(rounded_OI, site), dtype=torch.bool),
+            role=site.role, fmt=DENSE, dtype=plan.dtype, values=kind, scales=steps_O,
+        )  # fmt: skip
+    storages = [LayerStorage(layer.nonzeros, DENSE, kind, shared=False) for layer in layers.values()]
     return CompressedGroup(solved_plan(plan, rank=0, layers=storages), {}, layers, (), (), (), 0.0)
 
 
@@ -113,7 +140,7 @@ def _low_rank(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) 
             )
         footprint += _team_footprint(plan, rank, columns, len(team))
     plan = GroupPlan(
-        plan.group, rank, sum(layer.values.numel() for layer in layers.values()), DENSE, plan.dtype, plan.dense,
+        plan.group, rank, sum(layer.nonzeros for layer in layers.values()), DENSE, plan.dtype, plan.dense,
         footprint,
     )  # fmt: skip
     return CompressedGroup(plan, bases, layers, (), (), (), 0.0)

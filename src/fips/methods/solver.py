@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,15 +20,20 @@ from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
 from fips.solve.alternate import Factorization
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
-from fips.solve.search import Choice, GroupSearch, Point, Pricing, allocate
+from fips.solve.search import SIZES, WORTH_SHARING, Choice, GroupSearch, Point, Pricing, allocate, expected_total
 from fips.solve.supports import Reduction
 from fips.statistics import LayerMoments, moment_bytes
-from fips.storage.packing import BITMASK, DENSE, block_size, code_bits
+from fips.storage.packing import BITMASK, DENSE, block_size, code_bits, value_bits, value_kind
 from fips.structure import LinearSite
 
 __all__ = ["compress_by_solver", "site_problem"]
 
 N16 = ("2:16", "4:16", "8:16")
+AUTO_BITS = (3, 4, 5, 6, 8)
+
+
+Split = Sequence[tuple[Choice, float]]
+"""Structure and bytes of a group: of all its layers together where they share a basis, else of each."""
 
 
 @dataclass(slots=True)
@@ -68,7 +74,7 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan) -> list[_Solved]:
             for group in chunk:
                 started = time.perf_counter()
                 search = searches.pop(group.group.name, None) or _search(bench, group, moments)
-                item = _solve(bench, group, search, *chosen[group.group.name])
+                item = _solve(bench, group, search, chosen[group.group.name])
                 item.seconds = time.perf_counter() - started
                 found.append(item)
                 if bench.config.metric.propagate_errors:
@@ -78,11 +84,11 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan) -> list[_Solved]:
 
 def _choose(
     bench: Workbench, plan: CompressionPlan, chunks: Sequence[Sequence[GroupPlan]]
-) -> tuple[dict[str, tuple[Choice, float]], dict[str, _Search]]:
+) -> tuple[dict[str, Split], dict[str, _Search]]:
     """Structure and bytes of every group by name, and the searches where all of them are still in memory."""
     config = bench.config
-    shares = [_share(group, config) for group in plan.groups]
-    trials: list[list[Point]] = []
+    units: list[list[Point]] = []
+    sizes: dict[str, int] = {}
     searches: dict[str, _Search] = {}
     for chunk in chunks:
         moments = _measure(bench, chunk)
@@ -90,41 +96,83 @@ def _choose(
         for group in chunk:
             search = _search(bench, group, moments)
             with torch.autocast(bench.device.type, enabled=False):
-                trials.append(search.search.trials(_choices(group, config), shares[len(trials)]))
-            search.search.forget()
+                found = _trials(search, group, config)
+            search.forget()
+            units += found
             searches[group.group.name] = search
-            bench.report("solve", "trials", len(trials), len(plan.groups))
-    names = [group.group.name for group in plan.groups]
+            sizes[group.group.name] = len(found)
+            bench.report("solve", "trials", len(sizes), len(plan.groups))
+    split = iter(allocate(units, sum(_share(group, config) for group in plan.groups)))
+    chosen: dict[str, Split] = {name: [next(split) for _ in range(count)] for name, count in sizes.items()}
     keep = len(chunks) == 1 and not config.metric.propagate_errors
-    return dict(zip(names, allocate(trials, sum(shares)), strict=True)), searches if keep else {}
+    return chosen, searches if keep else {}
+
+
+def _trials(search: _Search, plan: GroupPlan, config: CompressionConfig) -> list[list[Point]]:
+    """Measured errors of one group: one curve for every layer, or one for all of them where they share a basis."""
+    share, choices = _share(plan, config), _choices(plan, config)
+    shared = [choice._replace(shared=True) for choice in choices if choice.nm is None]
+    if config.sharing == "always" and len(plan.group.sites) > 1:
+        return [search.group.trials(shared, share)]
+    parts = [site.columns / plan.group.columns for site in plan.group.sites]
+    alone = [one.trials(choices, part * share) for one, part in zip(search.layers, parts, strict=True)]
+    if config.sharing != "auto" or len(plan.group.sites) < 2 or not shared:
+        return alone
+    best = min(shared, key=lambda choice: search.group.expected(choice, share))
+    ratio = search.group.shared_trials(best, share, expected_total(alone, share))
+    if ratio >= WORTH_SHARING:
+        return alone
+    sizes = [factor * share for factor in SIZES if search.group.expected(best, factor * share) < math.inf]
+    return [[Point(best, size, ratio * expected_total(alone, size)) for size in sizes]]
 
 
 @dataclass(slots=True)
 class _Search:
-    """The search of one group with what is needed to go back from its columns to the model's."""
+    """The searches of one group, with what is needed to go back from their columns to the model's."""
 
-    search: GroupSearch
+    group: GroupSearch
+    layers: list[GroupSearch]
+    """One for every site."""
     moments: Mapping[str, LayerMoments]
     orders: list[Tensor]
     """For every site the original column at every place."""
+
+    def solve(self, split: Split) -> tuple[list[Choice], Factorization]:
+        """The factors of all sites, and the choice of each."""
+        if len(split) == 1 and len(self.layers) > 1:
+            return [split[0][0]] * len(self.layers), self.group.solve(*split[0])
+        found = [layer.solve(*one) for layer, one in zip(self.layers, split, strict=True)]
+        basis_DR = found[0].basis_DR if len(found) == 1 else None
+        steps = [step for one in found for step in one.steps or ()]
+        return [choice for choice, _ in split], Factorization(
+            basis_DR,
+            [factor for one in found for factor in one.factors_RF],
+            [mask for one in found for mask in one.masks_RF],
+            [sum(one.losses[-1] for one in found)],
+            steps or None,
+        )
+
+    def forget(self) -> None:
+        """Drop solved factorizations; the problems stay."""
+        for search in (self.group, *self.layers):
+            search.forget()
 
 
 def _search(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoments]) -> _Search:
     config, sites = bench.config, plan.group.sites
     orders = [torch.arange(site.columns, device=bench.device) for site in sites]
-    search = _group_search(bench, plan, moments, orders)
+    search = _searches(bench, plan, moments, orders)
     block = block_size(config.resolved_pattern)
     if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
-            free = search.solve(Choice(False, "unstructured"), _share(plan, config))
-        orders = _neighbours(plan, dict(zip([site.name for site in sites], free.masks_RF, strict=True)), block)
-        search = _group_search(bench, plan, moments, orders)
-    return _Search(search, moments, orders)
+            free = Choice(False, "unstructured", _bits(config)[-1])
+            masks = search.group.solve(free, _share(plan, config)).masks_RF
+        orders = _neighbours(plan, dict(zip([site.name for site in sites], masks, strict=True)), block)
+        search = _searches(bench, plan, moments, orders)
+    return search
 
 
-def _group_search(
-    bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoments], orders: Sequence[Tensor]
-) -> GroupSearch:
+def _searches(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoments], orders: list[Tensor]) -> _Search:
     config, sites = bench.config, plan.group.sites
     with torch.autocast(bench.device.type, enabled=False):
         problems = [
@@ -132,10 +180,15 @@ def _group_search(
             for weight_DF, site, order in zip(bench.weights(sites), sites, orders, strict=True)
         ]
     reductions: list[Reduction] = [0 if site.role == "up" else 1 for site in sites]
-    codes = {
-        pattern: code_bits(*nm) for pattern in (*N16, config.resolved_pattern) if (nm := Choice(False, pattern).nm)
-    }
-    return GroupSearch(problems, reductions, _pricing(plan, config), codes)
+    patterns = [Choice(False, pattern) for pattern in (*N16, config.resolved_pattern)]
+    codes = {choice.pattern: code_bits(*choice.nm) for choice in patterns if choice.nm}
+    pricing = _pricing(plan, config)
+    group = GroupSearch(problems, reductions, pricing, codes, plan.dtype)
+    layers = [
+        GroupSearch([problem], [axis], pricing, codes, plan.dtype)
+        for problem, axis in zip(problems, reductions, strict=True)
+    ]
+    return _Search(group, layers, moments, orders)
 
 
 def site_problem(weight_DF: Tensor, site: LinearSite, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
@@ -156,22 +209,24 @@ def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> 
     return orders
 
 
-def _solve(bench: Workbench, plan: GroupPlan, search: _Search, choice: Choice, size: float) -> _Solved:
+def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> _Solved:
     config, sites = bench.config, plan.group.sites
     with torch.autocast(bench.device.type, enabled=False):
-        found = search.search.solve(choice, size)
-    storages = [_storage(mask, choice, config) for mask in found.masks_RF]
+        choices, found = search.solve(split)
+    storages = [_storage(mask, choice) for mask, choice in zip(found.masks_RF, choices, strict=True)]
     rank = 0 if found.basis_DR is None else found.basis_DR.shape[1]
     plan = solved_plan(plan, rank=rank, layers=storages)
     biases = [
         _moved_bias(bench, site, problem, factor, found, search.moments[site.name], order)
         for site, problem, factor, order in zip(
-            sites, search.search.problems, found.factors_RF, search.orders, strict=True
+            sites, search.group.problems, found.factors_RF, search.orders, strict=True
         )
     ]
     group = TrainableGroup(found.basis_DR, found.factors_RF, sites, biases, config, None)
     group.set_masks(found.masks_RF)
-    search.search.forget()
+    if found.steps is not None:
+        group.set_steps(found.steps, [choice.bits or 8 for choice in choices])
+    search.forget()
     if not config.calibration_steps and not config.distill.steps:
         return _Solved(plan, storages, group, (), [], 0.0)
     limit = None if config.calibration_steps else MAX_ERROR_BATCHES
@@ -205,10 +260,10 @@ def _moved_bias(
     return nn.Parameter((bias.detach() + error_DF @ moments.mean_D[order_F]).to(bias.dtype))
 
 
-def _storage(mask_RF: Tensor, choice: Choice, config: CompressionConfig) -> LayerStorage:
+def _storage(mask_RF: Tensor, choice: Choice) -> LayerStorage:
     pattern = BITMASK if choice.pattern == "unstructured" else choice.pattern
     fmt = DENSE if bool(mask_RF.all()) else pattern
-    return LayerStorage(int(mask_RF.sum()), fmt, config.value_kind, choice.shared)
+    return LayerStorage(int(mask_RF.sum()), fmt, value_kind(choice.bits), choice.shared)
 
 
 def _finish(bench: Workbench, item: _Solved) -> CompressedGroup:
@@ -240,15 +295,18 @@ def _chunks(groups: Sequence[GroupPlan], memory: int) -> Iterator[list[GroupPlan
 
 
 def _choices(plan: GroupPlan, config: CompressionConfig) -> list[Choice]:
-    sharing = {"auto": (False, True), "always": (True,), "never": (False,)}[config.sharing]
+    """What a layer of the group may become without sharing."""
     patterns = [config.resolved_pattern]
     if patterns == ["auto"]:
         patterns = ["unstructured"]
         if plan.group.width % 16 == 0 and all(site.columns % 16 == 0 for site in plan.group.sites):
             patterns += N16
-    if len(plan.group.sites) < 2:
-        sharing = (False,)
-    return [Choice(shared, pattern) for shared in sharing for pattern in patterns if not (shared and pattern in N16)]
+    return [Choice(False, pattern, bits) for pattern in patterns for bits in _bits(config)]
+
+
+def _bits(config: CompressionConfig) -> tuple[int | None, ...]:
+    kind = config.value_kind
+    return AUTO_BITS if kind == "auto" else (value_bits(kind),)
 
 
 def _share(plan: GroupPlan, config: CompressionConfig) -> float:
@@ -261,8 +319,8 @@ def _share(plan: GroupPlan, config: CompressionConfig) -> float:
 
 def _pricing(plan: GroupPlan, config: CompressionConfig) -> Pricing:
     if config.target_bytes is None:
-        return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0)
+        return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0, value_bit=1 / (_bits(config)[0] or 1))
     size = itemsize(plan.dtype)
-    if config.value_kind == "int8":
-        return Pricing(value=1.0, basis_entry=size, row_scale=size)
-    return Pricing(value=size, basis_entry=size)
+    if config.value_kind == "float":
+        return Pricing(value=size, basis_entry=size)
+    return Pricing(value=size, basis_entry=size, row_scale=size)

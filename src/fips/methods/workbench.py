@@ -177,8 +177,9 @@ def pack_group(
         mask_RF = torch.ones_like(source.mask_RF) if storage.fmt == DENSE else source.mask_RF
         factor_RF = source.factor_RF.detach() * source.mask_RF
         layer = FactoredLinear.from_factor(
-            basis, factor_RF, mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype, values=storage.values
-        )
+            basis, factor_RF, mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype, values=storage.values,
+            scales=None if source.grid is None else source.grid[0].flatten(),
+        )  # fmt: skip
         layer.bias = bias
         layer.conv1d = site.conv1d
         layers[site.name] = layer

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import MaskChooser, refit, sparse_factors
 from fips.solve.problems import LayerProblem
+from fips.solve.rounding import round_factor
 
-__all__ = ["Factorization", "alternate", "prune"]
+__all__ = ["Factorization", "alternate", "keep_all", "prune", "rounded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class Factorization:
     masks_RF: list[Tensor]
     losses: list[float]
     """Sum of the losses, one per round."""
+    steps: list[Tensor] | None = None
+    """Where the factors are on grids: the step of every stored row of each."""
 
 
 def prune(problems: Sequence[LayerProblem], choose: MaskChooser) -> Factorization:
@@ -31,6 +35,30 @@ def prune(problems: Sequence[LayerProblem], choose: MaskChooser) -> Factorizatio
         problem.prepare(None)
     factors, masks = sparse_factors(problems, [problem.weight_DF for problem in problems], choose)
     return Factorization(None, factors, masks, [_total(problems, None, factors)])
+
+
+def keep_all(problems: Sequence[LayerProblem]) -> Factorization:
+    """The matrices as they are, without a basis."""
+    weights_DF = [problem.weight_DF for problem in problems]
+    return Factorization(None, weights_DF, [torch.ones_like(w, dtype=torch.bool) for w in weights_DF], [0.0])
+
+
+def rounded(
+    problems: Sequence[LayerProblem], found: Factorization, axes: Sequence[int], *, bits: int, dtype: torch.dtype
+) -> Factorization:
+    """The same supports with values on grids; a shared basis is fitted anew to the rounded factors.
+
+    ``axes`` are those along which the layers sum, see ``round_factor``; ``dtype`` is that of the steps.
+    """
+    factors, steps = [], []
+    for problem, factor, mask, axis in zip(problems, found.factors_RF, found.masks_RF, axes, strict=True):
+        problem.prepare(found.basis_DR)
+        factor_RF, steps_N = round_factor(problem, factor, mask, axis=axis, bits=bits, dtype=dtype)
+        factors.append(factor_RF)
+        steps.append(steps_N)
+    basis_DR = None if found.basis_DR is None else fit_basis(problems, found.basis_DR, factors)
+    losses = [*found.losses, _total(problems, basis_DR, factors)]
+    return Factorization(basis_DR, factors, found.masks_RF, losses, steps)
 
 
 def alternate(

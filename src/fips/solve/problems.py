@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fips.solve.conjugate import conjugate_gradients
 
-__all__ = ["LayerProblem"]
+__all__ = ["LayerProblem", "damped_inverse_root"]
 
 DAMPING = 1e-4
 MAX_EIGEN = 16384
@@ -60,15 +60,23 @@ class LayerProblem:
         self._weighted_DF = self.weight_DF * scale_F
         self._scaled_DF = self._weighted_DF @ self._right_FF
         self._right_eigen = [_eigh(self._right_FF[run, run]) for run in self._runs(max_eigen)]
+        self._has_identity = False
 
     def prepare(self, basis_DR: Tensor | None) -> None:
         """Fix the basis; None is the identity."""
+        if basis_DR is None and self._has_identity:
+            return
+        self._has_identity = basis_DR is None
         projected_DR = self.left_DD if basis_DR is None else self.left_DD @ basis_DR
         gram_RR = projected_DR if basis_DR is None else basis_DR.T @ projected_DR
         self.row_R = _root(gram_RR.diagonal())
         self._gram_RR = gram_RR / torch.outer(self.row_R, self.row_R)
         self.target_RF = (projected_DR.T @ self._scaled_DF) / self.row_R.unsqueeze(1)
         self._left_eigen = _eigh(self._gram_RR)
+
+    def axis(self, axis: int) -> tuple[Tensor, Tensor]:
+        """Scale of every row (0) or column (1) of a factor, and the metric between them with a unit diagonal."""
+        return (self.row_R, self._gram_RR) if axis == 0 else (self.column_F, self._right_FF)
 
     def scaled(self, factor_RF: Tensor) -> Tensor:
         return factor_RF * self.row_R.unsqueeze(1) * self.column_F
@@ -145,3 +153,18 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             if not bool(matrix.isfinite().all()) or extra > 1:
                 raise
             extra = max(extra * 10, 1e-6)
+
+
+def damped_inverse_root(metric: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of a metric; on failure the damping grows tenfold until it succeeds."""
+    extra = DAMPING
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(_damped(metric, extra))
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                found: Tensor = upper
+                return found
+        if not bool(metric.isfinite().all()) or extra > 1:
+            raise torch.linalg.LinAlgError("the metric of a layer is not positive definite")  # type: ignore[attr-defined]
+        extra *= 10

@@ -1,8 +1,9 @@
-"""Which structure a group gets for its bytes, and how many bytes every group gets: both by measured errors.
+"""Which structure some layers get for their bytes, and how many bytes each gets: both by measured errors.
 
-A *choice* is a pattern with or without a shared basis. Each is solved at a few sizes; between them the logarithm of
-the error is taken as linear in the bytes. Errors of all groups are in one unit (see ``fips.solve.problems``), so the
-best split of the bytes is where one more byte is worth the same everywhere.
+A *choice* is a pattern and a width of the values, with or without a shared basis. What a choice can be expected to
+leave is known roughly beforehand (see ``expected_error``), so only the promising ones are solved, at a few sizes;
+between them the logarithm of the error is taken as linear in the bytes. Errors of all layers are in one unit (see
+``fips.solve.problems``), so the best split of the bytes is where one more byte is worth the same everywhere.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from fips.errors import BudgetError
-from fips.solve.alternate import Factorization, alternate, prune
+from fips.solve.alternate import Factorization, alternate, keep_all, prune, rounded
 from fips.solve.problems import LayerProblem
 from fips.solve.supports import ByteBudget, FixedPattern, Reduction, SupportRule
 from fips.solve.svd import shared_svd
 
-__all__ = ["Choice", "GroupSearch", "Point", "Pricing", "allocate"]
+__all__ = ["Choice", "GroupSearch", "Point", "Pricing", "allocate", "expected_error", "expected_total"]
 
 SIZES = (1.0, 0.6, 1.5)
 """Sizes at which the cheap choice of a group is measured, relative to an equal split."""
 STEPS = 200
+PROMISING = 2
+"""Choices of free size that are solved."""
 WORTH_SHARING = 0.85
 """Error of a shared basis relative to pruning, at equal bytes, below which it is taken: a basis adapts to the
 calibration data more than a support does, and promises of less than this were not kept on other data."""
@@ -37,12 +42,14 @@ FLOOR = 1e-4
 
 
 class Choice(NamedTuple):
-    """Structure of a group."""
+    """Structure of some layers."""
 
     shared: bool
-    """Whether its matrices share a basis of full rank."""
+    """Whether their matrices share a basis of full rank."""
     pattern: str
     """``unstructured``, ``block4``, ``block8`` or N:M."""
+    bits: int | None = None
+    """Of integer values; None for floating ones."""
 
     @property
     def nm(self) -> tuple[int, int] | None:
@@ -69,18 +76,39 @@ class Pricing:
     """What the parts of a factorization cost, in bytes (or in numbers, where only numbers count)."""
 
     value: float
-    """One kept entry."""
+    """One kept floating entry."""
     basis_entry: float
     pattern_bit: float = 1 / 8
     row_scale: float = 0.0
-    """One scale per stored row, where values are int8."""
+    """One scale per stored row, where values are integers."""
+    value_bit: float = 1 / 8
+    """One bit of a kept integer."""
+
+    def entry(self, bits: int | None) -> float:
+        """One kept entry."""
+        return self.value if bits is None else bits * self.value_bit
+
+
+ROUNDING = {2: 0.119, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.00104, 7: 0.0003, 8: 0.00009, None: 0.0}
+"""Squared error of the best uniform grid of some bits for a normal variable of variance 1."""
+ROUNDING_KEPT, PRUNING_KEPT = 0.3, 0.05
+"""Shares of the plain errors that error feedback and refitting left where it was measured (ViT-Tiny)."""
+
+
+def expected_error(density: float, bits: int | None) -> float:
+    """Rough error of a matrix, relative to that of no matrix at all: entries normal, the smallest removed."""
+    if density >= 1:
+        return ROUNDING_KEPT * ROUNDING[bits]
+    cut = math.sqrt(2) * _inverse_erf(1 - density)
+    removed = (1 - density) - cut * math.sqrt(2 / math.pi) * math.exp(-cut * cut / 2)
+    return PRUNING_KEPT * removed + ROUNDING_KEPT * ROUNDING[bits] * (1 - removed)
 
 
 class GroupSearch:
-    """The problems of one group under all choices that its shapes allow.
+    """The problems of some layers, solved together, under all choices that their shapes allow.
 
-    ``reductions`` is the axis of every factor along which N:M patterns run; ``code_bits`` the bits of an N:M pattern
-    per M entries, by pattern.
+    ``reductions`` is the axis of every factor along which layers sum and N:M patterns run; ``code_bits`` the bits of an
+    N:M pattern per M entries, by pattern; ``dtype`` the type that steps of integers are stored in.
     """
 
     def __init__(
@@ -89,105 +117,178 @@ class GroupSearch:
         reductions: Sequence[Reduction],
         pricing: Pricing,
         code_bits: Mapping[str, int],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.problems, self.reductions, self.pricing = problems, tuple(reductions), pricing
-        self.code_bits = code_bits
+        self.code_bits, self.dtype = code_bits, dtype
         self.width = problems[0].weight_DF.shape[0]
         self.columns = sum(problem.weight_DF.shape[1] for problem in problems)
         self._solved: dict[tuple[Choice, float, int], Factorization] = {}
 
     def overhead(self, choice: Choice) -> float:
-        """Bytes besides values and patterns: basis and scales."""
+        """Bytes besides values and patterns: basis, scales and what whole bytes round up."""
         rows = sum(
             problem.weight_DF.shape[1] if axis == 0 else self.width
             for problem, axis in zip(self.problems, self.reductions, strict=True)
         )
-        return self.pricing.row_scale * rows + choice.shared * self.width**2 * self.pricing.basis_entry
+        ends = len(self.problems) if self.pricing.pattern_bit and choice.bits not in (None, 8) else 0
+        return ends + self.pricing.row_scale * rows + choice.shared * self.width**2 * self.pricing.basis_entry
 
     def fixed_bytes(self, choice: Choice) -> float | None:
         """The size of an N:M choice, which its pattern decides; None for the others."""
         if choice.nm is None:
             return None
         n, m = choice.nm
-        entry = (n * self.pricing.value + self.code_bits[choice.pattern] * self.pricing.pattern_bit) / m
+        entry = (n * self.pricing.entry(choice.bits) + self.code_bits[choice.pattern] * self.pricing.pattern_bit) / m
         return self.overhead(choice) + self.width * self.columns * entry
 
-    def _dense_bytes(self, choice: Choice) -> float:
+    def dense_bytes(self, choice: Choice) -> float:
         """The most a choice can take: all factors whole, without patterns."""
-        return self.overhead(choice) + self.width * self.columns * self.pricing.value
+        return self.overhead(choice) + self.width * self.columns * self.pricing.entry(choice.bits)
+
+    def expected(self, choice: Choice, size: float) -> float:
+        """``expected_error`` of a choice at a size; infinite where it does not fit."""
+        fixed = self.fixed_bytes(choice)
+        if choice.nm is not None and fixed is not None:
+            return expected_error(choice.nm[0] / choice.nm[1], choice.bits) if size >= fixed else math.inf
+        if size >= self.dense_bytes(choice) * (1 - 1e-9):
+            return expected_error(1.0, choice.bits)
+        entries = self.width * self.columns
+        left = size - self.overhead(choice) - entries * self.pricing.pattern_bit / choice.block
+        density = left / (entries * self.pricing.entry(choice.bits))
+        return expected_error(min(density, 1.0), choice.bits) if density > 0 else math.inf
 
     def solve(self, choice: Choice, size: float, *, rounds: int = ROUNDS) -> Factorization:
         """The best factorization of a structure within ``size`` bytes. Raises ``BudgetError`` if it cannot fit."""
+        size = min(size, self.dense_bytes(choice))
         key = (choice, size, rounds if choice.shared else 0)
         if key not in self._solved:
-            rule = self._rule(choice, size - self.overhead(choice))
-            found = prune(self.problems, rule)
-            if choice.shared:
-                weights_DF = [problem.weight_DF for problem in self.problems]
-                basis_DR, _ = shared_svd(weights_DF, rank=self.width)
-                found = alternate(self.problems, basis_DR, rule, max_rounds=rounds)
+            found = self._solve(choice, size, rounds)
+            if choice.bits is not None:
+                found = rounded(self.problems, found, self.reductions, bits=choice.bits, dtype=self.dtype)
             self._solved[key] = found
         return self._solved[key]
+
+    def _solve(self, choice: Choice, size: float, rounds: int) -> Factorization:
+        rule = self._rule(choice, size - self.overhead(choice))
+        if choice.shared:
+            basis_DR, _ = shared_svd([problem.weight_DF for problem in self.problems], rank=self.width)
+            return alternate(self.problems, basis_DR, rule, max_rounds=rounds)
+        if choice.nm is None and size >= self.dense_bytes(choice) * (1 - 1e-9):
+            return keep_all(self.problems)
+        return prune(self.problems, rule)
 
     def forget(self) -> None:
         """Drop solved factorizations; the problems stay."""
         self._solved.clear()
 
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
-        """Errors of the choices around an equal share of ``size`` bytes.
+        """Errors of the promising choices around an equal share of ``size`` bytes.
 
-        A shared basis is solved at that size alone, and counts only where it leaves clearly less error than pruning;
-        its curve is then that of pruning, scaled to go through this point.
+        Of the choices whose size is free the ``PROMISING`` best are tried at a few sizes; sizes that a choice fixes,
+        of N:M and of whole factors, where they lie around the share and promise as much.
         """
+        free = [choice for choice in choices if choice.nm is None]
+        free = sorted(free, key=lambda choice: self.expected(choice, size))[:PROMISING]
+        wanted = {(choice, min(factor * size, self.dense_bytes(choice))) for choice in free for factor in SIZES}
+        for choice in choices:
+            fixed = self.dense_bytes(choice) if choice.nm is None else self.fixed_bytes(choice)
+            assert fixed is not None
+            known = min((self.expected(other, fixed) for other in free), default=math.inf)
+            near = min(SIZES) <= fixed / size <= 2 * max(SIZES) and self.expected(choice, fixed) <= 1.2 * known
+            if near or not free:
+                wanted.add((choice, fixed))
         points: list[Point] = []
-        for choice in sorted(choices):
-            if choice.shared and any(not point.choice.shared for point in points):
-                points += self._shared_trials(choice, size, points)
-                continue
-            fixed = self.fixed_bytes(choice)
-            if fixed is not None and len(choices) > 1 and not min(SIZES) <= fixed / size <= max(SIZES):
-                continue
-            sizes = [fixed] if fixed is not None else [factor * size for factor in SIZES]
-            for bytes_ in sizes:
-                try:
-                    loss = self.solve(choice, bytes_).losses[-1]
-                except BudgetError:
-                    continue
-                points.append(Point(choice, min(bytes_, self._dense_bytes(choice)), loss))
+        for choice, bytes_ in sorted(wanted):
+            with suppress(BudgetError):
+                points.append(Point(choice, bytes_, self.solve(choice, bytes_).losses[-1]))
         return points
 
-    def _shared_trials(self, choice: Choice, size: float, points: Sequence[Point]) -> list[Point]:
-        pruned = [point for point in points if point.choice == Choice(False, choice.pattern)]
-        known = _on_curve(pruned, size) if pruned else 0.0
-        if known <= FLOOR * max((point.loss for point in pruned), default=0.0):
-            return []  # pruning leaves nothing to gain
+    def shared_trials(self, choice: Choice, size: float, known: float) -> float:
+        """Error of a shared basis at a size relative to ``known``, that of pruning in the same bytes; infinite where
+        pruning leaves nothing to gain, where the first rounds promise no less error, or where nothing fits."""
+        zero = sum(problem.loss(None, torch.zeros_like(problem.weight_DF)) for problem in self.problems)
+        if known <= FLOOR * zero:
+            return math.inf
         try:
             if self.solve(choice, size, rounds=TRIAL_ROUNDS).losses[-1] > LATE_GAIN * known:
-                return []
-            ratio = self.solve(choice, size).losses[-1] / known
+                return math.inf
+            return self.solve(choice, size).losses[-1] / known
         except BudgetError:
-            return []
-        return [Point(choice, point.bytes, ratio * point.loss) for point in pruned] if ratio < WORTH_SHARING else []
+            return math.inf
 
     def _rule(self, choice: Choice, left: float) -> SupportRule:
         if choice.nm is not None:
             return FixedPattern(*choice.nm, self.reductions)
-        return ByteBudget(left, self.pricing.value, self.pricing.pattern_bit, choice.block)
+        return ByteBudget(left, self.pricing.entry(choice.bits), self.pricing.pattern_bit, choice.block)
+
+
+def expected_total(trials: Sequence[Sequence[Point]], size: float) -> float:
+    """The error that curves of several units promise for the best split of some bytes; infinite if nothing fits."""
+    try:
+        return _promise(trials, allocate(trials, size))
+    except BudgetError:
+        return math.inf
 
 
 def allocate(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choice, float]]:
-    """A choice and its bytes for every group, so that the sum of errors is least within ``total`` bytes.
+    """A choice and its bytes for every unit, so that the sum of errors is least within ``total`` bytes.
 
-    Greedy on the lower convex hull of every group's measured curve, which is optimal for convex curves. Where N:M
-    patterns, whose sizes are fixed, leave bytes unused, the best split without them is taken if it promises less
-    error. Raises ``BudgetError`` if even the smallest choices do not fit.
+    Greedy on the lower convex hull of every unit's measured curve, which is optimal for convex curves; what is left
+    then, because sizes are fixed or steps large, goes step by step to where it helps most, and in the end to those
+    whose size is free. Raises ``BudgetError`` if even the smallest choices do not fit.
     """
-    free = [[point for point in points if point.choice.nm is None] for points in trials]
-    splits = [_split(trials, total)]
-    if all(free) and any(choice.nm is not None for choice, _ in splits[0]):
-        with suppress(BudgetError):
-            splits.append(_split(free, total))
-    return min(splits, key=lambda split: _promise(trials, split))
+    curves = [_sampled(points) for points in trials]
+    hulls = [_hull(curve) for curve in curves]
+    spent = sum(hull[0].bytes for hull in hulls)
+    limit = total * (1 + 1e-9)
+    if spent > limit:
+        raise BudgetError(
+            f"the smallest structures tried take {spent:.0f} bytes, {total:.0f} are allowed; ask for more bytes or for "
+            "a pattern with fewer non-zeros"
+        )
+    ends = [hull[0] for hull in hulls]
+    queue = [(_slope(hull, 0), index, 0) for index, hull in enumerate(hulls) if len(hull) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, index, at = heapq.heappop(queue)
+        hull = hulls[index]
+        step = hull[at + 1].bytes - hull[at].bytes
+        if spent + step > limit:
+            continue
+        spent += step
+        ends[index] = hull[at + 1]
+        if at + 2 < len(hull):
+            heapq.heappush(queue, (_slope(hull, at + 1), index, at + 1))
+    spent = _spend_rest(curves, ends, spent, limit)
+    return _with_spare(trials, ends, max(total - spent, 0.0))
+
+
+def _spend_rest(curves: Sequence[Sequence[Point]], ends: list[Point], spent: float, limit: float) -> float:
+    """Move single units to the points that lower the error most within what is left; returns what is spent then."""
+    while True:
+        gains = [
+            (end.loss - point.loss, index, point)
+            for index, (curve, end) in enumerate(zip(curves, ends, strict=True))
+            for point in curve
+            if point.loss < end.loss and point.bytes <= end.bytes + limit - spent
+        ]
+        if not gains:
+            return spent
+        _, index, point = max(gains, key=lambda gain: gain[0])
+        spent += point.bytes - ends[index].bytes
+        ends[index] = point
+
+
+def _with_spare(trials: Sequence[Sequence[Point]], ends: Sequence[Point], spare: float) -> list[tuple[Choice, float]]:
+    """The bytes left go in equal parts to the units whose size is free: their curves may end before."""
+    free = [
+        index
+        for index, (points, end) in enumerate(zip(trials, ends, strict=True))
+        if end.choice.nm is None and any(point.choice == end.choice and point.bytes > end.bytes for point in points)
+    ] or [index for index, end in enumerate(ends) if end.choice.nm is None]
+    part = spare / max(len(free), 1)
+    return [(end.choice, end.bytes + (part if index in free else 0.0)) for index, end in enumerate(ends)]
 
 
 def _promise(trials: Sequence[Sequence[Point]], split: Sequence[tuple[Choice, float]]) -> float:
@@ -206,39 +307,12 @@ def _on_curve(points: Sequence[Point], size: float) -> float:
     return curve[0].loss if size <= curve[0].bytes else curve[-1].loss
 
 
-def _split(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choice, float]]:
-    hulls = [_hull(points) for points in trials]
-    spent = sum(hull[0].bytes for hull in hulls)
-    if spent > total * (1 + 1e-9):
-        raise BudgetError(
-            f"the smallest structures tried take {spent:.0f} bytes, {total:.0f} are allowed; ask for more bytes or for "
-            "a pattern with fewer non-zeros"
-        )
-    position = [0] * len(hulls)
-    queue = [(_slope(hull, 0), index) for index, hull in enumerate(hulls) if len(hull) > 1]
-    heapq.heapify(queue)
-    while queue:
-        _, index = heapq.heappop(queue)
-        hull, at = hulls[index], position[index]
-        step = hull[at + 1].bytes - hull[at].bytes
-        if spent + step > total * (1 + 1e-9):
-            continue
-        spent += step
-        position[index] += 1
-        if at + 2 < len(hull):
-            heapq.heappush(queue, (_slope(hull, at + 1), index))
-    ends = [hull[at] for hull, at in zip(hulls, position, strict=True)]
-    open_ends = [index for index, end in enumerate(ends) if end.choice.nm is None]
-    spare = max(total - spent, 0.0) / max(len(open_ends), 1)
-    return [(end.choice, end.bytes + (spare if index in open_ends else 0.0)) for index, end in enumerate(ends)]
-
-
 def _slope(hull: Sequence[Point], at: int) -> float:
     return (hull[at + 1].loss - hull[at].loss) / (hull[at + 1].bytes - hull[at].bytes)
 
 
-def _hull(points: Sequence[Point]) -> list[Point]:
-    """Lower convex hull of all choices' curves, finely sampled."""
+def _sampled(points: Sequence[Point]) -> list[Point]:
+    """All choices' curves, finely sampled."""
     sampled = [*points]
     for _, group in itertools.groupby(sorted(points), key=lambda point: point.choice):
         curve = sorted(group, key=lambda point: point.bytes)
@@ -249,6 +323,11 @@ def _hull(points: Sequence[Point]) -> list[Point]:
             for step in range(1, STEPS):
                 size = left.bytes + (right.bytes - left.bytes) * step / STEPS
                 sampled.append(Point(left.choice, size, _between(left, right, size, floor)))
+    return sampled
+
+
+def _hull(sampled: Sequence[Point]) -> list[Point]:
+    """Lower convex hull."""
     hull: list[Point] = []
     for point in sorted(sampled, key=lambda point: (point.bytes, point.loss)):
         if hull and point.loss >= hull[-1].loss:
@@ -263,3 +342,7 @@ def _between(left: Point, right: Point, size: float, floor: float) -> float:
     share = (size - left.bytes) / (right.bytes - left.bytes)
     ends = (math.log(max(point.loss, floor, 1e-30)) for point in (left, right))
     return math.exp(sum(weight * end for weight, end in zip((1 - share, share), ends, strict=True)))
+
+
+def _inverse_erf(value: float) -> float:
+    return float(torch.erfinv(torch.tensor(value, dtype=torch.float64)))

@@ -193,7 +193,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         model.tie_weights()
     for name, layer in factored_layers(model).items():
         kept = layer.num_kept()
-        if kept != layer.values.numel():
+        if kept != layer.nonzeros:
             raise CheckpointError(
-                f"layer `{name}`: its pattern keeps {kept} entries, but it has {layer.values.numel()} values"
+                f"layer `{name}`: its pattern keeps {kept} entries, but it has {layer.nonzeros} values"
             )

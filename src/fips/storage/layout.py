@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 
 from fips.errors import CheckpointError
-from fips.nn import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
-from fips.storage.packing import block_size, parse_nm
+from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
+from fips.storage.packing import ValueKind, block_size, parse_nm
 
 __all__ = ["QUANT_METHOD", "Layout", "describe_layout", "install_layout", "replace_linear"]
 
@@ -101,7 +101,7 @@ def describe_layout(model: nn.Module) -> Layout:
                 width=layer.width if layer.basis is None else None,
                 role=layer.role,
                 columns=layer.columns,
-                nonzeros=layer.values.numel(),
+                nonzeros=layer.nonzeros,
                 format=layer.fmt,
                 values=layer.kind,
                 bias=layer.bias is not None,

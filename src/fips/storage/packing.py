@@ -13,14 +13,16 @@ the factor of an ``up`` layer is stored transposed, (F, R), that of a ``down`` l
 Values are the kept entries in row-major order; of block formats the kept blocks in row-major order, the entries of a
 block together (for ``block_axis`` 1 this is the row-major order of the entries).
 
-int8 values stand for ``value * scale[row]``, one scale per stored row, symmetric in [-127, 127].
+Integers of 2 to 8 bits stand for ``value * scale[row]``, one scale per stored row, symmetric: 4 bits are [-7, 7].
+``int8`` values are stored as they are, narrower ones as a stream of two's complement numbers, least significant bit
+first: 8 values of b bits fill b bytes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,22 +32,30 @@ __all__ = [
     "BLOCKS",
     "DENSE",
     "BlockAxis",
+    "ValueKind",
     "block_size",
     "code_bits",
     "dequantize_rows",
+    "largest_integer",
     "pack",
+    "pack_integers",
+    "packed_length",
     "parse_nm",
     "pattern_bytes",
     "quantize_rows",
     "row_scales",
     "unpack",
+    "unpack_integers",
     "unpack_mask",
+    "value_bits",
+    "value_kind",
 ]
 
 DENSE, BITMASK = "dense", "bitmask"
 BLOCKS = {"block4": 4, "block8": 8}
-INT8_MAX = 127
 BlockAxis = Literal[0, 1]
+ValueKind = Literal["float", "int8", "int7", "int6", "int5", "int4", "int3", "int2"]
+"""How kept entries are stored: in a floating type, or as integers of some bits with one scale per row."""
 
 
 def parse_nm(fmt: str) -> tuple[int, int] | None:
@@ -129,21 +139,64 @@ def unpack_mask(pattern: Tensor, *, shape: tuple[int, int], fmt: str, block_axis
     return _unrank_subsets(_bits_to_codes(bits), *nm).view(shape)
 
 
-def row_scales(matrix: Tensor, mask: Tensor) -> Tensor:
-    """Scale per row that maps its largest kept magnitude to 127; 0 for a row that keeps nothing."""
-    return (matrix * mask).abs().amax(1) / INT8_MAX
+def value_bits(kind: ValueKind) -> int | None:
+    """Bits of one stored value; None for floating ones, whose type says it."""
+    return None if kind == "float" else int(kind.removeprefix("int"))
 
 
-def quantize_rows(matrix: Tensor, scales: Tensor) -> Tensor:
-    """Nearest int8 multiples of one scale per row, clipped to [-127, 127]; rows of scale 0 become 0."""
+def value_kind(bits: int | None) -> ValueKind:
+    """The kind with as many bits. Raises ``KeyError`` for other numbers than 2 to 8."""
+    kinds: dict[int | None, ValueKind] = {value_bits(kind): kind for kind in get_args(ValueKind)}
+    return kinds[bits]
+
+
+def largest_integer(bits: int) -> int:
+    """Of a symmetric grid: 7 for 4 bits."""
+    return (1 << (bits - 1)) - 1
+
+
+def row_scales(matrix: Tensor, mask: Tensor, *, bits: int = 8) -> Tensor:
+    """Scale per row that maps its largest kept magnitude to the largest integer; 0 for a row that keeps nothing."""
+    return (matrix * mask).abs().amax(1) / largest_integer(bits)
+
+
+def quantize_rows(matrix: Tensor, scales: Tensor, *, bits: int = 8) -> Tensor:
+    """Nearest multiples of one scale per row as int8, clipped to the integers of ``bits``; rows of scale 0 become 0."""
+    limit = largest_integer(bits)
     scales_1 = scales.to(matrix.dtype).unsqueeze(1)
     multiples = torch.where(scales_1 == 0, torch.zeros_like(matrix), matrix / scales_1)
-    return multiples.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return multiples.round().clamp(-limit, limit).to(torch.int8)
 
 
 def dequantize_rows(quantized: Tensor, scales: Tensor) -> Tensor:
     """``quantized[i, j] * scales[i]`` in the type of the scales."""
     return quantized.to(scales.dtype) * scales.unsqueeze(1)
+
+
+def packed_length(count: int, bits: int) -> int:
+    """Bytes of ``count`` packed integers."""
+    return (count * bits + 7) // 8
+
+
+def pack_integers(values: Tensor, *, bits: int) -> Tensor:
+    """A flat int8 tensor as a stream of ``bits`` per value, uint8; for 8 bits as it is."""
+    if bits == 8:
+        return values
+    eights = torch.nn.functional.pad(values.long() & ((1 << bits) - 1), (0, -values.numel() % 8)).view(-1, 8)
+    words = (eights << bits * torch.arange(8, device=values.device)).sum(1, keepdim=True)
+    bytes_ = words >> 8 * torch.arange(bits, device=values.device) & 255
+    return bytes_.to(torch.uint8).flatten()[: packed_length(values.numel(), bits)]
+
+
+def unpack_integers(packed: Tensor, *, bits: int, count: int) -> Tensor:
+    """The first ``count`` integers of a stream, int8. Exact inverse of ``pack_integers``."""
+    if bits == 8:
+        return packed
+    bytes_ = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).long()
+    words = (bytes_ << 8 * torch.arange(bits, device=packed.device)).sum(1, keepdim=True)
+    fields = words >> bits * torch.arange(8, device=packed.device) & ((1 << bits) - 1)
+    sign = 1 << (bits - 1)
+    return ((fields ^ sign) - sign).to(torch.int8).flatten()[:count]
 
 
 def _to_blocks(matrix: Tensor, fmt: str, block_axis: BlockAxis) -> Tensor:

@@ -68,7 +68,8 @@ int detect() {
 #endif
 #if defined(FIPS_HAVE_AVX512)
   if (level == FIPS_AVX2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512vbmi2") &&
       __builtin_cpu_supports("avx512vnni"))
     level = FIPS_AVX512;
 #endif
@@ -86,6 +87,7 @@ bool valid(const fips_matrix &a, const fips_call &c) {
   if (a.rows < 0 || a.cols <= 0 || c.tokens < 0 || c.threads < 1) return false;
   if (c.x_type < FIPS_F32 || c.x_type > FIPS_F16) return false;
   if (a.value_type == FIPS_I8 && a.cols > 65536) return false; // sums of bytes would leave 32 bits
+  if (a.value_bits < 2 || a.value_bits > 8 || (a.value_bits < 8 && a.value_type != FIPS_I8)) return false;
   switch (a.format) {
   case FIPS_DENSE: return true;
   case FIPS_BITMASK: return a.row_start;
@@ -94,6 +96,33 @@ bool valid(const fips_matrix &a, const fips_call &c) {
   case FIPS_BLOCK_COLS: return a.row_start && (a.m == 4 || a.m == 8);
   default: return false;
   }
+}
+
+// The matrix with a byte for every value. The bytes stay with the calling thread, for its next call: they are written
+// and read while they are in the cache, and memory is read only for the packed ones.
+fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
+  fips_matrix wide = a;
+  wide.value_bits = 8;
+  static thread_local std::unique_ptr<int8_t[]> scratch;
+  static thread_local int64_t capacity = 0;
+  if (capacity < a.num_values) {
+    scratch.reset(new int8_t[size_t(a.num_values)]);
+    capacity = a.num_values;
+  }
+  int8_t *to = scratch.get();
+  auto widen = fips_widen_portable;
+#if defined(FIPS_HAVE_AVX512)
+  if (level >= FIPS_AVX512) widen = fips_widen_avx512;
+#endif
+  const auto *stream = static_cast<const uint8_t *>(a.values);
+  const int bits = int(a.value_bits);
+  const int64_t bytes = (a.num_values * bits + 7) / 8, run = 1 << 14;
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+  for (int64_t first = 0; first < a.num_values; first += run)
+    widen(stream, bytes, bits, first, a.num_values - first < run ? a.num_values - first : run, to + first);
+  (void)level;
+  wide.values = to;
+  return wide;
 }
 
 } // namespace
@@ -121,6 +150,11 @@ int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
   if (!valid(*matrix, *call)) return -1;
   if (!matrix->rows || !call->tokens) return 0;
   const int level = call->isa < fips_isa_level() ? call->isa : fips_isa_level();
+  fips_matrix wide;
+  if (matrix->value_bits < 8) {
+    wide = widened(*matrix, *call, level);
+    matrix = &wide;
+  }
 #if defined(FIPS_HAVE_AMX)
   if (level >= FIPS_AMX && fips_amx(*matrix, *call)) return 0;
 #endif
@@ -137,7 +171,7 @@ int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
 }
 
 int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {
-  if (!valid(*matrix, *call)) return -1;
+  if (!valid(*matrix, *call) || matrix->value_bits < 8) return -1;
   if (!matrix->rows || !call->tokens) return -1;
   const int level = call->isa < fips_isa_level() ? call->isa : fips_isa_level();
 #if defined(FIPS_HAVE_AVX512)

@@ -14,7 +14,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 1 };
+enum { FIPS_ABI = 2 };
 
 enum fips_type { FIPS_F32 = 0, FIPS_BF16 = 1, FIPS_F16 = 2, FIPS_I8 = 3 };
 
@@ -44,6 +44,7 @@ typedef struct {
   const uint32_t *row_start; // index of the first value of every row (of its block for BLOCK_ROWS), from
                              // fips_row_starts; null for dense and N:M
   const float *scales;       // one per row, multiplies the values; null: 1
+  int64_t value_bits;        // of I8 values: 8, or 2 to 7 for a stream of two's complement numbers, lowest bit first
 } fips_matrix;
 
 typedef struct {

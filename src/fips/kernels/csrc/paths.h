@@ -8,6 +8,10 @@ bool fips_avx512(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512_bf16(const fips_matrix &matrix, const fips_call &call);
 bool fips_amx(const fips_matrix &matrix, const fips_call &call);
 
+// Integers of `bits` < 8 bits as bytes; `first` and `count` are multiples of 64, or `count` ends the stream.
+void fips_widen_portable(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
+void fips_widen_avx512(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
+
 bool fips_columns_portable(const fips_matrix &matrix, const fips_call &call);
 bool fips_columns_avx2(const fips_matrix &matrix, const fips_call &call);
 bool fips_columns_avx512(const fips_matrix &matrix, const fips_call &call);

@@ -43,4 +43,13 @@ bool fips_portable(const fips_matrix &a, const fips_call &c) {
   return c.tokens == 1 ? tokens_path<PlainVector<1>, 1>(a, c) : tokens_path<PlainVector<8>>(a, c);
 }
 
+void fips_widen_portable(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to) {
+  const uint64_t mask = (uint64_t(1) << bits) - 1, sign = uint64_t(1) << (bits - 1);
+  for (int64_t i = 0; i < count; i += 8) {
+    uint64_t word = bits_at(stream, bytes, (first + i) * bits);
+    for (int64_t j = 0; j < 8 && i + j < count; ++j, word >>= bits)
+      to[i + j] = int8_t(int64_t((word & mask) ^ sign) - int64_t(sign));
+  }
+}
+
 bool fips_columns_portable(const fips_matrix &a, const fips_call &c) { return columns_path<PlainVector<8>>(a, c); }

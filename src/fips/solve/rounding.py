@@ -1,0 +1,96 @@
+r"""Values on a grid of few bits: one step per stored row, every rounding error made up for by what is rounded later.
+
+A factor is stored as rows n along whose K entries the layer sums. With the metric H of that axis, the rows share
+
+.. math:: \ell(Q) = \sum_n (x_n - q_n) H (x_n - q_n)^\top,
+
+and rounding column after column, each error spread over the columns still free by the inverse of H, is the best
+feedback whatever the metric of the other axis. Entries outside the support stay 0; what they would have taken up is an
+error like any other.
+
+Shape legend: N stored rows, K stored columns, C columns of one run.
+
+Reference: Frantar et al., arXiv 2210.17323.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fips.solve.problems import LayerProblem, damped_inverse_root
+
+__all__ = ["round_factor", "round_rows", "row_steps"]
+
+RATIOS = tuple(1.0 - 0.04 * index for index in range(16))
+"""Clipped maxima tried for every row, relative to its largest magnitude."""
+RUN = 128
+
+
+def round_factor(
+    problem: LayerProblem, factor_RF: Tensor, mask_RF: Tensor, *, axis: int, bits: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A factor on the grid, and the step of every stored row in ``dtype``, for the basis the problem is prepared for.
+
+    ``axis`` is the one the layer sums along: 0 for ``up`` layers, whose stored rows are the columns F, 1 for ``down``
+    layers.
+    """
+    scale_K, metric_KK = problem.axis(axis)
+    matrix_NK, mask_NK = (factor_RF.T, mask_RF.T) if axis == 0 else (factor_RF, mask_RF)
+    steps_N = row_steps(matrix_NK, scale_K.square(), bits=bits).to(dtype)
+    integers_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), bits=bits)
+    rounded_NK = integers_NK * steps_N.float().unsqueeze(1)
+    return (rounded_NK.T.contiguous() if axis == 0 else rounded_NK), steps_N
+
+
+def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
+    """Step per row with the least rounding error, columns weighted by ``weight_K``, among a few clipped maxima."""
+    limit = _limit(bits)
+    peaks_N = matrix_NK.abs().amax(1) / limit
+    best_N = torch.full_like(peaks_N, torch.inf)
+    steps_N = peaks_N
+    for ratio in RATIOS:
+        tried_N1 = (peaks_N * ratio).unsqueeze(1)
+        error_NK = matrix_NK - _nearest(matrix_NK, tried_N1, limit) * tried_N1
+        loss_N = (error_NK.square() * weight_K).sum(1)
+        better_N = loss_N < best_N
+        best_N = torch.where(better_N, loss_N, best_N)
+        steps_N = torch.where(better_N, tried_N1.squeeze(1), steps_N)
+    return steps_N
+
+
+def round_rows(
+    matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps_N: Tensor, *, bits: int
+) -> Tensor:
+    """Integers that stand for the matrix on the grids of its rows, 0 outside the mask, with error feedback.
+
+    The metric of columns is ``metric_KK`` between columns multiplied by ``scale_K``.
+    """
+    limit = _limit(bits)
+    upper_KK = damped_inverse_root(metric_KK)
+    rest_NK = matrix_NK * scale_K
+    integers_NK = torch.empty_like(rest_NK)
+    columns = rest_NK.shape[1]
+    for start in range(0, columns, RUN):
+        run = slice(start, min(start + RUN, columns))
+        part_NC, factor_CC = rest_NK[:, run].clone(), upper_KK[run, run]
+        errors_NC = torch.empty_like(part_NC)
+        for place in range(part_NC.shape[1]):
+            column = start + place
+            grid_N = steps_N * scale_K[column]
+            found_N = _nearest(part_NC[:, place], grid_N, limit) * mask_NK[:, column]
+            errors_NC[:, place] = (part_NC[:, place] - found_N * grid_N) / factor_CC[place, place]
+            part_NC[:, place + 1 :] -= torch.outer(errors_NC[:, place], factor_CC[place, place + 1 :])
+            integers_NK[:, column] = found_N
+        rest_NK[:, run.stop :] -= errors_NC @ upper_KK[run, run.stop :]
+    return integers_NK
+
+
+def _limit(bits: int) -> int:
+    """Largest integer of a symmetric grid: 7 for 4 bits."""
+    return (1 << (bits - 1)) - 1
+
+
+def _nearest(values: Tensor, steps: Tensor, limit: int) -> Tensor:
+    """The nearest integer multiple of the steps, clipped; 0 where the step is 0."""
+    return torch.where(steps == 0, 0.0, values / steps).round().clamp(-limit, limit)
