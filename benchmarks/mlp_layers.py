@@ -27,32 +27,34 @@ from torch.nn.functional import linear
 from fips.kernels import cpu
 from fips.nn import FactoredLinear, SharedBasis
 from fips.report.record import environment
-from fips.storage.packing import BITMASK, DENSE, parse_nm
+from fips.storage.packing import BITMASK, DENSE, ValueKind, parse_nm
 
 SHAPES = {"deit": (768, 3072, (1, 16, 197)), "llama": (2048, 8192, (1, 16, 512))}
-# name: rank over width (None: no basis), format, kept fraction, int8 values
-KINDS = {
+# name: rank over width (None: no basis), format, kept fraction, values
+Kind = tuple[float | None, str, float, ValueKind]
+KINDS: dict[str, dict[str, Kind]] = {
     "0.25-0.30": {
-        "pruned, bf16": (None, BITMASK, 0.22, False),
-        "pruned, int8": (None, BITMASK, 0.44, True),
-        "pruned 4:16, bf16": (None, "4:16", 0.25, False),
-        "basis r=0.47d, bf16": (0.47, BITMASK, 0.5, False),
-        "basis r=0.47d, int8 all kept": (0.47, DENSE, 1.0, True),
+        "int4, all kept": (None, DENSE, 1.0, "int4"),
+        "pruned, int6": (None, BITMASK, 0.6, "int6"),
+        "pruned, int8": (None, BITMASK, 0.44, "int8"),
+        "pruned, bf16": (None, BITMASK, 0.22, "float"),
+        "pruned 4:16, bf16": (None, "4:16", 0.25, "float"),
+        "basis r=0.47d, bf16": (0.47, BITMASK, 0.5, "float"),
+        "basis r=0.47d, int8 all kept": (0.47, DENSE, 1.0, "int8"),
     },
     "0.50-0.55": {
-        "pruned, bf16": (None, BITMASK, 0.47, False),
-        "pruned, int8": (None, BITMASK, 0.9, True),
-        "basis r=0.75d, bf16": (0.75, BITMASK, 0.63, False),
-        "basis r=0.94d, int8 all kept": (0.94, DENSE, 1.0, True),
+        "int8, all kept": (None, DENSE, 1.0, "int8"),
+        "pruned, bf16": (None, BITMASK, 0.47, "float"),
+        "pruned, int8": (None, BITMASK, 0.9, "int8"),
+        "basis r=0.75d, bf16": (0.75, BITMASK, 0.63, "float"),
+        "basis r=0.94d, int8 all kept": (0.94, DENSE, 1.0, "int8"),
     },
 }
 GROUP = 12
 
 
-def make_layers(
-    width: int, columns: int, kind: tuple[float | None, str, float, bool], *, role: str, copies: int
-) -> list[FactoredLinear]:
-    ratio, fmt, kept, int8 = kind
+def make_layers(width: int, columns: int, kind: Kind, *, role: str, copies: int) -> list[FactoredLinear]:
+    ratio, fmt, kept, values = kind
     rank = width if ratio is None else round(ratio * width / 64) * 64
     factor = torch.randn(rank, columns)
     mask = _mask(factor if role == "down" else factor.T, fmt, kept)
@@ -66,11 +68,11 @@ def make_layers(
             basis.weight.data = torch.randn(width, rank).to(torch.bfloat16)
         if first is None:
             first = layer = FactoredLinear.from_factor(
-                basis, factor, mask, role=role, fmt=fmt, dtype=torch.bfloat16, values="int8" if int8 else "float"
+                basis, factor, mask, role=role, fmt=fmt, dtype=torch.bfloat16, values=values
             )
         else:
             layer = FactoredLinear(
-                basis, role=role, columns=columns, nonzeros=first.values.numel(), fmt=fmt, dtype=torch.bfloat16,
+                basis, role=role, columns=columns, nonzeros=first.nonzeros, fmt=fmt, dtype=torch.bfloat16,
                 width=width if basis is None else None, values=first.kind,
             )  # fmt: skip
             layer.load_state_dict(first.state_dict())

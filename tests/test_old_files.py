@@ -12,7 +12,8 @@ import fips
 from fips.nn import factored_layers
 
 FIXTURES = Path(__file__).parent / "fixtures"
-DIRECTORIES = {"format-1-bitmask": 6, "format-1-nm": 4, "format-1-mixed": 9, "format-1-placeholders": 6}
+DIRECTORIES = {"format-1-bitmask": 6, "format-1-nm": 4, "format-1-mixed": 9, "format-1-placeholders": 6,
+               "format-1-narrow": 9}  # fmt: skip
 """Directory -> number of factored layers; `<directory>.safetensors` holds an input, the logits and the product of
 every layer's weight with `linspace(-1, 1)`."""
 

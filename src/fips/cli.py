@@ -291,7 +291,7 @@ def recipes(as_json: Json = False) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")] = Path("fips-demo"),
-    target_bytes: Annotated[float, typer.Option(help="Stored MLP bytes to keep, relative to 16-bit dense.")] = 0.4,
+    target_bytes: Annotated[float, typer.Option(help="Stored MLP bytes to keep, relative to 16-bit dense.")] = 0.3,
     as_json: Json = False,
 ) -> None:
     """Compress the embedded byte-level Llama on your interpreter's standard library; no network, under 3 minutes."""

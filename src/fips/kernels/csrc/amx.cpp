@@ -12,6 +12,7 @@
 
 #include "packed.h"
 #include "paths.h"
+#include "widen.h"
 
 namespace {
 
@@ -282,7 +283,8 @@ void panel(const fips_matrix &a, const fips_call &c, const Reader &reader, const
   const auto x = [&](int64_t column, int64_t step) {
     return p.tile(int(column / blocks), block0 + column % blocks, step);
   };
-  Decoder<Reader, Values> decoder(a, reader, row0, rows, row_bytes);
+  const fips_matrix wide = widened_rows(a, reader, row0, rows);
+  Decoder<Reader, Values> decoder(wide, reader, row0, rows, row_bytes);
   const auto multiply = [&](int64_t pair, int64_t step) {
     const int64_t steps = min_of(block_steps, p.steps - step);
     decoder.decode(pair * 32, min_of(32, rows - pair * 32), step, steps, weights);

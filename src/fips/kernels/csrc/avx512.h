@@ -11,6 +11,7 @@
 
 #include "paths.h"
 #include "tokens.h"
+#include "widen.h"
 
 namespace {
 
@@ -211,8 +212,9 @@ FIPS_INLINE void add_columns(uint64_t mask, const typename Dot::Value *&v, const
 }
 
 template <class Dot, int T, class Reader>
-void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row, const char *x,
+void direct_row(const fips_matrix &packed, const fips_call &c, const Reader &reader, int64_t row, const char *x,
                 int64_t padded, const float *token_scale) {
+  const fips_matrix a = widened_rows(packed, reader, row, 1);
   const auto *v = static_cast<const typename Dot::Value *>(a.values) + reader.start(row);
   typename Dot::Sum sums[T], more[T]; // two sets: a dot product takes longer to finish than to start
   int64_t k = 0;

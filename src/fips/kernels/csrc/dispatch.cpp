@@ -98,8 +98,14 @@ bool valid(const fips_matrix &a, const fips_call &c) {
   }
 }
 
-// The matrix with a byte for every value. The bytes stay with the calling thread, for its next call: they are written
-// and read while they are in the cache, and memory is read only for the packed ones.
+// Whether the variant that will run widens integers of less than 8 bits by itself, row after row in the cache.
+bool widens(const fips_matrix &a, const fips_call &c, int level) {
+  if (level < FIPS_AVX512 || a.format == FIPS_BLOCK_ROWS) return false;
+  const bool tiles = level >= FIPS_AMX && (c.path == FIPS_TILES || (c.path == FIPS_AUTO && c.tokens > 1));
+  return tiles || c.path == FIPS_DIRECT || (c.path == FIPS_AUTO && c.tokens <= 4);
+}
+
+// The matrix with a byte for every value. The bytes stay with the calling thread, for its next call.
 fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
   fips_matrix wide = a;
   wide.value_bits = 8;
@@ -151,7 +157,7 @@ int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
   if (!matrix->rows || !call->tokens) return 0;
   const int level = call->isa < fips_isa_level() ? call->isa : fips_isa_level();
   fips_matrix wide;
-  if (matrix->value_bits < 8) {
+  if (matrix->value_bits < 8 && !widens(*matrix, *call, level)) {
     wide = widened(*matrix, *call, level);
     matrix = &wide;
   }

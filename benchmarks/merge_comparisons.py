@@ -1,0 +1,42 @@
+"""Several runs of compare_methods.py on one model as one table and plot: what each was run with is kept beside it.
+
+    python benchmarks/merge_comparisons.py RESULT_DIR... --output benchmarks/results/compare-vit
+
+A method, size and seed that stands in several of them is taken from the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fips.compare import Comparison, Run, write_comparison
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    parts: list[dict[str, Any]] = [json.loads((path / "compare.json").read_text()) for path in args.results]
+    first = parts[0]
+    if len({(part["benchmark"], part["metric"], part["original"]) for part in parts}) > 1:
+        parser.error("the results are of different models or data")
+    runs: dict[tuple[str, float, int], Run] = {}
+    for part in parts:
+        for fields in part.pop("runs"):
+            run = Run(**{**fields, "formats": tuple(fields["formats"])})
+            runs[run.method, run.target_bytes, run.seed] = run
+    ordered = sorted(runs.values(), key=lambda run: (-run.target_bytes, run.seed))
+    methods = list(dict.fromkeys(run.method for run in ordered))
+    ordered.sort(key=lambda run: methods.index(run.method))
+    merged = Comparison(first["metric"], first["higher_is_better"], first["original"], tuple(ordered))
+    known = ("metric", "higher_is_better", "original")
+    parts = [{key: value for key, value in part.items() if key not in known} for part in parts]
+    write_comparison(merged, args.output, facts={"benchmark": first["benchmark"], "made_of": parts})
+
+
+if __name__ == "__main__":
+    main()
