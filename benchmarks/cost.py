@@ -2,9 +2,10 @@
 
     python benchmarks/cost.py --output benchmarks/results/solver-cost.json
 
-One gated group is 12 matrices (4 blocks of gate, up, down). Per matrix: the decompositions of both metrics, once, and
-one pruning of 40 iterations with its refit, which the search repeats for every size it tries. Widths beyond --limit
-are not run: their times are the measured seconds per operation of the largest width that was, times their operations.
+One gated group is 12 matrices (4 blocks of gate, up, down). Per matrix: the decompositions of both metrics, once, one
+pruning of 40 iterations with its refit and one rounding along the longer side; the search repeats the last two for
+every structure and size it solves. Widths beyond --limit are not run: their times are the measured seconds per
+operation of the largest width that was, times their operations.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ import torch
 from fips.report.record import environment
 from fips.solve.alternate import prune
 from fips.solve.problems import LayerProblem
+from fips.solve.rounding import round_factor
 from fips.solve.supports import ByteBudget
 
 RATIO, MATRICES, ITERATIONS, REFIT = 3.5, 12, 40, 30
 WIDTHS = (512, 1024, 2048, 4096)
 MODELS = {"Llama-3.2-1B": (2048, 8192, 48), "Llama-3.1-8B": (4096, 14336, 96)}
-PRUNINGS = 4
-"""Three sizes tried and the final one."""
+PRUNINGS, ROUNDINGS = 5, 7
+"""Most that a layer needs: two widths at two sizes each and the final one; some factors kept whole are rounded too."""
+TIMES = (1, PRUNINGS, ROUNDINGS)
+PARTS = ("decompose_s", "prune_s", "round_s")
 
 
 def metric(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -47,24 +51,32 @@ def measure(width: int) -> dict[str, Any]:
     started = time.perf_counter()
     problem = LayerProblem(weight, left, right)
     prepared = time.perf_counter()
-    prune([problem], ByteBudget(total=0.5 * weight.numel(), value_bytes=1))
+    found = prune([problem], ByteBudget(total=0.5 * weight.numel(), value_bytes=5 / 8))
+    pruned = time.perf_counter()
+    round_factor(problem, found.factors_RF[0], found.masks_RF[0], axis=1, bits=5, dtype=torch.bfloat16)
     done = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "width": width,
         "columns": columns,
         "decompose_s": prepared - started,
-        "prune_s": done - prepared,
+        "prune_s": pruned - prepared,
+        "round_s": done - pruned,
         "peak_bytes": 1024 * peak,
         "peak_bytes_of_the_solver": 1024 * (peak - before),
     }
 
 
-def operations(width: int, columns: int) -> tuple[float, float]:
-    """Floating-point operations of the decompositions and of one pruning of a matrix."""
+def operations(width: int, columns: int) -> tuple[float, float, float]:
+    """Floating-point operations of the decompositions, of one pruning and of one rounding of a matrix."""
     decompose = 9.0 * (columns**3 + width**3)
     product = 2.0 * width * columns * (width + columns)
-    return decompose, product * (2 * ITERATIONS + REFIT)
+    return decompose, product * (2 * ITERATIONS + REFIT), columns**3 + 2.0 * width * columns**2
+
+
+def seconds(row: dict[str, Any]) -> float:
+    """Of one matrix in the search and the final solve."""
+    return sum(float(row[name]) * times for name, times in zip(PARTS, TIMES, strict=True))
 
 
 def main() -> None:
@@ -84,18 +96,17 @@ def main() -> None:
             row["measured"] = True
         else:
             row = extrapolate(rows, width, int(RATIO * width))
-        row["group_s"] = MATRICES * (row["decompose_s"] + PRUNINGS * row["prune_s"])
+        row["group_s"] = MATRICES * seconds(row)
         rows.append(row)
         print(row, flush=True)
     models = {
         name: sum(
-            count * (part["decompose_s"] + PRUNINGS * part["prune_s"])
-            for part in [extrapolate([row for row in rows if row["measured"]], width, columns)]
+            count * seconds(part) for part in [extrapolate([row for row in rows if row["measured"]], width, columns)]
         )
         for name, (width, columns, count) in MODELS.items()
     }
     flops = {
-        name: count * sum(part * times for part, times in zip(operations(width, columns), (1, PRUNINGS), strict=True))
+        name: count * sum(part * times for part, times in zip(operations(width, columns), TIMES, strict=True))
         for name, (width, columns, count) in MODELS.items()
     }
     result = {
@@ -115,8 +126,7 @@ def extrapolate(rows: list[dict[str, Any]], width: int, columns: int) -> dict[st
     return {
         "width": width,
         "columns": columns,
-        "decompose_s": last["decompose_s"] * wanted[0] / known[0],
-        "prune_s": last["prune_s"] * wanted[1] / known[1],
+        **{name: last[name] * more / less for name, more, less in zip(PARTS, wanted, known, strict=True)},
         "measured": False,
     }
 

@@ -38,6 +38,8 @@ class GroupPlan:
     """Storage type of basis, floating values and scales."""
     dense: Footprint
     factored: Footprint
+    values: str = "float"
+    """Types of its values, see ``fips.storage.packing.ValueKind``."""
 
     @property
     def sparsity(self) -> float:
@@ -54,6 +56,7 @@ class GroupPlan:
             "sparsity": self.sparsity,
             "nonzeros": self.nonzeros,
             "format": self.fmt,
+            "values": self.values,
             "dtype": str(self.dtype).removeprefix("torch."),
             "dense": self.dense.to_dict(),
             "factored": self.factored.to_dict(),
@@ -158,12 +161,13 @@ def target_bytes(group: LayerGroup, config: CompressionConfig) -> float:
 
 def solved_plan(plan: GroupPlan, *, rank: int, layers: Sequence[LayerStorage]) -> GroupPlan:
     """The plan of a group once its structure is known, exact to the byte."""
-    formats = dict.fromkeys(layer.fmt for layer in layers)
+    formats, kinds = (sorted({getattr(layer, name) for layer in layers}) for name in ("fmt", "values"))
     return replace(
         plan,
         rank=rank,
         nonzeros=sum(layer.nonzeros for layer in layers),
         fmt=", ".join(formats),
+        values=", ".join(kinds),
         factored=factored_footprint(plan.group, rank=rank, itemsize=itemsize(plan.dtype), layers=layers),
     )
 

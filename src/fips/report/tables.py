@@ -89,13 +89,17 @@ def size_table(plan: CompressionPlan) -> Table:
 
 
 def result_table(report: CompressionReport) -> Table:
-    """One line per group: relative error of the block outputs at the start and at the end, and time."""
-    table = Table("group", "blocks", "error of the start", "final error", "time", title="Result", title_justify="left")
+    """One line per group: what it became, relative error of its block outputs at the start and at the end, and time."""
+    columns = ("group", "blocks", "rank", "formats", "values", "error of the start", "final error", "time")
+    table = Table(*columns, title="Result", title_justify="left")
     table.caption = "errors: MSE of the block outputs / their variance, mean over blocks, calibration data"
-    for result in report.groups:
+    for result, group in zip(report.groups, report.plan["groups"], strict=True):
         table.add_row(
             result["name"],
             str(len(result["blocks"])),
+            str(group["rank"]),
+            group["format"],
+            group.get("values", "float"),
             f"{result['relative_error_start']:.5f}",
             f"{result['relative_error_final']:.5f}",
             f"{result['seconds']:.1f} s",
