@@ -403,6 +403,18 @@ def test_biases_take_up_the_mean_error() -> None:
     assert not torch.allclose(model.get_submodule(name).dense_weight(), weight.T, atol=1e-3)
 
 
+def test_propagated_errors_reach_the_later_groups_only() -> None:
+    states = []
+    for propagate in (False, True):
+        model = tiny_model("llama")
+        metric = {"propagate_errors": propagate}
+        fips.compress(model, batches_for(model), fips.CompressionConfig(target_bytes=0.2, metric=metric, group_size=1))
+        states.append([layer.dense_weight() for layer in factored_layers(model).values()])
+    same = [torch.equal(before, after) for before, after in zip(*states, strict=True)]
+    assert all(same[:3])
+    assert not all(same[3:])
+
+
 def test_the_same_seed_gives_the_same_model() -> None:
     states = []
     for _ in range(2):

@@ -64,7 +64,8 @@ def compress_by_solver(bench: Workbench, plan: CompressionPlan) -> list[Compress
 
 def _solve_groups(bench: Workbench, plan: CompressionPlan) -> list[_Solved]:
     """Every group with the structure and size that the measured errors ask for."""
-    chunks = list(_chunks(plan.groups, bench.config.metric.memory))
+    metric = bench.config.metric
+    chunks = list(_chunks(plan.groups, 0 if metric.propagate_errors else metric.memory))  # each behind the one before
     chosen, searches = _choose(bench, plan, chunks)
     found: list[_Solved] = []
     with ExitStack() as installed:
