@@ -96,7 +96,7 @@ def cycle(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> Callable[[int],
 def stored_bytes(layer: FactoredLinear) -> float:
     """Bytes of one layer in the file, with its share of the basis."""
     basis = 0 if layer.basis is None else layer.basis.weight.numel() * 2 / GROUP
-    return layer.product().packed.nbytes() + basis
+    return layer.packed().nbytes() + basis
 
 
 @torch.inference_mode()
@@ -161,7 +161,7 @@ def summary(taken: dict[str, list[float]], layer: FactoredLinear) -> dict[str, o
         "median_s": medians,
         "quartiles_s": {name: statistics.quantiles(runs, n=4)[::2] for name, runs in taken.items()},
         "stored_ratio": stored_bytes(layer) / (layer.in_features * layer.out_features * 2),
-        "bytes_read": layer.product().packed.nbytes() + 2 * basis,
+        "bytes_read": layer.packed().nbytes() + 2 * basis,
         "macs_per_token": rows * cols + basis,
     }
 

@@ -541,6 +541,6 @@ def test_a_basis_is_not_shared_where_pruning_loses_nothing() -> None:
     dense = search.overhead(Choice(False, "unstructured")) + 4 * D * F
     points = search.trials([Choice(False, "unstructured")], 1.2 * dense)
     known = expected_total([points], 1.2 * dense)
-    assert search.shared_trials(Choice(True, "unstructured"), 1.2 * dense, known) == math.inf
+    assert search.sharing_ratio(Choice(True, "unstructured"), 1.2 * dense, known) == math.inf
     ((choice, size),) = allocate([points], 1.2 * dense)
     assert all(bool(mask.all()) for mask in search.solve(choice, size).masks_RF)

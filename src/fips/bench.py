@@ -91,7 +91,7 @@ def runtime_report(model: PreTrainedModel) -> dict[str, int]:
     """Bytes of the packed layers as stored, of what their kernels add, and of the dense matrices they replace."""
     layers = factored_layers(model).values()
     bases = {id(layer.basis): layer.basis.weight for layer in layers if layer.basis is not None}
-    stored = sum(layer.product().packed.nbytes() for layer in layers)
+    stored = sum(layer.packed().nbytes() for layer in layers)
     itemsize = next((layer.values.element_size() for layer in layers if layer.kind == "float"), 2)
     return {
         "stored_bytes": stored + sum(weight.numel() * weight.element_size() for weight in bases.values()),

@@ -18,9 +18,9 @@ from torch.nn.functional import linear
 from fips.activations import ActivationSpool, BlockCall, first_tensor
 from fips.config import CompressionConfig
 from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
+from fips.solve.rounding import nearest_integers
 from fips.solve.schedules import gmp_sparsity, rigl_fraction, update_steps
 from fips.statistics import RunningVariance
-from fips.storage.packing import largest_integer
 from fips.structure import LinearSite
 
 __all__ = ["BlockError", "TrainableGroup", "autocast_for", "block_errors", "calibrate_", "resolve_precision", "swapped"]
@@ -39,7 +39,7 @@ class _TrainableLinear(nn.Module):
         self.factor_RF = nn.Parameter(factor_RF)
         self.mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)
         self.grid: tuple[Tensor, int] | None = None
-        """Steps that broadcast over the factor, and the largest integer."""
+        """Steps that broadcast over the factor, and the bits of an integer."""
         self.up = site.role == "up"
         self.weight = torch.empty(0, dtype=torch.int8)  # T5 asks for it, and casts its input to any other type
         self.want_dense_gradient = False
@@ -51,17 +51,14 @@ class _TrainableLinear(nn.Module):
         if self.want_dense_gradient and factor_RF.requires_grad:
             factor_RF.register_hook(self._keep_gradient)
         if self.grid is not None:
-            factor_RF = factor_RF + (_on_grid(factor_RF.detach(), *self.grid) - factor_RF.detach())
+            steps, bits = self.grid
+            free_RF = factor_RF.detach()
+            factor_RF = factor_RF + (nearest_integers(free_RF, steps, bits=bits) * steps - free_RF)
         weight_DF = (factor_RF if basis_DR is None else basis_DR @ factor_RF).to(x.dtype)
         return linear(x, weight_DF.T if self.up else weight_DF, None if bias is None else bias.to(x.dtype))
 
     def _keep_gradient(self, gradient_RF: Tensor) -> None:
         self.dense_gradient_RF = gradient_RF.detach()
-
-
-def _on_grid(factor_RF: Tensor, steps: Tensor, limit: int) -> Tensor:
-    """Nearest multiples of the steps, clipped."""
-    return torch.where(steps == 0, 0.0, factor_RF / steps).round().clamp(-limit, limit) * steps
 
 
 def choose_masks(
@@ -138,8 +135,7 @@ class TrainableGroup:
         Reference: Bengio et al., arXiv 1308.3432 (straight-through estimator).
         """
         for layer, steps_N, width in zip(self.layers, steps, bits, strict=True):
-            steps_11 = steps_N.float().unsqueeze(0 if layer.up else 1)
-            layer.grid = (steps_11, largest_integer(width))
+            layer.grid = (steps_N.float().unsqueeze(0 if layer.up else 1), width)
 
     def prune(self, sparsity: float) -> None:
         """Keep the largest magnitudes at a sparsity and zero the rest for good."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.errors import ConfigError
-from fips.kernels.reference import Packed
+from fips.kernels.reference import Packed, to_dense
 from fips.kernels.runtime import BasisRuntime, LayerRuntime, Product
 from fips.storage.packing import (
     BITMASK,
@@ -19,7 +19,6 @@ from fips.storage.packing import (
     BlockAxis,
     ValueKind,
     block_size,
-    dequantize_rows,
     pack,
     pack_integers,
     packed_length,
@@ -27,8 +26,6 @@ from fips.storage.packing import (
     pattern_bytes,
     quantize_rows,
     row_scales,
-    unpack,
-    unpack_integers,
     unpack_mask,
     value_bits,
 )
@@ -182,20 +179,19 @@ class FactoredLinear(nn.Module):
 
     def factor(self) -> Tensor:
         """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
-        return self.stored() if self.bits is None else dequantize_rows(self.stored(), self.scales)
+        return to_dense(self.packed())
 
-    def stored(self) -> Tensor:
-        """The values in their places, integers as int8."""
+    def packed(self) -> Packed:
+        """The stored tensors of the factor, with what they mean."""
         pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        values = self.values
-        if self.bits is not None:
-            values = unpack_integers(values, bits=self.bits, count=self.nonzeros)
-        return unpack(values, pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
+        if self.bits is None:
+            return Packed(self.values, pattern, None, self.factor_shape, self.fmt, self.block_axis)
+        count = self.nonzeros if self.bits < 8 else 0
+        return Packed(self.values, pattern, self.scales, self.factor_shape, self.fmt, self.block_axis, self.bits, count)
 
     def mask(self) -> Tensor:
         """The support of ``factor()``."""
-        pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        return unpack_mask(pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
+        return unpack_mask(self.packed().pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
 
     def num_kept(self) -> int:
         """Entries the pattern keeps; equals the number of values unless the layer was damaged."""
@@ -214,14 +210,12 @@ class FactoredLinear(nn.Module):
 
     def product(self) -> Product:
         """What the layer multiplies by, for ``runtime``."""
-        scales, basis = (None if self.bits is None else self.scales), self.basis
-        narrow = {"bits": self.bits, "count": self.nonzeros} if self.bits is not None and self.bits < 8 else {}
-        pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        packed = Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, **narrow)
+        basis = self.basis
         weight = None if basis is None else basis.weight
         return Product(
-            packed, up=self.role == "up", bias=self.bias, basis=basis, basis_DR=weight, offloaded=_offloaded(self)
-        )
+            self.packed(), up=self.role == "up", bias=self.bias, basis=basis, basis_DR=weight,
+            offloaded=_offloaded(self),
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         kept = self.nonzeros / (self.factor_shape[0] * self.factor_shape[1])

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from fips.errors import ModelError
 from fips.integrations.extras import require
+from fips.kernels.reference import in_place
 from fips.nn import FactoredLinear, factored_layers
 from fips.storage.packing import BITMASK, pack
 
@@ -93,7 +94,7 @@ class _DecodedLinear(nn.Module):
         self._up, self._shape = layer.role == "up", layer.factor_shape
         self.bias = layer.bias
         self.weight = torch.empty(0)
-        values, pattern = pack(layer.stored().detach(), layer.mask(), fmt=BITMASK)
+        values, pattern = pack(in_place(layer.packed()).detach(), layer.mask(), fmt=BITMASK)
         self.register_buffer("values", values)
         self.register_buffer("pattern", pattern)
         if layer.bits is not None:

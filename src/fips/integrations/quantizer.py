@@ -26,7 +26,7 @@ from fips.merge import drop_unused_bases, merge
 from fips.nn import BASES, SharedBasis, basis_owner, factored_layers
 from fips.report.record import REPORT_FILE, CompressionReport
 from fips.storage.files import MANIFEST, read_json, write_json
-from fips.storage.layout import QUANT_METHOD, Layout, describe_layout, install_layout
+from fips.storage.layout import QUANT_METHOD, Layout, check_patterns, describe_layout, install_layout
 
 __all__ = ["FipsConfig", "FipsHfQuantizer", "attach"]
 
@@ -74,13 +74,7 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
         model._keys_to_ignore_on_load_missing = ignored | {rf"{name}\.weight$" for name in factored_layers(model)}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        for name, layer in factored_layers(model).items():
-            pattern = layer._buffers.get("pattern")
-            if pattern is not None and not pattern.is_meta and layer.num_kept() != layer.nonzeros:
-                kept = layer.num_kept()
-                raise CheckpointError(
-                    f"layer `{name}`: its pattern keeps {kept} entries, but it has {layer.nonzeros} values"
-                )
+        check_patterns(model)
         model.is_quantized = False  # casting and training work as in any other model
         attach(model)
         report = Path(model.config._name_or_path) / REPORT_FILE

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from fips.storage.packing import DENSE, BlockAxis, dequantize_rows, unpack, unpack_integers, unpack_mask
 
-__all__ = ["Packed", "multiply", "multiply_backward", "to_dense"]
+__all__ = ["Packed", "in_place", "multiply", "multiply_backward", "to_dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,17 @@ class Packed:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
-def to_dense(packed: Packed) -> Tensor:
-    """S as a dense matrix in the type of its values, or of its scales."""
+def in_place(packed: Packed) -> Tensor:
+    """The stored values in their places (N, K); integers as int8, without their scales."""
     values_Z = packed.values_Z
     if packed.count:
         values_Z = unpack_integers(values_Z, bits=packed.bits, count=packed.count)
-    stored = unpack(values_Z, packed.pattern, shape=packed.shape, fmt=packed.fmt, block_axis=packed.block_axis)
+    return unpack(values_Z, packed.pattern, shape=packed.shape, fmt=packed.fmt, block_axis=packed.block_axis)
+
+
+def to_dense(packed: Packed) -> Tensor:
+    """S as a dense matrix in the type of its values, or of its scales."""
+    stored = in_place(packed)
     return stored if packed.scales_N is None else dequantize_rows(stored, packed.scales_N)
 
 

@@ -129,16 +129,7 @@ class LayerRuntime:
         grad = ops.needs_grad(x, *layer.tensors())
         tokens = (x.shape[:-1].numel() - 1).bit_length()
         values = layer.packed.values_Z
-        key = (
-            wanted,
-            grad,
-            tokens,
-            x.dtype,
-            values.dtype,
-            x.device,
-            torch.get_num_threads(),
-            cpu.available(),
-        )
+        key = (wanted, grad, tokens, x.dtype, values.dtype, x.device, torch.get_num_threads(), cpu.available())
         if key not in self._chosen:
             self._chosen[key] = self._choose(wanted, grad, x, layer)
         return self._chosen[key]

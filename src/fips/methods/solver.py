@@ -31,7 +31,6 @@ __all__ = ["compress_by_solver", "site_problem"]
 N16 = ("2:16", "4:16", "8:16")
 AUTO_BITS = (3, 4, 5, 6, 8)
 
-
 Split = Sequence[tuple[Choice, float]]
 """Structure and bytes of a group: of all its layers together where they share a basis, else of each."""
 
@@ -120,7 +119,7 @@ def _trials(search: _Search, plan: GroupPlan, config: CompressionConfig) -> list
     if config.sharing != "auto" or len(plan.group.sites) < 2 or not shared:
         return alone
     best = min(shared, key=lambda choice: search.group.expected(choice, share))
-    ratio = search.group.shared_trials(best, share, expected_total(alone, share))
+    ratio = search.group.sharing_ratio(best, share, expected_total(alone, share))
     if ratio >= WORTH_SHARING:
         return alone
     sizes = [factor * share for factor in SIZES if search.group.expected(best, factor * share) < math.inf]
@@ -143,10 +142,9 @@ class _Search:
         if len(split) == 1 and len(self.layers) > 1:
             return [split[0][0]] * len(self.layers), self.group.solve(*split[0])
         found = [layer.solve(*one) for layer, one in zip(self.layers, split, strict=True)]
-        basis_DR = found[0].basis_DR if len(found) == 1 else None
         steps = [step for one in found for step in one.steps or ()]
         return [choice for choice, _ in split], Factorization(
-            basis_DR,
+            None,
             [factor for one in found for factor in one.factors_RF],
             [mask for one in found for mask in one.masks_RF],
             [sum(one.losses[-1] for one in found)],
@@ -322,6 +320,4 @@ def _pricing(plan: GroupPlan, config: CompressionConfig) -> Pricing:
     if config.target_bytes is None:
         return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0, value_bit=1 / (_bits(config)[0] or 1))
     size = itemsize(plan.dtype)
-    if config.value_kind == "float":
-        return Pricing(value=size, basis_entry=size)
-    return Pricing(value=size, basis_entry=size, row_scale=size)
+    return Pricing(value=size, basis_entry=size, row_scale=0.0 if config.value_kind == "float" else size)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fips.solve.problems import LayerProblem, damped_inverse_root
 
-__all__ = ["round_factor", "round_rows", "row_steps"]
+__all__ = ["nearest_integers", "round_factor", "round_rows", "row_steps"]
 
 RATIOS = tuple(1.0 - 0.04 * index for index in range(16))
 """Clipped maxima tried for every row, relative to its largest magnitude."""
@@ -45,13 +45,12 @@ def round_factor(
 
 def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
     """Step per row with the least rounding error, columns weighted by ``weight_K``, among a few clipped maxima."""
-    limit = _limit(bits)
-    peaks_N = matrix_NK.abs().amax(1) / limit
+    peaks_N = matrix_NK.abs().amax(1) / _limit(bits)
     best_N = torch.full_like(peaks_N, torch.inf)
     steps_N = peaks_N
     for ratio in RATIOS:
         tried_N1 = (peaks_N * ratio).unsqueeze(1)
-        error_NK = matrix_NK - _nearest(matrix_NK, tried_N1, limit) * tried_N1
+        error_NK = matrix_NK - nearest_integers(matrix_NK, tried_N1, bits=bits) * tried_N1
         loss_N = (error_NK.square() * weight_K).sum(1)
         better_N = loss_N < best_N
         best_N = torch.where(better_N, loss_N, best_N)
@@ -66,7 +65,6 @@ def round_rows(
 
     The metric of columns is ``metric_KK`` between columns multiplied by ``scale_K``.
     """
-    limit = _limit(bits)
     upper_KK = damped_inverse_root(metric_KK)
     rest_NK = matrix_NK * scale_K
     integers_NK = torch.empty_like(rest_NK)
@@ -78,7 +76,7 @@ def round_rows(
         for place in range(part_NC.shape[1]):
             column = start + place
             grid_N = steps_N * scale_K[column]
-            found_N = _nearest(part_NC[:, place], grid_N, limit) * mask_NK[:, column]
+            found_N = nearest_integers(part_NC[:, place], grid_N, bits=bits) * mask_NK[:, column]
             errors_NC[:, place] = (part_NC[:, place] - found_N * grid_N) / factor_CC[place, place]
             part_NC[:, place + 1 :] -= torch.outer(errors_NC[:, place], factor_CC[place, place + 1 :])
             integers_NK[:, column] = found_N
@@ -86,11 +84,12 @@ def round_rows(
     return integers_NK
 
 
+def nearest_integers(values: Tensor, steps: Tensor, *, bits: int) -> Tensor:
+    """The integers of some bits whose multiples of the steps are nearest; 0 where the step is 0."""
+    limit = _limit(bits)
+    return torch.where(steps == 0, 0.0, values / steps).round().clamp(-limit, limit)
+
+
 def _limit(bits: int) -> int:
     """Largest integer of a symmetric grid: 7 for 4 bits."""
     return (1 << (bits - 1)) - 1
-
-
-def _nearest(values: Tensor, steps: Tensor, limit: int) -> Tensor:
-    """The nearest integer multiple of the steps, clipped; 0 where the step is 0."""
-    return torch.where(steps == 0, 0.0, values / steps).round().clamp(-limit, limit)

@@ -204,7 +204,7 @@ class GroupSearch:
                 points.append(Point(choice, bytes_, self.solve(choice, bytes_).losses[-1]))
         return points
 
-    def shared_trials(self, choice: Choice, size: float, known: float) -> float:
+    def sharing_ratio(self, choice: Choice, size: float, known: float) -> float:
         """Error of a shared basis at a size relative to ``known``, that of pruning in the same bytes; infinite where
         pruning leaves nothing to gain, where the first rounds promise no less error, or where nothing fits."""
         zero = sum(problem.loss(None, torch.zeros_like(problem.weight_DF)) for problem in self.problems)

@@ -25,7 +25,7 @@ from fips.integrations.transformers import build_empty, config_from_fields
 from fips.nn import factored_layers
 from fips.report.record import REPORT_FILE, CompressionReport
 from fips.storage.files import MANIFEST, complete_directory, read_json, verify_manifest, write_json, write_manifest
-from fips.storage.layout import QUANT_METHOD, Layout, describe_layout, install_layout
+from fips.storage.layout import QUANT_METHOD, Layout, check_patterns, describe_layout, install_layout
 
 __all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "save"]
 
@@ -191,9 +191,4 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(tensors, assign=True, strict=False)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
-    for name, layer in factored_layers(model).items():
-        kept = layer.num_kept()
-        if kept != layer.nonzeros:
-            raise CheckpointError(
-                f"layer `{name}`: its pattern keeps {kept} entries, but it has {layer.nonzeros} values"
-            )
+    check_patterns(model)

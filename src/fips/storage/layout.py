@@ -12,7 +12,7 @@ from fips.errors import CheckpointError
 from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
 from fips.storage.packing import ValueKind, block_size, parse_nm
 
-__all__ = ["QUANT_METHOD", "Layout", "describe_layout", "install_layout", "replace_linear"]
+__all__ = ["QUANT_METHOD", "Layout", "check_patterns", "describe_layout", "install_layout", "replace_linear"]
 
 QUANT_METHOD = "fips"
 
@@ -167,3 +167,12 @@ def _has_submodule(model: nn.Module, name: str) -> bool:
             return False
         model = child
     return True
+
+
+def check_patterns(model: nn.Module) -> None:
+    """Raise ``CheckpointError`` if a pattern keeps more or fewer entries than its layer has values."""
+    for name, layer in factored_layers(model).items():
+        if not layer.values.is_meta and layer.num_kept() != layer.nonzeros:
+            raise CheckpointError(
+                f"layer `{name}`: its pattern keeps {layer.num_kept()} entries, but it has {layer.nonzeros} values"
+            )
