@@ -47,6 +47,7 @@ ORDER = [
     "plan",
     "activations",
     "statistics",
+    "trainable",
     "calibrate",
     "distill",
     "methods",

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 import fips
 from fips.accounting import state_bytes
-from fips.calibrate import TrainableGroup, calibrate_
+from fips.calibrate import calibrate_
 from fips.compress import ProgressEvent
 from fips.methods.workbench import dense_matrix
 from fips.nn import factored_layers
 from fips.storage.packing import unpack_mask
 from fips.structure import group_mlps, locate_mlps
+from fips.trainable import TrainableGroup
 
 
 def settings(**changes: Any) -> fips.CompressionConfig:
@@ -285,4 +286,4 @@ def test_calibrating_a_group_moves_the_basis_jointly() -> None:
     assert len(losses) == 1
     assert not torch.equal(group.basis_DR.detach(), basis)
     for layer, factor in zip(group.layers, factors, strict=True):
-        assert not torch.equal(layer.factor_RF.detach()[layer.mask_RF], factor[layer.mask_RF])
+        assert not torch.equal(layer.entries_RF.detach()[layer.mask_RF], factor[layer.mask_RF])

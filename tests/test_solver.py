@@ -28,7 +28,8 @@ from fips.solve.search import Choice, GroupSearch, Point, Pricing, allocate, exp
 from fips.solve.supports import ByteBudget
 from fips.solve.svd import shared_svd
 from fips.statistics import collect_moments
-from fips.structure import locate_mlps
+from fips.structure import group_mlps, locate_mlps
+from fips.trainable import TrainableGroup
 
 D, F = 24, 60
 
@@ -362,13 +363,14 @@ def test_calibration_from_the_solver_lowers_the_error(family: str, schedule: str
     assert result["relative_error_final"] < result["relative_error_start"]
 
 
+@pytest.mark.parametrize(("values", "size", "rate"), [("float", 0.3, 1e-3), ("auto", 0.2, 3e-4), ("int4", 0.2, 3e-4)])
 @pytest.mark.parametrize("family", ["vit", "llama"])
-def test_distillation_moves_the_logits_towards_the_teacher(family: str) -> None:
+def test_distillation_moves_the_logits_towards_the_teacher(family: str, values: Any, size: float, rate: float) -> None:
     def divergence(steps: int) -> float:
         model, teacher = tiny_model(family), tiny_model(family)
         batches = batches_for(model)
-        distill = {"steps": steps, "learning_rate": 1e-3}
-        config = fips.CompressionConfig(target_bytes=0.3, values="float", distill=distill)
+        distill = {"steps": steps, "learning_rate": rate}
+        config = fips.CompressionConfig(target_bytes=size, values=values, distill=distill)
         report = fips.compress(model, batches, config)
         assert len(report.groups) == 1
         before = teacher.state_dict()
@@ -544,3 +546,51 @@ def test_a_basis_is_not_shared_where_pruning_loses_nothing() -> None:
     assert search.sharing_ratio(Choice(True, "unstructured"), 1.2 * dense, known) == math.inf
     ((choice, size),) = allocate([points], 1.2 * dense)
     assert all(bool(mask.all()) for mask in search.solve(choice, size).masks_RF)
+
+
+class TestTrainedGrid:
+    """Integers times trained steps: what is trained is what is stored."""
+
+    def group(self, role: str = "up", bits: int = 4) -> tuple[TrainableGroup, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (16, 24)
+        site = next(site for site in group_mlps(locate_mlps(tiny_model("vit")).mlps)[0].sites if site.role == role)
+        steps_N = torch.rand(shape[1] if role == "up" else shape[0], generator=generator).add(0.1).bfloat16()
+        integers = torch.randint(-7, 8, shape, generator=generator).float()
+        factor = integers * steps_N.float().unsqueeze(0 if role == "up" else 1)
+        config = fips.CompressionConfig(target_bytes=0.3)
+        group = TrainableGroup(None, [factor], [site], [None], config, None)
+        group.set_masks([integers != 0])
+        group.set_grids([steps_N], [bits])
+        return group, factor, steps_N
+
+    @pytest.mark.parametrize("role", ["up", "down"])
+    def test_starts_at_the_solved_factor(self, role: str) -> None:
+        group, factor, steps_N = self.group(role)
+        assert torch.equal(group.layers[0].factor(), factor)
+        assert torch.equal(group.layers[0].grid.steps().flatten(), steps_N.float())
+
+    @pytest.mark.parametrize("role", ["up", "down"])
+    def test_after_a_step_the_factor_is_on_the_stored_grid(self, role: str) -> None:
+        group, factor, _ = self.group(role)
+        layer = group.layers[0]
+        optimizer = torch.optim.AdamW(group.learning_rates(3e-3))
+        layer.factor().square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            trained, steps = layer.factor(), layer.grid.steps()
+        assert torch.equal(steps, steps.bfloat16().float())
+        assert torch.equal(trained, (trained / steps).round().clamp(-7, 7) * steps)
+        assert not trained[~layer.mask_RF].any()
+        assert (trained / steps).abs().sum() < (factor / layer.grid.start).abs().sum()  # integers moved as well
+
+    def test_gradients_of_steps_and_integers(self) -> None:
+        """d/ds of sum(c * q * s) is sum(c * q), d/du passes the rounding: c * s."""
+        group, _, steps_N = self.group("down")
+        layer = group.layers[0]
+        weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
+        (layer.factor() * weight).sum().backward()
+        integers = layer.entries_RF.detach().round() * layer.mask_RF
+        wanted = (weight * integers).sum(1, keepdim=True) * steps_N.float().unsqueeze(1)
+        assert torch.allclose(layer.grid.growth.grad, wanted, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(layer.entries_RF.grad, weight * steps_N.float().unsqueeze(1) * layer.mask_RF)

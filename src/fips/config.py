@@ -66,8 +66,8 @@ class CalibrationConfig(Settings):
     steps: int | None = Field(default=None, ge=0)
     """Optimizer steps per group; 0 keeps the closed-form start (then pruning is static). Default: 600 for
     `fips-paper`, 0 for `fips`."""
-    learning_rate: float = Field(default=4e-4, gt=0)
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of AdamW. Default: 4e-4 for `fips-paper`, 1e-4 for `fips`."""
     min_learning_rate: float = Field(default=1e-5, ge=0)
     """Where the cosine schedule ends."""
     weight_decay: float = Field(default=0.05, ge=0)
@@ -223,6 +223,11 @@ class CompressionConfig(Settings):
         if self.calibration.steps is not None:
             return self.calibration.steps
         return 600 if self.method == "fips-paper" else 0
+
+    @property
+    def calibration_rate(self) -> float:
+        """``calibration.learning_rate``, or its default for the method."""
+        return self.calibration.learning_rate or (4e-4 if self.method == "fips-paper" else 1e-4)
 
     @property
     def resolved_pattern(self) -> str:

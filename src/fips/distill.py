@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from fips.activations import first_tensor
-from fips.calibrate import TrainableGroup, swapped
+from fips.calibrate import swapped
 from fips.config import CompressionConfig, DistillConfig
 from fips.errors import DataError
 from fips.statistics import valid_tokens
+from fips.trainable import TrainableGroup
 
 __all__ = ["distill_"]
 
@@ -45,8 +46,8 @@ def distill_(
     with ``hidden_weight``.
     """
     settings = config.distill
-    parameters = [parameter for group in groups for parameter in group.parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    rates = [part for group in groups for part in group.learning_rates(settings.learning_rate)]
+    optimizer = torch.optim.AdamW(rates)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
     layers: dict[str, nn.Module] = {}
     for group in groups:

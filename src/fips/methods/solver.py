@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.accounting import LayerStorage, itemsize
-from fips.calibrate import BlockError, TrainableGroup, calibrate_, swapped
+from fips.calibrate import BlockError, calibrate_, swapped
 from fips.config import CompressionConfig
 from fips.distill import distill_
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, pack_group
@@ -25,6 +25,7 @@ from fips.solve.supports import Reduction
 from fips.statistics import LayerMoments, moment_bytes
 from fips.storage.packing import BITMASK, DENSE, block_size, code_bits, value_bits, value_kind
 from fips.structure import LinearSite
+from fips.trainable import TrainableGroup
 
 __all__ = ["compress_by_solver", "site_problem"]
 
@@ -224,7 +225,7 @@ def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> 
     group = TrainableGroup(found.basis_DR, found.factors_RF, sites, biases, config, None)
     group.set_masks(found.masks_RF)
     if found.steps is not None:
-        group.set_steps(found.steps, [choice.bits or 8 for choice in choices])
+        group.set_grids(found.steps, [choice.bits or 8 for choice in choices])
     search.forget()
     if not config.calibration_steps and not config.distill.steps:
         return _Solved(plan, storages, group, (), [], 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fips.accounting import LayerStorage
 from fips.activations import ActivationSpool, record_blocks
-from fips.calibrate import BlockError, Records, TrainableGroup, block_errors, swapped
+from fips.calibrate import BlockError, Records, block_errors, swapped
 from fips.config import CompressionConfig
 from fips.errors import DataError
 from fips.nn import FactoredLinear, SharedBasis
@@ -21,6 +21,7 @@ from fips.plan import GroupPlan
 from fips.statistics import LayerMoments, collect_moments
 from fips.storage.packing import DENSE
 from fips.structure import LayerGroup, LinearSite
+from fips.trainable import TrainableGroup
 
 __all__ = [
     "MAX_ERROR_BATCHES",
@@ -175,10 +176,9 @@ def pack_group(
     layers = {}
     for site, source, bias, storage in zip(group.sites, group.layers, group.biases, storages, strict=True):
         mask_RF = torch.ones_like(source.mask_RF) if storage.fmt == DENSE else source.mask_RF
-        factor_RF = source.factor_RF.detach() * source.mask_RF
         layer = FactoredLinear.from_factor(
-            basis, factor_RF, mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype, values=storage.values,
-            scales=None if source.grid is None else source.grid[0].flatten(),
+            basis, source.factor().detach(), mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype,
+            values=storage.values, scales=None if source.grid is None else source.grid.steps().detach().flatten(),
         )  # fmt: skip
         layer.bias = bias
         layer.conv1d = site.conv1d
