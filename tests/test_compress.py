@@ -271,8 +271,8 @@ def test_calibrating_a_group_moves_the_basis_jointly() -> None:
     groups = group_mlps(locate_mlps(model).mlps)
     weights = [dense_matrix(model, site) for site in groups[0].sites]
     from fips.activations import ActivationSpool, record_blocks
-    from fips.calibrate import swapped
     from fips.solve.svd import shared_svd
+    from fips.trainable import swapped
 
     config = settings(schedule="static", sparsity=0.5, calibration={"steps": 1, "precision": "float32"})
     basis, factors = shared_svd(weights, rank=20)

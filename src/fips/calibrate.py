@@ -7,20 +7,19 @@ Reference: arXiv 2411.09816, section 3.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fips.activations import ActivationSpool, BlockCall, first_tensor
-from fips.solve.schedules import gmp_sparsity, rigl_fraction, update_steps
+from fips.solve.schedules import cosine, gmp_sparsity, rigl_fraction, update_steps
 from fips.statistics import RunningVariance
 from fips.trainable import TrainableGroup
 
-__all__ = ["BlockError", "autocast_for", "block_errors", "calibrate_", "resolve_precision", "swapped"]
+__all__ = ["BlockError", "autocast_for", "block_errors", "calibrate_", "resolve_precision"]
 
 Records = Sequence[Mapping[str, BlockCall]]
 
@@ -56,19 +55,6 @@ def _native_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
 
-@contextmanager
-def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put modules in place of others for a ``with`` block; the originals come back even after an error."""
-    originals = {name: model.get_submodule(name) for name in replacements}
-    try:
-        for name, module in replacements.items():
-            model.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
-
-
 @torch.no_grad()
 def block_errors(
     blocks: Mapping[str, nn.Module], records: Records, spool: ActivationSpool, device: torch.device
@@ -102,11 +88,10 @@ def calibrate_(
     """
     settings, steps = group.config.calibration, group.config.calibration_steps
     rate = group.config.calibration_rate
-    rates = group.learning_rates(rate, weight_decay=settings.weight_decay)
-    optimizer = torch.optim.AdamW(rates)
+    optimizer = torch.optim.AdamW(group.learning_rates(rate, weight_decay=settings.weight_decay))
     last = min(settings.min_learning_rate / rate, 1.0)
-    cosine = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * step / max(1, steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: last + (1 - last) * cosine(step, max(1, steps))
     )
     support = _Support(group, optimizer)
     losses: list[float] = []
@@ -121,7 +106,7 @@ def calibrate_(
             loss += part.detach()
         support.after(step)
         optimizer.step()
-        cosine.step()
+        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if on_step is not None:

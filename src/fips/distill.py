@@ -9,7 +9,6 @@ trained on their block outputs alone. Reference: Hinton et al., arXiv 1503.02531
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from fips.activations import first_tensor
-from fips.calibrate import swapped
 from fips.config import CompressionConfig, DistillConfig
 from fips.errors import DataError
+from fips.solve.schedules import cosine
 from fips.statistics import valid_tokens
-from fips.trainable import TrainableGroup
+from fips.trainable import TrainableGroup, swapped
 
 __all__ = ["distill_"]
 
@@ -71,7 +70,7 @@ def distill_(
 def _rate(step: int, steps: int) -> float:
     """Linear warm-up, then cosine to 0."""
     warmup = max(1, round(WARMUP * steps))
-    return min((step + 1) / warmup, 1.0) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return min((step + 1) / warmup, 1.0) * cosine(step, steps)
 
 
 def _forever(batches: Iterable[Any]) -> Iterator[Any]:

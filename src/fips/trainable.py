@@ -8,7 +8,8 @@ Reference: Bengio et al., arXiv 1308.3432 (straight-through estimator); Esser et
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
 from fips.storage.packing import largest_integer
 from fips.structure import LinearSite
 
-__all__ = ["TrainableGroup"]
+__all__ = ["TrainableGroup", "swapped"]
 
 INTEGER_RATE = 200.0
 """Learning rate of integers, in steps of their grid, relative to that of free numbers: at 1e-4 at most a fiftieth of a
@@ -30,13 +31,13 @@ STEP_RATE = 30.0
 
 
 class _Grid(nn.Module):
-    """Multiples of one step per stored row, by integers of some bits; steps are stored in ``dtype``."""
+    """Multiples of one step per stored row, by integers of some bits; steps are stored in the type given."""
 
-    def __init__(self, steps: Tensor, bits: int, dtype: torch.dtype) -> None:
+    def __init__(self, steps: Tensor, bits: int) -> None:
         super().__init__()
         self.start = steps.float()
         self.growth = nn.Parameter(torch.zeros_like(self.start))
-        self.limit, self.dtype = largest_integer(bits), dtype
+        self.limit, self.dtype = largest_integer(bits), steps.dtype
 
     def steps(self) -> Tensor:
         """The trained steps as they will be stored."""
@@ -73,8 +74,8 @@ class _TrainableLinear(nn.Module):
         self.want_dense_gradient = False
         self.dense_gradient_RF: Tensor | None = None
 
-    def set_grid(self, steps_N: Tensor, bits: int, dtype: torch.dtype) -> None:
-        self.grid = _Grid(steps_N.unsqueeze(0 if self.up else 1), bits, dtype)
+    def set_grid(self, steps_N: Tensor, bits: int) -> None:
+        self.grid = _Grid(steps_N.unsqueeze(0 if self.up else 1), bits)
         self.entries_RF.data = self.grid.entries(self.entries_RF.data)
 
     def factor(self) -> Tensor:
@@ -91,23 +92,6 @@ class _TrainableLinear(nn.Module):
 
     def _keep_gradient(self, gradient_RF: Tensor) -> None:
         self.dense_gradient_RF = gradient_RF.detach()
-
-
-def choose_masks(
-    scores_RF: Sequence[Tensor], sites: Sequence[LinearSite], config: CompressionConfig, sparsity: float
-) -> list[Tensor]:
-    """Supports of the largest scores at a sparsity, in the pattern and scope of the settings.
-
-    N:M runs along the reduction: the rank for ``up`` layers, the columns for ``down`` layers.
-    """
-    if config.nm is None:
-        return unstructured_masks(scores_RF, sparsity=sparsity, scope=config.threshold)
-    n, m = config.nm
-    kept = max(n, round((1 - sparsity) * m))
-    return [
-        nm_mask(score, n=kept, m=m, dim=0 if site.role == "up" else 1)
-        for score, site in zip(scores_RF, sites, strict=True)
-    ]
 
 
 class TrainableGroup:
@@ -163,9 +147,19 @@ class TrainableGroup:
 
     @torch.no_grad()
     def choose_masks(self, sparsity: float) -> list[Tensor]:
-        """Supports of the largest magnitudes at a sparsity, in the pattern and scope of the settings."""
+        """Supports of the largest magnitudes at a sparsity, in the pattern and scope of the settings.
+
+        N:M runs along the reduction: the rank for ``up`` layers, the columns for ``down`` layers.
+        """
         scores = [layer.factor().abs() for layer in self.layers]
-        return choose_masks(scores, self.sites, self.config, sparsity)
+        if self.config.nm is None:
+            return unstructured_masks(scores, sparsity=sparsity, scope=self.config.threshold)
+        n, m = self.config.nm
+        kept = max(n, round((1 - sparsity) * m))
+        return [
+            nm_mask(score, n=kept, m=m, dim=0 if layer.up else 1)
+            for score, layer in zip(scores, self.layers, strict=True)
+        ]
 
     def set_masks(self, masks: Sequence[Tensor]) -> None:
         """Use other supports; entries outside them keep their value, unused."""
@@ -175,7 +169,7 @@ class TrainableGroup:
     def set_grids(self, steps: Sequence[Tensor], bits: Sequence[int]) -> None:
         """Train integers of some bits times the step of their stored row, and the steps in their type."""
         for layer, steps_N, width in zip(self.layers, steps, bits, strict=True):
-            layer.set_grid(steps_N, width, steps_N.dtype)
+            layer.set_grid(steps_N, width)
 
     def prune(self, sparsity: float) -> None:
         """Keep the largest magnitudes at a sparsity and zero the rest for good."""
@@ -204,3 +198,16 @@ class TrainableGroup:
     def want_dense_gradients(self, wanted: bool) -> None:
         for layer in self.layers:
             layer.want_dense_gradient = wanted
+
+
+@contextmanager
+def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules in place of others for a ``with`` block; the originals come back even after an error."""
+    originals = {name: model.get_submodule(name) for name in replacements}
+    try:
+        for name, module in replacements.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            model.set_submodule(name, module)

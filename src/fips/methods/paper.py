@@ -6,11 +6,11 @@ import time
 
 from fips.accounting import LayerStorage
 from fips.activations import ActivationSpool
-from fips.calibrate import BlockError, Records, calibrate_, swapped
+from fips.calibrate import BlockError, Records, calibrate_
 from fips.methods.workbench import CompressedGroup, Workbench, pack_group
 from fips.plan import CompressionPlan, GroupPlan
 from fips.solve.svd import grow_rank, shared_svd
-from fips.trainable import TrainableGroup
+from fips.trainable import TrainableGroup, swapped
 
 __all__ = ["compress_by_paper"]
 

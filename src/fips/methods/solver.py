@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.accounting import LayerStorage, itemsize
-from fips.calibrate import BlockError, calibrate_, swapped
+from fips.calibrate import BlockError, calibrate_
 from fips.config import CompressionConfig
 from fips.distill import distill_
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, pack_group
@@ -25,7 +25,7 @@ from fips.solve.supports import Reduction
 from fips.statistics import LayerMoments, moment_bytes
 from fips.storage.packing import BITMASK, DENSE, block_size, code_bits, value_bits, value_kind
 from fips.structure import LinearSite
-from fips.trainable import TrainableGroup
+from fips.trainable import TrainableGroup, swapped
 
 __all__ = ["compress_by_solver", "site_problem"]
 

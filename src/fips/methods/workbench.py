@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fips.accounting import LayerStorage
 from fips.activations import ActivationSpool, record_blocks
-from fips.calibrate import BlockError, Records, block_errors, swapped
+from fips.calibrate import BlockError, Records, block_errors
 from fips.config import CompressionConfig
 from fips.errors import DataError
 from fips.nn import FactoredLinear, SharedBasis
@@ -21,7 +21,7 @@ from fips.plan import GroupPlan
 from fips.statistics import LayerMoments, collect_moments
 from fips.storage.packing import DENSE
 from fips.structure import LayerGroup, LinearSite
-from fips.trainable import TrainableGroup
+from fips.trainable import TrainableGroup, swapped
 
 __all__ = [
     "MAX_ERROR_BATCHES",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fips.solve.problems import LayerProblem, damped_inverse_root
 
-__all__ = ["nearest_integers", "round_factor", "round_rows", "row_steps"]
+__all__ = ["round_factor", "round_rows", "row_steps"]
 
 RATIOS = tuple(1.0 - 0.04 * index for index in range(16))
 """Clipped maxima tried for every row, relative to its largest magnitude."""
@@ -50,7 +50,7 @@ def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
     steps_N = peaks_N
     for ratio in RATIOS:
         tried_N1 = (peaks_N * ratio).unsqueeze(1)
-        error_NK = matrix_NK - nearest_integers(matrix_NK, tried_N1, bits=bits) * tried_N1
+        error_NK = matrix_NK - _nearest_integers(matrix_NK, tried_N1, bits=bits) * tried_N1
         loss_N = (error_NK.square() * weight_K).sum(1)
         better_N = loss_N < best_N
         best_N = torch.where(better_N, loss_N, best_N)
@@ -76,7 +76,7 @@ def round_rows(
         for place in range(part_NC.shape[1]):
             column = start + place
             grid_N = steps_N * scale_K[column]
-            found_N = nearest_integers(part_NC[:, place], grid_N, bits=bits) * mask_NK[:, column]
+            found_N = _nearest_integers(part_NC[:, place], grid_N, bits=bits) * mask_NK[:, column]
             errors_NC[:, place] = (part_NC[:, place] - found_N * grid_N) / factor_CC[place, place]
             part_NC[:, place + 1 :] -= torch.outer(errors_NC[:, place], factor_CC[place, place + 1 :])
             integers_NK[:, column] = found_N
@@ -84,7 +84,7 @@ def round_rows(
     return integers_NK
 
 
-def nearest_integers(values: Tensor, steps: Tensor, *, bits: int) -> Tensor:
+def _nearest_integers(values: Tensor, steps: Tensor, *, bits: int) -> Tensor:
     """The integers of some bits whose multiples of the steps are nearest; 0 where the step is 0."""
     limit = _limit(bits)
     return torch.where(steps == 0, 0.0, values / steps).round().clamp(-limit, limit)

@@ -1,10 +1,15 @@
-"""When the sparse support changes during calibration, and by how much."""
+"""What changes with the steps of a training: the support, and by how much; the learning rate."""
 
 from __future__ import annotations
 
 import math
 
-__all__ = ["gmp_sparsity", "rigl_fraction", "update_steps"]
+__all__ = ["cosine", "gmp_sparsity", "rigl_fraction", "update_steps"]
+
+
+def cosine(step: int, steps: int) -> float:
+    r"""Half a cosine from 1 to 0, :math:`\frac{1}{2}(1 + \cos \pi t / T)`."""
+    return 0.5 + 0.5 * math.cos(math.pi * step / steps)
 
 
 def update_steps(*, steps: int, every: int, end: float) -> tuple[int, ...]:
@@ -33,4 +38,4 @@ def rigl_fraction(step: int, *, initial: float, end: int) -> float:
 
     Reference: Evci et al., arXiv 1911.11134.
     """
-    return 0.0 if step >= end else initial / 2 * (1 + math.cos(math.pi * step / end))
+    return 0.0 if step >= end else initial * cosine(step, end)
