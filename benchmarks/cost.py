@@ -2,16 +2,17 @@
 
     python benchmarks/cost.py --output benchmarks/results/solver-cost.json
 
-One gated group is 12 matrices (4 blocks of gate, up, down). Per matrix: the decompositions of both metrics, once, one
-pruning of 40 iterations with its refit and one rounding along the longer side; the search repeats the last two for
-every structure and size it solves. Widths beyond --limit are not run: their times are the measured seconds per
-operation of the largest width that was, times their operations.
+One gated group is 12 matrices (4 blocks of gate, up, down). Of each width one `up` and one `down` layer are searched
+and solved as `method: fips` does at 0.3 of the bytes, each in a process of its own; the times of a group are 8 and 4
+times theirs, and that of the first trial of a shared basis on some columns of all 12. Parts that are not run (--limit,
+--sharing-limit) have the measured seconds per operation of the largest width that was, times their operations.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -22,18 +23,20 @@ from typing import Any
 import torch
 
 from fips.report.record import environment
-from fips.solve.alternate import prune
 from fips.solve.problems import LayerProblem
-from fips.solve.rounding import round_factor
-from fips.solve.supports import ByteBudget
+from fips.solve.search import COLUMNS, SAMPLE, Choice, GroupSearch, Pricing, allocate
+from fips.storage.packing import code_bits
 
-RATIO, MATRICES, ITERATIONS, REFIT = 3.5, 12, 40, 30
+RATIO, BLOCKS, ITERATIONS, REFIT, BYTES = 3.5, 4, 40, 30, 0.3
 WIDTHS = (512, 1024, 2048, 4096)
-MODELS = {"Llama-3.2-1B": (2048, 8192, 48), "Llama-3.1-8B": (4096, 14336, 96)}
-PRUNINGS, ROUNDINGS = 5, 7
-"""Most that a layer needs: two widths at two sizes each and the final one; some factors kept whole are rounded too."""
-TIMES = (1, PRUNINGS, ROUNDINGS)
-PARTS = ("decompose_s", "prune_s", "round_s")
+MODELS = {"Llama-3.2-1B": (2048, 8192, 16), "Llama-3.1-8B": (4096, 14336, 32)}
+"""Width, hidden width and blocks."""
+PATTERNS = ("unstructured", "2:16", "4:16", "8:16")
+CHOICES = [Choice(False, pattern, bits) for pattern in PATTERNS for bits in (3, 4, 5, 6, 8)]
+PRICING = Pricing(value=2.0, basis_entry=2.0, row_scale=2.0)
+PRUNINGS = 4
+"""Trials of a layer that prune, at most: two widths of values at two sizes below all kept."""
+PARTS = ("up", "down", "sharing")
 
 
 def metric(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -41,94 +44,119 @@ def metric(size: int, generator: torch.Generator) -> torch.Tensor:
     return samples.T @ samples / (2 * size)
 
 
-def measure(width: int) -> dict[str, Any]:
-    """Seconds of one matrix in a process of its own."""
-    generator = torch.Generator().manual_seed(0)
-    columns = int(RATIO * width)
+def problem(width: int, columns: int, seed: int) -> LayerProblem:
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(width, columns, generator=generator)
-    left, right = metric(width, generator), metric(columns, generator)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
-    problem = LayerProblem(weight, left, right)
-    prepared = time.perf_counter()
-    found = prune([problem], ByteBudget(total=0.5 * weight.numel(), value_bytes=5 / 8))
-    pruned = time.perf_counter()
-    round_factor(problem, found.factors_RF[0], found.masks_RF[0], axis=1, bits=5, dtype=torch.bfloat16)
+    return LayerProblem(weight, metric(width, generator), metric(columns, generator))
+
+
+def search_of(problems: list[LayerProblem], axes: list[Any]) -> GroupSearch:
+    codes = {choice.pattern: code_bits(*choice.nm) for choice in CHOICES if choice.nm}
+    return GroupSearch(problems, axes, PRICING, codes, torch.bfloat16)
+
+
+def sampled_columns(width: int, columns: int) -> int:
+    """Columns of every matrix that a shared basis is tried on."""
+    return min(columns, max(SAMPLE, math.ceil(COLUMNS * width / (3 * BLOCKS))))
+
+
+def measure(part: str, width: int) -> dict[str, Any]:
+    """Seconds and bytes of one layer, or of the trial of a shared basis, in this process."""
+    columns = int(RATIO * width)
+    if part == "sharing":
+        axes = [0, 0, 1] * BLOCKS
+        columns = sampled_columns(width, columns)
+        search = search_of([problem(width, columns, seed) for seed in range(len(axes))], axes)
+        before, started = peak(), time.perf_counter()
+        search.first_ratio(Choice(True, "unstructured", 5), BYTES * 2 * width * search.columns)
+        return {"seconds": time.perf_counter() - started, "peak_bytes": peak(), "solver_bytes": peak() - before}
+    search = search_of([problem(width, columns, 0)], [0 if part == "up" else 1])
+    size = BYTES * 2 * width * columns
+    before, started = peak(), time.perf_counter()
+    points = search.trials(CHOICES, size)
+    search.forget()
+    tried = time.perf_counter()
+    ((choice, bytes_),) = allocate([points], size)
+    search.solve(choice, bytes_)
     done = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "width": width,
-        "columns": columns,
-        "decompose_s": prepared - started,
-        "prune_s": pruned - prepared,
-        "round_s": done - pruned,
-        "peak_bytes": 1024 * peak,
-        "peak_bytes_of_the_solver": 1024 * (peak - before),
+        "seconds": done - started,
+        "trials_s": tried - started,
+        "final_s": done - tried,
+        "trials": len(points),
+        "peak_bytes": peak(),
+        "solver_bytes": peak() - before,
     }
 
 
-def operations(width: int, columns: int) -> tuple[float, float, float]:
-    """Floating-point operations of the decompositions, of one pruning and of one rounding of a matrix."""
-    decompose = 9.0 * (columns**3 + width**3)
-    product = 2.0 * width * columns * (width + columns)
-    return decompose, product * (2 * ITERATIONS + REFIT), columns**3 + 2.0 * width * columns**2
+def peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def seconds(row: dict[str, Any]) -> float:
-    """Of one matrix in the search and the final solve."""
-    return sum(float(row[name]) * times for name, times in zip(PARTS, TIMES, strict=True))
+def pruning(width: int, columns: int) -> float:
+    """Floating-point operations of one pruning and its refit."""
+    return 2.0 * width * columns * (width + columns) * (2 * ITERATIONS + REFIT)
+
+
+def operations(part: str, width: int, columns: int) -> float:
+    """Of all trials of a layer, its final solve and its decompositions; or of the trial of a shared basis."""
+    if part == "sharing":
+        less = sampled_columns(width, columns)
+        return 3 * BLOCKS * (3 * pruning(width, less) + 9.0 * (less**3 + width**3))
+    sample = (width, min(SAMPLE, columns)) if part == "up" else (min(SAMPLE, width), columns)
+    decompose = 9.0 * (columns**3 + width**3 + sum(min(side, SAMPLE) ** 3 for side in sample))
+    rounding = (PRUNINGS + 3) * (max(sample) ** 3 + 2.0 * sample[0] * sample[1] * max(sample))
+    return decompose + PRUNINGS * pruning(*sample) + pruning(width, columns) + rounding
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=1024)
-    parser.add_argument("--one", type=int, help="measure this width and print it")
+    parser.add_argument("--limit", type=int, default=4096)
+    parser.add_argument("--sharing-limit", type=int, default=2048)
+    parser.add_argument("--one", nargs=2, metavar=("PART", "WIDTH"), help="measure one part and print it")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one)))
+        print(json.dumps(measure(args.one[0], int(args.one[1]))))
         return
     rows: list[dict[str, Any]] = []
     for width in WIDTHS:
-        if width <= args.limit:
-            command = [sys.executable, __file__, "--output", str(args.output), "--one", str(width)]
-            row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            row["measured"] = True
-        else:
-            row = extrapolate(rows, width, int(RATIO * width))
-        row["group_s"] = MATRICES * seconds(row)
+        columns = int(RATIO * width)
+        row: dict[str, Any] = {"width": width, "columns": columns}
+        for part in PARTS:
+            if width <= (args.sharing_limit if part == "sharing" else args.limit):
+                command = [sys.executable, __file__, "--output", str(args.output), "--one", part, str(width)]
+                row[part] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            else:
+                row[part] = {"seconds": extrapolated(rows, part, width, columns), "extrapolated": True}
+        row["group_s"] = BLOCKS * (2 * row["up"]["seconds"] + row["down"]["seconds"]) + row["sharing"]["seconds"]
         rows.append(row)
         print(row, flush=True)
-    models = {
-        name: sum(
-            count * seconds(part) for part in [extrapolate([row for row in rows if row["measured"]], width, columns)]
-        )
-        for name, (width, columns, count) in MODELS.items()
-    }
-    flops = {
-        name: count * sum(part * times for part, times in zip(operations(width, columns), TIMES, strict=True))
-        for name, (width, columns, count) in MODELS.items()
-    }
+    models = {}
+    for name, (width, columns, blocks) in MODELS.items():
+        counts = {"up": 2 * blocks, "down": blocks, "sharing": blocks / BLOCKS}
+        models[name] = {
+            "operations": sum(count * operations(part, width, columns) for part, count in counts.items()),
+            "seconds_on_this_cpu_extrapolated": sum(
+                count * extrapolated(rows, part, width, columns) for part, count in counts.items()
+            ),
+        }
     result = {
         "benchmark": "cost of the solver",
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(torch.device("cpu")),
         "rows": rows,
-        "whole_model_seconds_on_this_cpu_extrapolated": models,
-        "whole_model_operations": flops,
+        "models": models,
     }
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def extrapolate(rows: list[dict[str, Any]], width: int, columns: int) -> dict[str, Any]:
-    last = [row for row in rows if row["measured"]][-1]
-    known, wanted = operations(last["width"], last["columns"]), operations(width, columns)
-    return {
-        "width": width,
-        "columns": columns,
-        **{name: last[name] * more / less for name, more, less in zip(PARTS, wanted, known, strict=True)},
-        "measured": False,
-    }
+def extrapolated(rows: list[dict[str, Any]], part: str, width: int, columns: int) -> float:
+    """Seconds of a part at another size, from the nearest size at or below it that was run, else the largest."""
+    known = [row for row in rows if not row[part].get("extrapolated")]
+    last = max((row for row in known if row["width"] <= width), key=lambda row: float(row["width"]))
+    share = operations(part, width, columns) / operations(part, last["width"], last["columns"])
+    return float(last[part]["seconds"] * share)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def total(items: Sequence[LayerProblem], basis: Tensor, factors: Sequence[Tensor
 def right_of(problem: LayerProblem) -> Tensor:
     """The metric of the hidden side as the problem uses it, in float64."""
     columns = problem.column_F.double()
-    return problem._right_FF.double() * torch.outer(columns, columns)
+    return problem._right.metric.double() * torch.outer(columns, columns)
 
 
 def test_the_loss_equals_its_formula_in_float64() -> None:
@@ -546,6 +546,59 @@ def test_a_basis_is_not_shared_where_pruning_loses_nothing() -> None:
     assert search.sharing_ratio(Choice(True, "unstructured"), 1.2 * dense, known) == math.inf
     ((choice, size),) = allocate([points], 1.2 * dense)
     assert all(bool(mask.all()) for mask in search.solve(choice, size).masks_RF)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_sample_is_the_problem_of_its_columns_or_rows(axis: int) -> None:
+    whole = problems()[0]
+    small, share = whole.sample(axis, 12)
+    side = whole.weight_DF.shape[1 - axis]
+    kept = [place for place in range(side) if (whole.weight_DF.select(1 - axis, place)[None] == (
+        small.weight_DF.T if axis == 0 else small.weight_DF)).all(1).any()]  # fmt: skip
+    assert len(kept) == 12
+    rows, columns = (slice(None), kept) if axis == 0 else (kept, slice(None))
+    weight, left, right = whole.weight_DF[rows][:, columns], whole.left_DD[rows][:, rows], right_of(whole)
+    error = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).double()
+    wanted = torch.trace(left.double() @ error @ right[columns][:, columns] @ error.T).item()
+    assert small.loss(None, (weight - error).float()) == pytest.approx(wanted, rel=1e-4)
+    full = whole.left_DD.diagonal().double() if axis == 1 else right.diagonal()
+    assert 0.5 * 12 / side < share < 1.5 * 12 / side < full.numel()
+    other = "_right" if axis == 1 else "_left"
+    assert getattr(small, other) is getattr(whole, other)  # its eigendecomposition too
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_trials_on_some_rows_tell_what_those_on_all_do(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (32, 256) if axis == 0 else (256, 32)
+    metrics = [moment(size, generator) for size in shape]
+    metrics[1 - axis] = torch.eye(256) + 0.3 * metrics[1 - axis] / metrics[1 - axis].diagonal().mean()
+    problem = LayerProblem(torch.randn(shape, generator=generator), *metrics)
+    choices = [Choice(False, "unstructured", bits) for bits in (3, 4, 5, 6, 8)] + [Choice(False, "8:16", 4)]
+    found = []
+    for sample in (1024, 64):
+        monkeypatch.setattr(fips.solve.search, "SAMPLE", sample)
+        search = GroupSearch([problem], [axis], Pricing(value=2.0, basis_entry=2.0, row_scale=2.0), {"8:16": 14})
+        found.append(search.trials(choices, 0.6 * 32 * 256))
+    assert [point[:2] for point in found[0]] == [point[:2] for point in found[1]]
+    ratios = [few.loss / all_.loss for all_, few in zip(*found, strict=True)]
+    assert 0.75 < min(ratios) < max(ratios) < 1.35
+
+
+def test_sharing_is_tried_on_some_columns_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they promise nothing, no shared basis of the whole group is solved for."""
+    monkeypatch.setattr(fips.solve.search, "SAMPLE", 16)
+    monkeypatch.setattr(fips.solve.search, "COLUMNS", 2)
+    pricing = Pricing(value=2.0, basis_entry=2.0, row_scale=2.0)
+    search = GroupSearch(problems(), (0, 1, 0, 1), pricing, {})
+    small, share = search._some_columns()
+    assert small.columns == round(share * 4 * F) < 4 * F
+    assert small.overhead(Choice(True, "unstructured")) - 2 * D * D * share == pytest.approx(
+        2 * (small.columns / 2 + 2 * D)
+    )
+    solved = monkeypatch.setattr(search, "solve", lambda *_, **__: pytest.fail("the whole group was solved"))
+    assert solved is None
+    assert search.sharing_ratio(Choice(True, "unstructured", 8), 0.5 * 4 * D * F, 1.0) == math.inf
 
 
 class TestTrainedGrid:

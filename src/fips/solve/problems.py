@@ -16,7 +16,9 @@ References: Martens & Grosse, arXiv 1503.05671 (the factored metric); Wang et al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -38,9 +40,10 @@ class LayerProblem:
     :math:`\langle X, A(X) \rangle - 2 \langle X, T \rangle` with ``apply`` for A and ``target_RF`` for T, and a squared
     scaled entry says, up to correlations, what it is worth.
 
-    ``prox`` solves :math:`A(X) + \rho X = T + \rho V` with one float32 eigendecomposition per side. Hidden sides wider
-    than ``max_eigen`` are cut into runs of at most that many columns, and conjugate gradients with the runs as
-    preconditioner put back the correlations between them: less memory, but some 30 products per iteration instead of 2.
+    ``prox`` solves :math:`A(X) + \rho X = T + \rho V` with one float32 eigendecomposition per side, made when it
+    is first asked for. Hidden sides wider than ``max_eigen`` are cut into runs of at most that many columns, and
+    conjugate gradients with the runs as preconditioner put back the correlations between them: less memory, but some 30
+    products per iteration instead of 2.
     """
 
     def __init__(
@@ -52,15 +55,16 @@ class LayerProblem:
         damping: float = DAMPING,
         max_eigen: int = MAX_EIGEN,
     ) -> None:
-        self.weight_DF = weight_DF.float()
-        self.left_DD = _damped(left_DD.float(), damping)
         scale_F = _root(right_FF.float().diagonal())
-        self.column_F = scale_F
-        self._right_FF = _damped(right_FF.float() / torch.outer(scale_F, scale_F), damping)
-        self._weighted_DF = self.weight_DF * scale_F
-        self._scaled_DF = self._weighted_DF @ self._right_FF
-        self._right_eigen = [_eigh(self._right_FF[run, run]) for run in self._runs(max_eigen)]
+        self.left_DD = _damped(left_DD.float(), damping)
+        self._right = _Side(scale_F, _damped(right_FF.float() / torch.outer(scale_F, scale_F), damping), max_eigen)
         self._has_identity = False
+        self._weigh(weight_DF.float())
+
+    def _weigh(self, weight_DF: Tensor) -> None:
+        self.weight_DF = weight_DF
+        self._weighted_DF = weight_DF * self.column_F
+        self._scaled_DF = self._weighted_DF @ self._right.metric
 
     def prepare(self, basis_DR: Tensor | None) -> None:
         """Fix the basis; None is the identity."""
@@ -69,14 +73,50 @@ class LayerProblem:
         self._has_identity = basis_DR is None
         projected_DR = self.left_DD if basis_DR is None else self.left_DD @ basis_DR
         gram_RR = projected_DR if basis_DR is None else basis_DR.T @ projected_DR
-        self.row_R = _root(gram_RR.diagonal())
-        self._gram_RR = gram_RR / torch.outer(self.row_R, self.row_R)
+        row_R = _root(gram_RR.diagonal())
+        self._left = _Side(row_R, gram_RR / torch.outer(row_R, row_R))
+        self._aim(projected_DR)
+
+    def _aim(self, projected_DR: Tensor) -> None:
         self.target_RF = (projected_DR.T @ self._scaled_DF) / self.row_R.unsqueeze(1)
-        self._left_eigen = _eigh(self._gram_RR)
+
+    def sample(self, axis: int, count: int) -> tuple[Self, float]:
+        """The problem of ``count`` columns (axis 0) or rows (1) for the identity, and their share of the error.
+
+        They are spread evenly over what the columns or rows weigh. The decomposition of the other side is shared with
+        this problem.
+        """
+        self.prepare(None)
+        moved_DF = self.left_DD @ self._weighted_DF if axis == 0 else self._scaled_DF * self.row_R.square().unsqueeze(1)
+        worth = (self._weighted_DF * moved_DF).sum(axis)
+        size = worth.numel()
+        places = (torch.arange(count, device=worth.device) + 0.5) * (size / count)
+        kept = worth.argsort()[places.long()].sort().values
+        small = copy.copy(self)
+        if axis == 0:
+            small._right = self._right.part(kept)
+            small._weigh(self.weight_DF[:, kept])
+        else:
+            small._left = self._left.part(kept)
+            small.left_DD = self.left_DD[kept][:, kept]
+            small._weigh(self.weight_DF[kept])
+        small._aim(small.left_DD)
+        return small, float(worth[kept].sum() / worth.sum())
+
+    @property
+    def row_R(self) -> Tensor:
+        """:math:`s_k`."""
+        return self._left.scale
+
+    @property
+    def column_F(self) -> Tensor:
+        """:math:`c_j`."""
+        return self._right.scale
 
     def axis(self, axis: int) -> tuple[Tensor, Tensor]:
         """Scale of every row (0) or column (1) of a factor, and the metric between them with a unit diagonal."""
-        return (self.row_R, self._gram_RR) if axis == 0 else (self.column_F, self._right_FF)
+        side = self._left if axis == 0 else self._right
+        return side.scale, side.metric
 
     def scaled(self, factor_RF: Tensor) -> Tensor:
         return factor_RF * self.row_R.unsqueeze(1) * self.column_F
@@ -85,12 +125,12 @@ class LayerProblem:
         return scaled_RF / self.row_R.unsqueeze(1) / self.column_F
 
     def apply(self, scaled_RF: Tensor) -> Tensor:
-        return self._gram_RR @ scaled_RF @ self._right_FF
+        return self._left.metric @ scaled_RF @ self._right.metric
 
     def prox(self, point_RF: Tensor, rho: float, *, iterations: int = WIDE_ITERATIONS) -> Tensor:
         wanted_RF = self.target_RF + rho * point_RF
         solved_RF = self._solve_runs(wanted_RF, rho)
-        if len(self._right_eigen) == 1:
+        if len(self._right.eigen) == 1:
             return solved_RF
         return conjugate_gradients(
             lambda direction_RF: self.apply(direction_RF) + rho * direction_RF,
@@ -103,10 +143,10 @@ class LayerProblem:
 
     def _solve_runs(self, wanted_RF: Tensor, rho: float) -> Tensor:
         """The solution of the prox equation without correlations between runs of columns."""
-        values_R, vectors_RR = self._left_eigen
+        ((values_R, vectors_RR),) = self._left.eigen
         rotated_RF = vectors_RR.T @ wanted_RF
         parts, start = [], 0
-        for values_C, vectors_CC in self._right_eigen:
+        for values_C, vectors_CC in self._right.eigen:
             part_RC = rotated_RF[:, start : start + len(values_C)] @ vectors_CC
             parts.append((part_RC / (torch.outer(values_R, values_C) + rho)) @ vectors_CC.T)
             start += len(values_C)
@@ -115,19 +155,32 @@ class LayerProblem:
     def loss(self, basis_DR: Tensor | None, factor_RF: Tensor) -> float:
         product_DF = factor_RF if basis_DR is None else basis_DR @ factor_RF
         error_DF = self._weighted_DF - product_DF * self.column_F
-        moved_DF = self.left_DD @ error_DF @ self._right_FF
+        moved_DF = self.left_DD @ error_DF @ self._right.metric
         return max(float((moved_DF * error_DF).sum(dtype=torch.float64)), 0.0)
 
     def basis_terms(self, factor_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(left_DD, right_RR, target_DR)`` of the normal equation ``left B right = target`` for a fixed factor."""
         weighted_RF = factor_RF * self.column_F
-        moved_RF = weighted_RF @ self._right_FF
+        moved_RF = weighted_RF @ self._right.metric
         return self.left_DD, moved_RF @ weighted_RF.T, self.left_DD @ (self._weighted_DF @ moved_RF.T)
 
-    def _runs(self, size: int) -> Iterator[slice]:
-        columns = self.weight_DF.shape[1]
-        for start in range(0, columns, size):
-            yield slice(start, min(start + size, columns))
+
+class _Side:
+    """The metric of one axis of a factor: the scale of every place, and a matrix with a unit diagonal between them."""
+
+    def __init__(self, scale: Tensor, metric: Tensor, max_eigen: int | None = None) -> None:
+        self.scale, self.metric = scale, metric
+        self._size = max_eigen or len(scale)
+
+    @cached_property
+    def eigen(self) -> list[tuple[Tensor, Tensor]]:
+        """Eigenvalues and eigenvectors of every run of at most ``max_eigen`` places."""
+        runs = [slice(start, start + self._size) for start in range(0, len(self.scale), self._size)]
+        return [_eigh(self.metric[run, run]) for run in runs]
+
+    def part(self, kept: Tensor) -> _Side:
+        """Of some places alone."""
+        return _Side(self.scale[kept], self.metric[kept][:, kept], self._size)
 
 
 def _root(diagonal: Tensor) -> Tensor:
