@@ -1,7 +1,8 @@
 """The packed product in Triton: tiles of S are decoded in registers and multiplied at once, S is never stored.
 
 One kernel serves all formats: the bits of a tile come from the mask, or from a table of N:M codes; their running sum
-along the row is the place of every kept entry among the values. Triton is optional (``pip install fips[gpu]``).
+along the row is the place of every kept entry among the values. Integers of less than 8 bits are cut out of the bytes
+they lie in. Triton is optional (``pip install fips[gpu]``).
 """
 
 from __future__ import annotations
@@ -83,9 +84,8 @@ def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
     return (
         available()
         and packed.values_Z.device.type == "cuda"
-        and packed.bits == 8
         and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and packed.values_Z.numel() < 2**31
+        and packed.kept < 2**31
         and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))
     )
 
@@ -112,9 +112,10 @@ def multiply(x_TK: Tensor, prepared: Prepared, bias_N: Tensor | None = None) -> 
     _multiply_kernel[grid](
         x, packed.values_Z, packed.pattern if packed.pattern.numel() else empty, prepared.row_start, prepared.table,
         empty if packed.scales_N is None else packed.scales_N, empty if bias_N is None else bias_N, y,
-        x.shape[0], rows, cols, x.stride(0), x.stride(1), packed.pattern.numel(),
-        FORMAT=prepared.format, UNIT=prepared.unit, BITS=prepared.bits, SCALED=packed.scales_N is not None,
-        BIASED=bias_N is not None, WIDE=not x.is_cuda, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k,
+        x.shape[0], rows, cols, x.stride(0), x.stride(1), packed.pattern.numel(), packed.values_Z.numel(),
+        VALUE_BITS=packed.bits if packed.count else 0, FORMAT=prepared.format, UNIT=prepared.unit, BITS=prepared.bits,
+        SCALED=packed.scales_N is not None, BIASED=bias_N is not None, WIDE=not x.is_cuda, BLOCK_T=block_t,
+        BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     return y.view(*x_TK.shape[:-1], rows)
 
@@ -155,10 +156,21 @@ if triton is not None:
         return (bits >> (place % 8).to(tl.int32)) & inside.to(tl.int32)
 
     @triton.jit
+    def _narrow(values, place, mask, value_bytes, BITS: tl.constexpr) -> Any:
+        """Integers of BITS bits at their places in a stream of bytes."""
+        bit = place.to(tl.int64) * BITS
+        byte = bit // 8
+        word = tl.load(values + byte, mask=mask, other=0).to(tl.int32)
+        word |= tl.load(values + byte + 1, mask=mask & (byte + 1 < value_bytes), other=0).to(tl.int32) << 8
+        field = (word >> (bit % 8).to(tl.int32)) & ((1 << BITS) - 1)
+        return (field ^ (1 << (BITS - 1))) - (1 << (BITS - 1))
+
+    @triton.jit
     def _multiply_kernel(
         x_ptr, values, pattern, row_start, table, scales, bias, y_ptr, tokens, rows, cols: tl.constexpr, stride_t,
-        stride_k, pattern_bytes, FORMAT: tl.constexpr, UNIT: tl.constexpr, BITS: tl.constexpr, SCALED: tl.constexpr,
-        BIASED: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        stride_k, pattern_bytes, value_bytes, VALUE_BITS: tl.constexpr, FORMAT: tl.constexpr, UNIT: tl.constexpr,
+        BITS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ) -> None:  # fmt: skip
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -172,7 +184,11 @@ if triton is not None:
             first += tl.sum(kept, axis=1) * stride
             x_at = x_ptr + t[:, None].to(tl.int64) * stride_t + k[None, :] * stride_k
             x = tl.load(x_at, mask=(t[:, None] < tokens) & (k[None, :] < cols), other=0.0)
-            weights = tl.load(values + place, mask=kept != 0, other=0).to(tl.float32).to(x.dtype)
+            if VALUE_BITS:
+                stored = _narrow(values, place, kept != 0, value_bytes, VALUE_BITS) * kept
+            else:
+                stored = tl.load(values + place, mask=kept != 0, other=0)
+            weights = stored.to(tl.float32).to(x.dtype)
             if WIDE:
                 x, weights = x.to(tl.float32), weights.to(tl.float32)
             total += tl.dot(x, tl.trans(weights), input_precision="ieee")
