@@ -206,7 +206,14 @@ class FactoredLinear(nn.Module):
         return factor @ basis_DR.T if self.role == "up" else basis_DR @ factor
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.runtime.forward(x, self.product())
+        return self.runtime.forward(x, self._parts(), self.product)
+
+    def _parts(self) -> tuple[object, ...]:
+        """What a product is made of, without the search of ``getattr``, which takes longer than a small product."""
+        parameters, buffers, basis = self._parameters, self._buffers, self._borrowed[0]
+        values = parameters.get("values") if self.bits is None else buffers.get("values")
+        weight = None if basis is None else basis._parameters.get("weight")
+        return values, buffers.get("pattern"), buffers.get("scales"), parameters.get("bias"), weight, _offloaded(self)
 
     def product(self) -> Product:
         """What the layer multiplies by, for ``runtime``."""

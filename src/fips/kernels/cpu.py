@@ -163,7 +163,7 @@ def multiply(
     """
     rows, cols = prepared.packed.shape
     x = _rows_of(x_TK, cols)
-    y = x.new_empty(x.shape[0], rows)
+    y = x.new_empty((*x.shape[:-1], rows))
     bias = bias_N if bias_N is None or bias_N.dtype == x.dtype else bias_N.to(x.dtype)
     bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
     call = _call(x, y, bias, isa, PATHS[path], bits)
@@ -172,28 +172,32 @@ def multiply(
             f"no CPU kernel for format {prepared.packed.fmt}, values {prepared.packed.values_Z.dtype}, inputs "
             f"{x.dtype}, path {path}; use path `auto`"
         )
-    return y if x_TK.dim() == 2 else y.view(*x_TK.shape[:-1], rows)
+    return y if x.dim() == x_TK.dim() else y.view(*x_TK.shape[:-1], rows)
 
 
 def multiply_columns(x_TN: Tensor, prepared: Prepared, *, isa: str | None = None) -> Tensor:
     """``x S`` for a dense S and at most four tokens: S is read once, in memory order; no autograd."""
     rows, cols = prepared.packed.shape
     x = _rows_of(x_TN, rows)
-    y = x.new_empty(x.shape[0], cols)
+    y = x.new_empty((*x.shape[:-1], cols))
     if _require().fips_multiply_columns(prepared.reference, ctypes.byref(_call(x, y, None, isa, 0, 16))) != 0:
-        raise BackendError(f"no CPU kernel for {x.shape[0]} tokens and format {prepared.packed.fmt}; use torch")
-    return y if x_TN.dim() == 2 else y.view(*x_TN.shape[:-1], cols)
+        raise BackendError(f"no CPU kernel for {x.numel() // rows} tokens and format {prepared.packed.fmt}; use torch")
+    return y if x.dim() == x_TN.dim() else y.view(*x_TN.shape[:-1], cols)
 
 
 def _rows_of(x: Tensor, features: int) -> Tensor:
-    """(tokens, features) with the features side by side; a view where possible."""
+    """As it is where contiguous, else (tokens, features) with the features side by side; a view where possible."""
+    if x.is_contiguous():
+        return x
     flat = x if x.dim() == 2 else x.reshape(-1, features)
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int, activation_bits: int) -> _Call:
+    features = x.shape[-1]
     return _Call(
-        x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), x.shape[0], x.stride(0), y.shape[1],
+        x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), x.numel() // features,
+        x.stride(0) if x.dim() == 2 else features, y.shape[-1],
         TYPES[x.dtype], torch.get_num_threads(), len(ISAS) if isa is None else ISAS.index(isa), path, activation_bits,
     )  # fmt: skip
 

@@ -6,7 +6,8 @@ A layer ``y = x (B F)`` can be computed in several ways. Those of ``FRUGAL`` kee
 ``decode``   torch decodes the factor for the time of the call, then two dense products
 ``merge``    torch forms B F for the time of the call: pays for long inputs when R is above D
 
-and one keeps a dense copy, which ``extra_bytes`` reports: ``merged``. It is used only where the policy allows it.
+and one keeps a dense copy, which ``extra_bytes`` reports: ``merged``. It is used where the policy allows it, and for
+layers whose dense weight takes at most ``SMALL`` bytes: there the overhead of a call outweighs the product.
 
 The choice is made per layer shape, type, device, thread count and power of two of the number of tokens, from a few
 alternating runs at the first call, and remembered in ``~/.cache/fips`` (or ``$FIPS_CACHE``) under a fingerprint of the
@@ -18,11 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import operator
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +43,10 @@ log = logging.getLogger("fips.kernels")
 Way = Literal["packed", "decode", "merge", "merged"]
 FRUGAL: tuple[Way, ...] = ("packed", "decode", "merge")
 POLICIES = ("auto", "speed", *FRUGAL, "merged")
-"""``auto``: the fastest of ``FRUGAL``. ``speed``: the fastest of all. Or always the one named."""
+"""``auto``: the fastest of ``FRUGAL``, for small layers of all. ``speed``: the fastest of all. Or the one named."""
+
+SMALL = 1 << 20
+"""Bytes of a dense weight that ``auto`` may keep."""
 
 TIE = 1.05
 Basis = Callable[..., Tensor]
@@ -94,6 +99,8 @@ class LayerRuntime:
         self._prepared: ops.Prepared | None = None
         self._merged: Tensor | None = None
         self._merged_key: tuple[Any, ...] = ()
+        self._product: Product | None = None
+        self._parts: Sequence[object] = ()
         self._chosen: dict[tuple[Any, ...], Way] = {}
         cpu.available()  # loaded here, not while a tracer watches
 
@@ -117,19 +124,44 @@ class LayerRuntime:
         merged = 0 if self._merged is None else self._merged.numel() * self._merged.element_size()
         return merged + (0 if self._prepared is None else self._prepared.extra_bytes)
 
-    def forward(self, x: Tensor, layer: Product) -> Tensor:
-        """The product in the way the policy and the measurements say."""
-        if torch.compiler.is_compiling() or not ops.is_plain(x, layer.packed.values_Z):
+    def forward(self, x: Tensor, parts: Sequence[object], make: Callable[[], Product]) -> Tensor:
+        """The product in the way the policy and the measurements say.
+
+        What ``make`` makes is used again while ``parts``, which it is made of, are the same objects; the first are the
+        values, None where they are not in their usual place.
+        """
+        if torch.compiler.is_compiling():
+            layer = make()
             return self._compute("packed" if ops.traceable(x, layer.packed) else "decode", x, layer)
+        layer = self._remembered(parts, make)
+        if not ops.is_plain(x, layer.packed.values_Z):
+            return self._compute("decode", x, layer)
         return self._compute(self.way(x, layer), x, layer)
+
+    def _remembered(self, parts: Sequence[object], make: Callable[[], Product]) -> Product:
+        if self._product is None or not all(map(operator.is_, parts, self._parts)):
+            layer = make()
+            if layer.offloaded or parts[0] is None:
+                return layer
+            self._product, self._parts = layer, parts
+            self._chosen.clear()
+        return self._product
 
     def way(self, x: Tensor, layer: Product) -> Way:
         """The way a call with this input takes; measures if nobody has."""
         wanted = os.environ.get("FIPS_RUNTIME", self._policy)
-        grad = ops.needs_grad(x, *layer.tensors())
-        tokens = (x.shape[:-1].numel() - 1).bit_length()
-        values = layer.packed.values_Z
-        key = (wanted, grad, tokens, x.dtype, values.dtype, x.device, torch.get_num_threads(), cpu.available())
+        grad = torch.is_grad_enabled() and ops.needs_grad(x, *layer.tensors())
+        tokens = (x.numel() // x.shape[-1] - 1).bit_length()
+        key = (
+            wanted,
+            grad,
+            tokens,
+            x.dtype,
+            layer.packed.values_Z.dtype,
+            x.device,
+            torch.get_num_threads(),
+            cpu.available(),
+        )
         if key not in self._chosen:
             self._chosen[key] = self._choose(wanted, grad, x, layer)
         return self._chosen[key]
@@ -140,7 +172,7 @@ class LayerRuntime:
             return wanted
         if len(possible) == 1 or wanted not in ("auto", "speed"):
             return possible[0]
-        if wanted == "auto":
+        if wanted == "auto" and x.element_size() * layer.size > SMALL:
             possible = tuple(way for way in possible if way != "merged")
         return _timings.fastest(layer.signature(x), possible, lambda way: self._compute(way, x, layer))
 
@@ -193,6 +225,14 @@ class Product:
         self.packed, self.up, self.bias, self.basis, self.basis_DR = packed, up, bias, basis, basis_DR
         self.offloaded = offloaded
         """The tensors are there for this call only: nothing may be kept of them."""
+
+    @property
+    def size(self) -> int:
+        """Entries of the dense weight."""
+        rows, cols = self.packed.shape
+        if self.basis_DR is None:
+            return rows * cols
+        return self.basis_DR.shape[0] * (rows if self.up else cols)
 
     def tensors(self) -> tuple[Tensor, ...]:
         found = (self.packed.values_Z, self.packed.pattern, self.packed.scales_N, self.bias, self.basis_DR)
