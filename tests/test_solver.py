@@ -470,13 +470,14 @@ def test_rounding_stays_on_the_grid_and_support_and_feedback_pays(axis: int) -> 
         problem.prepare(None)
         mask = torch.rand(D, F, generator=torch.Generator().manual_seed(1)) < 0.8
         factor = refit(problem, problem.weight_DF, mask)
-        rounded, steps = round_factor(problem, factor, mask, axis=axis, bits=3, dtype=torch.bfloat16)
+        rounded, steps, wanted = round_factor(problem, factor, mask, axis=axis, bits=3, dtype=torch.bfloat16)
         rows = rounded.T if axis == 0 else rounded
         assert steps.dtype == torch.bfloat16
         assert (rounded[~mask] == 0).all()
         integers = rows / steps.float().unsqueeze(1)
         torch.testing.assert_close(integers, integers.round(), atol=1e-5, rtol=0)
         assert integers.abs().max() <= 3.001
+        assert torch.equal(wanted.round().clamp(-3, 3) * mask * steps.float().unsqueeze(0 if axis == 0 else 1), rounded)
         grid = steps.float().unsqueeze(0 if axis == 0 else 1)
         nearest = (factor / grid).round().clamp(-3, 3) * grid * mask
         ours += problem.loss(None, rounded)
@@ -488,7 +489,7 @@ def test_rounding_in_a_plain_metric_is_to_the_nearest() -> None:
     matrix = torch.randn(7, 300, generator=torch.Generator().manual_seed(0))
     mask, ones = torch.ones_like(matrix, dtype=torch.bool), torch.ones(300)
     steps = row_steps(matrix, ones, bits=4)
-    integers = round_rows(matrix, mask, torch.eye(300), ones, steps, bits=4)
+    integers, _ = round_rows(matrix, mask, torch.eye(300), ones, steps, bits=4)
     assert torch.equal(integers, (matrix / steps.unsqueeze(1)).round().clamp(-7, 7))
     clipped = (matrix.abs().amax(1) / 7).unsqueeze(1)
     plain = ((matrix / clipped).round() * clipped - matrix).square().sum(1)
@@ -622,6 +623,19 @@ class TestTrainedGrid:
         group, factor, steps_N = self.group(role)
         assert torch.equal(group.layers[0].factor(), factor)
         assert torch.equal(group.layers[0].grid.steps().flatten(), steps_N.float())
+
+    @pytest.mark.parametrize("role", ["up", "down"])
+    def test_close_decisions_are_the_first_to_change(self, role: str) -> None:
+        """Entries start where rounding found them: the same factor, and the next integer as near as it was."""
+        group, factor, steps_N = self.group(role)
+        layer = group.layers[0]
+        integers = layer.entries_RF.detach().clone()
+        wanted = integers + 2 * torch.rand(integers.shape, generator=torch.Generator().manual_seed(2)) - 1
+        layer.entries_RF.data.copy_(factor)
+        group.set_grids([steps_N], [4], [wanted])
+        assert torch.equal(layer.factor(), factor)
+        rest = layer.entries_RF.detach() - integers
+        assert torch.allclose(rest, (wanted - integers).clamp(-0.49, 0.49), atol=1e-5)
 
     @pytest.mark.parametrize("role", ["up", "down"])
     def test_after_a_step_the_factor_is_on_the_stored_grid(self, role: str) -> None:

@@ -26,6 +26,8 @@ __all__ = ["TrainableGroup", "swapped"]
 INTEGER_RATE = 200.0
 """Learning rate of integers, in steps of their grid, relative to that of free numbers: at 1e-4 at most a fiftieth of a
 step at a time, so that single gradients flip nothing; 0.1 was too much where it was tried."""
+EDGE = 0.49
+"""Farthest from its integer that an entry starts, in steps."""
 STEP_RATE = 30.0
 """Learning rate of a step, as a share of it, relative to that of free numbers."""
 
@@ -74,9 +76,11 @@ class _TrainableLinear(nn.Module):
         self.want_dense_gradient = False
         self.dense_gradient_RF: Tensor | None = None
 
-    def set_grid(self, steps_N: Tensor, bits: int) -> None:
+    def set_grid(self, steps_N: Tensor, bits: int, wanted_RF: Tensor | None) -> None:
         self.grid = _Grid(steps_N.unsqueeze(0 if self.up else 1), bits)
-        self.entries_RF.data = self.grid.entries(self.entries_RF.data)
+        integers_RF = self.grid.entries(self.entries_RF.data)
+        rest_RF = 0.0 if wanted_RF is None else (wanted_RF - integers_RF).clamp(-EDGE, EDGE)
+        self.entries_RF.data = integers_RF + rest_RF
 
     def factor(self) -> Tensor:
         """The factor as it would be stored, 0 outside the mask."""
@@ -166,10 +170,17 @@ class TrainableGroup:
         for layer, mask_RF in zip(self.layers, masks, strict=True):
             layer.mask_RF = mask_RF
 
-    def set_grids(self, steps: Sequence[Tensor], bits: Sequence[int]) -> None:
-        """Train integers of some bits times the step of their stored row, and the steps in their type."""
-        for layer, steps_N, width in zip(self.layers, steps, bits, strict=True):
-            layer.set_grid(steps_N, width)
+    def set_grids(
+        self, steps: Sequence[Tensor], bits: Sequence[int], wanted_RF: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """Train integers of some bits times the step of their stored row, and the steps in their type.
+
+        With ``wanted_RF``, what was rounded to the integers, in steps, integers start that near to the next: those
+        whose rounding was a close thing are the first to change.
+        """
+        starts = wanted_RF or [None] * len(self.layers)
+        for layer, steps_N, width, wanted in zip(self.layers, steps, bits, starts, strict=True):
+            layer.set_grid(steps_N, width, wanted)
 
     def prune(self, sparsity: float) -> None:
         """Keep the largest magnitudes at a sparsity and zero the rest for good."""

@@ -23,5 +23,5 @@ def gptq(weight_OI: Tensor, moment_II: Tensor, *, bits: int, dtype: torch.dtype)
     scale_I = moment_II.diagonal().clamp_min(1e-6 * float(moment_II.diagonal().mean())).sqrt()
     metric_II = moment_II / torch.outer(scale_I, scale_I)
     kept_OI = torch.ones_like(weight_OI, dtype=torch.bool)
-    integers_OI = round_rows(weight_OI, kept_OI, metric_II, scale_I, steps_O.float(), bits=bits)
+    integers_OI, _ = round_rows(weight_OI, kept_OI, metric_II, scale_I, steps_O.float(), bits=bits)
     return integers_OI * steps_O.float().unsqueeze(1), steps_O

@@ -150,6 +150,7 @@ class _Search:
             [mask for one in found for mask in one.masks_RF],
             [sum(one.losses[-1] for one in found)],
             steps or None,
+            [wanted for one in found for wanted in one.wanted_RF or ()] or None,
         )
 
     def forget(self) -> None:
@@ -225,7 +226,7 @@ def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> 
     group = TrainableGroup(found.basis_DR, found.factors_RF, sites, biases, config, None)
     group.set_masks(found.masks_RF)
     if found.steps is not None:
-        group.set_grids(found.steps, [choice.bits or 8 for choice in choices])
+        group.set_grids(found.steps, [choice.bits or 8 for choice in choices], found.wanted_RF)
     search.forget()
     if not config.calibration_steps and not config.distill.steps:
         return _Solved(plan, storages, group, (), [], 0.0)

@@ -27,6 +27,8 @@ class Factorization:
     """Sum of the losses, one per round."""
     steps: list[Tensor] | None = None
     """Where the factors are on grids: the step of every stored row of each."""
+    wanted_RF: list[Tensor] | None = None
+    """Beside ``steps``: what was rounded to the factors, in units of the steps."""
 
 
 def prune(problems: Sequence[LayerProblem], choose: MaskChooser) -> Factorization:
@@ -50,15 +52,16 @@ def rounded(
 
     ``axes`` are those along which the layers sum, see ``round_factor``; ``dtype`` is that of the steps.
     """
-    factors, steps = [], []
+    factors, steps, wanted = [], [], []
     for problem, factor, mask, axis in zip(problems, found.factors_RF, found.masks_RF, axes, strict=True):
         problem.prepare(found.basis_DR)
-        factor_RF, steps_N = round_factor(problem, factor, mask, axis=axis, bits=bits, dtype=dtype)
+        factor_RF, steps_N, wanted_RF = round_factor(problem, factor, mask, axis=axis, bits=bits, dtype=dtype)
         factors.append(factor_RF)
         steps.append(steps_N)
+        wanted.append(wanted_RF)
     basis_DR = None if found.basis_DR is None else fit_basis(problems, found.basis_DR, factors)
     losses = [*found.losses, _total(problems, basis_DR, factors)]
-    return Factorization(basis_DR, factors, found.masks_RF, losses, steps)
+    return Factorization(basis_DR, factors, found.masks_RF, losses, steps, wanted)
 
 
 def alternate(

@@ -29,8 +29,9 @@ RUN = 128
 
 def round_factor(
     problem: LayerProblem, factor_RF: Tensor, mask_RF: Tensor, *, axis: int, bits: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """A factor on the grid, and the step of every stored row in ``dtype``, for the basis the problem is prepared for.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A factor on the grid, the step of every stored row in ``dtype``, and what was rounded in units of the steps, for
+    the basis the problem is prepared for.
 
     ``axis`` is the one the layer sums along: 0 for ``up`` layers, whose stored rows are the columns F, 1 for ``down``
     layers.
@@ -38,9 +39,10 @@ def round_factor(
     scale_K, metric_KK = problem.axis(axis)
     matrix_NK, mask_NK = (factor_RF.T, mask_RF.T) if axis == 0 else (factor_RF, mask_RF)
     steps_N = row_steps(matrix_NK, scale_K.square(), bits=bits).to(dtype)
-    integers_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), bits=bits)
+    integers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), bits=bits)
     rounded_NK = integers_NK * steps_N.float().unsqueeze(1)
-    return (rounded_NK.T.contiguous() if axis == 0 else rounded_NK), steps_N
+    rounded_RF, wanted_RF = ((m.T.contiguous() if axis == 0 else m) for m in (rounded_NK, wanted_NK))
+    return rounded_RF, steps_N, wanted_RF
 
 
 def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
@@ -50,7 +52,7 @@ def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
     steps_N = peaks_N
     for ratio in RATIOS:
         tried_N1 = (peaks_N * ratio).unsqueeze(1)
-        error_NK = matrix_NK - _nearest_integers(matrix_NK, tried_N1, bits=bits) * tried_N1
+        error_NK = matrix_NK - _nearest(_in_steps(matrix_NK, tried_N1), bits=bits) * tried_N1
         loss_N = (error_NK.square() * weight_K).sum(1)
         better_N = loss_N < best_N
         best_N = torch.where(better_N, loss_N, best_N)
@@ -60,14 +62,15 @@ def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
 
 def round_rows(
     matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps_N: Tensor, *, bits: int
-) -> Tensor:
-    """Integers that stand for the matrix on the grids of its rows, 0 outside the mask, with error feedback.
+) -> tuple[Tensor, Tensor]:
+    """Integers that stand for the matrix on the grids of its rows, 0 outside the mask, with error feedback; and the
+    numbers that were rounded to them.
 
     The metric of columns is ``metric_KK`` between columns multiplied by ``scale_K``.
     """
     upper_KK = damped_inverse_root(metric_KK)
     rest_NK = matrix_NK * scale_K
-    integers_NK = torch.empty_like(rest_NK)
+    integers_NK, wanted_NK = torch.empty_like(rest_NK), torch.empty_like(rest_NK)
     columns = rest_NK.shape[1]
     for start in range(0, columns, RUN):
         run = slice(start, min(start + RUN, columns))
@@ -76,18 +79,24 @@ def round_rows(
         for place in range(part_NC.shape[1]):
             column = start + place
             grid_N = steps_N * scale_K[column]
-            found_N = _nearest_integers(part_NC[:, place], grid_N, bits=bits) * mask_NK[:, column]
+            wanted_NK[:, column] = _in_steps(part_NC[:, place], grid_N)
+            found_N = _nearest(wanted_NK[:, column], bits=bits) * mask_NK[:, column]
             errors_NC[:, place] = (part_NC[:, place] - found_N * grid_N) / factor_CC[place, place]
             part_NC[:, place + 1 :] -= torch.outer(errors_NC[:, place], factor_CC[place, place + 1 :])
             integers_NK[:, column] = found_N
         rest_NK[:, run.stop :] -= errors_NC @ upper_KK[run, run.stop :]
-    return integers_NK
+    return integers_NK, wanted_NK
 
 
-def _nearest_integers(values: Tensor, steps: Tensor, *, bits: int) -> Tensor:
-    """The integers of some bits whose multiples of the steps are nearest; 0 where the step is 0."""
+def _in_steps(values: Tensor, steps: Tensor) -> Tensor:
+    """Values in units of steps; 0 where the step is 0."""
+    return torch.where(steps == 0, 0.0, values / steps)
+
+
+def _nearest(values: Tensor, *, bits: int) -> Tensor:
+    """The nearest integers of some bits."""
     limit = _limit(bits)
-    return torch.where(steps == 0, 0.0, values / steps).round().clamp(-limit, limit)
+    return values.round().clamp(-limit, limit)
 
 
 def _limit(bits: int) -> int:
