@@ -10,6 +10,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "narrow.h"
 #include "packed.h"
 #include "paths.h"
 #include "widen.h"
@@ -138,6 +139,10 @@ template <> struct Kind<I8Values> {
   }
 };
 
+struct NarrowValues : I8Values {}; // of matrices kept whole
+
+template <> struct Kind<NarrowValues> : Kind<I8Values> {};
+
 template <class K> void pack_tile(const fips_matrix &a, const fips_call &c, const PackedTokens &p, int64_t b, int64_t s) {
   __m512i lines[kMaxPlanes][16];
   for (int i = 0; i < 16; ++i) {
@@ -163,6 +168,7 @@ public:
 
   // Rows [first, first + count) of the panel, one after the other; a tile is 16 rows by 64 bytes of `to`.
   void decode(int64_t first, int64_t count, int64_t step0, int64_t steps, uint8_t *to) {
+    if constexpr (std::is_same_v<Values, NarrowValues>) return decode_narrow(first, count, step0, steps, to);
     const auto *all = static_cast<const typename Values::type *>(a_.values);
     const int64_t k0 = step0 * Kind<Values>::step, k1 = min_of(a_.cols, (step0 + steps) * Kind<Values>::step);
     for (int64_t r = first; r < first + count; ++r, to += row_bytes_) {
@@ -177,6 +183,17 @@ public:
   }
 
 private:
+  void decode_narrow(int64_t first, int64_t count, int64_t step0, int64_t steps, uint8_t *to) {
+    const int64_t k0 = step0 * 64, k1 = min_of(a_.cols, (step0 + steps) * 64);
+    for (int64_t r = row0_ + first; r < row0_ + first + count; ++r, to += row_bytes_) {
+      NarrowCursor v(a_, r * a_.cols + k0);
+      for (int64_t k = k0; k < k1; k += 64) {
+        v.prefetch();
+        _mm512_store_si512(to + (k - k0), v.next()); // beyond the last column x is 0, whatever is read there
+      }
+    }
+  }
+
   const fips_matrix &a_;
   const Reader reader_;
   int64_t row0_, row_bytes_;
@@ -241,9 +258,10 @@ template <class Values>
 void finish_tile(const fips_matrix &a, const fips_call &c, const PackedTokens &p, const uint8_t *const *sums,
                  int64_t row, __m512 token_scale, __m512i *lines) {
   const int64_t rows = min_of(16, a.rows - row);
+  const float unit = std::is_same_v<Values, NarrowValues> ? NarrowCursor::unit(a) : 1.0f;
   alignas(64) float bias[16] = {};
   for (int r = 0; r < 16; ++r) {
-    const float scale = a.scales && r < rows ? a.scales[row + r] : 1.0f;
+    const float scale = unit * (a.scales && r < rows ? a.scales[row + r] : 1.0f);
     const __m512 value = _mm512_mul_ps(Kind<Values>::sum(sums, p.planes, r), _mm512_set1_ps(scale));
     lines[r] = _mm512_castps_si512(_mm512_mul_ps(value, token_scale));
   }
@@ -283,7 +301,7 @@ void panel(const fips_matrix &a, const fips_call &c, const Reader &reader, const
   const auto x = [&](int64_t column, int64_t step) {
     return p.tile(int(column / blocks), block0 + column % blocks, step);
   };
-  const fips_matrix wide = widened_rows(a, reader, row0, rows);
+  const fips_matrix wide = std::is_same_v<Values, NarrowValues> ? a : widened_rows(a, reader, row0, rows);
   Decoder<Reader, Values> decoder(wide, reader, row0, rows, row_bytes);
   const auto multiply = [&](int64_t pair, int64_t step) {
     const int64_t steps = min_of(block_steps, p.steps - step);
@@ -335,7 +353,7 @@ template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c
   p.blocks = (c.tokens + 15) / 16;
   p.steps = round_up(a.cols, 64) / Kind<Values>::step;
   p.tiles = tile_scratch.get<uint8_t>(p.planes * p.blocks * p.steps * kTileBytes);
-  if (std::is_same_v<Values, I8Values>) p.scales = scale_scratch.get<float>(c.tokens);
+  if (!std::is_same_v<Values, BF16Values>) p.scales = scale_scratch.get<float>(c.tokens);
   const int64_t rows = panel_rows(a.rows, c.threads), per_pass = kColumnsPerPass / 16 / p.planes;
   const int64_t panels = (a.rows + rows - 1) / rows, passes = (p.blocks + per_pass - 1) / per_pass;
   return with_reader(a, [&](const auto &reader) {
@@ -367,5 +385,6 @@ bool fips_amx(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_DIRECT || c.path == FIPS_TOKENS || a.format == FIPS_BLOCK_ROWS) return false;
   if (c.path == FIPS_AUTO && c.tokens == 1) return false;
   if (a.value_type == FIPS_BF16) return tiles_path<BF16Values>(a, c);
-  return a.value_type == FIPS_I8 && tiles_path<I8Values>(a, c);
+  if (a.value_type != FIPS_I8) return false;
+  return a.value_bits < 8 && a.format == FIPS_DENSE ? tiles_path<NarrowValues>(a, c) : tiles_path<I8Values>(a, c);
 }

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "narrow.h"
 #include "paths.h"
 #include "tokens.h"
 #include "widen.h"
@@ -40,9 +41,18 @@ FIPS_INLINE __m512i expand16(uint32_t mask, const uint16_t *v) {
   return _mm512_maskz_expandloadu_epi16(_cvtu32_mask32(mask), v);
 }
 
-// A dot product of one row: `prepare` puts x of one token into `bytes(padded)` bytes, `Sum::add` takes 64 columns.
+// A dot product of one row: `prepare` puts x of one token into `bytes(padded)` bytes, `decode` spreads the next values
+// under a mask of 64 columns, `Sum::add` takes them.
+template <class T> struct ValueCursor {
+  static constexpr bool narrow = false;
+  const T *at;
+  static float unit(const fips_matrix &) { return 1; }
+  ValueCursor(const fips_matrix &a, int64_t first) : at(static_cast<const T *>(a.values) + first) {}
+  FIPS_INLINE void prefetch() const { _mm_prefetch(reinterpret_cast<const char *>(at) + 1024, _MM_HINT_T0); }
+};
+
 struct FloatDot { // fp32 values
-  using Value = float;
+  using Cursor = ValueCursor<float>;
   static int64_t bytes(int64_t padded) { return padded * 4; }
   static float prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
     for (int64_t k = 0; k < padded; ++k)
@@ -52,11 +62,11 @@ struct FloatDot { // fp32 values
   struct Weights {
     __m512 w[4];
   };
-  FIPS_INLINE static Weights decode(uint64_t mask, const float *&v) {
+  FIPS_INLINE static Weights decode(uint64_t mask, Cursor &v) {
     Weights out;
     for (int i = 0; i < 4; ++i, mask >>= 16) {
-      out.w[i] = _mm512_maskz_expandloadu_ps(_cvtu32_mask16(uint16_t(mask)), v);
-      v += popcount64(mask & 0xFFFF);
+      out.w[i] = _mm512_maskz_expandloadu_ps(_cvtu32_mask16(uint16_t(mask)), v.at);
+      v.at += popcount64(mask & 0xFFFF);
     }
     return out;
   }
@@ -78,21 +88,21 @@ struct FloatDot { // fp32 values
 };
 
 struct HalfDot : FloatDot { // fp16 values
-  using Value = uint16_t;
-  FIPS_INLINE static Weights decode(uint64_t mask, const uint16_t *&v) {
+  using Cursor = ValueCursor<uint16_t>;
+  FIPS_INLINE static Weights decode(uint64_t mask, Cursor &v) {
     Weights out;
     for (int i = 0; i < 2; ++i, mask >>= 32) {
-      const __m512i half = expand16(uint32_t(mask), v);
+      const __m512i half = expand16(uint32_t(mask), v.at);
       out.w[2 * i] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
       out.w[2 * i + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
-      v += popcount64(uint32_t(mask));
+      v.at += popcount64(uint32_t(mask));
     }
     return out;
   }
 };
 
 struct BrainDot : FloatDot { // bf16 values beside float inputs: even columns first, then odd ones, in every 32
-  using Value = uint16_t;
+  using Cursor = ValueCursor<uint16_t>;
   static float prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
     for (int64_t k = 0; k < padded; ++k) {
       const int64_t place = (k & ~int64_t(31)) + (k & 1) * 16 + (k & 31) / 2;
@@ -100,14 +110,14 @@ struct BrainDot : FloatDot { // bf16 values beside float inputs: even columns fi
     }
     return 1;
   }
-  FIPS_INLINE static Weights decode(uint64_t mask, const uint16_t *&v) {
+  FIPS_INLINE static Weights decode(uint64_t mask, Cursor &v) {
     const __m512i odd = _mm512_set1_epi32(int(0xFFFF0000));
     Weights out;
     for (int i = 0; i < 2; ++i, mask >>= 32) {
-      const __m512i pairs = expand16(uint32_t(mask), v);
+      const __m512i pairs = expand16(uint32_t(mask), v.at);
       out.w[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
       out.w[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, odd));
-      v += popcount64(uint32_t(mask));
+      v.at += popcount64(uint32_t(mask));
     }
     return out;
   }
@@ -115,7 +125,7 @@ struct BrainDot : FloatDot { // bf16 values beside float inputs: even columns fi
 
 #ifdef __AVX512BF16__
 struct BrainPairDot { // bf16 values and inputs
-  using Value = uint16_t;
+  using Cursor = ValueCursor<uint16_t>;
   static int64_t bytes(int64_t padded) { return padded * 2; }
   static float prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
     const uint16_t *x = static_cast<const uint16_t *>(c.x) + t * c.x_stride;
@@ -126,12 +136,12 @@ struct BrainPairDot { // bf16 values and inputs
   struct Weights {
     __m512i w[2];
   };
-  FIPS_INLINE static Weights decode(uint64_t mask, const uint16_t *&v) {
+  FIPS_INLINE static Weights decode(uint64_t mask, Cursor &v) {
     Weights out;
-    out.w[0] = expand16(uint32_t(mask), v);
-    v += popcount64(uint32_t(mask));
-    out.w[1] = expand16(uint32_t(mask >> 32), v);
-    v += popcount64(mask >> 32);
+    out.w[0] = expand16(uint32_t(mask), v.at);
+    v.at += popcount64(uint32_t(mask));
+    out.w[1] = expand16(uint32_t(mask >> 32), v.at);
+    v.at += popcount64(mask >> 32);
     return out;
   }
   struct Sum {
@@ -152,7 +162,7 @@ struct BrainPairDot { // bf16 values and inputs
 
 // The lowest digit is plane 0; every digit is stored with 128 added, as `vpdpbusd` wants one side without sign.
 template <int PLANES> struct ByteDot { // int8 values
-  using Value = int8_t;
+  using Cursor = ValueCursor<int8_t>;
   static int64_t bytes(int64_t padded) { return padded * PLANES; }
   static float prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
     float most = 0;
@@ -172,9 +182,9 @@ template <int PLANES> struct ByteDot { // int8 values
   struct Weights {
     __m512i w;
   };
-  FIPS_INLINE static Weights decode(uint64_t mask, const int8_t *&v) {
-    const __m512i w = _mm512_maskz_expandloadu_epi8(_cvtu64_mask64(mask), v);
-    v += popcount64(mask);
+  FIPS_INLINE static Weights decode(uint64_t mask, Cursor &v) {
+    const __m512i w = _mm512_maskz_expandloadu_epi8(_cvtu64_mask64(mask), v.at);
+    v.at += popcount64(mask);
     return {w};
   }
   struct Sum {
@@ -192,20 +202,34 @@ template <int PLANES> struct ByteDot { // int8 values
       c = _mm512_add_epi32(c, other.c);
       ones = _mm512_add_epi32(ones, other.ones);
     }
-    float total() const {
-      const double added = 128.0 * _mm512_reduce_add_epi32(ones);
-      double sum = _mm512_reduce_add_epi32(a) - added;
-      if constexpr (PLANES > 1) sum += 256.0 * (_mm512_reduce_add_epi32(b) - added);
-      if constexpr (PLANES > 2) sum += 65536.0 * (_mm512_reduce_add_epi32(c) - added);
+    float total() const { // four sums at once: pairs of vectors, pairs of pairs, then the lanes
+      const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+      const __m512i co = _mm512_add_epi32(_mm512_unpacklo_epi32(c, ones), _mm512_unpackhi_epi32(c, ones));
+      const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, co), _mm512_unpackhi_epi64(ab, co));
+      const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+      alignas(16) int32_t sums[4];
+      _mm_store_si128(reinterpret_cast<__m128i *>(sums),
+                      _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+      const double added = 128.0 * sums[3];
+      double sum = sums[0] - added;
+      if constexpr (PLANES > 1) sum += 256.0 * (sums[1] - added);
+      if constexpr (PLANES > 2) sum += 65536.0 * (sums[2] - added);
       return float(sum);
     }
   };
 };
 
+template <int PLANES> struct NarrowDot : ByteDot<PLANES> { // of matrices kept whole
+  using Cursor = NarrowCursor;
+  FIPS_INLINE static typename ByteDot<PLANES>::Weights decode(uint64_t, Cursor &v) {
+    return {v.next()}; // beyond the last column x is 0, whatever is read there
+  }
+};
+
 template <class Dot, int T>
-FIPS_INLINE void add_columns(uint64_t mask, const typename Dot::Value *&v, const char *x, int64_t k, int64_t padded,
+FIPS_INLINE void add_columns(uint64_t mask, typename Dot::Cursor &v, const char *x, int64_t k, int64_t padded,
                              typename Dot::Sum (&sums)[T]) {
-  _mm_prefetch(reinterpret_cast<const char *>(v) + 1024, _MM_HINT_T0);
+  v.prefetch();
   const auto weights = Dot::decode(mask, v);
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) sums[t].add(weights, x + t * Dot::bytes(padded), k, padded);
@@ -214,8 +238,8 @@ FIPS_INLINE void add_columns(uint64_t mask, const typename Dot::Value *&v, const
 template <class Dot, int T, class Reader>
 void direct_row(const fips_matrix &packed, const fips_call &c, const Reader &reader, int64_t row, const char *x,
                 int64_t padded, const float *token_scale) {
-  const fips_matrix a = widened_rows(packed, reader, row, 1);
-  const auto *v = static_cast<const typename Dot::Value *>(a.values) + reader.start(row);
+  const fips_matrix a = Dot::Cursor::narrow ? packed : widened_rows(packed, reader, row, 1);
+  typename Dot::Cursor v(a, reader.start(row));
   typename Dot::Sum sums[T], more[T]; // two sets: a dot product takes longer to finish than to start
   int64_t k = 0;
   for (; k + 64 < a.cols; k += 128) {
@@ -225,7 +249,7 @@ void direct_row(const fips_matrix &packed, const fips_call &c, const Reader &rea
   if (k < a.cols) add_columns<Dot, T>(reader.mask(row, k), v, x, k, padded, sums);
   for (int t = 0; t < T; ++t) {
     sums[t].merge(more[t]);
-    float value = sums[t].total() * token_scale[t] * (a.scales ? a.scales[row] : 1.0f);
+    float value = sums[t].total() * Dot::Cursor::unit(a) * token_scale[t] * (a.scales ? a.scales[row] : 1.0f);
     if (c.bias) value += load_float(c.bias, c.x_type, row);
     store_float(c.y, c.x_type, t * c.y_stride + row, value);
   }
@@ -260,6 +284,10 @@ inline bool direct_path(const fips_matrix &a, const fips_call &c) {
   case FIPS_F32: return direct_path<FloatDot>(a, c);
   case FIPS_F16: return direct_path<HalfDot>(a, c);
   case FIPS_I8:
+    if (a.value_bits < 8 && a.format == FIPS_DENSE) // with a pattern few values are left to widen
+      return fixed_planes(c) == 1   ? direct_path<NarrowDot<1>>(a, c)
+             : fixed_planes(c) == 2 ? direct_path<NarrowDot<2>>(a, c)
+                                    : direct_path<NarrowDot<3>>(a, c);
     return fixed_planes(c) == 1   ? direct_path<ByteDot<1>>(a, c)
            : fixed_planes(c) == 2 ? direct_path<ByteDot<2>>(a, c)
                                   : direct_path<ByteDot<3>>(a, c);
