@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["FIPS_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # the user's timings stay as they are
 
 
-@pytest.fixture(autouse=True)
-def _one_way_of_multiplying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal bits where tests compare bits: the measured choice may differ from run to run, as float sums may."""
-    if request.module.__name__ not in ("test_runtime", "test_kernels", "test_gpu_kernel", "test_bench"):
-        monkeypatch.setenv("FIPS_RUNTIME", "decode")
+@pytest.fixture(autouse=True, scope="module")
+def _one_way_of_multiplying(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Equal bits where tests compare bits: the measured choice may differ from run to run, as float sums may.
+
+    For whole modules, so that the fixtures of a module, which are made before those of a test, multiply the same way.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in ("test_runtime", "test_kernels", "test_gpu_kernel", "test_bench"):
+            patch.setenv("FIPS_RUNTIME", "decode")
+        yield
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
