@@ -93,6 +93,19 @@ def cycle(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> Callable[[int],
     return lambda index: layers[index % len(layers)](x)
 
 
+def cycle_rounded(layers: Sequence[FactoredLinear], x: Tensor) -> Callable[[int], Tensor]:
+    """The same layers, allowed to round their inputs to 8 bits."""
+
+    def run(index: int) -> Tensor:
+        layer = layers[index % len(layers)]
+        layer.runtime.activation_bits = 8
+        y: Tensor = layer(x)
+        layer.runtime.activation_bits = None
+        return y
+
+    return run
+
+
 def stored_bytes(layer: FactoredLinear) -> float:
     """Bytes of one layer in the file, with its share of the basis."""
     basis = 0 if layer.basis is None else layer.basis.weight.numel() * 2 / GROUP
@@ -143,11 +156,13 @@ def measure(shape: str, *, copies: int, seconds: float) -> list[dict[str, object
                         "dense bfloat16": cycle([partial(linear, weight=weight) for weight in dense], half),
                         "packed": cycle(layers, half),
                     }
+                    if kind[3] != "float":
+                        runs["packed, 8-bit inputs"] = cycle_rounded(layers, half)
                     rows.append(
                         summary(alternate(runs, seconds=seconds), layers[0])
                         | {"role": role, "level": level, "kind": name, "tokens": tokens}
                     )
-                    print(rows[-1]["role"], name, tokens, round(rows[-1]["speedup"], 2), flush=True)
+                    print(role, name, tokens, rows[-1]["speedup"], rows[-1]["speedup_8_bit_inputs"], flush=True)
     return rows
 
 
@@ -158,6 +173,7 @@ def summary(taken: dict[str, list[float]], layer: FactoredLinear) -> dict[str, o
     best = min(medians["dense float32"], medians["dense bfloat16"])
     return {
         "speedup": best / medians["packed"],
+        "speedup_8_bit_inputs": best / medians["packed, 8-bit inputs"] if "packed, 8-bit inputs" in medians else None,
         "median_s": medians,
         "quartiles_s": {name: statistics.quantiles(runs, n=4)[::2] for name, runs in taken.items()},
         "stored_ratio": stored_bytes(layer) / (layer.in_features * layer.out_features * 2),

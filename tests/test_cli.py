@@ -249,7 +249,12 @@ def test_an_interrupt_exits_cleanly_and_leaves_nothing(
         "0.5",
     ]
     command += ["--output", str(tmp_path / "out"), "--steps", "1000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored in what a shell starts with `&`
+    )
     assert process.stderr is not None
     seen = b""
     while b"calibrate" not in seen:

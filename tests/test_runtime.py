@@ -17,6 +17,7 @@ from fips.errors import ConfigError
 from fips.kernels import cpu, runtime
 from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
 from fips.nn import FactoredLinear, SharedBasis
+from fips.storage.packing import ValueKind
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
 
@@ -217,6 +218,37 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("FIPS_RUNTIME", "merge")
         assert layer.runtime.way(x, layer.product()) == "merge"
     runtime._timings.forget()
+
+
+@needs_library
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_inputs_are_rounded_to_8_bits_only_where_asked(values: ValueKind, tokens: int) -> None:
+    factor = torch.randn(128, 96, generator=torch.Generator().manual_seed(0))
+    layer = FactoredLinear.from_factor(
+        None, factor, torch.ones_like(factor, dtype=torch.bool), role="up", fmt="dense", values=values
+    )
+    layer.runtime.policy = "packed"
+    x = inputs(tokens, 128, torch.float32)
+    dense = layer.factor().detach()
+    with torch.no_grad():
+        exact = layer(x)
+        layer.runtime.activation_bits = 8
+        rounded = layer(x)
+    assert_close(exact, x @ dense, TOLERANCE[torch.float32])
+    step = x.abs().amax(-1, keepdim=True) / 126
+    assert bool(((rounded - x @ dense).abs() <= step / 2 * dense.abs().sum(0) * 1.01).all())
+    if "avx512" in cpu.isa_names():
+        assert float((rounded - exact).norm() / exact.norm()) > 1e-4
+
+
+def test_other_activation_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIPS_ACTIVATION_BITS", "8")
+    assert LayerRuntime().activation_bits == 8
+    assert pickle.loads(pickle.dumps(LayerRuntime())).activation_bits == 8
+    monkeypatch.setenv("FIPS_ACTIVATION_BITS", "4")
+    with pytest.raises(ConfigError, match="got 4"):
+        LayerRuntime()
 
 
 def test_an_unknown_policy_is_refused() -> None:

@@ -29,11 +29,11 @@ def prepare(packed: Packed) -> Prepared:
     return gpu.prepare(packed) if packed.values_Z.device.type == "cuda" else cpu.prepare(packed)
 
 
-def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
-    """``x S^T + bias`` by the kernel of the device; no autograd."""
+def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None, *, activation_bits: int | None = None) -> Tensor:
+    """``x S^T + bias`` by the kernel of the device; no autograd. ``activation_bits``: see ``cpu.multiply``."""
     if isinstance(prepared, gpu.Prepared):
         return gpu.multiply(x, prepared, bias)
-    return cpu.multiply(x, prepared, bias)
+    return cpu.multiply(x, prepared, bias, activation_bits=activation_bits)
 
 
 def supports(x: Tensor, packed: Packed) -> bool:

@@ -12,6 +12,10 @@ layers whose dense weight takes at most ``SMALL`` bytes: there the overhead of a
 The choice is made per layer shape, type, device, thread count and power of two of the number of tokens, from a few
 alternating runs at the first call, and remembered in ``~/.cache/fips`` (or ``$FIPS_CACHE``) under a fingerprint of the
 machine. ``packed`` wins ties within 5 %.
+
+All ways compute the same up to rounding, unless ``activation_bits`` is 8: then the packed kernel may round every token
+to 8 bits before it multiplies by integer values, with one scale per token. Processors with byte dot products (VNNI,
+AMX) do half the work then.
 """
 
 from __future__ import annotations
@@ -94,8 +98,10 @@ class BasisRuntime:
 class LayerRuntime:
     """How one layer computes; holds what its kernels need and remembers the choices of this process."""
 
-    def __init__(self, policy: str = "auto") -> None:
+    def __init__(self, policy: str = "auto", activation_bits: int | None = None) -> None:
         self.policy = policy
+        wish = os.environ.get("FIPS_ACTIVATION_BITS")
+        self.activation_bits = int(wish) if activation_bits is None and wish else activation_bits
         self._prepared: ops.Prepared | None = None
         self._merged: Tensor | None = None
         self._merged_key: tuple[Any, ...] = ()
@@ -104,8 +110,8 @@ class LayerRuntime:
         self._chosen: dict[tuple[Any, ...], Way] = {}
         cpu.available()  # loaded here, not while a tracer watches
 
-    def __reduce__(self) -> tuple[type[LayerRuntime], tuple[str]]:
-        return LayerRuntime, (self.policy,)  # a copy of a layer prepares its own
+    def __reduce__(self) -> tuple[type[LayerRuntime], tuple[str, int | None]]:
+        return LayerRuntime, (self.policy, self.activation_bits)  # a copy of a layer prepares its own
 
     @property
     def policy(self) -> str:
@@ -117,6 +123,20 @@ class LayerRuntime:
             raise ConfigError(f"unknown runtime policy {policy!r}; known: {', '.join(POLICIES)}")
         self._policy = policy
         self._merged = None
+
+    @property
+    def activation_bits(self) -> int | None:
+        """None: inputs count as exactly as their type says. 8: kernels of integer values may round them to 8 bits.
+
+        Begins with ``$FIPS_ACTIVATION_BITS``. Raises ``ConfigError`` for other numbers.
+        """
+        return self._activation_bits
+
+    @activation_bits.setter
+    def activation_bits(self, bits: int | None) -> None:
+        if bits not in (None, 8):
+            raise ConfigError(f"activation_bits is 8, or None for exact inputs; got {bits}")
+        self._activation_bits = bits
 
     @property
     def extra_bytes(self) -> int:
@@ -161,6 +181,7 @@ class LayerRuntime:
             x.device,
             torch.get_num_threads(),
             cpu.available(),
+            self._activation_bits,
         )
         if key not in self._chosen:
             self._chosen[key] = self._choose(wanted, grad, x, layer)
@@ -174,7 +195,8 @@ class LayerRuntime:
             return possible[0]
         if wanted == "auto" and x.element_size() * layer.size > SMALL:
             possible = tuple(way for way in possible if way != "merged")
-        return _timings.fastest(layer.signature(x), possible, lambda way: self._compute(way, x, layer))
+        inputs = "" if self._activation_bits is None else f" {self._activation_bits}-bit inputs"
+        return _timings.fastest(layer.signature(x) + inputs, possible, lambda way: self._compute(way, x, layer))
 
     def _possible(self, grad: bool, x: Tensor, layer: Product) -> tuple[Way, ...]:
         packed = ops.supports(x, layer.packed)
@@ -198,7 +220,7 @@ class LayerRuntime:
             return ops.packed_linear(x, packed, bias)
         if self._prepared is None or not self._prepared.is_current(packed):
             self._prepared = ops.prepare(packed)
-        return ops.multiply(x, self._prepared, bias)
+        return ops.multiply(x, self._prepared, bias, activation_bits=self._activation_bits)
 
     def _merged_weight(self, dtype: torch.dtype, layer: Product) -> Tensor:
         key = (dtype, *layer.versions())
