@@ -230,7 +230,7 @@ def test_inputs_are_rounded_to_8_bits_only_where_asked(values: ValueKind, tokens
     )
     layer.runtime.policy = "packed"
     x = inputs(tokens, 128, torch.float32)
-    dense = layer.factor().detach()
+    dense = layer.dense_weight().detach().T
     with torch.no_grad():
         exact = layer(x)
         layer.runtime.activation_bits = 8
