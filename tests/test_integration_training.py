@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import batches_for, quick_settings, tiny_model
 from test_nn import mixed_llama
 from torch import Tensor
@@ -196,6 +197,10 @@ class TestLora:
     def test_transformers_own_adapter_calls_work(self, tmp_path: Path) -> None:
         import fips.integrations.peft
 
+        try:
+            transformers.utils.peft_utils.check_peft_version(transformers.integrations.peft.MIN_PEFT_VERSION)
+        except ValueError as error:
+            pytest.skip(f"transformers {transformers.__version__} refuses PEFT {self.peft.__version__}: {error}")
         fips.save(packed("llama"), tmp_path / "base")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         torch.manual_seed(0)

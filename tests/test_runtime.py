@@ -93,8 +93,7 @@ def test_gradients_equal_those_of_the_dense_product() -> None:
 
 
 @needs_library
-def test_the_frugal_ways_keep_no_dense_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "SMALL", 0)
+def test_the_frugal_ways_keep_no_dense_copy() -> None:
     layer = make_layer()
     for policy in ("auto", *FRUGAL):
         layer.runtime.policy = policy
@@ -209,9 +208,6 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     seconds = {"packed": 2.0, "decode": 1.0, "merge": 3.0, "merged": 0.5}
     monkeypatch.setattr(runtime, "_measure", lambda ways, compute: {way: seconds[way] for way in ways})
     with torch.no_grad():
-        assert layer.runtime.way(x, layer.product()) == "merged"
-        monkeypatch.setattr(runtime, "SMALL", 4 * 48 * 96 - 1)  # just too large to be kept twice
-        layer.runtime = LayerRuntime()
         assert layer.runtime.way(x, layer.product()) == "decode"
         layer.runtime.policy = "speed"
         assert layer.runtime.way(x, layer.product()) == "merged"

@@ -8,6 +8,7 @@ that loads the model and runs it once.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import statistics
@@ -134,10 +135,12 @@ class _NextToken:
         self._caches: dict[int, Any] = {}
 
     def __call__(self, model: PreTrainedModel) -> Any:
+        # transformers 5.24 calls "cache" what was "past_key_values"
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         if id(model) not in self._caches:
-            self._caches[id(model)] = model(input_ids=self.prompt, use_cache=True).past_key_values
+            self._caches[id(model)] = model(input_ids=self.prompt, use_cache=True)[name]
         cache = self._caches[id(model)]
-        output = model(input_ids=self.prompt[:, -1:], past_key_values=cache, use_cache=True)
+        output = model(input_ids=self.prompt[:, -1:], use_cache=True, **{name: cache})
         cache.crop(-1)
         return output
 

@@ -53,9 +53,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Real tensors with memory to read, not stand-ins of a tracer or of the meta device."""
-    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type in ("cpu", "cuda") for t in tensors) and not (
-        torch._C._functorch.maybe_current_level() or torch._C._get_tracing_state()
-    )
+    for t in tensors:  # written out: inside a model, a generator would cost as much as a small product
+        if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu or t.is_cuda):
+            return False
+    return not (torch._C._functorch.maybe_current_level() or torch._C._get_tracing_state())
 
 
 @torch.library.custom_op("fips::packed_linear", mutates_args=())

@@ -6,8 +6,7 @@ A layer ``y = x (B F)`` can be computed in several ways. Those of ``FRUGAL`` kee
 ``decode``   torch decodes the factor for the time of the call, then two dense products
 ``merge``    torch forms B F for the time of the call: pays for long inputs when R is above D
 
-and one keeps a dense copy, which ``extra_bytes`` reports: ``merged``. It is used where the policy allows it, and for
-layers whose dense weight takes at most ``SMALL`` bytes: there the overhead of a call outweighs the product.
+and one keeps a dense copy, which ``extra_bytes`` reports: ``merged``. It is used only where the policy allows it.
 
 The choice is made per layer shape, type, device, thread count and power of two of the number of tokens, from a few
 alternating runs at the first call, and remembered in ``~/.cache/fips`` (or ``$FIPS_CACHE``) under a fingerprint of the
@@ -47,10 +46,7 @@ log = logging.getLogger("fips.kernels")
 Way = Literal["packed", "decode", "merge", "merged"]
 FRUGAL: tuple[Way, ...] = ("packed", "decode", "merge")
 POLICIES = ("auto", "speed", *FRUGAL, "merged")
-"""``auto``: the fastest of ``FRUGAL``, for small layers of all. ``speed``: the fastest of all. Or the one named."""
-
-SMALL = 1 << 20
-"""Bytes of a dense weight that ``auto`` may keep."""
+"""``auto``: the fastest of ``FRUGAL``. ``speed``: the fastest of all. Or the one named."""
 
 TIE = 1.05
 Basis = Callable[..., Tensor]
@@ -177,7 +173,6 @@ class LayerRuntime:
             grad,
             tokens,
             x.dtype,
-            layer.packed.values_Z.dtype,
             x.device,
             torch.get_num_threads(),
             cpu.available(),
@@ -193,7 +188,7 @@ class LayerRuntime:
             return wanted
         if len(possible) == 1 or wanted not in ("auto", "speed"):
             return possible[0]
-        if wanted == "auto" and x.element_size() * layer.size > SMALL:
+        if wanted == "auto":
             possible = tuple(way for way in possible if way != "merged")
         inputs = "" if self._activation_bits is None else f" {self._activation_bits}-bit inputs"
         return _timings.fastest(layer.signature(x) + inputs, possible, lambda way: self._compute(way, x, layer))
@@ -247,14 +242,6 @@ class Product:
         self.packed, self.up, self.bias, self.basis, self.basis_DR = packed, up, bias, basis, basis_DR
         self.offloaded = offloaded
         """The tensors are there for this call only: nothing may be kept of them."""
-
-    @property
-    def size(self) -> int:
-        """Entries of the dense weight."""
-        rows, cols = self.packed.shape
-        if self.basis_DR is None:
-            return rows * cols
-        return self.basis_DR.shape[0] * (rows if self.up else cols)
 
     def tensors(self) -> tuple[Tensor, ...]:
         found = (self.packed.values_Z, self.packed.pattern, self.packed.scales_N, self.bias, self.basis_DR)
