@@ -7,17 +7,17 @@
 // Tile of x: 16 words of 4 bytes (2 bf16 or 4 int8 along K) by 16 tokens. A "step" is one tile along K.
 #include <immintrin.h>
 
-#include <cmath>
 #include <type_traits>
 
 #include "narrow.h"
 #include "packed.h"
 #include "paths.h"
+#include "tokens512.h"
 #include "widen.h"
 
 namespace {
 
-constexpr int64_t kTileBytes = 1024, kColumnsPerPass = 512, kPanelRows = 256, kFewColumns = 4;
+constexpr int64_t kTileBytes = 1024, kColumnsPerPass = 512, kPanelRows = 256, kFewColumns = 4, kManySteps = 8;
 constexpr int kMaxPlanes = 3;
 
 struct alignas(64) TileConfig {
@@ -50,15 +50,6 @@ void transpose(__m512i r[16]) { // 16 x 16 words
   }
 }
 
-__m512 read_floats(const fips_call &c, int64_t t, int64_t k, int64_t cols) {
-  const __mmask16 there = __mmask16(first_columns(cols - k < 0 ? 0 : min_of(cols - k, 16)));
-  const int64_t at = t * c.x_stride + k;
-  if (c.x_type == FIPS_F32) return _mm512_maskz_loadu_ps(there, static_cast<const float *>(c.x) + at);
-  const __m256i half = _mm256_maskz_loadu_epi16(there, static_cast<const uint16_t *>(c.x) + at);
-  if (c.x_type == FIPS_F16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 __m512 widen(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 
 // Tokens as tiles: planes of `blocks` columns of tiles, each `steps` long.
@@ -77,7 +68,7 @@ template <class Values> struct Kind;
 template <> struct Kind<BF16Values> {
   static constexpr int64_t step = 32;
   static int planes(const fips_call &c) { return c.x_type == FIPS_BF16 ? 1 : c.x_type == FIPS_F16 ? 2 : 3; }
-  static void token_scale(const fips_matrix &, const fips_call &, int64_t, const PackedTokens &) {} // none
+  static void scale(const fips_matrix &, const fips_call &, int64_t, const PackedTokens &) {} // none
   // 32 columns of one token, one line of 64 bytes per plane
   static void line(const fips_matrix &a, const fips_call &c, const PackedTokens &p, int64_t t, int64_t k,
                    __m512i (*lines)[16], int at) {
@@ -110,22 +101,16 @@ template <> struct Kind<BF16Values> {
 template <> struct Kind<I8Values> {
   static constexpr int64_t step = 64;
   static int planes(const fips_call &c) { return fixed_planes(c); }
-  static void token_scale(const fips_matrix &a, const fips_call &c, int64_t t, const PackedTokens &p) {
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t k = 0; k < a.cols; k += 16) most = _mm512_max_ps(most, _mm512_abs_ps(read_floats(c, t, k, a.cols)));
-    p.scales[t] = fixed_scale(_mm512_reduce_max_ps(most), p.planes);
+  static void scale(const fips_matrix &a, const fips_call &c, int64_t t, const PackedTokens &p) {
+    p.scales[t] = token_scale(c, t, a.cols, p.planes);
   }
   static void line(const fips_matrix &a, const fips_call &c, const PackedTokens &p, int64_t t, int64_t k,
                    __m512i (*lines)[16], int at) {
+    __m512i digits[kMaxPlanes];
     const __m512 inverse = _mm512_set1_ps(1 / p.scales[t]);
-    for (int i = 0; i < 4; ++i) {
-      __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(read_floats(c, t, k + 16 * i, a.cols), inverse));
-      for (int plane = 0; plane < p.planes; ++plane) { // the lowest digit first
-        reinterpret_cast<__m128i *>(&lines[plane][at])[i] = _mm512_cvtepi32_epi8(fixed);
-        const __m512i digit = _mm512_srai_epi32(_mm512_slli_epi32(fixed, 24), 24);
-        fixed = _mm512_srai_epi32(_mm512_sub_epi32(fixed, digit), 8);
-      }
-    }
+    with_type(c, [&](auto type) { fixed_point<decltype(type)::value>(c, t, k, a.cols, inverse, p.planes, digits); });
+    for (int plane = 0; plane < p.planes; ++plane)
+      lines[plane][at] = _mm512_xor_si512(digits[plane], _mm512_set1_epi8(char(0x80)));
   }
   FIPS_INLINE static void decode(uint64_t mask, const int8_t *&v, uint8_t *to) {
     _mm512_store_si512(to, _mm512_maskz_expandloadu_epi8(_cvtu64_mask64(mask), v));
@@ -162,41 +147,49 @@ template <class K> void pack_tile(const fips_matrix &a, const fips_call &c, cons
 template <class Reader, class Values> class Decoder {
 public:
   Decoder(const fips_matrix &a, const Reader &reader, int64_t row0, int64_t rows, int64_t row_bytes)
-      : a_(a), reader_(reader), row0_(row0), row_bytes_(row_bytes) {
+      : a_(a), reader_(reader), row0_(row0), rows_(rows), row_bytes_(row_bytes) {
     for (int64_t r = 0; r < rows; ++r) next_[r] = reader.start(row0 + r);
   }
 
-  // Rows [first, first + count) of the panel, one after the other; a tile is 16 rows by 64 bytes of `to`.
-  void decode(int64_t first, int64_t count, int64_t step0, int64_t steps, uint8_t *to) {
-    if constexpr (std::is_same_v<Values, NarrowValues>) return decode_narrow(first, count, step0, steps, to);
-    const auto *all = static_cast<const typename Values::type *>(a_.values);
+  // Rows [first, first + count) of the panel, one after the other; a tile is 16 rows by 64 bytes of `to`. The block
+  // after this one begins at row `then`: a row of it is fetched for every row decoded.
+  void decode(int64_t first, int64_t count, int64_t step0, int64_t steps, uint8_t *to, int64_t then) {
     const int64_t k0 = step0 * Kind<Values>::step, k1 = min_of(a_.cols, (step0 + steps) * Kind<Values>::step);
     for (int64_t r = first; r < first + count; ++r, to += row_bytes_) {
-      const typename Values::type *v = all + next_[r];
-      uint8_t *line = to;
-      for (int64_t k = k0; k < k1; k += 64, line += 64 / Kind<Values>::step * 64) {
-        _mm_prefetch(reinterpret_cast<const char *>(v) + 512, _MM_HINT_T0);
-        Kind<Values>::decode(reader_.mask(row0_ + r, k), v, line);
-      }
-      next_[r] = v - all;
+      const int64_t bytes = decode_row(r, k0, k1, to);
+      if (then + r - first >= rows_) continue;
+      const char *fetched = place(next_[then + r - first]);
+      for (int64_t i = 0; i < bytes + 64; i += 64) _mm_prefetch(fetched + i, _MM_HINT_T0);
     }
   }
 
 private:
-  void decode_narrow(int64_t first, int64_t count, int64_t step0, int64_t steps, uint8_t *to) {
-    const int64_t k0 = step0 * 64, k1 = min_of(a_.cols, (step0 + steps) * 64);
-    for (int64_t r = row0_ + first; r < row0_ + first + count; ++r, to += row_bytes_) {
-      NarrowCursor v(a_, r * a_.cols + k0);
-      for (int64_t k = k0; k < k1; k += 64) {
-        v.prefetch();
-        _mm512_store_si512(to + (k - k0), v.next()); // beyond the last column x is 0, whatever is read there
-      }
+  const char *place(int64_t value) const {
+    if constexpr (std::is_same_v<Values, NarrowValues>)
+      return static_cast<const char *>(a_.values) + (value * a_.value_bits >> 3);
+    else
+      return reinterpret_cast<const char *>(static_cast<const typename Values::type *>(a_.values) + value);
+  }
+
+  int64_t decode_row(int64_t r, int64_t k0, int64_t k1, uint8_t *to) { // returns how many bytes of values it read
+    if constexpr (std::is_same_v<Values, NarrowValues>) {
+      NarrowCursor v(a_, next_[r]);
+      for (int64_t k = k0; k < k1; k += 64) // beyond the last column x is 0, whatever is read there
+        _mm512_store_si512(to + (k - k0), v.next());
+      next_[r] += k1 - k0;
+      return (k1 - k0) * a_.value_bits >> 3;
+    } else {
+      const auto *all = static_cast<const typename Values::type *>(a_.values), *begin = all + next_[r], *v = begin;
+      for (int64_t k = k0; k < k1; k += 64, to += 64 / Kind<Values>::step * 64)
+        Kind<Values>::decode(reader_.mask(row0_ + r, k), v, to);
+      next_[r] = v - all;
+      return (v - begin) * int64_t(sizeof *v);
     }
   }
 
   const fips_matrix &a_;
   const Reader reader_;
-  int64_t row0_, row_bytes_;
+  int64_t row0_, rows_, row_bytes_;
   int64_t next_[kPanelRows];
 };
 
@@ -219,38 +212,38 @@ template <class Values, bool PAIR> void dot() {
   }
 }
 
-// sums += weights x for 32 rows and two (or one) blocks of 16 tokens
-template <class Values, bool PAIR>
-void multiply_block(const uint8_t *weights, const uint8_t *x0, const uint8_t *x1, int64_t steps, int64_t row_bytes,
-                    uint8_t *sum0, uint8_t *sum1, int64_t lower, bool first) {
-  __asm__ volatile("" ::: "memory"); // the tile loads do not tell the compiler that they read memory
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sum0, 64);
-    _tile_loadd(2, sum0 + lower, 64);
-    if constexpr (PAIR) {
-      _tile_loadd(1, sum1, 64);
-      _tile_loadd(3, sum1 + lower, 64);
-    }
+// tiles 0..3 from or to memory: the second column lies one tile behind the first, the lower 16 rows `lower` bytes
+template <bool PAIR> void load_sums(const uint8_t *sum, int64_t lower) {
+  _tile_loadd(0, sum, 64);
+  _tile_loadd(2, sum + lower, 64);
+  if constexpr (PAIR) {
+    _tile_loadd(1, sum + kTileBytes, 64);
+    _tile_loadd(3, sum + lower + kTileBytes, 64);
   }
+}
+
+template <bool PAIR> void store_sums(uint8_t *sum, int64_t lower) {
+  _tile_stored(0, sum, 64);
+  _tile_stored(2, sum + lower, 64);
+  if constexpr (PAIR) {
+    _tile_stored(1, sum + kTileBytes, 64);
+    _tile_stored(3, sum + lower + kTileBytes, 64);
+  }
+}
+
+// tiles 0..3 += weights x for 32 rows and two (or one) columns of tiles; `meanwhile` runs beside every step
+template <class Values, bool PAIR, class Meanwhile>
+FIPS_INLINE void multiply_steps(const uint8_t *weights, const uint8_t *x0, const uint8_t *x1, int64_t steps,
+                                int64_t row_bytes, Meanwhile &&meanwhile) {
   for (int64_t s = 0; s < steps; ++s) {
+    __asm__ volatile("" ::: "memory"); // the tile loads do not tell the compiler that they read memory
     _tile_loadd(4, weights + s * 64, row_bytes);
     _tile_loadd(5, weights + 16 * row_bytes + s * 64, row_bytes);
     _tile_loadd(6, x0 + s * kTileBytes, 64);
     if constexpr (PAIR) _tile_loadd(7, x1 + s * kTileBytes, 64);
     dot<Values, PAIR>();
+    meanwhile();
   }
-  _tile_stored(0, sum0, 64);
-  _tile_stored(2, sum0 + lower, 64);
-  if constexpr (PAIR) {
-    _tile_stored(1, sum1, 64);
-    _tile_stored(3, sum1 + lower, 64);
-  }
-  __asm__ volatile("" ::: "memory");
 }
 
 // 16 rows by 16 tokens as 16 lines of one token each: planes added, scaled, with bias
@@ -289,39 +282,59 @@ FIPS_INLINE void write_rows(const fips_call &c, int64_t at, int64_t rows, __m512
 }
 
 // Rows [row0, row0 + rows) by token blocks [block0, block0 + blocks) of every plane.
+//
+// Goes through parts of 32 rows by `part_steps` steps; while the tiles multiply one, the rows of the next are decoded.
 template <class Reader, class Values>
 void panel(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p, int64_t row0,
            int64_t rows, int64_t block0, int64_t blocks) {
   static thread_local Scratch sum_scratch, weight_scratch;
   const int64_t columns = blocks * p.planes, pairs = (rows + 31) / 32, lower = columns * kTileBytes;
   uint8_t *sums = sum_scratch.get<uint8_t>(pairs * 2 * lower); // [16 rows][column][tile]
-  const int64_t block_steps = columns <= kFewColumns ? 8 : 16; // decoded rows stay in the first-level cache
-  const int64_t row_bytes = block_steps * 64 + 64; // odd in cache lines: 16 rows fall into different sets
-  uint8_t *weights = weight_scratch.get<uint8_t>(32 * row_bytes);
-  const auto x = [&](int64_t column, int64_t step) {
-    return p.tile(int(column / blocks), block0 + column % blocks, step);
-  };
+  const bool few = columns <= kFewColumns, stay = columns <= 2; // with few columns the packed rows are read in order
+  const int64_t most = few ? 8 : kManySteps, runs = (p.steps + most - 1) / most;
+  const int64_t part_steps = round_up((p.steps + runs - 1) / runs, 2), parts = pairs * runs;
+  const int64_t row_bytes = part_steps * 64 + 64; // odd in cache lines: 16 rows fall into different sets
+  uint8_t *weights = weight_scratch.get<uint8_t>(2 * 32 * row_bytes);
   const fips_matrix wide = std::is_same_v<Values, NarrowValues> ? a : widened_rows(a, reader, row0, rows);
   Decoder<Reader, Values> decoder(wide, reader, row0, rows, row_bytes);
-  const auto multiply = [&](int64_t pair, int64_t step) {
-    const int64_t steps = min_of(block_steps, p.steps - step);
-    decoder.decode(pair * 32, min_of(32, rows - pair * 32), step, steps, weights);
-    uint8_t *sum = sums + pair * 2 * lower;
-    int64_t i = 0;
-    for (; i + 2 <= columns; i += 2)
-      multiply_block<Values, true>(weights, x(i, step), x(i + 1, step), steps, row_bytes,
-                                   sum + i * kTileBytes, sum + (i + 1) * kTileBytes, lower, step == 0);
-    if (i < columns)
-      multiply_block<Values, false>(weights, x(i, step), nullptr, steps, row_bytes, sum + i * kTileBytes, nullptr,
-                                    lower, step == 0);
+  const auto pair_of = [&](int64_t part) { return few ? part / runs : part % pairs; };
+  const auto step_of = [&](int64_t part) { return (few ? part % runs : part / pairs) * part_steps; };
+  const auto steps_of = [&](int64_t part) { return min_of(part_steps, p.steps - step_of(part)); };
+  const auto rows_of = [&](int64_t part) { return weights + part % 2 * 32 * row_bytes; };
+  const auto decode = [&](int64_t part, int64_t first, int64_t end) {
+    const int64_t row = pair_of(part) * 32;
+    decoder.decode(row + first, min_of(end, rows - row) - first, step_of(part), steps_of(part),
+                   rows_of(part) + first * row_bytes, part + 1 < parts ? pair_of(part + 1) * 32 + first : rows);
   };
-  if (columns <= kFewColumns) { // sums stay in the cache: read the packed rows in order
-    for (int64_t pair = 0; pair < pairs; ++pair)
-      for (int64_t step = 0; step < p.steps; step += block_steps) multiply(pair, step);
-  } else { // one block of all tokens stays in the second-level cache
-    for (int64_t step = 0; step < p.steps; step += block_steps)
-      for (int64_t pair = 0; pair < pairs; ++pair) multiply(pair, step);
+  decode(0, 0, 32);
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t step = step_of(part), steps = steps_of(part), all = (columns + 1) / 2 * steps;
+    int64_t done = 0, due = 0; // rows of the next part, spread evenly over the steps of all columns
+    const auto meanwhile = [&] {
+      const int64_t first = done;
+      for (due += 32; due >= all; due -= all) ++done;
+      if (done > first && part + 1 < parts) decode(part + 1, first, done);
+    };
+    const auto x = [&](int64_t column) { return p.tile(int(column / blocks), block0 + column % blocks, step); };
+    const auto multiply = [&](auto pair, int64_t i) {
+      constexpr bool PAIR = decltype(pair)::value;
+      uint8_t *sum = sums + pair_of(part) * 2 * lower + i * kTileBytes;
+      if (step == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      } else if (!stay) {
+        load_sums<PAIR>(sum, lower);
+      }
+      multiply_steps<Values, PAIR>(rows_of(part), x(i), PAIR ? x(i + 1) : nullptr, steps, row_bytes, meanwhile);
+      if (!stay || step + steps == p.steps) store_sums<PAIR>(sum, lower);
+    };
+    int64_t i = 0;
+    for (; i + 2 <= columns; i += 2) multiply(std::true_type(), i);
+    if (i < columns) multiply(std::false_type(), i);
   }
+  __asm__ volatile("" ::: "memory");
   for (int64_t b = 0; b < blocks; ++b) { // all rows of a token before the next tokens
     const int64_t token = (block0 + b) * 16, tokens = min_of(16, c.tokens - token);
     const __m512 scale = p.scales ? _mm512_maskz_loadu_ps(__mmask16(first_columns(tokens)), p.scales + token)
@@ -364,7 +377,7 @@ template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c
       _tile_loadconfig(&config);
       if (p.scales) {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < c.tokens; ++t) Kind<Values>::token_scale(a, c, t, p);
+        for (int64_t t = 0; t < c.tokens; ++t) Kind<Values>::scale(a, c, t, p);
       }
 #pragma omp for collapse(2) schedule(static)
       for (int64_t b = 0; b < p.blocks; ++b)

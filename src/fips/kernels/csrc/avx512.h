@@ -6,12 +6,12 @@
 #pragma once
 #include <immintrin.h>
 
-#include <cmath>
 #include <type_traits>
 
 #include "narrow.h"
 #include "paths.h"
 #include "tokens.h"
+#include "tokens512.h"
 #include "widen.h"
 
 namespace {
@@ -55,8 +55,8 @@ struct FloatDot { // fp32 values
   using Cursor = ValueCursor<float>;
   static int64_t bytes(int64_t padded) { return padded * 4; }
   static float prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
-    for (int64_t k = 0; k < padded; ++k)
-      static_cast<float *>(to)[k] = k < cols ? load_float(c.x, c.x_type, t * c.x_stride + k) : 0.0f;
+    for (int64_t k = 0; k < padded; k += 16)
+      _mm512_store_ps(static_cast<float *>(to) + k, read_floats(c, t, k, cols));
     return 1;
   }
   struct Weights {
@@ -104,9 +104,12 @@ struct HalfDot : FloatDot { // fp16 values
 struct BrainDot : FloatDot { // bf16 values beside float inputs: even columns first, then odd ones, in every 32
   using Cursor = ValueCursor<uint16_t>;
   static float prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
-    for (int64_t k = 0; k < padded; ++k) {
-      const int64_t place = (k & ~int64_t(31)) + (k & 1) * 16 + (k & 31) / 2;
-      static_cast<float *>(to)[place] = k < cols ? load_float(c.x, c.x_type, t * c.x_stride + k) : 0.0f;
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    for (int64_t k = 0; k < padded; k += 32) {
+      const __m512 low = read_floats(c, t, k, cols), high = read_floats(c, t, k + 16, cols);
+      _mm512_store_ps(static_cast<float *>(to) + k, _mm512_permutex2var_ps(low, even, high));
+      _mm512_store_ps(static_cast<float *>(to) + k + 16, _mm512_permutex2var_ps(low, odd, high));
     }
     return 1;
   }
@@ -165,18 +168,15 @@ template <int PLANES> struct ByteDot { // int8 values
   using Cursor = ValueCursor<int8_t>;
   static int64_t bytes(int64_t padded) { return padded * PLANES; }
   static float prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
-    float most = 0;
-    for (int64_t k = 0; k < cols; ++k) most = std::fmax(most, std::fabs(load_float(c.x, c.x_type, t * c.x_stride + k)));
-    const float scale = fixed_scale(most, PLANES), inverse = 1 / scale;
-    uint8_t *bytes = static_cast<uint8_t *>(to);
-    for (int64_t k = 0; k < padded; ++k) {
-      int fixed = int(std::lrintf(k < cols ? load_float(c.x, c.x_type, t * c.x_stride + k) * inverse : 0.0f));
-      for (int i = 0; i < PLANES; ++i) {
-        const int digit = int8_t(uint8_t(fixed));
-        bytes[i * padded + k] = uint8_t(digit + 128);
-        fixed = (fixed - digit) >> 8;
+    const float scale = token_scale(c, t, cols, PLANES);
+    const __m512 inverse = _mm512_set1_ps(1 / scale);
+    with_type(c, [&](auto type) {
+      __m512i digits[PLANES];
+      for (int64_t k = 0; k < padded; k += 64) {
+        fixed_point<decltype(type)::value>(c, t, k, cols, inverse, PLANES, digits);
+        for (int i = 0; i < PLANES; ++i) _mm512_store_si512(static_cast<uint8_t *>(to) + i * padded + k, digits[i]);
       }
-    }
+    });
     return scale;
   }
   struct Weights {

@@ -1,0 +1,87 @@
+// Tokens 16 numbers at a time, for the variants with AVX-512.
+#pragma once
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "packed.h"
+
+namespace {
+
+struct DigitPlaces { // of the lowest bytes of 32 words
+  alignas(64) uint8_t at[64] = {};
+  constexpr DigitPlaces() {
+    for (int i = 0; i < 64; ++i) at[i] = uint8_t(4 * (i % 32));
+  }
+};
+constexpr DigitPlaces digit_places;
+
+template <int TYPE> FIPS_INLINE __m512 read_floats(const void *x, int64_t at, __mmask16 there) {
+  if constexpr (TYPE == FIPS_F32) {
+    return _mm512_maskz_loadu_ps(there, static_cast<const float *>(x) + at);
+  } else {
+    const __m256i half = _mm256_maskz_loadu_epi16(there, static_cast<const uint16_t *>(x) + at);
+    if constexpr (TYPE == FIPS_F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+}
+
+template <class Body> FIPS_INLINE auto with_type(const fips_call &c, Body &&body) {
+  switch (c.x_type) {
+  case FIPS_F32: return body(std::integral_constant<int, FIPS_F32>());
+  case FIPS_F16: return body(std::integral_constant<int, FIPS_F16>());
+  default: return body(std::integral_constant<int, FIPS_BF16>());
+  }
+}
+
+FIPS_INLINE __mmask16 columns_there(int64_t count) { return __mmask16(first_columns(min_of(count, 16))); }
+
+// x[t, k..k+15] as floats, zero beyond the last column
+FIPS_INLINE __m512 read_floats(const fips_call &c, int64_t t, int64_t k, int64_t cols) {
+  return with_type(c, [&](auto type) {
+    return read_floats<decltype(type)::value>(c.x, t * c.x_stride + k, columns_there(cols - k));
+  });
+}
+
+// x[t, k..k+63] likewise
+template <int TYPE>
+FIPS_INLINE void read_floats(const fips_call &c, int64_t t, int64_t k, int64_t cols, __m512 (&out)[4]) {
+  const int64_t at = t * c.x_stride + k;
+  if (k + 64 <= cols)
+    for (int i = 0; i < 4; ++i) out[i] = read_floats<TYPE>(c.x, at + 16 * i, 0xFFFF);
+  else
+    for (int i = 0; i < 4; ++i) out[i] = read_floats<TYPE>(c.x, at + 16 * i, columns_there(cols - k - 16 * i));
+}
+
+// The scale of one token as a fixed-point number of some planes of bytes
+inline float token_scale(const fips_call &c, int64_t t, int64_t cols, int planes) {
+  return with_type(c, [&](auto type) {
+    __m512 most[4] = {}, x[4]; // a maximum takes longer to finish than to start
+    for (int64_t k = 0; k < cols; k += 64) {
+      read_floats<decltype(type)::value>(c, t, k, cols, x);
+      for (int i = 0; i < 4; ++i) most[i] = _mm512_max_ps(most[i], _mm512_abs_ps(x[i]));
+    }
+    const __m512 all = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
+    return fixed_scale(_mm512_reduce_max_ps(all), planes);
+  });
+}
+
+// 64 numbers of one token in fixed point, digits to base 256, the lowest in plane 0; 128 is added to every digit
+template <int TYPE>
+FIPS_INLINE void fixed_point(const fips_call &c, int64_t t, int64_t k, int64_t cols, __m512 inverse, int planes,
+                             __m512i *digits) {
+  __m512 x[4];
+  __m512i fixed[4];
+  read_floats<TYPE>(c, t, k, cols, x);
+  for (int i = 0; i < 4; ++i) // 128 more in every digit leave neither sign nor carry
+    fixed[i] = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)),
+                                _mm512_set1_epi32(planes == 1 ? 0x80 : planes == 2 ? 0x8080 : 0x808080));
+  for (int plane = 0; plane < planes; ++plane) {
+    const __m512i places = _mm512_add_epi8(_mm512_load_si512(digit_places.at), _mm512_set1_epi8(char(plane)));
+    const __m512i low = _mm512_permutex2var_epi8(fixed[0], places, fixed[1]);
+    const __m512i upper = _mm512_permutex2var_epi8(fixed[2], places, fixed[3]);
+    digits[plane] = _mm512_inserti64x4(low, _mm512_castsi512_si256(upper), 1);
+  }
+}
+
+} // namespace
