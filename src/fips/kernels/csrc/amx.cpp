@@ -1,196 +1,19 @@
 // Matrix tiles (Sapphire Rapids and later): decode 32 rows of S into dense tiles, multiply them by all tokens.
-//
-// S is the left operand: `vpexpand` gives rows of 32 bf16 or 64 int8 columns, which is what a tile row holds. Tokens
-// are the right operand, packed once per call. Wider inputs become several planes of columns, added up at the end:
-// floats are three bf16 terms, inputs of int8 values bytes of a fixed-point number (one scale per token).
-//
-// Tile of x: 16 words of 4 bytes (2 bf16 or 4 int8 along K) by 16 tokens. A "step" is one tile along K.
 #include <immintrin.h>
 
 #include <type_traits>
 
-#include "narrow.h"
-#include "packed.h"
 #include "paths.h"
-#include "tokens512.h"
-#include "widen.h"
+#include "tiles512.h"
 
 namespace {
 
-constexpr int64_t kTileBytes = 1024, kColumnsPerPass = 512, kPanelRows = 256, kFewColumns = 4, kManySteps = 8;
-constexpr int kMaxPlanes = 3;
+constexpr int64_t kColumnsPerPass = 512, kFewColumns = 4, kManySteps = 8;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-void transpose(__m512i r[16]) { // 16 x 16 words
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-  }
-}
-
-__m512 widen(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
-
-// Tokens as tiles: planes of `blocks` columns of tiles, each `steps` long.
-struct PackedTokens {
-  uint8_t *tiles;
-  float *scales; // per token, int8 only
-  int64_t blocks, steps;
-  int planes;
-  uint8_t *tile(int plane, int64_t block, int64_t step) const {
-    return tiles + ((plane * blocks + block) * steps + step) * kTileBytes;
-  }
-};
-
-template <class Values> struct Kind;
-
-template <> struct Kind<BF16Values> {
-  static constexpr int64_t step = 32;
-  static int planes(const fips_call &c) { return c.x_type == FIPS_BF16 ? 1 : c.x_type == FIPS_F16 ? 2 : 3; }
-  static void scale(const fips_matrix &, const fips_call &, int64_t, const PackedTokens &) {} // none
-  // 32 columns of one token, one line of 64 bytes per plane
-  static void line(const fips_matrix &a, const fips_call &c, const PackedTokens &p, int64_t t, int64_t k,
-                   __m512i (*lines)[16], int at) {
-    if (p.planes == 1) {
-      const __mmask32 there = __mmask32(first_columns(min_of(a.cols - k, 32)));
-      lines[0][at] = _mm512_maskz_loadu_epi16(there, static_cast<const uint16_t *>(c.x) + t * c.x_stride + k);
-      return;
-    }
-    __m512 low = read_floats(c, t, k, a.cols), high = read_floats(c, t, k + 16, a.cols);
-    for (int plane = 0; plane < p.planes; ++plane) {
-      const __m256i l = __m256i(_mm512_cvtneps_pbh(low)), h = __m256i(_mm512_cvtneps_pbh(high));
-      lines[plane][at] = _mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1);
-      low = _mm512_sub_ps(low, widen(l));
-      high = _mm512_sub_ps(high, widen(h));
-    }
-  }
-  FIPS_INLINE static void decode(uint64_t mask, const uint16_t *&v, uint8_t *to) { // 64 columns: two steps
-    _mm512_store_si512(to, _mm512_maskz_expandloadu_epi16(_cvtu32_mask32(uint32_t(mask)), v));
-    v += popcount64(uint32_t(mask));
-    _mm512_store_si512(to + 64, _mm512_maskz_expandloadu_epi16(_cvtu32_mask32(uint32_t(mask >> 32)), v));
-    v += popcount64(mask >> 32);
-  }
-  static __m512 sum(const uint8_t *const *planes, int count, int row) {
-    __m512 value = _mm512_load_ps(planes[0] + row * 64);
-    for (int i = 1; i < count; ++i) value = _mm512_add_ps(value, _mm512_load_ps(planes[i] + row * 64));
-    return value;
-  }
-};
-
-template <> struct Kind<I8Values> {
-  static constexpr int64_t step = 64;
-  static int planes(const fips_call &c) { return fixed_planes(c); }
-  static void scale(const fips_matrix &a, const fips_call &c, int64_t t, const PackedTokens &p) {
-    p.scales[t] = token_scale(c, t, a.cols, p.planes);
-  }
-  static void line(const fips_matrix &a, const fips_call &c, const PackedTokens &p, int64_t t, int64_t k,
-                   __m512i (*lines)[16], int at) {
-    __m512i digits[kMaxPlanes];
-    const __m512 inverse = _mm512_set1_ps(1 / p.scales[t]);
-    with_type(c, [&](auto type) { fixed_point<decltype(type)::value>(c, t, k, a.cols, inverse, p.planes, digits); });
-    for (int plane = 0; plane < p.planes; ++plane)
-      lines[plane][at] = _mm512_xor_si512(digits[plane], _mm512_set1_epi8(char(0x80)));
-  }
-  FIPS_INLINE static void decode(uint64_t mask, const int8_t *&v, uint8_t *to) {
-    _mm512_store_si512(to, _mm512_maskz_expandloadu_epi8(_cvtu64_mask64(mask), v));
-    v += popcount64(mask);
-  }
-  static __m512 sum(const uint8_t *const *planes, int count, int row) {
-    __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(planes[count - 1] + row * 64));
-    for (int i = count - 2; i >= 0; --i)
-      value = _mm512_fmadd_ps(value, _mm512_set1_ps(256), _mm512_cvtepi32_ps(_mm512_load_si512(planes[i] + row * 64)));
-    return value;
-  }
-};
-
-struct NarrowValues : I8Values {}; // of matrices kept whole
-
-template <> struct Kind<NarrowValues> : Kind<I8Values> {};
-
-template <class K> void pack_tile(const fips_matrix &a, const fips_call &c, const PackedTokens &p, int64_t b, int64_t s) {
-  __m512i lines[kMaxPlanes][16];
-  for (int i = 0; i < 16; ++i) {
-    const int64_t t = b * 16 + i;
-    if (t < c.tokens)
-      K::line(a, c, p, t, s * K::step, lines, i);
-    else
-      for (int plane = 0; plane < p.planes; ++plane) lines[plane][i] = _mm512_setzero_si512();
-  }
-  for (int plane = 0; plane < p.planes; ++plane) {
-    transpose(lines[plane]);
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(p.tile(plane, b, s) + i * 64, lines[plane][i]);
-  }
-}
-
-// Decodes rows of a panel over one block of steps; remembers where the values of every row go on.
-template <class Reader, class Values> class Decoder {
-public:
-  Decoder(const fips_matrix &a, const Reader &reader, int64_t row0, int64_t rows, int64_t row_bytes)
-      : a_(a), reader_(reader), row0_(row0), rows_(rows), row_bytes_(row_bytes) {
-    for (int64_t r = 0; r < rows; ++r) next_[r] = reader.start(row0 + r);
-  }
-
-  // Rows [first, first + count) of the panel, one after the other; a tile is 16 rows by 64 bytes of `to`. The block
-  // after this one begins at row `then`: a row of it is fetched for every row decoded.
-  void decode(int64_t first, int64_t count, int64_t step0, int64_t steps, uint8_t *to, int64_t then) {
-    const int64_t k0 = step0 * Kind<Values>::step, k1 = min_of(a_.cols, (step0 + steps) * Kind<Values>::step);
-    for (int64_t r = first; r < first + count; ++r, to += row_bytes_) {
-      const int64_t bytes = decode_row(r, k0, k1, to);
-      if (then + r - first >= rows_) continue;
-      const char *fetched = place(next_[then + r - first]);
-      for (int64_t i = 0; i < bytes + 64; i += 64) _mm_prefetch(fetched + i, _MM_HINT_T0);
-    }
-  }
-
-private:
-  const char *place(int64_t value) const {
-    if constexpr (std::is_same_v<Values, NarrowValues>)
-      return static_cast<const char *>(a_.values) + (value * a_.value_bits >> 3);
-    else
-      return reinterpret_cast<const char *>(static_cast<const typename Values::type *>(a_.values) + value);
-  }
-
-  int64_t decode_row(int64_t r, int64_t k0, int64_t k1, uint8_t *to) { // returns how many bytes of values it read
-    if constexpr (std::is_same_v<Values, NarrowValues>) {
-      NarrowCursor v(a_, next_[r]);
-      for (int64_t k = k0; k < k1; k += 64) // beyond the last column x is 0, whatever is read there
-        _mm512_store_si512(to + (k - k0), v.next());
-      next_[r] += k1 - k0;
-      return (k1 - k0) * a_.value_bits >> 3;
-    } else {
-      const auto *all = static_cast<const typename Values::type *>(a_.values), *begin = all + next_[r], *v = begin;
-      for (int64_t k = k0; k < k1; k += 64, to += 64 / Kind<Values>::step * 64)
-        Kind<Values>::decode(reader_.mask(row0_ + r, k), v, to);
-      next_[r] = v - all;
-      return (v - begin) * int64_t(sizeof *v);
-    }
-  }
-
-  const fips_matrix &a_;
-  const Reader reader_;
-  int64_t row0_, rows_, row_bytes_;
-  int64_t next_[kPanelRows];
 };
 
 // tiles 0..3 += tiles 4, 5 (rows) by tiles 6, 7 (tokens); without PAIR tile 6 alone
@@ -243,41 +66,6 @@ FIPS_INLINE void multiply_steps(const uint8_t *weights, const uint8_t *x0, const
     if constexpr (PAIR) _tile_loadd(7, x1 + s * kTileBytes, 64);
     dot<Values, PAIR>();
     meanwhile();
-  }
-}
-
-// 16 rows by 16 tokens as 16 lines of one token each: planes added, scaled, with bias
-template <class Values>
-void finish_tile(const fips_matrix &a, const fips_call &c, const PackedTokens &p, const uint8_t *const *sums,
-                 int64_t row, __m512 token_scale, __m512i *lines) {
-  const int64_t rows = min_of(16, a.rows - row);
-  const float unit = std::is_same_v<Values, NarrowValues> ? NarrowCursor::unit(a) : 1.0f;
-  alignas(64) float bias[16] = {};
-  for (int r = 0; r < 16; ++r) {
-    const float scale = unit * (a.scales && r < rows ? a.scales[row + r] : 1.0f);
-    const __m512 value = _mm512_mul_ps(Kind<Values>::sum(sums, p.planes, r), _mm512_set1_ps(scale));
-    lines[r] = _mm512_castps_si512(_mm512_mul_ps(value, token_scale));
-  }
-  transpose(lines);
-  if (!c.bias) return;
-  for (int r = 0; r < rows; ++r) bias[r] = load_float(c.bias, c.x_type, row + r);
-  for (int t = 0; t < 16; ++t)
-    lines[t] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(lines[t]), _mm512_load_ps(bias)));
-}
-
-// Up to 32 rows of one token.
-FIPS_INLINE void write_rows(const fips_call &c, int64_t at, int64_t rows, __m512 low, __m512 high) {
-  const __mmask32 there = __mmask32(first_columns(rows));
-  if (c.x_type == FIPS_F32) {
-    float *y = static_cast<float *>(c.y) + at;
-    _mm512_mask_storeu_ps(y, __mmask16(there), low);
-    _mm512_mask_storeu_ps(y + 16, __mmask16(there >> 16), high);
-  } else if (c.x_type == FIPS_BF16) {
-    _mm512_mask_storeu_epi16(static_cast<uint16_t *>(c.y) + at, there, __m512i(_mm512_cvtne2ps_pbh(high, low)));
-  } else {
-    const __m512i half = _mm512_castsi256_si512(_mm512_cvtps_ph(low, 0));
-    _mm512_mask_storeu_epi16(static_cast<uint16_t *>(c.y) + at, there,
-                             _mm512_inserti64x4(half, _mm512_cvtps_ph(high, 0), 1));
   }
 }
 
@@ -335,23 +123,7 @@ void panel(const fips_matrix &a, const fips_call &c, const Reader &reader, const
     if (i < columns) multiply(std::false_type(), i);
   }
   __asm__ volatile("" ::: "memory");
-  for (int64_t b = 0; b < blocks; ++b) { // all rows of a token before the next tokens
-    const int64_t token = (block0 + b) * 16, tokens = min_of(16, c.tokens - token);
-    const __m512 scale = p.scales ? _mm512_maskz_loadu_ps(__mmask16(first_columns(tokens)), p.scales + token)
-                                  : _mm512_set1_ps(1);
-    for (int64_t r = 0; r < rows; r += 32) {
-      __m512i lines[32];
-      for (int half = 0; half < 2; ++half) {
-        const uint8_t *planes[kMaxPlanes];
-        for (int i = 0; i < p.planes; ++i)
-          planes[i] = sums + ((r / 16 + half) * columns + i * blocks + b) * kTileBytes;
-        finish_tile<Values>(a, c, p, planes, row0 + r + half * 16, scale, lines + half * 16);
-      }
-      for (int64_t t = 0; t < tokens; ++t)
-        write_rows(c, (token + t) * c.y_stride + row0 + r, min_of(32, rows - r), _mm512_castsi512_ps(lines[t]),
-                   _mm512_castsi512_ps(lines[16 + t]));
-    }
-  }
+  finish_panel<Values>(a, c, p, sums, row0, rows, block0, blocks);
 }
 
 int64_t panel_rows(int64_t rows, int threads) { // as even as possible over the threads, at most kPanelRows
@@ -360,13 +132,7 @@ int64_t panel_rows(int64_t rows, int threads) { // as even as possible over the 
 }
 
 template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c) {
-  static thread_local Scratch tile_scratch, scale_scratch;
-  PackedTokens p{};
-  p.planes = Kind<Values>::planes(c);
-  p.blocks = (c.tokens + 15) / 16;
-  p.steps = round_up(a.cols, 64) / Kind<Values>::step;
-  p.tiles = tile_scratch.get<uint8_t>(p.planes * p.blocks * p.steps * kTileBytes);
-  if (!std::is_same_v<Values, BF16Values>) p.scales = scale_scratch.get<float>(c.tokens);
+  const PackedTokens p = place_tokens<Values>(a, c, char(0x80));
   const int64_t rows = panel_rows(a.rows, c.threads), per_pass = kColumnsPerPass / 16 / p.planes;
   const int64_t panels = (a.rows + rows - 1) / rows, passes = (p.blocks + per_pass - 1) / per_pass;
   return with_reader(a, [&](const auto &reader) {
@@ -375,13 +141,7 @@ template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c
     {
       const TileConfig config;
       _tile_loadconfig(&config);
-      if (p.scales) {
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < c.tokens; ++t) Kind<Values>::scale(a, c, t, p);
-      }
-#pragma omp for collapse(2) schedule(static)
-      for (int64_t b = 0; b < p.blocks; ++b)
-        for (int64_t s = 0; s < p.steps; ++s) pack_tile<Kind<Values>>(a, c, p, b, s);
+      pack_tokens<Values>(a, c, p);
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t pass = 0; pass < passes; ++pass)
         for (int64_t i = 0; i < panels; ++i)
@@ -395,8 +155,7 @@ template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c
 } // namespace
 
 bool fips_amx(const fips_matrix &a, const fips_call &c) {
-  if (c.path == FIPS_DIRECT || c.path == FIPS_TOKENS || a.format == FIPS_BLOCK_ROWS) return false;
-  if (c.path == FIPS_AUTO && c.tokens == 1) return false;
+  if (c.path != FIPS_TILES || a.format == FIPS_BLOCK_ROWS) return false;
   if (a.value_type == FIPS_BF16) return tiles_path<BF16Values>(a, c);
   if (a.value_type != FIPS_I8) return false;
   return a.value_bits < 8 && a.format == FIPS_DENSE ? tiles_path<NarrowValues>(a, c) : tiles_path<I8Values>(a, c);

@@ -103,18 +103,15 @@ template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
 } // namespace
 
 bool fips_avx2(const fips_matrix &a, const fips_call &c) {
-  if (c.path == FIPS_TILES) return false;
-  if (c.path == FIPS_DIRECT || (c.path == FIPS_AUTO && a.format != FIPS_BLOCK_ROWS)) {
-    switch (c.tokens) {
-    case 1: return direct_path<1>(a, c);
-    case 2: return direct_path<2>(a, c);
-    case 3: return direct_path<3>(a, c);
-    case 4: return direct_path<4>(a, c);
-    default: break;
-    }
-    if (c.path == FIPS_DIRECT) return false;
+  if (c.path == FIPS_TOKENS) return tokens_path<Vector8>(a, c);
+  if (c.path != FIPS_DIRECT) return false;
+  switch (c.tokens) {
+  case 1: return direct_path<1>(a, c);
+  case 2: return direct_path<2>(a, c);
+  case 3: return direct_path<3>(a, c);
+  case 4: return direct_path<4>(a, c);
+  default: return false;
   }
-  return tokens_path<Vector8>(a, c);
 }
 
 bool fips_columns_avx2(const fips_matrix &a, const fips_call &c) { return columns_path<Vector8>(a, c); }

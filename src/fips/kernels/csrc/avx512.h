@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "dots512.h"
 #include "narrow.h"
 #include "paths.h"
 #include "tokens.h"
@@ -300,10 +301,11 @@ inline bool direct_path(const fips_matrix &a, const fips_call &c) {
 }
 
 inline bool run_avx512(const fips_matrix &a, const fips_call &c) {
-  if (c.path == FIPS_TILES) return false;
-  if (c.path == FIPS_DIRECT) return direct_path(a, c);
-  if (c.path == FIPS_AUTO && c.tokens <= 4 && a.format != FIPS_BLOCK_ROWS) return direct_path(a, c);
-  return tokens_path<Vector16>(a, c);
+  switch (c.path) {
+  case FIPS_DIRECT: return direct_path(a, c);
+  case FIPS_TILES: return dots_path(a, c);
+  default: return tokens_path<Vector16>(a, c);
+  }
 }
 
 } // namespace

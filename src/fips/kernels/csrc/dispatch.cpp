@@ -98,11 +98,19 @@ bool valid(const fips_matrix &a, const fips_call &c) {
   }
 }
 
+// The path of a call that leaves it open. Tiles pay from a few tokens on, unless so little is kept that skipping the
+// rest is faster.
+int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
+  if (a.format == FIPS_BLOCK_ROWS) return FIPS_TOKENS; // values of a row do not lie together
+  const bool matrix_unit = level >= FIPS_AMX && (a.value_type == FIPS_BF16 || a.value_type == FIPS_I8);
+  if (c.tokens <= (matrix_unit ? 1 : 4)) return FIPS_DIRECT;
+  if (level < FIPS_AVX512) return FIPS_TOKENS;
+  return FIPS_TILES;
+}
+
 // Whether the variant that will run widens integers of less than 8 bits by itself, row after row in the cache.
 bool widens(const fips_matrix &a, const fips_call &c, int level) {
-  if (level < FIPS_AVX512 || a.format == FIPS_BLOCK_ROWS) return false;
-  const bool tiles = level >= FIPS_AMX && (c.path == FIPS_TILES || (c.path == FIPS_AUTO && c.tokens > 1));
-  return tiles || c.path == FIPS_DIRECT || (c.path == FIPS_AUTO && c.tokens <= 4);
+  return level >= FIPS_AVX512 && a.format != FIPS_BLOCK_ROWS && c.path != FIPS_TOKENS;
 }
 
 // The matrix with a byte for every value. The bytes stay with the calling thread, for its next call.
@@ -156,24 +164,26 @@ int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
   if (!valid(*matrix, *call)) return -1;
   if (!matrix->rows || !call->tokens) return 0;
   const int level = call->isa < fips_isa_level() ? call->isa : fips_isa_level();
+  fips_call chosen = *call;
+  if (chosen.path == FIPS_AUTO) chosen.path = fastest_path(*matrix, chosen, level);
   fips_matrix wide;
-  if (matrix->value_bits < 8 && !widens(*matrix, *call, level)) {
-    wide = widened(*matrix, *call, level);
+  if (matrix->value_bits < 8 && !widens(*matrix, chosen, level)) {
+    wide = widened(*matrix, chosen, level);
     matrix = &wide;
   }
 #if defined(FIPS_HAVE_AMX)
-  if (level >= FIPS_AMX && fips_amx(*matrix, *call)) return 0;
+  if (level >= FIPS_AMX && fips_amx(*matrix, chosen)) return 0;
 #endif
 #if defined(FIPS_HAVE_AVX512_BF16)
-  if (level >= FIPS_AVX512_BF16) return fips_avx512_bf16(*matrix, *call) ? 0 : -1;
+  if (level >= FIPS_AVX512_BF16) return fips_avx512_bf16(*matrix, chosen) ? 0 : -1;
 #endif
 #if defined(FIPS_HAVE_AVX512)
-  if (level >= FIPS_AVX512) return fips_avx512(*matrix, *call) ? 0 : -1;
+  if (level >= FIPS_AVX512) return fips_avx512(*matrix, chosen) ? 0 : -1;
 #endif
 #if defined(FIPS_HAVE_AVX2)
-  if (level >= FIPS_AVX2) return fips_avx2(*matrix, *call) ? 0 : -1;
+  if (level >= FIPS_AVX2) return fips_avx2(*matrix, chosen) ? 0 : -1;
 #endif
-  return fips_portable(*matrix, *call) ? 0 : -1;
+  return fips_portable(*matrix, chosen) ? 0 : -1;
 }
 
 int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {

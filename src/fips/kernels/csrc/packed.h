@@ -18,8 +18,10 @@ const uint16_t *fips_nm_table(int n, int m); // dispatch.cpp: code of 16 columns
 // Calls inside the inner loops would spill the vector registers.
 #if defined(__GNUC__)
 #define FIPS_INLINE __attribute__((always_inline)) inline
+#define FIPS_APART __attribute__((noinline)) // one copy for all callers
 #else
 #define FIPS_INLINE inline
+#define FIPS_APART
 #endif
 
 namespace {
