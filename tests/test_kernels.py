@@ -83,6 +83,7 @@ def fits(fmt: str, shape: tuple[int, int], axis: int) -> bool:
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_every_path_agrees_with_float64(fmt: str, values: torch.dtype, isa: str) -> None:
+    blocked = [(fmt, 0) for fmt in BLOCKS]  # the values of a row do not lie together
     for axis in (0, 1) if fmt in BLOCKS else (1,):
         packed = example(fmt, (96, 160), dtype=values, axis=axis)
         prepared = cpu.prepare(packed)
@@ -95,6 +96,7 @@ def test_every_path_agrees_with_float64(fmt: str, values: torch.dtype, isa: str)
                         y = cpu.multiply(x, prepared, bias, path=path, isa=isa)
                     except BackendError:
                         assert path != "auto"
+                        assert path != "tiles" or (fmt, axis) in blocked or isa in ("portable", "avx2")
                         continue
                     assert y.dtype == dtype
                     assert_close(y, exact(x, packed, bias), TOLERANCE[dtype])
@@ -151,6 +153,25 @@ def test_many_tokens_in_several_passes(values: torch.dtype) -> None:
     for tokens in (513, 700):
         x = inputs(tokens, 1100, torch.bfloat16)
         assert_close(cpu.multiply(x, cpu.prepare(packed)), exact(x, packed), TOLERANCE[torch.bfloat16])
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("fmt", ["dense", "bitmask", "4:16", "block8"])
+def test_long_rows_are_multiplied_in_parts(fmt: str, values: torch.dtype, isa: str) -> None:
+    packed = example(fmt, (205, 2576), dtype=values)
+    prepared = cpu.prepare(packed)
+    for tokens in (5, 16, 24, 150):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = inputs(tokens, 2576, dtype)
+            assert_close(cpu.multiply(x, prepared, isa=isa), exact(x, packed), TOLERANCE[dtype])
+    if values == torch.int8 and fmt in ("dense", "bitmask"):
+        short = narrow(packed, 4)
+        wide = replace(short, values_Z=unpack_integers(short.values_Z, bits=4, count=short.count), count=0)
+        for tokens in (5, 150):
+            x = inputs(tokens, 2576, torch.bfloat16)
+            assert_close(cpu.multiply(x, cpu.prepare(short), isa=isa), exact(x, wide), TOLERANCE[torch.bfloat16])
 
 
 @needs_library

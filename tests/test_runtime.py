@@ -17,7 +17,7 @@ from fips.errors import ConfigError
 from fips.kernels import cpu, runtime
 from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
 from fips.nn import FactoredLinear, SharedBasis
-from fips.storage.packing import ValueKind
+from fips.storage.packing import ValueKind, pack
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
 
@@ -167,6 +167,49 @@ def test_what_is_remembered_of_a_layer_follows_it(basis: bool) -> None:
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
 
 
+@needs_library
+@pytest.mark.parametrize("basis", [True, False])
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_repeated_calls_follow_their_layer(role: str, basis: bool) -> None:
+    """The second call of a shape takes a shorter way: the same bits, and every change of the layer is seen."""
+    layer = make_layer(role, basis=basis)
+    layer.runtime.policy = "packed"
+    x = inputs(3, layer.in_features, torch.float32)
+    with torch.no_grad():
+        first = layer(x)
+        assert layer.runtime._repeats
+        assert torch.equal(layer(x), first)
+        assert_close(layer(2 * x), expected(layer, 2 * x), TOLERANCE[torch.float32])
+        strided = torch.stack((x, x), -1)[..., 0]
+        assert torch.equal(layer(strided), first)
+        layer.values.mul_(2)
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+        layer.values.data = layer.values.data.flip(0)
+        assert layer.bias is not None
+        layer.bias.data = layer.bias.data + 1
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+        layer.pattern.copy_(pack(layer.factor(), layer.mask().flip(0), fmt="bitmask")[1])
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+    layer(x).sum().backward()  # the shorter way records no gradients and must not be taken
+    assert layer.values.grad is not None
+    layer.runtime.policy = "decode"
+    assert not layer.runtime._repeats
+
+
+@needs_library
+def test_only_few_shapes_are_remembered() -> None:
+    layer = make_layer()
+    layer.runtime.policy = "packed"
+    with torch.no_grad():
+        for tokens in range(1, 40):
+            layer(inputs(tokens, 48, torch.float32))
+            assert len(layer.runtime._repeats) <= 8
+        before = dict(layer.runtime._repeats)
+        layer(inputs(cpu.Repeat.MOST + 1, 48, torch.float32))
+        assert layer.runtime._repeats == before
+
+
 def test_copies_and_pickles_prepare_their_own() -> None:
     layer = make_layer()
     layer.runtime.policy = "decode"
@@ -211,8 +254,9 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert layer.runtime.way(x, layer.product()) == "decode"
         layer.runtime.policy = "speed"
         assert layer.runtime.way(x, layer.product()) == "merged"
-        monkeypatch.setenv("FIPS_RUNTIME", "merge")
-        assert layer.runtime.way(x, layer.product()) == "merge"
+        monkeypatch.setenv("FIPS_RUNTIME", "merge")  # counts for layers made from now on
+        assert make_layer().runtime.way(x, layer.product()) == "merge"
+        assert layer.runtime.way(x, layer.product()) == "merged"
     runtime._timings.forget()
 
 

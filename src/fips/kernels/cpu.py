@@ -25,6 +25,7 @@ from fips.storage.packing import BITMASK, BLOCKS, DENSE, parse_nm
 __all__ = [
     "PATHS",
     "Prepared",
+    "Repeat",
     "available",
     "isa_names",
     "multiply",
@@ -36,7 +37,7 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 2
+ABI = 3
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
@@ -175,6 +176,54 @@ def multiply(
     return y if x.dim() == x_TK.dim() else y.view(*x_TK.shape[:-1], rows)
 
 
+class Repeat:
+    """``multiply`` once more for inputs like the first: what does not change between calls is made once.
+
+    Around a small product that is most of the time: 7 of 13 us, and more where the interpreter has left the cache.
+    """
+
+    MOST = 64
+    """Tokens beyond which a product takes so long that its call does not count."""
+
+    def __init__(self, x: Tensor, prepared: Prepared, bias: Tensor | None, activation_bits: int | None) -> None:
+        packed = prepared.packed
+        self.prepared, self.bias, self.activation_bits = prepared, bias, activation_bits
+        self.shape, self.dtype, self.threads = x.shape, x.dtype, torch.get_num_threads()
+        self.out = (*x.shape[:-1], packed.shape[0])
+        read_anew = [t for t in (packed.values_Z, bias) if t is not None]
+        self.watched: list[tuple[Tensor, int, int | None]] = [(t, t.data_ptr(), None) for t in read_anew]
+        self.watched += [_watch(t) for t in (packed.pattern, packed.scales_N) if t is not None]
+        bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
+        self.call = _call(x, x.new_empty(self.out), bias, None, PATHS["auto"], bits)
+        self.arguments = (prepared.reference, ctypes.byref(self.call))
+        self.run = _require().fips_multiply_again
+
+    @staticmethod
+    def suits(x: Tensor, bias: Tensor | None) -> bool:
+        """Whether it is worth while and possible for such inputs."""
+        few = 0 < x.numel() <= Repeat.MOST * x.shape[-1]
+        return few and x.is_contiguous() and (bias is None or bias.dtype == x.dtype)
+
+    def holds(self) -> bool:
+        """Whether the matrix and the bias still lie where they did, unchanged where it matters."""
+        for tensor, place, version in self.watched:
+            if tensor.data_ptr() != place or (version is not None and tensor._version != version):
+                return False
+        return torch.get_num_threads() == self.threads
+
+    def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        if x.dtype is not self.dtype or x.shape != self.shape or not x.is_contiguous():
+            return multiply(x, self.prepared, bias, activation_bits=self.activation_bits)
+        y = x.new_empty(self.out)
+        if self.run(*self.arguments, x.data_ptr(), y.data_ptr()) != 0:
+            raise BackendError(f"no CPU kernel for format {packed.fmt}, values {packed.kind}, inputs {x.dtype}")
+        return y
+
+
+def _watch(tensor: Tensor) -> tuple[Tensor, int, int | None]:
+    return tensor, tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
 def multiply_columns(x_TN: Tensor, prepared: Prepared, *, isa: str | None = None) -> Tensor:
     """``x S`` for a dense S and at most four tokens: S is read once, in memory order; no autograd."""
     rows, cols = prepared.packed.shape
@@ -245,6 +294,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         if library.fips_abi() != ABI:
             return None, f"{path} belongs to another version of fips; reinstall it"
         library.fips_multiply.argtypes = [c_void_p, c_void_p]
+        library.fips_multiply_again.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
         library.fips_multiply_columns.argtypes = [c_void_p, c_void_p]
         library.fips_row_starts.argtypes = [c_void_p, c_void_p]
         library.fips_row_starts.restype = c_int64

@@ -104,6 +104,8 @@ class LayerRuntime:
         self._product: Product | None = None
         self._parts: Sequence[object] = ()
         self._chosen: dict[tuple[Any, ...], Way] = {}
+        self._repeats: dict[torch.Size, cpu.Repeat] = {}
+        self._wish = os.environ.get("FIPS_RUNTIME")
         cpu.available()  # loaded here, not while a tracer watches
 
     def __reduce__(self) -> tuple[type[LayerRuntime], tuple[str, int | None]]:
@@ -119,6 +121,7 @@ class LayerRuntime:
             raise ConfigError(f"unknown runtime policy {policy!r}; known: {', '.join(POLICIES)}")
         self._policy = policy
         self._merged = None
+        self._repeats = {}
 
     @property
     def activation_bits(self) -> int | None:
@@ -133,6 +136,7 @@ class LayerRuntime:
         if bits not in (None, 8):
             raise ConfigError(f"activation_bits is 8, or None for exact inputs; got {bits}")
         self._activation_bits = bits
+        self._repeats = {}
 
     @property
     def extra_bytes(self) -> int:
@@ -150,22 +154,52 @@ class LayerRuntime:
             layer = make()
             return self._compute("packed" if ops.traceable(x, layer.packed) else "decode", x, layer)
         layer = self._remembered(parts, make)
+        repeat = self._repeats.get(x.shape)
+        if repeat is not None and layer is self._product and self._again(x, layer, repeat):
+            return layer.through_factor(x, repeat)
         if not ops.is_plain(x, layer.packed.values_Z):
             return self._compute("decode", x, layer)
-        return self._compute(self.way(x, layer), x, layer)
+        way = self.way(x, layer)
+        y = self._compute(way, x, layer)
+        if way == "packed" and layer is self._product:
+            self._remember(x, layer)
+        return y
 
     def _remembered(self, parts: Sequence[object], make: Callable[[], Product]) -> Product:
         if self._product is None or not all(map(operator.is_, parts, self._parts)):
             layer = make()
+            self._repeats.clear()
             if layer.offloaded or parts[0] is None:
                 return layer
             self._product, self._parts = layer, parts
             self._chosen.clear()
         return self._product
 
+    def _again(self, x: Tensor, layer: Product, repeat: cpu.Repeat) -> bool:
+        """Whether an input is like the first of its shape, which was multiplied from the packed bytes."""
+        return (
+            x.dtype is repeat.dtype
+            and ops.is_plain(x)
+            and not (torch.is_grad_enabled() and ops.needs_grad(x, *layer.tensors()))
+            and repeat.holds()
+        )
+
+    def _remember(self, x: Tensor, layer: Product) -> None:
+        """Make the next call like this one cheaper: of few tokens, on a CPU, without gradients."""
+        prepared = self._prepared
+        bias = layer.bias if layer.basis is None or layer.up else None  # else it is added behind the basis
+        if not isinstance(prepared, cpu.Prepared) or not cpu.Repeat.suits(x, bias):
+            return
+        if torch.is_grad_enabled() and ops.needs_grad(x, *layer.tensors()):
+            return
+        if len(self._repeats) >= 8:
+            self._repeats.clear()
+        inner = x.new_empty((*x.shape[:-1], layer.packed.shape[1])) if layer.up and layer.basis is not None else x
+        self._repeats[x.shape] = cpu.Repeat(inner, prepared, bias, self._activation_bits)
+
     def way(self, x: Tensor, layer: Product) -> Way:
         """The way a call with this input takes; measures if nobody has."""
-        wanted = os.environ.get("FIPS_RUNTIME", self._policy)
+        wanted = self._wish or self._policy
         grad = torch.is_grad_enabled() and ops.needs_grad(x, *layer.tensors())
         tokens = (x.numel() // x.shape[-1] - 1).bit_length()
         key = (

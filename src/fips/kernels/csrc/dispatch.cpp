@@ -186,6 +186,13 @@ int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
   return fips_portable(*matrix, chosen) ? 0 : -1;
 }
 
+int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y) {
+  fips_call again = *call;
+  again.x = x;
+  again.y = y;
+  return fips_multiply(matrix, &again);
+}
+
 int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {
   if (!valid(*matrix, *call) || matrix->value_bits < 8) return -1;
   if (!matrix->rows || !call->tokens) return -1;

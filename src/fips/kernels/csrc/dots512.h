@@ -10,47 +10,90 @@
 namespace {
 
 constexpr int64_t kWords = 512, kRowBytes = kWords * 4 + 64; // of a row at a time; rows lie in different cache sets
-constexpr int64_t kPartRows = 48, kSlabRows = 192, kSlabColumns = 256, kFewColumns = 2, kSomeColumns = 16;
+constexpr int64_t kFewRows = 12, kPartRows = 48; // decoded at a time: multiples of the rows of every block
+constexpr int64_t kSlabRows = 192;               // of one thread at a time
+constexpr int64_t kFewColumns = 2, kSomeColumns = 16, kSlabColumns = 256;
 
-template <class Values> struct Dots {
+// Sums of one row by W tokens; the last tokens of a call may fill only half a vector, which is half the work.
+template <class Values, int W> struct Dots;
+
+template <class Values> struct Dots<Values, 16> {
   using Sum = __m512;
+  using Tokens = __m512i;
   static Sum load(const uint8_t *from) { return _mm512_load_ps(from); }
   static void store(uint8_t *to, Sum sum) { _mm512_store_ps(to, sum); }
   static Sum start(Sum sum, int32_t) { return sum; }
-  FIPS_INLINE static Sum add(Sum sum, __m512i x, int32_t word) {
+  FIPS_INLINE static Tokens tokens(const uint8_t *x) { return _mm512_load_si512(x); }
+  FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
     const __m512i w = _mm512_set1_epi32(word);
 #ifdef __AVX512BF16__
     if constexpr (std::is_same_v<Values, BF16Values>) return _mm512_dpbf16_ps(sum, __m512bh(x), __m512bh(w));
 #endif
     return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
   }
-  static int32_t excess(const uint8_t *, int64_t) { return 0; }
 };
 
-template <> struct Dots<I8Values> {
+template <class Values> struct Dots<Values, 8> {
+  using Sum = __m256;
+  using Tokens = __m256i;
+  static Sum load(const uint8_t *from) { return _mm256_load_ps(reinterpret_cast<const float *>(from)); }
+  static void store(uint8_t *to, Sum sum) { _mm256_store_ps(reinterpret_cast<float *>(to), sum); }
+  static Sum start(Sum sum, int32_t) { return sum; }
+  FIPS_INLINE static Tokens tokens(const uint8_t *x) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i *>(x));
+  }
+  FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
+    const __m256i w = _mm256_set1_epi32(word);
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<Values, BF16Values>) return _mm256_dpbf16_ps(sum, __m256bh(x), __m256bh(w));
+#endif
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(w), sum);
+  }
+};
+
+struct ByteDots16 {
   using Sum = __m512i;
+  using Tokens = __m512i;
   static Sum load(const uint8_t *from) { return _mm512_load_si512(from); }
   static void store(uint8_t *to, Sum sum) { _mm512_store_si512(to, sum); }
   static Sum start(Sum sum, int32_t excess) { return _mm512_sub_epi32(sum, _mm512_set1_epi32(excess)); }
-  FIPS_INLINE static Sum add(Sum sum, __m512i x, int32_t word) {
+  FIPS_INLINE static Tokens tokens(const uint8_t *x) { return _mm512_load_si512(x); }
+  FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
     return _mm512_dpbusd_epi32(sum, x, _mm512_set1_epi32(word));
-  }
-  // What the 128 in every digit add to the sums of a decoded row.
-  static int32_t excess(const uint8_t *row, int64_t steps) {
-    __m512i sum[4] = {}; // a dot product takes longer to finish than to start
-    int64_t s = 0;
-    const auto add = [&](int i, int64_t at) {
-      sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_set1_epi8(1), _mm512_load_si512(row + 64 * at));
-    };
-    for (; s + 4 <= steps; s += 4)
-      for (int i = 0; i < 4; ++i) add(i, s + i);
-    for (; s < steps; ++s) add(0, s);
-    return 128 * _mm512_reduce_add_epi32(
-                     _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
   }
 };
 
-template <> struct Dots<NarrowValues> : Dots<I8Values> {};
+struct ByteDots8 {
+  using Sum = __m256i;
+  using Tokens = __m256i;
+  static Sum load(const uint8_t *from) { return _mm256_load_si256(reinterpret_cast<const __m256i *>(from)); }
+  static void store(uint8_t *to, Sum sum) { _mm256_store_si256(reinterpret_cast<__m256i *>(to), sum); }
+  static Sum start(Sum sum, int32_t excess) { return _mm256_sub_epi32(sum, _mm256_set1_epi32(excess)); }
+  FIPS_INLINE static Tokens tokens(const uint8_t *x) { return load(x); }
+  FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
+    return _mm256_dpbusd_epi32(sum, x, _mm256_set1_epi32(word));
+  }
+};
+
+template <> struct Dots<I8Values, 16> : ByteDots16 {};
+template <> struct Dots<I8Values, 8> : ByteDots8 {};
+template <> struct Dots<NarrowValues, 16> : ByteDots16 {};
+template <> struct Dots<NarrowValues, 8> : ByteDots8 {};
+
+// What the 128 in every digit add to the sums of a decoded row.
+template <class Values> int32_t excess_of(const uint8_t *row, int64_t steps) {
+  if constexpr (!std::is_same_v<typename Values::type, int8_t>) return 0;
+  __m512i sum[4] = {}; // a dot product takes longer to finish than to start
+  int64_t s = 0;
+  const auto add = [&](int i, int64_t at) {
+    sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_set1_epi8(1), _mm512_load_si512(row + 64 * at));
+  };
+  for (; s + 4 <= steps; s += 4)
+    for (int i = 0; i < 4; ++i) add(i, s + i);
+  for (; s < steps; ++s) add(0, s);
+  return 128 * _mm512_reduce_add_epi32(
+                   _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
+}
 
 // Packed values that come next, fetched in equal shares while others are multiplied.
 struct Ahead {
@@ -62,14 +105,21 @@ struct Ahead {
   }
 };
 
-// Sums of R rows by C columns over some steps. `weights`, `excess` and `row` are those of the first row, `sums` holds
-// row 0 of the first column, and rows of the next tile `lower` bytes behind.
-template <class Values, int R, int C>
-FIPS_APART void multiply_block(const uint8_t *weights, const uint8_t *const (&x)[C], int64_t steps, uint8_t *sums,
-                               int64_t row, int64_t lower, bool first, const int32_t *excess, Ahead &ahead) {
-  using D = Dots<Values>;
+// One column of a product: its tokens, and where its sums of a slab are, in tiles of 16 rows `lower` bytes apart.
+struct Column {
+  const uint8_t *x;
+  uint8_t *sums;
+};
+
+// Sums of R rows by C columns over some steps. `weights` and `excess` begin with the first of these rows, `row`.
+template <class Values, int W, int R, int C>
+FIPS_APART void multiply_block(const uint8_t *weights, const Column *columns, int64_t steps, int64_t row,
+                               int64_t lower, bool first, const int32_t *excess, Ahead &ahead) {
+  using D = Dots<Values, W>;
   typename D::Sum acc[R][C];
-  const auto place = [&](int r, int j) { return sums + (row + r) / 16 * lower + j * kTileBytes + (row + r) % 16 * 64; };
+  const uint8_t *x[C];
+  for (int j = 0; j < C; ++j) x[j] = columns[j].x;
+  const auto place = [&](int r, int j) { return columns[j].sums + (row + r) / 16 * lower + (row + r) % 16 * 64; };
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -77,9 +127,9 @@ FIPS_APART void multiply_block(const uint8_t *weights, const uint8_t *const (&x)
   for (int64_t s = 0; s < steps; ++s) {
     ahead.fetch();
     for (int64_t at = 16 * s; at < 16 * s + 16; ++at) {
-      __m512i xs[C];
+      typename D::Tokens xs[C];
 #pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) xs[j] = _mm512_load_si512(x[j] + at * 64);
+      for (int j = 0; j < C; ++j) xs[j] = D::tokens(x[j] + at * 64);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         int32_t word;
@@ -95,6 +145,28 @@ FIPS_APART void multiply_block(const uint8_t *weights, const uint8_t *const (&x)
     for (int j = 0; j < C; ++j) D::store(place(r, j), acc[r][j]);
 }
 
+// All rows of a part by some columns; rows behind the last of a slab are multiplied too, and not looked at.
+struct Part {
+  const uint8_t *weights;
+  const int32_t *excess;
+  int64_t row, rows, step, steps, lower;
+
+  template <class Values, int W, int R, int C> void multiply(const Column *columns, Ahead &ahead) const {
+    Column from[C];
+    for (int j = 0; j < C; ++j) from[j] = {columns[j].x + step * kTileBytes, columns[j].sums};
+    for (int64_t r = 0; r < rows; r += R)
+      multiply_block<Values, W, R, C>(weights + r * kRowBytes, from, steps, row + r, lower, step == 0, excess + r,
+                                      ahead);
+  }
+
+  template <class Values, int W> void multiply(const Column *columns, int64_t count, Ahead &ahead) const {
+    for (; count >= 4; count -= 4, columns += 4) multiply<Values, W, 6, 4>(columns, ahead);
+    if (count == 3) multiply<Values, W, 8, 3>(columns, ahead);
+    if (count == 2) multiply<Values, W, 12, 2>(columns, ahead);
+    if (count == 1) multiply<Values, W, 12, 1>(columns, ahead);
+  }
+};
+
 // Rows [row0, row0 + rows) of at most kSlabRows by token blocks [block0, block0 + blocks) of every plane.
 template <class Reader, class Values>
 void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p, int64_t row0,
@@ -103,37 +175,29 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
   const int64_t columns = blocks * p.planes, lower = columns * kTileBytes;
   uint8_t *sums = sum_scratch.get<uint8_t>(round_up(rows, kPartRows * 2) / 16 * lower); // [16 rows][column][tile]
   uint8_t *weights = weight_scratch.get<uint8_t>(kPartRows * kRowBytes);
+  Column all[kSlabColumns]; // those with few tokens last
+  const bool half = block0 + blocks == p.blocks && (c.tokens - 1) % 16 < 8;
+  const int64_t halves = half ? p.planes : 0, whole = columns - halves;
+  for (int64_t b = 0, i = 0, j = whole; b < blocks; ++b)
+    for (int plane = 0; plane < p.planes; ++plane)
+      all[half && b + 1 == blocks ? j++ : i++] = {p.tile(plane, block0 + b, 0), sums + (plane * blocks + b) * kTileBytes};
   const int64_t most = kWords / 16, runs = (p.steps + most - 1) / most;
   const int64_t run_steps = round_up((p.steps + runs - 1) / runs, 4);
   const fips_matrix wide = std::is_same_v<Values, NarrowValues> ? a : widened_rows(a, reader, row0, rows);
   Decoder<Reader, Values> decoder(wide, reader, row0, rows, kRowBytes);
   // Few columns use a decoded row once: it is taken from the first-level cache, a few rows at a time.
-  const int64_t part = columns <= kFewColumns ? 12 : kPartRows;
-  for (int64_t row = 0; row < rows; row += part) {
-    const int64_t part_rows = min_of(part, rows - row), calls = columns <= kFewColumns ? 1 : (part_rows + 5) / 6;
-    Ahead ahead(decoder.at(row + part_rows), decoder.at(min_of(row + part_rows + part, rows)), calls * p.steps);
+  const int64_t part_rows = columns <= kFewColumns ? kFewRows : kPartRows;
+  for (int64_t row = 0; row < rows; row += part_rows) {
+    const int64_t next = min_of(row + part_rows, rows), then = min_of(next + part_rows, rows);
+    Ahead ahead(decoder.at(next), decoder.at(then), (next - row + kFewRows - 1) / kFewRows * p.steps);
     for (int64_t step = 0; step < p.steps; step += run_steps) {
       const int64_t steps = min_of(run_steps, p.steps - step);
       int32_t excess[kPartRows] = {};
-      decoder.decode(row, part_rows, step, steps, weights, rows);
-      for (int64_t r = 0; r < part_rows; ++r) excess[r] = Dots<Values>::excess(weights + r * kRowBytes, steps);
-      const auto multiply = [&](auto height, auto width, int64_t column) {
-        constexpr int R = decltype(height)::value, C = decltype(width)::value;
-        const uint8_t *x[C];
-        for (int j = 0; j < C; ++j) x[j] = p.tile(int((column + j) / blocks), block0 + (column + j) % blocks, step);
-        for (int64_t r = 0; r < part_rows; r += R)
-          multiply_block<Values, R, C>(weights + r * kRowBytes, x, steps, sums + column * kTileBytes, row + r, lower,
-                                       step == 0, excess + r, ahead);
-      };
-      int64_t column = 0;
-      for (; column + 4 <= columns; column += 4)
-        multiply(std::integral_constant<int, 6>(), std::integral_constant<int, 4>(), column);
-      switch (columns - column) {
-      case 3: multiply(std::integral_constant<int, 8>(), std::integral_constant<int, 3>(), column); break;
-      case 2: multiply(std::integral_constant<int, 12>(), std::integral_constant<int, 2>(), column); break;
-      case 1: multiply(std::integral_constant<int, 12>(), std::integral_constant<int, 1>(), column); break;
-      default: break;
-      }
+      decoder.decode(row, next - row, step, steps, weights, rows);
+      for (int64_t r = 0; r < next - row; ++r) excess[r] = excess_of<Values>(weights + r * kRowBytes, steps);
+      const Part part{weights, excess, row, next - row, step, steps, lower};
+      part.multiply<Values, 16>(all, whole, ahead);
+      part.multiply<Values, 8>(all + whole, halves, ahead);
     }
   }
   finish_panel<Values>(a, c, p, sums, row0, rows, block0, blocks);
@@ -141,7 +205,8 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
 
 // Rows of a slab: as even as possible over the threads, whole parts.
 inline int64_t slab_rows(int64_t rows, int64_t columns, int threads) {
-  const int64_t most = columns <= kSomeColumns ? kSlabRows : kPartRows, rounds = (rows + threads * most - 1) / (threads * most);
+  const int64_t most = columns <= kSomeColumns ? kSlabRows : kPartRows;
+  const int64_t rounds = (rows + threads * most - 1) / (threads * most);
   return round_up((rows + rounds * threads - 1) / (rounds * threads), kPartRows);
 }
 

@@ -14,7 +14,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 2 };
+enum { FIPS_ABI = 3 };
 
 enum fips_type { FIPS_F32 = 0, FIPS_BF16 = 1, FIPS_F16 = 2, FIPS_I8 = 3 };
 
@@ -31,7 +31,7 @@ enum fips_format {
 enum fips_isa { FIPS_PORTABLE = 0, FIPS_AVX2 = 1, FIPS_AVX512 = 2, FIPS_AVX512_BF16 = 3, FIPS_AMX = 4 };
 
 // How the product is formed. DIRECT decodes every entry once per token in registers (few tokens), TOKENS multiplies
-// each kept entry by a vector of tokens, TILES decodes into dense tiles for a matrix unit.
+// each kept entry by a vector of tokens, TILES decodes a few rows at a time and multiplies them by all tokens.
 enum fips_path { FIPS_AUTO = 0, FIPS_DIRECT = 1, FIPS_TOKENS = 2, FIPS_TILES = 3 };
 
 typedef struct {
@@ -63,6 +63,8 @@ FIPS_API int fips_abi(void);
 FIPS_API int fips_isa_level(void);
 // y = x S^T + bias. Returns 0, or -1 if the combination is not supported (nothing is written then).
 FIPS_API int fips_multiply(const fips_matrix *matrix, const fips_call *call);
+// The same call with another x and y.
+FIPS_API int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y);
 // y = x S without bias, for a dense S and at most four tokens: x has as many columns as S has rows.
 FIPS_API int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call);
 // Fill `row_start` (rows) of a pattern; returns the number of kept entries, or -1 for an unsupported format.
