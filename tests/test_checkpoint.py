@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import fips
 from fips.integrations.transformers import load_dense
+from fips.nn import factored_layers
 from fips.storage import checkpoint
 from fips.storage.files import MANIFEST, complete_directory
 
@@ -149,6 +150,26 @@ def test_a_wrong_layout_is_refused(copy: Path, change: Callable[[dict[str, Any]]
     edit_json(copy / "config.json", lambda config: change(config["quantization_config"]))
     with pytest.raises(fips.FipsError, match=message):
         fips.load(copy, verify=False)
+
+
+def test_rounded_inputs_travel_with_the_model(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    fips.compress(model, batches_for(model), fips.CompressionConfig(target_bytes=0.4, activation_bits=8))
+    fips.save(model, tmp_path / "model")
+    layers = factored_layers(fips.load(tmp_path / "model"))
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["layers"]
+    assert len(layers) == 9
+    for name, layer in layers.items():
+        assert layer.bits is not None
+        assert layer.runtime.activation_bits == 8
+        assert stored[name]["activation_bits"] == 8
+
+
+def test_exact_inputs_are_not_mentioned(saved: Path) -> None:
+    layers = json.loads((saved / "config.json").read_text())["quantization_config"]["layers"]
+    assert layers
+    assert not any("activation_bits" in layer for layer in layers.values())
+    assert all(layer.runtime.activation_bits is None for layer in factored_layers(fips.load(saved)).values())
 
 
 def test_an_unknown_manifest_version_is_refused(copy: Path) -> None:

@@ -28,6 +28,8 @@ from fips.report.tables import format_bytes
             {"budget": 0.5, "method": "svd", "values": "int8"},
             r"`values: int8` needs `method: fips` or pruning, got `svd`",
         ),
+        ({"budget": 0.5, "activation_bits": 8}, r"`activation_bits` goes with integer `values`"),
+        ({"target_bytes": 0.5, "activation_bits": 4}, r"`activation_bits`.*8"),
         ({"budget": 0.5, "method": "wanda", "distill": {"steps": 3}}, r"`distill` needs `method: fips`"),
         ({"budget": 0.5, "method": "fips-paper", "sharing": "never"}, r"`sharing: never` needs `method: fips`"),
         ({"budget": 0.5, "method": "sparsegpt", "sparsity": 0.5}, r"takes neither `pattern` nor `sparsity`"),

@@ -96,7 +96,7 @@ def test_every_path_agrees_with_float64(fmt: str, values: torch.dtype, isa: str)
                         y = cpu.multiply(x, prepared, bias, path=path, isa=isa)
                     except BackendError:
                         assert path != "auto"
-                        assert path != "tiles" or (fmt, axis) in blocked or isa in ("portable", "avx2")
+                        assert path != "tiles" or isa == "portable" or ((fmt, axis) in blocked and isa != "avx2")
                         continue
                     assert y.dtype == dtype
                     assert_close(y, exact(x, packed, bias), TOLERANCE[dtype])

@@ -96,6 +96,9 @@ def compress(
         str | None, typer.Option(help="Who shares a basis: `auto` as measured, `none`, or a number of blocks.")
     ] = None,
     values: Annotated[str | None, typer.Option(help="Type of the values: auto, float, or int2 to int8.")] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="8: layers of integers may round their inputs to 8 bits.")
+    ] = None,
     distill: Annotated[
         int | None, typer.Option(metavar="STEPS", help="End-to-end steps with the original as teacher.")
     ] = None,
@@ -306,7 +309,7 @@ def demo(
 
 INTERRUPTED = 130
 COMPRESSION = ("budget", "target_bytes", "method", "values", "sparsity", "pattern", "schedule", "threshold",
-               "group_size", "groups", "targets", "ignore", "factor_dtype", "seed")  # fmt: skip
+               "group_size", "groups", "targets", "ignore", "factor_dtype", "activation_bits", "seed")  # fmt: skip
 CALIBRATION = ("steps", "learning_rate", "precision", "activation_memory")
 DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
 

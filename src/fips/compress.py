@@ -60,7 +60,7 @@ def compress(
     bench = Workbench(model, config, batches, device, progress, moments)
     with _frozen(model), autocast_for(config.calibration.precision, device):
         groups = METHODS.get(config.method, compress_by_baseline)(bench, plan)
-    _install(model, groups)
+    _install(model, groups, activation_bits=config.activation_bits)
     report = CompressionReport(
         config=config,
         plan=replace(plan, groups=tuple(group.plan for group in groups)).to_dict(),
@@ -101,11 +101,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _install(model: nn.Module, groups: Sequence[CompressedGroup]) -> None:
+def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_bits: int | None) -> None:
     bases = {name: basis for group in groups for name, basis in group.bases.items()}
     setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
     for group in groups:
         for name, layer in group.layers.items():
             layer.train(model.training)
+            if activation_bits is not None and layer.bits is not None:
+                layer.runtime.activation_bits = activation_bits
             replace_linear(model, name, layer)
     attach(model)

@@ -129,6 +129,9 @@ class CompressionConfig(Settings):
     values: Values | None = None
     """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
     bits as measured per layer. Default: `auto` for `fips` with `target_bytes`, else float."""
+    activation_bits: Literal[8] | None = None
+    """8: kernels may round the inputs of layers with integer values to 8 bits, one scale per token; written with the
+    model. Faster for many tokens; results differ a little. Default: inputs as exact as their type."""
     metric: MetricConfig = MetricConfig()
     distill: DistillConfig = DistillConfig()
     sparsity: float | None = Field(default=None, ge=0, lt=1)
@@ -167,6 +170,8 @@ class CompressionConfig(Settings):
             raise ValueError(f"give either `budget` (parameters) or `target_bytes` (stored bytes), got {given}")
         if self.nm is not None:
             self._check_nm(*self.nm)
+        if self.activation_bits is not None and self.value_kind == "float":
+            raise ValueError("`activation_bits` goes with integer `values`, got `values: float`")
         self._check_fips() if self.method == "fips" else self._check_other()
         return self
 

@@ -38,6 +38,8 @@ class LayerLayout(_Strict):
     nonzeros: int = Field(ge=0)
     format: str
     values: ValueKind = "float"
+    activation_bits: Literal[8] | None = None
+    """8 where kernels may round the inputs, see ``fips.kernels.runtime``."""
     bias: bool
     conv1d: bool
 
@@ -104,6 +106,7 @@ def describe_layout(model: nn.Module) -> Layout:
                 nonzeros=layer.nonzeros,
                 format=layer.fmt,
                 values=layer.kind,
+                activation_bits=8 if layer.bits is not None and layer.runtime.activation_bits == 8 else None,
                 bias=layer.bias is not None,
                 conv1d=layer.conv1d,
             )
@@ -142,6 +145,8 @@ def install_layout(model: nn.Module, layout: Layout, *, partial: bool = False) -
             values=entry.values,
         )
         layer.conv1d = entry.conv1d
+        if entry.activation_bits is not None:
+            layer.runtime.activation_bits = entry.activation_bits
         replace_linear(model, name, layer)
 
 

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kColumnsPerPass = 512, kFewColumns = 4, kManySteps = 8;
+constexpr int64_t kColumnsPerPass = 512, kPanelRows = kMostRows, kFewColumns = 4, kManySteps = 8;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "blocks.h"
 #include "columns.h"
 #include "paths.h"
 #include "tokens.h"
@@ -104,6 +105,7 @@ template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
 
 bool fips_avx2(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_TOKENS) return tokens_path<Vector8>(a, c);
+  if (c.path == FIPS_TILES) return blocks_path<Vector8, 6, 2>(a, c);
   if (c.path != FIPS_DIRECT) return false;
   switch (c.tokens) {
   case 1: return direct_path<1>(a, c);

@@ -104,8 +104,13 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS) return FIPS_TOKENS; // values of a row do not lie together
   const bool matrix_unit = level >= FIPS_AMX && (a.value_type == FIPS_BF16 || a.value_type == FIPS_I8);
   if (c.tokens <= (matrix_unit ? 1 : 4)) return FIPS_DIRECT;
-  if (level < FIPS_AVX512) return FIPS_TOKENS;
-  return FIPS_TILES;
+  if (level < FIPS_AVX2) return FIPS_TOKENS;
+  const double kept = double(a.num_values) / (double(a.rows) * double(a.cols)); // limits measured on Zen 4
+  if (level < FIPS_AVX512) return kept < 0.55 ? FIPS_TOKENS : FIPS_TILES;
+  if (matrix_unit || a.value_type == FIPS_I8) return FIPS_TILES;
+  const bool pairs = level >= FIPS_AVX512_BF16 && a.value_type == FIPS_BF16 && c.x_type == FIPS_BF16;
+  const bool skip = pairs ? c.tokens > 32 && kept < 0.2 : kept < (c.tokens > 16 ? 0.6 : 0.3);
+  return skip ? FIPS_TOKENS : FIPS_TILES;
 }
 
 // Whether the variant that will run widens integers of less than 8 bits by itself, row after row in the cache.

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kWords = 512, kRowBytes = kWords * 4 + 64; // of a row at a time; rows lie in different cache sets
 constexpr int64_t kFewRows = 12, kPartRows = 48; // decoded at a time: multiples of the rows of every block
-constexpr int64_t kSlabRows = 192;               // of one thread at a time
 constexpr int64_t kFewColumns = 2, kSomeColumns = 16, kSlabColumns = 256;
 
 // Sums of one row by W tokens; the last tokens of a call may fill only half a vector, which is half the work.
@@ -167,7 +166,7 @@ struct Part {
   }
 };
 
-// Rows [row0, row0 + rows) of at most kSlabRows by token blocks [block0, block0 + blocks) of every plane.
+// Rows [row0, row0 + rows) of at most kMostRows by token blocks [block0, block0 + blocks) of every plane.
 template <class Reader, class Values>
 void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p, int64_t row0,
           int64_t rows, int64_t block0, int64_t blocks) {
@@ -203,9 +202,10 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
   finish_panel<Values>(a, c, p, sums, row0, rows, block0, blocks);
 }
 
-// Rows of a slab: as even as possible over the threads, whole parts.
+// Rows of a slab, which one thread takes at a time: as even as possible over the threads, whole parts. With few
+// tokens the packed values of a part are fetched while the one before is multiplied, but for the first.
 inline int64_t slab_rows(int64_t rows, int64_t columns, int threads) {
-  const int64_t most = columns <= kSomeColumns ? kSlabRows : kPartRows;
+  const int64_t most = columns <= kSomeColumns ? 4 * kPartRows : kPartRows;
   const int64_t rounds = (rows + threads * most - 1) / (threads * most);
   return round_up((rows + rounds * threads - 1) / (rounds * threads), kPartRows);
 }

@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int64_t kTileBytes = 1024, kPanelRows = 256;
+constexpr int64_t kTileBytes = 1024, kMostRows = 256; // that a decoder takes
 constexpr int kMaxPlanes = 3;
 
 inline void transpose(__m512i r[16]) { // 16 x 16 words
@@ -227,7 +227,7 @@ private:
   const fips_matrix &a_;
   const Reader reader_;
   int64_t row0_, rows_, row_bytes_;
-  int64_t next_[kPanelRows];
+  int64_t next_[kMostRows];
 };
 
 // 16 rows by 16 tokens as 16 lines of one token each: planes added, scaled, with bias

@@ -26,6 +26,13 @@ inline void transpose_tokens(const fips_matrix &a, const fips_call &c, int64_t b
   }
 }
 
+// One output from the sum of its products.
+inline void store_sum(const fips_matrix &a, const fips_call &c, int64_t row, int64_t token, float sum) {
+  float value = sum * (a.scales ? a.scales[row] : 1.0f);
+  if (c.bias) value += load_float(c.bias, c.x_type, row);
+  store_float(c.y, c.x_type, token * c.y_stride + row, value);
+}
+
 template <class V, int NV, class Reader, class Values>
 FIPS_INLINE void add_row(const Reader &reader, int64_t row, int64_t k0, int64_t k1, const typename Values::type *&values,
              const float *x, float *sums) {
@@ -61,14 +68,8 @@ void tokens_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader
       for (int64_t r = 0; r < rows; ++r)
         add_row<V, NV, Reader, Values>(reader, row0 + r, k0, min_of(k0 + k_block, a.cols), next[r], x,
                                        sums + r * block);
-    for (int64_t t = 0; t < min_of(block, c.tokens - t0); ++t) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = row0 + r;
-        float value = sums[r * block + t] * (a.scales ? a.scales[row] : 1.0f);
-        if (c.bias) value += load_float(c.bias, c.x_type, row);
-        store_float(c.y, c.x_type, (t0 + t) * c.y_stride + row, value);
-      }
-    }
+    for (int64_t t = 0; t < min_of(block, c.tokens - t0); ++t)
+      for (int64_t r = 0; r < rows; ++r) store_sum(a, c, row0 + r, t0 + t, sums[r * block + t]);
   }
 }
 
