@@ -12,6 +12,7 @@ matrices) over the rate of torch's 4096^3 bfloat16 product.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import statistics
@@ -94,17 +95,12 @@ def cycle(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> Callable[[int],
     return lambda index: layers[index % len(layers)](x)
 
 
-def cycle_rounded(layers: Sequence[FactoredLinear], x: Tensor) -> Callable[[int], Tensor]:
-    """The same layers, allowed to round their inputs to 8 bits; half a round ahead, so that none is in the cache."""
-
-    def run(index: int) -> Tensor:
-        layer = layers[(index + len(layers) // 2) % len(layers)]
+def rounding(layers: Sequence[FactoredLinear]) -> list[FactoredLinear]:
+    """Copies that are allowed to round their inputs to 8 bits."""
+    copies = copy.deepcopy(layers)
+    for layer in copies:
         layer.runtime.activation_bits = 8
-        y: Tensor = layer(x)
-        layer.runtime.activation_bits = None
-        return y
-
-    return run
+    return list(copies)
 
 
 def stored_bytes(layer: FactoredLinear) -> float:
@@ -147,18 +143,20 @@ def measure(shape: str, *, copies: int, seconds: float) -> list[dict[str, object
         for level, kinds in KINDS.items():
             for name, kind in kinds.items():
                 layers = make_layers(width, columns, kind, role=role, copies=copies)
+                rounded = rounding(layers) if kind[3] != "float" else []
                 for tokens in token_counts:
                     x = torch.randn(tokens, inner)
                     half = x.to(torch.bfloat16)
-                    for layer in layers:
-                        layer(half)  # the first call of a layer prepares it
+                    with torch.inference_mode():
+                        for layer in (*layers, *rounded):
+                            layer(half)  # the first call of a layer prepares it
                     runs = {
                         "dense float32": cycle([partial(linear, weight=weight) for weight in wide], x),
                         "dense bfloat16": cycle([partial(linear, weight=weight) for weight in dense], half),
                         "packed": cycle(layers, half),
                     }
-                    if kind[3] != "float":
-                        runs["packed, 8-bit inputs"] = cycle_rounded(layers, half)
+                    if rounded:
+                        runs["packed, 8-bit inputs"] = cycle(rounded, half)
                     rows.append(
                         summary(alternate(runs, seconds=seconds), layers[0])
                         | {"role": role, "level": level, "kind": name, "tokens": tokens}
