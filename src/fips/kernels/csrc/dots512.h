@@ -210,12 +210,11 @@ inline int64_t slab_rows(int64_t rows, int64_t columns, int threads) {
   return round_up((rows + rounds * threads - 1) / (rounds * threads), kPartRows);
 }
 
-template <class Values> bool dots_path(const fips_matrix &a, const fips_call &c) {
-  const PackedTokens p = place_tokens<Values>(a, c, 0);
-  const int64_t per_pass = kSlabColumns / p.planes, passes = (p.blocks + per_pass - 1) / per_pass;
-  const int64_t rows = slab_rows(a.rows, p.planes * p.blocks, c.threads), slabs = (a.rows + rows - 1) / rows;
-  return with_reader(a, [&](const auto &reader) {
-    using Reader = std::decay_t<decltype(reader)>;
+template <class Reader, class Values>
+void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p) {
+  if constexpr (Reader::contiguous) {
+    const int64_t per_pass = kSlabColumns / p.planes, passes = (p.blocks + per_pass - 1) / per_pass;
+    const int64_t rows = slab_rows(a.rows, p.planes * p.blocks, c.threads), slabs = (a.rows + rows - 1) / rows;
 #pragma omp parallel num_threads(c.threads)
     {
       pack_tokens<Values>(a, c, p);
@@ -225,6 +224,13 @@ template <class Values> bool dots_path(const fips_matrix &a, const fips_call &c)
           slab<Reader, Values>(a, c, reader, p, i * rows, min_of(rows, a.rows - i * rows), pass * per_pass,
                                min_of(per_pass, p.blocks - pass * per_pass));
     }
+  }
+}
+
+template <class Values> bool dots_path(const fips_matrix &a, const fips_call &c) {
+  const PackedTokens p = place_tokens<Values>(a, c, 0);
+  return with_reader(a, [&](const auto &reader) {
+    multiply_slabs<std::decay_t<decltype(reader)>, Values>(a, c, reader, p);
   });
 }
 
