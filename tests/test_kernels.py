@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fips.errors import BackendError
+from fips.errors import BackendError, ConfigError
 from fips.kernels import cpu, ops, reference
 from fips.kernels.reference import Packed
 from fips.solve.patterns import nm_mask
@@ -227,6 +227,20 @@ def test_products_with_the_columns_of_a_dense_matrix(shape: tuple[int, int], val
             x = inputs(tokens, shape[0], dtype)
             y = cpu.multiply_columns(x, cpu.prepare(packed), isa=isa)
             assert_close(y, x.double() @ dense, TOLERANCE[dtype])
+
+
+@needs_library
+def test_the_instruction_set_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_library", "_available", "_reason", "_best"):
+        monkeypatch.setattr(cpu, name, getattr(cpu, name))  # put back afterwards
+    monkeypatch.setenv("FIPS_ISA", "portable")
+    cpu._load()
+    assert cpu.isa_names() == ("portable",)
+    packed, x = example("4:16", (48, 64)), inputs(6, 64, torch.float32)
+    assert torch.equal(cpu.multiply(x, cpu.prepare(packed)), cpu.multiply(x, cpu.prepare(packed), isa="portable"))
+    monkeypatch.setenv("FIPS_ISA", "mmx")
+    with pytest.raises(ConfigError, match="known: portable, avx2"):
+        cpu._load()
 
 
 @needs_library

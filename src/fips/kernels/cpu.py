@@ -3,7 +3,8 @@
 ``csrc/fips_kernels.h`` is the interface. The library reads packed tensors where they are: nothing is copied or laid
 out anew. Only the index of every row's first value is added for patterns that do not imply it (4 bytes a row).
 
-Set ``FIPS_KERNELS=off`` to do without, or to the path of a library to use that one.
+Set ``FIPS_KERNELS=off`` to do without, or to the path of a library to use that one; ``FIPS_ISA=avx2`` (or another of
+``isa_names``) for no better instruction set than that, as on an older machine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fips.errors import BackendError
+from fips.errors import BackendError, ConfigError
 from fips.kernels.reference import Packed
 from fips.storage.packing import BITMASK, BLOCKS, DENSE, parse_nm
 
@@ -106,6 +107,7 @@ def _key(packed: Packed) -> tuple[int, ...]:
 _library: ctypes.CDLL | None = None
 _available: bool | None = None  # plain values, so that a traced function may ask
 _reason = ""
+_best = len(ISAS) - 1
 
 
 def available() -> bool:
@@ -121,8 +123,8 @@ def unavailable_reason() -> str:
 
 
 def isa_names() -> tuple[str, ...]:
-    """Instruction sets of this machine that the library has kernels for, worst first."""
-    return ISAS[: _require().fips_isa_level() + 1] if available() else ()
+    """Instruction sets of this machine that the library has kernels for, worst first, up to ``$FIPS_ISA``."""
+    return ISAS[: min(_require().fips_isa_level(), _best) + 1] if available() else ()
 
 
 def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
@@ -247,7 +249,7 @@ def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int,
     return _Call(
         x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), x.numel() // features,
         x.stride(0) if x.dim() == 2 else features, y.shape[-1],
-        TYPES[x.dtype], torch.get_num_threads(), len(ISAS) if isa is None else ISAS.index(isa), path, activation_bits,
+        TYPES[x.dtype], torch.get_num_threads(), _best if isa is None else ISAS.index(isa), path, activation_bits,
     )  # fmt: skip
 
 
@@ -275,7 +277,11 @@ def _require() -> ctypes.CDLL:
 
 
 def _load() -> None:
-    global _library, _available, _reason
+    global _library, _available, _reason, _best
+    wish = os.environ.get("FIPS_ISA")
+    if wish is not None and wish not in ISAS:
+        raise ConfigError(f"unknown $FIPS_ISA {wish!r}; known: {', '.join(ISAS)}")
+    _best = len(ISAS) - 1 if wish is None else ISAS.index(wish)
     _library, _reason = _open()
     _available = _library is not None
     if not _available:
