@@ -45,6 +45,13 @@ class SharedBasis(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, rank, dtype=dtype))
         self._runtime = BasisRuntime()
 
+    @classmethod
+    def of(cls, weight_DR: Tensor, dtype: torch.dtype) -> Self:
+        """The basis with these columns, laid out as in a file: other strides give other roundings."""
+        basis = cls(*weight_DR.shape)
+        basis.weight = nn.Parameter(weight_DR.detach().to(dtype).contiguous())
+        return basis
+
     def forward(self, x: Tensor, *, expand: bool = False) -> Tensor:
         r"""Coordinates :math:`x B` of (..., D) inputs, or with ``expand`` the vectors :math:`x B^\top` of (..., R)."""
         return self._runtime.multiply(x, self.weight, expand=expand, offloaded=_offloaded(self))

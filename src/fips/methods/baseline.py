@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fips.accounting import Footprint, LayerStorage, itemsize
 from fips.baselines.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
@@ -130,8 +130,7 @@ def _low_rank(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) 
         rank = _rank(plan, bench, columns)
         weights_DF = [dense_matrix(bench.model, site).float() for site in team]
         basis_DR, factors_RF = _factorize(bench.config.method, weights_DF, team, moments, rank)
-        basis = SharedBasis(plan.group.width, rank)
-        basis.weight = nn.Parameter(basis_DR.to(plan.dtype))
+        basis = SharedBasis.of(basis_DR, plan.dtype)
         bases[f"{plan.group.name}_{index}"] = basis
         for site, factor_RF in zip(team, factors_RF, strict=True):
             mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)

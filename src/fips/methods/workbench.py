@@ -171,8 +171,7 @@ def pack_group(
     """The basis, if there is one, and the modules that stand in for the dense layers, by name."""
     basis = None
     if group.basis_DR is not None:
-        basis = SharedBasis(*group.basis_DR.shape)
-        basis.weight = nn.Parameter(group.basis_DR.detach().to(plan.dtype))
+        basis = SharedBasis.of(group.basis_DR, plan.dtype)
     layers = {}
     for site, source, bias, storage in zip(group.sites, group.layers, group.biases, storages, strict=True):
         mask_RF = torch.ones_like(source.mask_RF) if storage.fmt == DENSE else source.mask_RF
