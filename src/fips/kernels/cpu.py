@@ -168,8 +168,7 @@ def multiply(
     x = _rows_of(x_TK, cols)
     y = x.new_empty((*x.shape[:-1], rows))
     bias = bias_N if bias_N is None or bias_N.dtype == x.dtype else bias_N.to(x.dtype)
-    bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
-    call = _call(x, y, bias, isa, PATHS[path], bits)
+    call = _call(x, y, bias, isa, PATHS[path], activation_bits)
     if _require().fips_multiply(prepared.reference, ctypes.byref(call)) != 0:
         raise BackendError(
             f"no CPU kernel for format {prepared.packed.fmt}, values {prepared.packed.values_Z.dtype}, inputs "
@@ -195,8 +194,7 @@ class Repeat:
         read_anew = [t for t in (packed.values_Z, bias) if t is not None]
         self.watched: list[tuple[Tensor, int, int | None]] = [(t, t.data_ptr(), None) for t in read_anew]
         self.watched += [_watch(t) for t in (packed.pattern, packed.scales_N) if t is not None]
-        bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
-        self.call = _call(x, x.new_empty(self.out), bias, None, PATHS["auto"], bits)
+        self.call = _call(x, x.new_empty(self.out), bias, None, PATHS["auto"], activation_bits)
         self.arguments = (prepared.reference, ctypes.byref(self.call))
         self.run = _require().fips_multiply_again
 
@@ -231,7 +229,7 @@ def multiply_columns(x_TN: Tensor, prepared: Prepared, *, isa: str | None = None
     rows, cols = prepared.packed.shape
     x = _rows_of(x_TN, rows)
     y = x.new_empty((*x.shape[:-1], cols))
-    if _require().fips_multiply_columns(prepared.reference, ctypes.byref(_call(x, y, None, isa, 0, 16))) != 0:
+    if _require().fips_multiply_columns(prepared.reference, ctypes.byref(_call(x, y, None, isa, 0, None))) != 0:
         raise BackendError(f"no CPU kernel for {x.numel() // rows} tokens and format {prepared.packed.fmt}; use torch")
     return y if x.dim() == x_TN.dim() else y.view(*x_TN.shape[:-1], cols)
 
@@ -244,12 +242,13 @@ def _rows_of(x: Tensor, features: int) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int, activation_bits: int) -> _Call:
+def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int, activation_bits: int | None) -> _Call:
     features = x.shape[-1]
+    bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
     return _Call(
         x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), x.numel() // features,
         x.stride(0) if x.dim() == 2 else features, y.shape[-1],
-        TYPES[x.dtype], torch.get_num_threads(), _best if isa is None else ISAS.index(isa), path, activation_bits,
+        TYPES[x.dtype], torch.get_num_threads(), _best if isa is None else ISAS.index(isa), path, bits,
     )  # fmt: skip
 
 

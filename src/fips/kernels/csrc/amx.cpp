@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kColumnsPerPass = 512, kPanelRows = kMostRows, kFewColumns = 4, kManySteps = 8;
+constexpr int64_t kColumnsPerPass = 512, kFewColumns = 4, kManySteps = 8;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -126,14 +126,9 @@ void panel(const fips_matrix &a, const fips_call &c, const Reader &reader, const
   finish_panel<Values>(a, c, p, sums, row0, rows, block0, blocks);
 }
 
-int64_t panel_rows(int64_t rows, int threads) { // as even as possible over the threads, at most kPanelRows
-  const int64_t rounds = (rows + threads * kPanelRows - 1) / (threads * kPanelRows);
-  return round_up((rows + rounds * threads - 1) / (rounds * threads), 32);
-}
-
 template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c) {
   const PackedTokens p = place_tokens<Values>(a, c, char(0x80));
-  const int64_t rows = panel_rows(a.rows, c.threads), per_pass = kColumnsPerPass / 16 / p.planes;
+  const int64_t rows = even_share(a.rows, c.threads, kMostRows, 32), per_pass = kColumnsPerPass / 16 / p.planes;
   const int64_t panels = (a.rows + rows - 1) / rows, passes = (p.blocks + per_pass - 1) / per_pass;
   return with_reader(a, [&](const auto &reader) {
     using Reader = std::decay_t<decltype(reader)>;

@@ -76,11 +76,7 @@ void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, 
       v += count, left -= count;
     }
   }
-  for (int t = 0; t < T; ++t) {
-    float value = total(acc[t]) * (a.scales ? a.scales[row] : 1.0f);
-    if (c.bias) value += load_float(c.bias, c.x_type, row);
-    store_float(c.y, c.x_type, t * c.y_stride + row, value);
-  }
+  for (int t = 0; t < T; ++t) store_sum(a, c, row, t, total(acc[t]));
 }
 
 template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {

@@ -250,9 +250,7 @@ void direct_row(const fips_matrix &packed, const fips_call &c, const Reader &rea
   if (k < a.cols) add_columns<Dot, T>(reader.mask(row, k), v, x, k, padded, sums);
   for (int t = 0; t < T; ++t) {
     sums[t].merge(more[t]);
-    float value = sums[t].total() * Dot::Cursor::unit(a) * token_scale[t] * (a.scales ? a.scales[row] : 1.0f);
-    if (c.bias) value += load_float(c.bias, c.x_type, row);
-    store_float(c.y, c.x_type, t * c.y_stride + row, value);
+    store_sum(a, c, row, t, sums[t].total() * Dot::Cursor::unit(a) * token_scale[t]);
   }
 }
 

@@ -202,19 +202,13 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
   finish_panel<Values>(a, c, p, sums, row0, rows, block0, blocks);
 }
 
-// Rows of a slab, which one thread takes at a time: as even as possible over the threads, whole parts. With few
-// tokens the packed values of a part are fetched while the one before is multiplied, but for the first.
-inline int64_t slab_rows(int64_t rows, int64_t columns, int threads) {
-  const int64_t most = columns <= kSomeColumns ? 4 * kPartRows : kPartRows;
-  const int64_t rounds = (rows + threads * most - 1) / (threads * most);
-  return round_up((rows + rounds * threads - 1) / (rounds * threads), kPartRows);
-}
-
 template <class Reader, class Values>
 void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p) {
   if constexpr (Reader::contiguous) {
     const int64_t per_pass = kSlabColumns / p.planes, passes = (p.blocks + per_pass - 1) / per_pass;
-    const int64_t rows = slab_rows(a.rows, p.planes * p.blocks, c.threads), slabs = (a.rows + rows - 1) / rows;
+    // With few tokens the packed values of a part are fetched while the one before is multiplied, but for the first.
+    const int64_t most = p.planes * p.blocks <= kSomeColumns ? 4 * kPartRows : kPartRows;
+    const int64_t rows = even_share(a.rows, c.threads, most, kPartRows), slabs = (a.rows + rows - 1) / rows;
 #pragma omp parallel num_threads(c.threads)
     {
       pack_tokens<Values>(a, c, p);

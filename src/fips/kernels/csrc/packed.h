@@ -245,6 +245,13 @@ inline void store_float(void *data, int type, int64_t index, float value) {
   }
 }
 
+// One output from the sum of its products.
+inline void store_sum(const fips_matrix &a, const fips_call &c, int64_t row, int64_t token, float sum) {
+  float value = sum * (a.scales ? a.scales[row] : 1.0f);
+  if (c.bias) value += load_float(c.bias, c.x_type, row);
+  store_float(c.y, c.x_type, token * c.y_stride + row, value);
+}
+
 struct F32Values {
   using type = float;
   FIPS_INLINE static float get(float v) { return v; }
@@ -312,5 +319,11 @@ private:
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows that a thread takes at a time: as even as possible over the threads, at most `most`, whole units.
+inline int64_t even_share(int64_t rows, int threads, int64_t most, int64_t unit) {
+  const int64_t rounds = (rows + threads * most - 1) / (threads * most);
+  return round_up((rows + rounds * threads - 1) / (rounds * threads), unit);
+}
 
 } // namespace

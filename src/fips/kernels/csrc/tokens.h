@@ -26,13 +26,6 @@ inline void transpose_tokens(const fips_matrix &a, const fips_call &c, int64_t b
   }
 }
 
-// One output from the sum of its products.
-inline void store_sum(const fips_matrix &a, const fips_call &c, int64_t row, int64_t token, float sum) {
-  float value = sum * (a.scales ? a.scales[row] : 1.0f);
-  if (c.bias) value += load_float(c.bias, c.x_type, row);
-  store_float(c.y, c.x_type, token * c.y_stride + row, value);
-}
-
 template <class V, int NV, class Reader, class Values>
 FIPS_INLINE void add_row(const Reader &reader, int64_t row, int64_t k0, int64_t k1, const typename Values::type *&values,
              const float *x, float *sums) {
