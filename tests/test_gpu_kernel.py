@@ -1,6 +1,14 @@
-"""The Triton kernel against a float64 product; on a GPU if there is one, else in Triton's interpreter."""
+"""The Triton kernels against a float64 product; on a GPU if there is one, else in Triton's interpreter.
+
+Whether they compile for a GPU is seen without one, too.
+"""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +19,11 @@ from dataclasses import replace
 
 from test_kernels import FORMATS, TOLERANCE, assert_close, exact, example, inputs, narrow
 
-from fips.kernels import gpu
+from fips.kernels import gpu, ops
 from fips.kernels.reference import Packed, in_place, to_dense
+from fips.nn import FactoredLinear, SharedBasis
 from fips.storage.packing import BLOCKS
+from fips.structure.locate import Role
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -60,3 +70,45 @@ def test_odd_shapes_and_strides(shape: tuple[int, int]) -> None:
     y = gpu.multiply(x.to(DEVICE), prepared).cpu()
     assert y.shape == (5, 2, shape[0])
     assert_close(y, exact(x, packed), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("bits", [0, 3])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_splits_of_the_columns_add_up_and_decode_exactly(fmt: str, bits: int) -> None:
+    for axis in (0, 1) if fmt in BLOCKS else (1,):
+        packed = example(fmt, (24, 544), dtype=torch.int8 if bits else torch.bfloat16, axis=axis)
+        packed = narrow(packed, bits) if bits else packed
+        x, bias = inputs(2, 544, torch.float32), inputs(1, 24, torch.float32)[0]
+        prepared = gpu.prepare(moved(packed), splits=2)
+        assert prepared.splits == 2
+        y, dense = gpu.multiply(x.to(DEVICE), prepared, bias.to(DEVICE)).cpu(), to_dense(packed)
+        assert_close(y, x.double() @ dense.double().T + bias.double(), TOLERANCE[torch.float32])
+        assert torch.equal(gpu.decode(prepared, torch.float32).cpu(), dense.float())
+
+
+@pytest.mark.parametrize("role", ["up", "down"])
+@pytest.mark.parametrize("way", ["packed", "decode", "merge", "merged"])
+def test_a_layer_takes_them_in_every_way(way: str, role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "supports", lambda x, packed: True)
+    monkeypatch.setattr(ops, "decodes", lambda x, packed: True)
+    monkeypatch.setattr(ops, "prepare", gpu.prepare)
+    generator = torch.Generator().manual_seed(0)
+    basis = SharedBasis.of(torch.randn(40, 32, generator=generator), torch.float32)
+    factor_RF = torch.randn(32, 48, generator=generator)
+    mask_RF = torch.rand(32, 48, generator=generator) < 0.4
+    layer = FactoredLinear.from_factor(basis, factor_RF, mask_RF, role=role, fmt="bitmask", values="int4").to(DEVICE)
+    layer.runtime.policy = way
+    x = inputs(3, layer.in_features, torch.float32).to(DEVICE)
+    with torch.no_grad():
+        y = layer(x)
+    assert isinstance(layer.runtime._prepared, gpu.Prepared)
+    assert_close(y.cpu(), (x.double() @ layer.dense_weight().double().T).cpu(), TOLERANCE[torch.float32])
+
+
+def test_it_compiles_for_a_gpu_without_one(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu_code.py"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, str(script), "--few", "--output", str(tmp_path / "code.json")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

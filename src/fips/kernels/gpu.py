@@ -1,13 +1,22 @@
-"""The packed product in Triton: tiles of S are decoded in registers and multiplied at once, S is never stored.
+"""The packed product in Triton: the tile of S that a program needs is decoded in registers and multiplied at once.
 
-One kernel serves all formats: the bits of a tile come from the mask, or from a table of N:M codes; their running sum
-along the row is the place of every kept entry among the values. Integers of less than 8 bits are cut out of the bytes
-they lie in. Triton is optional (``pip install fips[gpu]``).
+A program reads *groups* of columns, those that lie in one 32-bit word of the mask, in one N:M code, in one block or in
+the fewest whole words of a stream of integers. The first columns of 16 or more groups are one operand of a product of
+matrices, the second columns the next and so on: the sum does not mind the order, so nothing has to be put in order, and
+the place of a kept value among all is found once per group. That is 6 to 25 instructions per entry of S where one entry
+at a time takes 66 to 84 (benchmarks/gpu_code.py counts them in what the compiler makes for sm_80 and sm_90).
+
+``decode`` writes S out whole, for inputs so long that the decoding does not count. Triton is optional
+(``pip install fips[gpu]``).
+
+Shape legend: T tokens, N stored rows (outputs), K stored columns (the reduction), G groups, S splits of the columns.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +24,7 @@ from torch import Tensor
 
 from fips.errors import BackendError
 from fips.kernels.reference import Packed
-from fips.storage.packing import BITMASK, BLOCKS, DENSE, code_bits, parse_nm, unpack_mask
+from fips.storage.packing import BITMASK, BLOCKS, DENSE, code_bits, parse_nm
 
 try:
     import triton
@@ -24,44 +33,105 @@ except ImportError as error:  # the reason is told when the kernel is asked for
     triton = None
     _missing = str(error)
 
-__all__ = ["Prepared", "available", "multiply", "prepare", "supports"]
+__all__ = ["Prepared", "available", "decode", "multiply", "prepare", "supports"]
 
-_FORMATS = {DENSE: 0, BITMASK: 1}
-_NM, _BLOCK_ROWS, _BLOCK_COLS = 2, 3, 4
+_DENSE, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
+ROWS, DECODED_ROWS = 64, 2
+"""Of S, in one program that multiplies, or that writes them out."""
+TILE_COLUMNS, FEWEST_GROUPS = 256, 16
+MOST_TOKENS, MOST_SPLITS, PROGRAMS = 128, 8, 4
+"""Programs per multiprocessor that few rows are split for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the kernels read a packed matrix: their constants."""
+
+    FORMAT: int
+    BITS: int
+    """Of integer values; 0 for floats."""
+    GROUP: int
+    """Columns of a group."""
+    WORDS: bool
+    """Whether the mask, or a stream of integers without one, is read 32 bits at a time."""
+    UNIT: int = 1
+    """Entries under one bit or code of the pattern."""
+    CODE_BITS: int = 1
+    GROUP_KEPT: int = 0
+    """Kept entries of an N:M group."""
+
+    @property
+    def GROUPS(self) -> int:
+        """In one tile of S."""
+        return max(FEWEST_GROUPS, TILE_COLUMNS // self.GROUP)
+
+    @property
+    def counts(self) -> bool:
+        """Whether only the pattern says where the values of a row begin."""
+        return self.FORMAT in (_BITMASK, _BLOCK_ROWS, _BLOCK_COLS)
+
+    @classmethod
+    def of(cls, packed: Packed) -> Layout:
+        cols = packed.shape[1]
+        nm, bits = parse_nm(packed.fmt), 0 if packed.scales_N is None else packed.bits
+        if nm is not None:
+            return cls(_NM, bits, nm[1], False, nm[1], code_bits(*nm), nm[0])
+        if packed.fmt == DENSE:
+            group = 32 // math.gcd(bits, 32) if bits else 8
+            return cls(_DENSE, bits, group, bits > 0 and _in_words(packed.values_Z, cols * bits))
+        if packed.fmt in BLOCKS and packed.block_axis == 1:
+            return cls(_BLOCK_COLS, bits, BLOCKS[packed.fmt], False, BLOCKS[packed.fmt])
+        words = _in_words(packed.pattern, cols)
+        if packed.fmt == BITMASK:
+            return cls(_BITMASK, bits, 32, words)
+        return cls(_BLOCK_ROWS, bits, 32, words, BLOCKS[packed.fmt])
+
+    def constants(self) -> dict[str, int | bool]:
+        """By the names of the kernels' parameters."""
+        names = ("FORMAT", "BITS", "GROUP", "GROUPS", "WORDS", "UNIT", "CODE_BITS", "GROUP_KEPT")
+        return {name: getattr(self, name) for name in names}
 
 
 class Prepared:
-    """A packed matrix with the index of every row's first value and, for N:M, the table of its codes."""
+    """A packed matrix with its layout and the places of the first values of its rows.
 
-    def __init__(self, packed: Packed) -> None:
+    ``splits`` parts of the columns are multiplied side by side where rows alone are too few for the device.
+    """
+
+    def __init__(self, packed: Packed, *, splits: int | None = None) -> None:
         self.packed = packed
         self.key = _key(packed)
+        self.layout = layout = Layout.of(packed)
         rows, cols = packed.shape
         device = packed.values_Z.device
         nm = parse_nm(packed.fmt)
-        self.format, self.unit, self.bits = _FORMATS.get(packed.fmt, 0), 1, 1
-        self.table = torch.zeros(1, dtype=torch.int32, device=device)
-        if nm is not None:
-            self.format, self.unit, self.bits = _NM, nm[1], code_bits(*nm)
-            self.table = _code_table(*nm).to(device)
-            counts = torch.full((rows,), cols // nm[1] * nm[0], device=device)
-        elif packed.fmt == DENSE:
-            counts = torch.full((rows,), cols, device=device)
-        else:
-            mask = unpack_mask(packed.pattern, shape=packed.shape, fmt=packed.fmt, block_axis=packed.block_axis)
-            counts = mask.sum(1)
-            if packed.fmt in BLOCKS:
-                self.format = _BLOCK_ROWS if packed.block_axis == 0 else _BLOCK_COLS
-                self.unit = BLOCKS[packed.fmt]
-        self.row_start = (counts.cumsum(0) - counts).to(torch.int32)
-        if self.format == _BLOCK_ROWS:  # the rows of a block take turns in its values
-            turn = torch.arange(rows, device=device, dtype=torch.int32) % self.unit
-            self.row_start = self.row_start[:: self.unit].repeat_interleave(self.unit) + turn
+        self.table = torch.zeros(1, dtype=torch.int32, device=device) if nm is None else _code_table(*nm, device)
+        words_of_values = layout.WORDS and layout.FORMAT == _DENSE
+        self.values = packed.values_Z.view(torch.int32) if words_of_values else packed.values_Z
+        pattern = packed.pattern if packed.pattern.numel() else self.table
+        self.pattern = pattern.view(torch.int32) if layout.WORDS else pattern
+        tile = layout.GROUP * layout.GROUPS
+        wanted = _splits(rows, device) if splits is None else splits
+        self.split_columns = -(-cols // (wanted * tile)) * tile
+        self.splits = -(-cols // self.split_columns)
+        self.starts = self._starts() if layout.counts else self.table
+
+    def _starts(self) -> Tensor:
+        """Values before every row (of blocks) and split, (rows, splits)."""
+        rows, cols = self.packed.shape
+        rows //= self.layout.UNIT if self.layout.FORMAT == _BLOCK_ROWS else 1
+        counts = torch.empty(rows, self.splits, dtype=torch.int32, device=self.values.device)
+        _count_kernel[(triton.cdiv(rows, ROWS), self.splits)](
+            self.pattern, self.table, counts, rows, cols, self.packed.pattern.numel(), self.split_columns, self.splits,
+            **self.layout.constants(), ROWS=ROWS,
+        )  # fmt: skip
+        ends = counts.flatten().cumsum(0)
+        return (ends.view_as(counts) - counts).to(torch.int32)
 
     @property
     def extra_bytes(self) -> int:
         """Memory beyond the stored tensors."""
-        return 4 * (self.row_start.numel() + self.table.numel())
+        return 4 * (self.table.numel() + (self.starts.numel() if self.layout.counts else 0))
 
     def is_current(self, packed: Packed) -> bool:
         """Whether ``packed`` still lies where this was prepared for, with the same pattern."""
@@ -73,28 +143,39 @@ def _key(packed: Packed) -> tuple[int, ...]:
     return packed.values_Z.data_ptr(), pattern.data_ptr(), 0 if pattern.is_inference() else pattern._version
 
 
+def _in_words(stream: Tensor, row_bits: int) -> bool:
+    """Whether every row begins with a whole 32-bit word."""
+    return row_bits % 32 == 0 and stream.data_ptr() % 16 == 0 and stream.is_contiguous()
+
+
+def _splits(rows: int, device: torch.device) -> int:
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return min(MOST_SPLITS, max(1, PROGRAMS * processors * ROWS // max(rows, 1)))
+
+
 def available() -> bool:
     """Whether Triton is installed."""
     return triton is not None
 
 
 def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
-    """Whether the kernel can multiply by this matrix on a GPU."""
+    """Whether the kernels can multiply by this matrix on a GPU; by a whole matrix of floats torch does."""
     nm = parse_nm(packed.fmt)
     return (
         available()
         and packed.values_Z.device.type == "cuda"
         and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
         and packed.kept < 2**31
+        and (packed.fmt != DENSE or packed.scales_N is not None)
         and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))
     )
 
 
-def prepare(packed: Packed) -> Prepared:
-    """What ``multiply`` needs, once per matrix. Raises ``BackendError`` without Triton."""
+def prepare(packed: Packed, *, splits: int | None = None) -> Prepared:
+    """What ``multiply`` and ``decode`` need, once per matrix. Raises ``BackendError`` without Triton."""
     if triton is None:
         raise BackendError(f"Triton is not installed ({_missing}); `pip install fips[gpu]`")
-    return Prepared(packed)
+    return Prepared(packed, splits=splits)
 
 
 def multiply(x_TK: Tensor, prepared: Prepared, bias_N: Tensor | None = None) -> Tensor:
@@ -102,99 +183,281 @@ def multiply(x_TK: Tensor, prepared: Prepared, bias_N: Tensor | None = None) -> 
     packed = prepared.packed
     rows, cols = packed.shape
     x = x_TK.reshape(-1, cols)
-    y = x.new_empty(x.shape[0], rows)
+    tokens = x.shape[0]
+    y = x.new_empty(tokens, rows)
     if y.numel() == 0:
         return y.view(*x_TK.shape[:-1], rows)
-    block_t = min(64, max(16, triton.next_power_of_2(x.shape[0])))
-    block_n, block_k = 64, 64  # WIDE is for the interpreter, whose dot product knows no bfloat16
-    grid = (triton.cdiv(rows, block_n), triton.cdiv(x.shape[0], block_t))
-    empty = prepared.table
-    _multiply_kernel[grid](
-        x, packed.values_Z, packed.pattern if packed.pattern.numel() else empty, prepared.row_start, prepared.table,
-        empty if packed.scales_N is None else packed.scales_N, empty if bias_N is None else bias_N, y,
-        x.shape[0], rows, cols, x.stride(0), x.stride(1), packed.pattern.numel(), packed.values_Z.numel(),
-        VALUE_BITS=packed.bits if packed.count else 0, FORMAT=prepared.format, UNIT=prepared.unit, BITS=prepared.bits,
-        SCALED=packed.scales_N is not None, BIASED=bias_N is not None, WIDE=not x.is_cuda, BLOCK_T=block_t,
-        BLOCK_N=block_n, BLOCK_K=block_k,
-    )  # fmt: skip
+    block_t = min(MOST_TOKENS, max(16, triton.next_power_of_2(tokens)))
+    alone = prepared.splits == 1
+    sums = y if alone else x.new_empty(prepared.splits, tokens, rows, dtype=torch.float32)
+    unused = prepared.table
+    scales, bias = (unused if part is None else part for part in (packed.scales_N, bias_N))
+    affine = {"SCALED": packed.scales_N is not None, "BIASED": bias_N is not None}
+    _multiply_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(tokens, block_t), prepared.splits)](
+        x, prepared.values, prepared.pattern, prepared.starts, prepared.table, scales, bias, sums, tokens, rows, cols,
+        x.stride(0), x.stride(1), packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns,
+        prepared.splits, **prepared.layout.constants(), **affine, ALONE=alone, WIDE=not x.is_cuda, BLOCK_T=block_t,
+        ROWS=ROWS,
+    )  # fmt: skip  # WIDE is for the interpreter, whose dot product knows no bfloat16
+    if not alone:
+        _finish_kernel[(triton.cdiv(tokens * rows, 1024),)](
+            sums, scales, bias, y, tokens * rows, rows, prepared.splits, **affine, BLOCK=1024
+        )
     return y.view(*x_TK.shape[:-1], rows)
 
 
-def _code_table(n: int, m: int) -> Tensor:
+def decode(prepared: Prepared, dtype: torch.dtype) -> Tensor:
+    """S as a dense (N, K) matrix; integers are multiplied by their scales in float32."""
+    packed = prepared.packed
+    rows, cols = packed.shape
+    dense = torch.empty(rows, cols, dtype=dtype, device=packed.values_Z.device)
+    _decode_kernel[(triton.cdiv(rows, DECODED_ROWS), prepared.splits)](
+        prepared.values, prepared.pattern, prepared.starts, prepared.table,
+        prepared.table if packed.scales_N is None else packed.scales_N, dense, rows, cols, packed.pattern.numel(),
+        packed.values_Z.numel(), prepared.split_columns, prepared.splits, **prepared.layout.constants(),
+        SCALED=packed.scales_N is not None, ROWS=DECODED_ROWS,
+    )  # fmt: skip
+    return dense
+
+
+@cache
+def _code_table(n: int, m: int, device: torch.device) -> Tensor:
     """The M-bit mask of every code of an N:M format, in code order."""
     masks = sorted(mask for mask in range(1 << m) if mask.bit_count() == n)  # colexicographic order of the subsets
     assert len(masks) == math.comb(m, n)
-    return torch.tensor(masks, dtype=torch.int32)
+    return torch.tensor(masks, dtype=torch.int32, device=device)
 
 
 if triton is not None:
 
     @triton.jit
-    def _kept_bits(
-        pattern, table, row, k, rows, cols: tl.constexpr, pattern_bytes,
-        FORMAT: tl.constexpr, UNIT: tl.constexpr, BITS: tl.constexpr,
-    ) -> Any:  # fmt: skip
-        """1 where an entry of the tile is kept, from the packed pattern."""
-        inside = (row < rows) & (k < cols)
-        if FORMAT == 0:
-            return inside.to(tl.int32)
-        if FORMAT == 2:
-            bit = ((row * cols + k) // UNIT).to(tl.int64) * BITS
-            byte = bit // 8
-            word = tl.load(pattern + byte, mask=inside, other=0).to(tl.int32)
-            word |= tl.load(pattern + byte + 1, mask=inside & (byte + 1 < pattern_bytes), other=0).to(tl.int32) << 8
-            word |= tl.load(pattern + byte + 2, mask=inside & (byte + 2 < pattern_bytes), other=0).to(tl.int32) << 16
-            code = (word >> (bit % 8).to(tl.int32)) & ((1 << BITS) - 1)
-            return (tl.load(table + code, mask=inside, other=0) >> (k % UNIT)) & inside.to(tl.int32)
-        if FORMAT == 3:
-            place = (row // UNIT).to(tl.int64) * cols + k
-        elif FORMAT == 4:
-            place = row.to(tl.int64) * (cols // UNIT) + k // UNIT
-        else:
-            place = row.to(tl.int64) * cols + k
-        bits = tl.load(pattern + place // 8, mask=inside, other=0).to(tl.int32)
-        return (bits >> (place % 8).to(tl.int32)) & inside.to(tl.int32)
+    def _popcount(word) -> Any:
+        word = word - ((word >> 1) & 0x55555555)
+        word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+        word = (word + (word >> 4)) & 0x0F0F0F0F
+        word = word + (word >> 8)
+        return (word + (word >> 16)) & 0x3F
 
     @triton.jit
-    def _narrow(values, place, mask, value_bytes, BITS: tl.constexpr) -> Any:
-        """Integers of BITS bits at their places in a stream of bytes."""
-        bit = place.to(tl.int64) * BITS
-        byte = bit // 8
-        word = tl.load(values + byte, mask=mask, other=0).to(tl.int32)
-        word |= tl.load(values + byte + 1, mask=mask & (byte + 1 < value_bytes), other=0).to(tl.int32) << 8
-        field = (word >> (bit % 8).to(tl.int32)) & ((1 << BITS) - 1)
-        return (field ^ (1 << (BITS - 1))) - (1 << (BITS - 1))
+    def _bytes_at(stream, byte, mask, size, COUNT: tl.constexpr) -> Any:
+        """Some bytes of a stream as one number of 64 bits."""
+        word = tl.zeros_like(byte)
+        for i in tl.static_range(COUNT):
+            word |= tl.load(stream + byte + i, mask=mask & (byte + i < size), other=0).to(tl.int64) << (8 * i)
+        return word
+
+    @triton.jit
+    def _kept(
+        pattern, table, row, k, inside, cols, pattern_bytes, FORMAT: tl.constexpr, UNIT: tl.constexpr,
+        CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr,
+    ) -> Any:  # fmt: skip
+        """The kept columns of the groups that begin at ``k``, a bit each, and how many they are."""
+        if FORMAT == 2:
+            bit = (row * cols + k) // UNIT * CODE_BITS
+            code = (_bytes_at(pattern, bit // 8, inside, pattern_bytes, 3) >> (bit % 8)) & ((1 << CODE_BITS) - 1)
+            bits = tl.load(table + code, mask=inside, other=0)
+            count = tl.full(bits.shape, GROUP_KEPT, tl.int32)
+        elif FORMAT == 4:
+            block = row * (cols // UNIT) + k // UNIT
+            byte = tl.load(pattern + block // 8, mask=inside, other=0).to(tl.int32)
+            bits = -((byte >> (block % 8).to(tl.int32)) & 1)
+            count = -bits * UNIT
+        else:
+            if WORDS:
+                bits = tl.load(pattern + row // UNIT * (cols // 32) + k // 32, mask=inside, other=0)
+            else:
+                at = row // UNIT * cols + k
+                bits = (_bytes_at(pattern, at // 8, inside, pattern_bytes, 5) >> (at % 8)).to(tl.int32)
+                left = tl.minimum(cols - k, 32)
+                bits &= tl.where(left < 32, (1 << (left % 32)) - 1, -1)
+            count = _popcount(bits)
+        return bits, count
+
+    @triton.jit
+    def _first(starts, n, rows, cols, split, split_columns, splits, FORMAT: tl.constexpr, UNIT: tl.constexpr,
+               GROUP_KEPT: tl.constexpr) -> Any:  # fmt: skip
+        """Places of the first values of rows in a split."""
+        if FORMAT == 2:
+            return (n * (cols // UNIT) + split * (split_columns // UNIT)) * GROUP_KEPT
+        elif FORMAT == 3:  # the rows of a block take turns in its values
+            return tl.load(starts + n // UNIT * splits + split, mask=n < rows, other=0) * UNIT + n % UNIT
+        elif FORMAT == 0:
+            return n
+        else:
+            return tl.load(starts + n * splits + split, mask=n < rows, other=0)
+
+    @triton.jit
+    def _stored(values, place, mask, value_bytes, BITS: tl.constexpr) -> Any:
+        """Values at their places: floats, bytes, or integers of BITS bits in a stream of bytes."""
+        if BITS == 0:
+            found = tl.load(values + place, mask=mask, other=0)
+        else:
+            if 8 % BITS == 0:
+                bit = (place & (8 // BITS - 1)).to(tl.int32) * BITS
+                byte = place >> (8 // BITS // 2)
+            else:  # 8 integers fill BITS bytes
+                bit = (place & 7).to(tl.int32) * BITS
+                byte = (place >> 3) * BITS + (bit >> 3)
+            word = tl.load(values + byte, mask=mask, other=0).to(tl.int32)
+            if 8 % BITS != 0:
+                word |= tl.load(values + byte + 1, mask=mask & (byte + 1 < value_bytes), other=0).to(tl.int32) << 8
+            found = (word << (32 - BITS - (bit & 7))) >> (32 - BITS)
+        return found
+
+    @triton.jit
+    def _field(word, after, AT: tl.constexpr, BITS: tl.constexpr) -> Any:
+        """The integer at bit AT of a word, or of the word and the one after it."""
+        if AT + BITS <= 32:
+            found = word << (32 - BITS - AT)
+        else:
+            found = (((word >> AT) & ((1 << (32 - AT)) - 1)) | (after << (32 - AT))) << (32 - BITS)
+        return found >> (32 - BITS)
+
+    @triton.jit
+    def _product(total, weights, x_ptr, x_at, k, t_inside, cols, stride_k, WIDE: tl.constexpr) -> Any:
+        """The sums plus weights (N, G) of the columns ``k`` times these columns of the tokens."""
+        x = tl.load(x_ptr + x_at + k[:, None] * stride_k, mask=t_inside & (k[:, None] < cols), other=0.0)
+        weights = weights.to(tl.float32).to(x.dtype)
+        if WIDE:
+            x, weights = x.to(tl.float32), weights.to(tl.float32)
+        return tl.dot(weights, x, total, input_precision="ieee")
+
+    @triton.jit
+    def _count_kernel(
+        pattern, table, counts, rows, cols, pattern_bytes, split_columns, splits, FORMAT: tl.constexpr,
+        UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr,
+        GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """Kept entries (blocks of rows) of every row and split."""
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        split = tl.program_id(1)
+        total = tl.zeros((ROWS,), dtype=tl.int32)
+        PATTERN_UNIT: tl.constexpr = 1 if FORMAT == 3 else UNIT  # here a row is a row of blocks
+        for k0 in range(split * split_columns, min(cols, (split + 1) * split_columns), GROUP * GROUPS):
+            k = k0 + tl.arange(0, GROUPS) * GROUP
+            inside = (n[:, None] < rows) & (k[None, :] < cols)
+            _, count = _kept(
+                pattern, table, n[:, None].to(tl.int64), k[None, :], inside, cols, pattern_bytes, FORMAT, PATTERN_UNIT,
+                CODE_BITS, GROUP_KEPT, WORDS,
+            )  # fmt: skip
+            total += tl.sum(tl.where(inside, count, 0), axis=1)
+        tl.store(counts + n * splits + split, total, mask=n < rows)
 
     @triton.jit
     def _multiply_kernel(
-        x_ptr, values, pattern, row_start, table, scales, bias, y_ptr, tokens, rows, cols: tl.constexpr, stride_t,
-        stride_k, pattern_bytes, value_bytes, VALUE_BITS: tl.constexpr, FORMAT: tl.constexpr, UNIT: tl.constexpr,
-        BITS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        x_ptr, values, pattern, starts, table, scales, bias, y_ptr, tokens, rows, cols, stride_t, stride_k,
+        pattern_bytes, value_bytes, split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr,
+        UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr,
+        GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ALONE: tl.constexpr,
+        WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
     ) -> None:  # fmt: skip
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-        first = tl.load(row_start + n, mask=n < rows, other=0)
-        stride = UNIT if FORMAT == 3 else 1
-        total = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-        for k0 in range(0, cols, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            kept = _kept_bits(pattern, table, n[:, None], k[None, :], rows, cols, pattern_bytes, FORMAT, UNIT, BITS)
-            place = first[:, None] + (tl.cumsum(kept, axis=1) - kept) * stride
-            first += tl.sum(kept, axis=1) * stride
-            x_at = x_ptr + t[:, None].to(tl.int64) * stride_t + k[None, :] * stride_k
-            x = tl.load(x_at, mask=(t[:, None] < tokens) & (k[None, :] < cols), other=0.0)
-            if VALUE_BITS:
-                stored = _narrow(values, place, kept != 0, value_bytes, VALUE_BITS) * kept
+        split = tl.program_id(2)
+        t_inside = t[None, :] < tokens
+        x_at = t[None, :].to(tl.int64) * stride_t
+        row = n[:, None].to(tl.int64)
+        first = _first(starts, n, rows, cols, split, split_columns, splits, FORMAT, UNIT, GROUP_KEPT)
+        total = tl.zeros((ROWS, BLOCK_T), dtype=tl.float32)
+        for k0 in range(split * split_columns, min(cols, (split + 1) * split_columns), GROUP * GROUPS):
+            k = k0 + tl.arange(0, GROUPS) * GROUP
+            inside = (n[:, None] < rows) & (k[None, :] < cols)
+            if WORDS and FORMAT == 0:
+                at = values + (row * (cols // GROUP) + k[None, :] // GROUP) * (GROUP * BITS // 32)
+                word = tl.load(at, mask=inside, other=0)
+                for i in tl.static_range(GROUP * BITS // 32):
+                    after = word
+                    if i + 1 < GROUP * BITS // 32:
+                        after = tl.load(at + (i + 1), mask=inside, other=0)
+                    for j in tl.static_range((32 * i + BITS - 1) // BITS, (32 * i + 31 + BITS) // BITS):
+                        weights = _field(word, after, j * BITS - 32 * i, BITS)
+                        total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
+                    word = after
+            elif FORMAT == 0:
+                for j in tl.static_range(GROUP):
+                    place = row * cols + k[None, :] + j
+                    weights = _stored(values, place, inside & (k[None, :] + j < cols), value_bytes, BITS)
+                    total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
             else:
-                stored = tl.load(values + place, mask=kept != 0, other=0)
-            weights = stored.to(tl.float32).to(x.dtype)
-            if WIDE:
-                x, weights = x.to(tl.float32), weights.to(tl.float32)
-            total += tl.dot(x, tl.trans(weights), input_precision="ieee")
+                bits, count = _kept(
+                    pattern, table, row, k[None, :], inside, cols, pattern_bytes, FORMAT, UNIT, CODE_BITS, GROUP_KEPT,
+                    WORDS,
+                )  # fmt: skip
+                stride = UNIT if FORMAT == 3 else 1
+                place = first[:, None] + (tl.cumsum(count, axis=1) - count) * stride
+                first += tl.sum(count, axis=1) * stride
+                for j in tl.static_range(GROUP):
+                    bit = (bits >> j) & 1
+                    weights = _stored(values, place, bit != 0, value_bytes, BITS)
+                    total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
+                    place += bit * stride
+        if ALONE and SCALED:
+            total *= tl.load(scales + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
+        if ALONE and BIASED:
+            total += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
+        y_at = (split.to(tl.int64) * tokens + t[None, :]) * rows + n[:, None]
+        tl.store(y_ptr + y_at, total.to(y_ptr.dtype.element_ty), mask=(n[:, None] < rows) & t_inside)
+
+    @triton.jit
+    def _finish_kernel(
+        sums, scales, bias, y_ptr, size, rows, splits, SCALED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr
+    ) -> None:
+        """Adds the sums of all splits, in their order."""
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        place = sums + at
+        for _ in range(splits):
+            total += tl.load(place, mask=inside, other=0.0)
+            place += size
         if SCALED:
-            total *= tl.load(scales + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
+            total *= tl.load(scales + at % rows, mask=inside, other=0.0).to(tl.float32)
         if BIASED:
-            total += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
-        y_at = y_ptr + t[:, None].to(tl.int64) * rows + n[None, :]
-        tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=(t[:, None] < tokens) & (n[None, :] < rows))
+            total += tl.load(bias + at % rows, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _decode_kernel(
+        values, pattern, starts, table, scales, dense, rows, cols, pattern_bytes, value_bytes, split_columns, splits,
+        BITS: tl.constexpr, FORMAT: tl.constexpr, UNIT: tl.constexpr, CODE_BITS: tl.constexpr,
+        GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+        SCALED: tl.constexpr, ROWS: tl.constexpr,
+    ) -> None:  # fmt: skip
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        split = tl.program_id(1)
+        row = n[:, None].to(tl.int64)
+        j = tl.arange(0, GROUP)[None, None, :]
+        first = _first(starts, n, rows, cols, split, split_columns, splits, FORMAT, UNIT, GROUP_KEPT)
+        scale = tl.full((ROWS,), 1.0, tl.float32)
+        if SCALED:
+            scale = tl.load(scales + n, mask=n < rows, other=0.0).to(tl.float32)
+        for k0 in range(split * split_columns, min(cols, (split + 1) * split_columns), GROUP * GROUPS):
+            k = k0 + tl.arange(0, GROUPS) * GROUP
+            inside = (n[:, None] < rows) & (k[None, :] < cols)
+            at = (row * cols + k[None, :])[:, :, None] + j
+            keep = inside[:, :, None] & (k[None, :, None] + j < cols)
+            kept = keep
+            if WORDS and FORMAT == 0:
+                words = (row * (cols // GROUP) + k[None, :] // GROUP) * (GROUP * BITS // 32)
+                place = words[:, :, None] + j * BITS // 32
+                shift = j * BITS % 32
+                word = tl.load(values + place, mask=keep, other=0).to(tl.uint32, bitcast=True) >> shift
+                if 32 % BITS != 0:
+                    after = tl.load(values + place + 1, mask=keep & (shift + BITS > 32), other=0)
+                    word |= ((after << 1) << (31 - shift)).to(tl.uint32, bitcast=True)
+                stored = (word.to(tl.int32, bitcast=True) << (32 - BITS)) >> (32 - BITS)
+            elif FORMAT == 0:
+                stored = _stored(values, at, keep, value_bytes, BITS)
+            else:
+                bits, count = _kept(
+                    pattern, table, row, k[None, :], inside, cols, pattern_bytes, FORMAT, UNIT, CODE_BITS, GROUP_KEPT,
+                    WORDS,
+                )  # fmt: skip
+                stride = UNIT if FORMAT == 3 else 1
+                place = first[:, None] + (tl.cumsum(count, axis=1) - count) * stride
+                first += tl.sum(count, axis=1) * stride
+                kept = keep & (((bits[:, :, None] >> j) & 1) != 0)
+                before = _popcount(bits[:, :, None] & ((1 << j) - 1))
+                stored = _stored(values, place[:, :, None] + before * stride, kept, value_bytes, BITS)
+            entries = tl.where(kept, stored.to(tl.float32) * scale[:, None, None], 0.0)
+            tl.store(dense + at, entries.to(dense.dtype.element_ty), mask=keep)

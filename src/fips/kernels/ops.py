@@ -10,7 +10,18 @@ from torch import Tensor
 from fips.kernels import cpu, gpu, reference
 from fips.kernels.reference import Packed
 
-__all__ = ["Prepared", "is_plain", "multiply", "needs_grad", "packed_linear", "prepare", "supports", "traceable"]
+__all__ = [
+    "Prepared",
+    "decode",
+    "decodes",
+    "is_plain",
+    "multiply",
+    "needs_grad",
+    "packed_linear",
+    "prepare",
+    "supports",
+    "traceable",
+]
 
 Prepared = cpu.Prepared | gpu.Prepared
 
@@ -39,6 +50,18 @@ def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None, *, activation_b
 def supports(x: Tensor, packed: Packed) -> bool:
     """Whether a kernel for this device, these types and this format exists."""
     return gpu.supports(packed, x.dtype) if x.device.type == "cuda" else cpu.supports(packed, x.dtype)
+
+
+def decodes(x: Tensor, packed: Packed) -> bool:
+    """Whether ``decode`` has a kernel for this device and this format; torch's own operations decode the others."""
+    return x.device.type == "cuda" and is_plain(x, packed.values_Z) and gpu.supports(packed, torch.float32)
+
+
+def decode(prepared: Prepared, dtype: torch.dtype) -> Tensor:
+    """The packed matrix as a dense one; no autograd."""
+    if isinstance(prepared, gpu.Prepared):
+        return gpu.decode(prepared, dtype)
+    return reference.to_dense(prepared.packed).to(dtype)
 
 
 def traceable(x: Tensor, packed: Packed) -> bool:

@@ -238,23 +238,44 @@ class LayerRuntime:
 
     def _compute(self, way: Way, x: Tensor, layer: Product) -> Tensor:
         if way in ("merge", "merged"):
-            weight = self._merged_weight(x.dtype, layer) if way == "merged" else layer.merged(x.dtype)
+            weight = self._merged_weight(x.dtype, layer) if way == "merged" else self._merge(x.dtype, layer)
             return linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
         if way == "packed" and layer.offloaded:
             return layer.through_factor(x, ops.packed_linear)
-        return layer.through_factor(x, self._packed if way == "packed" else reference.multiply)
+        if way == "packed":
+            return layer.through_factor(x, self._packed)
+        return layer.through_factor(x, reference.multiply if layer.offloaded else self._decoded)
 
     def _packed(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or ops.needs_grad(x, packed.values_Z, bias):
             return ops.packed_linear(x, packed, bias)
+        return ops.multiply(x, self._ready(packed), bias, activation_bits=self._activation_bits)
+
+    def _ready(self, packed: Packed) -> ops.Prepared:
         if self._prepared is None or not self._prepared.is_current(packed):
             self._prepared = ops.prepare(packed)
-        return ops.multiply(x, self._prepared, bias, activation_bits=self._activation_bits)
+        return self._prepared
+
+    def _decoded(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling() or not ops.decodes(x, packed) or ops.needs_grad(packed.values_Z):
+            return reference.multiply(x, packed, bias)
+        return linear(x, ops.decode(self._ready(packed), x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @torch.no_grad()
+    def _merge(self, dtype: torch.dtype, layer: Product) -> Tensor:
+        """The (out, in) weight B F, formed in ``dtype`` with its usual accumulation."""
+        packed = layer.packed
+        fast = not layer.offloaded and ops.decodes(packed.values_Z, packed)
+        factor = ops.decode(self._ready(packed), dtype) if fast else reference.to_dense(packed).to(dtype)
+        if layer.basis_DR is None:
+            return factor
+        basis = layer.basis_DR.to(dtype)
+        return factor @ basis.T if layer.up else basis @ factor
 
     def _merged_weight(self, dtype: torch.dtype, layer: Product) -> Tensor:
         key = (dtype, *layer.versions())
         if self._merged is None or self._merged_key != key:
-            self._merged, self._merged_key = layer.merged(dtype), key
+            self._merged, self._merged_key = self._merge(dtype, layer), key
         return self._merged
 
 
@@ -292,15 +313,6 @@ class Product:
             return multiply(self.basis(x).to(x.device), self.packed, self.bias)  # a dispatched basis may live elsewhere
         y = self.basis(multiply(x, self.packed, None), expand=True).to(x.device)
         return y if self.bias is None else y + self.bias.to(x.dtype)
-
-    @torch.no_grad()
-    def merged(self, dtype: torch.dtype) -> Tensor:
-        """The (out, in) weight B F, formed in ``dtype`` with its usual accumulation."""
-        factor = reference.to_dense(self.packed).to(dtype)
-        if self.basis_DR is None:
-            return factor
-        basis = self.basis_DR.to(dtype)
-        return factor @ basis.T if self.up else basis @ factor
 
     def signature(self, x: Tensor) -> str:
         """Everything the speed depends on; tokens up to the next power of two."""

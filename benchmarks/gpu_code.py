@@ -1,0 +1,158 @@
+"""What the compiler makes of the Triton kernels for a GPU, without one: instructions per entry of the packed matrix.
+
+    python benchmarks/gpu_code.py --output benchmarks/results/gpu-code.json
+
+A product of few tokens is as fast as the memory only while there are few instructions per entry. An H100 issues about
+28.7e12 a second (132 processors x 4 x 32 lanes x 1.7 GHz) and reads 3.35e12 bytes: a dense bfloat16 entry takes as long
+as 17 instructions. Counted is the longest loop, which is the one over tiles; stalls are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fips.kernels import gpu
+from fips.kernels.reference import Packed
+from fips.report.record import environment
+
+ROWS, COLUMNS, WARPS = 128, 4096, 4
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32"}
+CASES = [
+    *(("dense", bits) for bits in (3, 4, 5, 6, 8)),
+    *(("bitmask", bits) for bits in (4, 6, 8, 0)),
+    *(("4:16", bits) for bits in (4, 8, 0)),
+    ("2:4", 0),
+    *(("block8", bits) for bits in (8, 0)),
+]
+FEW_CASES = [("dense", 3), ("dense", 4), ("bitmask", 8), ("4:16", 0), ("block8", 0)]
+TOKENS = (16, 64)
+POINTERS = ("x_ptr", "values", "pattern", "starts", "table", "scales", "bias", "y_ptr", "dense", "counts", "sums")
+ALIGNED = (*POINTERS, "rows", "cols", "stride_t", "split_columns")
+
+
+def example(fmt: str, bits: int) -> Packed:
+    """Stored tensors of the right types; what is in them does not matter to a compiler."""
+    values = torch.zeros(64, dtype=torch.bfloat16 if bits == 0 else torch.int8 if bits == 8 else torch.uint8)
+    scales = torch.zeros(ROWS, dtype=torch.bfloat16) if bits else None
+    pattern = torch.zeros(0 if fmt == "dense" else 64, dtype=torch.uint8)
+    return Packed(values, pattern, scales, (ROWS, COLUMNS), fmt, 0 if fmt == "block8" else 1, bits or 8, 64)
+
+
+def pointers(packed: Packed) -> dict[str, torch.dtype]:
+    layout = gpu.Layout.of(packed)
+    words = {name: layout.WORDS and (name == "values") == (packed.fmt == "dense") for name in ("values", "pattern")}
+    half = torch.bfloat16
+    return {
+        **dict.fromkeys(("x_ptr", "y_ptr", "scales", "bias", "dense"), half),
+        **dict.fromkeys(("starts", "table", "counts"), torch.int32),
+        "sums": torch.float32,
+        "values": torch.int32 if words["values"] else packed.values_Z.dtype,
+        "pattern": torch.int32 if words["pattern"] or packed.fmt == "dense" else torch.uint8,
+    }
+
+
+def compiled(kernel: Any, packed: Packed, constants: dict[str, Any], capability: int) -> Any:
+    types = pointers(packed)
+    signature = {
+        name: "constexpr" if name in constants else f"*{TYPES[types[name]]}" if name in POINTERS else "i32"
+        for name in kernel.arg_names
+    }
+    places = {name: (kernel.arg_names.index(name),) for name in kernel.arg_names}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={places[name]: value for name, value in constants.items()},
+        attrs={places[name]: [["tt.divisibility", 16]] for name in ALIGNED if name in places and name not in constants},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
+
+
+def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any, dict[str, Any], int]]:
+    """Name, kernel, constants and entries of S in one tile."""
+    layout, scaled = gpu.Layout.of(packed), packed.scales_N is not None
+    common, tile = layout.constants(), layout.GROUP * layout.GROUPS
+    for count in tokens:
+        constants = {**common, "SCALED": scaled, "BIASED": True, "ALONE": True, "WIDE": False, "stride_k": 1}
+        constants |= {"BLOCK_T": count, "ROWS": gpu.ROWS}
+        yield f"multiply, {count} tokens", gpu._multiply_kernel, constants, gpu.ROWS * tile
+    yield "decode", gpu._decode_kernel, common | {"SCALED": scaled, "ROWS": gpu.DECODED_ROWS}, gpu.DECODED_ROWS * tile
+    if layout.counts:
+        yield "count", gpu._count_kernel, common | {"ROWS": gpu.ROWS}, gpu.ROWS * tile
+
+
+def tool(name: str, binary: bytes, *options: str) -> str:
+    """What one of the binary tools beside Triton's compiler prints of a program."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def longest_loop(code: str) -> int:
+    """Instructions between a label and the last branch back to it, at most."""
+    lines = [line.strip() for line in code.splitlines()]
+    labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"(\.L_x_\d+):", line))}
+    longest = 0
+    for at, line in enumerate(lines):
+        match = re.search(r"\bBRA\b.*(\.L_x_\d+)", line)
+        begin = labels.get(match[1], at) if match else at
+        longest = max(longest, sum(part.startswith("/*") and ";" in part for part in lines[begin : at + 1]))
+    return longest
+
+
+def measure(fmt: str, bits: int, tokens: tuple[int, ...], capability: int) -> Iterator[dict[str, Any]]:
+    packed = example(fmt, bits)
+    for name, kernel, constants, entries in kernels(packed, tokens):
+        program = compiled(kernel, packed, constants, capability)
+        usage = tool("cuobjdump", program.asm["cubin"], "-res-usage")
+        found = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}
+        count = longest_loop(tool("nvdisasm", program.asm["cubin"], "-c"))
+        yield {
+            "capability": capability,
+            "format": fmt,
+            "values": f"int{bits}" if bits else "bfloat16",
+            "kernel": name,
+            "instructions_per_entry": round(count * 32 * WARPS / entries, 2),
+            "registers": found["REG"],
+            "stack_bytes": found["STACK"],
+            "shared_bytes": program.metadata.shared,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--few", action="store_true", help="one case of every format, newest device, 16 tokens")
+    args = parser.parse_args()
+    cases, tokens, capabilities = (FEW_CASES, TOKENS[:1], (90,)) if args.few else (CASES, TOKENS, (80, 90))
+    rows = []
+    for capability in capabilities:
+        for fmt, bits in cases:
+            for row in measure(fmt, bits, tokens, capability):
+                rows.append(row)
+                print(row, flush=True)
+    record = {
+        "benchmark": "code of the Triton kernels",
+        "command": " ".join(["python", *sys.argv]),
+        "environment": {**environment(torch.device("cpu")), "triton": triton.__version__},
+        "results": rows,
+    }
+    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
