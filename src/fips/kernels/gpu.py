@@ -36,9 +36,9 @@ except ImportError as error:  # the reason is told when the kernel is asked for
 __all__ = ["Prepared", "available", "decode", "multiply", "prepare", "supports"]
 
 _DENSE, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
-ROWS, DECODED_ROWS = 64, 2
+ROWS, DECODED_ROWS = 64, 4
 """Of S, in one program that multiplies, or that writes them out."""
-TILE_COLUMNS, FEWEST_GROUPS = 256, 16
+TILE_COLUMNS, FEWEST_GROUPS = 128, 16
 MOST_TOKENS, MOST_SPLITS, PROGRAMS = 128, 8, 4
 """Programs per multiprocessor that few rows are split for."""
 

@@ -130,7 +130,7 @@ template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c
   const PackedTokens p = place_tokens<Values>(a, c, char(0x80));
   const int64_t rows = even_share(a.rows, c.threads, kMostRows, 32), per_pass = kColumnsPerPass / 16 / p.planes;
   const int64_t panels = (a.rows + rows - 1) / rows, passes = (p.blocks + per_pass - 1) / per_pass;
-  return with_reader(a, [&](const auto &reader) {
+  return with_reader<std::is_same_v<Values, NarrowValues>>(a, [&](const auto &reader) {
     using Reader = std::decay_t<decltype(reader)>;
 #pragma omp parallel num_threads(c.threads)
     {

@@ -1,7 +1,56 @@
-#include "avx512.h"
+// AVX-512 without bf16 dot products: the direct and the tokens path, and what other variants share.
 #include "columns.h"
+#include "direct512.h"
+#include "tokens.h"
 
-bool fips_avx512(const fips_matrix &a, const fips_call &c) { return run_avx512(a, c); }
+namespace {
+
+struct Vector16 {
+  static constexpr int width = 16;
+  using type = __m512;
+  static type load(const float *from) { return _mm512_load_ps(from); }
+  template <class Values> static type read(const typename Values::type *from) {
+    if constexpr (std::is_same_v<Values, F32Values>) {
+      return _mm512_loadu_ps(from);
+    } else if constexpr (std::is_same_v<Values, BF16Values>) {
+      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    } else if constexpr (std::is_same_v<Values, F16Values>) {
+      return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+    } else {
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+    }
+  }
+  static void store(float *to, type v) { _mm512_store_ps(to, v); }
+  static type set(float value) { return _mm512_set1_ps(value); }
+  static type fma(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
+};
+
+bool direct_path(const fips_matrix &a, const fips_call &c) {
+  switch (a.value_type) {
+  case FIPS_F32: return direct_path<FloatDot>(a, c);
+  case FIPS_F16: return direct_path<HalfDot>(a, c);
+  case FIPS_I8:
+    if (a.value_bits < 8 && a.format == FIPS_DENSE) // with a pattern few values are left to widen
+      return fixed_planes(c) == 1   ? direct_path<NarrowDot<1>>(a, c)
+             : fixed_planes(c) == 2 ? direct_path<NarrowDot<2>>(a, c)
+                                    : direct_path<NarrowDot<3>>(a, c);
+    return fixed_planes(c) == 1   ? direct_path<ByteDot<1>>(a, c)
+           : fixed_planes(c) == 2 ? direct_path<ByteDot<2>>(a, c)
+                                  : direct_path<ByteDot<3>>(a, c);
+  default: return direct_path<BrainDot>(a, c);
+  }
+}
+
+} // namespace
+
+bool fips_avx512(const fips_matrix &a, const fips_call &c) {
+  switch (c.path) {
+  case FIPS_DIRECT: return direct_path(a, c);
+  case FIPS_TILES: return fips_avx512_tiles(a, c);
+  default: return tokens_path<Vector16>(a, c);
+  }
+}
 
 void fips_widen_avx512(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to) {
   alignas(64) uint8_t places[64];

@@ -180,7 +180,7 @@ int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
   if (level >= FIPS_AMX && fips_amx(*matrix, chosen)) return 0;
 #endif
 #if defined(FIPS_HAVE_AVX512_BF16)
-  if (level >= FIPS_AVX512_BF16) return fips_avx512_bf16(*matrix, chosen) ? 0 : -1;
+  if (level >= FIPS_AVX512_BF16 && fips_avx512_bf16(*matrix, chosen)) return 0;
 #endif
 #if defined(FIPS_HAVE_AVX512)
   if (level >= FIPS_AVX512) return fips_avx512(*matrix, chosen) ? 0 : -1;

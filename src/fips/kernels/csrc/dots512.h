@@ -223,7 +223,7 @@ void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &read
 
 template <class Values> bool dots_path(const fips_matrix &a, const fips_call &c) {
   const PackedTokens p = place_tokens<Values>(a, c, 0);
-  return with_reader(a, [&](const auto &reader) {
+  return with_reader<std::is_same_v<Values, NarrowValues>>(a, [&](const auto &reader) {
     multiply_slabs<std::decay_t<decltype(reader)>, Values>(a, c, reader, p);
   });
 }

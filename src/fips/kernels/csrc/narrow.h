@@ -25,25 +25,26 @@ constexpr NarrowTables narrow_tables;
 
 struct NarrowCursor {
   static constexpr bool narrow = true;
-  const uint8_t *stream;
-  int64_t bytes, bit;
-  int bits;
-  __m512i places, high;
-  NarrowCursor(const fips_matrix &a, int64_t first)
-      : stream(static_cast<const uint8_t *>(a.values)), bytes((a.num_values * a.value_bits + 7) / 8),
-        bit(first * a.value_bits), bits(int(a.value_bits)), places(_mm512_load_si512(narrow_tables.places[bits])),
-        high(_mm512_set1_epi8(char(0xFF << (8 - bits)))) {}
-  static float unit(const fips_matrix &a) { return 1.0f / float(1 << (8 - a.value_bits)); }
-  FIPS_INLINE void prefetch() const {
-    _mm_prefetch(reinterpret_cast<const char *>(stream) + (bit >> 3) + 1024, _MM_HINT_T0);
+  const uint8_t *at, *last; // `last`: from here on 64 bytes would leave the stream
+  int64_t step;             // bytes of 64 integers, which is why `shifts` stay
+  __m512i places, shifts, high;
+  NarrowCursor(const fips_matrix &a, int64_t first) {
+    const int bits = int(a.value_bits);
+    const auto *stream = static_cast<const uint8_t *>(a.values);
+    at = stream + (first * bits >> 3);
+    last = stream + (a.num_values * bits + 7) / 8 - 64;
+    step = 8 * bits;
+    places = _mm512_load_si512(narrow_tables.places[bits]);
+    shifts = _mm512_load_si512(narrow_tables.shifts[bits][first * bits & 7]);
+    high = _mm512_set1_epi8(char(0xFF << (8 - bits)));
   }
+  static float unit(const fips_matrix &a) { return 1.0f / float(1 << (8 - a.value_bits)); }
+  FIPS_INLINE void prefetch() const { _mm_prefetch(reinterpret_cast<const char *>(at) + 1024, _MM_HINT_T0); }
   FIPS_INLINE __m512i next() { // 64 of them
-    const int64_t byte = bit >> 3;
-    const __m512i raw = byte + 64 <= bytes ? _mm512_loadu_si512(stream + byte)
-                                           : _mm512_maskz_loadu_epi8(first_columns(bytes - byte), stream + byte);
-    const __m512i lanes = _mm512_permutexvar_epi8(places, raw);
-    const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_load_si512(narrow_tables.shifts[bits][bit & 7]), lanes);
-    bit += 64 * bits;
+    const __m512i raw =
+        at <= last ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(first_columns(last + 64 - at), at);
+    const __m512i fields = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw));
+    at += step;
     return _mm512_and_si512(fields, high);
   }
 };

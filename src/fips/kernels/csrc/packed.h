@@ -65,6 +65,12 @@ FIPS_INLINE uint64_t word_at(const uint8_t *stream, int64_t bytes, int64_t bit) 
   return word;
 }
 
+FIPS_INLINE uint64_t whole_word(const uint8_t *from) {
+  uint64_t word;
+  std::memcpy(&word, from, 8);
+  return word;
+}
+
 FIPS_INLINE uint64_t first_columns(int64_t count) {
   return count >= 64 ? ~uint64_t(0) : count > 0 ? (uint64_t(1) << count) - 1 : 0;
 }
@@ -93,10 +99,12 @@ struct BitmaskReader {
   const uint8_t *bits;
   int64_t bytes, cols;
   const uint32_t *starts;
+  bool words; // every row begins with a whole one
   explicit BitmaskReader(const fips_matrix &a)
-      : bits(a.pattern), bytes(a.pattern_bytes), cols(a.cols), starts(a.row_start) {}
+      : bits(a.pattern), bytes(a.pattern_bytes), cols(a.cols), starts(a.row_start), words(a.cols % 64 == 0) {}
   int64_t start(int64_t row) const { return starts[row]; }
   FIPS_INLINE uint64_t mask(int64_t row, int64_t k) const {
+    if (words) return whole_word(bits + ((row * cols + k) >> 3));
     return word_at(bits, bytes, row * cols + k) & first_columns(cols - k);
   }
 };
@@ -167,15 +175,20 @@ struct BlockColsReader {
   }
 };
 
-// Call `body` with the reader of a matrix; false for an unknown format.
-template <class Body> bool with_reader(const fips_matrix &a, Body &&body) {
-  switch (a.format) {
-  case FIPS_DENSE: body(DenseReader(a)); return true;
-  case FIPS_BITMASK: body(BitmaskReader(a)); return true;
-  case FIPS_NM: body(NmReader(a)); return true;
-  case FIPS_BLOCK_ROWS: body(BlockRowsReader(a)); return true;
-  case FIPS_BLOCK_COLS: body(BlockColsReader(a)); return true;
-  default: return false;
+// Call `body` with the reader of a matrix; false for an unknown format, or with DENSE for any other than that.
+template <bool DENSE = false, class Body> bool with_reader(const fips_matrix &a, Body &&body) {
+  if constexpr (DENSE) {
+    if (a.format == FIPS_DENSE) body(DenseReader(a));
+    return a.format == FIPS_DENSE;
+  } else {
+    switch (a.format) {
+    case FIPS_DENSE: body(DenseReader(a)); return true;
+    case FIPS_BITMASK: body(BitmaskReader(a)); return true;
+    case FIPS_NM: body(NmReader(a)); return true;
+    case FIPS_BLOCK_ROWS: body(BlockRowsReader(a)); return true;
+    case FIPS_BLOCK_COLS: body(BlockColsReader(a)); return true;
+    default: return false;
+    }
   }
 }
 

@@ -5,6 +5,7 @@
 bool fips_portable(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx2(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512(const fips_matrix &matrix, const fips_call &call);
+bool fips_avx512_tiles(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512_bf16(const fips_matrix &matrix, const fips_call &call);
 bool fips_amx(const fips_matrix &matrix, const fips_call &call);
 
