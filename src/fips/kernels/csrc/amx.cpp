@@ -83,8 +83,7 @@ void panel(const fips_matrix &a, const fips_call &c, const Reader &reader, const
   const int64_t part_steps = round_up((p.steps + runs - 1) / runs, 2), parts = pairs * runs;
   const int64_t row_bytes = part_steps * 64 + 64; // odd in cache lines: 16 rows fall into different sets
   uint8_t *weights = weight_scratch.get<uint8_t>(2 * 32 * row_bytes);
-  const fips_matrix wide = std::is_same_v<Values, NarrowValues> ? a : widened_rows(a, reader, row0, rows);
-  Decoder<Reader, Values> decoder(wide, reader, row0, rows, row_bytes);
+  Decoder<Reader, Values> decoder(a, reader, row0, rows, row_bytes);
   const auto pair_of = [&](int64_t part) { return few ? part / runs : part % pairs; };
   const auto step_of = [&](int64_t part) { return (few ? part % runs : part / pairs) * part_steps; };
   const auto steps_of = [&](int64_t part) { return min_of(part_steps, p.steps - step_of(part)); };
@@ -130,7 +129,7 @@ template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c
   const PackedTokens p = place_tokens<Values>(a, c, char(0x80));
   const int64_t rows = even_share(a.rows, c.threads, kMostRows, 32), per_pass = kColumnsPerPass / 16 / p.planes;
   const int64_t panels = (a.rows + rows - 1) / rows, passes = (p.blocks + per_pass - 1) / per_pass;
-  return with_reader<std::is_same_v<Values, NarrowValues>>(a, [&](const auto &reader) {
+  return with_reader(a, [&](const auto &reader) {
     using Reader = std::decay_t<decltype(reader)>;
 #pragma omp parallel num_threads(c.threads)
     {
@@ -153,5 +152,5 @@ bool fips_amx(const fips_matrix &a, const fips_call &c) {
   if (c.path != FIPS_TILES || a.format == FIPS_BLOCK_ROWS) return false;
   if (a.value_type == FIPS_BF16) return tiles_path<BF16Values>(a, c);
   if (a.value_type != FIPS_I8) return false;
-  return a.value_bits < 8 && a.format == FIPS_DENSE ? tiles_path<NarrowValues>(a, c) : tiles_path<I8Values>(a, c);
+  return a.value_bits < 8 ? tiles_path<NarrowValues>(a, c) : tiles_path<I8Values>(a, c);
 }

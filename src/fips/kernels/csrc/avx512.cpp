@@ -26,18 +26,23 @@ struct Vector16 {
   static type fma(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
+template <class One, class Two, class Three> bool byte_path(const fips_matrix &a, const fips_call &c) {
+  switch (fixed_planes(c)) {
+  case 1: return direct_path<One>(a, c);
+  case 2: return direct_path<Two>(a, c);
+  default: return direct_path<Three>(a, c);
+  }
+}
+
 bool direct_path(const fips_matrix &a, const fips_call &c) {
   switch (a.value_type) {
   case FIPS_F32: return direct_path<FloatDot>(a, c);
   case FIPS_F16: return direct_path<HalfDot>(a, c);
   case FIPS_I8:
-    if (a.value_bits < 8 && a.format == FIPS_DENSE) // with a pattern few values are left to widen
-      return fixed_planes(c) == 1   ? direct_path<NarrowDot<1>>(a, c)
-             : fixed_planes(c) == 2 ? direct_path<NarrowDot<2>>(a, c)
-                                    : direct_path<NarrowDot<3>>(a, c);
-    return fixed_planes(c) == 1   ? direct_path<ByteDot<1>>(a, c)
-           : fixed_planes(c) == 2 ? direct_path<ByteDot<2>>(a, c)
-                                  : direct_path<ByteDot<3>>(a, c);
+    if (a.value_bits == 8) return byte_path<ByteDot<1>, ByteDot<2>, ByteDot<3>>(a, c);
+    if (a.format == FIPS_DENSE)
+      return byte_path<NarrowDot<1, NarrowCursor>, NarrowDot<2, NarrowCursor>, NarrowDot<3, NarrowCursor>>(a, c);
+    return byte_path<NarrowDot<1, KeptCursor>, NarrowDot<2, KeptCursor>, NarrowDot<3, KeptCursor>>(a, c);
   default: return direct_path<BrainDot>(a, c);
   }
 }

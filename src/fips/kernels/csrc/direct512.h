@@ -11,7 +11,6 @@
 #include "narrow.h"
 #include "paths.h"
 #include "tokens512.h"
-#include "widen.h"
 
 namespace {
 
@@ -27,7 +26,7 @@ struct Token {
 // A dot product of one row: `prepare` puts x of one token into `bytes(padded)` bytes, `decode` spreads the next values
 // under a mask of 64 columns, `Sum::add` takes them.
 template <class T> struct ValueCursor {
-  static constexpr bool narrow = false;
+  static constexpr bool whole = false;
   const T *at;
   static float unit(const fips_matrix &) { return 1; }
   ValueCursor(const fips_matrix &a, int64_t first) : at(static_cast<const T *>(a.values) + first) {}
@@ -209,10 +208,10 @@ template <int PLANES> struct ByteDot { // int8 values
   };
 };
 
-template <int PLANES> struct NarrowDot : ByteDot<PLANES> { // of matrices kept whole
-  using Cursor = NarrowCursor;
-  FIPS_INLINE static typename ByteDot<PLANES>::Weights decode(uint64_t, Cursor &v) {
-    return ByteDot<PLANES>::lifted(v.next()); // beyond the last column x is 0, whatever is read there
+template <int PLANES, class Stream> struct NarrowDot : ByteDot<PLANES> { // of less than 8 bits
+  using Cursor = Stream;
+  FIPS_INLINE static typename ByteDot<PLANES>::Weights decode(uint64_t mask, Cursor &v) {
+    return ByteDot<PLANES>::lifted(v.next(mask)); // beyond the last column x is 0, whatever is read there
   }
 };
 
@@ -250,8 +249,7 @@ FIPS_INLINE void add_columns(Sums<Dot, T> &sums, uint64_t mask, typename Dot::Cu
 template <class Dot, int T, class Reader>
 void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row, const char *x,
                 int64_t padded, const Token *tokens) {
-  const bool widen = !Dot::Cursor::narrow && a.value_bits < 8;
-  typename Dot::Cursor v(widen ? widened_rows(a, reader, row, 1) : a, reader.start(row));
+  typename Dot::Cursor v(a, reader.start(row));
   Sums<Dot, T> sums, more; // two sets: a dot product takes longer to finish than to start
   int64_t k = 0;
   for (; k + 64 < a.cols; k += 128) {
@@ -273,7 +271,7 @@ template <class Dot, int T> bool direct_path(const fips_matrix &a, const fips_ca
   Token tokens[T];
   for (int t = 0; t < T; ++t)
     tokens[t] = Dot::prepare(c, t, a.cols, padded, x + t * Dot::bytes(padded));
-  return with_reader<Dot::Cursor::narrow>(a, [&](const auto &reader) {
+  return with_reader<Dot::Cursor::whole>(a, [&](const auto &reader) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < a.rows; ++row) direct_row<Dot, T>(a, c, reader, row, x, padded, tokens);
   });

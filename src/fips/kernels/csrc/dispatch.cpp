@@ -113,8 +113,8 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
   return skip ? FIPS_TOKENS : FIPS_TILES;
 }
 
-// Whether the variant that will run widens integers of less than 8 bits by itself, row after row in the cache.
-bool widens(const fips_matrix &a, const fips_call &c, int level) {
+// Whether the variant that will run reads integers of less than 8 bits as they are.
+bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   return level >= FIPS_AVX512 && a.format != FIPS_BLOCK_ROWS && c.path != FIPS_TOKENS;
 }
 
@@ -172,7 +172,7 @@ int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
   fips_call chosen = *call;
   if (chosen.path == FIPS_AUTO) chosen.path = fastest_path(*matrix, chosen, level);
   fips_matrix wide;
-  if (matrix->value_bits < 8 && !widens(*matrix, chosen, level)) {
+  if (matrix->value_bits < 8 && !reads_narrow(*matrix, chosen, level)) {
     wide = widened(*matrix, chosen, level);
     matrix = &wide;
   }

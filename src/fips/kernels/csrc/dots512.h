@@ -182,8 +182,7 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
       all[half && b + 1 == blocks ? j++ : i++] = {p.tile(plane, block0 + b, 0), sums + (plane * blocks + b) * kTileBytes};
   const int64_t most = kWords / 16, runs = (p.steps + most - 1) / most;
   const int64_t run_steps = round_up((p.steps + runs - 1) / runs, 4);
-  const fips_matrix wide = std::is_same_v<Values, NarrowValues> ? a : widened_rows(a, reader, row0, rows);
-  Decoder<Reader, Values> decoder(wide, reader, row0, rows, kRowBytes);
+  Decoder<Reader, Values> decoder(a, reader, row0, rows, kRowBytes);
   // Few columns use a decoded row once: it is taken from the first-level cache, a few rows at a time.
   const int64_t part_rows = columns <= kFewColumns ? kFewRows : kPartRows;
   for (int64_t row = 0; row < rows; row += part_rows) {
@@ -223,7 +222,7 @@ void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &read
 
 template <class Values> bool dots_path(const fips_matrix &a, const fips_call &c) {
   const PackedTokens p = place_tokens<Values>(a, c, 0);
-  return with_reader<std::is_same_v<Values, NarrowValues>>(a, [&](const auto &reader) {
+  return with_reader(a, [&](const auto &reader) {
     multiply_slabs<std::decay_t<decltype(reader)>, Values>(a, c, reader, p);
   });
 }
@@ -232,7 +231,7 @@ bool dots_path(const fips_matrix &a, const fips_call &c) {
   if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
   switch (a.value_type) {
   case FIPS_I8:
-    return a.value_bits < 8 && a.format == FIPS_DENSE ? dots_path<NarrowValues>(a, c) : dots_path<I8Values>(a, c);
+    return a.value_bits < 8 ? dots_path<NarrowValues>(a, c) : dots_path<I8Values>(a, c);
   case FIPS_F32: return dots_path<Floats<F32Values>>(a, c);
   case FIPS_F16: return dots_path<Floats<F16Values>>(a, c);
   default:

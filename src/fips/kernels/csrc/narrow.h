@@ -1,4 +1,4 @@
-// Integers of 2 to 7 bits of matrices kept whole, 64 at a time from the stream to a register, with VBMI.
+// Integers of 2 to 7 bits, 64 at a time from the stream to a register, with VBMI.
 //
 // 8 of them lie in as many bytes as they have bits: a byte shuffle brings these bytes into each 64-bit lane, and one
 // multishift puts every integer into the high bits of a byte. `unit` undoes that.
@@ -23,29 +23,52 @@ struct NarrowTables {
 };
 constexpr NarrowTables narrow_tables;
 
-struct NarrowCursor {
-  static constexpr bool narrow = true;
-  const uint8_t *at, *last; // `last`: from here on 64 bytes would leave the stream
-  int64_t step;             // bytes of 64 integers, which is why `shifts` stay
-  __m512i places, shifts, high;
-  NarrowCursor(const fips_matrix &a, int64_t first) {
-    const int bits = int(a.value_bits);
-    const auto *stream = static_cast<const uint8_t *>(a.values);
-    at = stream + (first * bits >> 3);
-    last = stream + (a.num_values * bits + 7) / 8 - 64;
-    step = 8 * bits;
-    places = _mm512_load_si512(narrow_tables.places[bits]);
-    shifts = _mm512_load_si512(narrow_tables.shifts[bits][first * bits & 7]);
-    high = _mm512_set1_epi8(char(0xFF << (8 - bits)));
+struct NarrowStream {
+  const uint8_t *stream;
+  int64_t last; // byte from which on 64 bytes would leave the stream
+  __m512i places, high;
+  explicit NarrowStream(const fips_matrix &a) : stream(static_cast<const uint8_t *>(a.values)) {
+    last = (a.num_values * a.value_bits + 7) / 8 - 64;
+    places = _mm512_load_si512(narrow_tables.places[a.value_bits]);
+    high = _mm512_set1_epi8(char(0xFF << (8 - a.value_bits)));
   }
   static float unit(const fips_matrix &a) { return 1.0f / float(1 << (8 - a.value_bits)); }
-  FIPS_INLINE void prefetch() const { _mm_prefetch(reinterpret_cast<const char *>(at) + 1024, _MM_HINT_T0); }
-  FIPS_INLINE __m512i next() { // 64 of them
-    const __m512i raw =
-        at <= last ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(first_columns(last + 64 - at), at);
-    const __m512i fields = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw));
-    at += step;
-    return _mm512_and_si512(fields, high);
+  FIPS_INLINE void prefetch(int64_t byte) const {
+    _mm_prefetch(reinterpret_cast<const char *>(stream) + byte + 1024, _MM_HINT_T0);
+  }
+  FIPS_INLINE __m512i integers(int64_t byte, __m512i shifts) const {
+    const __m512i raw = byte <= last ? _mm512_loadu_si512(stream + byte)
+                                     : _mm512_maskz_loadu_epi8(first_columns(last + 64 - byte), stream + byte);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw)), high);
+  }
+};
+
+struct NarrowCursor : NarrowStream { // of a matrix kept whole: 64 integers are whole bytes, so the shifts stay
+  static constexpr bool whole = true;
+  int64_t byte, step;
+  __m512i shifts;
+  NarrowCursor(const fips_matrix &a, int64_t first)
+      : NarrowStream(a), byte(first * a.value_bits >> 3), step(8 * a.value_bits),
+        shifts(_mm512_load_si512(narrow_tables.shifts[a.value_bits][first * a.value_bits & 7])) {}
+  FIPS_INLINE void prefetch() const { NarrowStream::prefetch(byte); }
+  FIPS_INLINE __m512i next(uint64_t) { // beyond the last column it is anything
+    const __m512i out = integers(byte, shifts);
+    byte += step;
+    return out;
+  }
+};
+
+struct KeptCursor : NarrowStream { // of the entries under a mask
+  static constexpr bool whole = false;
+  const uint8_t (*shifts)[64];
+  int64_t bit, bits;
+  KeptCursor(const fips_matrix &a, int64_t first)
+      : NarrowStream(a), shifts(narrow_tables.shifts[a.value_bits]), bit(first * a.value_bits), bits(a.value_bits) {}
+  FIPS_INLINE void prefetch() const { NarrowStream::prefetch(bit >> 3); }
+  FIPS_INLINE __m512i next(uint64_t mask) {
+    const __m512i kept = integers(bit >> 3, _mm512_load_si512(shifts[bit & 7]));
+    bit += popcount64(mask) * bits;
+    return _mm512_maskz_expand_epi8(_cvtu64_mask64(mask), kept);
   }
 };
 

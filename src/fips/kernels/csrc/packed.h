@@ -52,8 +52,8 @@ FIPS_INLINE uint64_t bits_at(const uint8_t *stream, int64_t bytes, int64_t bit) 
   uint64_t word = 0;
   if (byte + 8 <= bytes) {
     std::memcpy(&word, stream + byte, 8);
-  } else if (byte < bytes) {
-    std::memcpy(&word, stream + byte, size_t(bytes - byte));
+  } else { // not by `memcpy`, which would be a call
+    for (int64_t i = byte; i < bytes; ++i) word |= uint64_t(stream[i]) << 8 * (i - byte);
   }
   return word >> (bit & 7);
 }

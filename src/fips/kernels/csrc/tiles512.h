@@ -13,8 +13,8 @@
 
 #include "narrow.h"
 #include "packed.h"
+#include "paths.h"
 #include "tokens512.h"
-#include "widen.h"
 
 namespace {
 
@@ -122,7 +122,7 @@ template <> struct Kind<I8Values> {
   }
 };
 
-struct NarrowValues : I8Values {}; // of matrices kept whole
+struct NarrowValues : I8Values {}; // of less than 8 bits
 
 template <> struct Kind<NarrowValues> : Kind<I8Values> {};
 
@@ -201,11 +201,16 @@ private:
 
   int64_t decode_row(int64_t r, int64_t k0, int64_t k1, uint8_t *to) { // returns how many bytes of values it read
     if constexpr (std::is_same_v<Values, NarrowValues>) {
-      NarrowCursor v(a_, next_[r]);
-      for (int64_t k = k0; k < k1; k += 64) // beyond the last column x is 0, whatever is read there
-        _mm512_store_si512(to + (k - k0), v.next());
-      next_[r] += k1 - k0;
-      return (k1 - k0) * a_.value_bits >> 3;
+      constexpr bool whole = std::is_same_v<Reader, DenseReader>;
+      std::conditional_t<whole, NarrowCursor, KeptCursor> v(a_, next_[r]);
+      int64_t kept = whole ? k1 - k0 : 0;
+      for (int64_t k = k0; k < k1; k += 64) { // beyond the last column x is 0, whatever is read there
+        const uint64_t mask = whole ? 0 : reader_.mask(row0_ + r, k);
+        _mm512_store_si512(to + (k - k0), v.next(mask));
+        if (!whole) kept += popcount64(mask);
+      }
+      next_[r] += kept;
+      return kept * a_.value_bits >> 3;
     } else {
       const auto *all = static_cast<const typename Values::type *>(a_.values), *begin = all + next_[r], *v = begin;
       for (int64_t k = k0; k < k1; k += 64, to += 64 / Kind<Values>::step * 64) {
@@ -235,7 +240,7 @@ template <class Values>
 void finish_tile(const fips_matrix &a, const fips_call &c, const PackedTokens &p, const uint8_t *const *sums,
                  int64_t row, __m512 token_scale, __m512i *lines) {
   const int64_t rows = min_of(16, a.rows - row);
-  const float unit = std::is_same_v<Values, NarrowValues> ? NarrowCursor::unit(a) : 1.0f;
+  const float unit = std::is_same_v<Values, NarrowValues> ? NarrowStream::unit(a) : 1.0f;
   alignas(64) float bias[16] = {};
   for (int r = 0; r < 16; ++r) {
     const float scale = unit * (a.scales && r < rows ? a.scales[row + r] : 1.0f);
