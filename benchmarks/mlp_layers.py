@@ -7,6 +7,11 @@ layers share a basis. Dense and packed layers run alternately; medians and quart
 random: speed depends on them only through the number of kept entries. Stored bytes are those of the file, relative to
 the dense bfloat16 matrix. Limits: bytes over the bandwidth of reading 1 GiB; flops (of basis and factor as dense
 matrices) over the rate of torch's 4096^3 bfloat16 product.
+
+Without AVX-512 torch's bfloat16 products are so slow that they are no baseline; `--float32-only` leaves them out. As on
+a machine with AVX2 and no more:
+
+    FIPS_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python ...
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import json
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -53,6 +59,7 @@ KINDS: dict[str, dict[str, Kind]] = {
     },
 }
 GROUP = 12
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def make_layers(width: int, columns: int, kind: Kind, *, role: str, copies: int) -> list[FactoredLinear]:
@@ -125,15 +132,15 @@ def alternate(runs: dict[str, Callable[[int], Tensor]], *, seconds: float) -> di
     return taken
 
 
-def limits() -> dict[str, float]:
-    buffer, a = torch.zeros(2**28), torch.randn(4096, 4096, dtype=torch.bfloat16)
+def limits(dtype: torch.dtype) -> dict[str, float]:
+    buffer, a = torch.zeros(2**28), torch.randn(4096, 4096).to(dtype)
     read = min(alternate({"sum": lambda _: buffer.sum()}, seconds=2)["sum"])
     product = min(alternate({"product": lambda _: a @ a}, seconds=2)["product"])
-    return {"bytes_per_s": 2**30 / read, "bf16_flops_per_s": 2 * 4096**3 / product}
+    return {"bytes_per_s": 2**30 / read, f"{NAMES[dtype]}_flops_per_s": 2 * 4096**3 / product}
 
 
 @torch.inference_mode()
-def measure(shape: str, *, copies: int, seconds: float) -> list[dict[str, object]]:
+def measure(shape: str, *, copies: int, seconds: float, float32_only: bool) -> list[dict[str, object]]:
     width, columns, token_counts = SHAPES[shape]
     rows = []
     for role in ("up", "down"):
@@ -152,9 +159,10 @@ def measure(shape: str, *, copies: int, seconds: float) -> list[dict[str, object
                             layer(half)  # the first call of a layer prepares it
                     runs = {
                         "dense float32": cycle([partial(linear, weight=weight) for weight in wide], x),
-                        "dense bfloat16": cycle([partial(linear, weight=weight) for weight in dense], half),
                         "packed": cycle(layers, half),
                     }
+                    if not float32_only:
+                        runs["dense bfloat16"] = cycle([partial(linear, weight=weight) for weight in dense], half)
                     if rounded:
                         runs["packed, 8-bit inputs"] = cycle(rounded, half)
                     rows.append(
@@ -169,7 +177,7 @@ def summary(taken: dict[str, list[float]], layer: FactoredLinear) -> dict[str, o
     medians = {name: statistics.median(runs) for name, runs in taken.items()}
     rank, (rows, cols) = layer.rank, layer.factor_shape
     basis = 0 if layer.basis is None else layer.width * rank
-    best = min(medians["dense float32"], medians["dense bfloat16"])
+    best = min(median for name, median in medians.items() if name.startswith("dense"))
     return {
         "speedup": best / medians["packed"],
         "speedup_8_bit_inputs": best / medians["packed, 8-bit inputs"] if "packed, 8-bit inputs" in medians else None,
@@ -187,19 +195,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--megabytes", type=int, default=400, help="dense bfloat16 weights visited in turn")
     parser.add_argument("--seconds", type=float, default=0.4, help="per combination")
+    parser.add_argument("--float32-only", action="store_true", help="no dense bfloat16 beside the packed layers")
     args = parser.parse_args()
     torch.manual_seed(0)
     width, columns, _ = SHAPES[args.shape]
     copies = max(4, args.megabytes * 10**6 // (width * columns * 2))
-    best = limits()
-    rows = measure(args.shape, copies=copies, seconds=args.seconds)
+    dtype = torch.float32 if args.float32_only else torch.bfloat16
+    best = limits(dtype)
+    rows = measure(args.shape, copies=copies, seconds=args.seconds, float32_only=args.float32_only)
     for row in rows:
         packed = row["median_s"]["packed"]
         row["of_bandwidth_limit"] = row["bytes_read"] / best["bytes_per_s"] / packed
-        row["of_flop_limit"] = 2 * row["macs_per_token"] * row["tokens"] / best["bf16_flops_per_s"] / packed
+        row["of_flop_limit"] = 2 * row["macs_per_token"] * row["tokens"] / best[f"{NAMES[dtype]}_flops_per_s"] / packed
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     record = {
-        "command": f"python benchmarks/mlp_layers.py {args.shape} --output {args.output}",
+        "command": " ".join(["python", *sys.argv]),
         "commit": commit,
         "environment": {**environment(torch.device("cpu")), "kernels": list(cpu.isa_names())},
         "shape": {"width": width, "columns": columns, "copies": copies},
