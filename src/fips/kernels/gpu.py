@@ -3,7 +3,7 @@
 A program reads *groups* of columns, those that lie in one 32-bit word of the mask, in one N:M code, in one block or in
 the fewest whole words of a stream of integers. The first columns of 16 or more groups are one operand of a product of
 matrices, the second columns the next and so on: the sum does not mind the order, so nothing has to be put in order, and
-the place of a kept value among all is found once per group. That is 6 to 25 instructions per entry of S where one entry
+the place of a kept value among all is found once per group. That is 6 to 32 instructions per entry of S where one entry
 at a time takes 66 to 84 (benchmarks/gpu_code.py counts them in what the compiler makes for sm_80 and sm_90).
 
 ``decode`` writes S out whole, for inputs so long that the decoding does not count. Triton is optional
