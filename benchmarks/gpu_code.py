@@ -52,15 +52,13 @@ def example(fmt: str, bits: int) -> Packed:
 
 
 def pointers(packed: Packed) -> dict[str, torch.dtype]:
-    layout = gpu.Layout.of(packed)
-    words = {name: layout.WORDS and (name == "values") == (packed.fmt == "dense") for name in ("values", "pattern")}
-    half = torch.bfloat16
+    values, pattern = gpu.Layout.of(packed).read(packed)
     return {
-        **dict.fromkeys(("x_ptr", "y_ptr", "scales", "bias", "dense"), half),
+        **dict.fromkeys(("x_ptr", "y_ptr", "scales", "bias", "dense"), torch.bfloat16),
         **dict.fromkeys(("starts", "table", "counts"), torch.int32),
         "sums": torch.float32,
-        "values": torch.int32 if words["values"] else packed.values_Z.dtype,
-        "pattern": torch.int32 if words["pattern"] or packed.fmt == "dense" else torch.uint8,
+        "values": values.dtype,
+        "pattern": pattern.dtype if pattern.numel() else torch.int32,  # of the table that stands for it
     }
 
 

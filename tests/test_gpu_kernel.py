@@ -90,7 +90,7 @@ def test_splits_of_the_columns_add_up_and_decode_exactly(fmt: str, bits: int) ->
 @pytest.mark.parametrize("way", ["packed", "decode", "merge", "merged"])
 def test_a_layer_takes_them_in_every_way(way: str, role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "supports", lambda x, packed: True)
-    monkeypatch.setattr(ops, "decodes", lambda x, packed: True)
+    monkeypatch.setattr(ops, "decodes", lambda packed: True)
     monkeypatch.setattr(ops, "prepare", gpu.prepare)
     generator = torch.Generator().manual_seed(0)
     basis = SharedBasis.of(torch.randn(40, 32, generator=generator), torch.float32)

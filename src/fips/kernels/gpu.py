@@ -86,6 +86,13 @@ class Layout:
             return cls(_BITMASK, bits, 32, words)
         return cls(_BLOCK_ROWS, bits, 32, words, BLOCKS[packed.fmt])
 
+    def read(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Values and pattern in the units they are read in."""
+        values, pattern = packed.values_Z, packed.pattern
+        if self.WORDS and self.FORMAT == _DENSE:
+            return values.view(torch.int32), pattern
+        return values, pattern.view(torch.int32) if self.WORDS else pattern
+
     def constants(self) -> dict[str, int | bool]:
         """By the names of the kernels' parameters."""
         names = ("FORMAT", "BITS", "GROUP", "GROUPS", "WORDS", "UNIT", "CODE_BITS", "GROUP_KEPT")
@@ -106,10 +113,8 @@ class Prepared:
         device = packed.values_Z.device
         nm = parse_nm(packed.fmt)
         self.table = torch.zeros(1, dtype=torch.int32, device=device) if nm is None else _code_table(*nm, device)
-        words_of_values = layout.WORDS and layout.FORMAT == _DENSE
-        self.values = packed.values_Z.view(torch.int32) if words_of_values else packed.values_Z
-        pattern = packed.pattern if packed.pattern.numel() else self.table
-        self.pattern = pattern.view(torch.int32) if layout.WORDS else pattern
+        self.values, pattern = layout.read(packed)
+        self.pattern = pattern if pattern.numel() else self.table
         tile = layout.GROUP * layout.GROUPS
         wanted = _splits(rows, device) if splits is None else splits
         self.split_columns = -(-cols // (wanted * tile)) * tile
@@ -287,6 +292,18 @@ if triton is not None:
             return tl.load(starts + n * splits + split, mask=n < rows, other=0)
 
     @triton.jit
+    def _places(
+        pattern, table, row, k, inside, cols, pattern_bytes, first, stride, FORMAT: tl.constexpr, UNIT: tl.constexpr,
+        CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr,
+    ) -> Any:  # fmt: skip
+        """The kept columns of a tile's groups, the place of every group's first value, and those after the tile."""
+        bits, count = _kept(
+            pattern, table, row, k, inside, cols, pattern_bytes, FORMAT, UNIT, CODE_BITS, GROUP_KEPT, WORDS
+        )
+        place = first[:, None] + (tl.cumsum(count, axis=1) - count) * stride
+        return bits, place, first + tl.sum(count, axis=1) * stride
+
+    @triton.jit
     def _stored(values, place, mask, value_bytes, BITS: tl.constexpr) -> Any:
         """Values at their places: floats, bytes, or integers of BITS bits in a stream of bytes."""
         if BITS == 0:
@@ -379,13 +396,11 @@ if triton is not None:
                     weights = _stored(values, place, inside & (k[None, :] + j < cols), value_bytes, BITS)
                     total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
             else:
-                bits, count = _kept(
-                    pattern, table, row, k[None, :], inside, cols, pattern_bytes, FORMAT, UNIT, CODE_BITS, GROUP_KEPT,
-                    WORDS,
-                )  # fmt: skip
                 stride = UNIT if FORMAT == 3 else 1
-                place = first[:, None] + (tl.cumsum(count, axis=1) - count) * stride
-                first += tl.sum(count, axis=1) * stride
+                bits, place, first = _places(
+                    pattern, table, row, k[None, :], inside, cols, pattern_bytes, first, stride, FORMAT, UNIT,
+                    CODE_BITS, GROUP_KEPT, WORDS,
+                )  # fmt: skip
                 for j in tl.static_range(GROUP):
                     bit = (bits >> j) & 1
                     weights = _stored(values, place, bit != 0, value_bytes, BITS)
@@ -449,13 +464,11 @@ if triton is not None:
             elif FORMAT == 0:
                 stored = _stored(values, at, keep, value_bytes, BITS)
             else:
-                bits, count = _kept(
-                    pattern, table, row, k[None, :], inside, cols, pattern_bytes, FORMAT, UNIT, CODE_BITS, GROUP_KEPT,
-                    WORDS,
-                )  # fmt: skip
                 stride = UNIT if FORMAT == 3 else 1
-                place = first[:, None] + (tl.cumsum(count, axis=1) - count) * stride
-                first += tl.sum(count, axis=1) * stride
+                bits, place, first = _places(
+                    pattern, table, row, k[None, :], inside, cols, pattern_bytes, first, stride, FORMAT, UNIT,
+                    CODE_BITS, GROUP_KEPT, WORDS,
+                )  # fmt: skip
                 kept = keep & (((bits[:, :, None] >> j) & 1) != 0)
                 before = _popcount(bits[:, :, None] & ((1 << j) - 1))
                 stored = _stored(values, place[:, :, None] + before * stride, kept, value_bytes, BITS)

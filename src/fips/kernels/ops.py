@@ -52,16 +52,16 @@ def supports(x: Tensor, packed: Packed) -> bool:
     return gpu.supports(packed, x.dtype) if x.device.type == "cuda" else cpu.supports(packed, x.dtype)
 
 
-def decodes(x: Tensor, packed: Packed) -> bool:
-    """Whether ``decode`` has a kernel for this device and this format; torch's own operations decode the others."""
-    return x.device.type == "cuda" and is_plain(x, packed.values_Z) and gpu.supports(packed, torch.float32)
+def decodes(packed: Packed) -> bool:
+    """Whether ``decode`` has a kernel for this matrix; torch's own operations decode the others."""
+    values = packed.values_Z
+    return values.is_cuda and is_plain(values) and not needs_grad(values) and gpu.supports(packed, torch.float32)
 
 
 def decode(prepared: Prepared, dtype: torch.dtype) -> Tensor:
-    """The packed matrix as a dense one; no autograd."""
-    if isinstance(prepared, gpu.Prepared):
-        return gpu.decode(prepared, dtype)
-    return reference.to_dense(prepared.packed).to(dtype)
+    """A matrix that ``decodes``, as a dense one; no autograd."""
+    assert isinstance(prepared, gpu.Prepared)
+    return gpu.decode(prepared, dtype)
 
 
 def traceable(x: Tensor, packed: Packed) -> bool:

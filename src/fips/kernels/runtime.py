@@ -257,16 +257,19 @@ class LayerRuntime:
         return self._prepared
 
     def _decoded(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling() or not ops.decodes(x, packed) or ops.needs_grad(packed.values_Z):
-            return reference.multiply(x, packed, bias)
-        return linear(x, ops.decode(self._ready(packed), x.dtype), None if bias is None else bias.to(x.dtype))
+        return linear(x, self._factor(packed, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def _factor(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """The factor as a dense matrix, for the time of a call. Not for offloaded tensors: what is prepared is kept."""
+        if not torch.compiler.is_compiling() and ops.decodes(packed):
+            return ops.decode(self._ready(packed), dtype)
+        return reference.to_dense(packed).to(dtype)
 
     @torch.no_grad()
     def _merge(self, dtype: torch.dtype, layer: Product) -> Tensor:
         """The (out, in) weight B F, formed in ``dtype`` with its usual accumulation."""
         packed = layer.packed
-        fast = not layer.offloaded and ops.decodes(packed.values_Z, packed)
-        factor = ops.decode(self._ready(packed), dtype) if fast else reference.to_dense(packed).to(dtype)
+        factor = reference.to_dense(packed).to(dtype) if layer.offloaded else self._factor(packed, dtype)
         if layer.basis_DR is None:
             return factor
         basis = layer.basis_DR.to(dtype)

@@ -271,10 +271,14 @@ template <class Dot, int T> bool direct_path(const fips_matrix &a, const fips_ca
   Token tokens[T];
   for (int t = 0; t < T; ++t)
     tokens[t] = Dot::prepare(c, t, a.cols, padded, x + t * Dot::bytes(padded));
-  return with_reader<Dot::Cursor::whole>(a, [&](const auto &reader) {
+  const auto all_rows = [&](const auto &reader) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < a.rows; ++row) direct_row<Dot, T>(a, c, reader, row, x, padded, tokens);
-  });
+  };
+  if constexpr (!Dot::Cursor::whole) return with_reader(a, all_rows);
+  if (a.format != FIPS_DENSE) return false;
+  all_rows(DenseReader(a));
+  return true;
 }
 
 template <class Dot> bool direct_path(const fips_matrix &a, const fips_call &c) {

@@ -46,12 +46,18 @@ FIPS_INLINE int lowest_bit(uint64_t bits) {
 #endif
 }
 
+FIPS_INLINE uint64_t whole_word(const uint8_t *from) {
+  uint64_t word;
+  std::memcpy(&word, from, 8);
+  return word;
+}
+
 // 57 or more bits of a little-endian bit stream from position `bit` on; zeros after its end.
 FIPS_INLINE uint64_t bits_at(const uint8_t *stream, int64_t bytes, int64_t bit) {
   const int64_t byte = bit >> 3;
   uint64_t word = 0;
   if (byte + 8 <= bytes) {
-    std::memcpy(&word, stream + byte, 8);
+    word = whole_word(stream + byte);
   } else { // not by `memcpy`, which would be a call
     for (int64_t i = byte; i < bytes; ++i) word |= uint64_t(stream[i]) << 8 * (i - byte);
   }
@@ -62,12 +68,6 @@ FIPS_INLINE uint64_t word_at(const uint8_t *stream, int64_t bytes, int64_t bit) 
   uint64_t word = bits_at(stream, bytes, bit);
   const int shift = int(bit & 7);
   if (shift && (bit >> 3) + 8 < bytes) word |= uint64_t(stream[(bit >> 3) + 8]) << (64 - shift);
-  return word;
-}
-
-FIPS_INLINE uint64_t whole_word(const uint8_t *from) {
-  uint64_t word;
-  std::memcpy(&word, from, 8);
   return word;
 }
 
@@ -175,20 +175,15 @@ struct BlockColsReader {
   }
 };
 
-// Call `body` with the reader of a matrix; false for an unknown format, or with DENSE for any other than that.
-template <bool DENSE = false, class Body> bool with_reader(const fips_matrix &a, Body &&body) {
-  if constexpr (DENSE) {
-    if (a.format == FIPS_DENSE) body(DenseReader(a));
-    return a.format == FIPS_DENSE;
-  } else {
-    switch (a.format) {
-    case FIPS_DENSE: body(DenseReader(a)); return true;
-    case FIPS_BITMASK: body(BitmaskReader(a)); return true;
-    case FIPS_NM: body(NmReader(a)); return true;
-    case FIPS_BLOCK_ROWS: body(BlockRowsReader(a)); return true;
-    case FIPS_BLOCK_COLS: body(BlockColsReader(a)); return true;
-    default: return false;
-    }
+// Call `body` with the reader of a matrix; false for an unknown format.
+template <class Body> bool with_reader(const fips_matrix &a, Body &&body) {
+  switch (a.format) {
+  case FIPS_DENSE: body(DenseReader(a)); return true;
+  case FIPS_BITMASK: body(BitmaskReader(a)); return true;
+  case FIPS_NM: body(NmReader(a)); return true;
+  case FIPS_BLOCK_ROWS: body(BlockRowsReader(a)); return true;
+  case FIPS_BLOCK_COLS: body(BlockColsReader(a)); return true;
+  default: return false;
   }
 }
 
