@@ -49,6 +49,7 @@ KINDS: dict[str, dict[str, Kind]] = {
         "pruned 4:16, bf16": (None, "4:16", 0.25, "float"),
         "basis r=0.47d, bf16": (0.47, BITMASK, 0.5, "float"),
         "basis r=0.47d, int8 all kept": (0.47, DENSE, 1.0, "int8"),
+        "basis r=0.38d, bf16": (0.38, BITMASK, 0.65, "float"),
     },
     "0.50-0.55": {
         "int8, all kept": (None, DENSE, 1.0, "int8"),

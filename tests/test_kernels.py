@@ -157,6 +157,24 @@ def test_many_tokens_in_several_passes(values: torch.dtype) -> None:
 
 @needs_library
 @pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("values", [torch.bfloat16, torch.int8])
+def test_the_number_of_threads_changes_no_bit(values: torch.dtype, isa: str) -> None:
+    prepared = cpu.prepare(example("bitmask", (431, 520), dtype=values))
+    threads = torch.get_num_threads()
+    try:
+        for tokens in (1, 16, 77):
+            x = inputs(tokens, 520, torch.bfloat16)
+            results = []
+            for count in (1, 2, 5):  # rows, and who packs the tokens, are shared in another way each time
+                torch.set_num_threads(count)
+                results.append(cpu.multiply(x, prepared, isa=isa))
+            assert all(torch.equal(result, results[0]) for result in results[1:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("fmt", ["dense", "bitmask", "4:16", "block8"])
 def test_long_rows_are_multiplied_in_parts(fmt: str, values: torch.dtype, isa: str) -> None:

@@ -135,7 +135,7 @@ template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c
     {
       const TileConfig config;
       _tile_loadconfig(&config);
-      pack_tokens<Values>(a, c, p);
+      pack_tokens<Values>(a, c, p, false);
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t pass = 0; pass < passes; ++pass)
         for (int64_t i = 0; i < panels; ++i)

@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kWords = 512, kRowBytes = kWords * 4 + 64; // of a row at a time; rows lie in different cache sets
 constexpr int64_t kFewRows = 12, kPartRows = 48; // decoded at a time: multiples of the rows of every block
 constexpr int64_t kFewColumns = 2, kSomeColumns = 16, kSlabColumns = 256;
+constexpr int kFewThreads = 2;
+constexpr int64_t kOwnBytes = 2 << 20; // of tokens that each of few threads packs for itself
 
 // Sums of one row by W tokens; the last tokens of a call may fill only half a vector, which is half the work.
 template <class Values, int W> struct Dots;
@@ -202,15 +204,22 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
 }
 
 template <class Reader, class Values>
-void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p) {
+void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &shared) {
   if constexpr (Reader::contiguous) {
-    const int64_t per_pass = kSlabColumns / p.planes, passes = (p.blocks + per_pass - 1) / per_pass;
+    const int64_t columns = shared.planes * shared.blocks;
+    const int64_t per_pass = kSlabColumns / shared.planes, passes = (shared.blocks + per_pass - 1) / per_pass;
     // With few tokens the packed values of a part are fetched while the one before is multiplied, but for the first.
-    const int64_t most = p.planes * p.blocks <= kSomeColumns ? 4 * kPartRows : kPartRows;
-    const int64_t rows = even_share(a.rows, c.threads, most, kPartRows), slabs = (a.rows + rows - 1) / rows;
+    const int64_t most = columns <= kSomeColumns ? 4 * kPartRows : 2 * kPartRows;
+    // The outputs of two parts are whole cache lines, which no other thread writes.
+    const int64_t unit = a.rows < 4 * kPartRows * c.threads ? kPartRows : 2 * kPartRows;
+    const int64_t rows = even_share(a.rows, c.threads, most, unit), slabs = (a.rows + rows - 1) / rows;
+    // Lines that another core has read are slow to write, several times so where the cores share no cache: two threads
+    // are faster when each packs everything.
+    const bool alone = c.threads <= kFewThreads && shared.nbytes() <= kOwnBytes;
 #pragma omp parallel num_threads(c.threads)
     {
-      pack_tokens<Values>(a, c, p);
+      const PackedTokens p = alone ? place_tokens<Values>(a, c, 0) : shared;
+      pack_tokens<Values>(a, c, p, alone);
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t pass = 0; pass < passes; ++pass)
         for (int64_t i = 0; i < slabs; ++i)

@@ -54,6 +54,7 @@ struct PackedTokens {
   int64_t blocks, steps;
   int planes;
   char sign; // added to every digit of a fixed-point number by exclusive or: 0x80 takes the 128 in it away
+  int64_t nbytes() const { return planes * blocks * steps * kTileBytes; }
   uint8_t *tile(int plane, int64_t block, int64_t step) const {
     return tiles + ((plane * blocks + block) * steps + step) * kTileBytes;
   }
@@ -311,7 +312,7 @@ void finish_panel(const fips_matrix &a, const fips_call &c, const PackedTokens &
   }
 }
 
-// Room for the tokens of a call; it stays with the calling thread.
+// Room for the tokens of a call; it stays with the thread that asks.
 template <class Values> PackedTokens place_tokens(const fips_matrix &a, const fips_call &c, char sign) {
   static thread_local Scratch tile_scratch, scale_scratch;
   PackedTokens p{};
@@ -319,20 +320,28 @@ template <class Values> PackedTokens place_tokens(const fips_matrix &a, const fi
   p.planes = Kind<Values>::planes(c);
   p.blocks = (c.tokens + 15) / 16;
   p.steps = round_up(a.cols, 64) / Kind<Values>::step;
-  p.tiles = tile_scratch.get<uint8_t>(p.planes * p.blocks * p.steps * kTileBytes);
+  p.tiles = tile_scratch.get<uint8_t>(p.nbytes());
   if (std::is_same_v<typename Values::type, int8_t>) p.scales = scale_scratch.get<float>(c.tokens);
   return p;
 }
 
-// Fills it, by all threads of the parallel region that calls.
-template <class Values> void pack_tokens(const fips_matrix &a, const fips_call &c, const PackedTokens &p) {
+// Fills it: in equal shares by all threads of the parallel region that calls, or whole by the calling thread.
+template <class Values> void pack_tokens(const fips_matrix &a, const fips_call &c, const PackedTokens &p, bool alone) {
+  const auto scale = [&](int64_t t) { Kind<Values>::scale(a, c, t, p); };
+  const auto pack = [&](int64_t b, int64_t s) { pack_tile<Kind<Values>>(a, c, p, b, s); };
+  if (alone) {
+    for (int64_t t = 0; p.scales && t < c.tokens; ++t) scale(t);
+    for (int64_t b = 0; b < p.blocks; ++b)
+      for (int64_t s = 0; s < p.steps; ++s) pack(b, s);
+    return;
+  }
   if (p.scales) {
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < c.tokens; ++t) Kind<Values>::scale(a, c, t, p);
+    for (int64_t t = 0; t < c.tokens; ++t) scale(t);
   }
 #pragma omp for collapse(2) schedule(static)
   for (int64_t b = 0; b < p.blocks; ++b)
-    for (int64_t s = 0; s < p.steps; ++s) pack_tile<Kind<Values>>(a, c, p, b, s);
+    for (int64_t s = 0; s < p.steps; ++s) pack(b, s);
 }
 
 } // namespace

@@ -8,10 +8,10 @@
 
 namespace {
 
-struct DigitPlaces { // of the lowest bytes of 32 words
-  alignas(64) uint8_t at[64] = {};
+struct DigitPlaces { // of the lowest bytes of 32 words, and of 64 halves of words
+  alignas(64) uint8_t of_words[64] = {}, of_halves[64] = {};
   constexpr DigitPlaces() {
-    for (int i = 0; i < 64; ++i) at[i] = uint8_t(4 * (i % 32));
+    for (int i = 0; i < 64; ++i) of_words[i] = uint8_t(4 * (i % 32)), of_halves[i] = uint8_t(2 * i);
   }
 };
 constexpr DigitPlaces digit_places;
@@ -66,18 +66,44 @@ inline float token_scale(const fips_call &c, int64_t t, int64_t cols, int planes
   });
 }
 
+// 64 bf16 numbers in fixed point of 16 bits, two vectors of 32 in their order
+FIPS_INLINE void brain_fixed_point(const fips_call &c, int64_t t, int64_t k, int64_t cols, __m512 inverse,
+                                   __m512i *fixed) {
+  const auto *x = static_cast<const uint16_t *>(c.x) + t * c.x_stride + k;
+  const uint64_t there = first_columns(min_of(cols - k, 64));
+  const auto whole = [&](__m512i number) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(number), inverse));
+  };
+  for (int i = 0; i < 2; ++i) { // a word is two numbers: either is a float with the other taken away
+    const __m512i words = _mm512_maskz_loadu_epi16(__mmask32(there >> 32 * i), x + 32 * i);
+    const __m512i odd = whole(_mm512_maskz_mov_epi16(0xAAAAAAAA, words)), even = whole(_mm512_slli_epi32(words, 16));
+    fixed[i] = _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(odd, 16));
+  }
+}
+
 // 64 numbers of one token in fixed point, digits to base 256, the lowest in plane 0; 128 is added to every digit
 template <int TYPE>
 FIPS_INLINE void fixed_point(const fips_call &c, int64_t t, int64_t k, int64_t cols, __m512 inverse, int planes,
                              __m512i *digits) {
+  // 128 more in every digit leave neither sign nor carry
+  if (TYPE == FIPS_BF16 && planes <= 2) {
+    __m512i fixed[2];
+    brain_fixed_point(c, t, k, cols, inverse, fixed);
+    for (int i = 0; i < 2; ++i) fixed[i] = _mm512_add_epi16(fixed[i], _mm512_set1_epi16(planes == 1 ? 0x80 : 0x8080));
+    const __m512i even = _mm512_load_si512(digit_places.of_halves);
+    digits[0] = _mm512_permutex2var_epi8(fixed[0], even, fixed[1]);
+    if (planes == 2)
+      digits[1] = _mm512_permutex2var_epi8(fixed[0], _mm512_add_epi8(even, _mm512_set1_epi8(1)), fixed[1]);
+    return;
+  }
   __m512 x[4];
   __m512i fixed[4];
   read_floats<TYPE>(c, t, k, cols, x);
-  for (int i = 0; i < 4; ++i) // 128 more in every digit leave neither sign nor carry
+  for (int i = 0; i < 4; ++i)
     fixed[i] = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)),
                                 _mm512_set1_epi32(planes == 1 ? 0x80 : planes == 2 ? 0x8080 : 0x808080));
   for (int plane = 0; plane < planes; ++plane) {
-    const __m512i places = _mm512_add_epi8(_mm512_load_si512(digit_places.at), _mm512_set1_epi8(char(plane)));
+    const __m512i places = _mm512_add_epi8(_mm512_load_si512(digit_places.of_words), _mm512_set1_epi8(char(plane)));
     const __m512i low = _mm512_permutex2var_epi8(fixed[0], places, fixed[1]);
     const __m512i upper = _mm512_permutex2var_epi8(fixed[2], places, fixed[3]);
     digits[plane] = _mm512_inserti64x4(low, _mm512_castsi512_si256(upper), 1);
