@@ -115,7 +115,8 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
 
 // Whether the variant that will run reads integers of less than 8 bits as they are.
 bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
-  return level >= FIPS_AVX512 && a.format != FIPS_BLOCK_ROWS && c.path != FIPS_TOKENS;
+  if (a.format == FIPS_BLOCK_ROWS || c.path == FIPS_TOKENS) return false;
+  return level >= FIPS_AVX512 || (level >= FIPS_AVX2 && c.path == FIPS_DIRECT);
 }
 
 // The matrix with a byte for every value. The bytes stay with the calling thread, for its next call.
@@ -130,6 +131,9 @@ fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
   }
   int8_t *to = scratch.get();
   auto widen = fips_widen_portable;
+#if defined(FIPS_HAVE_AVX2)
+  if (level >= FIPS_AVX2) widen = fips_widen_avx2;
+#endif
 #if defined(FIPS_HAVE_AVX512)
   if (level >= FIPS_AVX512) widen = fips_widen_avx512;
 #endif

@@ -11,6 +11,7 @@ bool fips_amx(const fips_matrix &matrix, const fips_call &call);
 
 // `count` integers of `bits` < 8 bits as bytes, from `first` on, a multiple of 8.
 void fips_widen_portable(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
+void fips_widen_avx2(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
 void fips_widen_avx512(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
 
 bool fips_columns_portable(const fips_matrix &matrix, const fips_call &call);
