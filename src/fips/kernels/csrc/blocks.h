@@ -1,26 +1,18 @@
 // Many tokens where most entries are kept: rows are decoded into floats, a few at a time, and registers hold the sums
-// of blocks of rows by tokens. For vectors `V` of floats; with AVX-512 see dots512.h.
+// of blocks of rows by tokens. With AVX-512 see dots512.h.
 #pragma once
+#include "columns256.h"
 #include "tokens.h"
 
 namespace {
 
 constexpr int64_t kDecodedRows = 48, kDecodedColumns = 256, kTokensPerPass = 512;
 
-// Columns [k0, k1) of one row as floats, zero where nothing is kept; `values` moves on to the next kept entry.
-template <class Reader, class Values>
-void decode_floats(const Reader &reader, int64_t row, int64_t k0, int64_t k1, const typename Values::type *&values,
-                   float *to) {
-  for (int64_t k = k0; k < k1; k += 64, to += 64) {
-    uint64_t mask = reader.mask(row, k);
-    if (Reader::contiguous && mask == ~uint64_t(0)) {
-      for (int i = 0; i < 64; ++i) to[i] = Values::get(values[i]);
-      values += 64;
-      continue;
-    }
-    std::memset(to, 0, 64 * sizeof *to);
-    for (; mask; mask &= mask - 1, values += reader.stride()) to[lowest_bit(mask)] = Values::get(*values);
-  }
+// Columns [k0, k1) of one row as floats, zero where nothing is kept.
+template <class Reader, class Cursor>
+void decode_floats(const Reader &reader, int64_t row, int64_t k0, int64_t k1, Cursor &cursor, float *to) {
+  for (int64_t k = k0; k < k1; k += 64, to += 64)
+    read_columns(reader, row, k, cursor, [to](int64_t j, __m256 w) { _mm256_store_ps(to + j, w); });
 }
 
 // sums (R, C vectors of tokens) += weights (R, count) x (count, C vectors)
@@ -49,7 +41,7 @@ void add_block(const float *weights, const float *x, int64_t count, float *sums,
 }
 
 // Rows [row0, row0 + rows) by the tokens from t0 on of one pass; the sums of rows behind the last are not looked at.
-template <class V, int R, int C, class Reader, class Values>
+template <class V, int R, int C, class Reader, class Cursor>
 void blocks_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row0, int64_t t0,
                   const float *x_all) {
   constexpr int64_t block = C * V::width;
@@ -59,13 +51,12 @@ void blocks_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader
   float *sums = sum_scratch.get<float>(kDecodedRows * stride);
   float *weights = weight_scratch.get<float>(kDecodedRows * kDecodedColumns);
   std::memset(sums, 0, size_t(kDecodedRows * stride) * sizeof *sums);
-  const typename Values::type *next[kDecodedRows];
-  for (int64_t r = 0; r < rows; ++r)
-    next[r] = static_cast<const typename Values::type *>(a.values) + reader.start(row0 + r);
+  Cursor next[kDecodedRows];
+  for (int64_t r = 0; r < rows; ++r) next[r] = Cursor(a, reader.start(row0 + r));
   for (int64_t k0 = 0; k0 < a.cols; k0 += kDecodedColumns) {
     const int64_t k1 = min_of(k0 + kDecodedColumns, a.cols);
     for (int64_t r = 0; r < rows; ++r)
-      decode_floats<Reader, Values>(reader, row0 + r, k0, k1, next[r], weights + r * kDecodedColumns);
+      decode_floats(reader, row0 + r, k0, k1, next[r], weights + r * kDecodedColumns);
     for (int64_t t = 0; t < tokens; t += block)
       for (int64_t r = 0; r < rows; r += R)
         add_block<V, R, C>(weights + r * kDecodedColumns, x_all + (t0 + t) * a.cols + k0 * block, k1 - k0,
@@ -84,14 +75,12 @@ template <class V, int R, int C> bool blocks_path(const fips_matrix &a, const fi
   transpose_tokens(a, c, block, x);
   const int64_t chunks = (a.rows + kDecodedRows - 1) / kDecodedRows;
   const int64_t passes = (c.tokens + kTokensPerPass - 1) / kTokensPerPass;
-  return with_reader(a, [&](const auto &reader) {
-    with_values(a, [&](auto values) {
-      using Reader = std::decay_t<decltype(reader)>;
+  return with_cursor(a, [&](const auto &reader, auto cursor) {
+    using Reader = std::decay_t<decltype(reader)>;
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic) collapse(2)
-      for (int64_t pass = 0; pass < passes; ++pass)
-        for (int64_t i = 0; i < chunks; ++i)
-          blocks_chunk<V, R, C, Reader, decltype(values)>(a, c, reader, i * kDecodedRows, pass * kTokensPerPass, x);
-    });
+    for (int64_t pass = 0; pass < passes; ++pass)
+      for (int64_t i = 0; i < chunks; ++i)
+        blocks_chunk<V, R, C, Reader, decltype(cursor)>(a, c, reader, i * kDecodedRows, pass * kTokensPerPass, x);
   });
 }
 

@@ -116,7 +116,7 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
 // Whether the variant that will run reads integers of less than 8 bits as they are.
 bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS || c.path == FIPS_TOKENS) return false;
-  return level >= FIPS_AVX512 || (level >= FIPS_AVX2 && c.path == FIPS_DIRECT);
+  return level >= FIPS_AVX2;
 }
 
 // The matrix with a byte for every value. The bytes stay with the calling thread, for its next call.
