@@ -154,18 +154,18 @@ def measure(shape: str, *, copies: int, seconds: float, float32_only: bool) -> l
                 rounded = rounding(layers) if kind[3] != "float" else []
                 for tokens in token_counts:
                     x = torch.randn(tokens, inner)
-                    half = x if float32_only else x.to(torch.bfloat16)
+                    typed = x if float32_only else x.to(torch.bfloat16)
                     with torch.inference_mode():
                         for layer in (*layers, *rounded):
-                            layer(half)  # the first call of a layer prepares it
+                            layer(typed)  # the first call of a layer prepares it
                     runs = {
                         "dense float32": cycle([partial(linear, weight=weight) for weight in wide], x),
-                        "packed": cycle(layers, half),
+                        "packed": cycle(layers, typed),
                     }
                     if not float32_only:
-                        runs["dense bfloat16"] = cycle([partial(linear, weight=weight) for weight in dense], half)
+                        runs["dense bfloat16"] = cycle([partial(linear, weight=weight) for weight in dense], typed)
                     if rounded:
-                        runs["packed, 8-bit inputs"] = cycle(rounded, half)
+                        runs["packed, 8-bit inputs"] = cycle(rounded, typed)
                     rows.append(
                         summary(alternate(runs, seconds=seconds), layers[0])
                         | {"role": role, "level": level, "kind": name, "tokens": tokens}

@@ -56,6 +56,7 @@ template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
 
 bool fips_avx2(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_TOKENS) return tokens_path<Vector8>(a, c);
+  if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
   if (c.path == FIPS_TILES) return blocks_path<Vector8, 6, 2>(a, c);
   if (c.path != FIPS_DIRECT) return false;
   switch (c.tokens) {
@@ -74,7 +75,8 @@ void fips_widen_avx2(const uint8_t *stream, int64_t bytes, int bits, int64_t fir
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); // packing takes turns between the halves
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
-    const __m256i low = _mm256_packs_epi32(eight(i), eight(i + 8)), high = _mm256_packs_epi32(eight(i + 16), eight(i + 24));
+    const __m256i low = _mm256_packs_epi32(eight(i), eight(i + 8));
+    const __m256i high = _mm256_packs_epi32(eight(i + 16), eight(i + 24));
     const __m256i numbers = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + i), numbers);
   }

@@ -101,13 +101,13 @@ FIPS_INLINE void read_columns(const Reader &reader, int64_t row, int64_t k, Curs
   }
 }
 
-// Calls `body` with the reader of a matrix and a value of the type of its cursors; not for rows of blocks, whose values
-// do not lie together.
+// Calls `body` with the reader of a matrix whose rows have their values together, and a value of the type of its cursors.
 template <class Body> bool with_cursor(const fips_matrix &a, Body &&body) {
-  if (a.format == FIPS_BLOCK_ROWS) return false;
   return with_reader(a, [&](const auto &reader) {
-    if (a.value_bits < 8) return body(reader, NarrowCursor());
-    with_values(a, [&](auto values) { body(reader, ValueCursor<decltype(values)>()); });
+    if constexpr (std::decay_t<decltype(reader)>::contiguous) {
+      if (a.value_bits < 8) return body(reader, NarrowCursor());
+      with_values(a, [&](auto values) { body(reader, ValueCursor<decltype(values)>()); });
+    }
   });
 }
 

@@ -90,10 +90,10 @@ FIPS_INLINE void fixed_point(const fips_call &c, int64_t t, int64_t k, int64_t c
     __m512i fixed[2];
     brain_fixed_point(c, t, k, cols, inverse, fixed);
     for (int i = 0; i < 2; ++i) fixed[i] = _mm512_add_epi16(fixed[i], _mm512_set1_epi16(planes == 1 ? 0x80 : 0x8080));
-    const __m512i even = _mm512_load_si512(digit_places.of_halves);
-    digits[0] = _mm512_permutex2var_epi8(fixed[0], even, fixed[1]);
-    if (planes == 2)
-      digits[1] = _mm512_permutex2var_epi8(fixed[0], _mm512_add_epi8(even, _mm512_set1_epi8(1)), fixed[1]);
+    for (int plane = 0; plane < planes; ++plane) {
+      const __m512i places = _mm512_add_epi8(_mm512_load_si512(digit_places.of_halves), _mm512_set1_epi8(char(plane)));
+      digits[plane] = _mm512_permutex2var_epi8(fixed[0], places, fixed[1]);
+    }
     return;
   }
   __m512 x[4];
