@@ -8,7 +8,7 @@ exists.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fips.errors import CheckpointError
-from fips.integrations.companions import architecture_of, auto_map, write_card, write_remote_code
+from fips.integrations.companions import architecture_of, saved_classes, write_card, write_remote_code
 from fips.merge import drop_unused_bases, merge
 from fips.nn import BASES, SharedBasis, basis_owner, factored_layers
 from fips.report.record import REPORT_FILE, CompressionReport
@@ -69,7 +69,9 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         install_layout(model, self.quantization_config.layout, partial=True)
         if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
-            _adopt_types(model, _stored_types(checkpoint_files))
+            stored = _stored_types(checkpoint_files)
+            _adopt_types(model, stored)
+            _require_tensors(model, stored)
         ignored = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
         model._keys_to_ignore_on_load_missing = ignored | {rf"{name}\.weight$" for name in factored_layers(model)}
 
@@ -108,9 +110,6 @@ def attach(model: nn.Module) -> None:
 
 def _refresh_config(model: PreTrainedModel) -> None:
     model.config.quantization_config = FipsConfig(**describe_layout(model).to_dict())
-    remote = auto_map(model.config)
-    if remote is not None:
-        model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **remote}
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +134,8 @@ def _upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: st
 def _write_companions(model: PreTrainedModel, directory: Path, name: str) -> None:
     if not factored_layers(model) or not (directory / "config.json").is_file():  # an adapter alone, or merged
         return
-    write_remote_code(directory, model.config)
+    write_json(directory / "config.json", {**read_json(directory / "config.json"), **saved_classes(model)})
+    write_remote_code(directory, model)
     report = getattr(model, "fips_report", None)
     fields = None if report is None else report.to_dict()
     if fields is not None:
@@ -166,6 +166,23 @@ def _adopt_types(model: PreTrainedModel, stored: dict[str, torch.dtype]) -> None
                 _set_type(module, key, tensor, stored[found])
             elif path in modules or key != "weight":
                 raise CheckpointError(f"the checkpoint lacks tensor `{name}`; copy the directory again")
+
+
+def _require_tensors(model: PreTrainedModel, stored: Collection[str]) -> None:
+    """Raise ``CheckpointError`` for a tensor outside the packed layers that the saved model had and the files lack.
+
+    transformers would fill it with random numbers and warn, as it should where a new head is asked for.
+    """
+    if type(model).__name__ not in (model.config.architectures or ()):
+        return
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in stored:
+            first[id(tensor)] = name
+    packed = {f"{name}.weight" for name in factored_layers(model)}  # placeholders, which older files lack
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in first and name not in packed:
+            raise CheckpointError(f"the checkpoint lacks tensor `{name}`; copy the directory again")
 
 
 def _set_type(module: nn.Module, key: str, tensor: Tensor, dtype: torch.dtype) -> None:
