@@ -26,6 +26,7 @@ __all__ = [
     "code_of",
     "config_class",
     "foreign_code",
+    "library_class",
     "lies_in_repository",
     "model_class",
     "saved_class",
@@ -72,7 +73,7 @@ def check_trust(source: str, fields: Mapping[str, Any], *, trust_remote_code: bo
     if not code or trust_remote_code:
         return bool(code)
     names = _architectures(fields)
-    known = any(_library_class(name) is not None for name in names) and _known_type(fields.get("model_type"))
+    known = any(library_class(name) is not None for name in names) and _known_type(fields.get("model_type"))
     own = {reference.rpartition(".")[2] for reference in code.values()}
     if known and not (packed and own & set(names)):
         return False
@@ -105,7 +106,7 @@ def model_class(config: PretrainedConfig, source: str, *, trusted: bool) -> type
         own: type[PreTrainedModel] = _load_class(code[auto_class], source, PreTrainedModel, auto_class=auto_class)
         return own
     for name in names:
-        found = _library_class(name)
+        found = library_class(name)
         if found is not None:
             return found
     for mapping in (
@@ -127,9 +128,9 @@ def saved_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     Raises ``ModelError`` if nobody else could build it: a subclass that changes what its base does, whose code does
     not travel with the weights.
     """
-    if _library_class(kind.__name__) is kind or lies_in_repository(kind):
+    if library_class(kind.__name__) is kind or lies_in_repository(kind):
         return kind
-    base = next((parent for parent in kind.__mro__ if _library_class(parent.__name__) is parent), None)
+    base = next((parent for parent in kind.__mro__ if library_class(parent.__name__) is parent), None)
     where = f"`{kind.__module__}.{kind.__qualname__}`"
     cure = (
         'put it into a module of its own and call `register_for_auto_class("AutoModel...")` on it, so that its code '
@@ -220,8 +221,8 @@ def _architectures(fields: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _library_class(name: str) -> type[PreTrainedModel] | None:
-    """The whole model of that name; None for anything else that transformers holds."""
+def library_class(name: str) -> type[PreTrainedModel] | None:
+    """The whole model of transformers of that name; None for anything else that the library holds."""
     try:
         found = getattr(transformers, name, None)
     except Exception:  # lazy modules import what a name needs, which may fail in any way

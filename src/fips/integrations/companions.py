@@ -143,7 +143,8 @@ def _code_files(model: PreTrainedModel) -> list[Path]:
         if not lies_in_repository(kind):
             continue
         for path in (code_of(kind), *map(Path, get_relative_import_files(code_of(kind)))):
-            if files.setdefault(path.name, path).resolve() != path.resolve() or path.name == REMOTE_CODE:
+            other = files.setdefault(path.name, path)
+            if path.name == REMOTE_CODE or other.read_bytes() != path.read_bytes():
                 raise ModelError(f"`{path}` cannot be saved beside another file of its name; rename one of them")
     return list(files.values())
 

@@ -56,12 +56,11 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
 def _compare_modules(model: nn.Module, twin: nn.Module, packed: Collection[str]) -> None:
     """Modules of the same classes at the same places, shared alike, none with a ``forward`` of its own."""
     wanted = type(twin).__name__
-    ours, theirs = (
-        {place: module for place, module in each.named_modules(remove_duplicate=False) if not _own(place, packed)}
-        for each in (model, twin)
-    )
+    ours, theirs = (dict(each.named_modules(remove_duplicate=False)) for each in (model, twin))
     _compare_shared(ours, theirs, wanted, cure="register `copy.deepcopy` of one of them")
     for place, module in ours.items():
+        if _own(place, packed):
+            continue
         if "forward" in vars(module):
             raise _different(wanted, f"{_at(place)} has a `forward` that was set after it was made", _undo(module))
         other = theirs.get(place)

@@ -15,7 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from fips.errors import CheckpointError, ConfigError, ModelError
@@ -84,7 +84,11 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> tuple[Pretra
     Raises ``ModelError`` if there is none, if it describes no model of transformers, or if it needs code that lies
     in the repository and ``trust_remote_code`` does not allow it.
     """
-    trusted = check_trust(source, config_fields(source), trust_remote_code=trust_remote_code)
+    fields = config_fields(source)
+    trusted = check_trust(source, fields, trust_remote_code=trust_remote_code)
+    kind = fields.get("model_type", "")
+    if not trusted and "model_type" in fields and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
+        raise ModelError(f"`model_type` in config.json of `{source}` names no type of transformers: {kind!r:.80}")
     return _from_source(source, AutoConfig.from_pretrained, trust_remote_code=trusted), trusted
 
 
@@ -115,7 +119,12 @@ def load_dense(
         method = getattr(config.quantization_config, "get", lambda _: None)("quant_method") or "another method"
         raise ModelError(f"`{source}` is already compressed ({method}); give the original model")
     options = {"config": config, "dtype": wanted if wanted == "auto" else getattr(torch, wanted)}
-    model, absent = _read_weights(source, model_class(config, source, trusted=trusted), options)
+    kind = model_class(config, source, trusted=trusted)
+    try:
+        model, absent = _read_weights(source, kind, options)
+    except ModelError:
+        _construct(kind, config)  # says which field is wrong, where it is the configuration that is
+        raise
     if absent:
         base_class = _base_class(source, model, absent)
         log.warning(
