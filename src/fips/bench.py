@@ -51,6 +51,7 @@ def bench(
     repeats: int = 9,
     memory: bool = True,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Time a compressed directory against a model, or against itself merged to dense layers.
 
@@ -60,9 +61,9 @@ def bench(
     """
     if not is_compressed(directory):
         raise ModelError(f"`{directory}` is not a compressed directory; give one written by `fips compress`")
-    compressed = load(directory)
+    compressed = load(directory, trust_remote_code=trust_remote_code)
     set_policy(compressed, policy)
-    dense = load_any(against) if against else merge(copy.deepcopy(compressed))
+    dense = load_any(against, trust_remote_code) if against else merge(copy.deepcopy(compressed))
     models = {"dense": dense, "compressed": compressed}
     cases = _cases(compressed, tuple(batches), tuple(prompts), torch.Generator().manual_seed(seed))
     results = {name: _compare(run, models, items, repeats) for name, run, items in cases}
@@ -76,8 +77,8 @@ def bench(
         "runtime": runtime_report(compressed),
         "file_bytes": {"dense": _file_bytes(against), "compressed": _file_bytes(directory)},
         "peak_memory_bytes": {
-            "dense": _peak_of(against, policy) if memory and against else None,
-            "compressed": _peak_of(directory, policy) if memory else None,
+            "dense": _peak_of(against, policy, trust_remote_code) if memory and against else None,
+            "compressed": _peak_of(directory, policy, trust_remote_code) if memory else None,
         },
     }
 
@@ -101,9 +102,11 @@ def runtime_report(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def load_any(source: str) -> PreTrainedModel:
+def load_any(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A compressed directory, or a dense model in its own type."""
-    return load(source) if is_compressed(source) else load_dense(source)
+    read = load if is_compressed(source) else load_dense
+    model: PreTrainedModel = read(source, trust_remote_code=trust_remote_code)
+    return model
 
 
 def _cases(
@@ -182,19 +185,18 @@ def _file_bytes(source: str | None) -> int | None:
     return sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
 
 
-def _peak_of(source: str, policy: str) -> int:
+def _peak_of(source: str, policy: str, trust_remote_code: bool) -> int:
     """Peak resident bytes of a process that loads a model and runs it once."""
     script = "import sys; from fips.bench import _report_peak; _report_peak(*sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", script, source, policy], capture_output=True, text=True, check=True, env=os.environ
-    )
+    command = [sys.executable, "-c", script, source, policy, *(["trust"] if trust_remote_code else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])
 
 
 @torch.inference_mode()
-def _report_peak(source: str, policy: str) -> None:
+def _report_peak(source: str, policy: str, trust: str = "") -> None:
     assert policy in POLICIES
-    model = load_any(source)
+    model = load_any(source, bool(trust))
     set_policy(model, policy)
     _cases(model, (1,), (1, 64), torch.Generator().manual_seed(0))[0][1](model)
     sys.stdout.write(json.dumps({"peak": _own_peak()}) + "\n")

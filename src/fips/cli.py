@@ -36,7 +36,10 @@ OptionalModel = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, ...")]
-Dtype = Annotated[str, typer.Option(help="Type to load the weights in; `auto` keeps the checkpoint's.")]
+Dtype = Annotated[
+    str, typer.Option(help="Type to load the weights in: auto (the checkpoint's), float32, bfloat16 or float16.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's repository.")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name or YAML file; options override it.")]
 Budget = Annotated[float | None, typer.Option(help="Fraction of the MLP parameters to keep.")]
 TargetBytes = Annotated[float | None, typer.Option(help="Stored MLP bytes to keep, relative to 16-bit dense.")]
@@ -70,13 +73,14 @@ def inspect(
     groups: Groups = None,
     targets: Targets = None,
     ignore: Ignore = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """List every MLP found, its layers, group, rank, parameters and bytes; changes nothing and reads no weights."""
     from fips.jobs import plan_source
 
     setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_size=0.5)
-    _, plan = plan_source(model, setting)
+    _, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
     _print_plan(plan, as_json=as_json, with_layers=True)
 
 
@@ -122,6 +126,7 @@ def compress(
     seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Compress the MLPs of a model and write a directory that `fips.load` reads."""
@@ -135,7 +140,7 @@ def compress(
         data=_data_fields(options),
     )
     if dry_run:
-        _, plan = plan_source(model, setting)
+        _, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
         _print_plan(plan, as_json=as_json)
         return
     source = model or setting.model
@@ -144,7 +149,9 @@ def compress(
     if output is None:
         raise ConfigError("no output directory: give --output DIR, or --dry-run to see the plan")
     with _progress_bars() as progress:
-        done = compress_to_directory(source, setting, output, dtype=dtype, device=device, progress=progress)
+        done = compress_to_directory(
+            source, setting, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
+        )
     _print_compression(done, output, as_json=as_json)
 
 
@@ -165,6 +172,7 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question of a task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Directory with further lm-eval task files.")] = None,
     device: Device = "auto",
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Top-1 and top-5 of an image classifier, perplexity and bits per byte of a language model, or lm-eval tasks."""
@@ -177,12 +185,15 @@ def evaluate(
     if tasks is not None:
         metrics = evaluate_tasks(
             model, tasks.split(","), device=device, dtype=dtype, batch_size=batch_size, limit=limit,
-            num_fewshot=num_fewshot, include_path=include_path,
+            num_fewshot=num_fewshot, include_path=include_path, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         _print_json(metrics) if as_json else _print_tasks(metrics)
         return
     with _counter("evaluate") as progress:
-        result = evaluate_source(model, DataConfig(**fields), dtype=dtype, device=device, progress=progress)
+        result = evaluate_source(
+            model, DataConfig(**fields), dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
     _print_json(result.to_dict()) if as_json else _print_evaluation(model, result)
 
 
@@ -192,6 +203,7 @@ def export(
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")],
     format_: Annotated[str, typer.Option("--format", help="dense (a plain checkpoint) or onnx.")] = "dense",
     data: Data = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write a compressed model for tools that do not know fips; ONNX files are checked on the first batch of --data."""
@@ -201,7 +213,7 @@ def export(
     from fips.jobs import export_directory
 
     example = DataConfig(source=data, num_samples=2) if data is not None else None
-    done = export_directory(model, output, fmt=format_, data=example)
+    done = export_directory(model, output, fmt=format_, data=example, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(asdict(done))
         return
@@ -232,6 +244,7 @@ def compare(
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal stored bytes: quality, block error, size and time of each."""
@@ -245,7 +258,7 @@ def compare(
         result = compare_source(
             model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(","),
             sizes=_numbers("--bytes", sizes, float), seeds=_numbers("--seeds", seeds, int), dtype=dtype,
-            device=device, progress=progress,
+            device=device, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     _print_json(result.to_dict()) if as_json else stdout.print(comparison_table(result))
 
@@ -259,6 +272,7 @@ def bench(
     prompt: Annotated[list[int] | None, typer.Option(help="Prompt lengths (repeatable); else 1, 128, 1024.")] = None,
     repeats: Annotated[int, typer.Option(help="Alternating runs per case.")] = 9,
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Time a compressed model beside the dense one, and print memory and file sizes."""
@@ -267,7 +281,7 @@ def bench(
 
     result = run_bench(
         directory, against=against, policy=policy, batches=batch or BATCHES, prompts=prompt or PROMPTS,
-        repeats=repeats, seed=seed or 0,
+        repeats=repeats, seed=seed or 0, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     _print_json(result) if as_json else _print_bench(result)
 

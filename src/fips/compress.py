@@ -13,6 +13,7 @@ from torch import nn
 from fips.calibrate import autocast_for, resolve_precision
 from fips.config import CompressionConfig
 from fips.integrations.quantizer import attach
+from fips.integrations.reload import check_reloadable
 from fips.methods.baseline import compress_by_baseline
 from fips.methods.paper import compress_by_paper
 from fips.methods.solver import compress_by_solver
@@ -56,6 +57,7 @@ def compress(
     """
     started = time.perf_counter()
     plan = plan_compression(model, config)
+    check_reloadable(model, [site.name for group in plan.groups for site in group.group.sites])
     device = next(model.parameters()).device
     bench = Workbench(model, config, batches, device, progress, moments)
     with _frozen(model), autocast_for(config.calibration.precision, device):

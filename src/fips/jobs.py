@@ -36,6 +36,7 @@ from fips.integrations.transformers import (
     load_processor,
     model_kind,
     quiet,
+    resolve_dtype,
 )
 from fips.merge import merge
 from fips.plan import CompressionPlan, plan_compression
@@ -68,14 +69,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def plan_source(source: str | None, recipe: Recipe) -> tuple[nn.Module, CompressionPlan]:
+def plan_source(
+    source: str | None, recipe: Recipe, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, CompressionPlan]:
     """The plan for a model, built without weights from its configuration or from the recipe's own."""
     if source is not None:
-        model = empty_model(source, compressed=False)
+        model = empty_model(source, compressed=False, trust_remote_code=trust_remote_code)
     elif recipe.architecture is not None:
         model = build_empty(config_from_fields(recipe.architecture))
     elif recipe.model is not None:
-        model = empty_model(recipe.model, compressed=False)
+        model = empty_model(recipe.model, compressed=False, trust_remote_code=trust_remote_code)
     else:
         raise ConfigError("no model: give MODEL, or a recipe that names one")
     return model, plan_compression(model, recipe.compression)
@@ -97,6 +100,7 @@ def compress_to_directory(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Compression:
     """Compress a model and write it; everything that can be refused is refused before the weights are read."""
@@ -104,9 +108,12 @@ def compress_to_directory(
         raise DataError("no calibration data: give --data, or a recipe with `data`")
     require_free(output)
     place = pick_device(device)
-    empty, _ = plan_source(source, recipe)
-    batches, processor = _batches(source, recipe.data, empty, purpose="calibration")
-    model = read_model(source, dtype=dtype, device=place)
+    dtype = resolve_dtype(dtype)
+    empty, _ = plan_source(source, recipe, trust_remote_code=trust_remote_code)
+    batches, processor = _batches(
+        source, recipe.data, empty, purpose="calibration", trust_remote_code=trust_remote_code
+    )
+    model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     examples = PixelBatches(batches) if is_timm_model(model) else batches
     report = compress(model, examples, recipe.compression, progress=progress)
     report.source = source
@@ -118,14 +125,23 @@ def compress_to_directory(
 
 
 def evaluate_source(
-    source: str, data: DataConfig, *, device: str = "auto", dtype: str = "auto", progress: Any = None
+    source: str,
+    data: DataConfig,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Any = None,
 ) -> EvaluationResult:
     """Accuracy or perplexity of a compressed directory or of a dense model."""
     place = pick_device(device)
-    batches, _ = _batches(source, data, empty_model(source), purpose="evaluation")
-    model = (
-        load(source, device=place) if is_compressed_source(source) else read_model(source, dtype=dtype, device=place)
-    )
+    dtype = resolve_dtype(dtype)
+    empty = empty_model(source, trust_remote_code=trust_remote_code)
+    batches, _ = _batches(source, data, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
+    if is_compressed_source(source):
+        model = load(source, device=place, trust_remote_code=trust_remote_code)
+    else:
+        model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     return evaluate(model, batches, progress=progress)
 
 
@@ -140,6 +156,7 @@ def compare_source(
     seeds: Sequence[int],
     dtype: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
     progress: Any = None,
 ) -> Comparison:
     """Compare methods on a model and write table, JSON and plot to a directory that is absent or empty."""
@@ -147,12 +164,14 @@ def compare_source(
     place = pick_device(device)
     for method in methods:
         method_config(method, target_bytes=sizes[0], seed=0)
-    empty = empty_model(source, compressed=False)
-    scored, _ = _batches(source, evaluation, empty, purpose="evaluation")
-    model = read_model(source, dtype=dtype, device=place)
+    dtype = resolve_dtype(dtype)
+    empty = empty_model(source, compressed=False, trust_remote_code=trust_remote_code)
+    scored, _ = _batches(source, evaluation, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
+    model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
 
     def examples(seed: int) -> Any:
-        batches, _ = _batches(source, calibration.replace(seed=seed), empty, purpose="calibration")
+        data = calibration.replace(seed=seed)
+        batches, _ = _batches(source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code)
         return PixelBatches(batches) if is_timm_model(model) else batches
 
     done: list[Run] = []
@@ -184,17 +203,20 @@ def evaluate_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     include_path: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Metrics of lm-eval tasks for a compressed directory or a dense language model."""
     place = pick_device(device)
-    if kind_of(empty_model(source)) != "text":
+    dtype = resolve_dtype(dtype)
+    if kind_of(empty_model(source, trust_remote_code=trust_remote_code)) != "text":
         raise ModelError(f"`--tasks` are for language models; `{source}` reads images: give --data")
-    tokenizer = load_processor(source, "text")
+    tokenizer = load_processor(source, "text", trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ModelError(f"`{source}` has no tokenizer, which tasks need; save one beside the model")
-    model = (
-        load(source, device=place) if is_compressed_source(source) else load_dense(source, dtype=dtype, device=place)
-    )
+    if is_compressed_source(source):
+        model = load(source, device=place, trust_remote_code=trust_remote_code)
+    else:
+        model = load_dense(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     return run_tasks(
         model,
         tokenizer,
@@ -216,7 +238,9 @@ class Export:
     """Of ONNX Runtime against torch; None for a dense checkpoint."""
 
 
-def export_directory(source: str, output: Path, *, fmt: str, data: DataConfig | None = None) -> Export:
+def export_directory(
+    source: str, output: Path, *, fmt: str, data: DataConfig | None = None, trust_remote_code: bool = False
+) -> Export:
     """Write a compressed directory in a form that needs nothing of fips.
 
     ``dense`` is a plain checkpoint of the original architecture; ``onnx`` a ``model.onnx`` with packed constants,
@@ -228,14 +252,15 @@ def export_directory(source: str, output: Path, *, fmt: str, data: DataConfig | 
     require_free(output)
     if not is_compressed_source(source):
         raise ModelError(f"`{source}` is not a compressed model; `fips compress` makes one")
-    model = load(source)
+    model = load(source, trust_remote_code=trust_remote_code)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"`{source}` holds a `{type(model).__name__}`; only transformers models can be exported")
-    processor = load_processor(source, model_kind(model))
+    processor = load_processor(source, model_kind(model), trust_remote_code=trust_remote_code)
     error = None
     with complete_directory(output) as scratch:
         if fmt == "onnx":
-            error = export_onnx(model, scratch / "model.onnx", _example(source, model, data)).relative_error
+            example = _example(source, model, data, trust_remote_code=trust_remote_code)
+            error = export_onnx(model, scratch / "model.onnx", example).relative_error
         merge(model)
         with quiet():
             if fmt == "onnx":
@@ -247,10 +272,12 @@ def export_directory(source: str, output: Path, *, fmt: str, data: DataConfig | 
     return Export(fmt, sum(path.stat().st_size for path in output.rglob("*") if path.is_file()), error)
 
 
-def _example(source: str, model: PreTrainedModel, data: DataConfig | None) -> dict[str, Tensor]:
+def _example(
+    source: str, model: PreTrainedModel, data: DataConfig | None, *, trust_remote_code: bool
+) -> dict[str, Tensor]:
     """Inputs to trace and check an export with: the first batch of the data, or made-up ones of the right shape."""
     if data is not None:
-        batches, _ = _batches(source, data, model, purpose="calibration")
+        batches, _ = _batches(source, data, model, purpose="calibration", trust_remote_code=trust_remote_code)
         batch = {key: value for key, value in next(iter(batches)).items() if key != "labels"}
     else:
         batch = example_inputs(model)
@@ -259,8 +286,10 @@ def _example(source: str, model: PreTrainedModel, data: DataConfig | None) -> di
     return batch
 
 
-def _batches(source: str, data: DataConfig, model: nn.Module, *, purpose: Any) -> tuple[Batches, Any]:
-    processor = processor_of(source, model)
+def _batches(
+    source: str, data: DataConfig, model: nn.Module, *, purpose: Any, trust_remote_code: bool
+) -> tuple[Batches, Any]:
+    processor = processor_of(source, model, trust_remote_code=trust_remote_code)
     batches = load_batches(
         data, processor=processor, kind=kind_of(model), purpose=purpose, context_length=longest_sequence(model)
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import ModelError
-from fips.nn import BASES, FactoredLinear, basis_owner, factored_layers
+from fips.nn import BASES, FactoredLinear, basis_owner, factored_layers, replace_everywhere
 
 __all__ = ["dense_layer", "drop_unused_bases", "merge"]
 
@@ -27,7 +28,7 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         raise ModelError("the model has no factored layer to merge; it is already dense")
     dtype = dtype or _other_dtype(model, layers)
     for name, layer in layers.items():
-        model.set_submodule(name, dense_layer(layer, dtype))
+        replace_everywhere(model, name, dense_layer(layer, dtype))
     drop_unused_bases(model)
     return model
 
@@ -48,9 +49,9 @@ def drop_unused_bases(model: nn.Module) -> None:
 def _forget_packing(model: nn.Module) -> None:
     """Undo what ``fips.integrations.quantizer.attach`` set on a transformers model."""
     config = getattr(model, "config", None)
-    for name in ("quantization_config", "auto_map"):
-        if config is not None and name in vars(config):
-            delattr(config, name)
+    if config is not None:
+        vars(config).pop("quantization_config", None)
+        _forget_remote_code(config)
     attributes = vars(model)
     for name in ("hf_quantizer", "quantization_method", "is_quantized", "save_pretrained", "_upload_modified_files"):
         attributes.pop(name, None)
@@ -59,6 +60,19 @@ def _forget_packing(model: nn.Module) -> None:
         attributes.pop("_weight_conversions", None)
         if conversions is not None:
             attributes["_weight_conversions"] = conversions
+
+
+def _forget_remote_code(config: Any) -> None:
+    """Remove what stands for the module that fips writes: its entry of ``auto_map``, its class of the configuration."""
+    if type(config).__module__.endswith(".fips_remote"):
+        config.__class__ = type(config).__mro__[1]
+    entries = vars(config).pop("auto_map", None) or {}
+    kept = {name: value for name, value in entries.items() if not str(value).startswith("fips_remote.")}
+    if kept:
+        own = type(config)
+        if "AutoConfig" not in kept and not own.__module__.startswith("transformers."):
+            kept["AutoConfig"] = f"{own.__module__.rpartition('.')[2]}.{own.__name__}"
+        config.auto_map = kept
 
 
 def _other_dtype(model: nn.Module, layers: Mapping[str, FactoredLinear]) -> torch.dtype:

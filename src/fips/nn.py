@@ -31,7 +31,15 @@ from fips.storage.packing import (
 )
 from fips.structure.locate import Role
 
-__all__ = ["BASES", "FactoredLinear", "SharedBasis", "ValueKind", "basis_owner", "factored_layers"]
+__all__ = [
+    "BASES",
+    "FactoredLinear",
+    "SharedBasis",
+    "ValueKind",
+    "basis_owner",
+    "factored_layers",
+    "replace_everywhere",
+]
 
 BASES = "fips_bases"
 """Name under which the owner of the bases registers them."""
@@ -269,3 +277,12 @@ def basis_owner(model: nn.Module) -> nn.Module:
 def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
     """All factored layers by name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+
+
+def replace_everywhere(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of the one called ``name``, and wherever else that one is registered."""
+    old = model.get_submodule(name)
+    for module in model.modules():
+        for child, registered in list(module._modules.items()):
+            if registered is old:
+                module._modules[child] = new

@@ -1,24 +1,45 @@
-"""Files that travel beside packed weights: code for loading without importing fips, and the model card."""
+"""What travels beside packed weights: configuration, code for loading without importing fips, and the model card."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
-__all__ = ["CARD", "REMOTE_CODE", "architecture_of", "auto_map", "model_card", "write_card", "write_remote_code"]
+from fips.errors import ModelError
+from fips.integrations.architectures import (
+    REMOTE_MODULE,
+    code_of,
+    foreign_code,
+    lies_in_repository,
+    saved_class,
+    saved_config_class,
+)
 
-REMOTE_CODE = "fips_remote.py"
+__all__ = [
+    "CARD",
+    "REMOTE_CODE",
+    "architecture_of",
+    "auto_map",
+    "model_card",
+    "saved_classes",
+    "saved_fields",
+    "write_card",
+    "write_remote_code",
+]
+
+REMOTE_CODE = f"{REMOTE_MODULE}.py"
 CARD = "README.md"
 _TEMPLATE_MARK = "has been automatically generated"
 
 _REMOTE_TEXT = '''"""Runs under `trust_remote_code=True`: fips teaches transformers the layers of this model."""
 
-import transformers
+{imports}
 
 try:
     import fips  # noqa: F401
@@ -28,7 +49,7 @@ except ImportError as error:
     ) from error
 
 
-class {name}(transformers.{name}):
+class {name}({base}):
     """The configuration class of the original model."""
 '''
 
@@ -65,16 +86,67 @@ model.dequantize()  # optional: plain dense layers, faster where memory does not
 """
 
 
-def auto_map(config: PretrainedConfig) -> dict[str, str] | None:
-    """``auto_map`` for ``config.json``; None for a configuration class that transformers does not hold."""
-    name = type(config).__name__
-    return {"AutoConfig": f"{Path(REMOTE_CODE).stem}.{name}"} if hasattr(transformers, name) else None
+def saved_fields(model: PreTrainedModel) -> dict[str, Any]:
+    """``config.json`` of a model, without the layout of its packed layers: classes that whoever loads it can build.
+
+    Raises ``ModelError`` if there are none.
+    """
+    fields: dict[str, Any] = model.config.to_dict()
+    fields.pop("quantization_config", None)
+    fields["dtype"] = str(model.dtype).removeprefix("torch.")
+    return fields | saved_classes(model)
 
 
-def write_remote_code(directory: Path, config: PretrainedConfig) -> None:
-    """The module that ``auto_map`` names."""
-    if auto_map(config) is not None:
-        (directory / REMOTE_CODE).write_text(_REMOTE_TEXT.format(name=type(config).__name__), encoding="utf-8")
+def saved_classes(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of ``config.json`` that say which classes to build."""
+    return {
+        "architectures": [saved_class(type(model)).__name__],
+        "model_type": saved_config_class(type(model.config)).model_type,
+        "auto_map": auto_map(model),
+    }
+
+
+def auto_map(model: PreTrainedModel) -> dict[str, str]:
+    """``auto_map`` for ``config.json``: the module that fips writes, and the code of the model's own classes."""
+    modules = {path.stem for path in _code_files(model)}
+    own = {
+        key: reference.rpartition("--")[2]
+        for key, reference in foreign_code(vars(model.config)).items()
+        if reference.rpartition("--")[2].partition(".")[0] in modules
+    }
+    kind = type(model)
+    if lies_in_repository(kind):
+        reference = f"{code_of(kind).stem}.{kind.__name__}"
+        if reference not in own.values():
+            own[getattr(kind, "_auto_class", None) or "AutoModel"] = reference
+    return {**own, "AutoConfig": f"{REMOTE_MODULE}.{saved_config_class(type(model.config)).__name__}"}
+
+
+def write_remote_code(directory: Path, model: PreTrainedModel) -> None:
+    """The modules that ``auto_map`` names."""
+    config = saved_config_class(type(model.config))
+    name = config.__name__
+    imports, base = "import transformers", f"transformers.{name}"
+    if lies_in_repository(config):
+        imports, base = f"from .{code_of(config).stem} import {name} as _Original", "_Original"
+    text = _REMOTE_TEXT.format(name=name, imports=imports, base=base)
+    (directory / REMOTE_CODE).write_text(text, encoding="utf-8")
+    for path in _code_files(model):
+        if path.resolve() != (directory / path.name).resolve():
+            shutil.copyfile(path, directory / path.name)
+
+
+def _code_files(model: PreTrainedModel) -> list[Path]:
+    """The files that define the model's classes where those are not of transformers, with what they import."""
+    files: dict[str, Path] = {}
+    for kind in (saved_class(type(model)), saved_config_class(type(model.config))):
+        if not lies_in_repository(kind):
+            continue
+        for path in (code_of(kind), *map(Path, get_relative_import_files(code_of(kind)))):
+            other = files.setdefault(path.name, path)
+            if path.name == REMOTE_CODE or other.read_bytes() != path.read_bytes():
+                raise ModelError(f"`{path}` cannot be saved beside another file of its name; rename one of them")
+    return list(files.values())
 
 
 def write_card(directory: Path, *, name: str, architecture: str | None, report: Mapping[str, Any] | None) -> None:
@@ -102,7 +174,7 @@ def model_card(name: str, *, architecture: str | None, report: Mapping[str, Any]
 
 def architecture_of(model: nn.Module) -> str | None:
     """The class transformers builds; None for a model of timm."""
-    return type(model).__name__ if isinstance(model, PreTrainedModel) else None
+    return saved_class(type(model)).__name__ if isinstance(model, PreTrainedModel) else None
 
 
 def _split_header(text: str) -> tuple[str, str]:

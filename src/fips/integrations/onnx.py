@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from fips.errors import ModelError
 from fips.integrations.extras import require
 from fips.kernels.reference import in_place
-from fips.nn import FactoredLinear, factored_layers
+from fips.nn import FactoredLinear, factored_layers, replace_everywhere
 from fips.storage.packing import BITMASK, pack
 
 __all__ = ["OnnxFile", "export_onnx"]
@@ -124,7 +124,7 @@ def _exportable(model: PreTrainedModel) -> PreTrainedModel:
     """A copy on the CPU, in float32 but for the packed values, without key-value cache."""
     twin: PreTrainedModel = copy.deepcopy(model).cpu().eval()
     for name, layer in factored_layers(twin).items():
-        twin.set_submodule(name, _DecodedLinear(layer))
+        replace_everywhere(twin, name, _DecodedLinear(layer))
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()

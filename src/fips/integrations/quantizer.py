@@ -8,7 +8,7 @@ exists.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fips.accounting import named_state
 from fips.errors import CheckpointError
-from fips.integrations.companions import architecture_of, auto_map, write_card, write_remote_code
+from fips.integrations.architectures import library_class
+from fips.integrations.companions import architecture_of, saved_classes, write_card, write_remote_code
+from fips.integrations.transformers import build_empty
 from fips.merge import drop_unused_bases, merge
-from fips.nn import BASES, SharedBasis, basis_owner, factored_layers
+from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
 from fips.report.record import REPORT_FILE, CompressionReport
 from fips.storage.files import MANIFEST, read_json, write_json
 from fips.storage.layout import QUANT_METHOD, Layout, check_patterns, describe_layout, install_layout
@@ -69,7 +72,9 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         install_layout(model, self.quantization_config.layout, partial=True)
         if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
-            _adopt_types(model, _stored_types(checkpoint_files))
+            stored = _stored_types(checkpoint_files)
+            _adopt_types(model, stored)
+            _require_tensors(model, stored, self.quantization_config.layout)
         ignored = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
         model._keys_to_ignore_on_load_missing = ignored | {rf"{name}\.weight$" for name in factored_layers(model)}
 
@@ -84,10 +89,13 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         return merge(model, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Called before ``save_pretrained`` writes anything: the layout of now, not the one that was loaded."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Called before ``save_pretrained`` writes anything: the layout of now, not the one that was loaded.
+
+        transformers refuses tensors under two names, also those of one module that the class registers twice.
+        """
         _refresh_config(model)
-        return None, {}
+        return named_state(model) if _repeats_modules(model) else None, {}
 
 
 def attach(model: nn.Module) -> None:
@@ -108,9 +116,6 @@ def attach(model: nn.Module) -> None:
 
 def _refresh_config(model: PreTrainedModel) -> None:
     model.config.quantization_config = FipsConfig(**describe_layout(model).to_dict())
-    remote = auto_map(model.config)
-    if remote is not None:
-        model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **remote}
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,6 +132,13 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
     return result
 
 
+def _repeats_modules(model: nn.Module) -> bool:
+    """Whether the model's class registers a packed layer at several places."""
+    return len(factored_layers(model)) < sum(
+        isinstance(module, FactoredLinear) for _, module in model.named_modules(remove_duplicate=False)
+    )
+
+
 def _upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     _write_companions(model, Path(working_dir), repo_id)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
@@ -135,7 +147,8 @@ def _upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: st
 def _write_companions(model: PreTrainedModel, directory: Path, name: str) -> None:
     if not factored_layers(model) or not (directory / "config.json").is_file():  # an adapter alone, or merged
         return
-    write_remote_code(directory, model.config)
+    write_json(directory / "config.json", {**read_json(directory / "config.json"), **saved_classes(model)})
+    write_remote_code(directory, model)
     report = getattr(model, "fips_report", None)
     fields = None if report is None else report.to_dict()
     if fields is not None:
@@ -166,6 +179,28 @@ def _adopt_types(model: PreTrainedModel, stored: dict[str, torch.dtype]) -> None
                 _set_type(module, key, tensor, stored[found])
             elif path in modules or key != "weight":
                 raise CheckpointError(f"the checkpoint lacks tensor `{name}`; copy the directory again")
+
+
+def _require_tensors(model: PreTrainedModel, stored: Collection[str], layout: Layout) -> None:
+    """Raise ``CheckpointError`` for a tensor of the saved model, outside its packed layers, that the files lack.
+
+    transformers would fill it with random numbers and warn, as it should where a new head is asked for: what counts is
+    the class that was saved, not the one that is loaded.
+    """
+    if type(model).__name__ not in (model.config.architectures or ()):
+        known = [name for name in model.config.architectures or () if library_class(name) is not None]
+        if not known:
+            return
+        model = build_empty(model.config)
+    packed = {*layout.layers, *factored_layers(model)}  # their placeholders are not in older files
+    tied = model.all_tied_weights_keys
+    state = model.state_dict(keep_vars=True)
+    present = {id(tensor) for name, tensor in state.items() if name in stored}  # modules registered twice
+    for name, tensor in state.items():
+        partners = {tied.get(name), *(target for target, source in tied.items() if source == name)}
+        held = id(tensor) in present or partners & set(stored) or name.rpartition(".")[0] in packed
+        if not held and BASES not in name.split("."):
+            raise CheckpointError(f"the checkpoint lacks tensor `{name}`; copy the directory again")
 
 
 def _set_type(module: nn.Module, key: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fips.errors import ModelError
 from fips.integrations.timm import TimmProcessor, build_timm, is_timm_model, is_timm_source, load_timm
 from fips.integrations.transformers import (
     Kind,
     build_empty,
+    config_fields,
     context_length,
     load_config,
     load_dense,
     load_processor,
     model_kind,
+    require_one_input,
+    resolve_dtype,
 )
 from fips.storage.checkpoint import is_compressed
 from fips.storage.layout import QUANT_METHOD
@@ -25,14 +29,14 @@ from fips.storage.layout import QUANT_METHOD
 __all__ = ["empty_model", "is_compressed_source", "kind_of", "longest_sequence", "processor_of", "read_model"]
 
 
-def empty_model(source: str, *, compressed: bool = True) -> nn.Module:
+def empty_model(source: str, *, compressed: bool = True, trust_remote_code: bool = False) -> nn.Module:
     """The original architecture of a source, on the meta device; ``compressed=False`` refuses a compressed one."""
     if is_timm_source(source):
         return build_timm(source)
-    config = load_config(source)
-    if not compressed and getattr(config, "quantization_config", None) is not None:
+    if not compressed and config_fields(source).get("quantization_config") is not None:
         raise ModelError(f"`{source}` is already compressed; give the original model")
-    model: nn.Module = build_empty(config)
+    config, trusted = load_config(source, trust_remote_code=trust_remote_code)
+    model: nn.Module = build_empty(config, source=source, trusted=trusted)
     return model
 
 
@@ -40,27 +44,33 @@ def is_compressed_source(source: str) -> bool:
     """Whether a directory or hub id holds a model that fips packed."""
     if Path(source).exists() or is_timm_source(source):
         return is_compressed(source)
-    quantization = getattr(load_config(source), "quantization_config", None)
+    quantization = config_fields(source).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def read_model(source: str, *, dtype: str, device: torch.device) -> nn.Module:
+def read_model(source: str, *, dtype: str, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
     """A dense model with its weights, in evaluation mode."""
     if is_timm_source(source):
-        return load_timm(source, dtype=dtype, device=device)
-    if is_timm_source(source):
-        return load_timm(source, dtype=dtype, device=device)
-    dense: nn.Module = load_dense(source, dtype=dtype, device=device)
+        return load_timm(source, dtype=resolve_dtype(dtype), device=device)
+    dense: nn.Module = load_dense(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return dense
 
 
 def kind_of(model: nn.Module) -> Kind:
-    return "image" if is_timm_model(model) else model_kind(model)
+    """What a model reads; raises ``ModelError`` if one text or image per example is not all it needs."""
+    if is_timm_model(model):
+        return "image"
+    kind = model_kind(model)
+    if isinstance(model, PreTrainedModel):
+        require_one_input(model)
+    return kind
 
 
-def processor_of(source: str, model: nn.Module) -> Any:
+def processor_of(source: str, model: nn.Module, *, trust_remote_code: bool = False) -> Any:
     """What turns examples into inputs, None if the source has none."""
-    return TimmProcessor.of(model) if is_timm_model(model) else load_processor(source, kind_of(model))
+    if is_timm_model(model):
+        return TimmProcessor.of(model)
+    return load_processor(source, kind_of(model), trust_remote_code=trust_remote_code)
 
 
 def longest_sequence(model: nn.Module) -> int | None:

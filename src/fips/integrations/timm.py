@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "is_timm_model",
     "is_timm_source",
     "load_timm",
+    "rebuild_timm",
     "restore_buffers",
     "write_timm_config",
 ]
@@ -61,6 +63,13 @@ def build_timm(source: str | Path) -> nn.Module:
         return _create(str(source), pretrained=False)
 
 
+def rebuild_timm(model: nn.Module) -> nn.Module:
+    """As ``build_timm``, from the config.json that would be written for a model."""
+    with tempfile.TemporaryDirectory(prefix="fips-timm-") as scratch:
+        write_timm_config(model, Path(scratch), quantization={})
+        return build_timm(scratch)
+
+
 def load_timm(source: str, *, dtype: str = "auto", device: torch.device | str = "cpu") -> nn.Module:
     """A model with its weights, from a directory or through timm from the hub, in evaluation mode."""
     return _create(source, pretrained=True).to(device, None if dtype == "auto" else getattr(torch, dtype))
@@ -84,8 +93,12 @@ def _create(source: str, *, pretrained: bool) -> nn.Module:
         else:
             hub = require("timm.models._hub", extra="timm", purpose=f"model `{source}`")
             pretrained_cfg, name, arguments = hub.load_model_config_from_path(source)
+            if not timm.is_model(name):
+                raise ModelError(f"`architecture` in config.json of `{source}` must name a model of timm, got {name!r}")
             model = timm.create_model(name, pretrained=False, pretrained_cfg=pretrained_cfg, **(arguments or {}))
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # fields and files are anyone's, and each model fails in its own way
         first = " ".join(str(error).split())[:200]
         raise ModelError(f"timm cannot make `{source}`: {first} (give timm/NAME, or a timm directory)") from None
     return model.eval()

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from fips.accounting import named_state
 from fips.errors import CheckpointError, ModelError
-from fips.integrations.companions import architecture_of, auto_map, write_card, write_remote_code
+from fips.integrations.companions import architecture_of, saved_fields, write_card, write_remote_code
 from fips.integrations.quantizer import attach
+from fips.integrations.reload import check_reloadable
 from fips.integrations.timm import build_timm, is_timm_config, is_timm_model, restore_buffers, write_timm_config
-from fips.integrations.transformers import build_empty, config_from_fields
+from fips.integrations.transformers import build_packed
 from fips.nn import factored_layers
 from fips.report.record import REPORT_FILE, CompressionReport
 from fips.storage.files import MANIFEST, complete_directory, read_json, verify_manifest, write_json, write_manifest
@@ -61,18 +62,20 @@ def save(
     file but the card. It appears under its name only when complete. ``model.save_pretrained`` writes the same without
     promises: no manifest, any place.
 
-    Raises ``OutputError`` if the directory is not empty, ``ModelError`` if the model is not a compressed one.
+    Raises ``OutputError`` if the directory is not empty, ``ModelError`` if the model is not a compressed one or was
+    changed into one that could not be loaded again.
     """
     if not factored_layers(model):
         raise ModelError("the model has no factored layer to save; call `fips.compress` first")
     if not isinstance(model, PreTrainedModel) and not is_timm_model(model):
         raise ModelError(f"`{type(model).__name__}` is neither of transformers nor of timm; only those can be saved")
+    check_reloadable(model, factored_layers(model))
     state = {name: tensor.contiguous().cpu() for name, tensor in named_state(model).items()}
     with complete_directory(Path(directory)) as scratch:
         _write_weights(state, scratch, max_shard_size)
         if isinstance(model, PreTrainedModel):
             _write_config(model, scratch)
-            write_remote_code(scratch, model.config)
+            write_remote_code(scratch, model)
             if getattr(model, "generation_config", None) is not None and model.can_generate():
                 model.generation_config.save_pretrained(scratch)
         else:
@@ -90,20 +93,30 @@ def save(
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
-def load(directory: str | Path, *, device: torch.device | str = "cpu", verify: bool = True) -> Any:
+def load(
+    directory: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load a compressed model, of transformers or of timm, in evaluation mode; its outputs are the saved model's.
 
     They are equal bit for bit. Built without weights and filled tensor by tensor, so that no dense MLP matrix is ever
     allocated. Buffers that no checkpoint holds (rotary frequencies) are computed anew. ``verify`` checks the SHA-256
-    of all files first, where a manifest lists them (``save_pretrained`` writes none). Raises ``CheckpointError``
-    naming the file or tensor that is missing, cut short, altered, of an unknown version or of the wrong shape or type.
+    of all files first, where a manifest lists them (``save_pretrained`` writes none). ``trust_remote_code`` lets code
+    in the directory run where the model was built by it. Raises ``CheckpointError`` naming the file or tensor that is
+    missing, cut short, altered, of an unknown version or of the wrong shape or type, ``ModelError`` if the model needs
+    code that is not trusted.
     """
     path = _local(directory)
     fields = read_json(path / "config.json")
     layout = Layout.parse(fields.pop("quantization_config", None), where=f"`{path / 'config.json'}`")
     if verify and (path / MANIFEST).is_file():
         verify_manifest(path)
-    model = build_timm(path) if is_timm_config(fields) else build_empty(config_from_fields(fields))
+    model: Any = (
+        build_timm(path) if is_timm_config(fields) else build_packed(path, fields, trust_remote_code=trust_remote_code)
+    )
     with init_empty_weights(include_buffers=False):
         install_layout(model, layout)
     _fill(model, _read_weights(path, device))
@@ -141,13 +154,7 @@ def _write_weights(state: dict[str, Tensor], directory: Path, max_shard_size: st
 
 
 def _write_config(model: PreTrainedModel, directory: Path) -> None:
-    config = model.config.to_dict()
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
-    config["architectures"] = [type(model).__name__]
-    config["quantization_config"] = describe_layout(model).to_dict()
-    remote = auto_map(model.config)
-    if remote is not None:
-        config["auto_map"] = remote
+    config = {**saved_fields(model), "quantization_config": describe_layout(model).to_dict()}
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 

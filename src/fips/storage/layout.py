@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 
 from fips.errors import CheckpointError
-from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
+from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
 from fips.storage.packing import ValueKind, block_size, parse_nm
 
 __all__ = ["QUANT_METHOD", "Layout", "check_patterns", "describe_layout", "install_layout", "replace_linear"]
@@ -155,7 +155,7 @@ def replace_linear(model: nn.Module, name: str, layer: FactoredLinear) -> None:
     dense = model.get_submodule(name).weight
     assert isinstance(dense, torch.Tensor)
     layer.weight = torch.empty(0, dtype=dense.dtype, device=dense.device)
-    model.set_submodule(name, layer)
+    replace_everywhere(model, name, layer)
 
 
 def _place(model: nn.Module, name: str) -> str | None:

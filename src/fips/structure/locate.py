@@ -10,7 +10,7 @@ A *block* is the innermost ancestor that is an element of a homogeneous ``Module
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -96,6 +96,7 @@ def locate_mlps(model: nn.Module, *, targets: Sequence[str] | None = None, ignor
     skipped: list[Skipped] = [*_fused_experts(model)]
     _scan(model, "", model, found, skipped)
     every = {linear.name: linear for linear in _linears(model)}
+    found = list(_once(found, every, skipped))
     names = list(every) + [mlp.name for mlp in found]
     if targets is not None:
         require_matches("targets", targets, names)
@@ -111,6 +112,16 @@ def locate_mlps(model: nn.Module, *, targets: Sequence[str] | None = None, ignor
             + "; name the layers with `targets`"
         )
     return Located(tuple(kept), tuple(skipped))
+
+
+def _once(found: Sequence[Mlp], every: Mapping[str, _Linear], skipped: list[Skipped]) -> Iterator[Mlp]:
+    """MLPs without those that hold layers registered before under another name, which are the same layers."""
+    for mlp in found:
+        again = next((site.name for site in mlp.sites if site.name not in every), None)
+        if again is None:
+            yield mlp
+        else:
+            skipped.append(Skipped(mlp.name, f"`{again}` is a layer of an earlier MLP too, and is compressed there"))
 
 
 def _ignored(mlp: Mlp, ignore: Sequence[str]) -> bool:
@@ -206,10 +217,10 @@ def _accept(
     skipped: list[Skipped],
 ) -> None:
     kind, members = pairing
-    odd = [linear for linear, _ in members if type(linear.module) not in (nn.Linear, Conv1D)]
+    odd = next((reason for linear, _ in members if (reason := _odd(linear.module)) is not None), None)
     block = _block_of(root, members[0][0].name)
-    if odd:
-        skipped.append(Skipped(name, f"its layers are `{type(odd[0].module).__name__}`, not plain linear layers"))
+    if odd is not None:
+        skipped.append(Skipped(name, f"its layers are {odd}, not plain linear layers"))
     elif block is None:
         skipped.append(Skipped(name or "(model)", "it is not inside a repeated block"))
     elif _is_expert(root, name, block):
@@ -217,6 +228,15 @@ def _accept(
     else:
         sites = tuple(_site(linear, role) for linear, role in members)
         found.append(Mlp(name, block[0], block[1], kind, sites))  # type: ignore[arg-type]
+
+
+def _odd(module: nn.Module) -> str | None:
+    """What makes a layer more than its weight and bias; None for a plain one."""
+    if type(module) not in (nn.Linear, Conv1D):
+        return f"`{type(module).__name__}`"
+    if "weight" not in module._parameters:  # weight_norm and pruning of torch before parametrizations
+        return "made anew from other parameters in every call (weight norm, pruning masks)"
+    return "given another `forward`" if "forward" in vars(module) else None
 
 
 def _block_of(root: nn.Module, name: str) -> tuple[str, str] | None:
@@ -276,6 +296,9 @@ def _select_targets(
         block = _block_of(model, name)
         if block is None:
             raise NoMatchError(f"`targets` matched `{name}`, which is not inside a repeated block")
+        odd = _odd(linear.module)
+        if odd is not None:
+            raise NoMatchError(f"`targets` matched `{name}`, which is {odd}, not a plain linear layer; leave it out")
         site = site_mlp[0] if site_mlp is not None else _site_by_width(linear, block[0], model, known)
         chosen.setdefault(block[0], []).append(site)
         lists[block[0]] = block[1]
