@@ -34,7 +34,7 @@ NO_FILE = 10_000
 
 
 @contextmanager
-def naming(path: Path | str) -> Iterator[None]:
+def naming(path: Path | str, what: str = "no model that can be built") -> Iterator[None]:
     """Whatever a library raises while it reads ``path`` or builds what that describes becomes a ``CheckpointError``."""
     try:
         yield
@@ -42,9 +42,7 @@ def naming(path: Path | str) -> Iterator[None]:
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"`{path}` describes no model that can be built: {type(error).__name__}: {text}"
-        ) from None
+        raise CheckpointError(f"`{path}` describes {what}: {type(error).__name__}: {text}") from None
 
 
 def check_fields(fields: Mapping[str, Any], *, tensors: int, nbytes: int, where: str) -> None:
