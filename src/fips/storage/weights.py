@@ -149,13 +149,15 @@ def _stored(entry: dict[str, Any], name: str, path: Path) -> Stored:
 
 
 def check_layout(layout: Layout, weights: StoredWeights) -> None:
-    """Raise ``CheckpointError`` unless the files hold every packed tensor of a layout in its size and type.
+    """Raise ``CheckpointError`` unless the files hold the packed tensors of a layout in their sizes and types.
 
     Called before modules are made: sizes that no file holds are never allocated.
     """
     for name, basis in layout.bases.items():
-        key = _basis_key(name, weights)
-        require(key, weights.tensors.get(key), FLOATS, (basis.width, basis.rank))
+        ending = f"{BASES}.{name}.weight"
+        for key, stored in weights.tensors.items():  # below the module that owns it; one that is missing is named later
+            if key == ending or key.endswith(f".{ending}"):
+                require(key, stored, FLOATS, (basis.width, basis.rank))
     for name, entry in layout.layers.items():
         for key, (dtypes, shape) in _packed_tensors(layout, entry).items():
             require(f"{name}.{key}", weights.tensors.get(f"{name}.{key}"), dtypes, shape)
@@ -169,12 +171,6 @@ def require(name: str, stored: Stored | None, dtypes: Sequence[torch.dtype], sha
         raise CheckpointError(f"tensor `{name}` has shape {stored.shape}, wanted {tuple(shape)}")
     if stored.dtype not in dtypes:
         raise CheckpointError(f"tensor `{name}` has type {stored.dtype}, wanted a type like {dtypes[0]}")
-
-
-def _basis_key(name: str, weights: StoredWeights) -> str:
-    """The basis as it is named in the file, below the module that owns it."""
-    ending = f"{BASES}.{name}.weight"
-    return next((key for key in weights.tensors if key == ending or key.endswith(f".{ending}")), ending)
 
 
 def _packed_tensors(layout: Layout, entry: LayerLayout) -> dict[str, tuple[Sequence[torch.dtype], tuple[int, ...]]]:
