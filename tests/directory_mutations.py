@@ -24,6 +24,8 @@ VALUES: tuple[Any, ...] = (
     None, True, False, [], {}, [[]], [1, 2, 3], {"a": 1}, "dense", "bitmask", "2:4", "4:16", "31:32", "block4", "int2",
     "int8", "float", "up", "down", "0:4", "16:16", "٣:٤",
 )  # fmt: skip
+ADDED = ("pytorch_model.bin", "model-00001-of-00002.safetensors", "tokenizer.json", "x.py", "notes.md",
+         "preprocessor_config.json", "chat_template.jinja", "model.bak", "adapter_model.safetensors")  # fmt: skip
 FORMATS = ("dense", "bitmask", "2:4", "4:16", "1:2", "8:16", "3:7", "1:16", "31:32", "block4", "block8")
 KINDS = ("float", "int8", "int7", "int6", "int5", "int4", "int3", "int2")
 
@@ -449,8 +451,7 @@ def change_files(rng: Random, directory: Path) -> str:
     """Files removed, added, or replaced by directories, links and pipes."""
     path, way = rng.choice(sorted(directory.iterdir())), rng.choice(["remove", "add", "directory", "link", "pipe"])
     if way == "add":
-        path = directory / rng.choice(["pytorch_model.bin", "model-00001-of-00002.safetensors", "tokenizer.json", "x.py",
-                                       "notes.md", "preprocessor_config.json", "chat_template.jinja", "model.safetensors.bak"])  # fmt: skip # noqa: E501
+        path = directory / rng.choice(ADDED)
         path.write_bytes(rng.randbytes(50))
         return f"added {path.name}"
     path.unlink()

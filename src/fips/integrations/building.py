@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 from torch.nn.modules import module as registration
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from fips.errors import CheckpointError, FipsError
 from fips.storage.untrusted import no_nan
@@ -88,7 +89,7 @@ def build_within(build: Callable[[], nn.Module], *, tensors: int, nbytes: int, p
     modules than such weights fill. Raises ``CheckpointError`` naming ``path``, the configuration.
     """
     with naming(path):
-        with torch.device("meta"), _counting(tensors, path):
+        with torch.device("meta"), no_init_weights(), _counting(tensors, path):
             trial = build()
         held = sum(buffer.numel() * buffer.element_size() for buffer in trial.buffers())
         if held > BUFFER_BYTES + 4 * nbytes:
@@ -111,7 +112,12 @@ def try_build(config: PretrainedConfig, *, tensors: int | None, path: Path | str
     )
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         return
-    with naming(path), torch.device("meta"), _counting(NO_FILE if tensors is None else tensors, path):
+    with (
+        naming(path),
+        torch.device("meta"),
+        no_init_weights(),
+        _counting(NO_FILE if tensors is None else tensors, path),
+    ):
         found(copy.deepcopy(config))
 
 
