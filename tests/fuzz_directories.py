@@ -155,9 +155,7 @@ def _random_mask(factor_RF: torch.Tensor, fmt: str, role: str, generator: torch.
 
 
 def _from_pretrained(path: Path) -> PreTrainedModel:
-    text = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    names = text.get("architectures") if isinstance(text, dict) else None
-    image = isinstance(names, list) and any("Image" in str(name) for name in names)
+    image = b"ImageClassification" in (path / "README.md").read_bytes() if (path / "README.md").is_file() else False
     auto = transformers.AutoModelForImageClassification if image else transformers.AutoModelForCausalLM
     model: PreTrainedModel = auto.from_pretrained(path, trust_remote_code=False)
     return model

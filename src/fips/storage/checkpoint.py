@@ -36,6 +36,7 @@ from fips.storage.weights import (
     Stored,
     StoredWeights,
     check_layout,
+    check_types,
     require,
     weight_files,
 )
@@ -191,6 +192,7 @@ def _fill(model: nn.Module, weights: StoredWeights, device: torch.device | str) 
     expected = model.state_dict()
     placeholders = {f"{name}.weight" for name in factored_layers(model)}
     _check_tensors(model, expected, weights.tensors, placeholders)
+    check_types(model, weights)
     tensors = dict(weights.read(device))
     for name in placeholders - set(tensors):  # directories of the first kind hold none
         tensors[name] = torch.empty(0, dtype=expected[name].dtype)

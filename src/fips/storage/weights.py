@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fips.errors import CheckpointError
-from fips.nn import BASES
+from fips.nn import BASES, FactoredLinear, SharedBasis
 from fips.storage.files import read_json
 from fips.storage.layout import LayerLayout, Layout
 from fips.storage.packing import DENSE, packed_length, pattern_bytes, value_bits
 from fips.storage.untrusted import MAX_JSON_BYTES, file_inside, parse_object
 
-__all__ = ["FLOATS", "WEIGHTS", "WEIGHTS_INDEX", "Stored", "StoredWeights", "check_layout", "require", "weight_files"]
+__all__ = [
+    "FLOATS",
+    "WEIGHTS",
+    "WEIGHTS_INDEX",
+    "Stored",
+    "StoredWeights",
+    "check_layout",
+    "check_types",
+    "require",
+    "weight_files",
+]
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -188,3 +199,48 @@ def _packed_tensors(layout: Layout, entry: LayerLayout) -> dict[str, tuple[Seque
     if entry.bias:
         tensors["bias"] = (FLOATS, (layout.features(entry)[1],))
     return tensors
+
+
+def check_types(model: nn.Module, weights: StoredWeights) -> None:
+    """Raise ``CheckpointError`` for a dense parameter of another floating type than the model runs in.
+
+    A model runs in the type that most of its parameters have. Some parts of it may have another one (norms, routers)
+    where all parameters of a kind have it, or the class of the model names them; a single one is damage, and the first
+    call would fail on it.
+    """
+    kinds = _kinds(model)
+    found = {name: weights.tensors[name].dtype for name in kinds if name in weights.tensors}
+    stored = {name: dtype for name, dtype in found.items() if dtype in FLOATS}
+    if not stored:
+        return
+    (main, _), *_ = Counter(stored.values()).most_common(1)
+    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    kept += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    alike: dict[tuple[str, ...], list[torch.dtype]] = {}
+    for name, dtype in stored.items():
+        alike.setdefault(kinds[name], []).append(dtype)
+    for name, dtype in stored.items():
+        several = alike[kinds[name]]
+        whole = len(several) > 1 and len(set(several)) == 1
+        if dtype != main and not whole and not any(part in name for part in kept):
+            raise CheckpointError(
+                f"tensor `{name}` has type {dtype}, wanted a type like {main}, in which the model runs"
+            )
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For every dense parameter of one axis or more what it is: class and name of its module, its own name.
+
+    Norms have many names and are of one kind; bias and weight of a layer are of one kind too.
+    """
+    kinds: dict[str, tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FactoredLinear | SharedBasis):
+            continue
+        name = type(module).__name__
+        last = "" if "norm" in name.lower() else path.rpartition(".")[2]
+        of_torch = type(module).__module__.startswith("torch.nn.")
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim:
+                kinds[f"{path}.{key}" if path else key] = (name, last, "" if of_torch else key)
+    return kinds
