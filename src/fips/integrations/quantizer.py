@@ -7,33 +7,46 @@ exists.
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fips.accounting import named_state
 from fips.errors import CheckpointError
 from fips.integrations.architectures import library_class
-from fips.integrations.companions import architecture_of, saved_classes, write_card, write_remote_code
+from fips.integrations.building import naming, try_build
+from fips.integrations.companions import architecture_of, model_card, saved_classes, write_card, write_remote_code
 from fips.integrations.transformers import build_empty
 from fips.merge import drop_unused_bases, merge
 from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
 from fips.report.record import REPORT_FILE, CompressionReport
 from fips.storage.files import MANIFEST, read_json, write_json
-from fips.storage.layout import QUANT_METHOD, Layout, check_patterns, describe_layout, install_layout
+from fips.storage.layout import QUANT_METHOD, Layout, check_layers, describe_layout, install_layout
+from fips.storage.untrusted import file_inside
+from fips.storage.weights import (
+    FLOATS,
+    WEIGHTS_INDEX,
+    Stored,
+    StoredWeights,
+    check_layout,
+    require,
+    weight_files,
+)
 
-__all__ = ["FipsConfig", "FipsHfQuantizer", "attach"]
+__all__ = ["FipsConfig", "FipsHfQuantizer", "attach", "read_report"]
 
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
+log = logging.getLogger("fips")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -67,24 +80,40 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self) -> bool:
         return True
 
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Called before the model is built, which is tried here first: what goes wrong is named after its file."""
+        source = Path(str(config._name_or_path or "config.json"))
+        try_build(config, tensors=_num_tensors(source), path=source / "config.json" if source.is_dir() else source)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        install_layout(model, self.quantization_config.layout, partial=True)
-        if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
-            stored = _stored_types(checkpoint_files)
+        layout: Layout = self.quantization_config.layout
+        is_saved_class = type(model).__name__ in (model.config.architectures or ())
+        stored: Mapping[str, Stored] = {}
+        if checkpoint_files:
+            stored = _stored_tensors(checkpoint_files, Path(str(model.config._name_or_path or "")))
+            check_layout(layout, StoredWeights(tuple(map(Path, checkpoint_files)), stored))
+        with torch.device("meta"):
+            install_layout(model, layout, partial=not is_saved_class)
+        if stored:
             _adopt_types(model, stored)
-            _require_tensors(model, stored, self.quantization_config.layout)
+        if stored and is_saved_class:
+            _require_all(model, stored)
+        elif stored:
+            _require_tensors(model, stored, layout)
         ignored = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
         model._keys_to_ignore_on_load_missing = ignored | {rf"{name}\.weight$" for name in factored_layers(model)}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        check_patterns(model)
+        _copy_out_of_files(model)
+        check_layers(model)
         model.is_quantized = False  # casting and training work as in any other model
         attach(model)
-        report = Path(model.config._name_or_path) / REPORT_FILE
-        if report.is_file():
-            model.fips_report = CompressionReport.from_dict(read_json(report))
+        report = read_report(Path(model.config._name_or_path))
+        if report is not None:
+            model.fips_report = report
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         return merge(model, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -156,16 +185,68 @@ def _write_companions(model: PreTrainedModel, directory: Path, name: str) -> Non
     write_card(directory, name=name, architecture=architecture_of(model), report=fields)
 
 
-def _stored_types(files: Sequence[str]) -> dict[str, torch.dtype]:
-    types: dict[str, torch.dtype] = {}
-    for name in files:
-        with safe_open(name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                types[key] = _TYPES.get(file.get_slice(key).get_dtype(), torch.uint8)
-    return types
+def read_report(directory: Path) -> CompressionReport | None:
+    """The report beside the weights; None where there is none, and where it cannot be read, which is logged.
+
+    A model works without, so a damaged one costs the report and not the model.
+    """
+    path = directory / REPORT_FILE
+    if not path.is_file():
+        return None
+    try:
+        with naming(path, "no report"):
+            report = CompressionReport.from_dict(read_json(file_inside(directory, REPORT_FILE, where=f"`{directory}`")))
+            model_card("model", architecture=None, report=report.to_dict())  # all that is made of it later
+    except CheckpointError as error:
+        log.warning("the report is left out: %s", error)
+        return None
+    return report
 
 
-def _adopt_types(model: PreTrainedModel, stored: dict[str, torch.dtype]) -> None:
+def _num_tensors(source: Path) -> int | None:
+    """Tensors of a directory, None for a hub id and for weights that are not there or not whole: others will say so."""
+    try:
+        return len(StoredWeights.of_directory(source).tensors) if source.is_dir() else None
+    except CheckpointError:
+        return None
+
+
+def _stored_tensors(files: Sequence[str], source: Path) -> Mapping[str, Stored]:
+    """What the files hold that transformers found; those of a directory are in it and are all there is."""
+    odd = next((name for name in files if not str(name).endswith(".safetensors")), None)
+    if odd is not None:
+        raise CheckpointError(f"`{odd}` is no safetensors file; packed models have no others, copy the directory again")
+    if source.is_dir():
+        for name in files:
+            file_inside(source, os.path.relpath(name, source), where=f"`{source}`")
+        if (Path(files[0]).parent / WEIGHTS_INDEX).exists():
+            weight_files(Path(files[0]).parent)
+    return StoredWeights.of(files).tensors
+
+
+def _require_all(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
+    """Raise ``CheckpointError`` unless every tensor of the model is there: transformers would leave it random."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    spared = {f"{name}.weight" for name in factored_layers(model)}
+    spared |= {name for pair in tied.items() if any(part in stored for part in pair) for name in pair}
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    for name, tensor in named_state(model).items():
+        if name in stored or not (name in spared or any(re.search(pattern, name) for pattern in patterns)):
+            found = stored.get(name)
+            shape = tensor.shape if found is None else found.shape  # others may be wanted: ``ignore_mismatched_sizes``
+            require(name, found, FLOATS if tensor.dtype in FLOATS else (tensor.dtype,), shape)
+
+
+def _copy_out_of_files(model: nn.Module) -> None:
+    """Tensors mapped from a file as memory of their own: the file may be cut short, or be written anew from them."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None and tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
+                    tensor.data = tensor.data.clone()
+
+
+def _adopt_types(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
     """Give empty packed tensors the type they have on file where that is no wider than the model's."""
     prefix = f"{model.base_model_prefix}."
     bases: dict[str, SharedBasis] = dict(getattr(basis_owner(model), BASES).items())
@@ -176,7 +257,7 @@ def _adopt_types(model: PreTrainedModel, stored: dict[str, torch.dtype]) -> None
             name = f"{path}.{key}"
             found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in stored), None)
             if found is not None:
-                _set_type(module, key, tensor, stored[found])
+                _set_type(module, key, tensor, stored[found].dtype)
             elif path in modules or key != "weight":
                 raise CheckpointError(f"the checkpoint lacks tensor `{name}`; copy the directory again")
 

@@ -41,7 +41,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Kind = Literal["image", "text"]
-_LONGEST = 1000
 """Layers that a configuration may always ask for; more must be in the file."""
 _DTYPES = {
     "auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16",
@@ -208,34 +207,10 @@ def build_packed(directory: Path, fields: Mapping[str, Any], *, trust_remote_cod
     source = str(directory)
     trusted = check_trust(source, fields, trust_remote_code=trust_remote_code, packed=True)
     try:
-        _refuse_endless(fields, most=max(_LONGEST, _stored_tensors(directory)))
         config = config_from_fields(fields, source=source, trusted=trusted)
         return build_empty(config, source=source, trusted=trusted)
     except ModelError as error:
         raise CheckpointError(f"`{directory / 'config.json'}`: {error}") from None
-
-
-def _refuse_endless(fields: Any, *, most: int, name: str = "") -> None:
-    """Raise ``ModelError`` for counts of layers that no file holds, before as many modules are built."""
-    if isinstance(fields, Mapping):
-        for key, value in fields.items():
-            _refuse_endless(value, most=most, name=f"{name}.{key}" if name else str(key))
-    elif isinstance(fields, list):
-        for value in fields[:most]:
-            _refuse_endless(value, most=most, name=name)
-    counted = any(word in name.rpartition(".")[2] for word in ("layer", "depth", "block", "expert"))
-    size = len(fields) if isinstance(fields, list) else fields
-    if counted and isinstance(size, int | float) and size > most and "size" not in name.rpartition(".")[2]:
-        raise ModelError(f"`{name}` is {size}, but the file has fewer tensors")
-
-
-def _stored_tensors(directory: Path) -> int:
-    """Tensors of a directory's safetensors files, those that can be read."""
-    count = 0
-    for path in directory.glob("*.safetensors"):
-        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-            count += len(file.keys())
-    return count
 
 
 def _wrong_field(name: str, fields: Mapping[str, Any], error: Exception) -> str:

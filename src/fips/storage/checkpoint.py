@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +13,39 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fips.accounting import named_state
 from fips.errors import CheckpointError, ModelError
+from fips.integrations.building import build_within, check_fields, naming
 from fips.integrations.companions import architecture_of, saved_fields, write_card, write_remote_code
-from fips.integrations.quantizer import attach
+from fips.integrations.quantizer import attach, read_report
 from fips.integrations.reload import check_reloadable
 from fips.integrations.timm import build_timm, is_timm_config, is_timm_model, restore_buffers, write_timm_config
 from fips.integrations.transformers import build_packed
 from fips.nn import factored_layers
-from fips.report.record import REPORT_FILE, CompressionReport
+from fips.report.record import REPORT_FILE
 from fips.storage.files import MANIFEST, complete_directory, read_json, verify_manifest, write_json, write_manifest
-from fips.storage.layout import QUANT_METHOD, Layout, check_patterns, describe_layout, install_layout
+from fips.storage.layout import QUANT_METHOD, Layout, check_layers, describe_layout, install_layout
+from fips.storage.untrusted import file_inside
+from fips.storage.weights import (
+    FLOATS,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Stored,
+    StoredWeights,
+    check_layout,
+    check_types,
+    require,
+    weight_files,
+)
 
 __all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "save"]
 
 RECIPE_FILE = "fips_recipe.yaml"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 
 def is_compressed(directory: str | Path) -> bool:
@@ -103,30 +116,51 @@ def load(
     """Load a compressed model, of transformers or of timm, in evaluation mode; its outputs are the saved model's.
 
     They are equal bit for bit. Built without weights and filled tensor by tensor, so that no dense MLP matrix is ever
-    allocated. Buffers that no checkpoint holds (rotary frequencies) are computed anew. ``verify`` checks the SHA-256
-    of all files first, where a manifest lists them (``save_pretrained`` writes none). ``trust_remote_code`` lets code
-    in the directory run where the model was built by it. Raises ``CheckpointError`` naming the file or tensor that is
-    missing, cut short, altered, of an unknown version or of the wrong shape or type, ``ModelError`` if the model needs
-    code that is not trusted.
+    allocated. Buffers that no checkpoint holds (rotary frequencies) are computed anew. ``verify`` checks the SHA-256 of all files first, where a manifest lists them (``save_pretrained`` writes none).
+    ``trust_remote_code`` lets code in the directory run where the model was built by it. Raises ``CheckpointError``
+    naming the file or tensor that is missing, cut short, altered, not among those written, of an unknown version or of
+    the wrong shape or type, and the setting with which no model can be built, ``ModelError`` if the model needs code
+    that is not trusted. Sizes are compared with the headers of the files before anything is allocated, and tensors are
+    copied out of the files: the model does not depend on them.
     """
     path = _local(directory)
-    fields = read_json(path / "config.json")
-    layout = Layout.parse(fields.pop("quantization_config", None), where=f"`{path / 'config.json'}`")
-    if verify and (path / MANIFEST).is_file():
-        verify_manifest(path)
-    model: Any = (
-        build_timm(path) if is_timm_config(fields) else build_packed(path, fields, trust_remote_code=trust_remote_code)
-    )
+    listed = path / MANIFEST
+    if verify and (listed.is_symlink() or listed.exists()):
+        verify_manifest(path, _files_read(path))
+    config_file = file_inside(path, CONFIG, where=f"`{path}`")
+    fields = read_json(config_file)
+    layout = Layout.parse(fields.pop("quantization_config", None), where=f"`{config_file}`")
+    weights = StoredWeights.of_directory(path)
+    check_layout(layout, weights)
+    size = {"tensors": len(weights.tensors), "nbytes": weights.nbytes()}
+    check_fields(fields, **size, where=f"`{config_file}`")
+    model: Any = build_within(partial(_build, path, fields, trust_remote_code), **size, path=config_file)
     with init_empty_weights(include_buffers=False):
         install_layout(model, layout)
-    _fill(model, _read_weights(path, device))
-    if is_timm_model(model):
-        restore_buffers(model)
-    model.to(device)  # buffers that no file holds, such as rotary frequencies
-    attach(model)
-    if (path / REPORT_FILE).is_file():
-        model.fips_report = CompressionReport.from_dict(read_json(path / REPORT_FILE))
+    _fill(model, weights, device)
+    with naming(config_file):
+        if is_timm_model(model):
+            restore_buffers(model)
+        model.to(device)  # buffers that no file holds, such as rotary frequencies
+        attach(model)
+    report = read_report(path)
+    if report is not None:
+        model.fips_report = report
     return model.eval()
+
+
+def _files_read(directory: Path) -> list[str]:
+    """What ``load`` reads, as far as it is there: what is missing is better named by the manifest."""
+    index = directory / WEIGHTS_INDEX
+    sharded = index.is_file() and not (directory / WEIGHTS).is_file()
+    return [CONFIG, *(weight_files(directory) if sharded else [WEIGHTS])]
+
+
+def _build(path: Path, fields: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
+    """The dense model of a directory without its weights."""
+    return (
+        build_timm(path) if is_timm_config(fields) else build_packed(path, fields, trust_remote_code=trust_remote_code)
+    )
 
 
 def _local(source: str | Path) -> Path:
@@ -159,43 +193,37 @@ def _write_config(model: PreTrainedModel, directory: Path) -> None:
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _read_weights(directory: Path, device: torch.device | str) -> dict[str, Tensor]:
-    if (directory / WEIGHTS_INDEX).is_file():
-        files = sorted(set(read_json(directory / WEIGHTS_INDEX).get("weight_map", {}).values()))
-    else:
-        files = [WEIGHTS]
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"`{path}` is missing; copy the directory again")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(f"`{path}` is cut short or not a safetensors file: {error}") from None
-    return tensors
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Assign tensors to a model on the meta device; every expected one must be there with its shape."""
+def _fill(model: nn.Module, weights: StoredWeights, device: torch.device | str) -> None:
+    """Read tensors into a model on the meta device; every expected one must be there with its shape and type."""
     expected = model.state_dict()
-    for name in factored_layers(model):  # directories of the first kind hold no placeholders
-        wanted = expected[f"{name}.weight"]
-        tensors.setdefault(f"{name}.weight", torch.empty(0, dtype=wanted.dtype))
-    tied = set(expected) - set(named_state(model))
-    missing = sorted(set(expected) - tied - set(tensors))
-    surplus = sorted(set(tensors) - set(expected))
-    if missing or surplus:
-        first = f"lacks tensor `{missing[0]}`" if missing else f"has a tensor `{surplus[0]}` the model does not know"
-        raise CheckpointError(f"the checkpoint {first} ({len(missing)} missing, {len(surplus)} unknown in all)")
+    placeholders = {f"{name}.weight" for name in factored_layers(model)}
+    _check_tensors(model, expected, weights.tensors, placeholders)
+    check_types(model, weights)
+    tensors = dict(weights.read(device))
+    for name in placeholders - set(tensors):  # directories of the first kind hold none
+        tensors[name] = torch.empty(0, dtype=expected[name].dtype)
     for name, tensor in tensors.items():
-        wanted = expected[name]
-        if tensor.shape != wanted.shape:
-            raise CheckpointError(f"tensor `{name}` has shape {tuple(tensor.shape)}, wanted {tuple(wanted.shape)}")
-        if tensor.dtype != wanted.dtype and not (tensor.is_floating_point() and wanted.is_floating_point()):
-            raise CheckpointError(f"tensor `{name}` has type {tensor.dtype}, wanted a type like {wanted.dtype}")
+        if name not in placeholders and (tensor.shape, tensor.dtype) != (
+            weights.tensors[name].shape,
+            weights.tensors[name].dtype,
+        ):
+            raise CheckpointError(f"`{weights.tensors[name].path}` was changed while it was read; load it again")
     model.load_state_dict(tensors, assign=True, strict=False)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
-    check_patterns(model)
+    check_layers(model)
+
+
+def _check_tensors(
+    model: nn.Module, expected: Mapping[str, Tensor], stored: Mapping[str, Stored], placeholders: set[str]
+) -> None:
+    """Raise ``CheckpointError`` unless the files hold the tensors of a model, no more and no fewer."""
+    tied = set(expected) - set(named_state(model))
+    missing = sorted(set(expected) - tied - placeholders - set(stored))
+    surplus = sorted(set(stored) - set(expected))
+    if missing or surplus:
+        first = f"lacks tensor `{missing[0]}`" if missing else f"has a tensor `{surplus[0]}` the model does not know"
+        raise CheckpointError(f"the checkpoint {first} ({len(missing)} missing, {len(surplus)} unknown in all)")
+    for name, found in stored.items():
+        dtype = expected[name].dtype
+        require(name, found, FLOATS if dtype in FLOATS else (dtype,), expected[name].shape)

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fips.errors import CheckpointError
 from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
-from fips.storage.packing import ValueKind, block_size, parse_nm
+from fips.storage.packing import (
+    DENSE,
+    ValueKind,
+    block_size,
+    parse_nm,
+    pattern_bits,
+    value_bits,
+    values_kept,
+)
 
-__all__ = ["QUANT_METHOD", "Layout", "check_patterns", "describe_layout", "install_layout", "replace_linear"]
+__all__ = ["QUANT_METHOD", "Layout", "check_layers", "describe_layout", "install_layout", "replace_linear"]
 
 QUANT_METHOD = "fips"
+Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+"""Rows or columns of a matrix."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class BasisLayout(_Strict):
-    width: int = Field(ge=1)
-    rank: int = Field(ge=1)
+    width: Size
+    rank: Size
 
 
 class LayerLayout(_Strict):
@@ -31,11 +43,11 @@ class LayerLayout(_Strict):
 
     basis: str | None = None
     """Name of its basis; None is the identity."""
-    width: int | None = Field(default=None, ge=1)
+    width: Size | None = None
     """Features on the side of the residual stream, given where no basis says it."""
     role: Literal["up", "down"]
-    columns: int = Field(ge=1)
-    nonzeros: int = Field(ge=0)
+    columns: Size
+    nonzeros: int = Field(ge=0, lt=1 << 62)
     format: str
     values: ValueKind = "float"
     activation_bits: Literal[8] | None = None
@@ -55,6 +67,8 @@ class LayerLayout(_Strict):
             raise ValueError("wants either `basis` or `width`")
         if self.columns % block_size(self.format):
             raise ValueError(f"`columns` {self.columns} does not fill the blocks of {self.format}")
+        if self.activation_bits is not None and value_bits(self.values) is None:
+            raise ValueError("`activation_bits` is for integer `values`")
         return self
 
 
@@ -65,6 +79,36 @@ class Layout(_Strict):
     format_version: Literal[1] = 1
     bases: dict[str, BasisLayout]
     layers: dict[str, LayerLayout]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if not self.layers:
+            raise ValueError("`layers` is empty; a compressed model has at least one")
+        odd = [name for name in self.bases if not name or "." in name]
+        odd += [name for name in self.layers if not all(name.split("."))]
+        if odd:
+            raise ValueError(f"{odd[0][:100]!r} cannot be the name of a module")
+        for name, entry in self.layers.items():
+            if entry.basis is not None and entry.basis not in self.bases:
+                raise ValueError(f"layer `{name}` names basis `{entry.basis}`; known: {', '.join(self.bases)}")
+            _require_kept(name, entry, self.rank(entry))
+        unused = set(self.bases) - {entry.basis for entry in self.layers.values()}
+        if unused:
+            raise ValueError(f"no layer uses basis `{min(unused)}`")
+        return self
+
+    def width(self, entry: LayerLayout) -> int:
+        """Features of a layer on the side of the residual stream."""
+        return self.bases[entry.basis].width if entry.basis is not None else entry.width or 0
+
+    def rank(self, entry: LayerLayout) -> int:
+        """Columns of the basis of a layer; its width where it has none."""
+        return self.bases[entry.basis].rank if entry.basis is not None else entry.width or 0
+
+    def features(self, entry: LayerLayout) -> tuple[int, int]:
+        """``(inputs, outputs)`` of a layer."""
+        width = self.width(entry)
+        return (width, entry.columns) if entry.role == "up" else (entry.columns, width)
 
     @classmethod
     def parse(cls, fields: Any, *, where: str) -> Layout:
@@ -80,8 +124,8 @@ class Layout(_Strict):
             return cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise CheckpointError(f"{where}: `quantization_config.{name}`: {first['msg']}") from None
+            name = ".".join(["quantization_config", *(str(part)[:100] for part in first["loc"])])
+            raise CheckpointError(f"{where}: `{name}`: {first['msg']}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` holds."""
@@ -120,34 +164,97 @@ def install_layout(model: nn.Module, layout: Layout, *, partial: bool = False) -
 
     Names are those of the model the layout was read off; a model with or without a head around the same base model
     (``LlamaModel`` for ``LlamaForCausalLM``) is filled too. With ``partial`` layers that the model does not have are
-    left out (an encoder of an encoder-decoder), as long as some remain. Raises ``CheckpointError`` if a named layer
-    is not in the model or a basis is not in the layout.
+    left out (an encoder of an encoder-decoder), as long as some remain. Raises ``CheckpointError``, with the model as
+    it was, if a named layer is not in the model, is no linear layer there, or differs from it in features or bias.
     """
     places = {name: _place(model, name) for name in layout.layers}
     absent = next((name for name, place in places.items() if place is None), None)
     if absent is not None and not (partial and any(places.values())):
         raise CheckpointError(f"layer `{absent}` of the checkpoint is not in `{type(model).__name__}`")
-    present = {places[name] or "": entry for name, entry in layout.layers.items() if places[name] is not None}
+    present = {place: layout.layers[name] for name, place in places.items() if place is not None}
+    if len(present) != sum(place is not None for place in places.values()):
+        raise CheckpointError(f"two layers of the checkpoint have one place in `{type(model).__name__}`")
+    tied = _tied_weights(model)
+    for name, entry in present.items():
+        _require_fit(name, model.get_submodule(name), layout, entry)
+        if f"{name}.weight" in tied:
+            raise CheckpointError(
+                f"layer `{name}` of the checkpoint shares its weight with another; it cannot be packed"
+            )
     used = {entry.basis for entry in present.values()}
     bases = {name: SharedBasis(basis.width, basis.rank) for name, basis in layout.bases.items() if name in used}
     setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
     for name, entry in present.items():
-        if entry.basis is not None and entry.basis not in bases:
-            raise CheckpointError(f"layer `{name}` names basis `{entry.basis}`; known: {', '.join(layout.bases)}")
-        layer = FactoredLinear(
-            None if entry.basis is None else bases[entry.basis],
-            role=entry.role,
-            columns=entry.columns,
-            nonzeros=entry.nonzeros,
-            fmt=entry.format,
-            bias=entry.bias,
-            width=entry.width,
-            values=entry.values,
+        replace_linear(model, name, _empty_layer(entry, None if entry.basis is None else bases[entry.basis]))
+
+
+def _empty_layer(entry: LayerLayout, basis: SharedBasis | None) -> FactoredLinear:
+    layer = FactoredLinear(
+        basis,
+        role=entry.role,
+        columns=entry.columns,
+        nonzeros=entry.nonzeros,
+        fmt=entry.format,
+        bias=entry.bias,
+        width=entry.width,
+        values=entry.values,
+    )
+    layer.conv1d = entry.conv1d
+    if entry.activation_bits is not None:
+        layer.runtime.activation_bits = entry.activation_bits
+    return layer
+
+
+def _require_kept(name: str, entry: LayerLayout, rank: int) -> None:
+    """Raise ``ValueError`` if the format keeps another number of entries than ``nonzeros`` says."""
+    wanted = values_kept(size=entry.columns * rank, fmt=entry.format)
+    if wanted is not None and entry.nonzeros != wanted:
+        raise ValueError(f"layer `{name}` has `nonzeros` {entry.nonzeros}, {entry.format} keeps {wanted}")
+    if entry.nonzeros > entry.columns * rank or entry.nonzeros % block_size(entry.format):
+        raise ValueError(f"layer `{name}` has `nonzeros` {entry.nonzeros} of {entry.columns} x {rank} entries")
+
+
+def _require_fit(name: str, dense: nn.Module, layout: Layout, entry: LayerLayout) -> None:
+    """Raise ``CheckpointError`` unless the packed layer takes and gives what the dense one in its place does."""
+    if isinstance(dense, Conv1D):
+        features = (dense.nx, dense.nf)
+    elif isinstance(dense, nn.Linear) and not isinstance(dense, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        features = (dense.in_features, dense.out_features)
+    else:
+        raise CheckpointError(
+            f"layer `{name}` of the checkpoint is a `{type(dense).__name__}` in the model; "
+            "only linear layers are packed"
         )
-        layer.conv1d = entry.conv1d
-        if entry.activation_bits is not None:
-            layer.runtime.activation_bits = entry.activation_bits
-        replace_linear(model, name, layer)
+    got = (*layout.features(entry), entry.bias, entry.conv1d)
+    wanted = (*features, getattr(dense, "bias", None) is not None, isinstance(dense, Conv1D))
+    if got != wanted:
+        names = ("in_features", "out_features", "bias", "conv1d")
+        field = next(field for field, a, b in zip(names, got, wanted, strict=True) if a != b)
+        index = names.index(field)
+        raise CheckpointError(
+            f"layer `{name}` of the checkpoint has {field} {got[index]}, the model wants {wanted[index]}; "
+            "`config.json` and its `quantization_config` are not of one model"
+        )
+
+
+def _tied_weights(model: nn.Module) -> set[str]:
+    """Names of parameters that another module has, or is to get, too; modules registered twice are one."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+    shared = {name for several in names.values() if len(several) > 1 for name in several}
+    pairs = {pair for pair in tied.items() if not _one_module(model, *pair)}
+    return shared | {name for pair in pairs for name in pair}
+
+
+def _one_module(model: nn.Module, first: str, second: str) -> bool:
+    """Whether two names of a tensor lead to one module."""
+    places = [name.rpartition(".")[0] for name in (first, second)]
+    return all(_has_submodule(model, place) for place in places) and (
+        model.get_submodule(places[0]) is model.get_submodule(places[1])
+    )
 
 
 def replace_linear(model: nn.Module, name: str, layer: FactoredLinear) -> None:
@@ -174,10 +281,31 @@ def _has_submodule(model: nn.Module, name: str) -> bool:
     return True
 
 
-def check_patterns(model: nn.Module) -> None:
-    """Raise ``CheckpointError`` if a pattern keeps more or fewer entries than its layer has values."""
+def check_layers(model: nn.Module) -> None:
+    """Look at what the packed tensors of a filled model hold; layers elsewhere (offloaded) are passed over.
+
+    Raises ``CheckpointError`` naming the layer if a pattern keeps more or fewer entries than it has values, has bits
+    behind its end, or a floating tensor holds NaN or Inf.
+    """
+    for name, tensor in _floating(model):
+        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"tensor `{name}` holds NaN or Inf; copy the directory again")
     for name, layer in factored_layers(model).items():
-        if not layer.values.is_meta and layer.num_kept() != layer.nonzeros:
+        if layer.values.is_meta:
+            continue
+        if layer.num_kept() != layer.nonzeros:
             raise CheckpointError(
                 f"layer `{name}`: its pattern keeps {layer.num_kept()} entries, but it has {layer.nonzeros} values"
             )
+        used = pattern_bits(size=layer.factor_shape[0] * layer.factor_shape[1], fmt=layer.fmt) % 8
+        if layer.fmt != DENSE and used and int(layer.pattern[-1]) >> used:
+            raise CheckpointError(f"layer `{name}`: its pattern has bits behind its end; copy the directory again")
+
+
+def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Floating tensors of packed layers and of bases, by name."""
+    for path, module in model.named_modules():
+        if isinstance(module, FactoredLinear | SharedBasis):
+            for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor.is_floating_point():
+                    yield f"{path}.{key}", tensor

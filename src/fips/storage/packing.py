@@ -41,6 +41,7 @@ __all__ = [
     "pack_integers",
     "packed_length",
     "parse_nm",
+    "pattern_bits",
     "pattern_bytes",
     "quantize_rows",
     "row_scales",
@@ -49,6 +50,7 @@ __all__ = [
     "unpack_mask",
     "value_bits",
     "value_kind",
+    "values_kept",
 ]
 
 DENSE, BITMASK = "dense", "bitmask"
@@ -63,7 +65,7 @@ def parse_nm(fmt: str) -> tuple[int, int] | None:
     if fmt in (DENSE, BITMASK) or fmt in BLOCKS:
         return None
     n, colon, m = fmt.partition(":")
-    if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m) <= 32):
+    if not (colon and fmt.isascii() and n.isdigit() and m.isdigit() and len(fmt) < 6 and 0 < int(n) < int(m) <= 32):
         known = ", ".join((DENSE, BITMASK, *BLOCKS))
         raise ValueError(f"unknown packed format {fmt!r}; known: {known}, N:M with 0 < N < M <= 32")
     return int(n), int(m)
@@ -79,12 +81,30 @@ def code_bits(n: int, m: int) -> int:
     return (math.comb(m, n) - 1).bit_length()
 
 
-def pattern_bytes(*, size: int, fmt: str) -> int:
-    """Bytes of the packed pattern of a matrix with ``size`` entries."""
+def pattern_bits(*, size: int, fmt: str) -> int:
+    """Bits of the packed pattern of a matrix with ``size`` entries."""
     nm = parse_nm(fmt)
     if nm is not None:
-        return -(-(size // nm[1] * code_bits(*nm)) // 8)
-    return 0 if fmt == DENSE else -(-size // (8 * block_size(fmt)))
+        return size // nm[1] * code_bits(*nm)
+    return 0 if fmt == DENSE else -(-size // block_size(fmt))
+
+
+def pattern_bytes(*, size: int, fmt: str) -> int:
+    """Bytes of the packed pattern of a matrix with ``size`` entries."""
+    return -(-pattern_bits(size=size, fmt=fmt) // 8)
+
+
+def values_kept(*, size: int, fmt: str) -> int | None:
+    """Entries kept of ``size``, where the format says it; None where the pattern does.
+
+    Raises ``ValueError`` if the entries do not fill the groups of an N:M format.
+    """
+    nm = parse_nm(fmt)
+    if nm is None:
+        return size if fmt == DENSE else None
+    if size % nm[1]:
+        raise ValueError(f"{size} entries do not fill the groups of {fmt}")
+    return size // nm[1] * nm[0]
 
 
 def pack(matrix: Tensor, mask: Tensor, *, fmt: str, block_axis: BlockAxis = 1) -> tuple[Tensor, Tensor]:
