@@ -11,6 +11,7 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "fips"
 
 ORDER = [
     "errors",
+    "signals",
     "config",
     "structure.patterns",
     "structure.locate",
@@ -58,6 +59,7 @@ ORDER = [
     "report.record",
     "report",
     "merge",
+    "storage.output",
     "storage.files",
     "storage.layout",
     "integrations",
