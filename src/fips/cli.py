@@ -431,9 +431,10 @@ def _print_compression(done: Any, output: Path, *, as_json: bool) -> None:
         return
     stdout.print(result_table(done.report))
     before = done.report.plan["model"]["bytes"]
+    peak = done.report.peak_memory_bytes
     stdout.print(
         f"{format_bytes(before)} -> {format_bytes(done.tensor_bytes)} of tensors, {done.report.seconds:.0f} s, "
-        f"peak memory {format_bytes(done.report.peak_memory_bytes)}",
+        f"peak memory {'not measured' if peak is None else format_bytes(peak)}",
         highlight=False,
     )
     stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False, soft_wrap=True)
