@@ -11,6 +11,7 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "fips"
 
 ORDER = [
     "errors",
+    "signals",
     "config",
     "structure.patterns",
     "structure.locate",
@@ -59,6 +60,7 @@ ORDER = [
     "report",
     "merge",
     "storage.untrusted",
+    "storage.output",
     "storage.files",
     "storage.layout",
     "storage.weights",

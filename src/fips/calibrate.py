@@ -69,7 +69,7 @@ def block_errors(
             squared += (first_tensor(block(*args, **kwargs)).double() - target).square().sum().item()
             variance.add(target)
         mse = squared / variance.count
-        results.append(BlockError(name, mse, mse / variance.value))
+        results.append(BlockError(name, mse, mse / max(variance.value, torch.finfo(torch.float32).tiny)))
     return results
 
 

@@ -1,6 +1,6 @@
 """The ``fips`` command: one public function per subcommand, results to stdout, progress and words to stderr.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage or setting, 130 interrupted.
+Exit codes: 0 success, 1 failure, 2 wrong usage or setting, 128 + n ended by signal n (130 Ctrl-C, 143 SIGTERM).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fips.errors import ConfigError, FipsError
+from fips.signals import Stopped, stoppable
 
 app = typer.Typer(
     name="fips",
@@ -321,7 +322,6 @@ def demo(
         _print_json(result)
 
 
-INTERRUPTED = 130
 COMPRESSION = ("budget", "target_bytes", "method", "values", "sparsity", "pattern", "schedule", "threshold",
                "group_size", "groups", "targets", "ignore", "factor_dtype", "activation_bits", "seed")  # fmt: skip
 CALIBRATION = ("steps", "learning_rate", "precision", "activation_memory")
@@ -445,9 +445,10 @@ def _print_compression(done: Any, output: Path, *, as_json: bool) -> None:
         return
     stdout.print(result_table(done.report))
     before = done.report.plan["model"]["bytes"]
+    peak = done.report.peak_memory_bytes
     stdout.print(
         f"{format_bytes(before)} -> {format_bytes(done.tensor_bytes)} of tensors, {done.report.seconds:.0f} s, "
-        f"peak memory {format_bytes(done.report.peak_memory_bytes)}",
+        f"peak memory {'not measured' if peak is None else format_bytes(peak)}",
         highlight=False,
     )
     stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False, soft_wrap=True)
@@ -509,6 +510,10 @@ class _Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def show(self, label: str, done: int, total: int, note: str = "") -> None:
+        with suppress(OSError, ValueError):  # a terminal or a pipe that is gone must not cost the work
+            self._show(label, done, total, note)
+
+    def _show(self, label: str, done: int, total: int, note: str) -> None:
         if not stderr.is_terminal:
             if done in (1, total) or (total >= 10 and done % (total // 10) == 0):
                 stderr.print(f"{label} {done}/{total or '?'} {note}".rstrip(), highlight=False)
@@ -520,8 +525,9 @@ class _Bars:
         self._bars.update(self._tasks[label], completed=done, total=total or None, note=note)
 
     def stop(self) -> None:
-        if self._tasks:
-            self._bars.stop()
+        with suppress(OSError, ValueError):
+            if self._tasks:
+                self._bars.stop()
 
 
 @contextmanager
@@ -550,33 +556,39 @@ def _counter(label: str) -> Iterator[Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; errors become one line on stderr and an exit code."""
-    before = signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     try:
-        result = app(args=argv, standalone_mode=False)
-        code = result if isinstance(result, int) else 0
-        return code if code != INTERRUPTED else _say_interrupted()  # typer turns Ctrl-C into this code
+        with stoppable():
+            result = app(args=argv, standalone_mode=False)
+        return result if isinstance(result, int) else 0
     except FipsError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        _say(f"error: {_with_notes(error)}")
         return error.exit_code
+    except Stopped as stopped:
+        _say(f"interrupted: {_with_notes(stopped) if _notes(stopped) else 'nothing was written'}")
+        return stopped.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _say_interrupted()
+        _say("interrupted: nothing was written")
+        return 128 + signal.SIGINT
     except Exception as error:
         show = getattr(error, "show", None)  # usage errors of the option parser print themselves
         if show is None:
             raise
         show()
         return int(getattr(error, "exit_code", 2))
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
-def _interrupt() -> None:
-    raise KeyboardInterrupt
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
-def _say_interrupted() -> int:
-    print("interrupted: nothing was written", file=sys.stderr)  # noqa: T201
-    return INTERRUPTED
+def _with_notes(error: BaseException) -> str:
+    """What an error says and what was added to it on its way, in one line."""
+    return "; ".join([*([] if isinstance(error, Stopped) else [str(error)]), *_notes(error)])
+
+
+def _say(line: str) -> None:
+    with suppress(OSError, ValueError):  # a terminal that is gone
+        print(line, file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":

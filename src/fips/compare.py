@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import statistics as stats
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from fips.report.plots import quality_plot
 
 __all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
 
+log = logging.getLogger("fips.compare")
 ALIASES = {"no-sharing": "fips+sharing=never"}
 
 
@@ -71,7 +73,8 @@ class Comparison:
                 if not good:
                     row["failure"] = runs[0].failure
                 for name in ("stored_bytes", "quality", "relative_error", "seconds"):
-                    row[name] = stats.median(getattr(run, name) for run in good) if good else None
+                    known = [getattr(run, name) for run in good if getattr(run, name) is not None]
+                    row[name] = stats.median(known) if known else None
                 qualities = [run.quality for run in good if run.quality is not None]
                 row["spread"] = max(qualities) - min(qualities) if len(qualities) > 1 else None
                 found.append(row)
@@ -152,24 +155,34 @@ def _run(
         seed=config.seed,
         stored_bytes=mlp["factored"]["bytes"] / (2 * mlp["dense"]["parameters"]),
         quality=result.headline.value,
-        relative_error=stats.fmean(group["relative_error_final"] for group in groups),
-        relative_error_start=stats.fmean(group["relative_error_start"] for group in groups),
+        relative_error=_mean([group["relative_error_final"] for group in groups]),
+        relative_error_start=_mean([group["relative_error_start"] for group in groups]),
         seconds=round(report.seconds, 2),
         shared_groups=sum(group["rank"] > 0 for group in report.plan["groups"]),
         formats=tuple(dict.fromkeys(group["format"] for group in report.plan["groups"])),
     )
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what was measured in all groups; None where one lacks it."""
+    known = [value for value in values if value is not None]
+    return stats.fmean(known) if len(known) == len(values) else None
+
+
 def write_comparison(comparison: Comparison, directory: Path, *, facts: dict[str, Any]) -> None:
-    """``compare.json`` (with ``facts`` about the run), ``compare.md`` and, with matplotlib, ``compare.svg``."""
+    """``compare.json`` (with ``facts`` about the run), ``compare.md`` and, where it can be drawn, ``compare.svg``."""
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**facts, **comparison.to_dict()}, indent=2)
     (directory / "compare.json").write_text(text + "\n", encoding="utf-8")
     (directory / "compare.md").write_text(_markdown(comparison), encoding="utf-8")
-    quality_plot(
-        comparison.rows(), directory / "compare.svg", metric=comparison.metric, original=comparison.original,
-        higher_is_better=comparison.higher_is_better,
-    )  # fmt: skip
+    try:
+        quality_plot(
+            comparison.rows(), directory / "compare.svg", metric=comparison.metric, original=comparison.original,
+            higher_is_better=comparison.higher_is_better,
+        )  # fmt: skip
+    except Exception as error:  # the numbers are there; fonts and drawing libraries fail in ways of their own
+        log.warning("no plot drawn: %s: %s", type(error).__name__, error)
+        (directory / "compare.svg").unlink(missing_ok=True)
 
 
 def _markdown(comparison: Comparison) -> str:
@@ -184,8 +197,9 @@ def _markdown(comparison: Comparison) -> str:
             lines.append(f"| {row['method']} | {row['target_bytes']:g} | does not fit | | | |")
             continue
         spread = "" if row["spread"] is None else f"{row['spread']:.3g}"
+        error = "" if row["relative_error"] is None else f"{row['relative_error']:.4g}"
         lines.append(
             f"| {row['method']} | {row['stored_bytes']:.3f} | {row['quality']:.4g} | {spread} | "
-            f"{row['relative_error']:.4g} | {row['seconds']:.0f} s |"
+            f"{error} | {row['seconds']:.0f} s |"
         )
     return "\n".join(lines) + "\n"

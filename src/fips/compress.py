@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from fips.integrations.reload import check_reloadable
 from fips.methods.baseline import compress_by_baseline
 from fips.methods.paper import compress_by_paper
 from fips.methods.solver import compress_by_solver
-from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench
+from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.nn import BASES, basis_owner
 from fips.plan import plan_compression
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
@@ -68,17 +69,27 @@ def compress(
         plan=replace(plan, groups=tuple(group.plan for group in groups)).to_dict(),
         groups=[_result(group).to_dict() for group in groups],
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=measured("peak memory", lambda: peak_memory_bytes(device)),
         activation_file_bytes=bench.file_bytes,
-        data=dict(getattr(batches, "description", {})),
-        environment={**environment(device), "precision": resolve_precision(config.calibration.precision, device)},
+        data=measured("the description of the data", lambda: _description(batches)) or {},
+        environment={
+            **(measured("hardware and versions", lambda: environment(device)) or {}),
+            "precision": resolve_precision(config.calibration.precision, device),
+        },
     )
     model.fips_report = report  # type: ignore[assignment]
     return report
 
 
 def _result(group: CompressedGroup) -> GroupResult:
-    return GroupResult(group.plan.group.name, group.start, group.final, group.losses, group.seconds)
+    place = group.plan.group
+    return GroupResult(place.name, place.blocks, group.start, group.final, group.losses, group.seconds)
+
+
+def _description(batches: Iterable[Any]) -> dict[str, Any]:
+    """What batches say about themselves, as it will be in a JSON file; data of other libraries may say it in prose."""
+    found = getattr(batches, "description", None)
+    return json.loads(json.dumps(dict(found), default=str)) if isinstance(found, Mapping) else {}
 
 
 @contextmanager

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from fips.accounting import state_bytes
 from fips.compare import Comparison, Run, compare, method_config, write_comparison
 from fips.compress import Progress, compress
 from fips.config import DataConfig, Recipe
 from fips.data import Batches, load_batches
-from fips.errors import ConfigError, DataError, ModelError
+from fips.errors import ConfigError, DataError, ModelError, OutputError
 from fips.evaluate import EvaluationResult, evaluate
 from fips.integrations.lm_eval import run_tasks
 from fips.integrations.onnx import export_onnx
@@ -41,8 +47,8 @@ from fips.integrations.transformers import (
 from fips.merge import merge
 from fips.plan import CompressionPlan, plan_compression
 from fips.report.record import CompressionReport, environment
-from fips.storage.checkpoint import load, save
-from fips.storage.files import complete_directory, require_free
+from fips.storage.checkpoint import load, save, write_model
+from fips.storage.output import Output, require_empty
 
 __all__ = [
     "Compression",
@@ -55,6 +61,8 @@ __all__ = [
     "pick_device",
     "plan_source",
 ]
+
+log = logging.getLogger("fips.jobs")
 
 
 def pick_device(name: str) -> torch.device:
@@ -106,22 +114,60 @@ def compress_to_directory(
     """Compress a model and write it; everything that can be refused is refused before the weights are read."""
     if recipe.data is None:
         raise DataError("no calibration data: give --data, or a recipe with `data`")
-    require_free(output)
+    require_empty(output)
     place = pick_device(device)
     dtype = resolve_dtype(dtype)
-    empty, _ = plan_source(source, recipe, trust_remote_code=trust_remote_code)
-    batches, processor = _batches(
-        source, recipe.data, empty, purpose="calibration", trust_remote_code=trust_remote_code
-    )
-    model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-    examples = PixelBatches(batches) if is_timm_model(model) else batches
-    report = compress(model, examples, recipe.compression, progress=progress)
-    report.source = source
-    used = recipe.model_copy(update={"model": source, "architecture": None})
-    files = None if is_timm_model(model) else processor  # timm keeps the transform in its config.json
-    tensor_bytes = save(model, output, processor=files, recipe=used.to_yaml())
-    file_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    return Compression(report, tensor_bytes, file_bytes)
+    empty, plan = plan_source(source, recipe, trust_remote_code=trust_remote_code)
+    with Output(output, needed=plan.compressed_bytes) as target:
+        batches, processor = _batches(
+            source, recipe.data, empty, purpose="calibration", trust_remote_code=trust_remote_code
+        )
+        if processor is not None and not is_timm_model(empty):  # timm keeps the transform in its config.json
+            with target.writing("the tokenizer or image processor"):
+                processor.save_pretrained(target.scratch)
+        model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+        examples = PixelBatches(batches) if is_timm_model(model) else batches
+        report = compress(model, examples, recipe.compression, progress=progress)
+        report.source = source
+        used = recipe.model_copy(update={"model": source, "architecture": None})
+        return Compression(report, *_write(model, target, processor, used.to_yaml()))
+
+
+def _write(model: nn.Module, target: Output, processor: Any, recipe: str) -> tuple[int, int]:
+    """Bytes of tensors and of files written; what cannot be written where it should is written elsewhere."""
+    try:
+        tensor_bytes = write_model(model, target, recipe=recipe)
+        file_bytes = _size(target.scratch)
+        target.commit()
+    except Exception as error:
+        if target.kept is not None:
+            raise
+        files = None if is_timm_model(model) else processor
+        place = _rescue(model, target.directory, files, recipe)
+        raise OutputError(
+            f"{error}; the compressed model is complete in `{place}` instead: move it to where it should be"
+            if place is not None
+            else f"{error}; it could be written nowhere else either"
+        ) from error
+    return tensor_bytes, file_bytes
+
+
+def _rescue(model: nn.Module, directory: Path, processor: Any, recipe: str) -> Path | None:
+    """Save a model that its output did not take at the first other place that does."""
+    name = f"{directory.resolve().name[:100]}-rescued-{os.getpid()}"
+    for parent in (directory.resolve().parent, Path(tempfile.gettempdir()), Path.cwd(), Path.home()):
+        for files in (processor, None):
+            try:
+                save(model, parent / name, processor=files, recipe=recipe)
+            except Exception as error:
+                log.warning("`%s` does not take the model either: %s", parent, error)
+            else:
+                return parent / name
+    return None
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def evaluate_source(
@@ -160,20 +206,18 @@ def compare_source(
     progress: Any = None,
 ) -> Comparison:
     """Compare methods on a model and write table, JSON and plot to a directory that is absent or empty."""
-    require_free(output)
+    require_empty(output)
     place = pick_device(device)
     for method in methods:
         method_config(method, target_bytes=sizes[0], seed=0)
     dtype = resolve_dtype(dtype)
     empty = empty_model(source, compressed=False, trust_remote_code=trust_remote_code)
-    scored, _ = _batches(source, evaluation, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
-    model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-
-    def examples(seed: int) -> Any:
-        data = calibration.replace(seed=seed)
-        batches, _ = _batches(source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code)
-        return PixelBatches(batches) if is_timm_model(model) else batches
-
+    facts = {
+        "source": Path(source).name,
+        "calibration": calibration.model_dump(mode="json", exclude_none=True),
+        "evaluation": evaluation.model_dump(mode="json", exclude_none=True),
+        "environment": environment(place),
+    }
     done: list[Run] = []
     total = len(methods) * len(sizes) * len(seeds)
 
@@ -182,15 +226,36 @@ def compare_source(
         if progress is not None:
             progress(len(done), total)
 
-    result = compare(model, examples, scored, methods=methods, sizes=sizes, seeds=seeds, on_run=on_run)
-    facts = {
-        "source": Path(source).name,
-        "calibration": calibration.model_dump(mode="json", exclude_none=True),
-        "evaluation": evaluation.model_dump(mode="json", exclude_none=True),
-        "environment": environment(place),
-    }
-    write_comparison(result, output, facts=facts)
+    with Output(output) as target:
+        scored, _ = _batches(source, evaluation, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
+        model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+
+        def examples(seed: int) -> Any:
+            data = calibration.replace(seed=seed)
+            batches, _ = _batches(source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code)
+            return PixelBatches(batches) if is_timm_model(model) else batches
+
+        try:
+            result = compare(model, examples, scored, methods=methods, sizes=sizes, seeds=seeds, on_run=on_run)
+            with target.writing("the comparison"):
+                write_comparison(result, target.scratch, facts=facts)
+            target.commit()
+        except BaseException as error:
+            if done and target.kept is None and target.scratch.is_dir():
+                error.add_note(f"{len(done)} of {total} runs are in `{_keep_runs(done, target, facts)}`")
+            raise
     return result
+
+
+def _keep_runs(done: Sequence[Run], target: Output, facts: Mapping[str, Any]) -> Path:
+    """Keep the runs of a comparison that did not come to its end."""
+    with suppress(OSError):
+        runs = {**facts, "runs": [asdict(run) for run in done]}
+        (target.scratch / "compare.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+        return target.keep()
+    place = Path(tempfile.mkdtemp(prefix="fips-compare-"))
+    (place / "compare.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+    return place
 
 
 def evaluate_tasks(
@@ -249,27 +314,47 @@ def export_directory(
     """
     if fmt not in ("dense", "onnx"):
         raise ConfigError(f"`--format` must be dense or onnx, got {fmt!r}")
-    require_free(output)
+    require_empty(output)
     if not is_compressed_source(source):
         raise ModelError(f"`{source}` is not a compressed model; `fips compress` makes one")
-    model = load(source, trust_remote_code=trust_remote_code)
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"`{source}` holds a `{type(model).__name__}`; only transformers models can be exported")
-    processor = load_processor(source, model_kind(model), trust_remote_code=trust_remote_code)
-    error = None
-    with complete_directory(output) as scratch:
+    with Output(output, needed=_export_bytes(source, fmt, trust_remote_code=trust_remote_code)) as target:
+        model = load(source, trust_remote_code=trust_remote_code)
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(f"`{source}` holds a `{type(model).__name__}`; only transformers models can be exported")
+        error = None
         if fmt == "onnx":
             example = _example(source, model, data, trust_remote_code=trust_remote_code)
-            error = export_onnx(model, scratch / "model.onnx", example).relative_error
+            with target.writing("the ONNX file"):
+                error = export_onnx(model, target.scratch / "model.onnx", example).relative_error
         merge(model)
-        with quiet():
-            if fmt == "onnx":
-                model.config.save_pretrained(scratch)
-            else:
-                model.save_pretrained(scratch)
+        with quiet(), target.writing("the model"):
+            model.config.save_pretrained(target.scratch) if fmt == "onnx" else _save_dense(model, target.scratch)
+        with quiet(), target.writing("the tokenizer or image processor", finished="the model"):
+            processor = load_processor(source, model_kind(model), trust_remote_code=trust_remote_code)
             if processor is not None:
-                processor.save_pretrained(scratch)
-    return Export(fmt, sum(path.stat().st_size for path in output.rglob("*") if path.is_file()), error)
+                processor.save_pretrained(target.scratch)
+        file_bytes = _size(target.scratch)
+        target.commit()
+    return Export(fmt, file_bytes, error)
+
+
+def _save_dense(model: PreTrainedModel, directory: Path) -> None:
+    """A plain checkpoint, generation settings as they are: ``save_pretrained`` refuses those of many models."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None or not model.can_generate():
+        model.save_pretrained(directory)
+        return
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(directory)
+    model.generation_config = generation
+    generation.to_json_file(directory / "generation_config.json")
+
+
+def _export_bytes(source: str, fmt: str, *, trust_remote_code: bool) -> int:
+    """At least what an export writes: dense weights, or packed ones."""
+    if fmt == "dense":
+        return state_bytes(empty_model(source, trust_remote_code=trust_remote_code))
+    return sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
 
 
 def _example(

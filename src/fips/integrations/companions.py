@@ -192,6 +192,10 @@ def _auto_class(architecture: str) -> str:
     return "AutoModelForCausalLM" if architecture.endswith("LMHeadModel") else "AutoModel"
 
 
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.5f}"
+
+
 def _results(report: Mapping[str, Any]) -> str:
     mlp, config = report["mlp"], report["config"]
     rows = [
@@ -204,7 +208,7 @@ def _results(report: Mapping[str, Any]) -> str:
     lines += [f"| {name} | {before:,} | {after:,} | {after / before:.1%} |" for name, before, after in rows]
     lines += ["", "| group | blocks | relative block error |", "| --- | --- | --- |"]
     lines += [
-        f"| {result['name']} | {len(result['blocks'])} | {result['relative_error_final']:.5f} |"
+        f"| {result['name']} | {len(result['blocks'])} | {_number(result['relative_error_final'])} |"
         for result in report["results"]
     ]
     settings = ", ".join(

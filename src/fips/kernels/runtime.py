@@ -19,6 +19,7 @@ AMX) do half the work then.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -59,6 +60,7 @@ class BasisRuntime:
 
     def __init__(self) -> None:
         self._prepared: cpu.Prepared | None = None
+        self._failed = False
 
     def __reduce__(self) -> tuple[type[BasisRuntime], tuple[()]]:
         return BasisRuntime, ()
@@ -71,6 +73,15 @@ class BasisRuntime:
         if not self._few(x, weight_DR):
             weight = weight_DR.to(x.dtype)
             return linear(x, weight) if expand else linear(x, weight.T)
+        try:
+            return self._multiply(x, weight_DR, expand, offloaded)
+        except Exception as error:
+            self._failed = True
+            y = self.multiply(x, weight_DR, expand=expand)
+            _say_once(f"a kernel failed, its basis is multiplied by plain torch: {type(error).__name__}: {error}")
+            return y
+
+    def _multiply(self, x: Tensor, weight_DR: Tensor, expand: bool, offloaded: bool) -> Tensor:
         packed = Packed(weight_DR, weight_DR.new_empty(0), None, (weight_DR.shape[0], weight_DR.shape[1]), "dense")
         multiply = cpu.multiply if expand else cpu.multiply_columns
         if offloaded:
@@ -82,6 +93,7 @@ class BasisRuntime:
     def _few(self, x: Tensor, weight: Tensor) -> bool:
         return (
             not torch.compiler.is_compiling()
+            and not self._failed
             and x.shape[:-1].numel() in range(1, self.FEW + 1)
             and ops.is_plain(x, weight)
             and not ops.needs_grad(x, weight)
@@ -106,6 +118,7 @@ class LayerRuntime:
         self._chosen: dict[tuple[Any, ...], Way] = {}
         self._repeats: dict[torch.Size, cpu.Repeat] = {}
         self._wish = os.environ.get("FIPS_RUNTIME")
+        self._failed = False
         cpu.available()  # loaded here, not while a tracer watches
 
     def __reduce__(self) -> tuple[type[LayerRuntime], tuple[str, int | None]]:
@@ -154,6 +167,12 @@ class LayerRuntime:
             layer = make()
             return self._compute("packed" if ops.traceable(x, layer.packed) else "decode", x, layer)
         layer = self._remembered(parts, make)
+        try:
+            return self._multiply(x, layer)
+        except Exception as error:
+            return self._without_kernel(x, layer, error)
+
+    def _multiply(self, x: Tensor, layer: Product) -> Tensor:
         repeat = self._repeats.get(x.shape)
         if repeat is not None and layer is self._product and self._again(x, layer, repeat):
             return layer.through_factor(x, repeat)
@@ -163,6 +182,19 @@ class LayerRuntime:
         y = self._compute(way, x, layer)
         if way == "packed" and layer is self._product:
             self._remember(x, layer)
+        return y
+
+    def _without_kernel(self, x: Tensor, layer: Product, error: Exception) -> Tensor:
+        """Decode in torch, from now on, where a kernel failed; what fails in torch too was no fault of the kernel."""
+        try:
+            y = layer.through_factor(x, reference.multiply)
+        except Exception:
+            raise error from None
+        if not isinstance(error, MemoryError):  # there may be memory again
+            self._failed = True
+            self._repeats.clear()
+            self._chosen.clear()
+        _say_once(f"a kernel failed, its layer runs on plain torch: {type(error).__name__}: {error}")
         return y
 
     def _remembered(self, parts: Sequence[object], make: Callable[[], Product]) -> Product:
@@ -228,7 +260,7 @@ class LayerRuntime:
         return _timings.fastest(layer.signature(x) + inputs, possible, lambda way: self._compute(way, x, layer))
 
     def _possible(self, grad: bool, x: Tensor, layer: Product) -> tuple[Way, ...]:
-        packed = ops.supports(x, layer.packed)
+        packed = not self._failed and ops.supports(x, layer.packed)
         if grad:
             return ("packed", "decode") if packed else ("decode",)
         ways: tuple[Way, ...] = ("decode", "merged") if layer.basis is None else ("decode", "merge", "merged")
@@ -280,6 +312,11 @@ class LayerRuntime:
         if self._merged is None or self._merged_key != key:
             self._merged, self._merged_key = self._merge(dtype, layer), key
         return self._merged
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 class Product:

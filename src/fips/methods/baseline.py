@@ -14,7 +14,7 @@ from fips.baselines.lowrank import shared_whitened_svd, truncated_svd, whitened_
 from fips.baselines.pruning import magnitude, sparsegpt, wanda
 from fips.baselines.quantization import gptq
 from fips.errors import BudgetError
-from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, dense_matrix
+from fips.methods.workbench import CompressedGroup, Workbench, dense_matrix
 from fips.nn import FactoredLinear, SharedBasis
 from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
 from fips.statistics import LayerMoments, moment_bytes
@@ -52,9 +52,7 @@ def _compress_group(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Ten
     for site in plan.group.sites:
         found.layers[site.name].bias = bench.bias(site)
         found.layers[site.name].conv1d = site.conv1d
-    with bench.recorded(plan.group, limit=MAX_ERROR_BATCHES) as (records, spool):
-        errors = bench.errors_with(plan.group, found.layers, records, spool)
-    found.start = found.final = errors
+    found.start = found.final = bench.final_errors(plan.group, found.layers)
     found.seconds = time.perf_counter() - started
     return found
 

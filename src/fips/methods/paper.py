@@ -7,7 +7,7 @@ import time
 from fips.accounting import LayerStorage
 from fips.activations import ActivationSpool
 from fips.calibrate import BlockError, Records, calibrate_
-from fips.methods.workbench import CompressedGroup, Workbench, pack_group
+from fips.methods.workbench import CompressedGroup, Workbench, measured, pack_group
 from fips.plan import CompressionPlan, GroupPlan
 from fips.solve.svd import grow_rank, shared_svd
 from fips.trainable import TrainableGroup, swapped
@@ -26,7 +26,10 @@ def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
     with bench.recorded(plan.group) as (records, spool):
         group = _factorize(bench, plan)
         with swapped(bench.model, group.modules):
-            start = _errors_of_start(bench, plan, group, records, spool)
+            start = measured(
+                f"the block errors of group {plan.group.name} before training",
+                lambda: _errors_of_start(bench, plan, group, records, spool),
+            )
             losses = calibrate_(
                 group, blocks, records, spool, bench.device,
                 lambda step, loss: bench.report("calibrate", plan.group.name, step + 1, steps, loss),
@@ -35,8 +38,11 @@ def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
                 group.prune(bench.config.factor_sparsity)
         storages = [LayerStorage(int(mask.sum()), plan.fmt) for mask in group.masks]
         bases, layers = pack_group(group, plan, storages)
-        final = bench.errors_with(plan.group, layers, records, spool)
-    return CompressedGroup(plan, bases, layers, start, final, tuple(losses), time.perf_counter() - started)
+        final = measured(
+            f"the block errors of group {plan.group.name}",
+            lambda: bench.errors_with(plan.group, layers, records, spool),
+        )
+    return CompressedGroup(plan, bases, layers, start or (), final or (), tuple(losses), time.perf_counter() - started)
 
 
 def _factorize(bench: Workbench, plan: GroupPlan) -> TrainableGroup:
@@ -53,7 +59,8 @@ def _errors_of_start(
 ) -> tuple[BlockError, ...]:
     """The start pruned to the final sparsity at once; only masks change, and they are put back."""
     before = group.masks
-    group.set_masks(group.choose_masks(bench.config.factor_sparsity))
-    errors = bench.errors_with(plan.group, {}, records, spool)
-    group.set_masks(before)
-    return errors
+    try:
+        group.set_masks(group.choose_masks(bench.config.factor_sparsity))
+        return bench.errors_with(plan.group, {}, records, spool)
+    finally:
+        group.set_masks(before)

@@ -15,7 +15,8 @@ from fips.accounting import LayerStorage, itemsize
 from fips.calibrate import BlockError, calibrate_
 from fips.config import CompressionConfig
 from fips.distill import distill_
-from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, pack_group
+from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, measured, pack_group
+from fips.nn import FactoredLinear, SharedBasis
 from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
 from fips.solve.alternate import Factorization
 from fips.solve.problems import LayerProblem
@@ -59,7 +60,8 @@ def compress_by_solver(bench: Workbench, plan: CompressionPlan) -> list[Compress
         )  # fmt: skip
         for item in solved:
             item.losses += losses
-    return [_finish(bench, item) for item in solved]
+    packed = [pack_group(item.trainable, item.plan, item.storages) for item in solved]  # before anything else can fail
+    return [_finish(bench, item, *done) for item, done in zip(solved, packed, strict=True)]
 
 
 def _solve_groups(bench: Workbench, plan: CompressionPlan) -> list[_Solved]:
@@ -232,14 +234,17 @@ def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> 
         return _Solved(plan, storages, group, (), [], 0.0)
     limit = None if config.calibration_steps else MAX_ERROR_BATCHES
     with bench.recorded(plan.group, limit=limit) as (records, spool):
-        start = bench.errors_with(plan.group, group.modules, records, spool)
+        start = measured(
+            f"the block errors of group {plan.group.name} before training",
+            lambda: bench.errors_with(plan.group, group.modules, records, spool),
+        )
         with swapped(bench.model, group.modules):
             steps = config.calibration_steps
             losses = calibrate_(
                 group, bench.blocks(plan.group), records, spool, bench.device,
                 lambda step, loss: bench.report("calibrate", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
-    return _Solved(plan, storages, group, start, losses, 0.0)
+    return _Solved(plan, storages, group, start or (), losses, 0.0)
 
 
 def _moved_bias(
@@ -267,10 +272,10 @@ def _storage(mask_RF: Tensor, choice: Choice) -> LayerStorage:
     return LayerStorage(int(mask_RF.sum()), fmt, value_kind(choice.bits), choice.shared)
 
 
-def _finish(bench: Workbench, item: _Solved) -> CompressedGroup:
-    bases, layers = pack_group(item.trainable, item.plan, item.storages)
-    with bench.recorded(item.plan.group, limit=MAX_ERROR_BATCHES) as (records, spool):
-        final = bench.errors_with(item.plan.group, layers, records, spool)
+def _finish(
+    bench: Workbench, item: _Solved, bases: dict[str, SharedBasis], layers: dict[str, FactoredLinear]
+) -> CompressedGroup:
+    final = bench.final_errors(item.plan.group, layers)
     return CompressedGroup(item.plan, bases, layers, item.start or final, final, tuple(item.losses), item.seconds)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,12 @@ __all__ = [
     "ProgressEvent",
     "Workbench",
     "dense_matrix",
+    "measured",
     "pack_group",
 ]
+
+log = logging.getLogger("fips.methods")
+T = TypeVar("T")
 
 MAX_ERROR_BATCHES = 16
 
@@ -136,6 +141,15 @@ class Workbench:
         with swapped(self.model, layers), torch.no_grad():
             return self.errors(group, records, spool)
 
+    def final_errors(self, group: LayerGroup, layers: Mapping[str, nn.Module]) -> tuple[BlockError, ...]:
+        """Block errors of finished layers on the first batches; none, with a warning, where measuring them fails."""
+
+        def measure() -> tuple[BlockError, ...]:
+            with self.recorded(group, limit=MAX_ERROR_BATCHES) as (records, spool):
+                return self.errors_with(group, layers, records, spool)
+
+        return measured(f"the block errors of group {group.name}", measure) or ()
+
     def counted(self, stage: str, group: str, *, limit: int | None = None) -> Iterator[Any]:
         """The batches, reported one by one."""
         total = len(self.batches) if isinstance(self.batches, Sized) else 0
@@ -156,6 +170,15 @@ class Workbench:
         found = getattr(self.model.get_submodule(site.name), "bias", None)
         assert found is None or isinstance(found, nn.Parameter)
         return found
+
+
+def measured(what: str, measure: Callable[[], T]) -> T | None:
+    """What ``measure`` finds, or None and a warning: a measurement must not cost the work it is about."""
+    try:
+        return measure()
+    except Exception as error:
+        log.warning("%s could not be measured, the report lacks them: %s: %s", what, type(error).__name__, error)
+        return None
 
 
 def dense_matrix(model: nn.Module, site: LinearSite) -> Tensor:

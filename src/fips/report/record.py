@@ -26,30 +26,39 @@ class GroupResult:
     """Errors and losses of one group."""
 
     name: str
+    blocks: tuple[str, ...]
     start: tuple[BlockError, ...]
-    """The SVD start pruned to the final sparsity at once, before any gradient step."""
+    """The SVD start pruned to the final sparsity at once, before any gradient step; empty where not measured."""
     final: tuple[BlockError, ...]
+    """Empty where not measured."""
     losses: tuple[float, ...]
     seconds: float
 
     @staticmethod
-    def mean_relative(errors: tuple[BlockError, ...]) -> float:
-        return sum(error.relative for error in errors) / len(errors)
+    def mean_relative(errors: tuple[BlockError, ...]) -> float | None:
+        return sum(error.relative for error in errors) / len(errors) if errors else None
 
     def to_dict(self) -> dict[str, Any]:
+        start, final = ({error.block: error for error in errors} for errors in (self.start, self.final))
         return {
             "name": self.name,
             "seconds": round(self.seconds, 2),
             "relative_error_start": self.mean_relative(self.start),
             "relative_error_final": self.mean_relative(self.final),
             "blocks": [
-                {"name": a.block, "mse_start": a.mse, "mse_final": b.mse, "relative_start": a.relative,
-                 "relative_final": b.relative}
-                for a, b in zip(self.start, self.final, strict=True)
+                {"name": name, **_error_fields("start", start.get(name)), **_error_fields("final", final.get(name))}
+                for name in self.blocks
             ],
             "loss_first_step": self.losses[0] if self.losses else None,
             "loss_last_step": self.losses[-1] if self.losses else None,
-        }  # fmt: skip
+        }
+
+
+def _error_fields(when: str, error: BlockError | None) -> dict[str, float | None]:
+    return {
+        f"mse_{when}": None if error is None else error.mse,
+        f"relative_{when}": None if error is None else error.relative,
+    }
 
 
 @dataclass(slots=True)
@@ -61,7 +70,7 @@ class CompressionReport:
     """``CompressionPlan.to_dict()``: sizes before and after, groups, what was skipped and why."""
     groups: list[dict[str, Any]]
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     activation_file_bytes: int
     """Most bytes of activations that were in the temporary file at once."""
     data: dict[str, Any] = field(default_factory=dict)

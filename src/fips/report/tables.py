@@ -100,11 +100,15 @@ def result_table(report: CompressionReport) -> Table:
             str(group["rank"]),
             group["format"],
             group.get("values", "float"),
-            f"{result['relative_error_start']:.5f}",
-            f"{result['relative_error_final']:.5f}",
+            _number(result["relative_error_start"], ".5f"),
+            _number(result["relative_error_final"], ".5f"),
             f"{result['seconds']:.1f} s",
         )
     return table
+
+
+def _number(value: float | None, digits: str) -> str:
+    return "not measured" if value is None else format(value, digits)
 
 
 def skipped_lines(plan: CompressionPlan) -> list[str]:
@@ -123,7 +127,7 @@ def comparison_table(comparison: Any) -> Table:
             row["method"],
             f"{row['stored_bytes']:.3f}",
             f"{row['quality']:.4g}",
-            f"{row['relative_error']:.4g}",
+            _number(row["relative_error"], ".4g"),
             f"{row['seconds']:.0f} s",
         )
     return table

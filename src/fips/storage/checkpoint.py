@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -17,18 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fips.accounting import named_state
+from fips.accounting import named_state, state_bytes
 from fips.errors import CheckpointError, ModelError
 from fips.integrations.building import build_within, check_fields, naming
-from fips.integrations.companions import architecture_of, saved_fields, write_card, write_remote_code
+from fips.integrations.companions import CARD, architecture_of, saved_fields, write_card, write_remote_code
 from fips.integrations.quantizer import attach, read_report
 from fips.integrations.reload import check_reloadable
 from fips.integrations.timm import build_timm, is_timm_config, is_timm_model, restore_buffers, write_timm_config
 from fips.integrations.transformers import build_packed
 from fips.nn import factored_layers
 from fips.report.record import REPORT_FILE
-from fips.storage.files import MANIFEST, complete_directory, read_json, verify_manifest, write_json, write_manifest
+from fips.storage.files import MANIFEST, read_json, verify_manifest, write_json, write_manifest
 from fips.storage.layout import QUANT_METHOD, Layout, check_layers, describe_layout, install_layout
+from fips.storage.output import Output
 from fips.storage.untrusted import file_inside
 from fips.storage.weights import (
     FLOATS,
@@ -42,7 +44,9 @@ from fips.storage.weights import (
     weight_files,
 )
 
-__all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "save"]
+__all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "save", "write_model"]
+
+log = logging.getLogger("fips.storage")
 
 RECIPE_FILE = "fips_recipe.yaml"
 CONFIG = "config.json"
@@ -75,35 +79,81 @@ def save(
     file but the card. It appears under its name only when complete. ``model.save_pretrained`` writes the same without
     promises: no manifest, any place.
 
-    Raises ``OutputError`` if the directory is not empty, ``ModelError`` if the model is not a compressed one or was
+    Raises ``OutputError`` if the directory is in use, not empty or cannot be written: before writing where that can
+    be known, else with the place where finished parts were kept, if any. The model stays as it is and can be saved
+    elsewhere. ``ModelError`` if the model is not a compressed one or was
     changed into one that could not be loaded again.
     """
+    _check_savable(model, processor)
+    with Output(directory, needed=state_bytes(model)) as output:
+        size = write_model(model, output, processor=processor, recipe=recipe, max_shard_size=max_shard_size)
+        output.commit()
+    return size
+
+
+def write_model(
+    model: nn.Module,
+    output: Output,
+    *,
+    processor: Any = None,
+    recipe: str | None = None,
+    max_shard_size: str | int = "5GB",
+) -> int:
+    """What ``save`` writes, into a place that is held already and stays to be committed; returns the same.
+
+    Once weights and configuration are written they are kept whatever fails after them: ``output.kept`` says where.
+    """
+    with output.writing("the weights"):
+        state = {name: tensor.contiguous().cpu() for name, tensor in named_state(model).items()}
+        _write_weights(state, output.scratch, max_shard_size)
+        if isinstance(model, PreTrainedModel):
+            _write_config(model, output.scratch)
+        else:
+            write_timm_config(model, output.scratch, quantization=describe_layout(model).to_dict())
+    with output.writing("what goes with the model", finished="what `fips.load` reads"):
+        if isinstance(model, PreTrainedModel):
+            write_remote_code(output.scratch, model)
+            if getattr(model, "generation_config", None) is not None and model.can_generate():
+                # not save_pretrained, which refuses settings that many published models have
+                model.generation_config.to_json_file(output.scratch / "generation_config.json")
+        if processor is not None:
+            processor.save_pretrained(output.scratch)
+        if recipe is not None:
+            (output.scratch / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+        _write_report(model, output)
+        write_manifest(output.scratch)
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def _check_savable(model: nn.Module, processor: Any) -> None:
     if not factored_layers(model):
         raise ModelError("the model has no factored layer to save; call `fips.compress` first")
     if not isinstance(model, PreTrainedModel) and not is_timm_model(model):
         raise ModelError(f"`{type(model).__name__}` is neither of transformers nor of timm; only those can be saved")
     check_reloadable(model, factored_layers(model))
-    state = {name: tensor.contiguous().cpu() for name, tensor in named_state(model).items()}
-    with complete_directory(Path(directory)) as scratch:
-        _write_weights(state, scratch, max_shard_size)
-        if isinstance(model, PreTrainedModel):
-            _write_config(model, scratch)
-            write_remote_code(scratch, model)
-            if getattr(model, "generation_config", None) is not None and model.can_generate():
-                model.generation_config.save_pretrained(scratch)
-        else:
-            write_timm_config(model, scratch, quantization=describe_layout(model).to_dict())
-        if processor is not None:
-            processor.save_pretrained(scratch)
+    if processor is not None and not callable(getattr(processor, "save_pretrained", None)):
+        raise ModelError(
+            f"`processor` must be a tokenizer or an image processor, which have `save_pretrained`; got "
+            f"`{type(processor).__name__}`"
+        )
+
+
+def _write_report(model: nn.Module, output: Output) -> None:
+    """Report and model card. They describe the model and are not needed to load it: failing, they are left out."""
+    try:
         report = getattr(model, "fips_report", None)
         fields = None if report is None else report.to_dict()
         if fields is not None:
-            write_json(scratch / REPORT_FILE, fields)
-        write_card(scratch, name=Path(directory).name, architecture=architecture_of(model), report=fields)
-        if recipe is not None:
-            (scratch / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-        write_manifest(scratch)
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+            write_json(output.scratch / REPORT_FILE, fields)
+        write_card(
+            output.scratch, name=output.directory.resolve().name, architecture=architecture_of(model), report=fields
+        )
+    except OSError:
+        raise
+    except Exception as error:
+        log.warning("no report or no model card written: %s: %s", type(error).__name__, error)
+        for name in (REPORT_FILE, CARD):
+            (output.scratch / name).unlink(missing_ok=True)
 
 
 def load(
@@ -116,8 +166,8 @@ def load(
     """Load a compressed model, of transformers or of timm, in evaluation mode; its outputs are the saved model's.
 
     They are equal bit for bit. Built without weights and filled tensor by tensor, so that no dense MLP matrix is ever
-    allocated. Buffers that no checkpoint holds (rotary frequencies) are computed anew. ``verify`` checks the SHA-256 of all files first, where a manifest lists them (``save_pretrained`` writes none).
-    ``trust_remote_code`` lets code in the directory run where the model was built by it. Raises ``CheckpointError``
+    allocated. Buffers that no checkpoint holds (rotary frequencies) are computed anew. ``verify`` checks the SHA-256
+    of all files first, where a manifest lists them (``save_pretrained`` writes none). ``trust_remote_code`` lets code in the directory run where the model was built by it. Raises ``CheckpointError``
     naming the file or tensor that is missing, cut short, altered, not among those written, of an unknown version or of
     the wrong shape or type, and the setting with which no model can be built, ``ModelError`` if the model needs code
     that is not trusted. Sizes are compared with the headers of the files before anything is allocated, and tensors are

@@ -1,17 +1,15 @@
-"""Directories that are complete or absent: written beside their place, checked, then renamed into it."""
+"""The manifest of a directory, and its JSON files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fips.errors import CheckpointError, OutputError
+from fips.errors import CheckpointError
+from fips.storage.output import MANIFEST, complete_directory, require_free
 from fips.storage.untrusted import file_inside, parse_object, read_bytes
 
 __all__ = [
@@ -24,38 +22,11 @@ __all__ = [
     "write_manifest",
 ]
 
-MANIFEST = "fips_manifest.json"
 EDITABLE = "README.md"
 """The model card is for people to edit; its bytes are not checked."""
 FOR_PEOPLE = {".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf"}
 """Kinds of files that may be added to a directory, since no loader reads them."""
 FORMAT_VERSION = 1
-
-
-def require_free(directory: Path) -> None:
-    """Raise ``OutputError`` unless ``directory`` is absent or an empty directory whose parent can be written."""
-    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise OutputError(f"output `{directory}` exists and is not a directory; choose another")
-    if directory.exists() and any(directory.iterdir()):
-        raise OutputError(f"output directory `{directory}` is not empty; choose another or remove it first")
-
-
-@contextmanager
-def complete_directory(directory: Path) -> Iterator[Path]:
-    """A scratch directory that becomes ``directory`` when the ``with`` block succeeds and vanishes when it does not."""
-    require_free(directory)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".partial", dir=directory.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write beside `{directory}`: {error.strerror}") from None
-    try:
-        scratch.chmod(0o755)
-        yield scratch
-        scratch.replace(directory)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def write_manifest(directory: Path) -> None:
