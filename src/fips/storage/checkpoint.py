@@ -167,8 +167,8 @@ def load(
 
     They are equal bit for bit. Built without weights and filled tensor by tensor, so that no dense MLP matrix is ever
     allocated. Buffers that no checkpoint holds (rotary frequencies) are computed anew. ``verify`` checks the SHA-256
-    of all files first, where a manifest lists them (``save_pretrained`` writes none). ``trust_remote_code`` lets code in the directory run where the model was built by it. Raises ``CheckpointError``
-    naming the file or tensor that is missing, cut short, altered, not among those written, of an unknown version or of
+    of all files first, where a manifest lists them (``save_pretrained`` writes none). ``trust_remote_code`` lets code
+    in the directory run where the model was built by it. Raises ``CheckpointError`` naming the file or tensor that is missing, cut short, altered, not among those written, of an unknown version or of
     the wrong shape or type, and the setting with which no model can be built, ``ModelError`` if the model needs code
     that is not trusted. Sizes are compared with the headers of the files before anything is allocated, and tensors are
     copied out of the files: the model does not depend on them.
