@@ -26,6 +26,7 @@ from fips.nn import factored_layers
 from fips.report.record import REPORT_FILE, CompressionReport
 from fips.storage.files import MANIFEST, complete_directory, read_json, verify_manifest, write_json, write_manifest
 from fips.storage.layout import QUANT_METHOD, Layout, check_patterns, describe_layout, install_layout
+from fips.wrappers import unwrap
 
 __all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "save"]
 
@@ -63,6 +64,7 @@ def save(
 
     Raises ``OutputError`` if the directory is not empty, ``ModelError`` if the model is not a compressed one.
     """
+    model = unwrap(model)
     if not factored_layers(model):
         raise ModelError("the model has no factored layer to save; call `fips.compress` first")
     if not isinstance(model, PreTrainedModel) and not is_timm_model(model):
