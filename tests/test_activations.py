@@ -92,5 +92,6 @@ def test_no_batch_and_a_block_that_never_runs_are_errors() -> None:
     with ActivationSpool(0) as spool:
         with pytest.raises(DataError, match="no batch"):
             record_blocks(model, blocks_of(model, "vit.layers", (0,)), [], spool, run)
+        model.idle = nn.Linear(2, 2)
         with pytest.raises(DataError, match="`idle` did not run"):
-            record_blocks(model, {"idle": nn.Linear(2, 2)}, batches_for(model), spool, run)
+            record_blocks(model, {"idle": model.idle}, batches_for(model), spool, run)

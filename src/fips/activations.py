@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fips.errors import DataError
+from fips.tokens import TokenTracker, first_tensor
 
-__all__ = ["ActivationSpool", "BlockCall", "first_tensor", "record_blocks"]
+__all__ = ["ActivationSpool", "BlockCall", "record_blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,19 @@ class BlockCall:
     args: Any
     kwargs: Any
     output: _Stored
+    counted: Tensor | None = None
+    """Which rows of the output are no padding, flat; None: all."""
 
     def arguments(self, spool: ActivationSpool, device: torch.device) -> tuple[Any, Any]:
         def load(leaf: Any) -> Any:
             return spool.get(leaf).to(device) if isinstance(leaf, _Stored) else leaf
 
         return _map_leaves(self.args, load), _map_leaves(self.kwargs, load)
+
+    def rows(self, output: Tensor) -> Tensor:
+        """The rows (N, D) of the block's output that count, or of another output in its place."""
+        rows_ND = output.reshape(-1, output.shape[-1])
+        return rows_ND if self.counted is None else rows_ND[self.counted.to(output.device)]
 
 
 @dataclass(slots=True)
@@ -92,6 +100,7 @@ class _Recorder:
     constants: list[tuple[Tensor, _Stored]] = field(default_factory=list)
     current: list[tuple[Tensor, _Stored]] = field(default_factory=list)
     pending: tuple[Any, Any] | None = None
+    tracker: TokenTracker | None = None
 
     def keep(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -143,6 +152,7 @@ def record_blocks(
                 block.register_forward_hook(after, with_kwargs=True),
             ):
                 stack.callback(handle.remove)
+        recorder.tracker = stack.enter_context(TokenTracker(model, blocks))
         for batch in batches:
             with suppress(_Stop):
                 run(model, batch)
@@ -170,7 +180,11 @@ def _hooks(
     def after(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
         if name not in record:
             assert recorder.pending is not None
-            record[name] = BlockCall(*recorder.pending, recorder.keep(first_tensor(output)))
+            assert recorder.tracker is not None
+            hidden = first_tensor(output)
+            counted = recorder.tracker.counted(hidden)
+            counted = None if counted is None else counted.to("cpu", copy=True)
+            record[name] = BlockCall(*recorder.pending, recorder.keep(hidden), counted)
         if stop:
             raise _Stop
 
@@ -179,16 +193,6 @@ def _hooks(
 
 def _is_side(leaf: Any, hidden: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf is not hidden
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states among a block's outputs: the output itself or its first tensor."""
-    if isinstance(output, Tensor):
-        return output
-    for item in output.values() if isinstance(output, Mapping) else output:
-        if isinstance(item, Tensor):
-            return item
-    raise DataError(f"a block returned no tensor but `{type(output).__name__}`; leave its layers out with `ignore`")
 
 
 def _map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fips.activations import ActivationSpool, BlockCall, first_tensor
+from fips.activations import ActivationSpool, BlockCall
 from fips.solve.schedules import cosine, gmp_sparsity, rigl_fraction, update_steps
 from fips.statistics import RunningVariance
+from fips.tokens import first_tensor
 from fips.trainable import TrainableGroup
 
 __all__ = ["BlockError", "autocast_for", "block_errors", "calibrate_", "resolve_precision"]
@@ -59,15 +60,17 @@ def _native_bfloat16(device: torch.device) -> bool:
 def block_errors(
     blocks: Mapping[str, nn.Module], records: Records, spool: ActivationSpool, device: torch.device
 ) -> list[BlockError]:
-    """Error of every block on the recorded batches, each batch weighted by its number of entries."""
+    """Error of every block on the recorded batches, each batch weighted by its number of entries; padding has none."""
     results = []
     for name, block in blocks.items():
         squared, variance = 0.0, RunningVariance()
         for record in records:
-            target = spool.get(record[name].output).to(device).double()
-            args, kwargs = record[name].arguments(spool, device)
-            squared += (first_tensor(block(*args, **kwargs)).double() - target).square().sum().item()
-            variance.add(target)
+            call = record[name]
+            target_ND = call.rows(spool.get(call.output).to(device).double())
+            args, kwargs = call.arguments(spool, device)
+            output_ND = call.rows(first_tensor(block(*args, **kwargs)).double())
+            squared += (output_ND - target_ND).square().sum().item()
+            variance.add(target_ND)
         mse = squared / variance.count
         results.append(BlockError(name, mse, mse / max(variance.value, torch.finfo(torch.float32).tiny)))
     return results
@@ -99,9 +102,10 @@ def calibrate_(
         support.before(step)
         loss = torch.zeros((), device=device)
         for name, block in blocks.items():
-            args, kwargs = records[index][name].arguments(spool, device)
-            output = first_tensor(block(*args, **kwargs)).float()
-            part = torch.nn.functional.mse_loss(output, spool.get(records[index][name].output).to(device).float())
+            call = records[index][name]
+            args, kwargs = call.arguments(spool, device)
+            output_ND = call.rows(first_tensor(block(*args, **kwargs)).float())
+            part = torch.nn.functional.mse_loss(output_ND, call.rows(spool.get(call.output).to(device).float()))
             part.backward()
             loss += part.detach()
         support.after(step)

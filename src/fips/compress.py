@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch import nn
 
 from fips.calibrate import autocast_for, resolve_precision
 from fips.config import CompressionConfig
+from fips.errors import ConfigError
+from fips.inputs import CalibrationData
 from fips.integrations.quantizer import attach
 from fips.integrations.reload import check_reloadable
 from fips.methods.baseline import compress_by_baseline
@@ -21,8 +22,10 @@ from fips.methods.solver import compress_by_solver
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.nn import BASES, basis_owner
 from fips.plan import plan_compression
+from fips.preserve import in_place_of, neutral_torch, preserved, take_over
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_linear
+from fips.wrappers import check_layers, check_model, unwrap
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
 
@@ -57,26 +60,38 @@ def compress(
     unusable batches. Reference: arXiv 2411.09816.
     """
     started = time.perf_counter()
-    plan = plan_compression(model, config)
-    check_reloadable(model, [site.name for group in plan.groups for site in group.group.sites])
+    if not isinstance(config, CompressionConfig):
+        hint = "use its `.compression`" if hasattr(config, "compression") else "write `CompressionConfig(...)`"
+        raise ConfigError(f"`config` must be a `CompressionConfig`, got `{type(config).__name__}`; {hint}")
+    model = unwrap(model)
+    check_model(model)
     device = next(model.parameters()).device
-    bench = Workbench(model, config, batches, device, progress, moments)
-    with _frozen(model), autocast_for(config.calibration.precision, device):
-        groups = METHODS.get(config.method, compress_by_baseline)(bench, plan)
-    _install(model, groups, activation_bits=config.activation_bits)
-    report = CompressionReport(
-        config=config,
-        plan=replace(plan, groups=tuple(group.plan for group in groups)).to_dict(),
-        groups=[_result(group).to_dict() for group in groups],
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=measured("peak memory", lambda: peak_memory_bytes(device)),
-        activation_file_bytes=bench.file_bytes,
-        data=measured("the description of the data", lambda: _description(batches)) or {},
-        environment={
-            **(measured("hardware and versions", lambda: environment(device)) or {}),
-            "precision": resolve_precision(config.calibration.precision, device),
-        },
-    )
+    with neutral_torch(device):
+        plan = plan_compression(model, config)
+        sites = [site for group in plan.groups for site in group.group.sites]
+        check_layers(model, sites)
+        check_reloadable(model, [site.name for site in sites])
+        data = CalibrationData(model, batches, seed=config.seed)
+        data.check()
+        bench = Workbench(model, config, data, device, progress, moments)
+        with preserved(model):
+            bench.try_batch()
+            with autocast_for(config.calibration.precision, device):
+                groups = METHODS.get(config.method, compress_by_baseline)(bench, plan)
+        _install(model, groups, activation_bits=config.activation_bits)
+        report = CompressionReport(
+            config=config,
+            plan=replace(plan, groups=tuple(group.plan for group in groups)).to_dict(),
+            groups=[_result(group).to_dict() for group in groups],
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=measured("peak memory", lambda: peak_memory_bytes(device)),
+            activation_file_bytes=bench.file_bytes,
+            data=measured("the description of the data", lambda: _description(data)) or {},
+            environment={
+                **(measured("hardware and versions", lambda: environment(device)) or {}),
+                "precision": resolve_precision(config.calibration.precision, device),
+            },
+        )
     model.fips_report = report  # type: ignore[assignment]
     return report
 
@@ -92,35 +107,21 @@ def _description(batches: Iterable[Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(found), default=str)) if isinstance(found, Mapping) else {}
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no key-value cache and no gradients for the model's own parameters, restored afterwards."""
-    was_training = model.training
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        if use_cache is not None:
-            config.use_cache = False  # type: ignore[union-attr]
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        if use_cache is not None:
-            config.use_cache = use_cache  # type: ignore[union-attr]
-        model.train(was_training)
-
-
 def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_bits: int | None) -> None:
+    """Put the new layers in place, all of them or, if that is interrupted, none."""
+    layers = {name: layer for group in groups for name, layer in group.layers.items()}
     bases = {name: basis for group in groups for name, basis in group.bases.items()}
-    setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
-    for group in groups:
-        for name, layer in group.layers.items():
-            layer.train(model.training)
+    trained: set[int] = set()
+    with in_place_of(model, list(layers), basis_owner(model), BASES):
+        setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
+        for name, layer in layers.items():
+            dense = model.get_submodule(name)
+            take_over(layer, dense)
+            if layer.basis is not None and dense.weight.requires_grad:
+                trained.add(id(layer.basis))
             if activation_bits is not None and layer.bits is not None:
                 layer.runtime.activation_bits = activation_bits
             replace_linear(model, name, layer)
-    attach(model)
+        for basis in bases.values():
+            basis.train(model.training).requires_grad_(id(basis) in trained)
+        attach(model)

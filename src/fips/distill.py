@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from fips.activations import first_tensor
 from fips.config import CompressionConfig, DistillConfig
 from fips.errors import DataError
 from fips.solve.schedules import cosine
-from fips.statistics import valid_tokens
+from fips.tokens import Head, TokenTracker, first_tensor
 from fips.trainable import TrainableGroup, swapped
 
 __all__ = ["distill_"]
 
 WARMUP = 0.1
+NEVER = -1e9
+"""A logit whose probability is 0; with infinity the divergence would be 0 times infinity."""
 
 
 def distill_(
@@ -53,10 +54,10 @@ def distill_(
         layers |= group.modules
     losses: list[float] = []
     for step, batch in zip(range(settings.steps), _forever(batches), strict=False):
-        with torch.no_grad(), _Outputs(blocks, settings.hidden_weight) as teacher:
-            target = run(model, batch)
-        with swapped(model, layers), torch.enable_grad(), _Outputs(blocks, settings.hidden_weight) as student:
-            loss = _loss(run(model, batch), target, student, teacher, batch, settings)
+        with torch.no_grad(), _Outputs(model, blocks, settings.hidden_weight) as teacher:
+            target = teacher.tokens.heads(run(model, batch))
+        with swapped(model, layers), torch.enable_grad(), _Outputs(model, blocks, settings.hidden_weight) as student:
+            loss = _loss(student.tokens.heads(run(model, batch)), target, student, teacher, settings)
             loss.backward()
         optimizer.step()
         schedule.step()
@@ -84,41 +85,55 @@ def _forever(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 class _Outputs(AbstractContextManager["_Outputs"]):
-    """The outputs of some blocks in one forward pass; nothing where they do not count."""
+    """The outputs of some blocks in one forward pass, as rows that count; nothing where they do not count at all."""
 
-    def __init__(self, blocks: Sequence[nn.Module], weight: float) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], weight: float) -> None:
         self.seen: dict[int, Tensor] = {}
         chosen = blocks if weight else ()
         self._handles = [block.register_forward_hook(self._hook(index)) for index, block in enumerate(chosen)]
+        members = {id(block) for block in chosen}
+        self.tokens = TokenTracker(model, [name for name, module in model.named_modules() if id(module) in members])
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        self.tokens.__exit__(*error)
         for handle in self._handles:
             handle.remove()
 
     def _hook(self, index: int) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            self.seen[index] = first_tensor(output)
+            hidden = first_tensor(output)
+            counted_N = self.tokens.counted(hidden)
+            rows_ND = hidden.reshape(-1, hidden.shape[-1])
+            self.seen[index] = rows_ND if counted_N is None else rows_ND[counted_N]
 
         return hook
 
 
-def _loss(output: Any, target: Any, student: _Outputs, teacher: _Outputs, batch: Any, config: DistillConfig) -> Tensor:
-    logits, wanted = getattr(output, "logits", None), getattr(target, "logits", None)
-    if isinstance(logits, Tensor) and isinstance(wanted, Tensor):
-        loss = _divergence(logits.float(), wanted.float(), valid_tokens(batch), config.temperature)
-    else:
-        loss = _relative(first_tensor(output), first_tensor(target))
+def _loss(
+    ours: Sequence[Head], theirs: Sequence[Head], student: _Outputs, teacher: _Outputs, config: DistillConfig
+) -> Tensor:
+    loss = torch.stack([_head_loss(a, b, config.temperature) for a, b in zip(ours, theirs, strict=True)]).sum()
     if student.seen:
         parts = [_relative(student.seen[index], teacher.seen[index]) for index in sorted(student.seen)]
         loss = loss + config.hidden_weight * torch.stack(parts).mean()
     return loss
 
 
-def _divergence(logits: Tensor, wanted: Tensor, valid_N: Tensor | None, temperature: float) -> Tensor:
-    ours_NC, theirs_NC = (x.flatten(0, -2) / temperature for x in (logits, wanted))
-    if valid_N is not None and valid_N.numel() == ours_NC.shape[0]:
-        keep_N = valid_N.to(ours_NC.device)
-        ours_NC, theirs_NC = ours_NC[keep_N], theirs_NC[keep_N]
+def _head_loss(ours: Head, theirs: Head, temperature: float) -> Tensor:
+    y_NC, t_NC = (_scored(head.scores.float(), ours) for head in (ours, theirs))
+    return _divergence(y_NC, t_NC, temperature) if ours.logits else _relative(y_NC, t_NC)
+
+
+def _scored(scores: Tensor, head: Head) -> Tensor:
+    """The rows (N, C) that count; what cannot be chosen never is."""
+    if head.choices is not None:
+        scores = scores.masked_fill(~head.choices, NEVER)
+    rows_NC = scores.reshape(-1, scores.shape[-1])
+    return rows_NC if head.counted is None else rows_NC[head.counted.flatten()]
+
+
+def _divergence(logits_NC: Tensor, wanted_NC: Tensor, temperature: float) -> Tensor:
+    ours_NC, theirs_NC = logits_NC / temperature, wanted_NC / temperature
     divergence = kl_div(ours_NC.log_softmax(-1), theirs_NC.log_softmax(-1), log_target=True, reduction="batchmean")
     return divergence * temperature**2
 

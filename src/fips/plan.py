@@ -16,6 +16,7 @@ from fips.nn import factored_layers
 from fips.solve.rank import num_nonzeros, rank_for_budget
 from fips.storage.packing import BITMASK, DENSE, block_size, code_bits, value_bits
 from fips.structure import LayerGroup, Skipped, group_mlps, locate_mlps
+from fips.wrappers import unwrap
 
 __all__ = ["CompressionPlan", "GroupPlan", "plan_compression", "solved_plan", "target_bytes"]
 
@@ -106,6 +107,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     Raises ``NoMatchError`` (nothing to compress), ``BudgetError`` (budget too small for a group), ``ConfigError``
     (groups or an N:M pattern that do not fit) and ``ModelError`` (already compressed).
     """
+    model = unwrap(model)
     if factored_layers(model):
         raise ModelError("the model is already compressed; `fips.merge(model)` turns it back into dense layers")
     located = locate_mlps(model, targets=config.targets, ignore=config.ignore)

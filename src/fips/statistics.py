@@ -10,7 +10,8 @@ bias that can absorb the mean error, :math:`\mu = 0`.
 
 :math:`\ell = \langle v, \mathrm{logits} \rangle` for one random v per example or token with covariance
 :math:`\mathrm{diag}(q) - q q^\top`, q the model's softmax at a temperature: then :math:`E[\delta\delta^\top]` is
-the Gauss-Newton matrix of the KL divergence from the original's outputs. No labels are used. Memory: the moments of the
+the Gauss-Newton matrix of the KL divergence from the original's outputs. No labels are used. Padding counts nowhere:
+the moments of padded examples are those of the same examples one by one, without padding. Memory: the moments of the
 layers asked for, not the tokens. All sums are float32: products rounded to bfloat16
 would not be positive semidefinite.
 
@@ -30,11 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fips.activations import first_tensor
 from fips.errors import DataError
 from fips.structure import LinearSite
+from fips.tokens import Head, TokenTracker
 
-__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes", "valid_tokens"]
+__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
 
 
 @dataclass(slots=True)
@@ -104,13 +105,11 @@ def collect_moments(
     examples = 0
     with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
         for batch in batches:
-            taps.valid_N = valid_tokens(batch)
-            logits, heat = _head(run(model, batch), temperature)
-            direction = _direction(logits.detach().float(), heat, generator)
-            if taps.valid_N is not None and logits.shape[:2].numel() == taps.valid_N.numel():
-                direction = direction * taps.valid_N.view(*logits.shape[:2], 1).to(device)
-            (logits.float() * direction).sum().backward()
-            examples += logits.shape[0]
+            heads = taps.tokens.heads(run(model, batch))
+            directions = [_direction(head, temperature, generator) for head in heads]
+            parts = [(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]
+            torch.stack(parts).sum().backward()
+            examples += heads[0].scores.shape[0]
     for site in sites:
         found = moments[site.name]
         if found.weight == 0:
@@ -124,26 +123,30 @@ def collect_moments(
     return moments
 
 
-def _direction(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """A random vector with covariance diag(q) - q q^T in the last axis, q = softmax(logits / temperature)."""
-    noise = torch.randn(logits.shape, generator=generator, device=logits.device)
-    q = (logits / temperature).softmax(-1)
-    root = q.sqrt() * noise
-    return root - q * root.sum(-1, keepdim=True)
+def _direction(head: Head, temperature: float, generator: torch.Generator) -> Tensor:
+    """A random vector with covariance diag(q) - q q^T in the last axis, q = softmax(logits / temperature).
+
+    Where the model returns no logits every direction is alike: the temperature is infinite.
+    """
+    scores = head.scores.detach().float()
+    if head.choices is not None:
+        scores = scores.masked_fill(~head.choices, -math.inf)
+    q = (scores / (temperature if head.logits else math.inf)).softmax(-1)
+    root = q.sqrt() * _noise(head, generator)
+    direction = root - q * root.sum(-1, keepdim=True)
+    return direction if head.counted is None else direction * head.counted.unsqueeze(-1)
 
 
-def _head(output: Any, temperature: float) -> tuple[Tensor, float]:
-    """What the model returns and its temperature: infinite, every direction alike, where it returns no logits."""
-    logits = getattr(output, "logits", None)
-    return (logits, temperature) if isinstance(logits, Tensor) else (first_tensor(output), math.inf)
-
-
-def valid_tokens(batch: Any) -> Tensor | None:
-    """Which tokens are no padding, flat; None where nothing is padded."""
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
-        return None
-    return mask.flatten().bool()
+def _noise(head: Head, generator: torch.Generator) -> Tensor:
+    """Normal numbers; with padding they are drawn example by example, so that padding takes none from the others."""
+    scores = head.scores
+    kept = head.counted if head.choices is None else head.choices
+    if kept is None:
+        return torch.randn(scores.shape, generator=generator, device=scores.device)
+    noise = torch.zeros(scores.shape, device=scores.device)
+    for row, keep in zip(noise, kept, strict=True):
+        row[keep] = torch.randn(row[keep].shape, generator=generator, device=scores.device)
+    return noise
 
 
 class _Taps(AbstractContextManager["_Taps"]):
@@ -153,16 +156,18 @@ class _Taps(AbstractContextManager["_Taps"]):
         self, model: nn.Module, sites: Sequence[LinearSite], moments: dict[str, LayerMoments], floor: float
     ) -> None:
         self.moments, self.floor = moments, floor
-        self.valid_N: Tensor | None = None
         self._handles = [model.get_submodule(site.name).register_forward_hook(self._hook(site.name)) for site in sites]
+        self.tokens = TokenTracker(model, [site.name for site in sites])
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        self.tokens.__exit__(*error)
         for handle in self._handles:
             handle.remove()
 
     def _hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].detach()
+            valid_N = self.tokens.counted(args[0])
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
 
@@ -170,8 +175,6 @@ class _Taps(AbstractContextManager["_Taps"]):
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                     x_ND = x.reshape(-1, x.shape[-1]).float()
                     gradient_NO = gradient.reshape(-1, gradient.shape[-1]).float()
-                    known = self.valid_N is not None and self.valid_N.numel() == x_ND.shape[0]
-                    valid_N = self.valid_N.to(x.device) if known and self.valid_N is not None else None
                     self.moments[name].add(x_ND, gradient_NO, valid_N, floor=self.floor)
 
             output.register_hook(add)

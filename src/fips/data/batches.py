@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +30,7 @@ class Batches:
     ``attention_mask`` (B, W) in batches with padding (on the right). Images are read and decoded batch by batch.
     """
 
+    same_every_pass: ClassVar[bool] = True
     kind: Kind
     description: dict[str, Any]
     """Where the examples come from and how they were chosen, ready for JSON."""

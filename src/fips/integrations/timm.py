@@ -161,6 +161,10 @@ class PixelBatches:
     batches: Any
 
     @property
+    def same_every_pass(self) -> bool:
+        return bool(getattr(self.batches, "same_every_pass", False))
+
+    @property
     def description(self) -> dict[str, Any]:
         return dict(self.batches.description)
 

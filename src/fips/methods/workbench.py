@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,12 +16,15 @@ from fips.accounting import LayerStorage
 from fips.activations import ActivationSpool, record_blocks
 from fips.calibrate import BlockError, Records, block_errors
 from fips.config import CompressionConfig
-from fips.errors import DataError
+from fips.errors import DataError, FipsError
+from fips.inputs import CalibrationData, place
 from fips.nn import FactoredLinear, SharedBasis
 from fips.plan import GroupPlan
+from fips.preserve import RandomState
 from fips.statistics import LayerMoments, collect_moments
 from fips.storage.packing import DENSE
 from fips.structure import LayerGroup, LinearSite
+from fips.tokens import first_tensor
 from fips.trainable import TrainableGroup, swapped
 
 __all__ = [
@@ -57,8 +60,8 @@ class ProgressEvent:
 
 
 Progress = Callable[[ProgressEvent], None]
-MomentCache = dict[tuple[tuple[str, ...], float, float, int], dict[str, LayerMoments]]
-"""Moments by layers, temperature, floor and seed, for several compressions of one model on the same batches."""
+MomentCache = dict[tuple[tuple[str, ...], float, float, int, str], dict[str, LayerMoments]]
+"""Moments by layers, temperature, floor, seed and a digest of the data, for several compressions of one model."""
 
 
 @dataclass(slots=True)
@@ -81,7 +84,7 @@ class Workbench:
 
     model: nn.Module
     config: CompressionConfig
-    batches: Iterable[Any]
+    batches: CalibrationData
     device: torch.device
     progress: Progress | None = None
     cache: MomentCache | None = None
@@ -91,8 +94,11 @@ class Workbench:
     def moments(self, name: str, sites: Sequence[LinearSite], *, floor: float) -> dict[str, LayerMoments]:
         """What the layers read and how much what they write matters, in the model as it is."""
         metric, seed = self.config.metric, self.config.seed
-        key = (tuple(site.name for site in sites), metric.temperature, floor, seed)
         cache = None if metric.propagate_errors else self.cache
+        key = (
+            tuple(site.name for site in sites), metric.temperature, floor, seed,
+            "" if cache is None else self.batches.key(),
+        )  # fmt: skip
         if cache is not None and key in cache:
             return cache[key]
         found = collect_moments(
@@ -104,19 +110,30 @@ class Workbench:
         return found
 
     def run(self, model: nn.Module, batch: Any) -> Any:
-        """The model's output for one batch, on its device and in its type."""
+        """The model's output for one batch, on its device and in its type.
+
+        A model that draws random numbers in evaluation, as masked autoencoders do, draws the same every time.
+        """
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        inputs = place(batch, self.device, dtype)
+        with RandomState.seeded(self.config.seed):
+            return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
-        def place(tensor: Any) -> Any:
-            if not isinstance(tensor, Tensor):
-                return tensor
-            return tensor.to(self.device, dtype if tensor.is_floating_point() else None)
-
-        if isinstance(batch, Mapping):
-            return model(**{key: place(value) for key, value in batch.items() if key != "labels"})
-        if isinstance(batch, Tensor):
-            return model(place(batch))
-        raise DataError(f"a batch must be a dict of tensors or a tensor, got {type(batch).__name__}")
+    def try_batch(self) -> None:
+        """One forward pass, so that inputs the model cannot read are found before the work; raises ``DataError``."""
+        batch = next(iter(self.batches))
+        try:
+            with torch.no_grad():
+                first_tensor(self.run(self.model, batch))
+        except (FipsError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            names = "a tensor" if isinstance(batch, Tensor) else ", ".join(f"`{name}`" for name in batch)
+            first = next(iter(str(error).strip().splitlines()), "")[:200]
+            raise DataError(
+                f"`{type(self.model).__name__}` cannot read the first batch ({names}): {type(error).__name__}: {first}"
+                "; a batch is what `model(**batch)` or, for a tensor, `model(batch)` takes"
+            ) from error
 
     @contextmanager
     def recorded(self, group: LayerGroup, *, limit: int | None = None) -> Iterator[tuple[Records, ActivationSpool]]:
@@ -152,7 +169,7 @@ class Workbench:
 
     def counted(self, stage: str, group: str, *, limit: int | None = None) -> Iterator[Any]:
         """The batches, reported one by one."""
-        total = len(self.batches) if isinstance(self.batches, Sized) else 0
+        total = len(self.batches)
         total = min(total, limit) if limit is not None else total
         for index, batch in enumerate(islice(self.batches, limit)):
             self.report(stage, group, index, total)

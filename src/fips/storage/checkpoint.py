@@ -43,6 +43,7 @@ from fips.storage.weights import (
     require,
     weight_files,
 )
+from fips.wrappers import unwrap
 
 __all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "save", "write_model"]
 
@@ -84,6 +85,7 @@ def save(
     elsewhere. ``ModelError`` if the model is not a compressed one or was
     changed into one that could not be loaded again.
     """
+    model = unwrap(model)
     _check_savable(model, processor)
     with Output(directory, needed=state_bytes(model)) as output:
         size = write_model(model, output, processor=processor, recipe=recipe, max_shard_size=max_shard_size)
@@ -166,12 +168,13 @@ def load(
     """Load a compressed model, of transformers or of timm, in evaluation mode; its outputs are the saved model's.
 
     They are equal bit for bit. Built without weights and filled tensor by tensor, so that no dense MLP matrix is ever
-    allocated. Buffers that no checkpoint holds (rotary frequencies) are computed anew. ``verify`` checks the SHA-256
-    of all files first, where a manifest lists them (``save_pretrained`` writes none). ``trust_remote_code`` lets code
-    in the directory run where the model was built by it. Raises ``CheckpointError`` naming the file or tensor that is missing, cut short, altered, not among those written, of an unknown version or of
-    the wrong shape or type, and the setting with which no model can be built, ``ModelError`` if the model needs code
-    that is not trusted. Sizes are compared with the headers of the files before anything is allocated, and tensors are
-    copied out of the files: the model does not depend on them.
+    allocated. Buffers that no checkpoint holds (rotary frequencies) are computed anew. ``verify`` checks the SHA-256 of
+    all files first, where a manifest lists them (``save_pretrained`` writes none). ``trust_remote_code`` lets code in
+    the directory run where the model was built by it. Raises ``CheckpointError`` naming the file or tensor that is
+    missing, cut short, altered, not among those written, of an unknown version or of the wrong shape or type, and the
+    setting with which no model can be built, ``ModelError`` if the model needs code that is not trusted. Sizes are
+    compared with the headers of the files before anything is allocated, and tensors are copied out of the files: the
+    model does not depend on them.
     """
     path = _local(directory)
     listed = path / MANIFEST
