@@ -31,7 +31,7 @@ class BlockError:
     block: str
     mse: float
     relative: float
-    """``mse`` divided by the variance of the original block's output."""
+    """``mse`` divided by the variance of the original block's output; of a constant, by its square."""
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -57,19 +57,28 @@ def _native_bfloat16(device: torch.device) -> bool:
 
 @torch.no_grad()
 def block_errors(
-    blocks: Mapping[str, nn.Module], records: Records, spool: ActivationSpool, device: torch.device
+    blocks: Mapping[str, nn.Module],
+    records: Records,
+    spool: ActivationSpool,
+    device: torch.device,
+    *,
+    limit: int | None = None,
 ) -> list[BlockError]:
-    """Error of every block on the recorded batches, each batch weighted by its number of entries."""
+    """Error of every block on the recorded batches that run it, each weighted by its number of entries.
+
+    At most the first ``limit`` of them are taken.
+    """
     results = []
     for name, block in blocks.items():
         squared, variance = 0.0, RunningVariance()
-        for record in records:
+        for record in [record for record in records if name in record][:limit]:
             target = spool.get(record[name].output).to(device).double()
             args, kwargs = record[name].arguments(spool, device)
             squared += (first_tensor(block(*args, **kwargs)).double() - target).square().sum().item()
             variance.add(target)
-        mse = squared / variance.count
-        results.append(BlockError(name, mse, mse / variance.value))
+        if variance.count:
+            mse = squared / variance.count
+            results.append(BlockError(name, mse, mse / variance.scale))
     return results
 
 
@@ -99,6 +108,8 @@ def calibrate_(
         support.before(step)
         loss = torch.zeros((), device=device)
         for name, block in blocks.items():
+            if name not in records[index]:
+                continue
             args, kwargs = records[index][name].arguments(spool, device)
             output = first_tensor(block(*args, **kwargs)).float()
             part = torch.nn.functional.mse_loss(output, spool.get(records[index][name].output).to(device).float())

@@ -12,13 +12,14 @@ from torch import nn
 
 from fips.calibrate import autocast_for, resolve_precision
 from fips.config import CompressionConfig
+from fips.finite import require_finite_layers, require_finite_weights, require_storable
 from fips.integrations.quantizer import attach
 from fips.methods.baseline import compress_by_baseline
 from fips.methods.paper import compress_by_paper
 from fips.methods.solver import compress_by_solver
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench
 from fips.nn import BASES, basis_owner
-from fips.plan import plan_compression
+from fips.plan import leave_dense, plan_compression
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_linear
 
@@ -41,7 +42,8 @@ def compress(
     better for the bytes, a sparse matrix alone. ``fips`` solves for both in the metric of the model's output and
     chooses structure and size of every group by measured error; ``fips-paper`` starts from an SVD, prunes by magnitude
     and trains block by block. The model is changed only after all groups are done: an error or an interrupt leaves it
-    as it was.
+    as it was. Layers that the batches never run, or that have no influence on the model's output there, are left dense;
+    the size asked for is that of the others, and the report lists both.
 
     ``batches`` is iterated a few times; its items are dicts for ``model(**batch)`` (``labels`` are ignored) or
     tensors for ``model(batch)``. Peak memory is the model, the moments of the groups at work (``metric.memory``), one
@@ -56,10 +58,16 @@ def compress(
     """
     started = time.perf_counter()
     plan = plan_compression(model, config)
+    require_finite_weights(model)
+    require_storable(model, plan)
     device = next(model.parameters()).device
     bench = Workbench(model, config, batches, device, progress, moments)
     with _frozen(model), autocast_for(config.calibration.precision, device):
+        sites = [site for group in plan.groups for site in group.group.sites]
+        plan = leave_dense(plan, model, config, bench.survey(sites))
         groups = METHODS.get(config.method, compress_by_baseline)(bench, plan)
+    for group in groups:
+        require_finite_layers(group.layers, group.bases, method=config.method)
     _install(model, groups, activation_bits=config.activation_bits)
     report = CompressionReport(
         config=config,
@@ -69,6 +77,7 @@ def compress(
         peak_memory_bytes=peak_memory_bytes(device),
         activation_file_bytes=bench.file_bytes,
         data=dict(getattr(batches, "description", {})),
+        notes=bench.notes,
         environment={**environment(device), "precision": resolve_precision(config.calibration.precision, device)},
     )
     model.fips_report = report  # type: ignore[assignment]

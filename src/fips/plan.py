@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,22 @@ from torch import nn
 
 from fips.accounting import Footprint, LayerStorage, dense_footprint, factored_footprint, itemsize, state_bytes
 from fips.config import CompressionConfig
-from fips.errors import BudgetError, ConfigError, ModelError
+from fips.errors import BudgetError, ConfigError, ModelError, NoMatchError
 from fips.nn import factored_layers
 from fips.solve.rank import num_nonzeros, rank_for_budget
 from fips.storage.packing import BITMASK, DENSE, block_size, code_bits, value_bits
 from fips.structure import LayerGroup, Skipped, group_mlps, locate_mlps
 
-__all__ = ["CompressionPlan", "GroupPlan", "plan_compression", "solved_plan", "target_bytes"]
+__all__ = [
+    "CompressionPlan",
+    "GroupPlan",
+    "LeftDense",
+    "leave_dense",
+    "plan_compression",
+    "solved_plan",
+    "storage_dtype",
+    "target_bytes",
+]
 
 REFERENCE_ITEMSIZE = 2
 """Sizes are compared with dense matrices in a 16-bit type, whatever type a checkpoint happens to use."""
@@ -64,13 +73,28 @@ class GroupPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftDense:
+    """A layer that was to be compressed and stays as it is, since the calibration data says nothing about it."""
+
+    name: str
+    reason: str
+    parameters: int
+    bytes: int
+    """Of its matrix, in the checkpoint's type."""
+
+
+@dataclass(frozen=True, slots=True)
 class CompressionPlan:
-    """All groups, what is skipped, and the size of the whole model before and after."""
+    """All groups, what is skipped, and the size of the whole model before and after.
+
+    The size asked for is that of the groups: layers left dense are neither in it nor in ``dense`` and ``factored``.
+    """
 
     groups: tuple[GroupPlan, ...]
     skipped: tuple[Skipped, ...]
     model_parameters: int
     model_bytes: int
+    left_dense: tuple[LeftDense, ...] = ()
 
     @property
     def dense(self) -> Footprint:
@@ -97,6 +121,11 @@ class CompressionPlan:
             "mlp": {"dense": self.dense.to_dict(), "factored": self.factored.to_dict()},
             "groups": [group.to_dict() for group in self.groups],
             "skipped": [{"name": item.name, "reason": item.reason} for item in self.skipped],
+            "left_dense": {
+                "parameters": sum(item.parameters for item in self.left_dense),
+                "bytes": sum(item.bytes for item in self.left_dense),
+                "layers": [{"name": item.name, "reason": item.reason} for item in self.left_dense],
+            },
         }
 
 
@@ -118,6 +147,43 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
         model_parameters=sum(p.numel() for p in model.parameters()),
         model_bytes=state_bytes(model),
     )
+
+
+def leave_dense(
+    plan: CompressionPlan, model: nn.Module, config: CompressionConfig, reasons: Mapping[str, str]
+) -> CompressionPlan:
+    """The plan without some layers, by name and reason; the others of their groups go on together.
+
+    Patterns of blocks reorder the hidden neurons of a whole MLP, so there its other layers stay dense too. Raises
+    ``NoMatchError`` if nothing is left.
+    """
+    if not reasons:
+        return plan
+    reasons = dict(reasons)
+    if block_size(config.resolved_pattern) > 1:
+        for mlp in (mlp for group in plan.groups for mlp in group.group.mlps):
+            first = next((site.name for site in mlp.sites if site.name in reasons), None)
+            for site in mlp.sites if first is not None else ():
+                reasons.setdefault(site.name, f"`{first}` of its MLP is left dense, and block patterns need all of it")
+    left, groups = [], []
+    for group in plan.groups:
+        for site in group.group.sites:
+            if site.name in reasons:
+                size = site.width * site.columns
+                weight = model.get_submodule(site.name).weight
+                assert isinstance(weight, torch.Tensor)
+                left.append(LeftDense(site.name, reasons[site.name], size, size * weight.element_size()))
+        smaller = group.group.without(reasons)
+        if smaller is not None:
+            groups.append(group if smaller is group.group else _plan_group(model, smaller, config))
+    if not groups:
+        one = left[0]
+        raise NoMatchError(
+            f"none of the {len(left)} layers can be compressed on this calibration data: `{one.name}`, {one.reason}"
+            + ("" if len(left) == 1 else ", and so on")
+            + "; give batches that use these layers, as the model is used"
+        )
+    return replace(plan, groups=tuple(groups), left_dense=tuple(left))
 
 
 def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) -> GroupPlan:

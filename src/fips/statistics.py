@@ -10,7 +10,8 @@ bias that can absorb the mean error, :math:`\mu = 0`.
 
 :math:`\ell = \langle v, \mathrm{logits} \rangle` for one random v per example or token with covariance
 :math:`\mathrm{diag}(q) - q q^\top`, q the model's softmax at a temperature: then :math:`E[\delta\delta^\top]` is
-the Gauss-Newton matrix of the KL divergence from the original's outputs. No labels are used. Memory: the moments of the
+the Gauss-Newton matrix of the KL divergence from the original's outputs. Outputs that are no softmax have the
+covariance of what they are instead (``fips.heads``). No labels are used. Memory: the moments of the
 layers asked for, not the tokens. All sums are float32: products rounded to bfloat16
 would not be positive semidefinite.
 
@@ -21,7 +22,6 @@ Reference: Martens & Grosse, arXiv 1503.05671.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,11 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fips.activations import first_tensor
 from fips.errors import DataError
+from fips.finite import overflow_error
+from fips.heads import ScoredHead, draw_direction, read_heads
 from fips.structure import LinearSite
 
 __all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes", "valid_tokens"]
+
+CONSTANT = 1e-6
+"""Variance of inputs, relative to their mean square, below which they are constants with rounding errors."""
 
 
 @dataclass(slots=True)
@@ -47,6 +51,8 @@ class LayerMoments:
     gradients_OO: Tensor
     weight: float = 0.0
     examples: int = 0
+    centered: bool = False
+    """Whether ``inputs_DD`` is about the mean, after ``finish``."""
 
     @classmethod
     def empty(cls, site: LinearSite, device: torch.device) -> LayerMoments:
@@ -70,11 +76,14 @@ class LayerMoments:
         self.weight += float(weight_N.sum())
 
     def finish(self, *, centered: bool, examples: int) -> None:
-        """From sums to means; moments about the mean where ``centered``."""
+        """From sums to means; moments about the mean where ``centered``, unless the inputs were constant."""
         self.inputs_DD /= self.weight
         self.mean_D /= self.weight
         self.gradients_OO /= examples
-        if centered:
+        power = float(self.inputs_DD.diagonal().sum())
+        spread = power - float(self.mean_D.square().sum())
+        self.centered = centered and spread > CONSTANT * power
+        if self.centered:
             self.inputs_DD -= torch.outer(self.mean_D, self.mean_D)
 
 
@@ -95,8 +104,8 @@ def collect_moments(
 ) -> dict[str, LayerMoments]:
     """Moments of the layers named by ``sites``; ``run(model, batch)`` returns the model's output.
 
-    The model's parameters must not require gradients. Raises ``DataError`` if there is no batch, if a layer never
-    runs, or if what it saw is not finite.
+    The model's parameters must not require gradients. Raises ``DataError`` if there is no batch or if a layer never
+    runs or reaches the output, ``ModelError`` if what it saw is not finite.
     """
     device = next(model.parameters()).device
     moments = {site.name: LayerMoments.empty(site, device) for site in sites}
@@ -105,37 +114,42 @@ def collect_moments(
     with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
         for batch in batches:
             taps.valid_N = valid_tokens(batch)
-            logits, heat = _head(run(model, batch), temperature)
-            direction = _direction(logits.detach().float(), heat, generator)
-            if taps.valid_N is not None and logits.shape[:2].numel() == taps.valid_N.numel():
-                direction = direction * taps.valid_N.view(*logits.shape[:2], 1).to(device)
-            (logits.float() * direction).sum().backward()
-            examples += logits.shape[0]
+            heads = read_heads(run(model, batch), model)
+            loss = torch.stack([_product(head, temperature, generator, taps.valid_N) for head in heads]).sum()
+            if bool(loss.isnan()) and any(bool(head.scores.isnan().any()) for head in heads):
+                raise overflow_error(model, batch, run, where="the model's output is not finite")
+            if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
+                loss.backward()
+            examples += heads[0].scores.shape[0]
     for site in sites:
         found = moments[site.name]
         if found.weight == 0:
-            raise DataError(f"layer `{site.name}` never ran on the {examples} calibration examples; leave it out")
-        found.finish(centered=site.has_bias, examples=examples)
-        if not bool(found.inputs_DD.isfinite().all() and found.gradients_OO.isfinite().all()):
             raise DataError(
-                f"activations or gradients of `{site.name}` are not finite on the calibration data; load the model in "
-                "bfloat16 or float32 instead of float16, or leave the layer out with `ignore`"
+                f"layer `{site.name}` never ran on the {examples} calibration examples, or did not reach "
+                "the model's output; leave it out with `ignore`"
             )
+        if not _is_finite(found):
+            where = f"activations or gradients of `{site.name}`, or their squares, are not finite"
+            raise overflow_error(model, batch, run, where=where)
+        found.finish(centered=site.has_bias, examples=examples)
     return moments
 
 
-def _direction(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """A random vector with covariance diag(q) - q q^T in the last axis, q = softmax(logits / temperature)."""
-    noise = torch.randn(logits.shape, generator=generator, device=logits.device)
-    q = (logits / temperature).softmax(-1)
-    root = q.sqrt() * noise
-    return root - q * root.sum(-1, keepdim=True)
+def _is_finite(found: LayerMoments) -> bool:
+    return bool(found.inputs_DD.isfinite().all() and found.gradients_OO.isfinite().all())
 
 
-def _head(output: Any, temperature: float) -> tuple[Tensor, float]:
-    """What the model returns and its temperature: infinite, every direction alike, where it returns no logits."""
-    logits = getattr(output, "logits", None)
-    return (logits, temperature) if isinstance(logits, Tensor) else (first_tensor(output), math.inf)
+def _product(head: ScoredHead, temperature: float, generator: torch.Generator, valid_N: Tensor | None) -> Tensor:
+    """Scores times a random direction, of tokens that are no padding."""
+    scores = head.scores
+    known = valid_N is not None and scores.dim() > 1 and scores.shape[:2].numel() == valid_N.numel()
+    valid = valid_N.view(scores.shape[:2]).to(scores.device) if known and valid_N is not None else None
+    if head.over_tokens:
+        return (scores.float() * draw_direction(head, temperature, generator, valid)).sum()
+    direction = draw_direction(head, temperature, generator)
+    if valid is not None and scores.dim() > 2:
+        direction = direction * valid.view(*scores.shape[:2], *[1] * (scores.dim() - 2))
+    return (scores.float() * direction).sum()
 
 
 def valid_tokens(batch: Any) -> Tensor | None:
@@ -194,3 +208,9 @@ class RunningVariance:
     @property
     def value(self) -> float:
         return self.squares / self.count - (self.sum / self.count) ** 2
+
+    @property
+    def scale(self) -> float:
+        """The variance; of a constant its square, and 1 if that is 0 too, so that errors can be divided by it."""
+        square = self.squares / self.count
+        return next((size for size in (self.value, square) if size > CONSTANT * square), 1.0)

@@ -62,11 +62,11 @@ def _compress_group(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Ten
 def _second_moments(bench: Workbench, name: str, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
     """About zero, all tokens alike, as these methods define it."""
     moments = bench.moments(name, sites, floor=1.0)
-    return {site.name: _about_zero(moments[site.name], site) for site in sites}
+    return {site.name: _about_zero(moments[site.name]) for site in sites}
 
 
-def _about_zero(moments: LayerMoments, site: LinearSite) -> Tensor:
-    if not site.has_bias:
+def _about_zero(moments: LayerMoments) -> Tensor:
+    if not moments.centered:
         return moments.inputs_DD
     return moments.inputs_DD + torch.outer(moments.mean_D, moments.mean_D)
 
@@ -153,6 +153,9 @@ def _teams(plan: GroupPlan, method: str) -> Iterator[list[LinearSite]]:
     mlps = plan.group.mlps
     for _, span in groupby(range(len(mlps)), key=lambda index: index // SHARING_SPAN):
         members = [mlps[index].sites for index in span]
+        if len({len(sites) for sites in members}) > 1:  # some of their layers are left dense
+            yield from ([site] for sites in members for site in sites)
+            continue
         for place in zip(*members, strict=True):
             yield from [list(place)] if place[0].role == "up" else [[site] for site in place]
 

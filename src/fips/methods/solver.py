@@ -193,10 +193,20 @@ def _searches(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMome
 
 
 def site_problem(weight_DF: Tensor, site: LinearSite, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
-    """The error of one layer in the metric of the output, hidden neurons in the order given."""
+    """The error of one layer in the metric of the output, hidden neurons in the order given.
+
+    Without gradients it is the error of the layer's own outputs relative to their size.
+    """
+    gradients_OO = moments.gradients_OO if bool(moments.gradients_OO.any()) else torch.eye(len(moments.gradients_OO))
+    gradients_OO = gradients_OO.to(moments.inputs_DD)
     if site.role == "up":
-        return LayerProblem(weight_DF, moments.inputs_DD, moments.gradients_OO[order_F][:, order_F])
-    return LayerProblem(weight_DF, moments.gradients_OO, moments.inputs_DD[order_F][:, order_F])
+        left_DD, right_FF = moments.inputs_DD, gradients_OO[order_F][:, order_F]
+    else:
+        left_DD, right_FF = gradients_OO, moments.inputs_DD[order_F][:, order_F]
+    if not bool(moments.gradients_OO.any()):
+        outputs = float(((left_DD @ weight_DF @ right_FF) * weight_DF).sum())
+        left_DD = left_DD / outputs if outputs > 0 else left_DD
+    return LayerProblem(weight_DF, left_DD, right_FF)
 
 
 def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> list[Tensor]:

@@ -213,7 +213,9 @@ class GroupSearch:
         points: list[Point] = []
         for choice, bytes_ in sizes:
             with suppress(BudgetError):
-                points.append(Point(choice, bytes_, self.solve(choice, bytes_).losses[-1]))
+                loss = self.solve(choice, bytes_).losses[-1]
+                if math.isfinite(loss):
+                    points.append(Point(choice, bytes_, loss))
         return points
 
     def _estimated(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
@@ -261,8 +263,8 @@ class GroupSearch:
 
     def first_ratio(self, choice: Choice, size: float) -> float:
         """Error of a shared basis after the first rounds, relative to that of pruning with values of the same width."""
-        pruned = self.solve(choice._replace(shared=False), size)
-        return self.solve(choice, size, rounds=TRIAL_ROUNDS).losses[-1] / pruned.losses[-1]
+        pruned = self.solve(choice._replace(shared=False), size).losses[-1]
+        return self.solve(choice, size, rounds=TRIAL_ROUNDS).losses[-1] / pruned if pruned > 0 else math.inf
 
     def _rule(self, choice: Choice, left: float) -> SupportRule:
         if choice.nm is not None:

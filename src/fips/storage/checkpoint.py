@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from fips.accounting import named_state
 from fips.errors import CheckpointError, ModelError
+from fips.finite import require_finite_state
 from fips.integrations.companions import architecture_of, auto_map, write_card, write_remote_code
 from fips.integrations.quantizer import attach
 from fips.integrations.timm import build_timm, is_timm_config, is_timm_model, restore_buffers, write_timm_config
@@ -61,12 +62,14 @@ def save(
     file but the card. It appears under its name only when complete. ``model.save_pretrained`` writes the same without
     promises: no manifest, any place.
 
-    Raises ``OutputError`` if the directory is not empty, ``ModelError`` if the model is not a compressed one.
+    Raises ``OutputError`` if the directory is not empty, ``ModelError`` if the model is not a compressed one or
+    holds NaN.
     """
     if not factored_layers(model):
         raise ModelError("the model has no factored layer to save; call `fips.compress` first")
     if not isinstance(model, PreTrainedModel) and not is_timm_model(model):
         raise ModelError(f"`{type(model).__name__}` is neither of transformers nor of timm; only those can be saved")
+    require_finite_state(model)
     state = {name: tensor.contiguous().cpu() for name, tensor in named_state(model).items()}
     with complete_directory(Path(directory)) as scratch:
         _write_weights(state, scratch, max_shard_size)
