@@ -45,6 +45,7 @@ ORDER = [
     "kernels.runtime",
     "nn",
     "accounting",
+    "least",
     "plan",
     "finite",
     "activations",

@@ -23,6 +23,7 @@ from fips.structure import LinearSite
 
 __all__ = ["compress_by_baseline"]
 
+EPS = 1e-9
 SHARING_SPAN = 2
 """Consecutive layers that share a basis in Basis Sharing, as in its paper."""
 
@@ -99,7 +100,7 @@ def _rounded(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -
     size = plan.group.width * plan.group.columns
     rows = sum(site.columns if site.role == "up" else site.width for site in plan.group.sites)
     allowed = target_bytes(plan.group, bench.config) - rows * itemsize(plan.dtype)
-    bits = min(int(8 * allowed / size), 8)
+    bits = min(int(8 * allowed / size + EPS), 8)
     if bits < 2:
         raise BudgetError(f"{allowed:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes")
     kind = value_kind(bits)
@@ -168,7 +169,7 @@ def _rank(plan: GroupPlan, bench: Workbench, columns: int) -> int:
     else:
         share = columns / plan.group.columns
         allowed = target_bytes(plan.group, config) * share / itemsize(plan.dtype)
-    rank = int(allowed / (width + columns))
+    rank = int(allowed / (width + columns) + EPS)
     if rank < 1:
         raise BudgetError(f"not one vector of {width} + {columns} numbers fits; ask for more bytes")
     return rank

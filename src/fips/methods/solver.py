@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fips.accounting import LayerStorage, itemsize
 from fips.calibrate import BlockError, calibrate_
-from fips.config import CompressionConfig
+from fips.config import AUTO_BITS, CompressionConfig
 from fips.distill import distill_
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, pack_group
 from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
@@ -30,7 +30,6 @@ from fips.trainable import TrainableGroup, swapped
 __all__ = ["compress_by_solver", "site_problem"]
 
 N16 = ("2:16", "4:16", "8:16")
-AUTO_BITS = (3, 4, 5, 6, 8)
 
 Split = Sequence[tuple[Choice, float]]
 """Structure and bytes of a group: of all its layers together where they share a basis, else of each."""
@@ -167,7 +166,10 @@ def _search(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoment
     if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
             free = Choice(False, "unstructured", _bits(config)[-1])
-            masks = search.group.solve(free, _share(plan, config)).masks_RF
+            size = max(
+                _share(plan, config), search.group.least_bytes(free)
+            )  # its pattern costs more than that of blocks
+            masks = search.group.solve(free, size).masks_RF
         orders = _neighbours(plan, dict(zip([site.name for site in sites], masks, strict=True)), block)
         search = _searches(bench, plan, moments, orders)
     return search
