@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fips.errors import DataError
-from fips.tokens import TokenTracker, first_tensor
+from fips.heads import first_tensor
+from fips.tokens import TokenTracker
 
 __all__ = ["ActivationSpool", "BlockCall", "record_blocks"]
 
@@ -133,15 +134,20 @@ def record_blocks(
     batches: Iterable[Any],
     spool: ActivationSpool,
     run: Callable[[nn.Module, Any], None],
+    *,
+    limit: int | None = None,
 ) -> list[dict[str, BlockCall]]:
-    """Arguments and outputs of ``blocks`` (in order of execution) for every batch.
+    """Arguments and outputs of ``blocks`` (in order of execution) for every batch, or until there are ``limit`` records
+    and every block is in one.
 
     ``run(model, batch)`` makes the forward pass, which is cut short after the last block. Only the first call of a
-    block in a pass is recorded. Raises ``DataError`` if there is no batch or a block never runs.
+    block in a pass is recorded, and only batches that run one of them at all. Raises ``DataError`` if there is no batch
+    or a block never runs.
     """
     recorder = _Recorder(spool)
     records: list[dict[str, BlockCall]] = []
     last = list(blocks)[-1]
+    some = False
     with ExitStack() as stack:
         record: dict[str, BlockCall] = {}
         side: list[Tensor] = []
@@ -156,16 +162,24 @@ def record_blocks(
         for batch in batches:
             with suppress(_Stop):
                 run(model, batch)
-            missing = [name for name in blocks if name not in record]
-            if missing:
-                raise DataError(f"block `{missing[0]}` did not run on the calibration data; leave it out with `ignore`")
-            records.append(dict(record))
-            recorder.next_batch(side)
+            some = True
+            if record:
+                records.append(dict(record))
+                recorder.next_batch(side)
             record.clear()
             side.clear()
-    if not records:
+            if limit is not None and len(records) >= limit and not _missing(blocks, records):
+                break
+    if not some:
         raise DataError("the calibration data has no batch; give at least one")
+    missing = _missing(blocks, records)
+    if missing:
+        raise DataError(f"block `{missing[0]}` did not run on the calibration data; leave it out with `ignore`")
     return records
+
+
+def _missing(blocks: Iterable[str], records: Sequence[Mapping[str, BlockCall]]) -> list[str]:
+    return [name for name in blocks if not any(name in record for record in records)]
 
 
 def _hooks(

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from fips.activations import ActivationSpool, BlockCall
+from fips.heads import first_tensor
 from fips.solve.schedules import cosine, gmp_sparsity, rigl_fraction, update_steps
 from fips.statistics import RunningVariance
-from fips.tokens import first_tensor
 from fips.trainable import TrainableGroup
 
 __all__ = ["BlockError", "autocast_for", "block_errors", "calibrate_", "resolve_precision"]
@@ -32,7 +32,7 @@ class BlockError:
     block: str
     mse: float
     relative: float
-    """``mse`` divided by the variance of the original block's output."""
+    """``mse`` divided by the variance of the original block's output; of a constant, by its square."""
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -58,21 +58,30 @@ def _native_bfloat16(device: torch.device) -> bool:
 
 @torch.no_grad()
 def block_errors(
-    blocks: Mapping[str, nn.Module], records: Records, spool: ActivationSpool, device: torch.device
+    blocks: Mapping[str, nn.Module],
+    records: Records,
+    spool: ActivationSpool,
+    device: torch.device,
+    *,
+    limit: int | None = None,
 ) -> list[BlockError]:
-    """Error of every block on the recorded batches, each batch weighted by its number of entries; padding has none."""
+    """Error of every block on the recorded batches that run it, each weighted by its number of entries.
+
+    Padding has no error. At most the first ``limit`` of the batches are taken.
+    """
     results = []
     for name, block in blocks.items():
         squared, variance = 0.0, RunningVariance()
-        for record in records:
+        for record in [record for record in records if name in record][:limit]:
             call = record[name]
             target_ND = call.rows(spool.get(call.output).to(device).double())
             args, kwargs = call.arguments(spool, device)
             output_ND = call.rows(first_tensor(block(*args, **kwargs)).double())
             squared += (output_ND - target_ND).square().sum().item()
             variance.add(target_ND)
-        mse = squared / variance.count
-        results.append(BlockError(name, mse, mse / max(variance.value, torch.finfo(torch.float32).tiny)))
+        if variance.count:
+            mse = squared / variance.count
+            results.append(BlockError(name, mse, mse / variance.scale))
     return results
 
 
@@ -102,6 +111,8 @@ def calibrate_(
         support.before(step)
         loss = torch.zeros((), device=device)
         for name, block in blocks.items():
+            if name not in records[index]:
+                continue
             call = records[index][name]
             args, kwargs = call.arguments(spool, device)
             output_ND = call.rows(first_tensor(block(*args, **kwargs)).float())

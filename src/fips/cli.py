@@ -437,13 +437,15 @@ def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False) -> None:
 
 
 def _print_compression(done: Any, output: Path, *, as_json: bool) -> None:
-    from fips.report.tables import format_bytes, result_table
+    from fips.report.tables import format_bytes, left_dense_lines, result_table
 
     if as_json:
         record = {"output": str(output), "tensor_bytes": done.tensor_bytes, "directory_bytes": done.file_bytes}
         _print_json({**record, **done.report.to_dict()})
         return
     stdout.print(result_table(done.report))
+    for line in (*left_dense_lines(done.report.plan), *done.report.notes):
+        stdout.print(line, highlight=False, soft_wrap=True)
     before = done.report.plan["model"]["bytes"]
     peak = done.report.peak_memory_bytes
     stdout.print(

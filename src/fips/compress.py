@@ -13,6 +13,7 @@ from torch import nn
 from fips.calibrate import autocast_for, resolve_precision
 from fips.config import CompressionConfig
 from fips.errors import ConfigError
+from fips.finite import require_finite_layers, require_finite_weights, require_storable
 from fips.inputs import CalibrationData
 from fips.integrations.quantizer import attach
 from fips.integrations.reload import check_reloadable
@@ -21,7 +22,7 @@ from fips.methods.paper import compress_by_paper
 from fips.methods.solver import compress_by_solver
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.nn import BASES, basis_owner
-from fips.plan import plan_compression
+from fips.plan import leave_dense, plan_compression
 from fips.preserve import in_place_of, neutral_torch, preserved, take_over
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_linear
@@ -46,7 +47,8 @@ def compress(
     better for the bytes, a sparse matrix alone. ``fips`` solves for both in the metric of the model's output and
     chooses structure and size of every group by measured error; ``fips-paper`` starts from an SVD, prunes by magnitude
     and trains block by block. The model is changed only after all groups are done: an error or an interrupt leaves it
-    as it was.
+    as it was. Layers that the batches never run, or that have no influence on the model's output there, are left dense;
+    the size asked for is that of the others, and the report lists both.
 
     ``batches`` is iterated a few times; its items are dicts for ``model(**batch)`` (``labels`` are ignored) or
     tensors for ``model(batch)``. Peak memory is the model, the moments of the groups at work (``metric.memory``), one
@@ -68,6 +70,8 @@ def compress(
     device = next(model.parameters()).device
     with neutral_torch(device):
         plan = plan_compression(model, config)
+        require_finite_weights(model)
+        require_storable(model, plan)
         sites = [site for group in plan.groups for site in group.group.sites]
         check_layers(model, sites)
         check_reloadable(model, [site.name for site in sites])
@@ -77,7 +81,10 @@ def compress(
         with preserved(model):
             bench.try_batch()
             with autocast_for(config.calibration.precision, device):
+                plan = leave_dense(plan, model, config, bench.survey(sites))
                 groups = METHODS.get(config.method, compress_by_baseline)(bench, plan)
+        for group in groups:
+            require_finite_layers(group.layers, group.bases, method=config.method)
         _install(model, groups, activation_bits=config.activation_bits)
         report = CompressionReport(
             config=config,
@@ -87,6 +94,7 @@ def compress(
             peak_memory_bytes=measured("peak memory", lambda: peak_memory_bytes(device)),
             activation_file_bytes=bench.file_bytes,
             data=measured("the description of the data", lambda: _description(data)) or {},
+            notes=bench.notes,
             environment={
                 **(measured("hardware and versions", lambda: environment(device)) or {}),
                 "precision": resolve_precision(config.calibration.precision, device),

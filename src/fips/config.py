@@ -23,6 +23,8 @@ Method = Literal["fips", "fips-paper", "gptq", "magnitude", "wanda", "sparsegpt"
 Values = Literal["auto", "float", "int8", "int7", "int6", "int5", "int4", "int3", "int2"]
 DEFAULT_SPARSITY = 0.75
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
+AUTO_BITS = (3, 4, 5, 6, 8)
+"""Widths that `values: auto` chooses among."""
 BASELINES = ("gptq", *PRUNERS, "svd", "svd-llm", "basis-sharing")
 
 
@@ -204,6 +206,10 @@ class CompressionConfig(Settings):
             )
 
     def _check_fips(self) -> None:
+        if self.sharing == "always" and self.nm is not None:
+            raise ValueError(
+                "`sharing: always` needs a pattern of free size, got N:M; leave `pattern` or `sharing` out"
+            )
         if self.values == "auto" and self.target_bytes is None:
             raise ValueError("`values: auto` weighs bits against bytes: give `target_bytes`, not `budget`")
         if self.schedule == "gmp":

@@ -19,8 +19,9 @@ from torch.nn.functional import kl_div
 
 from fips.config import CompressionConfig, DistillConfig
 from fips.errors import DataError
+from fips.heads import ScoredHead, first_tensor
 from fips.solve.schedules import cosine
-from fips.tokens import Head, TokenTracker, first_tensor
+from fips.tokens import TokenTracker
 from fips.trainable import TrainableGroup, swapped
 
 __all__ = ["distill_"]
@@ -110,7 +111,11 @@ class _Outputs(AbstractContextManager["_Outputs"]):
 
 
 def _loss(
-    ours: Sequence[Head], theirs: Sequence[Head], student: _Outputs, teacher: _Outputs, config: DistillConfig
+    ours: Sequence[ScoredHead],
+    theirs: Sequence[ScoredHead],
+    student: _Outputs,
+    teacher: _Outputs,
+    config: DistillConfig,
 ) -> Tensor:
     loss = torch.stack([_head_loss(a, b, config.temperature) for a, b in zip(ours, theirs, strict=True)]).sum()
     if student.seen:
@@ -119,12 +124,17 @@ def _loss(
     return loss
 
 
-def _head_loss(ours: Head, theirs: Head, temperature: float) -> Tensor:
+def _head_loss(ours: ScoredHead, theirs: ScoredHead, temperature: float) -> Tensor:
     y_NC, t_NC = (_scored(head.scores.float(), ours) for head in (ours, theirs))
-    return _divergence(y_NC, t_NC, temperature) if ours.logits else _relative(y_NC, t_NC)
+    if ours.kind == "number":
+        return _relative(y_NC, t_NC)
+    if ours.kind == "sigmoid":  # the softmax of a number beside 0
+        y_NC, t_NC = (torch.stack([z, torch.zeros_like(z)], -1).reshape(-1, 2) for z in (y_NC, t_NC))
+        return _divergence(y_NC, t_NC, temperature) * ours.scores.shape[-1]
+    return _divergence(y_NC, t_NC, temperature)
 
 
-def _scored(scores: Tensor, head: Head) -> Tensor:
+def _scored(scores: Tensor, head: ScoredHead) -> Tensor:
     """The rows (N, C) that count; what cannot be chosen never is."""
     if head.choices is not None:
         scores = scores.masked_fill(~head.choices, NEVER)

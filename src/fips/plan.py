@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,18 +10,25 @@ import torch
 from torch import nn
 
 from fips.accounting import Footprint, LayerStorage, dense_footprint, factored_footprint, itemsize, state_bytes
-from fips.config import CompressionConfig
-from fips.errors import BudgetError, ConfigError, ModelError
+from fips.config import AUTO_BITS, CompressionConfig
+from fips.errors import ConfigError, ModelError, NoMatchError
+from fips.least import REFERENCE_ITEMSIZE, paper_pattern_rate, require_sensible_size
 from fips.nn import factored_layers
 from fips.solve.rank import num_nonzeros, rank_for_budget
-from fips.storage.packing import BITMASK, DENSE, block_size, code_bits, value_bits
+from fips.storage.packing import BITMASK, DENSE, ValueKind, block_size, value_bits, value_kind
 from fips.structure import LayerGroup, Skipped, group_mlps, locate_mlps
 from fips.wrappers import unwrap
 
-__all__ = ["CompressionPlan", "GroupPlan", "plan_compression", "solved_plan", "target_bytes"]
-
-REFERENCE_ITEMSIZE = 2
-"""Sizes are compared with dense matrices in a 16-bit type, whatever type a checkpoint happens to use."""
+__all__ = [
+    "CompressionPlan",
+    "GroupPlan",
+    "LeftDense",
+    "leave_dense",
+    "plan_compression",
+    "solved_plan",
+    "storage_dtype",
+    "target_bytes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +72,28 @@ class GroupPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftDense:
+    """A layer that was to be compressed and stays as it is, since the calibration data says nothing about it."""
+
+    name: str
+    reason: str
+    parameters: int
+    bytes: int
+    """Of its matrix, in the checkpoint's type."""
+
+
+@dataclass(frozen=True, slots=True)
 class CompressionPlan:
-    """All groups, what is skipped, and the size of the whole model before and after."""
+    """All groups, what is skipped, and the size of the whole model before and after.
+
+    The size asked for is that of the groups: layers left dense are neither in it nor in ``dense`` and ``factored``.
+    """
 
     groups: tuple[GroupPlan, ...]
     skipped: tuple[Skipped, ...]
     model_parameters: int
     model_bytes: int
+    left_dense: tuple[LeftDense, ...] = ()
 
     @property
     def dense(self) -> Footprint:
@@ -98,13 +120,19 @@ class CompressionPlan:
             "mlp": {"dense": self.dense.to_dict(), "factored": self.factored.to_dict()},
             "groups": [group.to_dict() for group in self.groups],
             "skipped": [{"name": item.name, "reason": item.reason} for item in self.skipped],
+            "left_dense": {
+                "parameters": sum(item.parameters for item in self.left_dense),
+                "bytes": sum(item.bytes for item in self.left_dense),
+                "layers": [{"name": item.name, "reason": item.reason} for item in self.left_dense],
+            },
         }
 
 
 def plan_compression(model: nn.Module, config: CompressionConfig) -> CompressionPlan:
     """Decide groups, ranks and formats for a model, which may be on the meta device.
 
-    Raises ``NoMatchError`` (nothing to compress), ``BudgetError`` (budget too small for a group), ``ConfigError``
+    Raises ``NoMatchError`` (nothing to compress), ``BudgetError`` (a size too small to be sensible,
+    see ``fips.least``), ``ConfigError``
     (groups or an N:M pattern that do not fit) and ``ModelError`` (already compressed).
     """
     model = unwrap(model)
@@ -112,6 +140,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
         raise ModelError("the model is already compressed; `fips.merge(model)` turns it back into dense layers")
     located = locate_mlps(model, targets=config.targets, ignore=config.ignore)
     groups = group_mlps(located.mlps, group_size=config.group_size, groups=config.groups)
+    _check_sizes(model, groups, config)
     grouped = {block for group in groups for block in group.blocks}
     outside = [Skipped(mlp.name, "its block is in no group") for mlp in located.mlps if mlp.block not in grouped]
     return CompressionPlan(
@@ -122,10 +151,58 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     )
 
 
+def _check_sizes(model: nn.Module, groups: Sequence[LayerGroup], config: CompressionConfig) -> None:
+    require_sensible_size([(group, storage_dtype(config, _weight_dtype(model, group))) for group in groups], config)
+
+
+def _weight_dtype(model: nn.Module, group: LayerGroup) -> torch.dtype:
+    dtype = model.get_submodule(group.sites[0].name).weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def leave_dense(
+    plan: CompressionPlan, model: nn.Module, config: CompressionConfig, reasons: Mapping[str, str]
+) -> CompressionPlan:
+    """The plan without some layers, by name and reason; the others of their groups go on together.
+
+    Patterns of blocks reorder the hidden neurons of a whole MLP, so there its other layers stay dense too. Raises
+    ``NoMatchError`` if nothing is left.
+    """
+    if not reasons:
+        return plan
+    reasons = dict(reasons)
+    if block_size(config.resolved_pattern) > 1:
+        for mlp in (mlp for group in plan.groups for mlp in group.group.mlps):
+            first = next((site.name for site in mlp.sites if site.name in reasons), None)
+            for site in mlp.sites if first is not None else ():
+                reasons.setdefault(site.name, f"`{first}` of its MLP is left dense, and block patterns need all of it")
+    left, groups = [], []
+    smaller_groups = [group.group.without(reasons) for group in plan.groups]
+    if any(smaller_groups):
+        _check_sizes(model, [group for group in smaller_groups if group is not None], config)
+    for group, smaller in zip(plan.groups, smaller_groups, strict=True):
+        for site in group.group.sites:
+            if site.name in reasons:
+                size = site.width * site.columns
+                weight = model.get_submodule(site.name).weight
+                assert isinstance(weight, torch.Tensor)
+                left.append(LeftDense(site.name, reasons[site.name], size, size * weight.element_size()))
+        if smaller is not None:
+            groups.append(group if smaller is group.group else _plan_group(model, smaller, config))
+    if not groups:
+        one = left[0]
+        raise NoMatchError(
+            f"none of the {len(left)} layers can be compressed on this calibration data: `{one.name}`, {one.reason}"
+            + ("" if len(left) == 1 else ", and so on")
+            + "; give batches that use these layers, as the model is used"
+        )
+    return replace(plan, groups=tuple(groups), left_dense=tuple(left))
+
+
 def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) -> GroupPlan:
     _check_alignment(group, config)
-    weight_dtype = model.get_submodule(group.sites[0].name).weight.dtype
-    assert isinstance(weight_dtype, torch.dtype)
+    weight_dtype = _weight_dtype(model, group)
     dtype = storage_dtype(config, weight_dtype)
     if config.method != "fips-paper":
         return _plan_pruned(group, config, weight_dtype, dtype)
@@ -177,46 +254,53 @@ def solved_plan(plan: GroupPlan, *, rank: int, layers: Sequence[LayerStorage]) -
 def _plan_pruned(
     group: LayerGroup, config: CompressionConfig, weight_dtype: torch.dtype, dtype: torch.dtype
 ) -> GroupPlan:
-    """Before anything is measured: equal shares for all groups, no sharing, int8 where the width is to be measured."""
-    kind = config.value_kind if config.value_kind != "auto" else "int8"
-    empty = [LayerStorage(0, values=kind, shared=False) for _ in group.sites]
-    overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
-    size = group.width * group.columns
-    value_bytes = (value_bits(kind) or 8 * itemsize(dtype)) / 8
-    left = config.budget * size * value_bytes if config.budget else target_bytes(group, config) - overhead
-    if left < value_bytes:
-        least = overhead / (REFERENCE_ITEMSIZE * size)
-        raise BudgetError(
-            f"`target_bytes` {config.target_bytes:g} is below the cost of the patterns of group {group.name}; the "
-            f"smallest for it is {least + 5e-4:.3f}"
-        )
-    kept = min(int(left / value_bytes), size)
-    share, rest = divmod(kept, len(group.sites))
-    layers = [replace(layer, nonzeros=share + (index < rest)) for index, layer in enumerate(empty)]
+    """Before anything is measured: equal shares for all groups, no sharing, the widest values that fit where the width
+    is to be measured."""
+    kinds = [value_kind(bits) for bits in reversed(AUTO_BITS)] if config.value_kind == "auto" else [config.value_kind]
+    for kind in kinds:
+        layers, fits = _equal_layers(group, config, dtype, kind)
+        if fits:
+            break
     blank = Footprint(0, 0, 0, 0)
     dense = dense_footprint(group, itemsize=itemsize(weight_dtype))
-    plan = GroupPlan(group=group, rank=0, nonzeros=kept, fmt=BITMASK, dtype=dtype, dense=dense, factored=blank)
+    plan = GroupPlan(group=group, rank=0, nonzeros=0, fmt=BITMASK, dtype=dtype, dense=dense, factored=blank)
     return solved_plan(plan, rank=0, layers=layers)
+
+
+def _equal_layers(
+    group: LayerGroup, config: CompressionConfig, dtype: torch.dtype, kind: ValueKind
+) -> tuple[list[LayerStorage], bool]:
+    """Layers of equal density with values of a kind, and whether they are within the size and not all but empty."""
+    size = group.width * group.columns
+    if config.nm is not None:
+        n, m = config.nm
+        layers = [
+            LayerStorage(s.width * s.columns * n // m, str(config.pattern), kind, shared=False) for s in group.sites
+        ]
+        spent = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=layers).bytes
+        return layers, config.target_bytes is None or spent <= target_bytes(group, config)
+    fmt = config.resolved_pattern if block_size(config.resolved_pattern) > 1 else BITMASK
+    empty = [LayerStorage(0, fmt, kind, shared=False) for _ in group.sites]
+    overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
+    value_bytes = (value_bits(kind) or 8 * itemsize(dtype)) / 8
+    left = config.budget * size * value_bytes if config.budget else target_bytes(group, config) - overhead
+    kept = min(int(max(left, 0.0) / value_bytes + 1e-9), size)
+    share, rest = divmod(kept, len(group.sites))
+    layers = [replace(layer, nonzeros=share + (index < rest)) for index, layer in enumerate(empty)]
+    return layers, kept >= sum(max(site.width, site.columns) for site in group.sites)
 
 
 def _paper_rank(group: LayerGroup, config: CompressionConfig, dtype: torch.dtype) -> int:
     multiple = config.nm[1] if config.nm is not None else 1
     budget = config.budget
     if budget is None:
-        per_entry = (1 - config.factor_sparsity) * itemsize(dtype) + _pattern_rate(config)
+        per_entry = (1 - config.factor_sparsity) * itemsize(dtype) + paper_pattern_rate(config)
         cost = group.width * itemsize(dtype) + group.columns * per_entry
         rank = int(target_bytes(group, config) / cost) // multiple * multiple
         budget = rank * (group.width + (1 - config.factor_sparsity) * group.columns) / (group.width * group.columns)
     return rank_for_budget(
         budget=budget, width=group.width, columns=group.columns, sparsity=config.factor_sparsity, multiple=multiple
     )
-
-
-def _pattern_rate(config: CompressionConfig) -> float:
-    """Bytes of pattern per factor entry."""
-    if config.nm is not None:
-        return code_bits(*config.nm) / config.nm[1] / 8
-    return 1 / 8 if config.factor_sparsity > 0 else 0.0
 
 
 def _check_alignment(group: LayerGroup, config: CompressionConfig) -> None:
@@ -230,8 +314,10 @@ def _check_alignment(group: LayerGroup, config: CompressionConfig) -> None:
     if config.nm is None:
         return
     for site in group.sites:
-        if site.role == "down" and site.columns % config.nm[1]:
+        inputs = site.columns if site.role == "down" else site.width
+        summed = site.role == "down" or config.method == "fips"  # up layers with a basis sum along its rank
+        if summed and inputs % config.nm[1]:
             raise ConfigError(
                 f"`pattern` {config.pattern} needs inputs that are a multiple of {config.nm[1]}, but `{site.name}` has "
-                f"{site.columns}; use `pattern: unstructured` or an M that divides {site.columns}"
+                f"{inputs}; use `pattern: unstructured` or an M that divides {inputs}"
             )

@@ -10,8 +10,9 @@ bias that can absorb the mean error, :math:`\mu = 0`.
 
 :math:`\ell = \langle v, \mathrm{logits} \rangle` for one random v per example or token with covariance
 :math:`\mathrm{diag}(q) - q q^\top`, q the model's softmax at a temperature: then :math:`E[\delta\delta^\top]` is
-the Gauss-Newton matrix of the KL divergence from the original's outputs. No labels are used. Padding counts nowhere:
-the moments of padded examples are those of the same examples one by one, without padding. Memory: the moments of the
+the Gauss-Newton matrix of the KL divergence from the original's outputs. Outputs that are no softmax have the
+covariance of what they are instead (``fips.heads``). No labels are used. Padding counts nowhere: the moments of padded
+examples are those of the same examples one by one, without padding. Memory: the moments of the
 layers asked for, not the tokens. All sums are float32: products rounded to bfloat16
 would not be positive semidefinite.
 
@@ -22,7 +23,6 @@ Reference: Martens & Grosse, arXiv 1503.05671.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,10 +32,15 @@ import torch
 from torch import Tensor, nn
 
 from fips.errors import DataError
+from fips.finite import overflow_error
+from fips.heads import draw_direction
 from fips.structure import LinearSite
-from fips.tokens import Head, TokenTracker
+from fips.tokens import TokenTracker
 
 __all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
+
+CONSTANT = 1e-6
+"""Variance of inputs, relative to their mean square, below which they are constants with rounding errors."""
 
 
 @dataclass(slots=True)
@@ -48,6 +53,8 @@ class LayerMoments:
     gradients_OO: Tensor
     weight: float = 0.0
     examples: int = 0
+    centered: bool = False
+    """Whether ``inputs_DD`` is about the mean, after ``finish``."""
 
     @classmethod
     def empty(cls, site: LinearSite, device: torch.device) -> LayerMoments:
@@ -71,11 +78,14 @@ class LayerMoments:
         self.weight += float(weight_N.sum())
 
     def finish(self, *, centered: bool, examples: int) -> None:
-        """From sums to means; moments about the mean where ``centered``."""
+        """From sums to means; moments about the mean where ``centered``, unless the inputs were constant."""
         self.inputs_DD /= self.weight
         self.mean_D /= self.weight
         self.gradients_OO /= examples
-        if centered:
+        power = float(self.inputs_DD.diagonal().sum())
+        spread = power - float(self.mean_D.square().sum())
+        self.centered = centered and spread > CONSTANT * power
+        if self.centered:
             self.inputs_DD -= torch.outer(self.mean_D, self.mean_D)
 
 
@@ -96,8 +106,8 @@ def collect_moments(
 ) -> dict[str, LayerMoments]:
     """Moments of the layers named by ``sites``; ``run(model, batch)`` returns the model's output.
 
-    The model's parameters must not require gradients. Raises ``DataError`` if there is no batch, if a layer never
-    runs, or if what it saw is not finite.
+    The model's parameters must not require gradients. Raises ``DataError`` if there is no batch or if a layer never
+    runs or reaches the output, ``ModelError`` if what it saw is not finite.
     """
     device = next(model.parameters()).device
     moments = {site.name: LayerMoments.empty(site, device) for site in sites}
@@ -106,47 +116,30 @@ def collect_moments(
     with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
         for batch in batches:
             heads = taps.tokens.heads(run(model, batch))
-            directions = [_direction(head, temperature, generator) for head in heads]
+            directions = [draw_direction(head, temperature, generator) for head in heads]
             parts = [(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]
-            torch.stack(parts).sum().backward()
+            loss = torch.stack(parts).sum()
+            if bool(loss.isnan()) and any(bool(head.scores.isnan().any()) for head in heads):
+                raise overflow_error(model, batch, run, where="the model's output is not finite")
+            if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
+                loss.backward()
             examples += heads[0].scores.shape[0]
     for site in sites:
         found = moments[site.name]
         if found.weight == 0:
-            raise DataError(f"layer `{site.name}` never ran on the {examples} calibration examples; leave it out")
-        found.finish(centered=site.has_bias, examples=examples)
-        if not bool(found.inputs_DD.isfinite().all() and found.gradients_OO.isfinite().all()):
             raise DataError(
-                f"activations or gradients of `{site.name}` are not finite on the calibration data; load the model in "
-                "bfloat16 or float32 instead of float16, or leave the layer out with `ignore`"
+                f"layer `{site.name}` never ran on the {examples} calibration examples, or did not reach "
+                "the model's output; leave it out with `ignore`"
             )
+        if not _is_finite(found):
+            where = f"activations or gradients of `{site.name}`, or their squares, are not finite"
+            raise overflow_error(model, batch, run, where=where)
+        found.finish(centered=site.has_bias, examples=examples)
     return moments
 
 
-def _direction(head: Head, temperature: float, generator: torch.Generator) -> Tensor:
-    """A random vector with covariance diag(q) - q q^T in the last axis, q = softmax(logits / temperature).
-
-    Where the model returns no logits every direction is alike: the temperature is infinite.
-    """
-    scores = head.scores.detach().float()
-    if head.choices is not None:
-        scores = scores.masked_fill(~head.choices, -math.inf)
-    q = (scores / (temperature if head.logits else math.inf)).softmax(-1)
-    root = q.sqrt() * _noise(head, generator)
-    direction = root - q * root.sum(-1, keepdim=True)
-    return direction if head.counted is None else direction * head.counted.unsqueeze(-1)
-
-
-def _noise(head: Head, generator: torch.Generator) -> Tensor:
-    """Normal numbers; with padding they are drawn example by example, so that padding takes none from the others."""
-    scores = head.scores
-    kept = head.counted if head.choices is None else head.choices
-    if kept is None:
-        return torch.randn(scores.shape, generator=generator, device=scores.device)
-    noise = torch.zeros(scores.shape, device=scores.device)
-    for row, keep in zip(noise, kept, strict=True):
-        row[keep] = torch.randn(row[keep].shape, generator=generator, device=scores.device)
-    return noise
+def _is_finite(found: LayerMoments) -> bool:
+    return bool(found.inputs_DD.isfinite().all() and found.gradients_OO.isfinite().all())
 
 
 class _Taps(AbstractContextManager["_Taps"]):
@@ -197,3 +190,9 @@ class RunningVariance:
     @property
     def value(self) -> float:
         return self.squares / self.count - (self.sum / self.count) ** 2
+
+    @property
+    def scale(self) -> float:
+        """The variance; of a constant its square, and 1 if that is 0 too, so that errors can be divided by it."""
+        square = self.squares / self.count
+        return next((size for size in (self.value, square) if size > CONSTANT * square), 1.0)

@@ -29,30 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fips.errors import DataError
+from fips.heads import ScoredHead, read_heads
 
-__all__ = ["Head", "TokenTracker", "first_tensor"]
+__all__ = ["TokenTracker"]
 
 MASKED = -1e4
 """Numbers added to attention scores hide a token from here down."""
 _DECODER = ("decoder_attention_mask", "decoder_input_ids", "decoder_inputs_embeds")
-_SPANS = ("start_logits", "end_logits")
 _CONTEXTS = ("encoder", "key_value", "cross", "memory", "context")
 """Parts of the names of arguments that hold features of other tokens than those of a module's first argument."""
-
-
-@dataclass(slots=True)
-class Head:
-    """One tensor of scores that a model returns."""
-
-    scores: Tensor
-    """(..., C): what is chosen among lies on the last axis."""
-    counted: Tensor | None = None
-    """Which rows of the scores count, shaped like them without the last axis; None: all."""
-    choices: Tensor | None = None
-    """Which scores can be chosen, shaped like them: a span cannot start at padding; None: all."""
-    logits: bool = True
-    """Whether they are logits of a softmax, and not features."""
 
 
 @dataclass(slots=True)
@@ -91,7 +76,7 @@ class TokenTracker(AbstractContextManager["TokenTracker"]):
         self._read: list[tuple[Tensor, Tensor | None]] = []
         """Masks of the pass so far and what they say, since all layers of a model share a few."""
         self._parameters: dict[type, tuple[str, ...]] = {}
-        self._labels = getattr(getattr(model, "config", None), "num_labels", None)
+        self._model = model
         self._handles = []
         for path in sorted({path for name in names for path in _paths(name)} | {""}):
             module = model.get_submodule(path)
@@ -114,28 +99,23 @@ class TokenTracker(AbstractContextManager["TokenTracker"]):
                 return None if mask is None else mask.flatten()
         return self._calls[-1].rows(x)
 
-    def heads(self, output: Any) -> list[Head]:
-        """The scores that the last pass returned: logits, those of a span, or the first tensor there is."""
-        logits = getattr(output, "logits", None)
-        if isinstance(logits, Tensor):
-            return [self._head(logits)]
-        spans = [getattr(output, name, None) for name in _SPANS]
-        found = [_span(span, self._output_mask(span.shape)) for span in spans if isinstance(span, Tensor)]
-        if found:
-            return found
-        features = self._head(first_tensor(output))
-        features.logits = False
-        return [features]
+    def heads(self, output: Any) -> list[ScoredHead]:
+        """What the last pass returned (``fips.heads.read_heads``), with the padding of it marked."""
+        return [self._marked(head) for head in read_heads(output, self._model)]
 
-    def _head(self, scores: Tensor) -> Head:
-        if scores.dim() == 2:
-            labels = self._labels in (None, scores.shape[-1])
-            return Head(scores) if labels else _span(scores, self._output_mask(scores.shape))
+    def _marked(self, head: ScoredHead) -> ScoredHead:
+        scores = head.scores
+        if scores.dim() == 2 and not head.over_tokens:
+            return head  # one row for every example
         mask = self._output_mask(scores.shape)
         if mask is None:
-            return Head(scores)
-        counted = mask.reshape(*mask.shape, *[1] * (scores.dim() - mask.dim() - 1)).expand(scores.shape[:-1])
-        return Head(scores, counted=counted.to(scores.device))
+            return head
+        if head.over_tokens:
+            head.choices = mask.to(scores.device)
+            return head
+        rows = mask.reshape(*mask.shape, *[1] * (scores.dim() - mask.dim() - 1)).expand(scores.shape[:-1])
+        head.counted = rows.to(scores.device)
+        return head
 
     def _output_mask(self, shape: torch.Size) -> Tensor | None:
         """The mask that the leading axes of an output have: the decoder's where the model has one."""
@@ -216,16 +196,6 @@ class TokenTracker(AbstractContextManager["TokenTracker"]):
         return self._read[-1][1]
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states among a block's outputs: the output itself or its first tensor."""
-    if isinstance(output, Tensor):
-        return output
-    for item in output.values() if isinstance(output, Mapping) else output:
-        if isinstance(item, Tensor):
-            return item
-    raise DataError(f"a block returned no tensor but `{type(output).__name__}`; leave its layers out with `ignore`")
-
-
 def _paths(name: str) -> list[str]:
     """The name of a module and of all modules around it."""
     parts = name.split(".")
@@ -243,10 +213,6 @@ def _parameters_of(module: nn.Module) -> tuple[str, ...]:
 
 def _same(x: Tensor, tensor: Tensor) -> bool:
     return x is tensor or (x.shape == tensor.shape and x.dtype == tensor.dtype and x.data_ptr() == tensor.data_ptr())
-
-
-def _span(scores: Tensor, mask: Tensor | None) -> Head:
-    return Head(scores, choices=None if mask is None else mask.to(scores.device))
 
 
 def _kept(mask: Tensor) -> Tensor:

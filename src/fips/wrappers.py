@@ -151,8 +151,8 @@ def check_layers(model: nn.Module, sites: Iterable[LinearSite]) -> None:
         weight = layer.weight
         if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
             raise ModelError(
-                f"the weight of `{site.name}` is a `{type(weight).__name__}` of {weight.dtype}; wanted a plain "
-                f"parameter of {', '.join(str(dtype).removeprefix('torch.') for dtype in _FLOATS)}: give the original model"
+                f"the weight of `{site.name}` is a `{type(weight).__name__}` of {weight.dtype}; wanted a plain parameter "
+                f"of {', '.join(str(dtype).removeprefix('torch.') for dtype in _FLOATS)}: give the original model"
             )
         if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
             raise ModelError(

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fips.baselines.moments import usable_moment
+from fips.solve.basis import normalize
+
 __all__ = ["shared_whitened_svd", "truncated_svd", "whitened_svd"]
 
 
@@ -38,12 +41,13 @@ def shared_whitened_svd(weights_DF: Sequence[Tensor], moment_DD: Tensor, *, rank
     root_DD, inverse_DD = _roots(moment_DD)
     joined_DF = torch.cat([weight.double() for weight in weights_DF], dim=1)
     basis_DR, factor_RF = truncated_svd(root_DD @ joined_DF, rank=rank)
-    basis_DR = (inverse_DD @ basis_DR.double()).float()
-    return basis_DR, list(factor_RF.split([weight.shape[1] for weight in weights_DF], dim=1))
+    # columns of norm 1: those of small moments would be too large for float16, and their coefficients too small
+    basis_DR, (factor_RF,) = normalize(inverse_DD @ basis_DR.double(), [factor_RF.double()])
+    return basis_DR.float(), list(factor_RF.float().split([weight.shape[1] for weight in weights_DF], dim=1))
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square root and its inverse."""
-    values, vectors = torch.linalg.eigh(moment.double())
+    values, vectors = torch.linalg.eigh(usable_moment(moment.double()))
     values = values.clamp_min(1e-6 * float(values.mean())).sqrt()
     return vectors * values @ vectors.T, vectors / values @ vectors.T

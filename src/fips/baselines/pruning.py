@@ -8,14 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fips.baselines.moments import usable_moment
 from fips.solve.patterns import top_mask
 
 __all__ = ["magnitude", "sparsegpt", "wanda"]
 
+EPS = 1e-6
+"""A density that is a fraction of whole numbers may come out a little below it."""
+
 
 def magnitude(weight_OI: Tensor, *, density: float) -> tuple[Tensor, Tensor]:
     """Keep the largest absolute values of the matrix. Reference: Han et al., arXiv 1506.02626."""
-    mask_OI = top_mask(weight_OI.abs(), count=int(density * weight_OI.numel()))
+    mask_OI = top_mask(weight_OI.abs(), count=int(density * weight_OI.numel() + EPS))
     return weight_OI * mask_OI, mask_OI
 
 
@@ -24,8 +28,8 @@ def wanda(weight_OI: Tensor, moment_II: Tensor, *, density: float) -> tuple[Tens
 
     Reference: Sun et al., arXiv 2306.11695.
     """
-    scores_OI = weight_OI.abs() * moment_II.diagonal().clamp_min(0).sqrt()
-    mask_OI = _top_of_rows(scores_OI, int(density * weight_OI.shape[1]))
+    scores_OI = weight_OI.abs() * usable_moment(moment_II).diagonal().clamp_min(0).sqrt()
+    mask_OI = _top_of_rows(scores_OI, int(density * weight_OI.shape[1] + EPS))
     return weight_OI * mask_OI, mask_OI
 
 
@@ -38,7 +42,7 @@ def sparsegpt(
     Reference: Frantar & Alistarh, arXiv 2301.00774 (algorithm 1; mask blocks as wide as update blocks).
     """
     weight_OI = weight_OI.double().clone()
-    upper_II = _inverse_factor(moment_II.double(), damping)
+    upper_II = _inverse_factor(usable_moment(moment_II.double()), damping)
     mask_OI = torch.ones_like(weight_OI, dtype=torch.bool)
     columns = weight_OI.shape[1]
     for start in range(0, columns, block):

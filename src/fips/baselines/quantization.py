@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fips.baselines.moments import usable_moment
 from fips.solve.rounding import round_rows, row_steps
 
 __all__ = ["gptq"]
@@ -18,6 +19,7 @@ def gptq(weight_OI: Tensor, moment_II: Tensor, *, bits: int, dtype: torch.dtype)
 
     Steps are those of the least plain squared error of each row, as in implementations that search them.
     """
+    moment_II = usable_moment(moment_II)
     ones_I = torch.ones_like(weight_OI[0])
     steps_O = row_steps(weight_OI, ones_I, bits=bits).to(dtype)
     scale_I = moment_II.diagonal().clamp_min(1e-6 * float(moment_II.diagonal().mean())).sqrt()

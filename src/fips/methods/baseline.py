@@ -23,6 +23,7 @@ from fips.structure import LinearSite
 
 __all__ = ["compress_by_baseline"]
 
+EPS = 1e-9
 SHARING_SPAN = 2
 """Consecutive layers that share a basis in Basis Sharing, as in its paper."""
 
@@ -60,11 +61,11 @@ def _compress_group(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Ten
 def _second_moments(bench: Workbench, name: str, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
     """About zero, all tokens alike, as these methods define it."""
     moments = bench.moments(name, sites, floor=1.0)
-    return {site.name: _about_zero(moments[site.name], site) for site in sites}
+    return {site.name: _about_zero(moments[site.name]) for site in sites}
 
 
-def _about_zero(moments: LayerMoments, site: LinearSite) -> Tensor:
-    if not site.has_bias:
+def _about_zero(moments: LayerMoments) -> Tensor:
+    if not moments.centered:
         return moments.inputs_DD
     return moments.inputs_DD + torch.outer(moments.mean_D, moments.mean_D)
 
@@ -97,7 +98,7 @@ def _rounded(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -
     size = plan.group.width * plan.group.columns
     rows = sum(site.columns if site.role == "up" else site.width for site in plan.group.sites)
     allowed = target_bytes(plan.group, bench.config) - rows * itemsize(plan.dtype)
-    bits = min(int(8 * allowed / size), 8)
+    bits = min(int(8 * allowed / size + EPS), 8)
     if bits < 2:
         raise BudgetError(f"{allowed:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes")
     kind = value_kind(bits)
@@ -151,6 +152,9 @@ def _teams(plan: GroupPlan, method: str) -> Iterator[list[LinearSite]]:
     mlps = plan.group.mlps
     for _, span in groupby(range(len(mlps)), key=lambda index: index // SHARING_SPAN):
         members = [mlps[index].sites for index in span]
+        if len({len(sites) for sites in members}) > 1:  # some of their layers are left dense
+            yield from ([site] for sites in members for site in sites)
+            continue
         for place in zip(*members, strict=True):
             yield from [list(place)] if place[0].role == "up" else [[site] for site in place]
 
@@ -163,7 +167,7 @@ def _rank(plan: GroupPlan, bench: Workbench, columns: int) -> int:
     else:
         share = columns / plan.group.columns
         allowed = target_bytes(plan.group, config) * share / itemsize(plan.dtype)
-    rank = int(allowed / (width + columns))
+    rank = int(allowed / (width + columns) + EPS)
     if rank < 1:
         raise BudgetError(f"not one vector of {width} + {columns} numbers fits; ask for more bytes")
     return rank

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fips.accounting import LayerStorage, itemsize
 from fips.calibrate import BlockError, calibrate_
-from fips.config import CompressionConfig
+from fips.config import AUTO_BITS, CompressionConfig
 from fips.distill import distill_
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, measured, pack_group
 from fips.nn import FactoredLinear, SharedBasis
@@ -31,7 +31,6 @@ from fips.trainable import TrainableGroup, swapped
 __all__ = ["compress_by_solver", "site_problem"]
 
 N16 = ("2:16", "4:16", "8:16")
-AUTO_BITS = (3, 4, 5, 6, 8)
 
 Split = Sequence[tuple[Choice, float]]
 """Structure and bytes of a group: of all its layers together where they share a basis, else of each."""
@@ -169,7 +168,10 @@ def _search(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoment
     if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
             free = Choice(False, "unstructured", _bits(config)[-1])
-            masks = search.group.solve(free, _share(plan, config)).masks_RF
+            size = max(
+                _share(plan, config), search.group.least_bytes(free)
+            )  # its pattern costs more than that of blocks
+            masks = search.group.solve(free, size).masks_RF
         orders = _neighbours(plan, dict(zip([site.name for site in sites], masks, strict=True)), block)
         search = _searches(bench, plan, moments, orders)
     return search
@@ -195,10 +197,20 @@ def _searches(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMome
 
 
 def site_problem(weight_DF: Tensor, site: LinearSite, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
-    """The error of one layer in the metric of the output, hidden neurons in the order given."""
+    """The error of one layer in the metric of the output, hidden neurons in the order given.
+
+    Without gradients it is the error of the layer's own outputs relative to their size.
+    """
+    gradients_OO = moments.gradients_OO if bool(moments.gradients_OO.any()) else torch.eye(len(moments.gradients_OO))
+    gradients_OO = gradients_OO.to(moments.inputs_DD)
     if site.role == "up":
-        return LayerProblem(weight_DF, moments.inputs_DD, moments.gradients_OO[order_F][:, order_F])
-    return LayerProblem(weight_DF, moments.gradients_OO, moments.inputs_DD[order_F][:, order_F])
+        left_DD, right_FF = moments.inputs_DD, gradients_OO[order_F][:, order_F]
+    else:
+        left_DD, right_FF = gradients_OO, moments.inputs_DD[order_F][:, order_F]
+    if not bool(moments.gradients_OO.any()):
+        outputs = float(((left_DD @ weight_DF @ right_FF) * weight_DF).sum())
+        left_DD = left_DD / outputs if outputs > 0 else left_DD
+    return LayerProblem(weight_DF, left_DD, right_FF)
 
 
 def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> list[Tensor]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +16,7 @@ from fips.activations import ActivationSpool, record_blocks
 from fips.calibrate import BlockError, Records, block_errors
 from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
+from fips.heads import first_tensor
 from fips.inputs import CalibrationData, place
 from fips.nn import FactoredLinear, SharedBasis
 from fips.plan import GroupPlan
@@ -24,7 +24,7 @@ from fips.preserve import RandomState
 from fips.statistics import LayerMoments, collect_moments
 from fips.storage.packing import DENSE
 from fips.structure import LayerGroup, LinearSite
-from fips.tokens import first_tensor
+from fips.survey import NO_GRADIENT, survey_layers
 from fips.trainable import TrainableGroup, swapped
 
 __all__ = [
@@ -43,6 +43,8 @@ log = logging.getLogger("fips.methods")
 T = TypeVar("T")
 
 MAX_ERROR_BATCHES = 16
+UNMEASURED = ("magnitude", "svd", "fips-paper")
+"""Methods that take no moments of layers: what runs can be compressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,26 @@ class Workbench:
     cache: MomentCache | None = None
     file_bytes: int = 0
     """Most bytes of activations that were in a temporary file at once."""
+    notes: list[str] = field(default_factory=list)
+    """What went otherwise than asked for, for the report."""
+
+    def note(self, text: str) -> None:
+        """Say something in the report and, as a warning, in the log."""
+        self.notes.append(text)
+        log.warning("%s", text)
+
+    def survey(self, sites: Sequence[LinearSite]) -> dict[str, str]:
+        """Layers that the calibration data says nothing about, to be left dense, with the reason."""
+        method, metric = self.config.method, self.config.metric
+        found = survey_layers(
+            self.model, sites, self.batches, self.run, reach=method not in UNMEASURED, influence=method == "fips",
+            temperature=metric.temperature, seed=self.config.seed,
+        )  # fmt: skip
+        for name, reason in found.left.items():
+            log.warning("`%s` is left dense: %s", name, reason)
+        if found.blind and len(found.left) < len(sites):
+            self.note(NO_GRADIENT)
+        return found.left
 
     def moments(self, name: str, sites: Sequence[LinearSite], *, floor: float) -> dict[str, LayerMoments]:
         """What the layers read and how much what they write matters, in the model as it is."""
@@ -137,11 +159,14 @@ class Workbench:
 
     @contextmanager
     def recorded(self, group: LayerGroup, *, limit: int | None = None) -> Iterator[tuple[Records, ActivationSpool]]:
-        """Inputs and outputs of the group's blocks in the model as it is, for the first ``limit`` batches."""
+        """Inputs and outputs of the group's blocks in the model as it is, for the first ``limit`` batches that run
+        them."""
         with ActivationSpool(self.config.calibration.activation_memory) as spool:
             batches = self.counted("record", group.name, limit=limit)
             with torch.no_grad():
-                records = record_blocks(self.model, self.blocks(group), batches, spool, self.run)
+                records = record_blocks(self.model, self.blocks(group), batches, spool, self.run, limit=limit)
+            if limit is not None:
+                self.report("record", group.name, len(records), len(records))
             yield records, spool
             self.file_bytes = max(self.file_bytes, spool.file_bytes)
 
@@ -150,7 +175,7 @@ class Workbench:
 
     def errors(self, group: LayerGroup, records: Records, spool: ActivationSpool) -> tuple[BlockError, ...]:
         """Block errors of the model as it is, on at most ``MAX_ERROR_BATCHES`` of the records."""
-        return tuple(block_errors(self.blocks(group), records[:MAX_ERROR_BATCHES], spool, self.device))
+        return tuple(block_errors(self.blocks(group), records, spool, self.device, limit=MAX_ERROR_BATCHES))
 
     def errors_with(
         self, group: LayerGroup, layers: Mapping[str, nn.Module], records: Records, spool: ActivationSpool
@@ -168,13 +193,13 @@ class Workbench:
         return measured(f"the block errors of group {group.name}", measure) or ()
 
     def counted(self, stage: str, group: str, *, limit: int | None = None) -> Iterator[Any]:
-        """The batches, reported one by one."""
+        """The batches, reported one by one; ``limit`` says how many will be asked for, more are not counted."""
         total = len(self.batches)
         total = min(total, limit) if limit is not None else total
-        for index, batch in enumerate(islice(self.batches, limit)):
-            self.report(stage, group, index, total)
+        for index, batch in enumerate(self.batches):
+            self.report(stage, group, min(index, total or index), total)
             yield batch
-            self.report(stage, group, index + 1, total)
+            self.report(stage, group, min(index + 1, total or index + 1), total)
 
     def report(self, stage: str, group: str, done: int, total: int, loss: float | None = None) -> None:
         if self.progress is not None:

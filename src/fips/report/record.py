@@ -19,6 +19,8 @@ __all__ = ["REPORT_FILE", "CompressionReport", "GroupResult", "environment", "pe
 
 REPORT_FILE = "fips_report.json"
 REPORT_VERSION = 1
+LATER_KEYS = ("left_dense",)
+"""Parts of the plan that reports of earlier versions lack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class CompressionReport:
     environment: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
     """Model the compression started from, as given."""
+    notes: list[str] = field(default_factory=list)
+    """What went otherwise than asked for, one sentence each."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -90,6 +94,7 @@ class CompressionReport:
             "peak_memory_bytes": self.peak_memory_bytes,
             "activation_file_bytes": self.activation_file_bytes,
             "environment": self.environment,
+            "notes": self.notes,
         }
 
     @classmethod
@@ -97,8 +102,9 @@ class CompressionReport:
         plan_keys = ("model", "compressed_model", "mlp", "groups", "skipped")
         return cls(
             config=CompressionConfig(**fields["config"]),
-            plan={key: fields[key] for key in plan_keys},
+            plan={key: fields[key] for key in plan_keys} | {key: fields[key] for key in LATER_KEYS if key in fields},
             groups=fields["results"],
+            notes=fields.get("notes", []),
             **{
                 key: fields[key]
                 for key in (

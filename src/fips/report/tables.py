@@ -11,7 +11,16 @@ from fips.plan import CompressionPlan, GroupPlan
 from fips.report.record import CompressionReport
 from fips.structure import Mlp
 
-__all__ = ["comparison_table", "format_bytes", "mlp_table", "plan_table", "result_table", "size_table", "skipped_lines"]
+__all__ = [
+    "comparison_table",
+    "format_bytes",
+    "left_dense_lines",
+    "mlp_table",
+    "plan_table",
+    "result_table",
+    "size_table",
+    "skipped_lines",
+]
 
 
 def format_bytes(count: int) -> str:
@@ -113,6 +122,23 @@ def _number(value: float | None, digits: str) -> str:
 
 def skipped_lines(plan: CompressionPlan) -> list[str]:
     return [f"skipped {item.name}: {item.reason}" for item in plan.skipped]
+
+
+def left_dense_lines(plan: dict[str, Any]) -> list[str]:
+    """One line per reason for which layers stayed dense, from the plan of a report."""
+    left = plan.get("left_dense", {"layers": []})
+    lines = []
+    for reason in dict.fromkeys(item["reason"] for item in left["layers"]):
+        names = [item["name"] for item in left["layers"] if item["reason"] == reason]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"left dense {shown}: {reason}")
+    if lines:
+        mlp = plan["mlp"]["factored"]["bytes"]
+        lines.append(
+            f"the size asked for is that of the compressed layers ({format_bytes(mlp)}); those left dense take "
+            f"{format_bytes(left['bytes'])} more"
+        )
+    return lines
 
 
 def comparison_table(comparison: Any) -> Table:

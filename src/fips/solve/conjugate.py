@@ -33,7 +33,10 @@ def conjugate_gradients(
         if product <= enough or product == 0:
             break
         moved = apply(direction)
-        step = product / (direction * moved).sum()
+        curvature = (direction * moved).sum()
+        if not curvature > 0:  # a direction that changes nothing, or rounding errors alone
+            break
+        step = product / curvature
         solution = solution + step * direction
         residual = residual - step * moved
         better = improved(residual)

@@ -81,7 +81,8 @@ class LayerProblem:
         self.target_RF = (projected_DR.T @ self._scaled_DF) / self.row_R.unsqueeze(1)
 
     def sample(self, axis: int, count: int) -> tuple[Self, float]:
-        """The problem of ``count`` columns (axis 0) or rows (1) for the identity, and their share of the error.
+        """The problem of ``count`` columns (axis 0) or rows (1) for the identity, and their share of the error
+        (where there is none, of the places).
 
         They are spread evenly over what the columns or rows weigh. The decomposition of the other side is shared with
         this problem.
@@ -101,7 +102,8 @@ class LayerProblem:
             small.left_DD = self.left_DD[kept][:, kept]
             small._weigh(self.weight_DF[kept])
         small._aim(small.left_DD)
-        return small, float(worth[kept].sum() / worth.sum())
+        total = float(worth.sum())
+        return small, float(worth[kept].sum()) / total if total > 0 else count / size
 
     @property
     def row_R(self) -> Tensor:

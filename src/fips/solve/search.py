@@ -129,6 +129,8 @@ class GroupSearch:
         self.code_bits, self.dtype = code_bits, dtype
         self.width = problems[0].weight_DF.shape[0]
         self.columns = sum(problem.weight_DF.shape[1] for problem in problems)
+        self.least = sum(max(problem.weight_DF.shape) for problem in problems)
+        """Entries to keep at least, where that is free: one for every row and column on average."""
         self._solved: dict[tuple[Choice, float, int], Factorization] = {}
 
     def overhead(self, choice: Choice) -> float:
@@ -148,6 +150,12 @@ class GroupSearch:
         entry = (n * self.pricing.entry(choice.bits) + self.code_bits[choice.pattern] * self.pricing.pattern_bit) / m
         return self.overhead(choice) + self.width * self.columns * entry
 
+    def least_bytes(self, choice: Choice) -> float:
+        """The smallest size of a choice whose size is free: ``least`` entries with their pattern."""
+        kept = -(-self.least // choice.block) * choice.block
+        pattern = self.width * self.columns * self.pricing.pattern_bit / choice.block
+        return self.overhead(choice) + pattern + kept * self.pricing.entry(choice.bits)
+
     def dense_bytes(self, choice: Choice) -> float:
         """The most a choice can take: all factors whole, without patterns."""
         return self.overhead(choice) + self.width * self.columns * self.pricing.entry(choice.bits)
@@ -159,6 +167,8 @@ class GroupSearch:
             return expected_error(choice.nm[0] / choice.nm[1], choice.bits) if size >= fixed else math.inf
         if self._keeps_all(choice, size):
             return expected_error(1.0, choice.bits)
+        if size < self.least_bytes(choice) * (1 - 1e-9):
+            return math.inf
         entries = self.width * self.columns
         left = size - self.overhead(choice) - entries * self.pricing.pattern_bit / choice.block
         density = left / (entries * self.pricing.entry(choice.bits))
@@ -176,6 +186,11 @@ class GroupSearch:
         return self._solved[key]
 
     def _solve(self, choice: Choice, size: float, rounds: int) -> Factorization:
+        if choice.nm is None and not self._keeps_all(choice, size) and size < self.least_bytes(choice) * (1 - 1e-9):
+            raise BudgetError(
+                f"{size:.0f} bytes leave less than one entry for every row and column beside patterns and scales; ask "
+                f"for {self.least_bytes(choice):.0f} or more"
+            )
         rule = self._rule(choice, size - self.overhead(choice))
         if choice.shared:
             basis_DR, _ = shared_svd([problem.weight_DF for problem in self.problems], rank=self.width)
@@ -213,7 +228,9 @@ class GroupSearch:
         points: list[Point] = []
         for choice, bytes_ in sizes:
             with suppress(BudgetError):
-                points.append(Point(choice, bytes_, self.solve(choice, bytes_).losses[-1]))
+                loss = self.solve(choice, bytes_).losses[-1]
+                if math.isfinite(loss):
+                    points.append(Point(choice, bytes_, loss))
         return points
 
     def _estimated(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
@@ -221,6 +238,8 @@ class GroupSearch:
         (problem,), (axis,) = self.problems, self.reductions
         part, share = problem.sample(axis, SAMPLE)
         small = GroupSearch([part], [axis], self.pricing, self.code_bits, self.dtype)
+        small.least = 0  # the whole layer decides what fits
+        sizes = [(choice, bytes_) for choice, bytes_ in sizes if self.expected(choice, bytes_) < math.inf]
         rows = SAMPLE / problem.weight_DF.shape[1 - axis]
         points: list[Point] = []
         for choice, bytes_ in sizes:
@@ -241,6 +260,7 @@ class GroupSearch:
         problems = [problem.sample(0, round(share * problem.weight_DF.shape[1]))[0] for problem in self.problems]
         pricing = replace(self.pricing, basis_entry=share * self.pricing.basis_entry)
         small = GroupSearch(problems, self.reductions, pricing, self.code_bits, self.dtype)
+        small.least = 0
         return small, small.columns / self.columns
 
     def sharing_ratio(self, choice: Choice, size: float, known: float) -> float:
@@ -261,8 +281,8 @@ class GroupSearch:
 
     def first_ratio(self, choice: Choice, size: float) -> float:
         """Error of a shared basis after the first rounds, relative to that of pruning with values of the same width."""
-        pruned = self.solve(choice._replace(shared=False), size)
-        return self.solve(choice, size, rounds=TRIAL_ROUNDS).losses[-1] / pruned.losses[-1]
+        pruned = self.solve(choice._replace(shared=False), size).losses[-1]
+        return self.solve(choice, size, rounds=TRIAL_ROUNDS).losses[-1] / pruned if pruned > 0 else math.inf
 
     def _rule(self, choice: Choice, left: float) -> SupportRule:
         if choice.nm is not None:

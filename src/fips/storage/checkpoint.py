@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from fips.accounting import named_state, state_bytes
 from fips.errors import CheckpointError, ModelError
+from fips.finite import require_finite_state
 from fips.integrations.building import build_within, check_fields, naming
 from fips.integrations.companions import CARD, architecture_of, saved_fields, write_card, write_remote_code
 from fips.integrations.quantizer import attach, read_report
@@ -82,8 +83,8 @@ def save(
 
     Raises ``OutputError`` if the directory is in use, not empty or cannot be written: before writing where that can
     be known, else with the place where finished parts were kept, if any. The model stays as it is and can be saved
-    elsewhere. ``ModelError`` if the model is not a compressed one or was
-    changed into one that could not be loaded again.
+    elsewhere. ``ModelError`` if the model is not a compressed one, was changed into one that could not be
+    loaded again, or holds NaN.
     """
     model = unwrap(model)
     _check_savable(model, processor)
@@ -133,6 +134,7 @@ def _check_savable(model: nn.Module, processor: Any) -> None:
     if not isinstance(model, PreTrainedModel) and not is_timm_model(model):
         raise ModelError(f"`{type(model).__name__}` is neither of transformers nor of timm; only those can be saved")
     check_reloadable(model, factored_layers(model))
+    require_finite_state(model)
     if processor is not None and not callable(getattr(processor, "save_pretrained", None)):
         raise ModelError(
             f"`processor` must be a tokenizer or an image processor, which have `save_pretrained`; got "

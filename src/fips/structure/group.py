@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from fips.errors import ConfigError
@@ -32,6 +32,14 @@ class LayerGroup:
     def columns(self) -> int:
         """P: columns of all member matrices together."""
         return sum(site.columns for site in self.sites)
+
+    def without(self, names: Container[str]) -> LayerGroup | None:
+        """The group without some layers, the same one where it has none of them; None if nothing is left."""
+        if not any(site.name in names for site in self.sites):
+            return self
+        mlps = [replace(mlp, sites=tuple(site for site in mlp.sites if site.name not in names)) for mlp in self.mlps]
+        mlps = [mlp for mlp in mlps if mlp.sites]
+        return LayerGroup(self.name, tuple(mlps)) if mlps else None
 
     @property
     def blocks(self) -> tuple[str, ...]:
