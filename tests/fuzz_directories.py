@@ -442,6 +442,7 @@ def fuzz(indices: Sequence[int], *, seed: int = 0, workers: int = 1, loaders: Se
                 faults.append(record)
                 sys.stderr.write(json.dumps(record) + "\n")
         seconds = time.monotonic() - begin
+        gc.unfreeze()
     return {
         "seed": seed,
         "mutations": len(indices),
