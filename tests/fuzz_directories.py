@@ -11,8 +11,10 @@ is one. Exceptions of ``from_pretrained`` that transformers raises without any o
 
 With the library built with ``-DFIPS_SANITIZE=address``, reads and writes out of bounds end the worker and are counted::
 
-    FIPS_KERNELS=build/libfips_kernels.so LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
-        python tests/fuzz_directories.py --mutations 10000
+    export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)"
+    FIPS_KERNELS=build/libfips_kernels.so ASAN_OPTIONS=detect_leaks=0 python tests/fuzz_directories.py --mutations 10000
+
+(without the second library every C++ exception, also of torch, ends the process).
 """
 
 from __future__ import annotations
@@ -155,8 +157,8 @@ def _random_mask(factor_RF: torch.Tensor, fmt: str, role: str, generator: torch.
 
 
 def _from_pretrained(path: Path) -> PreTrainedModel:
-    image = b"ImageClassification" in (path / "README.md").read_bytes() if (path / "README.md").is_file() else False
-    auto = transformers.AutoModelForImageClassification if image else transformers.AutoModelForCausalLM
+    images = path.name == "images"
+    auto = transformers.AutoModelForImageClassification if images else transformers.AutoModelForCausalLM
     model: PreTrainedModel = auto.from_pretrained(path, trust_remote_code=False)
     return model
 
@@ -250,15 +252,16 @@ class Plan:
     scratch: Path
 
 
-def damaged(plan: Plan, index: int, place: Path) -> tuple[str, tuple[str, str, bool]]:
-    """The directory with this number, written to ``place``: which one it was, and what ``mutate`` says."""
+def damaged(plan: Plan, index: int, root: Path) -> tuple[Path, tuple[str, str, bool]]:
+    """The directory with this number, written below ``root`` under the name of the whole one, and what was done."""
     rng = Random(f"{plan.seed}:{index}")
     fixture = rng.choice(list(plan.fixtures))
-    shutil.rmtree(place, ignore_errors=True)
+    place = root / fixture.name
+    shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(fixture, place)
     for path in place.iterdir():
         path.chmod(0o644)
-    return fixture.name, mutate(rng, place)
+    return place, mutate(rng, place)
 
 
 def work(plan: Plan, indices: Sequence[int], out: TextIO) -> None:
@@ -268,20 +271,20 @@ def work(plan: Plan, indices: Sequence[int], out: TextIO) -> None:
         out.write(json.dumps(record) + "\n")
         out.flush()
 
-    place = plan.scratch / f"case-{os.getpid()}"
+    root = plan.scratch / f"case-{os.getpid()}"
     for index in indices:
-        fixture, (kind, words, agrees) = damaged(plan, index, place)
+        place, (kind, words, agrees) = damaged(plan, index, root)
         known = set(plan.expected.values())
         for loader in plan.loaders:
-            record = {"index": index, "fixture": fixture, "kind": kind, "words": words[:200], "loader": loader}
+            record = {"index": index, "fixture": place.name, "kind": kind, "words": words[:200], "loader": loader}
             say(record)
             before = _reset_peak()
-            outcome = attempt(loader, place, known, plan.expected[fixture, loader], agrees=agrees)
+            outcome = attempt(loader, place, known, plan.expected[place.name, loader], agrees=agrees)
             grown = _peak() - before
             if grown > MEMORY_BYTES:
                 outcome = Outcome("memory", True, f"{grown:,} bytes more; {outcome.name}")
             say({**record, "outcome": vars_of(outcome)})
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def vars_of(outcome: Outcome) -> dict[str, Any]:
@@ -439,6 +442,7 @@ def fuzz(indices: Sequence[int], *, seed: int = 0, workers: int = 1, loaders: Se
                 faults.append(record)
                 sys.stderr.write(json.dumps(record) + "\n")
         seconds = time.monotonic() - begin
+        gc.unfreeze()
     return {
         "seed": seed,
         "mutations": len(indices),

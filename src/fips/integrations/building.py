@@ -70,6 +70,25 @@ def check_fields(fields: Mapping[str, Any], *, tensors: int, nbytes: int, where:
         raise CheckpointError(f"{where}: `model_args.{foreign}` is no setting of a model; remove it")
 
 
+def check_settings(config: PretrainedConfig, path: Path | str) -> None:
+    """Raise ``CheckpointError`` for a setting of another type than its default: a text for a number or for yes or no.
+
+    transformers looks at some of them when the configuration is made, and stumbles over others in the first call.
+    """
+    try:
+        defaults = vars(type(config)())
+    except Exception:  # a configuration that has no defaults
+        defaults = {}
+    for name, value in vars(config).items():
+        default = defaults.get(name)
+        if isinstance(value, PretrainedConfig):
+            check_settings(value, path)
+        elif isinstance(default, bool) and not (value is None or value in (True, False)):
+            raise CheckpointError(f"`{path}`: `{name}` wants true or false, got {str(value)[:60]!r}")
+        elif isinstance(default, int | float) and isinstance(value, str | dict):
+            raise CheckpointError(f"`{path}`: `{name}` wants a number, got {str(value)[:60]!r}")
+
+
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, int]]:
     """Integers by name; those of a list have the name of the list."""
     if isinstance(value, Mapping):
@@ -82,15 +101,23 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, int]]:
         yield name, value
 
 
-def build_within(build: Callable[[], nn.Module], *, tensors: int, nbytes: int, path: Path) -> nn.Module:
+def build_within(
+    build: Callable[[], nn.Module], *, tensors: int, nbytes: int, path: Path, trial_on_meta: bool = True
+) -> nn.Module:
     """The model that ``build`` makes, once it is known to fit weights of so many ``tensors`` and ``nbytes``.
 
     It is made on the meta device first, where nothing is allocated, and stopped as soon as it has more parameters or
-    modules than such weights fill. Raises ``CheckpointError`` naming ``path``, the configuration.
+    modules than such weights fill; without ``trial_on_meta``, for models that cannot be made there, only stopped.
+    Raises ``CheckpointError`` naming ``path``, the configuration.
     """
     with naming(path):
+        if not trial_on_meta:
+            with _counting(tensors, path):
+                return build()
         with torch.device("meta"), no_init_weights(), _counting(tensors, path):
             trial = build()
+        if isinstance(trial, PreTrainedModel):
+            check_settings(trial.config, path)
         held = sum(buffer.numel() * buffer.element_size() for buffer in trial.buffers())
         if held > BUFFER_BYTES + 4 * nbytes:
             raise CheckpointError(
@@ -112,6 +139,7 @@ def try_build(config: PretrainedConfig, *, tensors: int | None, path: Path | str
     )
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         return
+    check_settings(config, path)
     with (
         naming(path),
         torch.device("meta"),

@@ -36,6 +36,7 @@ from fips.storage.layout import QUANT_METHOD, Layout, check_layers, describe_lay
 from fips.storage.untrusted import file_inside
 from fips.storage.weights import (
     FLOATS,
+    WEIGHTS,
     WEIGHTS_INDEX,
     Stored,
     StoredWeights,
@@ -90,7 +91,8 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         layout: Layout = self.quantization_config.layout
-        is_saved_class = type(model).__name__ in (model.config.architectures or ())
+        names = model.config.architectures
+        is_saved_class = isinstance(names, list) and type(model).__name__ in names
         stored: Mapping[str, Stored] = {}
         if checkpoint_files:
             stored = _stored_tensors(checkpoint_files, Path(str(model.config._name_or_path or "")))
@@ -154,9 +156,11 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
     left there is removed, because it no longer describes the files.
     """
     drop_unused_bases(model)  # adapters merged into some layers, or into all of them, have made those dense
+    before = _written(Path(save_directory))
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
+        _drop_old_weights(Path(save_directory), before)
         _write_companions(model, Path(save_directory), Path(save_directory).name)
     return result
 
@@ -166,6 +170,21 @@ def _repeats_modules(model: nn.Module) -> bool:
     return len(factored_layers(model)) < sum(
         isinstance(module, FactoredLinear) for _, module in model.named_modules(remove_duplicate=False)
     )
+
+
+def _written(directory: Path) -> dict[str, tuple[int, int]]:
+    """When, and as which file, the weights or their index in a directory were written."""
+    found = {name: directory / name for name in (WEIGHTS, WEIGHTS_INDEX) if (directory / name).is_file()}
+    return {name: (path.stat().st_mtime_ns, path.stat().st_ino) for name, path in found.items()}
+
+
+def _drop_old_weights(directory: Path, before: Mapping[str, tuple[int, int]]) -> None:
+    """Remove the one file of weights, or the index, that a save in the other form has left as it was ``before``."""
+    after = _written(directory)
+    if len(after) == 2:
+        for name in after:
+            if after[name] == before.get(name):
+                (directory / name).unlink()
 
 
 def _upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:

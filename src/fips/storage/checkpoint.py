@@ -189,7 +189,8 @@ def load(
     check_layout(layout, weights)
     size = {"tensors": len(weights.tensors), "nbytes": weights.nbytes()}
     check_fields(fields, **size, where=f"`{config_file}`")
-    model: Any = build_within(partial(_build, path, fields, trust_remote_code), **size, path=config_file)
+    build = partial(_build, path, fields, trust_remote_code)
+    model: Any = build_within(build, **size, path=config_file, trial_on_meta=not is_timm_config(fields))
     with init_empty_weights(include_buffers=False):
         install_layout(model, layout)
     _fill(model, weights, device)
