@@ -41,7 +41,7 @@ def unwrap(model: nn.Module) -> nn.Module:
                 f"the model is wrapped in `{type(model).__name__}`, which keeps parts of the weights in a form of its "
                 "own; give the plain model, before it is wrapped"
             )
-        if name == "DistributedDataParallel" and model.process_group.size() > 1:  # type: ignore[operator,union-attr]
+        if name == "DistributedDataParallel" and model.process_group.size() > 1:  # type: ignore[operator]
             raise ModelError(
                 "the model is one of several copies of `DistributedDataParallel`, which would come out different; "
                 "compress the plain model in one process and wrap it afterwards"
@@ -152,7 +152,7 @@ def check_layers(model: nn.Module, sites: Iterable[LinearSite]) -> None:
         if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
             raise ModelError(
                 f"the weight of `{site.name}` is a `{type(weight).__name__}` of {weight.dtype}; wanted a plain "
-                f"parameter of {', '.join(str(dtype).removeprefix('torch.') for dtype in _FLOATS)}: give the original model"
+                "parameter of a floating type of 16 to 64 bits: give the original model"
             )
         if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
             raise ModelError(
