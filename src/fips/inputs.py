@@ -244,12 +244,12 @@ class _Reader:
     def check(self, batch: Any, *, where: str) -> None:
         """Raise ``DataError`` for what would fail, or be wrong without a word, when the model reads it."""
         tensors = {self.parameters[0] if self.parameters else "input": batch} if isinstance(batch, Tensor) else batch
-        if not any(isinstance(value, Tensor) for value in _leaves(tensors)):
-            raise DataError(f"{where} holds no tensor but {sorted(map(str, tensors)) or 'nothing'}; {WANTED}")
         for name, value in tensors.items():
             self._check_name(name, value, where)
             if isinstance(value, Tensor):
                 self._check_tensor(name, value, where, named=not isinstance(batch, Tensor))
+        if not any(isinstance(value, Tensor) for value in _leaves(tensors)):
+            raise DataError(f"{where} holds no tensor but {sorted(map(str, tensors)) or 'nothing'}; {WANTED}")
         ids = tensors.get("input_ids")
         if isinstance(ids, Tensor):
             self._check_mask(ids, tensors, where)

@@ -152,8 +152,7 @@ def check_layers(model: nn.Module, sites: Iterable[LinearSite]) -> None:
         if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
             raise ModelError(
                 f"the weight of `{site.name}` is a `{type(weight).__name__}` of {weight.dtype}; wanted a plain "
-                f"parameter of {', '.join(str(dtype).removeprefix('torch.') for dtype in _FLOATS)}: give the original "
-                "model"
+                "parameter of a floating type of 16 to 64 bits: give the original model"
             )
         if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
             raise ModelError(
