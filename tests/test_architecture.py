@@ -41,6 +41,7 @@ ORDER = [
     "kernels.cpu",
     "kernels.gpu",
     "kernels.ops",
+    "kernels.timings",
     "kernels.runtime",
     "nn",
     "accounting",

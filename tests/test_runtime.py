@@ -14,7 +14,7 @@ from test_kernels import TOLERANCE, assert_close, inputs
 from torch import Tensor, nn
 
 from fips.errors import ConfigError
-from fips.kernels import cpu, runtime
+from fips.kernels import cpu, runtime, timings
 from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
 from fips.nn import FactoredLinear, SharedBasis
 from fips.storage.packing import ValueKind, pack
@@ -148,9 +148,9 @@ def test_what_is_remembered_of_a_layer_follows_it(basis: bool) -> None:
     x = inputs(3, 48, torch.float32)
     with torch.no_grad():
         layer(x)
-        made = layer.runtime._product
+        made = layer.runtime._held.product
         layer(x)
-        assert layer.runtime._product is made
+        assert layer.runtime._held.product is made
         layer.values = nn.Parameter(2 * layer.values)
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
         layer.bias = None
@@ -177,7 +177,7 @@ def test_repeated_calls_follow_their_layer(role: str, basis: bool) -> None:
     x = inputs(3, layer.in_features, torch.float32)
     with torch.no_grad():
         first = layer(x)
-        assert layer.runtime._repeats
+        assert layer.runtime._held.repeats
         assert torch.equal(layer(x), first)
         assert_close(layer(2 * x), expected(layer, 2 * x), TOLERANCE[torch.float32])
         strided = torch.stack((x, x), -1)[..., 0]
@@ -194,7 +194,7 @@ def test_repeated_calls_follow_their_layer(role: str, basis: bool) -> None:
     layer(x).sum().backward()  # the shorter way records no gradients and must not be taken
     assert layer.values.grad is not None
     layer.runtime.policy = "decode"
-    assert not layer.runtime._repeats
+    assert not layer.runtime._held.repeats
 
 
 @needs_library
@@ -204,10 +204,10 @@ def test_only_few_shapes_are_remembered() -> None:
     with torch.no_grad():
         for tokens in range(1, 40):
             layer(inputs(tokens, 48, torch.float32))
-            assert len(layer.runtime._repeats) <= 8
-        before = dict(layer.runtime._repeats)
+            assert len(layer.runtime._held.repeats) <= 8
+        before = dict(layer.runtime._held.repeats)
         layer(inputs(cpu.Repeat.MOST + 1, 48, torch.float32))
-        assert layer.runtime._repeats == before
+        assert layer.runtime._held.repeats == before
 
 
 def test_copies_and_pickles_prepare_their_own() -> None:
@@ -227,8 +227,8 @@ def test_choices_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: p
     runtime._timings.forget()
     layer = make_layer()
     calls: list[tuple[str, ...]] = []
-    measure = runtime._measure
-    monkeypatch.setattr(runtime, "_measure", lambda ways, compute: calls.append(ways) or measure(ways, compute))
+    measure = timings.measure
+    monkeypatch.setattr(timings, "measure", lambda ways, compute: calls.append(ways) or measure(ways, compute))
     with torch.no_grad():
         for tokens in (3, 4, 3):  # one power of two
             layer(inputs(tokens, 48, torch.float32))
@@ -249,7 +249,7 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     layer = make_layer()
     x = inputs(4, 48, torch.float32)
     seconds = {"packed": 2.0, "decode": 1.0, "merge": 3.0, "merged": 0.5}
-    monkeypatch.setattr(runtime, "_measure", lambda ways, compute: {way: seconds[way] for way in ways})
+    monkeypatch.setattr(timings, "measure", lambda ways, compute: {way: seconds[way] for way in ways})
     with torch.no_grad():
         assert layer.runtime.way(x, layer.product()) == "decode"
         layer.runtime.policy = "speed"

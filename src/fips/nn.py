@@ -227,8 +227,8 @@ class FactoredLinear(nn.Module):
         basis = self.basis
         weight = None if basis is None else basis.weight
         return Product(
-            self.packed(), up=self.role == "up", bias=self.bias, basis=basis, basis_DR=weight,
-            offloaded=_offloaded(self),
+            self.packed(), up=self.role == "up", features=(self.in_features, self.out_features), bias=self.bias,
+            basis=basis, basis_DR=weight, offloaded=_offloaded(self),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -64,11 +64,11 @@ class Packed:
 def check_inputs(x: Tensor, features: int, bias: Tensor | None = None, outputs: int = 0) -> None:
     """Raise ``ShapeError`` unless ``x`` is (..., features) of a floating type and the bias, if any, (outputs,)."""
     if x.dim() == 0 or x.shape[-1] != features:
-        raise ShapeError(f"inputs of shape {tuple(x.shape)} do not fit a layer of {features} features: (..., {features})")
+        raise ShapeError(f"inputs of shape {tuple(x.shape)} do not fit {features} features: want (..., {features})")
     if not x.is_floating_point():
         raise ShapeError(f"a compressed layer multiplies floating-point inputs, got {x.dtype}")
     if bias is not None and bias.shape != (outputs,):
-        raise ShapeError(f"a bias of shape {tuple(bias.shape)} does not fit {outputs} outputs: ({outputs},)")
+        raise ShapeError(f"a bias of shape {tuple(bias.shape)} does not fit {outputs} outputs: want ({outputs},)")
 
 
 def check_packed(packed: Packed) -> None:
@@ -94,7 +94,8 @@ def check_packed(packed: Packed) -> None:
                 f"{name} of a matrix of shape {packed.shape} in format {packed.fmt}: want {wanted} numbers side by "
                 f"side, got {tuple(tensor.shape)}; load the checkpoint again"
             )
-    if packed.pattern.dtype != torch.uint8 or (packed.count and packed.values_Z.dtype != torch.uint8):
+    bytes_ = [packed.pattern] * (packed.pattern.numel() > 0) + [packed.values_Z] * (packed.count > 0)
+    if any(tensor.dtype != torch.uint8 for tensor in bytes_):
         raise BackendError(f"patterns and packed integers are bytes (uint8), got {packed.pattern.dtype}, {packed.kind}")
 
 
