@@ -240,7 +240,8 @@ def multiply(
     check_inputs(x_TK, cols, bias_N, rows)
     x = _rows_of(x_TK, cols)
     y = _new(x, (*x.shape[:-1], rows))
-    call = _call(x, y, _bias_for(x, bias_N), isa, PATHS[path], activation_bits)
+    bias = _bias_for(x, bias_N)  # held until the call is over
+    call = _call(x, y, bias, isa, PATHS[path], activation_bits)
     status = _require().fips_multiply(prepared.reference, ctypes.byref(call))
     if status != 0:
         raise _error(status, prepared.packed, f"inputs {x.dtype}, path {path}")

@@ -16,7 +16,10 @@
 namespace {
 
 constexpr int kUses = int(Scratch::count);
-constexpr int64_t kPage = 4096, kMapped = 1 << 20; // from there on the allocator would not give it back to the system
+constexpr int64_t kPage = 4096;
+#if defined(FIPS_MAPS_MEMORY)
+constexpr int64_t kMapped = 1 << 20; // from there on the allocator might not give it back to the system
+#endif
 
 struct Block {
   void *data = nullptr;
@@ -25,18 +28,9 @@ struct Block {
 
 std::atomic<int64_t> total{0};
 
-bool is_mapped(int64_t bytes) {
-#if defined(FIPS_MAPS_MEMORY)
-  return bytes >= kMapped;
-#else
-  (void)bytes;
-  return false;
-#endif
-}
-
 void *allocate(int64_t bytes) {
 #if defined(FIPS_MAPS_MEMORY)
-  if (is_mapped(bytes)) {
+  if (bytes >= kMapped) {
     void *data = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return data == MAP_FAILED ? nullptr : data;
   }
@@ -51,7 +45,7 @@ void *allocate(int64_t bytes) {
 void release(Block &block) {
   total -= block.bytes;
 #if defined(FIPS_MAPS_MEMORY)
-  if (is_mapped(block.bytes)) {
+  if (block.bytes >= kMapped) {
     munmap(block.data, size_t(block.bytes));
     block = Block();
     return;
