@@ -43,6 +43,7 @@ ORDER = [
     "kernels.cpu",
     "kernels.gpu",
     "kernels.ops",
+    "kernels.timings",
     "kernels.runtime",
     "nn",
     "accounting",
