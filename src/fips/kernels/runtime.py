@@ -20,6 +20,7 @@ AMX) do half the work then.
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import os
 from collections.abc import Callable, Sequence
