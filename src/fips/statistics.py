@@ -100,7 +100,7 @@ def collect_moments(
     """
     device = next(model.parameters()).device
     moments = {site.name: LayerMoments.empty(site, device) for site in sites}
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(_real(device)).manual_seed(seed)
     examples = 0
     with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
         for batch in batches:
@@ -122,6 +122,11 @@ def collect_moments(
                 "bfloat16 or float32 instead of float16, or leave the layer out with `ignore`"
             )
     return moments
+
+
+def _real(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for the meta device, which has neither random numbers nor autocast."""
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _direction(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
@@ -167,7 +172,7 @@ class _Taps(AbstractContextManager["_Taps"]):
                 output = output.detach().requires_grad_(True)
 
             def add(gradient: Tensor) -> None:
-                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                with torch.no_grad(), torch.autocast(_real(x.device).type, enabled=False):
                     x_ND = x.reshape(-1, x.shape[-1]).float()
                     gradient_NO = gradient.reshape(-1, gradient.shape[-1]).float()
                     known = self.valid_N is not None and self.valid_N.numel() == x_ND.shape[0]

@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fips.errors import CheckpointError
+from fips.fixed import watch_training
 from fips.integrations.companions import architecture_of, auto_map, write_card, write_remote_code
 from fips.merge import drop_unused_bases, merge
 from fips.nn import BASES, SharedBasis, basis_owner, factored_layers
@@ -91,7 +92,11 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def attach(model: nn.Module) -> None:
-    """Make a packed transformers model save itself packed, with what loading it needs; other modules are left alone."""
+    """Make a packed transformers model save itself packed, with what loading it needs; other modules are left alone.
+
+    Whatever the model, training it says once what stays as it is.
+    """
+    watch_training(model)
     if not isinstance(model, PreTrainedModel):
         return
     _refresh_config(model)
