@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import ModelError
+from fips.fixed import ignore_training
 from fips.nn import BASES, FactoredLinear, basis_owner, factored_layers, replace_everywhere
 
 __all__ = ["dense_layer", "drop_unused_bases", "merge"]
@@ -46,6 +47,7 @@ def drop_unused_bases(model: nn.Module) -> None:
             del getattr(owner, BASES)[name]
     if not layers:
         delattr(owner, BASES)
+        ignore_training(model)
         _forget_packing(model)
 
 

@@ -111,7 +111,7 @@ def collect_moments(
     """
     device = next(model.parameters()).device
     moments = {site.name: LayerMoments.empty(site, device) for site in sites}
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(_real(device)).manual_seed(seed)
     examples = 0
     with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
         for batch in batches:
@@ -119,7 +119,7 @@ def collect_moments(
             directions = [draw_direction(head, temperature, generator) for head in heads]
             parts = [(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]
             loss = torch.stack(parts).sum()
-            if bool(loss.isnan()) and any(bool(head.scores.isnan().any()) for head in heads):
+            if not loss.is_meta and bool(loss.isnan()) and any(bool(head.scores.isnan().any()) for head in heads):
                 raise overflow_error(model, batch, run, where="the model's output is not finite")
             if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
                 loss.backward()
@@ -136,6 +136,11 @@ def collect_moments(
             raise overflow_error(model, batch, run, where=where)
         found.finish(centered=site.has_bias, examples=examples)
     return moments
+
+
+def _real(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for the meta device, which has neither random numbers nor autocast."""
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _is_finite(found: LayerMoments) -> bool:
@@ -165,7 +170,7 @@ class _Taps(AbstractContextManager["_Taps"]):
                 output = output.detach().requires_grad_(True)
 
             def add(gradient: Tensor) -> None:
-                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                with torch.no_grad(), torch.autocast(_real(x.device).type, enabled=False):
                     x_ND = x.reshape(-1, x.shape[-1]).float()
                     gradient_NO = gradient.reshape(-1, gradient.shape[-1]).float()
                     self.moments[name].add(x_ND, gradient_NO, valid_N, floor=self.floor)
