@@ -53,6 +53,10 @@ class LayerMoments:
     gradients_OO: Tensor
     weight: float = 0.0
     examples: int = 0
+    power: float = 0.0
+    """Sum of the squared lengths of the gradients."""
+    power_squares: float = 0.0
+    """Sum of the squares of those."""
     centered: bool = False
     """Whether ``inputs_DD`` is about the mean, after ``finish``."""
 
@@ -76,6 +80,13 @@ class LayerMoments:
         self.gradients_OO += gradient_NO.T @ gradient_NO
         self.mean_D += weighted_ND.sum(0)
         self.weight += float(weight_N.sum())
+        self.power += float(power_N.sum(dtype=torch.float64))
+        self.power_squares += float(power_N.double().square().sum())
+
+    @property
+    def samples(self) -> float:
+        """How many gradients of equal length would tell as much as those seen, of which a few may outweigh the rest."""
+        return self.power**2 / self.power_squares if self.power_squares > 0 else 0.0
 
     def finish(self, *, centered: bool, examples: int) -> None:
         """From sums to means; moments about the mean where ``centered``, unless the inputs were constant."""
