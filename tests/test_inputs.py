@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -539,6 +540,27 @@ def test_a_model_compiled_in_place_runs_its_new_layers_afterwards() -> None:
         after, expected = model(**batches[0]).logits, plain(**batches[0]).logits
     change = (before - expected).norm()
     assert (after - expected).norm() < 0.1 * change
+
+
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+
+
+def with_compiled_forward(model: PreTrainedModel) -> PreTrainedModel:
+    model.forward = torch.compile(model.forward, backend="eager")
+    model(**batches_for(model)[0])
+    return model
+
+
+@pytest.mark.parametrize("wrap", [prepared, with_compiled_forward])
+def test_a_forward_put_over_the_models_own_is_passed_by_and_stays(wrap: Any) -> None:
+    """``Accelerator.prepare`` adds autocast, in which moments would be products of bfloat16."""
+    model, expected = wrap(tiny_model("llama")), tiny_model("llama")
+    forward = vars(model)["forward"]
+    fips.compress(expected, batches_for(expected), gptq())
+    fips.compress(model, batches_for(model), gptq())
+    assert vars(model)["forward"] is forward
+    assert same_layers(model, expected)
 
 
 def test_peft_models_are_refused_before_work_and_by_save() -> None:
