@@ -23,7 +23,7 @@ from fips.methods.solver import compress_by_solver
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.nn import BASES, basis_owner
 from fips.plan import leave_dense, plan_compression
-from fips.preserve import in_place_of, neutral_torch, preserved, take_over
+from fips.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
 from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_linear
 from fips.wrappers import check_layers, check_model, unwrap
@@ -68,12 +68,12 @@ def compress(
     model = unwrap(model)
     check_model(model)
     device = next(model.parameters()).device
-    with neutral_torch(device):
+    with neutral_torch(device), plain_forward(model):
         plan = plan_compression(model, config)
         require_finite_weights(model)
-        require_storable(model, plan)
         sites = [site for group in plan.groups for site in group.group.sites]
         check_layers(model, sites)
+        require_storable(model, plan)
         check_reloadable(model, [site.name for site in sites])
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()

@@ -333,7 +333,7 @@ def _check_iterable(batches: Any) -> None:
         raise DataError(f"{WANTED}, got one {kind}; put it into a list: `[batch]`")
     if isinstance(batches, Dataset) and not isinstance(batches, TensorDataset):
         raise DataError(f"{WANTED}, got the data set `{kind}`, which gives single examples; give a `DataLoader` of it")
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, (Iterable, TensorDataset)):
         raise DataError(f"{WANTED}, got `{kind}`; give a list or a `DataLoader`")
     if isinstance(batches, Iterator):
         raise DataError(

@@ -1,6 +1,6 @@
 """The state that compressing changes for its own use, put back afterwards whatever happens.
 
-Of the model: training modes, ``requires_grad``, caching of keys and values, compiled and wrapped forwards. Of torch:
+Of the model: training modes, ``requires_grad``, caching of keys and values, wrapped forwards. Of torch:
 gradient and inference mode, autocast, default type and device, precision of products, random states.
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["RandomState", "in_place_of", "neutral_torch", "preserved", "take_over"]
+__all__ = ["RandomState", "in_place_of", "neutral_torch", "plain_forward", "preserved", "take_over"]
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no key-value cache and no gradients for the model's parameters; all as before afterwards."""
     with ExitStack() as stack:
-        for change in (_evaluation, _frozen, _without_cache, _plain_forward):
+        for change in (_evaluation, _frozen, _without_cache):
             stack.enter_context(change(model))
         yield
 
@@ -82,14 +82,19 @@ def _collect_configs(config: Any, found: list[Any]) -> None:
 
 
 @contextmanager
-def _plain_forward(model: nn.Module) -> Iterator[None]:
-    """Run the model's own ``forward``, not the one ``Accelerator.prepare`` put over it with a precision of its own."""
-    wrapped = vars(model).pop("forward", None) if "_original_forward" in vars(model) else None
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """The ``forward`` of the model's class, without what ``Accelerator.prepare`` or ``torch.compile`` put over it."""
+    before = vars(model).get("forward")
+    compiled = getattr(before, "_torchdynamo_orig_callable", None)
+    covered = "_original_forward" in vars(model) or getattr(compiled, "__func__", None) is type(model).forward
+    if before is None or not covered:
+        yield
+        return
+    del model.forward
     try:
         yield
     finally:
-        if wrapped is not None:
-            model.forward = wrapped
+        model.forward = before
 
 
 @contextmanager

@@ -136,28 +136,15 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 def check_layers(model: nn.Module, sites: Iterable[LinearSite]) -> None:
     """Raise ``ModelError`` for a layer that another one cannot stand in for.
 
-    These are layers whose weight is computed from other tensors (weight norm, pruning by ``torch.nn.utils``), whose
-    weight has no plain floating-point type, whose ``forward`` was replaced, or whose weight its parent reads by itself.
+    These are layers whose weight has no plain floating-point type, or whose parent reads the weight by itself.
     """
     for site in sites:
         layer = model.get_submodule(site.name)
-        own = {name for name, _ in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]}
-        if own - {"weight", "bias"}:
-            raise ModelError(
-                f"`{site.name}` computes its weight from {', '.join(f'`{name}`' for name in sorted(own - {'bias'}))}; "
-                "make it a plain layer first (`torch.nn.utils.remove_weight_norm`, `prune.remove`), or leave it out "
-                "with `ignore`"
-            )
         weight = layer.weight
         if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
             raise ModelError(
                 f"the weight of `{site.name}` is a `{type(weight).__name__}` of {weight.dtype}; wanted a plain "
                 "parameter of a floating type of 16 to 64 bits: give the original model"
-            )
-        if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
-            raise ModelError(
-                f"the `forward` of `{site.name}` was replaced, and would be lost with the layer; leave it out with "
-                "`ignore`"
             )
         parent = model.get_submodule(site.name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer):
