@@ -35,7 +35,7 @@ def _sleep(_: Path) -> None:
 
 
 def _hoard(_: Path) -> None:
-    bytearray(b"x" * (300 << 20))
+    bytearray(b"x" * (64 << 20))
     raise fuzz_directories.fips.FipsError("what was asked for is too large")
 
 
@@ -56,7 +56,9 @@ def test_a_fault_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: Callable[[Path], None], name: str
 ) -> None:
     monkeypatch.setitem(LOADERS, "load", loader)  # type: ignore[arg-type]
-    monkeypatch.setattr(fuzz_directories, "HANG_S", 1.0)
+    monkeypatch.setattr(fuzz_directories, "MEMORY_BYTES", 32 << 20)
+    if loader is _sleep:
+        monkeypatch.setattr(fuzz_directories, "HANG_S", 1.0)
     plan = Plan(0, [FIXTURE], {(FIXTURE.name, "load"): "nothing"}, ["load"], tmp_path)
     found = list(outcomes(plan, [3, 4], workers=1))
     assert [record["index"] for record in found] == [3, 4]  # a fault does not end the search
