@@ -476,7 +476,9 @@ def test_every_method_gives_finite_weights_on_degenerate_layers_and_data(method:
         assert distance(model, original, batches) < 1.2, case
 
 
-@pytest.mark.parametrize("moment", [torch.zeros(24, 24), torch.diag(torch.eye(24)[3]), torch.ones(24, 24)], ids=["zero", "one", "equal"])
+@pytest.mark.parametrize(
+    "moment", [torch.zeros(24, 24), torch.diag(torch.eye(24)[3]), torch.ones(24, 24)], ids=["zero", "one", "equal"]
+)
 def test_published_methods_take_any_moment(moment: Tensor) -> None:
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
     basis, (factor,) = shared_whitened_svd([weight.T.contiguous()], moment, rank=5)
