@@ -159,7 +159,7 @@ BAD_INPUT: dict[str, Case] = {
     "budget 0": (["compress", "VIT", "--data", "IMAGES", "--budget", "0"], 2, "`budget`"),
     "budget over 1": (["compress", "VIT", "--data", "IMAGES", "--budget", "1.5"], 2, "`budget`"),
     "budget below a basis": (
-        ["compress", "VIT", "--data", "IMAGES", "--budget", "0.001", "--method", "fips-paper"], 2, "the smallest `budget`"
+        ["compress", "VIT", "--data", "IMAGES", "--budget", "0.001", "--method", "fips-paper"], 2, "smallest `budget`"
     ),
     "bytes below the patterns": (
         ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.01"], 2, "the smallest `target_bytes`"
