@@ -159,10 +159,10 @@ BAD_INPUT: dict[str, Case] = {
     "budget 0": (["compress", "VIT", "--data", "IMAGES", "--budget", "0"], 2, "`budget`"),
     "budget over 1": (["compress", "VIT", "--data", "IMAGES", "--budget", "1.5"], 2, "`budget`"),
     "budget below a basis": (
-        ["compress", "VIT", "--data", "IMAGES", "--budget", "0.001", "--method", "fips-paper"], 2, "one basis vector"
+        ["compress", "VIT", "--data", "IMAGES", "--budget", "0.001", "--method", "fips-paper"], 2, "smallest `budget`"
     ),
     "bytes below the patterns": (
-        ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.01"], 2, "below the cost of the patterns"
+        ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.01"], 2, "the smallest `target_bytes`"
     ),
     "budget and bytes": (
         ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.5", "--budget", "0.5"], 2, "got both"
