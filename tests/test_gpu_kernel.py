@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from test_kernels import FORMATS, TOLERANCE, assert_close, exact, example, inputs, narrow
 
+from fips.errors import BackendError, ShapeError
 from fips.kernels import gpu, ops
 from fips.kernels.reference import Packed, in_place, to_dense
 from fips.nn import FactoredLinear, SharedBasis
@@ -70,6 +71,40 @@ def test_odd_shapes_and_strides(shape: tuple[int, int]) -> None:
     y = gpu.multiply(x.to(DEVICE), prepared).cpu()
     assert y.shape == (5, 2, shape[0])
     assert_close(y, exact(x, packed), TOLERANCE[torch.float32])
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    prepared = gpu.prepare(moved(example("bitmask", (24, 64))))
+    for shape in ((3, 63), (3, 128), (3, 32), (64, 3), ()):
+        with pytest.raises(ShapeError, match="do not fit 64 features"):
+            gpu.multiply(torch.zeros(shape, device=DEVICE), prepared)
+    with pytest.raises(ShapeError, match="does not fit 24 outputs"):
+        gpu.multiply(torch.zeros(3, 64, device=DEVICE), prepared, torch.zeros(23, device=DEVICE))
+
+
+@pytest.mark.parametrize("fmt", ["bitmask", "4:16", "block8", "dense"])
+def test_damaged_tensors_are_refused(fmt: str) -> None:
+    for axis in (0, 1) if fmt in BLOCKS else (1,):
+        packed = moved(example(fmt, (24, 64), dtype=torch.int8, axis=axis))
+        broken = [replace(packed, values_Z=packed.values_Z[:-8]), replace(packed, shape=(24, 128))]
+        if fmt != "dense":
+            broken.append(replace(packed, pattern=packed.pattern[:-1]))
+        if fmt in ("bitmask", "block8"):
+            broken.append(replace(packed, pattern=packed.pattern ^ 1))
+        for wrong in broken:
+            with pytest.raises(BackendError, match=r"values|pattern|hold"):
+                gpu.prepare(wrong)
+
+
+def test_a_token_with_nan_or_inf_hurts_itself_alone() -> None:
+    for dtype in (torch.float32, torch.int8):
+        packed = example("bitmask", (24, 64), dtype=dtype)
+        x = inputs(5, 64, torch.float32)
+        x[1, 5], x[3, 7] = float("nan"), float("inf")
+        y = gpu.multiply(x.to(DEVICE), gpu.prepare(moved(packed))).cpu()
+        dense = torch.nn.functional.linear(x, to_dense(packed))
+        assert torch.equal(y.isfinite(), dense.isfinite())
+        assert torch.equal(y.isnan(), dense.isnan())
 
 
 @pytest.mark.parametrize("bits", [0, 3])

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 from torch import Tensor
 
-from fips.errors import BackendError, ConfigError
+from fips.errors import BackendError, ConfigError, ShapeError
 from fips.kernels import cpu, ops, reference
 from fips.kernels.reference import Packed
 from fips.solve.patterns import nm_mask
@@ -304,3 +313,370 @@ def test_the_operator_compiles() -> None:
     x = inputs(6, 160, torch.float32)
     sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, 8, 0)
     torch.library.opcheck(torch.ops.fips.packed_linear, sample, test_utils=("test_schema", "test_faketensor"))
+
+
+def strange_tokens(cols: int, dtype: torch.dtype) -> Tensor:
+    """Ten tokens: plain ones at 0 and 9, between them one each with NaN or Inf in some places."""
+    x = inputs(10, cols, dtype)
+    x[1, 5] = float("nan")
+    x[2, cols - 1] = float("inf")
+    x[3, :2] = torch.tensor([float("inf"), float("-inf")])
+    x[4] = float("nan")
+    x[5] = float("-inf")
+    x[6, 0], x[6, -1] = float("nan"), float("inf")
+    x[7, 64] = float("-inf")
+    x[8, 3:70] = float("inf")
+    return x
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8, 5])
+@pytest.mark.parametrize("fmt", ["dense", "bitmask", "4:16", "block4", "block8"])
+def test_nan_and_inf_come_out_as_from_a_dense_layer(fmt: str, values: torch.dtype | int, isa: str) -> None:
+    for axis in (0, 1) if fmt in BLOCKS else (1,):
+        packed = example(fmt, (72, 144), dtype=torch.int8 if isinstance(values, int) else values, axis=axis)
+        packed = narrow(packed, values) if isinstance(values, int) else packed
+        prepared = cpu.prepare(packed)
+        for dtype in TOLERANCE:
+            x, bias = strange_tokens(144, dtype), inputs(1, 72, dtype)[0]
+            expected = torch.nn.functional.linear(x.double(), reference.to_dense(packed).double(), bias.double())
+            plain = torch.where(x.isfinite(), x, 0)
+            for path in cpu.PATHS:
+                for part in (slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 7), slice(4, 8), slice(0, 10)):
+                    try:
+                        y = cpu.multiply(x[part], prepared, bias, path=path, isa=isa)
+                        unhurt = cpu.multiply(plain[part], prepared, bias, path=path, isa=isa)
+                    except BackendError:
+                        continue
+                    assert torch.equal(y.isnan(), expected[part].isnan())
+                    assert torch.equal(y.isinf(), expected[part].isinf())
+                    assert torch.equal(y[y.isinf()].double(), expected[part][y.isinf()])
+                    finite = x[part].isfinite().all(-1)
+                    assert torch.equal(y[finite], unhurt[finite])
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("bits", [8, 4])
+def test_huge_and_tiny_tokens_beside_integers(bits: int, isa: str) -> None:
+    packed = example("bitmask", (72, 144), dtype=torch.int8)
+    packed = packed if bits == 8 else narrow(packed, bits)
+    prepared = cpu.prepare(packed)
+    dense = reference.to_dense(packed).double()
+    for size in (1e-37, 1e-33, 1e-31, 1e-20, 1e20, 1e30, 1e34, 1e36):
+        for dtype in (torch.float32, torch.bfloat16):
+            for tokens in (1, 3, 40):
+                x = inputs(tokens, 144, torch.float32)
+                x[0] *= size
+                x = x.to(dtype)
+                y = cpu.multiply(x, prepared, isa=isa)
+                for row in (0, tokens - 1):
+                    largest = x[row].abs().max().double()
+                    assert_close(y[row] / largest, x[row].double() @ dense.T / largest, TOLERANCE[dtype])
+
+
+@needs_library
+def test_rows_of_scale_zero_and_halves_that_overflow() -> None:
+    packed = example("bitmask", (40, 64), dtype=torch.int8)
+    assert packed.scales_N is not None
+    packed.scales_N[7] = 0
+    x = inputs(6, 64, torch.float16) * 1000
+    y = cpu.multiply(x, cpu.prepare(packed))
+    assert torch.equal(y[:, 7], torch.zeros(6, dtype=torch.float16))
+    huge = cpu.multiply(60 * x, cpu.prepare(packed))
+    assert torch.equal(huge.isinf(), torch.nn.functional.linear(60 * x, reference.to_dense(packed).half()).isinf())
+    assert bool(huge.isinf().any())
+
+
+WRONG_INPUTS = [(3, 63), (3, 65), (3, 0), (3, 8), (64, 3), (3, 128), (2, 3, 1), (), (0, 63)]
+
+
+@needs_library
+@pytest.mark.parametrize("shape", WRONG_INPUTS)
+def test_inputs_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
+    packed, whole = example("bitmask", (40, 64)), example("dense", (64, 40))
+    prepared, x = cpu.prepare(packed), torch.zeros(shape)
+    again = cpu.Repeat(torch.zeros(3, 64), prepared, None, None)
+    calls = [
+        lambda: cpu.multiply(x, prepared),
+        lambda: cpu.multiply_columns(x, cpu.prepare(whole)),
+        lambda: again(x, packed, None),
+        lambda: cpu.Repeat(x, prepared, None, None),
+        lambda: reference.multiply(x, packed),
+        lambda: ops.multiply(x, prepared, None),
+        lambda: ops.packed_linear(x, packed, None),
+    ]
+    for call in calls:
+        with pytest.raises(ShapeError, match=re.escape(f"{tuple(shape)} do not fit 64 features: want (..., 64)")):
+            call()
+
+
+@needs_library
+def test_a_bias_of_another_size_is_refused_and_a_strided_one_is_read_right() -> None:
+    packed = example("bitmask", (40, 64))
+    prepared, x = cpu.prepare(packed), inputs(3, 64, torch.float32)
+    for size in (0, 1, 39, 41, 80):
+        for multiply in (cpu.multiply, cpu.Repeat):
+            with pytest.raises(ShapeError, match=re.escape(f"({size},) does not fit 40 outputs")):
+                multiply(x, prepared, torch.zeros(size), *([None] if multiply is cpu.Repeat else []))  # type: ignore[operator]
+        with pytest.raises(ShapeError, match="40 outputs"):
+            reference.multiply(x, packed, torch.zeros(size))
+    wide = inputs(1, 80, torch.float32)[0]
+    for bias in (wide[::2], wide[:1].expand(40), wide[:40].bfloat16()):
+        assert_close(cpu.multiply(x, prepared, bias), exact(x, packed, bias), TOLERANCE[torch.float32])
+        assert not cpu.Repeat.suits(x, bias)
+
+
+@needs_library
+def test_inputs_that_lie_elsewhere_or_are_no_floats_are_refused() -> None:
+    prepared = cpu.prepare(example("bitmask", (40, 64)))
+    with pytest.raises(ShapeError, match=r"floating-point inputs, got torch\.int64"):
+        cpu.multiply(torch.zeros(3, 64, dtype=torch.int64), prepared)
+    with pytest.raises(BackendError, match="on meta"):
+        cpu.multiply(torch.zeros(3, 64, device="meta"), prepared)
+    with pytest.raises(BackendError, match="float64"):
+        cpu.multiply(torch.zeros(3, 64, dtype=torch.float64), prepared)
+
+
+@needs_library
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_stored_tensors_of_another_size_are_refused(fmt: str) -> None:
+    for bits in (32, 8, 3):
+        packed = example(fmt, (40, 64), dtype=torch.float32 if bits == 32 else torch.int8)
+        packed = narrow(packed, 3) if bits == 3 else packed
+        more = torch.zeros(packed.values_Z.numel() + 1, dtype=packed.values_Z.dtype)
+        broken = [replace(packed, values_Z=more[:-2]), replace(packed, values_Z=more)]
+        broken += [replace(packed, shape=shape) for shape in ((40, 128), (80, 64), (40, 32), (64, 40), (40, 0))]
+        if packed.pattern.numel():
+            broken += [replace(packed, pattern=packed.pattern[:-1]), replace(packed, pattern=packed.pattern.repeat(2))]
+            broken += [replace(packed, pattern=packed.pattern.repeat(2)[::2])]
+        if packed.scales_N is not None:
+            broken += [replace(packed, scales_N=packed.scales_N[:-1])]
+        if bits == 3:
+            broken += [replace(packed, bits=wrong) for wrong in (0, 1, 2, 4, 8, 9)]
+            broken += [replace(packed, count=packed.count + 8)]
+        for wrong in broken:
+            if fmt in ("bitmask", *BLOCKS) and wrong.shape == (64, 40):
+                continue  # as many bits: only the pattern's rows differ
+            with pytest.raises(BackendError):
+                cpu.prepare(wrong)
+
+
+@needs_library
+@pytest.mark.parametrize("fmt", ["2:8", "4:16"])
+def test_numbers_that_are_no_code_are_refused(fmt: str) -> None:
+    packed = example(fmt, (40, 64))
+    packed.pattern.fill_(255)
+    with pytest.raises(BackendError, match="entries"):
+        cpu.prepare(packed)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("fmt", ["bitmask", "block4", "block8"])
+def test_a_pattern_changed_behind_torch_reads_nothing_that_is_not_there(fmt: str, isa: str) -> None:
+    """Values lie at the end of a page that is followed by one nobody may read."""
+    for values in (torch.float32, torch.bfloat16, torch.int8, 6):
+        for axis in (0, 1) if fmt in BLOCKS else (1,):
+            packed = example(fmt, (48, 160), dtype=torch.int8 if values == 6 else values, axis=axis)  # type: ignore[arg-type]
+            packed = narrow(packed, 6) if values == 6 else packed
+            packed = replace(packed, values_Z=at_the_end_of_a_page(packed.values_Z))
+            prepared, kept = cpu.prepare(packed), packed.pattern.clone()
+            for tokens in (1, 4, 9):
+                x = inputs(tokens, 160, torch.float32)
+                y = cpu.multiply(x, prepared, isa=isa)
+                packed.pattern.numpy().fill(255)  # unseen by the version that torch counts
+                with pytest.raises(BackendError, match="the pattern do not fit"):
+                    cpu.multiply(x, prepared, isa=isa)
+                packed.pattern.numpy()[:] = kept.flip(0).numpy()  # fits, or not: never more than an error
+                with contextlib.suppress(BackendError):
+                    cpu.multiply(x, prepared, isa=isa)
+                packed.pattern.numpy()[:] = kept.numpy()
+                assert torch.equal(cpu.multiply(x, prepared, isa=isa), y)
+
+
+def at_the_end_of_a_page(values: Tensor) -> Tensor:
+    """A copy whose last byte is the last of readable memory."""
+    pages = -(-values.nbytes // mmap.PAGESIZE)
+    area = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    whole = torch.frombuffer(area, dtype=torch.uint8)
+    process = ctypes.CDLL(None, use_errno=True)
+    assert process.mprotect(ctypes.c_void_p(whole.data_ptr() + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    end = pages * mmap.PAGESIZE
+    copy = whole[end - values.nbytes : end].view(values.dtype)
+    copy.copy_(values)
+    return copy
+
+
+def call_of(prepared: cpu.Prepared, tokens: int = 3) -> tuple[cpu._Call, Tensor, Tensor]:
+    rows, cols = prepared.packed.shape
+    x, y = inputs(tokens, cols, torch.float32), torch.full((tokens, rows), 7.0)
+    return cpu._call(x, y, None, None, 0, None), x, y
+
+
+BIG = 2**62
+CALL_LIES = [
+    ("x", None), ("y", None), ("tokens", -1), ("tokens", 4), ("tokens", BIG), ("x_columns", 63), ("x_columns", 65),
+    ("y_columns", 39), ("y_columns", 41), ("x_stride", -1), ("x_stride", 65), ("x_stride", BIG), ("y_stride", 39),
+    ("y_stride", 41), ("y_stride", -BIG), ("x_length", 191), ("x_length", -1), ("x_length", BIG), ("y_length", 119),
+    ("bias_length", 40), ("x_type", 3), ("x_type", -1), ("threads", 0), ("threads", 2**31 - 1), ("isa", -1), ("isa", 5),
+    ("path", -1), ("path", 4), ("activation_bits", 0), ("activation_bits", 12),
+]  # fmt: skip
+MATRIX_LIES = [
+    ("rows", -1), ("rows", 41), ("rows", BIG), ("cols", 0), ("cols", -64), ("cols", 65), ("cols", 128), ("cols", BIG),
+    ("format", -1), ("format", 5), ("value_type", 4), ("value_type", -1), ("value_type", 1), ("values", None),
+    ("num_values", -1), ("num_values", BIG), ("value_bytes", 0), ("value_bytes", -1), ("pattern_bytes", -1),
+    ("value_bits", 1), ("value_bits", 9), ("value_bits", 64), ("num_scales", 1), ("m", -4), ("n", 99),
+]  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_library_believes_no_argument(fmt: str) -> None:
+    """One wrong number at a time in what the C interface is told; nothing is written."""
+    prepared = cpu.prepare(example(fmt, (40, 64), dtype=torch.int8))
+    library = cpu._require()
+    matrix_lies = list(MATRIX_LIES)
+    if prepared.row_start is not None:
+        matrix_lies += [("row_start", None), ("num_starts", 39), ("num_starts", 41), ("pattern", None)]
+        matrix_lies += [("num_values", prepared.packed.kept - 8)]
+    for where, lies in (("call", CALL_LIES), ("matrix", matrix_lies)):
+        for name, value in lies:
+            call, x, y = call_of(prepared)
+            matrix = cpu._Matrix.from_buffer_copy(prepared.struct)
+            if (name in ("m", "n")) and ":" not in fmt and (name == "n" or fmt not in BLOCKS):
+                continue  # not looked at
+            setattr(call if where == "call" else matrix, name, value)
+            status = library.fips_multiply(ctypes.byref(matrix), ctypes.byref(call))
+            assert status in (-1, -2), (name, value, status)
+            if name not in ("x", "y"):
+                place = (ctypes.byref(matrix), ctypes.byref(call), x.data_ptr(), y.data_ptr())
+                assert library.fips_multiply_again(*place) in (-1, -2)
+            assert torch.equal(y, torch.full_like(y, 7.0)), name
+    assert library.fips_multiply(None, None) == -2
+    assert library.fips_multiply_again(prepared.reference, None, None, None) == -2
+    call, _, _ = call_of(prepared)
+    assert library.fips_multiply_again(prepared.reference, ctypes.byref(call), None, None) == -2
+
+
+@needs_library
+def test_the_library_checks_products_with_columns_and_starts_too() -> None:
+    library = cpu._require()
+    prepared = cpu.prepare(example("dense", (64, 40)))
+    for name, value in CALL_LIES:
+        if name in ("isa", "path"):
+            continue
+        x, y = inputs(3, 64, torch.float32), torch.full((3, 40), 7.0)
+        call = cpu._call(x, y, None, None, 0, None)
+        setattr(call, name, value)
+        assert library.fips_multiply_columns(prepared.reference, ctypes.byref(call)) in (-1, -2), (name, value)
+        assert torch.equal(y, torch.full_like(y, 7.0)), name
+    assert library.fips_multiply_columns(None, None) == -2
+    counted = cpu.prepare(example("bitmask", (40, 64)))
+    starts = torch.full((41,), 7, dtype=torch.int32)
+    for length in (-1, 0, 39, 41, BIG):
+        assert library.fips_row_starts(counted.reference, starts.data_ptr(), length) == -2
+    assert library.fips_row_starts(counted.reference, None, 40) == -2
+    assert library.fips_row_starts(None, starts.data_ptr(), 40) == -2
+    assert torch.equal(starts, torch.full((41,), 7, dtype=torch.int32))
+    assert library.fips_row_starts(counted.reference, starts.data_ptr(), 40) == counted.packed.kept
+    assert starts[40] == 7
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+def test_starts_that_lead_beyond_the_values_are_refused(isa: str) -> None:
+    for fmt in ("bitmask", "block8"):
+        prepared = cpu.prepare(example(fmt, (40, 64)))
+        assert prepared.row_start is not None
+        right = prepared.row_start.clone()
+        for row in (0, 17, 39):
+            for start in (prepared.packed.kept, 2**31 - 1, -1):
+                prepared.row_start.copy_(right)
+                prepared.row_start[row] = start
+                x = inputs(3, 64, torch.float32)
+                with pytest.raises(BackendError):
+                    cpu.multiply(x, prepared, isa=isa)
+
+
+MEMORY_SCRIPT = """
+import resource, sys
+import torch
+from fips.kernels import cpu
+from test_kernels import example, narrow
+torch.set_num_threads(1)
+packed = example("bitmask", (32, 4096), dtype=torch.int8)
+prepared = cpu.prepare(narrow(packed, 4) if sys.argv[1] == "int4" else packed)
+x = torch.zeros(4096, 4096)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (int(sys.argv[2]) << 20),) * 2)
+try:
+    cpu.multiply(x, prepared)
+    print("done", cpu.scratch_bytes())
+except MemoryError as error:
+    print("MemoryError", error)
+print(cpu.multiply(x[:1], prepared).shape)  # and goes on
+"""
+
+
+@needs_library
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as Linux has them")
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_no_memory_is_a_memory_error_and_little_is_needed(values: str) -> None:
+    """The inputs are 64 MiB, and once were laid out anew as a whole."""
+    for megabytes, outcome in ((4, "MemoryError no memory"), (48, "done 0")):
+        command = [sys.executable, "-c", MEMORY_SCRIPT, values, str(megabytes)]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.startswith(outcome), done.stdout
+        assert done.stdout.endswith("torch.Size([1, 32])\n")
+
+
+@needs_library
+def test_scratch_is_counted_bounded_and_given_back() -> None:
+    prepared = cpu.prepare(example("bitmask", (32, 1024), dtype=torch.bfloat16))
+    cpu.free_scratch()
+    assert cpu.scratch_bytes() == 0
+    cpu.multiply(inputs(64, 1024, torch.float32), prepared)
+    small = cpu.scratch_bytes()
+    assert 0 < small <= 8 << 20
+    cpu.multiply(inputs(64, 1024, torch.float32), prepared)
+    assert cpu.scratch_bytes() == small  # kept for the next call
+    large = torch.zeros(6000, 1024)
+    cpu.multiply(large, prepared)
+    assert cpu.scratch_bytes() == 0  # more than is kept
+    cpu.multiply(inputs(64, 1024, torch.float32), prepared)
+    with ThreadPoolExecutor(3) as pool:  # of threads that live on
+        barrier = Barrier(3)
+        list(pool.map(lambda _: (cpu.multiply(inputs(64, 1024, torch.float32), prepared), barrier.wait()), range(3)))
+        assert cpu.scratch_bytes() == 4 * small
+        assert cpu.free_scratch() == 4 * small
+        assert cpu.scratch_bytes() == 0
+        list(pool.map(lambda _: (cpu.multiply(inputs(64, 1024, torch.float32), prepared), barrier.wait()), range(3)))
+    assert cpu.scratch_bytes() == 0  # and what ended threads kept goes with them
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.int8])
+def test_tokens_laid_out_in_parts_are_the_same_tokens(values: torch.dtype, isa: str) -> None:
+    prepared = cpu.prepare(example("bitmask", (8, 60_000), dtype=values))  # 139 tokens at a time
+    x = inputs(300, 60_000, torch.bfloat16)
+    whole = cpu.multiply(x, prepared, isa=isa, path="tokens")
+    parts = [cpu.multiply(part, prepared, isa=isa, path="tokens") for part in x.split(75)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_every_flag_of_the_compiler_is_asked_for() -> None:
+    """An instruction set is used only where the processor has all that its code was compiled with."""
+    root = Path(__file__).parents[1]
+    build = (root / "CMakeLists.txt").read_text()
+    flags = set(re.findall(r"(?<=\s)-m([a-z0-9-]+)(?=[\s)])", build)) - {"prefer-vector-width"}
+    source = (root / "src/fips/kernels/csrc/dispatch.cpp").read_text()
+    asked = source[source.index("bool may_use_amx()") : source.index("int detect() { return FIPS_PORTABLE; }")]
+    names = set(re.findall(r'HAS\("(\w+)"\)', asked)) | set(re.findall(r"\b(amx_\w+) =", asked))
+    assert {"avx2", "bmi", "bmi2", "popcnt", "avx512f", "avx512bf16", "amx-tile"} <= flags
+    assert {flag.replace("-", "_") for flag in flags} <= names
+    for name in re.findall(r"\b(amx_\w+) =", asked):
+        assert re.search(rf"return .*\b{name}\b", asked), name

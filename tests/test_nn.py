@@ -215,3 +215,46 @@ def test_contradictory_layouts_are_refused(change: dict[str, object], message: s
     fields["layers"]["model.layers.0.mlp.gate_proj"].update(change)
     with pytest.raises(CheckpointError, match=message):
         Layout.parse(fields, where="here")
+
+
+def test_a_merged_model_has_one_type_and_its_numbers_are_rounded_once() -> None:
+    """Packed numbers are often of a narrower type than the model computes in, and their biases too."""
+    model, _ = mixed_llama(torch.float32)
+    for layer in factored_layers(model).values():
+        layer.to(torch.bfloat16)
+        layer.bias = nn.Parameter(torch.randn(layer.out_features).to(torch.bfloat16))
+    batch = batches_for(model)[0]
+    with torch.no_grad():
+        packed = model(**batch).logits
+        merged = fips.merge(copy.deepcopy(model))
+        assert {p.dtype for p in merged.parameters()} == {torch.float32}
+        assert (merged(**batch).logits - packed).norm() / packed.norm() < 1e-5
+        narrow = fips.merge(copy.deepcopy(model).to(torch.bfloat16))
+        assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+        wide = fips.merge(copy.deepcopy(model), dtype=torch.float64)
+        weight = wide.get_submodule("model.layers.0.mlp.up_proj").weight
+        assert weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_model_of_packed_layers_alone_is_merged_into_the_type_of_its_weights(dtype: torch.dtype) -> None:
+    layer, _ = make_layer("up", "bitmask", "int4", None)
+    layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=torch.bfloat16))
+    layer.weight = torch.empty(0, dtype=dtype)
+    model = nn.Module()
+    model.layer = layer
+    setattr(basis_owner(model), BASES, nn.ModuleDict())
+    merged = fips.merge(model).get_submodule("layer")
+    assert isinstance(merged, nn.Linear)
+    assert merged.weight.dtype == merged.bias.dtype == dtype
+    assert merged(torch.ones(2, layer.in_features, dtype=dtype)).dtype == dtype
+
+
+def test_double_precision_is_kept_where_values_have_it() -> None:
+    basis = make_basis().double()
+    mask = mask_for("bitmask", "up", RANK, COLUMNS)
+    factor = torch.randn(RANK, COLUMNS, dtype=torch.float64) * mask
+    layer = FactoredLinear.from_factor(basis, factor, mask, role="up", fmt="bitmask")
+    expected = factor.T @ basis.weight.detach().T
+    assert layer.dense_weight().dtype == torch.float64
+    assert (layer.dense_weight() - expected).abs().max() < 1e-13

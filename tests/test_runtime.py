@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from conftest import batches_for, quick_settings, tiny_model
 from test_kernels import TOLERANCE, assert_close, inputs
 from torch import Tensor, nn
 
-from fips.errors import ConfigError
-from fips.kernels import cpu, runtime
+import fips
+from fips.errors import BackendError, ConfigError, ShapeError
+from fips.kernels import cpu, reference, runtime, timings
 from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
-from fips.nn import FactoredLinear, SharedBasis
+from fips.nn import FactoredLinear, SharedBasis, factored_layers
 from fips.storage.packing import ValueKind, pack
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
@@ -88,8 +96,8 @@ def test_gradients_equal_those_of_the_dense_product() -> None:
         got = torch.autograd.grad((layer(x) * weights).sum(), wanted_of)
         plain = nn.functional.linear(x, layer.dense_weight(), layer.bias)
         wanted = torch.autograd.grad((plain * weights).sum(), wanted_of)
-        for actual, reference in zip(got, wanted, strict=True):
-            assert_close(actual, reference.double(), TOLERANCE[torch.float32])
+        for actual, gradient in zip(got, wanted, strict=True):
+            assert_close(actual, gradient.double(), TOLERANCE[torch.float32])
 
 
 @needs_library
@@ -148,9 +156,9 @@ def test_what_is_remembered_of_a_layer_follows_it(basis: bool) -> None:
     x = inputs(3, 48, torch.float32)
     with torch.no_grad():
         layer(x)
-        made = layer.runtime._product
+        made = layer.runtime._held.product
         layer(x)
-        assert layer.runtime._product is made
+        assert layer.runtime._held.product is made
         layer.values = nn.Parameter(2 * layer.values)
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
         layer.bias = None
@@ -177,7 +185,7 @@ def test_repeated_calls_follow_their_layer(role: str, basis: bool) -> None:
     x = inputs(3, layer.in_features, torch.float32)
     with torch.no_grad():
         first = layer(x)
-        assert layer.runtime._repeats
+        assert layer.runtime._held.repeats
         assert torch.equal(layer(x), first)
         assert_close(layer(2 * x), expected(layer, 2 * x), TOLERANCE[torch.float32])
         strided = torch.stack((x, x), -1)[..., 0]
@@ -194,7 +202,7 @@ def test_repeated_calls_follow_their_layer(role: str, basis: bool) -> None:
     layer(x).sum().backward()  # the shorter way records no gradients and must not be taken
     assert layer.values.grad is not None
     layer.runtime.policy = "decode"
-    assert not layer.runtime._repeats
+    assert not layer.runtime._held.repeats
 
 
 @needs_library
@@ -204,10 +212,10 @@ def test_only_few_shapes_are_remembered() -> None:
     with torch.no_grad():
         for tokens in range(1, 40):
             layer(inputs(tokens, 48, torch.float32))
-            assert len(layer.runtime._repeats) <= 8
-        before = dict(layer.runtime._repeats)
+            assert len(layer.runtime._held.repeats) <= 8
+        before = dict(layer.runtime._held.repeats)
         layer(inputs(cpu.Repeat.MOST + 1, 48, torch.float32))
-        assert layer.runtime._repeats == before
+        assert layer.runtime._held.repeats == before
 
 
 def test_copies_and_pickles_prepare_their_own() -> None:
@@ -227,8 +235,8 @@ def test_choices_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: p
     runtime._timings.forget()
     layer = make_layer()
     calls: list[tuple[str, ...]] = []
-    measure = runtime._measure
-    monkeypatch.setattr(runtime, "_measure", lambda ways, compute: calls.append(ways) or measure(ways, compute))
+    measure = timings.measure
+    monkeypatch.setattr(timings, "measure", lambda ways, compute: calls.append(ways) or measure(ways, compute))
     with torch.no_grad():
         for tokens in (3, 4, 3):  # one power of two
             layer(inputs(tokens, 48, torch.float32))
@@ -249,7 +257,7 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     layer = make_layer()
     x = inputs(4, 48, torch.float32)
     seconds = {"packed": 2.0, "decode": 1.0, "merge": 3.0, "merged": 0.5}
-    monkeypatch.setattr(runtime, "_measure", lambda ways, compute: {way: seconds[way] for way in ways})
+    monkeypatch.setattr(timings, "measure", lambda ways, compute: {way: seconds[way] for way in ways})
     with torch.no_grad():
         assert layer.runtime.way(x, layer.product()) == "decode"
         layer.runtime.policy = "speed"
@@ -329,3 +337,272 @@ def test_nothing_is_kept_of_offloaded_layers(role: str) -> None:
         assert_close(layer(x), wanted, TOLERANCE[torch.float32])
     assert layer.values.device.type == "meta"
     assert layer.runtime.extra_bytes == 0
+
+
+@pytest.mark.parametrize("basis", [True, False])
+@pytest.mark.parametrize("role", ["up", "down"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_inputs_of_another_width_are_refused_in_every_way(policy: str, role: str, basis: bool) -> None:
+    layer = make_layer(role, basis=basis)
+    layer.runtime.policy = policy
+    right = layer.in_features
+    with torch.no_grad():
+        layer(inputs(3, right, torch.float32))  # what is remembered of it must not serve others
+        for shape in ((3, right - 1), (3, right + 1), (3, 2 * right), (3, right // 2), (right, 3), (3, 0), (), (0, 7)):
+            with pytest.raises(ShapeError, match=re.escape(f"{tuple(shape)} do not fit {right} features")):
+                layer(torch.zeros(shape))
+        with pytest.raises(ShapeError, match="floating-point"):
+            layer(torch.zeros(3, right, dtype=torch.int64))
+        layer.bias = nn.Parameter(torch.zeros(layer.out_features - 1))
+        with pytest.raises(ShapeError, match=f"does not fit {layer.out_features} outputs"):
+            layer(inputs(3, right, torch.float32))
+    with pytest.raises(RuntimeError, match="do not fit"):  # as a dense layer's
+        layer(torch.zeros(3, right + 1))
+
+
+@needs_library
+def test_values_cut_short_are_noticed() -> None:
+    layer = make_layer(basis=False)
+    layer.runtime.policy = "packed"
+    x = inputs(3, 48, torch.float32)
+    with torch.no_grad():
+        layer(x)
+        layer(x)
+        layer.values.data = layer.values.data[:-40]  # where they were, but fewer
+        with pytest.raises(BackendError, match="values"):
+            layer(x)
+
+
+def test_a_basis_refuses_other_widths() -> None:
+    basis = SharedBasis.of(inputs(48, 32, torch.float32), torch.float32)
+    with torch.no_grad():
+        for tokens in (1, 40):
+            assert basis(torch.zeros(tokens, 48)).shape == (tokens, 32)
+            assert basis(torch.zeros(tokens, 32), expand=True).shape == (tokens, 48)
+            with pytest.raises(ShapeError, match="48 features"):
+                basis(torch.zeros(tokens, 32))
+            with pytest.raises(ShapeError, match="32 features"):
+                basis(torch.zeros(tokens, 48), expand=True)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("values", ["float", "int8", "int4"])
+def test_a_token_with_nan_or_inf_hurts_itself_alone_in_every_way(values: ValueKind, policy: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factor, mask = torch.randn(96, 64, generator=generator), torch.rand(96, 64, generator=generator) < 0.4
+    layer = FactoredLinear.from_factor(None, factor, mask, role="up", fmt="bitmask", values=values)
+    layer.runtime.policy = policy
+    for tokens in (3, 20):
+        x = inputs(tokens, 96, torch.float32)
+        x[0, 3], x[1, 5] = float("nan"), float("inf")
+        with torch.no_grad():
+            y = layer(x)
+            expected = nn.functional.linear(x, layer.dense_weight())
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.isinf(), expected.isinf())
+        assert not bool(y[:2].isfinite().any())
+        assert_close(y[2:], expected[2:].double(), TOLERANCE[torch.float32])
+
+
+def fresh_cache(monkeypatch: pytest.MonkeyPatch, place: Path) -> Path:
+    """An empty place for timings, which the test may spoil."""
+    monkeypatch.setenv("FIPS_CACHE", str(place))
+    runtime._timings.forget()
+    return runtime.timings_file()
+
+
+SPOILT = [
+    b"", b"{", b"[]", b"null", b"3", b'"x"', b"{}", b'{"seconds": []}', b'{"seconds": null}', b"\xff\xfe\x00",
+    b"[" * 100_000,
+    *(b'{"seconds": {"KEY": ' + entry + b"}}" for entry in (
+        b"3", b"null", b'{"decode": "fast"}', b'{"decode": NaN}', b'{"merged": 1e999}',
+        b'{"decode": true, "packed": -1, "merge": Infinity}', b'{"packed": [], "decode": {}, "unheard of": 1}',
+        b'{"packed": ' + b"9" * 5000 + b"}", b'{"packed": ' + b"9" * 400 + b"}",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", SPOILT)
+def test_a_spoilt_file_of_timings_breaks_nothing(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fresh_cache(monkeypatch, tmp_path)
+    layer, x = make_layer(), inputs(4, 48, torch.float32)
+    path.write_bytes(content.replace(b"KEY", layer.product().signature(x).encode()))
+    with torch.no_grad():
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+    stored = json.loads(path.read_text())["seconds"]
+    assert all(0 < seconds < 100 for ways in stored.values() for seconds in ways.values())
+    assert stored[layer.product().signature(x)].keys() >= {"decode", "merge"}
+    runtime._timings.forget()
+
+
+@pytest.mark.parametrize(
+    "obstacle", ["directory", "pipe", "file above", "no home", "nothing may be written", "is huge"]
+)
+def test_no_place_for_timings_breaks_nothing(obstacle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fresh_cache(monkeypatch, tmp_path / "cache")
+    if obstacle == "directory":
+        path.mkdir(parents=True)
+    elif obstacle == "file above":
+        path.parent.write_text("")
+    elif obstacle == "no home":
+        monkeypatch.delenv("FIPS_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(
+            Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+        )
+    elif obstacle == "nothing may be written":  # root may write anywhere
+        monkeypatch.setattr(
+            timings.tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError("read-only"))
+        )
+    else:
+        path.parent.mkdir(parents=True)
+        if obstacle == "pipe":
+            os.mkfifo(path)
+        else:
+            with path.open("wb") as file:
+                file.truncate(timings.LARGEST_FILE + 1)
+    layer, x = make_layer(), inputs(4, 48, torch.float32)
+    with torch.no_grad():
+        assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
+    assert layer.product().signature(x) in runtime._timings._known()
+    if path.parent.is_dir():
+        assert [entry.name for entry in path.parent.iterdir()] == ([path.name] if path.exists() else [])
+    runtime._timings.forget()
+
+
+def test_writers_of_timings_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes keep what both measured; threads of one measure one after the other, each signature once."""
+    path = fresh_cache(monkeypatch, tmp_path)
+    ours, theirs = timings.Timings(), timings.Timings()
+    ours._known(), theirs._known()
+    monkeypatch.setattr(timings, "measure", lambda ways, compute: dict.fromkeys(ways, 1.0))
+    ours.fastest("a", ("packed",), lambda way: torch.zeros(1))
+    theirs.fastest("b", ("packed",), lambda way: torch.zeros(1))
+    assert json.loads(path.read_text())["seconds"].keys() == {"a", "b"}
+    inside, calls = [0], []
+
+    def measure(ways: tuple[str, ...], compute: object) -> dict[str, float]:
+        inside[0] += 1
+        assert inside[0] == 1
+        time.sleep(0.001)
+        inside[0] -= 1
+        calls.append(ways)
+        return dict.fromkeys(ways, 1.0)
+
+    monkeypatch.setattr(timings, "measure", measure)
+    with ThreadPoolExecutor(8) as pool:
+        names = [f"signature {i % 40}" for i in range(320)]
+        list(pool.map(lambda name: ours.fastest(name, ("packed", "decode"), lambda way: torch.zeros(1)), names))
+    assert len(calls) == 40
+    assert len(json.loads(path.read_text())["seconds"]) == 42
+    assert len(list(tmp_path.iterdir())) == 1
+    runtime._timings.forget()
+
+
+@needs_library
+def test_threads_share_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First calls of several shapes at once, while one more thread changes policy and tensors."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for attempt in range(4):
+            fresh_cache(monkeypatch, tmp_path / str(attempt))
+            layer = make_layer("up" if attempt % 2 else "down", basis=attempt < 2)
+            given = [inputs(tokens, layer.in_features, torch.float32) for tokens in (1, 2, 3, 5, 9, 17)]
+            wanted = [expected(layer, x) for x in given]
+            done = Event()
+
+            def meddle(layer: FactoredLinear = layer, done: Event = done) -> None:
+                while not done.is_set():
+                    for policy in ("auto", "packed", "decode", "speed", "merged"):
+                        layer.runtime.policy = policy
+                        layer.values = nn.Parameter(layer.values.detach().clone())
+
+            def call(index: int, layer: FactoredLinear = layer, given: list[Tensor] = given) -> list[Tensor]:
+                with torch.no_grad():
+                    return [layer(given[index]) for _ in range(40)]
+
+            with ThreadPoolExecutor(7) as pool:
+                meddler = pool.submit(meddle)
+                results = [pool.submit(call, index) for index in range(6)]
+                try:
+                    for index, result in enumerate(results):
+                        for y in result.result():
+                            assert_close(y, wanted[index], TOLERANCE[torch.float32])
+                finally:
+                    done.set()
+                meddler.result()
+    finally:
+        sys.setswitchinterval(interval)
+        runtime._timings.forget()
+
+
+def test_what_is_remembered_belongs_to_the_policy_it_was_found_under() -> None:
+    layer = make_layer()
+    layer.runtime.policy = "packed"
+    before = layer.runtime._held
+    layer.runtime.policy = "decode"
+    assert layer.runtime._held is not before  # a call that began before ends in what is forgotten
+    before = layer.runtime._held
+    layer.runtime.activation_bits = 8
+    assert layer.runtime._held is not before
+
+
+@pytest.mark.parametrize(("name", "value"), [("FIPS_RUNTIME", "fast"), ("FIPS_ACTIVATION_BITS", "eight")])
+def test_settings_that_are_no_setting_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"\${name}.*'{value}'"):
+        LayerRuntime()
+
+
+@pytest.mark.parametrize("values", ["float", "int8", "int4"])
+@pytest.mark.parametrize("basis", [True, False])
+def test_ways_differ_by_the_rounding_of_float32_whatever_the_type_of_the_stored_numbers(
+    basis: bool, values: ValueKind
+) -> None:
+    """Integers times scales are not rounded to the type of the scales, nor to that of the file."""
+    generator = torch.Generator().manual_seed(0)
+    shared = SharedBasis.of(torch.randn(48, 32, generator=generator), torch.bfloat16) if basis else None
+    factor = torch.randn(32 if basis else 48, 96, generator=generator)
+    layer = FactoredLinear.from_factor(
+        shared, factor, torch.rand(factor.shape, generator=generator) < 0.5, role="up", fmt="bitmask",
+        dtype=torch.bfloat16, values=values,
+    )  # fmt: skip
+    stored = layer.packed()
+    wide = reference.in_place(stored).double()
+    exact_NK = wide if stored.scales_N is None else wide * stored.scales_N.double().unsqueeze(1)
+    weight = exact_NK if shared is None else exact_NK @ shared.weight.detach().double().T
+    assert_close(layer.dense_weight().detach(), weight, TOLERANCE[torch.float32])
+    for tokens in (1, 30):
+        x = inputs(tokens, 48, torch.float32)
+        for policy in POLICIES:
+            layer.runtime.policy = policy
+            with torch.no_grad():
+                assert_close(layer(x), x.double() @ weight.T, TOLERANCE[torch.float32])
+
+
+def test_a_loaded_model_takes_the_ways_of_the_saved_one_and_gives_its_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one file of timings; other ways differ by float rounding."""
+    fresh_cache(monkeypatch, tmp_path / "cache")
+    model = tiny_model("llama")
+    fips.compress(model, batches_for(model), quick_settings())
+    fips.save(model, tmp_path / "out")
+    batches = [{"input_ids": batches_for(model)[0]["input_ids"][:1, :length]} for length in (1, 3, 16)]
+    with torch.no_grad():
+        saved = [model(**batch).logits for batch in batches]
+        runtime._timings.forget()  # as a new process
+        monkeypatch.setattr(timings, "measure", lambda ways, compute: pytest.fail("measured again"))
+        loaded = fips.load(tmp_path / "out")
+        for batch, logits in zip(batches, saved, strict=True):
+            assert torch.equal(loaded(**batch).logits, logits)
+            for way in FRUGAL:
+                for layer in factored_layers(loaded).values():
+                    layer.runtime.policy = way
+                assert_close(loaded(**batch).logits, logits.double(), (1e-5, 1e-4))
+            for layer in factored_layers(loaded).values():
+                layer.runtime.policy = "auto"
+    runtime._timings.forget()

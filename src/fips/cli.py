@@ -131,7 +131,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress the MLPs of a model and write a directory that `fips.load` reads."""
-    from fips.jobs import compress_to_directory, plan_source
+    from fips.jobs import compress_to_directory, plan_batches, plan_source
 
     options = locals()
     setting = _recipe(
@@ -141,7 +141,8 @@ def compress(
         data=_data_fields(options),
     )
     if dry_run:
-        _, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
+        empty, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
+        plan_batches(empty, plan, setting, device=device, chosen=batch_size is not None)
         _print_plan(plan, as_json=as_json)
         return
     source = model or setting.model

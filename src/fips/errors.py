@@ -17,6 +17,7 @@ __all__ = [
     "ModelError",
     "NoMatchError",
     "OutputError",
+    "ShapeError",
 ]
 
 
@@ -58,6 +59,10 @@ class OutputError(FipsError, ValueError):
 
 class CheckpointError(FipsError, ValueError):
     """A compressed directory is incomplete, altered, or of an unknown version."""
+
+
+class ShapeError(FipsError, RuntimeError):
+    """A tensor given to a compressed layer does not fit it; a dense layer raises a ``RuntimeError`` too."""
 
 
 class BackendError(FipsError, RuntimeError):

@@ -21,8 +21,9 @@ from fips.compare import Comparison, Run, compare, method_config, write_comparis
 from fips.compress import Progress, compress
 from fips.config import DataConfig, Recipe
 from fips.data import Batches, load_batches
-from fips.errors import ConfigError, DataError, ModelError, OutputError
+from fips.errors import BudgetError, ConfigError, DataError, ModelError, OutputError
 from fips.evaluate import EvaluationResult, evaluate
+from fips.fitting import fitting_data
 from fips.integrations.lm_eval import run_tasks
 from fips.integrations.onnx import export_onnx
 from fips.integrations.sources import (
@@ -59,6 +60,7 @@ __all__ = [
     "evaluate_tasks",
     "export_directory",
     "pick_device",
+    "plan_batches",
     "plan_source",
 ]
 
@@ -92,6 +94,17 @@ def plan_source(
     return model, plan_compression(model, recipe.compression)
 
 
+def plan_batches(model: nn.Module, plan: CompressionPlan, recipe: Recipe, *, device: str, chosen: bool) -> None:
+    """Say or refuse, as ``fitting_data`` does, what a run would; devices that are not here are not looked at."""
+    try:
+        place = pick_device(device)
+        kind_of(model)
+    except (ConfigError, ModelError):
+        return
+    data = recipe.data or DataConfig(source="")
+    fitting_data(model, plan, recipe.compression, data, device=place, chosen=chosen, only_planned=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Compression:
     """What ``compress_to_directory`` wrote."""
@@ -118,10 +131,13 @@ def compress_to_directory(
     place = pick_device(device)
     dtype = resolve_dtype(dtype)
     empty, plan = plan_source(source, recipe, trust_remote_code=trust_remote_code)
+    data = fitting_data(
+        empty, plan, recipe.compression, recipe.data, device=place,
+        chosen="batch_size" in recipe.data.model_fields_set,
+    )  # fmt: skip
+    recipe = recipe.model_copy(update={"data": data})
     with Output(output, needed=plan.compressed_bytes) as target:
-        batches, processor = _batches(
-            source, recipe.data, empty, purpose="calibration", trust_remote_code=trust_remote_code
-        )
+        batches, processor = _batches(source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code)
         if processor is not None and not is_timm_model(empty):  # timm keeps the transform in its config.json
             with target.writing("the tokenizer or image processor"):
                 processor.save_pretrained(target.scratch)
@@ -226,6 +242,7 @@ def compare_source(
         if progress is not None:
             progress(len(done), total)
 
+    calibration = _fitting_comparison(empty, calibration, methods, sizes[0], place)
     with Output(output) as target:
         scored, _ = _batches(source, evaluation, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
         model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
@@ -245,6 +262,18 @@ def compare_source(
                 error.add_note(f"{len(done)} of {total} runs are in `{_keep_runs(done, target, facts)}`")
             raise
     return result
+
+
+def _fitting_comparison(
+    model: nn.Module, data: DataConfig, methods: Sequence[str], size: float, device: torch.device
+) -> DataConfig:
+    """Batches that fit whichever of the methods needs most."""
+    chosen = "batch_size" in data.model_fields_set
+    configs = [method_config(method, target_bytes=size, seed=0) for method in methods]
+    for config in {config.method: config for config in configs}.values():
+        with suppress(BudgetError):
+            data = fitting_data(model, plan_compression(model, config), config, data, device=device, chosen=chosen)
+    return data
 
 
 def _keep_runs(done: Sequence[Run], target: Output, facts: Mapping[str, Any]) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import ModelError
+from fips.fixed import ignore_training
 from fips.nn import BASES, FactoredLinear, basis_owner, factored_layers, replace_everywhere
 
 __all__ = ["dense_layer", "drop_unused_bases", "merge"]
@@ -20,7 +23,8 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every factored layer by a dense one with weight B F, in place; returns the model.
 
     The result needs nothing from fips and computes the same function up to rounding. Products are formed in float32
-    and stored in ``dtype``, by default the type of the model's other weights. Raises ``ModelError`` if the model has
+    (float64 where values or scales are that) and rounded once, to ``dtype``, by default the type of the model's other
+    weights. Raises ``ModelError`` if the model has
     no factored layer.
     """
     layers = factored_layers(model)
@@ -43,6 +47,7 @@ def drop_unused_bases(model: nn.Module) -> None:
             del getattr(owner, BASES)[name]
     if not layers:
         delattr(owner, BASES)
+        ignore_training(model)
         _forget_packing(model)
 
 
@@ -76,10 +81,19 @@ def _forget_remote_code(config: Any) -> None:
 
 
 def _other_dtype(model: nn.Module, layers: Mapping[str, FactoredLinear]) -> torch.dtype:
-    owned = [layer.basis.weight for layer in layers.values() if layer.basis is not None]
-    factored = {id(p) for p in (*owned, *(layer.values for layer in layers.values()))}
-    others = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in factored)
-    return next(others, torch.get_default_dtype())
+    """The type of most numbers outside packed layers, which may be stored in a narrower one than the model computes in.
+
+    If there are none, the widest that the packed layers give as the type of their weights.
+    """
+    bases = [layer.basis for layer in layers.values() if layer.basis is not None]
+    packed = {id(p) for module in (*layers.values(), *bases) for p in module.parameters()}
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in packed:
+            sizes[parameter.dtype] += parameter.numel()
+    if sizes:
+        return sizes.most_common(1)[0][0]
+    return reduce(torch.promote_types, (layer.weight.dtype for layer in layers.values()))
 
 
 def dense_layer(
@@ -88,6 +102,8 @@ def dense_layer(
     """The plain layer in whose place ``layer`` stands, with weight B F or another (out, in) weight and bias."""
     weight = (layer.dense_weight() if weight is None else weight).detach().to(dtype)
     bias = layer.bias if bias is None else bias
+    if bias is not None and bias.dtype != dtype:  # stored in a narrower type; a dense layer wants one for both
+        bias = nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
     dense: nn.Module
     with torch.device("meta"):
         if layer.conv1d:

@@ -213,11 +213,15 @@ class FactoredLinear(nn.Module):
         return int(self.mask().sum())
 
     def dense_weight(self) -> Tensor:
-        r"""The product :math:`B F` as the (out, in) weight of a plain linear layer, computed in float32."""
-        factor = self.factor().float()
+        r"""The product :math:`B F` as the (out, in) weight of a plain linear layer.
+
+        Computed in float32 and not rounded to the type of values and scales; in float64 where they are that.
+        """
+        factor = self.factor()
+        factor = factor.to(torch.promote_types(factor.dtype, torch.float32))
         if self.basis is None:
             return factor
-        basis_DR = self.basis.weight.float()
+        basis_DR = self.basis.weight.to(factor.dtype)
         return factor @ basis_DR.T if self.role == "up" else basis_DR @ factor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,8 +239,8 @@ class FactoredLinear(nn.Module):
         basis = self.basis
         weight = None if basis is None else basis.weight
         return Product(
-            self.packed(), up=self.role == "up", bias=self.bias, basis=basis, basis_DR=weight,
-            offloaded=_offloaded(self),
+            self.packed(), up=self.role == "up", features=(self.in_features, self.out_features), bias=self.bias,
+            basis=basis, basis_DR=weight, offloaded=_offloaded(self),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

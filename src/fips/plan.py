@@ -16,7 +16,7 @@ from fips.least import REFERENCE_ITEMSIZE, paper_pattern_rate, require_sensible_
 from fips.nn import factored_layers
 from fips.solve.rank import num_nonzeros, rank_for_budget
 from fips.storage.packing import BITMASK, DENSE, ValueKind, block_size, value_bits, value_kind
-from fips.structure import LayerGroup, Skipped, group_mlps, locate_mlps
+from fips.structure import LayerGroup, Mlp, Skipped, group_mlps, locate_mlps
 from fips.wrappers import unwrap
 
 __all__ = [
@@ -139,6 +139,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     if factored_layers(model):
         raise ModelError("the model is already compressed; `fips.merge(model)` turns it back into dense layers")
     located = locate_mlps(model, targets=config.targets, ignore=config.ignore)
+    _check_whole(model, located.mlps, config)
     groups = group_mlps(located.mlps, group_size=config.group_size, groups=config.groups)
     _check_sizes(model, groups, config)
     grouped = {block for group in groups for block in group.blocks}
@@ -301,6 +302,20 @@ def _paper_rank(group: LayerGroup, config: CompressionConfig, dtype: torch.dtype
     return rank_for_budget(
         budget=budget, width=group.width, columns=group.columns, sparsity=config.factor_sparsity, multiple=multiple
     )
+
+
+def _check_whole(model: nn.Module, mlps: Sequence[Mlp], config: CompressionConfig) -> None:
+    """Blocks of neighbours reorder hidden neurons, which all layers around them must do alike."""
+    if block_size(config.resolved_pattern) == 1 or config.targets is None:
+        return
+    whole = [{site.name for site in mlp.sites} for mlp in locate_mlps(model).mlps]
+    for mlp in mlps:
+        if {site.name for site in mlp.sites} not in whole:
+            names = ", ".join(f"`{site.name}`" for site in mlp.sites)
+            raise ConfigError(
+                f"`pattern` {config.pattern} reorders the hidden neurons of whole MLPs, but `targets` takes other "
+                f"layers of `{mlp.block}`: {names}; use `pattern: unstructured`"
+            )
 
 
 def _check_alignment(group: LayerGroup, config: CompressionConfig) -> None:

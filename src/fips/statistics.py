@@ -53,6 +53,10 @@ class LayerMoments:
     gradients_OO: Tensor
     weight: float = 0.0
     examples: int = 0
+    power: float = 0.0
+    """Sum of the squared lengths of the gradients."""
+    power_squares: float = 0.0
+    """Sum of the squares of those."""
     centered: bool = False
     """Whether ``inputs_DD`` is about the mean, after ``finish``."""
 
@@ -76,6 +80,13 @@ class LayerMoments:
         self.gradients_OO += gradient_NO.T @ gradient_NO
         self.mean_D += weighted_ND.sum(0)
         self.weight += float(weight_N.sum())
+        self.power += float(power_N.sum(dtype=torch.float64))
+        self.power_squares += float(power_N.double().square().sum())
+
+    @property
+    def samples(self) -> float:
+        """How many gradients of equal length would tell as much as those seen, of which a few may outweigh the rest."""
+        return self.power**2 / self.power_squares if self.power_squares > 0 else 0.0
 
     def finish(self, *, centered: bool, examples: int) -> None:
         """From sums to means; moments about the mean where ``centered``, unless the inputs were constant."""
@@ -111,7 +122,7 @@ def collect_moments(
     """
     device = next(model.parameters()).device
     moments = {site.name: LayerMoments.empty(site, device) for site in sites}
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(_real(device)).manual_seed(seed)
     examples = 0
     with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
         for batch in batches:
@@ -119,7 +130,7 @@ def collect_moments(
             directions = [draw_direction(head, temperature, generator) for head in heads]
             parts = [(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]
             loss = torch.stack(parts).sum()
-            if bool(loss.isnan()) and any(bool(head.scores.isnan().any()) for head in heads):
+            if not loss.is_meta and bool(loss.isnan()) and any(bool(head.scores.isnan().any()) for head in heads):
                 raise overflow_error(model, batch, run, where="the model's output is not finite")
             if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
                 loss.backward()
@@ -136,6 +147,11 @@ def collect_moments(
             raise overflow_error(model, batch, run, where=where)
         found.finish(centered=site.has_bias, examples=examples)
     return moments
+
+
+def _real(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for the meta device, which has neither random numbers nor autocast."""
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _is_finite(found: LayerMoments) -> bool:
@@ -165,7 +181,7 @@ class _Taps(AbstractContextManager["_Taps"]):
                 output = output.detach().requires_grad_(True)
 
             def add(gradient: Tensor) -> None:
-                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                with torch.no_grad(), torch.autocast(_real(x.device).type, enabled=False):
                     x_ND = x.reshape(-1, x.shape[-1]).float()
                     gradient_NO = gradient.reshape(-1, gradient.shape[-1]).float()
                     self.moments[name].add(x_ND, gradient_NO, valid_N, floor=self.floor)

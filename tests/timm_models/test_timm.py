@@ -185,3 +185,26 @@ def test_transformers_wrapper(tmp_path: Path) -> None:
     again.save_pretrained(tmp_path / "again")
     twice = AutoModelForImageClassification.from_pretrained(tmp_path / "again")
     assert torch.equal(outputs_of(twice, pixels()), expected)
+
+
+def test_a_changed_timm_model_is_refused_before_work() -> None:
+    model = tiny("vit")
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].attn.qkv)
+    with pytest.raises(fips.FipsError, match="remove_parametrizations"):
+        fips.compress(model, [pixels(1)], settings())
+    model = tiny("vit")
+    model.blocks = model.blocks[:2]
+    with pytest.raises(fips.FipsError, match=r"`blocks\.2` is missing"):
+        fips.compress(model, [pixels(1)], settings())
+
+
+@pytest.mark.parametrize("name", ["local-dir:/etc", "hf-hub:someone/model", "no_such_model", 3])
+def test_an_architecture_that_is_no_model_of_timm_is_refused(name: Any, tmp_path: Path) -> None:
+    model = tiny("vit")
+    fips.compress(model, [pixels(1)], settings())
+    fips.save(model, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architecture": name}))
+    with pytest.raises(fips.FipsError) as caught:
+        fips.load(tmp_path / "out", verify=False)
+    assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from fips.data.source import WHOLE, Source, describe_source
 from fips.data.text import text_batches
 from fips.errors import DataError
 
-__all__ = ["load_batches"]
+__all__ = ["load_batches", "window_length"]
 
 MAX_SEQUENCE_LENGTH = 2048
 
@@ -31,7 +31,7 @@ def load_batches(
     """
     source = describe_source(config.source)
     _check_request(source, config, processor=processor, kind=kind, purpose=purpose)
-    length = _window_length(config, context_length) if kind == "text" else None
+    length = window_length(config, context_length) if kind == "text" else None
     rows, split = load_rows(source, config, kind=kind, purpose=purpose)
     description: dict[str, Any] = {
         "source": config.source,
@@ -62,7 +62,8 @@ def _check_request(source: Source, config: DataConfig, *, processor: Any, kind: 
         raise DataError(f"`source={config.source}` is too large to evaluate whole; set `num_samples`, for example 256")
 
 
-def _window_length(config: DataConfig, context_length: int | None) -> int:
+def window_length(config: DataConfig, context_length: int | None) -> int:
+    """Tokens of a text window; raises ``DataError`` if the model does not accept as many as asked for."""
     if config.sequence_length is None:
         return min(context_length or MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH)
     if context_length is not None and config.sequence_length > context_length:

@@ -85,7 +85,7 @@ def check_settings(config: PretrainedConfig, path: Path | str) -> None:
             check_settings(value, path)
         elif isinstance(default, bool) and not (value is None or value in (True, False)):
             raise CheckpointError(f"`{path}`: `{name}` wants true or false, got {str(value)[:60]!r}")
-        elif isinstance(default, int | float) and isinstance(value, str | dict):
+        elif isinstance(default, int | float) and isinstance(value, str):
             raise CheckpointError(f"`{path}`: `{name}` wants a number, got {str(value)[:60]!r}")
 
 
@@ -144,26 +144,25 @@ def try_build(config: PretrainedConfig, *, tensors: int | None, path: Path | str
         naming(path),
         torch.device("meta"),
         no_init_weights(),
-        _counting(NO_FILE if tensors is None else tensors, path),
+        _counting(tensors, path),
     ):
         found(copy.deepcopy(config))
 
 
 @contextmanager
-def _counting(tensors: int, path: Path | str) -> Iterator[None]:
-    """Stop this thread from registering many more parameters or modules than ``tensors`` fill."""
+def _counting(tensors: int | None, path: Path | str) -> Iterator[None]:
+    """Stop this thread from registering many more parameters or modules than ``tensors`` fill, if that is known."""
     thread, seen = threading.get_ident(), {"parameters": 0, "modules": 0}
-    most = {"parameters": 4 * tensors + 1024, "modules": 64 * tensors + 16384}
+    several = NO_FILE if tensors is None else tensors
+    most = {"parameters": 4 * several + 1024, "modules": 64 * several + 16384}
+    weights = "" if tensors is None else f"; its weights are {tensors} tensors"
 
     def count(kind: str) -> Callable[[nn.Module, str, Any], None]:
         def hook(_module: nn.Module, _name: str, value: Any) -> None:
             if value is not None and threading.get_ident() == thread:
                 seen[kind] += 1
                 if seen[kind] > most[kind]:
-                    raise CheckpointError(
-                        f"`{path}` describes a model of more than {most[kind]:,} {kind}; "
-                        f"its weights are {tensors} tensors"
-                    )
+                    raise CheckpointError(f"`{path}` describes a model of more than {most[kind]:,} {kind}{weights}")
 
         return hook
 

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fips.accounting import named_state
 from fips.errors import CheckpointError
+from fips.fixed import watch_training
 from fips.integrations.architectures import library_class
 from fips.integrations.building import naming, try_build
 from fips.integrations.companions import architecture_of, model_card, saved_classes, write_card, write_remote_code
@@ -130,7 +131,11 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def attach(model: nn.Module) -> None:
-    """Make a packed transformers model save itself packed, with what loading it needs; other modules are left alone."""
+    """Make a packed transformers model save itself packed, with what loading it needs; other modules are left alone.
+
+    Whatever the model, training it says once what stays as it is.
+    """
+    watch_training(model)
     if not isinstance(model, PreTrainedModel):
         return
     _refresh_config(model)

@@ -87,7 +87,11 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> tuple[Pretra
     kind = fields.get("model_type", "")
     if not trusted and "model_type" in fields and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         raise ModelError(f"`model_type` in config.json of `{source}` names no type of transformers: {kind!r:.80}")
-    return _from_source(source, AutoConfig.from_pretrained, trust_remote_code=trusted), trusted
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(source, trust_remote_code=trusted), trusted
+    except Exception as error:  # fields are anyone's, and each class checks them in its own way
+        raise ModelError(f"`{source}`: {_wrong_field(kind, fields, error)}") from None
 
 
 def config_from_fields(fields: Mapping[str, Any], *, source: str = "", trusted: bool = False) -> PretrainedConfig:

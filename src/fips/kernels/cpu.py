@@ -13,6 +13,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError, ConfigError
-from fips.kernels.reference import Packed
+from fips.kernels.reference import Packed, check_inputs, check_packed
 from fips.storage.packing import BITMASK, BLOCKS, DENSE, parse_nm
 
 __all__ = [
@@ -28,17 +29,19 @@ __all__ = [
     "Prepared",
     "Repeat",
     "available",
+    "free_scratch",
     "isa_names",
     "multiply",
     "multiply_columns",
     "prepare",
+    "scratch_bytes",
     "supports",
     "unavailable_reason",
 ]
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 3
+ABI = 4
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
@@ -46,21 +49,24 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, t
 """uint8 are packed integers of less than 8 bits."""
 _FORMATS = {DENSE: 0, BITMASK: 1}
 _NM, _BLOCK_ROWS, _BLOCK_COLS = 2, 3, 4
+_INVALID, _NO_MEMORY = -2, -3
 
 
 class _Matrix(ctypes.Structure):
     _fields_ = [
         ("rows", c_int64), ("cols", c_int64), ("format", c_int32), ("value_type", c_int32), ("n", c_int32),
-        ("m", c_int32), ("values", c_void_p), ("pattern", c_void_p), ("num_values", c_int64),
-        ("pattern_bytes", c_int64), ("row_start", c_void_p), ("scales", c_void_p), ("value_bits", c_int64),
+        ("m", c_int32), ("values", c_void_p), ("pattern", c_void_p), ("num_values", c_int64), ("value_bytes", c_int64),
+        ("pattern_bytes", c_int64), ("row_start", c_void_p), ("scales", c_void_p), ("num_starts", c_int64),
+        ("num_scales", c_int64), ("value_bits", c_int64),
     ]  # fmt: skip
 
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        ("x", c_void_p), ("y", c_void_p), ("bias", c_void_p), ("tokens", c_int64), ("x_stride", c_int64),
-        ("y_stride", c_int64), ("x_type", c_int32), ("threads", c_int32), ("isa", c_int32), ("path", c_int32),
-        ("activation_bits", c_int32),
+        ("x", c_void_p), ("y", c_void_p), ("bias", c_void_p), ("tokens", c_int64), ("x_columns", c_int64),
+        ("y_columns", c_int64), ("x_stride", c_int64), ("y_stride", c_int64), ("x_length", c_int64),
+        ("y_length", c_int64), ("bias_length", c_int64), ("x_type", c_int32), ("threads", c_int32), ("isa", c_int32),
+        ("path", c_int32), ("activation_bits", c_int32),
     ]  # fmt: skip
 
 
@@ -68,20 +74,30 @@ class Prepared:
     """A packed matrix with what the kernels need besides its stored tensors; borrows those, owns ``extra_bytes``."""
 
     def __init__(self, packed: Packed) -> None:
+        check_packed(packed)
         self.packed = packed
         self.key = _key(packed)
         self.row_start: Tensor | None = None
-        self.scales = None if packed.scales_N is None else packed.scales_N.detach().float().contiguous()
+        with _as_memory_error():
+            self.scales = None if packed.scales_N is None else packed.scales_N.detach().float().contiguous()
+            if packed.fmt == BITMASK or packed.fmt in BLOCKS:
+                self.row_start = torch.empty(packed.shape[0], dtype=torch.int32)
         self.struct = _describe(packed, self.scales)
-        if packed.fmt == BITMASK or packed.fmt in BLOCKS:
-            self.row_start = torch.empty(packed.shape[0], dtype=torch.int32)
-            kept = _require().fips_row_starts(ctypes.byref(self.struct), self.row_start.data_ptr())
-            if kept != packed.kept:
-                raise BackendError(
-                    f"the pattern keeps {kept} entries, but there are {packed.kept} values; load the checkpoint again"
-                )
-            self.struct.row_start = self.row_start.data_ptr()
+        self._count()
         self.reference = ctypes.byref(self.struct)
+
+    def _count(self) -> None:
+        """Find where the values of every row begin, and hold their number against the pattern."""
+        rows = 0 if self.row_start is None else self.row_start.numel()
+        where = None if self.row_start is None else self.row_start.data_ptr()
+        kept = _require().fips_row_starts(ctypes.byref(self.struct), where, rows)
+        if kept < 0:
+            raise _error(kept, self.packed, "its pattern")
+        if kept != self.packed.kept:
+            raise BackendError(
+                f"the pattern keeps {kept} entries, but there are {self.packed.kept} values; load the checkpoint again"
+            )
+        self.struct.row_start, self.struct.num_starts = where, rows
 
     @property
     def extra_bytes(self) -> int:
@@ -97,11 +113,42 @@ class Prepared:
 
 
 def _key(packed: Packed) -> tuple[int, ...]:
+    read_anew = (packed.values_Z.data_ptr(), packed.values_Z.nbytes)
     if packed.fmt == DENSE and packed.scales_N is None:
-        return (packed.values_Z.data_ptr(),)
+        return read_anew
     tensors = (packed.pattern,) if packed.scales_N is None else (packed.pattern, packed.scales_N)
     versions = (0 if tensor.is_inference() else tensor._version for tensor in tensors)
-    return (packed.values_Z.data_ptr(), *(tensor.data_ptr() for tensor in tensors), *versions)
+    places = (number for tensor in tensors for number in (tensor.data_ptr(), tensor.nbytes))
+    return (*read_anew, *places, *versions)
+
+
+@contextmanager
+def _as_memory_error() -> Iterator[None]:
+    """Torch has no class of its own for memory that a CPU does not have."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "alloc" not in str(error):
+            raise
+        raise MemoryError(f"no memory for what the CPU kernels need: {error}") from error
+
+
+def _new(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    try:  # not the context above, which takes as long as a small product
+        return x.new_empty(shape)
+    except RuntimeError as error:
+        with _as_memory_error():
+            raise error
+
+
+def _error(status: int, packed: Packed, what: str) -> Exception:
+    """What a status of the library means, see ``csrc/fips_kernels.h``."""
+    matrix = f"format {packed.fmt}, values {packed.kind}, shape {packed.shape}"
+    if status == _NO_MEMORY:
+        return MemoryError(f"no memory to multiply by a packed matrix ({matrix}); use fewer tokens at a time")
+    if status == _INVALID:
+        return BackendError(f"the CPU kernels refuse {matrix} with {what}: the sizes or the pattern do not fit")
+    return BackendError(f"no CPU kernel for {matrix}, {what}; use path `auto`, or torch")
 
 
 _library: ctypes.CDLL | None = None
@@ -127,6 +174,20 @@ def isa_names() -> tuple[str, ...]:
     return ISAS[: min(_require().fips_isa_level(), _best) + 1] if available() else ()
 
 
+def scratch_bytes() -> int:
+    """Memory that products of this process hold beside their tensors.
+
+    A call takes up to about 32 MiB for its inputs (more for rows so long that 64 of them take more) and some for every
+    thread, beside the layers' own ``extra_bytes``. Up to 8 MiB stay with the thread that called, for its next call.
+    """
+    return int(_require().fips_scratch_bytes()) if available() else 0
+
+
+def free_scratch() -> int:
+    """Give that memory back where no call is using it; returns how many bytes that were. The next calls ask again."""
+    return int(_require().fips_free_scratch()) if available() else 0
+
+
 def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
     """Whether the kernels can multiply by this matrix."""
     nm = parse_nm(packed.fmt)
@@ -137,12 +198,17 @@ def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
         and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (packed.values_Z.is_floating_point() or packed.shape[1] <= 65536)
         and packed.kept < 2**31
+        and packed.shape[0] > 0
+        and packed.shape[1] > 0
         and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))
     )
 
 
 def prepare(packed: Packed) -> Prepared:
-    """What ``multiply`` needs, once per matrix. Raises ``BackendError`` without a library or for a damaged pattern."""
+    """What ``multiply`` needs, once per matrix.
+
+    Raises ``BackendError`` without a library or for damaged tensors, ``MemoryError`` where there is no room.
+    """
     _require()
     return Prepared(packed)
 
@@ -162,18 +228,23 @@ def multiply(
     of ``activation_bits`` with one scale: 24 bits for float32 inputs and 16 for half types unless said otherwise. With
     16 the error stays below the rounding of bfloat16 while a token's largest entry is below about 200 times its
     typical one; 8 bits are faster and coarser, and never chosen by themselves. ``path`` and ``isa`` are for
-    measurements and tests. Raises ``BackendError`` if the combination has no kernel.
+    measurements and tests.
+
+    NaN and Inf come out as from a dense layer with zeros where S keeps nothing: an entry that is not kept, or kept
+    as 0, makes NaN of Inf, so a token with either has no finite output. Other tokens do not feel it.
+
+    Raises ``ShapeError`` for inputs or a bias of another size, ``BackendError`` if the combination has no kernel or the
+    pattern was changed so that it no longer fits the values, ``MemoryError`` where there is no room.
     """
     rows, cols = prepared.packed.shape
+    check_inputs(x_TK, cols, bias_N, rows)
     x = _rows_of(x_TK, cols)
-    y = x.new_empty((*x.shape[:-1], rows))
-    bias = bias_N if bias_N is None or bias_N.dtype == x.dtype else bias_N.to(x.dtype)
+    y = _new(x, (*x.shape[:-1], rows))
+    bias = _bias_for(x, bias_N)  # held until the call is over
     call = _call(x, y, bias, isa, PATHS[path], activation_bits)
-    if _require().fips_multiply(prepared.reference, ctypes.byref(call)) != 0:
-        raise BackendError(
-            f"no CPU kernel for format {prepared.packed.fmt}, values {prepared.packed.values_Z.dtype}, inputs "
-            f"{x.dtype}, path {path}; use path `auto`"
-        )
+    status = _require().fips_multiply(prepared.reference, ctypes.byref(call))
+    if status != 0:
+        raise _error(status, prepared.packed, f"inputs {x.dtype}, path {path}")
     return y if x.dim() == x_TK.dim() else y.view(*x_TK.shape[:-1], rows)
 
 
@@ -191,10 +262,12 @@ class Repeat:
         self.prepared, self.bias, self.activation_bits = prepared, bias, activation_bits
         self.shape, self.dtype, self.threads = x.shape, x.dtype, torch.get_num_threads()
         self.out = (*x.shape[:-1], packed.shape[0])
+        check_inputs(x, packed.shape[1], bias, packed.shape[0])
         read_anew = [t for t in (packed.values_Z, bias) if t is not None]
-        self.watched: list[tuple[Tensor, int, int | None]] = [(t, t.data_ptr(), None) for t in read_anew]
+        self.watched: list[tuple[Tensor, int, int, int | None]]
+        self.watched = [(t, t.data_ptr(), t.nbytes, None) for t in read_anew]
         self.watched += [_watch(t) for t in (packed.pattern, packed.scales_N) if t is not None]
-        self.call = _call(x, x.new_empty(self.out), bias, None, PATHS["auto"], activation_bits)
+        self.call = _call(x, _new(x, self.out), bias, None, PATHS["auto"], activation_bits)
         self.arguments = (prepared.reference, ctypes.byref(self.call))
         self.run = _require().fips_multiply_again
 
@@ -202,35 +275,43 @@ class Repeat:
     def suits(x: Tensor, bias: Tensor | None) -> bool:
         """Whether it is worth while and possible for such inputs."""
         few = 0 < x.numel() <= Repeat.MOST * x.shape[-1]
-        return few and x.is_contiguous() and (bias is None or bias.dtype == x.dtype)
+        return few and x.is_contiguous() and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
 
     def holds(self) -> bool:
         """Whether the matrix and the bias still lie where they did, unchanged where it matters."""
-        for tensor, place, version in self.watched:
-            if tensor.data_ptr() != place or (version is not None and tensor._version != version):
+        for tensor, place, size, version in self.watched:
+            if tensor.data_ptr() != place or tensor.nbytes != size:
+                return False
+            if version is not None and tensor._version != version:
                 return False
         return torch.get_num_threads() == self.threads
 
     def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         if x.dtype is not self.dtype or x.shape != self.shape or not x.is_contiguous():
             return multiply(x, self.prepared, bias, activation_bits=self.activation_bits)
-        y = x.new_empty(self.out)
-        if self.run(*self.arguments, x.data_ptr(), y.data_ptr()) != 0:
-            raise BackendError(f"no CPU kernel for format {packed.fmt}, values {packed.kind}, inputs {x.dtype}")
+        y = _new(x, self.out)
+        status = self.run(*self.arguments, x.data_ptr(), y.data_ptr())
+        if status != 0:
+            raise _error(status, packed, f"inputs {x.dtype}")
         return y
 
 
-def _watch(tensor: Tensor) -> tuple[Tensor, int, int | None]:
-    return tensor, tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+def _watch(tensor: Tensor) -> tuple[Tensor, int, int, int | None]:
+    return tensor, tensor.data_ptr(), tensor.nbytes, None if tensor.is_inference() else tensor._version
 
 
 def multiply_columns(x_TN: Tensor, prepared: Prepared, *, isa: str | None = None) -> Tensor:
-    """``x S`` for a dense S and at most four tokens: S is read once, in memory order; no autograd."""
+    """``x S`` for a dense S and at most four tokens: S is read once, in memory order; no autograd.
+
+    Raises as ``multiply`` does.
+    """
     rows, cols = prepared.packed.shape
+    check_inputs(x_TN, rows)
     x = _rows_of(x_TN, rows)
-    y = x.new_empty((*x.shape[:-1], cols))
-    if _require().fips_multiply_columns(prepared.reference, ctypes.byref(_call(x, y, None, isa, 0, None))) != 0:
-        raise BackendError(f"no CPU kernel for {x.numel() // rows} tokens and format {prepared.packed.fmt}; use torch")
+    y = _new(x, (*x.shape[:-1], cols))
+    status = _require().fips_multiply_columns(prepared.reference, ctypes.byref(_call(x, y, None, isa, 0, None)))
+    if status != 0:
+        raise _error(status, prepared.packed, f"{x.shape[:-1].numel()} inputs {x.dtype} times its columns")
     return y if x.dim() == x_TN.dim() else y.view(*x_TN.shape[:-1], cols)
 
 
@@ -238,17 +319,27 @@ def _rows_of(x: Tensor, features: int) -> Tensor:
     """As it is where contiguous, else (tokens, features) with the features side by side; a view where possible."""
     if x.is_contiguous():
         return x
-    flat = x if x.dim() == 2 else x.reshape(-1, features)
+    flat = x.resolve_neg()
+    flat = flat if flat.dim() == 2 else flat.reshape(-1, features)
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def _bias_for(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """In the type of the inputs, side by side."""
+    return None if bias is None else bias.detach().to(x.dtype).contiguous()
+
+
 def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int, activation_bits: int | None) -> _Call:
-    features = x.shape[-1]
+    features, tokens = x.shape[-1], x.shape[:-1].numel()
+    stride = x.stride(0) if x.dim() == 2 else features
+    length = x.numel() if x.is_contiguous() or not tokens else (tokens - 1) * stride + features
+    if x.dtype not in TYPES or not x.is_cpu or not (bias is None or bias.is_cpu):
+        raise BackendError(f"no CPU kernel for inputs {x.dtype} on {x.device}; known: float32, bfloat16, float16")
     bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
     return _Call(
-        x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), x.numel() // features,
-        x.stride(0) if x.dim() == 2 else features, y.shape[-1],
-        TYPES[x.dtype], torch.get_num_threads(), _best if isa is None else ISAS.index(isa), path, bits,
+        x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), tokens, features, y.shape[-1], stride,
+        y.shape[-1], length, y.numel(), 0 if bias is None else bias.numel(), TYPES[x.dtype], torch.get_num_threads(),
+        _best if isa is None else ISAS.index(isa), path, bits,
     )  # fmt: skip
 
 
@@ -261,11 +352,12 @@ def _describe(packed: Packed, scales: Tensor | None) -> _Matrix:
     else:
         code, n, m = _FORMATS[packed.fmt], 0, 0
     values, pattern = packed.values_Z.detach(), packed.pattern
-    assert values.is_contiguous()
-    assert pattern.is_contiguous()
+    if values.dtype not in TYPES or not all(t.is_cpu for t in (values, pattern, *([] if scales is None else [scales]))):
+        raise BackendError(f"no CPU kernel for values {values.dtype} on {values.device}; use torch")
     return _Matrix(
         *packed.shape, code, TYPES[values.dtype], n, m, values.data_ptr(), pattern.data_ptr(), packed.kept,
-        pattern.numel(), None, None if scales is None else scales.data_ptr(), packed.bits,
+        values.nbytes, pattern.numel(), None, None if scales is None else scales.data_ptr(), 0,
+        0 if scales is None else scales.numel(), packed.bits,
     )  # fmt: skip
 
 
@@ -301,8 +393,9 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library.fips_multiply.argtypes = [c_void_p, c_void_p]
         library.fips_multiply_again.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
         library.fips_multiply_columns.argtypes = [c_void_p, c_void_p]
-        library.fips_row_starts.argtypes = [c_void_p, c_void_p]
-        library.fips_row_starts.restype = c_int64
+        library.fips_row_starts.argtypes = [c_void_p, c_void_p, c_int64]
+        for counting in (library.fips_row_starts, library.fips_scratch_bytes, library.fips_free_scratch):
+            counting.restype = c_int64
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"
     return library, ""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError
-from fips.kernels.reference import Packed
+from fips.kernels.reference import Packed, check_inputs, check_packed
 from fips.storage.packing import BITMASK, BLOCKS, DENSE, code_bits, parse_nm
 
 try:
@@ -106,6 +106,7 @@ class Prepared:
     """
 
     def __init__(self, packed: Packed, *, splits: int | None = None) -> None:
+        check_packed(packed)
         self.packed = packed
         self.key = _key(packed)
         self.layout = layout = Layout.of(packed)
@@ -131,6 +132,11 @@ class Prepared:
             **self.layout.constants(), ROWS=ROWS,
         )  # fmt: skip
         ends = counts.flatten().cumsum(0)
+        kept = int(ends[-1]) * (self.layout.UNIT if self.layout.FORMAT == _BLOCK_ROWS else 1)
+        if kept != self.packed.kept:
+            raise BackendError(
+                f"the pattern keeps {kept} entries, but there are {self.packed.kept} values; load the checkpoint again"
+            )
         return (ends.view_as(counts) - counts).to(torch.int32)
 
     @property
@@ -144,8 +150,9 @@ class Prepared:
 
 
 def _key(packed: Packed) -> tuple[int, ...]:
-    pattern = packed.pattern
-    return packed.values_Z.data_ptr(), pattern.data_ptr(), 0 if pattern.is_inference() else pattern._version
+    pattern, values = packed.pattern, packed.values_Z
+    version = 0 if pattern.is_inference() else pattern._version
+    return values.data_ptr(), values.nbytes, pattern.data_ptr(), pattern.nbytes, version
 
 
 def _in_words(stream: Tensor, row_bits: int) -> bool:
@@ -171,22 +178,32 @@ def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
         and packed.values_Z.device.type == "cuda"
         and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
         and packed.kept < 2**31
+        and packed.shape[0] > 0
+        and packed.shape[1] > 0
         and (packed.fmt != DENSE or packed.scales_N is not None)
         and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))
     )
 
 
 def prepare(packed: Packed, *, splits: int | None = None) -> Prepared:
-    """What ``multiply`` and ``decode`` need, once per matrix. Raises ``BackendError`` without Triton."""
+    """What ``multiply`` and ``decode`` need, once per matrix.
+
+    Raises ``BackendError`` without Triton or for damaged tensors.
+    """
     if triton is None:
         raise BackendError(f"Triton is not installed ({_missing}); `pip install fips[gpu]`")
     return Prepared(packed, splits=splits)
 
 
 def multiply(x_TK: Tensor, prepared: Prepared, bias_N: Tensor | None = None) -> Tensor:
-    r""":math:`y = x S^\top + b` in the type of ``x``; sums in float32; no autograd."""
+    r""":math:`y = x S^\top + b` in the type of ``x``; sums in float32; no autograd.
+
+    Raises ``ShapeError`` for inputs or a bias of another size.
+    """
     packed = prepared.packed
     rows, cols = packed.shape
+    check_inputs(x_TK, cols, bias_N, rows)
+    bias_N = None if bias_N is None else bias_N.contiguous()
     x = x_TK.reshape(-1, cols)
     tokens = x.shape[0]
     y = x.new_empty(tokens, rows)
@@ -227,9 +244,10 @@ def decode(prepared: Prepared, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _code_table(n: int, m: int, device: torch.device) -> Tensor:
-    """The M-bit mask of every code of an N:M format, in code order."""
+    """The M-bit mask of every code of an N:M format, in code order; of numbers that are no code, 0."""
     masks = sorted(mask for mask in range(1 << m) if mask.bit_count() == n)  # colexicographic order of the subsets
     assert len(masks) == math.comb(m, n)
+    masks += [0] * ((1 << code_bits(n, m)) - len(masks))
     return torch.tensor(masks, dtype=torch.int32, device=device)
 
 

@@ -7,12 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fips.storage.packing import DENSE, BlockAxis, dequantize_rows, unpack, unpack_integers, unpack_mask
+from fips.errors import BackendError, ShapeError
+from fips.storage.packing import (
+    BLOCKS,
+    DENSE,
+    BlockAxis,
+    dequantize_rows,
+    packed_length,
+    parse_nm,
+    pattern_bytes,
+    unpack,
+    unpack_integers,
+    unpack_mask,
+)
 
-__all__ = ["Packed", "in_place", "multiply", "multiply_backward", "to_dense"]
+__all__ = ["Packed", "check_inputs", "check_packed", "in_place", "multiply", "multiply_backward", "to_dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,44 @@ class Packed:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
+def check_inputs(x: Tensor, features: int, bias: Tensor | None = None, outputs: int = 0) -> None:
+    """Raise ``ShapeError`` unless ``x`` is (..., features) of a floating type and the bias, if any, (outputs,)."""
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ShapeError(f"inputs of shape {tuple(x.shape)} do not fit {features} features: want (..., {features})")
+    if not x.is_floating_point():
+        raise ShapeError(f"a compressed layer multiplies floating-point inputs, got {x.dtype}")
+    if bias is not None and bias.shape != (outputs,):
+        raise ShapeError(f"a bias of shape {tuple(bias.shape)} does not fit {outputs} outputs: want ({outputs},)")
+
+
+def check_packed(packed: Packed) -> None:
+    """Raise ``BackendError`` unless the stored tensors are as long as the shape and the format say; reads none."""
+    rows, cols = packed.shape
+    nm, block = parse_nm(packed.fmt), BLOCKS.get(packed.fmt, 1)
+    if rows < 0 or cols < 1 or packed.shape[packed.block_axis] % block or (rows * cols) % (nm[1] if nm else 1):
+        raise BackendError(f"a matrix of shape {packed.shape} cannot be packed as {packed.fmt}")
+    count, size = packed.kept, rows * cols
+    most = size if nm is None else size // nm[1] * nm[0]
+    if count > most or (count < most and (packed.fmt == DENSE or nm is not None)) or count % block:
+        raise BackendError(f"{packed.fmt} of shape {packed.shape} cannot hold {count} values")
+    if packed.count and not 2 <= packed.bits <= 7:
+        raise BackendError(f"integers of {packed.bits} bits are not packed; known: 2 to 7")
+    scales = None if packed.scales_N is None else rows
+    for name, tensor, wanted in (
+        ("values", packed.values_Z, packed_length(count, packed.bits) if packed.count else count),
+        ("pattern", packed.pattern, pattern_bytes(size=size, fmt=packed.fmt)),
+        ("scales", packed.scales_N, scales),
+    ):
+        if tensor is not None and (tensor.numel() != wanted or not tensor.is_contiguous()):
+            raise BackendError(
+                f"{name} of a matrix of shape {packed.shape} in format {packed.fmt}: want {wanted} numbers side by "
+                f"side, got {tuple(tensor.shape)}; load the checkpoint again"
+            )
+    bytes_ = [packed.pattern] * (packed.pattern.numel() > 0) + [packed.values_Z] * (packed.count > 0)
+    if any(tensor.dtype != torch.uint8 for tensor in bytes_):
+        raise BackendError(f"patterns and packed integers are bytes (uint8), got {packed.pattern.dtype}, {packed.kind}")
+
+
 def in_place(packed: Packed) -> Tensor:
     """The stored values in their places (N, K); integers as int8, without their scales."""
     values_Z = packed.values_Z
@@ -57,13 +108,17 @@ def in_place(packed: Packed) -> Tensor:
 
 
 def to_dense(packed: Packed) -> Tensor:
-    """S as a dense matrix in the type of its values, or of its scales."""
+    """S as a dense matrix: in the type of its values, or of integers in float32 (float64 beside such scales)."""
     stored = in_place(packed)
     return stored if packed.scales_N is None else dequantize_rows(stored, packed.scales_N)
 
 
 def multiply(x_TK: Tensor, packed: Packed, bias_N: Tensor | None = None) -> Tensor:
-    r""":math:`y = x S^\top + b` in the type of ``x``; any leading dimensions."""
+    r""":math:`y = x S^\top + b` in the type of ``x``; any leading dimensions.
+
+    Entries of S are rounded to the type of ``x``. Raises ``ShapeError`` for inputs or a bias of another size.
+    """
+    check_inputs(x_TK, packed.shape[1], bias_N, packed.shape[0])
     bias = None if bias_N is None else bias_N.to(x_TK.dtype)
     return linear(x_TK, to_dense(packed).to(x_TK.dtype), bias)
 

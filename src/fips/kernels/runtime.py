@@ -20,17 +20,11 @@ AMX) do half the work then.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 import operator
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,19 +32,19 @@ from torch.nn.functional import linear
 
 from fips.errors import ConfigError
 from fips.kernels import cpu, ops, reference
-from fips.kernels.reference import Packed
+from fips.kernels.reference import Packed, check_inputs
+from fips.kernels.timings import Timings, Way, fingerprint, timings_file
 
 __all__ = ["FRUGAL", "POLICIES", "BasisRuntime", "LayerRuntime", "Way", "fingerprint", "timings_file"]
 
 log = logging.getLogger("fips.kernels")
 
-Way = Literal["packed", "decode", "merge", "merged"]
 FRUGAL: tuple[Way, ...] = ("packed", "decode", "merge")
 POLICIES = ("auto", "speed", *FRUGAL, "merged")
 """``auto``: the fastest of ``FRUGAL``. ``speed``: the fastest of all. Or the one named."""
 
-TIE = 1.05
 Basis = Callable[..., Tensor]
+_timings = Timings()
 
 
 class BasisRuntime:
@@ -70,6 +64,7 @@ class BasisRuntime:
 
         Nothing is kept of an ``offloaded`` weight, which is there for this call only.
         """
+        check_inputs(x, weight_DR.shape[1] if expand else weight_DR.shape[0])
         if not self._few(x, weight_DR):
             weight = weight_DR.to(x.dtype)
             return linear(x, weight) if expand else linear(x, weight.T)
@@ -86,9 +81,10 @@ class BasisRuntime:
         multiply = cpu.multiply if expand else cpu.multiply_columns
         if offloaded:
             return multiply(x, cpu.prepare(packed))
-        if self._prepared is None or not self._prepared.is_current(packed):
-            self._prepared = cpu.prepare(packed)
-        return multiply(x, self._prepared)
+        prepared = self._prepared  # read once: another thread may put its own there
+        if prepared is None or not prepared.is_current(packed):
+            prepared = self._prepared = cpu.prepare(packed)
+        return multiply(x, prepared)
 
     def _few(self, x: Tensor, weight: Tensor) -> bool:
         return (
@@ -103,21 +99,34 @@ class BasisRuntime:
         )
 
 
+class _Remembered:
+    """What calls of one product have found out. Never changed for another product: put in its place as a whole, so
+    that threads inside a call go on with what they began with."""
+
+    __slots__ = ("chosen", "parts", "product", "repeats")
+
+    def __init__(self, product: Product | None = None, parts: Sequence[object] = ()) -> None:
+        self.product, self.parts = product, parts
+        self.chosen: dict[tuple[Any, ...], Way] = {}
+        self.repeats: dict[torch.Size, cpu.Repeat] = {}
+
+    def is_of(self, parts: Sequence[object]) -> bool:
+        return self.product is not None and all(map(operator.is_, parts, self.parts))
+
+
 class LayerRuntime:
-    """How one layer computes; holds what its kernels need and remembers the choices of this process."""
+    """How one layer computes; holds what its kernels need and remembers the choices of this process.
+
+    Several threads may call a layer at a time.
+    """
 
     def __init__(self, policy: str = "auto", activation_bits: int | None = None) -> None:
-        self.policy = policy
-        wish = os.environ.get("FIPS_ACTIVATION_BITS")
-        self.activation_bits = int(wish) if activation_bits is None and wish else activation_bits
+        self._held = _Remembered()
         self._prepared: ops.Prepared | None = None
-        self._merged: Tensor | None = None
-        self._merged_key: tuple[Any, ...] = ()
-        self._product: Product | None = None
-        self._parts: Sequence[object] = ()
-        self._chosen: dict[tuple[Any, ...], Way] = {}
-        self._repeats: dict[torch.Size, cpu.Repeat] = {}
-        self._wish = os.environ.get("FIPS_RUNTIME")
+        self._merged: tuple[tuple[Any, ...], Tensor] | None = None
+        self.policy = policy
+        self.activation_bits = _wished_bits() if activation_bits is None else activation_bits
+        self._wish = _wished_way()
         self._failed = False
         cpu.available()  # loaded here, not while a tracer watches
 
@@ -134,7 +143,7 @@ class LayerRuntime:
             raise ConfigError(f"unknown runtime policy {policy!r}; known: {', '.join(POLICIES)}")
         self._policy = policy
         self._merged = None
-        self._repeats = {}
+        self._held = _Remembered()
 
     @property
     def activation_bits(self) -> int | None:
@@ -149,13 +158,13 @@ class LayerRuntime:
         if bits not in (None, 8):
             raise ConfigError(f"activation_bits is 8, or None for exact inputs; got {bits}")
         self._activation_bits = bits
-        self._repeats = {}
+        self._held = _Remembered()
 
     @property
     def extra_bytes(self) -> int:
         """Memory held beyond the stored tensors: row starts, float32 scales, a merged weight."""
-        merged = 0 if self._merged is None else self._merged.numel() * self._merged.element_size()
-        return merged + (0 if self._prepared is None else self._prepared.extra_bytes)
+        merged, prepared = self._merged, self._prepared
+        return (0 if merged is None else merged[1].nbytes) + (0 if prepared is None else prepared.extra_bytes)
 
     def forward(self, x: Tensor, parts: Sequence[object], make: Callable[[], Product]) -> Tensor:
         """The product in the way the policy and the measurements say.
@@ -165,47 +174,52 @@ class LayerRuntime:
         """
         if torch.compiler.is_compiling():
             layer = make()
+            layer.check(x)
             return self._compute("packed" if ops.traceable(x, layer.packed) else "decode", x, layer)
-        layer = self._remembered(parts, make)
+        held = self._remembered(parts, make)
+        product = held.product
+        assert product is not None
         try:
-            return self._multiply(x, layer)
+            return self._multiply(x, product, held)
         except Exception as error:
-            return self._without_kernel(x, layer, error)
+            return self._without_kernel(x, product, held, error)
 
-    def _multiply(self, x: Tensor, layer: Product) -> Tensor:
-        repeat = self._repeats.get(x.shape)
-        if repeat is not None and layer is self._product and self._again(x, layer, repeat):
-            return layer.through_factor(x, repeat)
-        if not ops.is_plain(x, layer.packed.values_Z):
-            return self._compute("decode", x, layer)
-        way = self.way(x, layer)
-        y = self._compute(way, x, layer)
-        if way == "packed" and layer is self._product:
-            self._remember(x, layer)
+    def _multiply(self, x: Tensor, product: Product, held: _Remembered) -> Tensor:
+        repeat = held.repeats.get(x.shape)
+        if repeat is not None and self._again(x, product, repeat):
+            return product.through_factor(x, repeat)
+        product.check(x)
+        if not ops.is_plain(x, product.packed.values_Z):
+            return self._compute("decode", x, product)
+        way = self._way(x, product, held)
+        y = self._compute(way, x, product)
+        if way == "packed" and not product.offloaded and held.parts:
+            self._remember(x, product, held)
         return y
 
-    def _without_kernel(self, x: Tensor, layer: Product, error: Exception) -> Tensor:
+    def _without_kernel(self, x: Tensor, product: Product, held: _Remembered, error: Exception) -> Tensor:
         """Decode in torch, from now on, where a kernel failed; what fails in torch too was no fault of the kernel."""
         try:
-            y = layer.through_factor(x, reference.multiply)
+            y = product.through_factor(x, reference.multiply)
         except Exception:
             raise error from None
         if not isinstance(error, MemoryError):  # there may be memory again
             self._failed = True
-            self._repeats.clear()
-            self._chosen.clear()
+            held.repeats.clear()
+            held.chosen.clear()
         _say_once(f"a kernel failed, its layer runs on plain torch: {type(error).__name__}: {error}")
         return y
 
-    def _remembered(self, parts: Sequence[object], make: Callable[[], Product]) -> Product:
-        if self._product is None or not all(map(operator.is_, parts, self._parts)):
-            layer = make()
-            self._repeats.clear()
-            if layer.offloaded or parts[0] is None:
-                return layer
-            self._product, self._parts = layer, parts
-            self._chosen.clear()
-        return self._product
+    def _remembered(self, parts: Sequence[object], make: Callable[[], Product]) -> _Remembered:
+        held = self._held
+        if held.is_of(parts):
+            return held
+        layer = make()
+        if layer.offloaded or parts[0] is None:
+            self._held = _Remembered()
+            return _Remembered(layer)
+        held = self._held = _Remembered(layer, parts)
+        return held
 
     def _again(self, x: Tensor, layer: Product, repeat: cpu.Repeat) -> bool:
         """Whether an input is like the first of its shape, which was multiplied from the packed bytes."""
@@ -216,24 +230,29 @@ class LayerRuntime:
             and repeat.holds()
         )
 
-    def _remember(self, x: Tensor, layer: Product) -> None:
+    def _remember(self, x: Tensor, layer: Product, held: _Remembered) -> None:
         """Make the next call like this one cheaper: of few tokens, on a CPU, without gradients."""
-        prepared = self._prepared
         bias = layer.bias if layer.basis is None or layer.up else None  # else it is added behind the basis
-        if not isinstance(prepared, cpu.Prepared) or not cpu.Repeat.suits(x, bias):
+        if layer.packed.values_Z.is_cuda or not cpu.Repeat.suits(x, bias):
             return
         if torch.is_grad_enabled() and ops.needs_grad(x, *layer.tensors()):
             return
-        if len(self._repeats) >= 8:
-            self._repeats.clear()
+        prepared = self._ready(layer.packed)
+        if not isinstance(prepared, cpu.Prepared):
+            return
+        if len(held.repeats) >= 8:
+            held.repeats.clear()
         inner = x.new_empty((*x.shape[:-1], layer.packed.shape[1])) if layer.up and layer.basis is not None else x
-        self._repeats[x.shape] = cpu.Repeat(inner, prepared, bias, self._activation_bits)
+        held.repeats[x.shape] = cpu.Repeat(inner, prepared, bias, self._activation_bits)
 
     def way(self, x: Tensor, layer: Product) -> Way:
         """The way a call with this input takes; measures if nobody has."""
+        return self._way(x, layer, self._held)
+
+    def _way(self, x: Tensor, layer: Product, held: _Remembered) -> Way:
         wanted = self._wish or self._policy
         grad = torch.is_grad_enabled() and ops.needs_grad(x, *layer.tensors())
-        tokens = (x.numel() // x.shape[-1] - 1).bit_length()
+        tokens = (x.shape[:-1].numel() - 1).bit_length()
         key = (
             wanted,
             grad,
@@ -244,9 +263,10 @@ class LayerRuntime:
             cpu.available(),
             self._activation_bits,
         )
-        if key not in self._chosen:
-            self._chosen[key] = self._choose(wanted, grad, x, layer)
-        return self._chosen[key]
+        way = held.chosen.get(key)
+        if way is None:
+            way = held.chosen[key] = self._choose(wanted, grad, x, layer)
+        return way
 
     def _choose(self, wanted: str, grad: bool, x: Tensor, layer: Product) -> Way:
         possible = self._possible(grad, x, layer)
@@ -284,9 +304,10 @@ class LayerRuntime:
         return ops.multiply(x, self._ready(packed), bias, activation_bits=self._activation_bits)
 
     def _ready(self, packed: Packed) -> ops.Prepared:
-        if self._prepared is None or not self._prepared.is_current(packed):
-            self._prepared = ops.prepare(packed)
-        return self._prepared
+        prepared = self._prepared  # read once: another thread may put its own there
+        if prepared is None or not prepared.is_current(packed):
+            prepared = self._prepared = ops.prepare(packed)
+        return prepared
 
     def _decoded(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         return linear(x, self._factor(packed, x.dtype), None if bias is None else bias.to(x.dtype))
@@ -309,9 +330,10 @@ class LayerRuntime:
 
     def _merged_weight(self, dtype: torch.dtype, layer: Product) -> Tensor:
         key = (dtype, *layer.versions())
-        if self._merged is None or self._merged_key != key:
-            self._merged, self._merged_key = self._merge(dtype, layer), key
-        return self._merged
+        merged = self._merged
+        if merged is None or merged[0] != key:
+            merged = self._merged = key, self._merge(dtype, layer)
+        return merged[1]
 
 
 @functools.cache
@@ -322,21 +344,28 @@ def _say_once(line: str) -> None:
 class Product:
     """What one call multiplies by: a packed factor, its basis if any, and the bias."""
 
-    __slots__ = ("basis", "basis_DR", "bias", "offloaded", "packed", "up")
+    __slots__ = ("basis", "basis_DR", "bias", "features", "offloaded", "packed", "up")
 
     def __init__(
         self,
         packed: Packed,
         *,
         up: bool,
+        features: tuple[int, int],
         bias: Tensor | None,
         basis: Basis | None,
         basis_DR: Tensor | None,
         offloaded: bool = False,
     ) -> None:
         self.packed, self.up, self.bias, self.basis, self.basis_DR = packed, up, bias, basis, basis_DR
+        self.features = features
+        """Of inputs and of outputs."""
         self.offloaded = offloaded
         """The tensors are there for this call only: nothing may be kept of them."""
+
+    def check(self, x: Tensor) -> None:
+        """Raise ``ShapeError`` for inputs, or a bias, that do not fit; a basis sees to its own."""
+        check_inputs(x, self.features[0], self.bias, self.features[1])
 
     def tensors(self) -> tuple[Tensor, ...]:
         found = (self.packed.values_Z, self.packed.pattern, self.packed.scales_N, self.bias, self.basis_DR)
@@ -367,100 +396,15 @@ class Product:
         return " ".join(str(part).removeprefix("torch.") for part in parts)
 
 
-class _Timings:
-    """Seconds of every way by signature, in memory and in a file of this machine."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, dict[str, float]] | None = None
-
-    def fastest(self, signature: str, ways: tuple[Way, ...], compute: Callable[[Way], Tensor]) -> Way:
-        known = self._load().get(signature, {})
-        missing = [way for way in ways if way not in known]
-        if missing:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                return ways[0]
-            known = _measure(ways, compute)
-            self._load().setdefault(signature, {}).update(known)
-            self._save()
-            log.debug("%s: %s", signature, known)
-        best = min(known[way] for way in ways)
-        return next(way for way in ways if known[way] <= TIE * best)
-
-    def forget(self) -> None:
-        """Read the file anew at the next call."""
-        self._seconds = None
-
-    def _load(self) -> dict[str, dict[str, float]]:
-        if self._seconds is None:
-            try:
-                self._seconds = json.loads(timings_file().read_text(encoding="utf-8"))["seconds"]
-            except (OSError, ValueError, KeyError):
-                self._seconds = {}
-        assert self._seconds is not None
-        return self._seconds
-
-    def _save(self) -> None:
-        path = timings_file()
-        scratch = path.with_suffix(f".{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            record = {"machine": _machine(), "seconds": self._seconds}
-            scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            scratch.replace(path)
-        except OSError as error:
-            log.debug("timings are kept for this process only: %s", error)
+def _wished_bits() -> int | None:
+    wish = os.environ.get("FIPS_ACTIVATION_BITS")
+    if wish and not wish.isdecimal():
+        raise ConfigError(f"$FIPS_ACTIVATION_BITS is 8 or empty; got {wish!r}")
+    return int(wish) if wish else None
 
 
-_timings = _Timings()
-
-
-@torch.no_grad()
-def _measure(ways: tuple[Way, ...], compute: Callable[[Way], Tensor]) -> dict[str, float]:
-    """Median seconds of each way: alternating runs, at least 3 and at most 9, about 30 ms for all."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for way in ways:
-        compute(way)
-    begin = time.perf_counter()
-    for run in range(9):
-        for way in ways:
-            start = time.perf_counter()
-            _wait(compute(way))
-            seconds[way].append(time.perf_counter() - start)
-        if run >= 2 and time.perf_counter() - begin > 0.03:
-            break
-    return {way: statistics.median(runs) for way, runs in seconds.items()}
-
-
-def _wait(y: Tensor) -> None:
-    if y.device.type == "cuda":
-        torch.cuda.synchronize(y.device)
-
-
-def fingerprint() -> str:
-    """A name for this machine and the versions that timings depend on."""
-    return hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def timings_file() -> Path:
-    """Where choices are remembered; ``$FIPS_CACHE`` or the user's cache directory."""
-    cache = os.environ.get("FIPS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fips"
-    return Path(cache) / f"timings-{fingerprint()}.json"
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "isa": list(cpu.isa_names()),
-        "abi": cpu.ABI,
-        "torch": torch.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _wished_way() -> str | None:
+    wish = os.environ.get("FIPS_RUNTIME")
+    if wish and wish not in POLICIES:
+        raise ConfigError(f"unknown $FIPS_RUNTIME {wish!r}; known: {', '.join(POLICIES)}")
+    return wish or None

@@ -207,9 +207,7 @@ def load(
 
 def _files_read(directory: Path) -> list[str]:
     """What ``load`` reads, as far as it is there: what is missing is better named by the manifest."""
-    index = directory / WEIGHTS_INDEX
-    sharded = index.is_file() and not (directory / WEIGHTS).is_file()
-    return [CONFIG, *(weight_files(directory) if sharded else [WEIGHTS])]
+    return [CONFIG, *(weight_files(directory) if (directory / WEIGHTS_INDEX).is_file() else [WEIGHTS])]
 
 
 def _build(path: Path, fields: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:

@@ -189,8 +189,9 @@ def quantize_rows(matrix: Tensor, scales: Tensor, *, bits: int = 8) -> Tensor:
 
 
 def dequantize_rows(quantized: Tensor, scales: Tensor) -> Tensor:
-    """``quantized[i, j] * scales[i]`` in the type of the scales."""
-    return quantized.to(scales.dtype) * scales.unsqueeze(1)
+    """``quantized[i, j] * scales[i]`` in float32, or in the type of the scales if that is wider."""
+    wide = scales.to(torch.promote_types(scales.dtype, torch.float32))
+    return quantized.to(wide.dtype) * wide.unsqueeze(1)
 
 
 def packed_length(count: int, bits: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,7 +205,7 @@ def _packed_tensors(layout: Layout, entry: LayerLayout) -> dict[str, tuple[Seque
 def check_types(model: nn.Module, weights: StoredWeights) -> None:
     """Raise ``CheckpointError`` for a dense parameter of another floating type than the model runs in.
 
-    A model runs in the type that most of its parameters have. Some parts of it may have another one (norms, routers)
+    A model runs in the type that most of its dense entries have. Some parts of it may have another one (norms, routers)
     where all parameters of a kind have it, or the class of the model names them; a single one is damage, and the first
     call would fail on it.
     """
@@ -213,7 +214,10 @@ def check_types(model: nn.Module, weights: StoredWeights) -> None:
     stored = {name: dtype for name, dtype in found.items() if dtype in FLOATS}
     if not stored:
         return
-    (main, _), *_ = Counter(stored.values()).most_common(1)
+    sizes: Counter[torch.dtype] = Counter()
+    for name, dtype in stored.items():
+        sizes[dtype] += math.prod(weights.tensors[name].shape)
+    main = sizes.most_common(1)[0][0]
     kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     kept += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     alike: dict[tuple[str, ...], list[torch.dtype]] = {}

@@ -74,15 +74,12 @@ FIPS_INLINE void multiply_steps(const uint8_t *weights, const uint8_t *x0, const
 // Goes through parts of 32 rows by `part_steps` steps; while the tiles multiply one, the rows of the next are decoded.
 template <class Reader, class Values>
 void panel(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p, int64_t row0,
-           int64_t rows, int64_t block0, int64_t blocks) {
-  static thread_local Scratch sum_scratch, weight_scratch;
+           int64_t rows, int64_t block0, int64_t blocks, uint8_t *sums, uint8_t *weights) {
   const int64_t columns = blocks * p.planes, pairs = (rows + 31) / 32, lower = columns * kTileBytes;
-  uint8_t *sums = sum_scratch.get<uint8_t>(pairs * 2 * lower); // [16 rows][column][tile]
   const bool few = columns <= kFewColumns, stay = columns <= 2; // with few columns the packed rows are read in order
-  const int64_t most = few ? 8 : kManySteps, runs = (p.steps + most - 1) / most;
+  const int64_t runs = (p.steps + kManySteps - 1) / kManySteps;
   const int64_t part_steps = round_up((p.steps + runs - 1) / runs, 2), parts = pairs * runs;
   const int64_t row_bytes = part_steps * 64 + 64; // odd in cache lines: 16 rows fall into different sets
-  uint8_t *weights = weight_scratch.get<uint8_t>(2 * 32 * row_bytes);
   Decoder<Reader, Values> decoder(a, reader, row0, rows, row_bytes);
   const auto pair_of = [&](int64_t part) { return few ? part / runs : part % pairs; };
   const auto step_of = [&](int64_t part) { return (few ? part % runs : part / pairs) * part_steps; };
@@ -126,9 +123,12 @@ void panel(const fips_matrix &a, const fips_call &c, const Reader &reader, const
 }
 
 template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c) {
-  const PackedTokens p = place_tokens<Values>(a, c, char(0x80));
+  const PackedTokens p = place_tokens<Values>(a, c, char(0x80), 1);
   const int64_t rows = even_share(a.rows, c.threads, kMostRows, 32), per_pass = kColumnsPerPass / 16 / p.planes;
   const int64_t panels = (a.rows + rows - 1) / rows, passes = (p.blocks + per_pass - 1) / per_pass;
+  const int64_t tiles = (rows + 31) / 32 * 2 * min_of(per_pass, p.blocks) * p.planes;
+  const PerThread<uint8_t> sums(Scratch::sums, tiles * kTileBytes, c.threads); // [16 rows][column][tile]
+  const PerThread<uint8_t> weights(Scratch::weights, 2 * 32 * (kManySteps * 64 + 64), c.threads);
   return with_reader(a, [&](const auto &reader) {
     using Reader = std::decay_t<decltype(reader)>;
 #pragma omp parallel num_threads(c.threads)
@@ -140,7 +140,7 @@ template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c
       for (int64_t pass = 0; pass < passes; ++pass)
         for (int64_t i = 0; i < panels; ++i)
           panel<Reader, Values>(a, c, reader, p, i * rows, min_of(rows, a.rows - i * rows), pass * per_pass,
-                                min_of(per_pass, p.blocks - pass * per_pass));
+                                min_of(per_pass, p.blocks - pass * per_pass), sums.mine(), weights.mine());
       _tile_release();
     }
   });

@@ -3,6 +3,8 @@
 
 #include "blocks.h"
 #include "columns.h"
+#include "exact.h"
+#include "magnitudes.h"
 #include "paths.h"
 #include "tokens.h"
 
@@ -38,9 +40,8 @@ void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, 
 }
 
 template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
-  static thread_local Scratch scratch;
   const int64_t padded = round_up(a.cols, 64);
-  float *x = scratch.get<float>(T * padded);
+  float *x = scratch<float>(Scratch::tokens, T * padded);
   for (int t = 0; t < T; ++t)
     for (int64_t k = 0; k < padded; ++k)
       x[t * padded + k] = k < a.cols ? load_float(c.x, c.x_type, t * c.x_stride + k) : 0.0f;
@@ -67,6 +68,8 @@ bool fips_avx2(const fips_matrix &a, const fips_call &c) {
   default: return false;
   }
 }
+
+uint32_t fips_magnitude_avx2(const fips_call &c, int64_t t) { return largest_magnitude(c, t); }
 
 bool fips_columns_avx2(const fips_matrix &a, const fips_call &c) { return columns_path<Vector8>(a, c); }
 

@@ -1,6 +1,8 @@
 // AVX-512 without bf16 dot products: the direct and the tokens path, and what other variants share.
 #include "columns.h"
 #include "direct512.h"
+#include "exact.h"
+#include "magnitudes.h"
 #include "tokens.h"
 
 namespace {
@@ -75,5 +77,7 @@ void fips_widen_avx512(const uint8_t *stream, int64_t bytes, int bits, int64_t f
     _mm512_mask_storeu_epi8(to + i, first_columns(count - i), numbers);
   }
 }
+
+uint32_t fips_magnitude_avx512(const fips_call &c, int64_t t) { return largest_magnitude(c, t); }
 
 bool fips_columns_avx512(const fips_matrix &a, const fips_call &c) { return columns_path<Vector16>(a, c); }

@@ -43,13 +43,10 @@ void add_block(const float *weights, const float *x, int64_t count, float *sums,
 // Rows [row0, row0 + rows) by the tokens from t0 on of one pass; the sums of rows behind the last are not looked at.
 template <class V, int R, int C, class Reader, class Cursor>
 void blocks_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row0, int64_t t0,
-                  const float *x_all) {
+                  const float *x_all, float *sums, float *weights) {
   constexpr int64_t block = C * V::width;
-  static thread_local Scratch sum_scratch, weight_scratch;
   const int64_t rows = min_of(kDecodedRows, a.rows - row0), tokens = min_of(kTokensPerPass, c.tokens - t0);
   const int64_t stride = round_up(tokens, block);
-  float *sums = sum_scratch.get<float>(kDecodedRows * stride);
-  float *weights = weight_scratch.get<float>(kDecodedRows * kDecodedColumns);
   std::memset(sums, 0, size_t(kDecodedRows * stride) * sizeof *sums);
   Cursor next[kDecodedRows];
   for (int64_t r = 0; r < rows; ++r) next[r] = Cursor(a, reader.start(row0 + r));
@@ -68,10 +65,12 @@ void blocks_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader
 
 // R rows by C vectors of tokens fill the registers of the machine.
 template <class V, int R, int C> bool blocks_path(const fips_matrix &a, const fips_call &c) {
-  static thread_local Scratch scratch;
   constexpr int64_t block = C * V::width;
   static_assert(kDecodedRows % R == 0 && kTokensPerPass % block == 0, "blocks do not fill their buffers");
-  float *x = scratch.get<float>(round_up(c.tokens, block) * a.cols);
+  float *x = scratch<float>(Scratch::tokens, round_up(c.tokens, block) * a.cols);
+  const int64_t most = round_up(min_of(kTokensPerPass, c.tokens), block);
+  const PerThread<float> sums(Scratch::sums, kDecodedRows * most, c.threads);
+  const PerThread<float> weights(Scratch::weights, kDecodedRows * kDecodedColumns, c.threads);
   transpose_tokens(a, c, block, x);
   const int64_t chunks = (a.rows + kDecodedRows - 1) / kDecodedRows;
   const int64_t passes = (c.tokens + kTokensPerPass - 1) / kTokensPerPass;
@@ -80,7 +79,8 @@ template <class V, int R, int C> bool blocks_path(const fips_matrix &a, const fi
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic) collapse(2)
     for (int64_t pass = 0; pass < passes; ++pass)
       for (int64_t i = 0; i < chunks; ++i)
-        blocks_chunk<V, R, C, Reader, decltype(cursor)>(a, c, reader, i * kDecodedRows, pass * kTokensPerPass, x);
+        blocks_chunk<V, R, C, Reader, decltype(cursor)>(a, c, reader, i * kDecodedRows, pass * kTokensPerPass, x,
+                                                         sums.mine(), weights.mine());
   });
 }
 

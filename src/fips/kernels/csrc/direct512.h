@@ -265,9 +265,8 @@ void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, 
 
 template <class Dot, int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
   if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
-  static thread_local Scratch scratch;
   const int64_t padded = round_up(a.cols, 64);
-  char *x = scratch.get<char>(T * Dot::bytes(padded));
+  char *x = scratch<char>(Scratch::tokens, T * Dot::bytes(padded));
   Token tokens[T];
   for (int t = 0; t < T; ++t)
     tokens[t] = Dot::prepare(c, t, a.cols, padded, x + t * Dot::bytes(padded));

@@ -3,9 +3,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <utility>
 #include <vector>
 
+#include "checks.h"
+#include "exact.h"
 #include "packed.h"
 #include "paths.h"
 
@@ -47,56 +50,45 @@ std::unique_ptr<std::vector<uint16_t>> make_table(int n, int m) {
   return table;
 }
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(FIPS_EMULATE)
+int detect() { return FIPS_AMX; }
+#elif defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+// Everything a variant is compiled with (CMakeLists.txt) is asked for, with the support of the operating system.
 bool may_use_amx() { // the kernel wants to be asked for the tile registers
 #if defined(FIPS_HAVE_AMX) && defined(__linux__)
   constexpr long request_permission = 0x1023, tile_data = 18;
   unsigned eax = 7, ebx = 0, ecx = 0, edx;
   __asm__("cpuid" : "+a"(eax), "+b"(ebx), "+c"(ecx), "=d"(edx));
-  const bool present = (edx >> 22 & 1) && (edx >> 24 & 1) && (edx >> 25 & 1); // bf16, tiles, int8
-  return present && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  const bool amx_bf16 = edx >> 22 & 1, amx_tile = edx >> 24 & 1, amx_int8 = edx >> 25 & 1;
+  return amx_bf16 && amx_tile && amx_int8 && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
 #endif
 }
 
+#define HAS(name) (__builtin_cpu_supports(name) != 0)
+
 int detect() {
   int level = FIPS_PORTABLE;
 #if defined(FIPS_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    level = FIPS_AVX2;
+  if (HAS("avx2") && HAS("fma") && HAS("f16c") && HAS("popcnt") && HAS("bmi") && HAS("bmi2")) level = FIPS_AVX2;
 #endif
 #if defined(FIPS_HAVE_AVX512)
-  if (level == FIPS_AVX2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
-      __builtin_cpu_supports("avx512vbmi2") &&
-      __builtin_cpu_supports("avx512vnni"))
+  if (level == FIPS_AVX2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") &&
+      HAS("avx512vbmi") && HAS("avx512vbmi2") && HAS("avx512vnni"))
     level = FIPS_AVX512;
 #endif
 #if defined(FIPS_HAVE_AVX512_BF16)
-  if (level == FIPS_AVX512 && __builtin_cpu_supports("avx512bf16")) level = FIPS_AVX512_BF16;
+  if (level == FIPS_AVX512 && HAS("avx512bf16")) level = FIPS_AVX512_BF16;
 #endif
   if (level == FIPS_AVX512_BF16 && may_use_amx()) level = FIPS_AMX;
   return level;
 }
+
+#undef HAS
 #else
 int detect() { return FIPS_PORTABLE; }
 #endif
-
-bool valid(const fips_matrix &a, const fips_call &c) {
-  if (a.rows < 0 || a.cols <= 0 || c.tokens < 0 || c.threads < 1) return false;
-  if (c.x_type < FIPS_F32 || c.x_type > FIPS_F16) return false;
-  if (a.value_type == FIPS_I8 && a.cols > 65536) return false; // sums of bytes would leave 32 bits
-  if (a.value_bits < 2 || a.value_bits > 8 || (a.value_bits < 8 && a.value_type != FIPS_I8)) return false;
-  switch (a.format) {
-  case FIPS_DENSE: return true;
-  case FIPS_BITMASK: return a.row_start;
-  case FIPS_NM: return fips_nm_table(a.n, a.m) && a.cols % a.m == 0;
-  case FIPS_BLOCK_ROWS: return a.row_start && a.m > 0;
-  case FIPS_BLOCK_COLS: return a.row_start && (a.m == 4 || a.m == 8);
-  default: return false;
-  }
-}
 
 // The path of a call that leaves it open. Tiles pay from a few tokens on, unless so little is kept that skipping the
 // rest is faster.
@@ -119,17 +111,12 @@ bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   return level >= FIPS_AVX2;
 }
 
-// The matrix with a byte for every value. The bytes stay with the calling thread, for its next call.
+// The matrix with a byte for every value, for the time of a call.
 fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
   fips_matrix wide = a;
   wide.value_bits = 8;
-  static thread_local std::unique_ptr<int8_t[]> scratch;
-  static thread_local int64_t capacity = 0;
-  if (capacity < a.num_values) {
-    scratch.reset(new int8_t[size_t(a.num_values)]);
-    capacity = a.num_values;
-  }
-  int8_t *to = scratch.get();
+  wide.value_bytes = a.num_values;
+  int8_t *to = scratch<int8_t>(Scratch::bytes, a.num_values);
   auto widen = fips_widen_portable;
 #if defined(FIPS_HAVE_AVX2)
   if (level >= FIPS_AVX2) widen = fips_widen_avx2;
@@ -139,13 +126,101 @@ fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
 #endif
   const auto *stream = static_cast<const uint8_t *>(a.values);
   const int bits = int(a.value_bits);
-  const int64_t bytes = (a.num_values * bits + 7) / 8, run = 1 << 14;
+  const int64_t bytes = a.value_bytes, run = 1 << 14;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
   for (int64_t first = 0; first < a.num_values; first += run)
     widen(stream, bytes, bits, first, a.num_values - first < run ? a.num_values - first : run, to + first);
   (void)level;
   wide.values = to;
   return wide;
+}
+
+bool multiply(const fips_matrix &a, const fips_call &c, int level) {
+#if defined(FIPS_HAVE_AMX)
+  if (level >= FIPS_AMX && fips_amx(a, c)) return true;
+#endif
+#if defined(FIPS_HAVE_AVX512_BF16)
+  if (level >= FIPS_AVX512_BF16 && fips_avx512_bf16(a, c)) return true;
+#endif
+#if defined(FIPS_HAVE_AVX512)
+  if (level >= FIPS_AVX512) return fips_avx512(a, c);
+#endif
+#if defined(FIPS_HAVE_AVX2)
+  if (level >= FIPS_AVX2) return fips_avx2(a, c);
+#endif
+  return fips_portable(a, c);
+}
+
+FipsMagnitude *magnitude_of(int level) {
+#if defined(FIPS_HAVE_AVX512)
+  if (level >= FIPS_AVX512) return fips_magnitude_avx512;
+#endif
+#if defined(FIPS_HAVE_AVX2)
+  if (level >= FIPS_AVX2) return fips_magnitude_avx2;
+#endif
+  (void)level;
+  return fips_magnitude_portable;
+}
+
+// Tokens that are laid out at a time: as many as fit into a bounded scratch, in parts of equal size.
+int64_t tokens_at_a_time(const fips_matrix &a, const fips_call &c) {
+  constexpr int64_t most_bytes = 32 << 20, fewest = 64;
+  const int64_t fit = most_bytes / (4 * a.cols);
+  if (c.tokens <= fit || c.tokens <= fewest) return c.tokens;
+  const int64_t unit = fit >= 512 ? 512 : 16, most = fit < fewest ? fewest : fit / unit * unit;
+  const int64_t parts = (c.tokens + most - 1) / most;
+  return min_of(round_up((c.tokens + parts - 1) / parts, unit), most);
+}
+
+fips_call part_of(const fips_call &c, int64_t first, int64_t count) {
+  const int64_t size = c.x_type == FIPS_F32 ? 4 : 2;
+  fips_call part = c;
+  part.x = static_cast<const char *>(c.x) + first * c.x_stride * size;
+  part.y = static_cast<char *>(c.y) + first * c.y_stride * size;
+  part.tokens = count;
+  return part;
+}
+
+int best_level(const fips_call &c) { return c.isa < fips_isa_level() ? c.isa : fips_isa_level(); }
+
+int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
+  const int level = best_level(c);
+  fips_call chosen = c;
+  if (c.path == FIPS_AUTO) chosen.path = fastest_path(a, c, level);
+  const bool widen = a.value_bits < 8 && !reads_narrow(a, chosen, level);
+  const fips_matrix read = widen ? widened(a, chosen, level) : a;
+  const bool fixed_point = a.value_type == FIPS_I8 && level >= FIPS_AVX512 && chosen.path != FIPS_TOKENS;
+  const int64_t at_a_time = tokens_at_a_time(a, c);
+  for (int64_t first = 0; first < c.tokens; first += at_a_time) {
+    const fips_call part = part_of(chosen, first, min_of(at_a_time, c.tokens - first));
+    if (!multiply(read, part, level)) return FIPS_UNSUPPORTED;
+    fips_mend_tokens(a, part, fixed_point, magnitude_of(level));
+  }
+  return 0;
+}
+
+bool multiply_columns(const fips_matrix &a, const fips_call &c) {
+  const int level = best_level(c);
+#if defined(FIPS_HAVE_AVX512)
+  if (level >= FIPS_AVX512) return fips_columns_avx512(a, c);
+#endif
+#if defined(FIPS_HAVE_AVX2)
+  if (level >= FIPS_AVX2) return fips_columns_avx2(a, c);
+#endif
+  (void)level;
+  return fips_columns_portable(a, c);
+}
+
+// Runs what may ask for memory; no exception leaves the library.
+template <class Body> int guarded(Body &&body) {
+  try {
+    const ScratchOfCall scratch;
+    return body();
+  } catch (const std::bad_alloc &) {
+    return FIPS_NO_MEMORY;
+  } catch (...) {
+    return FIPS_INVALID;
+  }
 }
 
 } // namespace
@@ -170,32 +245,16 @@ int fips_isa_level(void) {
 }
 
 int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
-  if (!valid(*matrix, *call)) return -1;
-  if (!matrix->rows || !call->tokens) return 0;
-  const int level = call->isa < fips_isa_level() ? call->isa : fips_isa_level();
-  fips_call chosen = *call;
-  if (chosen.path == FIPS_AUTO) chosen.path = fastest_path(*matrix, chosen, level);
-  fips_matrix wide;
-  if (matrix->value_bits < 8 && !reads_narrow(*matrix, chosen, level)) {
-    wide = widened(*matrix, chosen, level);
-    matrix = &wide;
-  }
-#if defined(FIPS_HAVE_AMX)
-  if (level >= FIPS_AMX && fips_amx(*matrix, chosen)) return 0;
-#endif
-#if defined(FIPS_HAVE_AVX512_BF16)
-  if (level >= FIPS_AVX512_BF16 && fips_avx512_bf16(*matrix, chosen)) return 0;
-#endif
-#if defined(FIPS_HAVE_AVX512)
-  if (level >= FIPS_AVX512) return fips_avx512(*matrix, chosen) ? 0 : -1;
-#endif
-#if defined(FIPS_HAVE_AVX2)
-  if (level >= FIPS_AVX2) return fips_avx2(*matrix, chosen) ? 0 : -1;
-#endif
-  return fips_portable(*matrix, chosen) ? 0 : -1;
+  if (!matrix || !call) return FIPS_INVALID;
+  int status = fips_check_matrix(*matrix);
+  if (!status) status = fips_check_call(*call, matrix->cols, matrix->rows);
+  if (!status) status = fips_check_rows(*matrix);
+  if (status || !matrix->rows || !call->tokens) return status;
+  return guarded([&] { return multiply_in_parts(*matrix, *call); });
 }
 
 int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y) {
+  if (!call) return FIPS_INVALID;
   fips_call again = *call;
   again.x = x;
   again.y = y;
@@ -203,31 +262,36 @@ int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const 
 }
 
 int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {
-  if (!valid(*matrix, *call) || matrix->value_bits < 8) return -1;
-  if (!matrix->rows || !call->tokens) return -1;
-  const int level = call->isa < fips_isa_level() ? call->isa : fips_isa_level();
-#if defined(FIPS_HAVE_AVX512)
-  if (level >= FIPS_AVX512) return fips_columns_avx512(*matrix, *call) ? 0 : -1;
-#endif
-#if defined(FIPS_HAVE_AVX2)
-  if (level >= FIPS_AVX2) return fips_columns_avx2(*matrix, *call) ? 0 : -1;
-#endif
-  return fips_columns_portable(*matrix, *call) ? 0 : -1;
+  if (!matrix || !call) return FIPS_INVALID;
+  int status = fips_check_matrix(*matrix);
+  if (!status) status = fips_check_call(*call, matrix->rows, matrix->cols);
+  if (status) return status;
+  if (call->bias || matrix->scales) return FIPS_INVALID;
+  if (!matrix->rows || !call->tokens) return FIPS_UNSUPPORTED;
+  return guarded([&] { return multiply_columns(*matrix, *call) ? 0 : FIPS_UNSUPPORTED; });
 }
 
-int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start) {
+int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length) {
+  if (!matrix) return FIPS_INVALID;
+  const int status = fips_check_matrix(*matrix);
+  if (status) return status;
+  const bool wanted = matrix->format != FIPS_DENSE && matrix->format != FIPS_NM;
+  if (length != (wanted ? matrix->rows : 0) || (length && !row_start)) return FIPS_INVALID;
   fips_matrix a = *matrix;
   a.row_start = row_start; // the readers keep the pointer; only masks are read here
   int64_t kept = 0;
-  const bool known = with_reader(a, [&](const auto &reader) {
-    int64_t first = 0;
-    for (int64_t row = 0; row < a.rows; ++row) {
-      if (row % reader.stride() == 0) first = kept;
-      row_start[row] = uint32_t(first);
-      for (int64_t k = 0; k < a.cols; k += 64) kept += popcount64(reader.mask(row, k));
-    }
+  const int failed = guarded([&] {
+    with_reader(a, [&](const auto &reader) {
+      int64_t first = 0;
+      for (int64_t row = 0; row < a.rows; ++row) {
+        if (row % reader.stride() == 0) first = kept;
+        if (wanted) row_start[row] = uint32_t(first);
+        for (int64_t k = 0; k < a.cols; k += 64) kept += popcount64(reader.mask(row, k));
+      }
+    });
+    return 0;
   });
-  return known ? kept : -1;
+  return failed ? failed : kept;
 }
 
 } // extern "C"

@@ -171,11 +171,8 @@ struct Part {
 // Rows [row0, row0 + rows) of at most kMostRows by token blocks [block0, block0 + blocks) of every plane.
 template <class Reader, class Values>
 void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p, int64_t row0,
-          int64_t rows, int64_t block0, int64_t blocks) {
-  static thread_local Scratch sum_scratch, weight_scratch;
+          int64_t rows, int64_t block0, int64_t blocks, uint8_t *sums, uint8_t *weights) {
   const int64_t columns = blocks * p.planes, lower = columns * kTileBytes;
-  uint8_t *sums = sum_scratch.get<uint8_t>(round_up(rows, kPartRows * 2) / 16 * lower); // [16 rows][column][tile]
-  uint8_t *weights = weight_scratch.get<uint8_t>(kPartRows * kRowBytes);
   Column all[kSlabColumns]; // those with few tokens last
   const bool half = block0 + blocks == p.blocks && (c.tokens - 1) % 16 < 8;
   const int64_t halves = half ? p.planes : 0, whole = columns - halves;
@@ -204,7 +201,8 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
 }
 
 template <class Reader, class Values>
-void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &shared) {
+void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &shared,
+                    bool alone) {
   if constexpr (Reader::contiguous) {
     const int64_t columns = shared.planes * shared.blocks;
     const int64_t per_pass = kSlabColumns / shared.planes, passes = (shared.blocks + per_pass - 1) / per_pass;
@@ -213,26 +211,29 @@ void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &read
     // The outputs of two parts are whole cache lines, which no other thread writes.
     const int64_t unit = a.rows < 4 * kPartRows * c.threads ? kPartRows : 2 * kPartRows;
     const int64_t rows = even_share(a.rows, c.threads, most, unit), slabs = (a.rows + rows - 1) / rows;
-    // Lines that another core has read are slow to write, several times so where the cores share no cache: two threads
-    // are faster when each packs everything.
-    const bool alone = c.threads <= kFewThreads && shared.nbytes() <= kOwnBytes;
+    const int64_t tiles = round_up(rows, kPartRows * 2) / 16 * min_of(per_pass, shared.blocks) * shared.planes;
+    const PerThread<uint8_t> sums(Scratch::sums, tiles * kTileBytes, c.threads); // [16 rows][column][tile]
+    const PerThread<uint8_t> weights(Scratch::weights, kPartRows * kRowBytes, c.threads);
 #pragma omp parallel num_threads(c.threads)
     {
-      const PackedTokens p = alone ? place_tokens<Values>(a, c, 0) : shared;
+      const PackedTokens p = alone ? copy_of(shared, thread_number()) : shared;
       pack_tokens<Values>(a, c, p, alone);
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t pass = 0; pass < passes; ++pass)
         for (int64_t i = 0; i < slabs; ++i)
           slab<Reader, Values>(a, c, reader, p, i * rows, min_of(rows, a.rows - i * rows), pass * per_pass,
-                               min_of(per_pass, p.blocks - pass * per_pass));
+                               min_of(per_pass, p.blocks - pass * per_pass), sums.mine(), weights.mine());
     }
   }
 }
 
 template <class Values> bool dots_path(const fips_matrix &a, const fips_call &c) {
-  const PackedTokens p = place_tokens<Values>(a, c, 0);
+  // Lines that another core has read are slow to write, several times so where the cores share no cache: two threads
+  // are faster when each packs everything.
+  const bool alone = c.threads <= kFewThreads && shape_tokens<Values>(a, c, 0).nbytes() <= kOwnBytes;
+  const PackedTokens p = place_tokens<Values>(a, c, 0, alone ? c.threads : 1);
   return with_reader(a, [&](const auto &reader) {
-    multiply_slabs<std::decay_t<decltype(reader)>, Values>(a, c, reader, p);
+    multiply_slabs<std::decay_t<decltype(reader)>, Values>(a, c, reader, p, alone);
   });
 }
 

@@ -1,6 +1,8 @@
 // C interface of the fips CPU kernels: y = x S^T (+ bias) for a packed sparse S of shape (rows, cols).
 //
 // Plain C, no Python and no torch headers: the library is loaded with ctypes. All pointers are borrowed for one call.
+// Every pointer comes with how much lies behind it. A call checks that before it reads or writes, whatever the
+// arguments and the bytes of the pattern say; only memory that another thread changes during the call is not covered.
 #pragma once
 #include <stdint.h>
 
@@ -14,7 +16,14 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 3 };
+enum { FIPS_ABI = 4 };
+
+// What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
+enum fips_status {
+  FIPS_UNSUPPORTED = -1, // there is no kernel for this combination
+  FIPS_INVALID = -2,     // the arguments contradict each other, or the pattern does not fit the values
+  FIPS_NO_MEMORY = -3
+};
 
 enum fips_type { FIPS_F32 = 0, FIPS_BF16 = 1, FIPS_F16 = 2, FIPS_I8 = 3 };
 
@@ -38,21 +47,23 @@ typedef struct {
   int64_t rows, cols;
   int32_t format, value_type;
   int32_t n, m;
-  const void *values;        // `num_values` kept entries, row-major
+  const void *values;        // `num_values` kept entries, row-major, `value_bytes` long
   const uint8_t *pattern;    // packed pattern, `pattern_bytes` long
-  int64_t num_values, pattern_bytes;
+  int64_t num_values, value_bytes, pattern_bytes;
   const uint32_t *row_start; // index of the first value of every row (of its block for BLOCK_ROWS), from
-                             // fips_row_starts; null for dense and N:M
-  const float *scales;       // one per row, multiplies the values; null: 1
+                             // fips_row_starts, `num_starts` = rows long; null for dense and N:M
+  const float *scales;       // one per row, multiplies the values, `num_scales` = rows long; null: 1
+  int64_t num_starts, num_scales;
   int64_t value_bits;        // of I8 values: 8, or 2 to 7 for a stream of two's complement numbers, lowest bit first
 } fips_matrix;
 
 typedef struct {
-  const void *x;
-  void *y;
-  const void *bias;         // rows entries of type x_type, or null
-  int64_t tokens;
-  int64_t x_stride, y_stride; // in elements
+  const void *x;            // tokens by x_columns, `x_length` elements in all
+  void *y;                  // tokens by y_columns, `y_length` elements in all
+  const void *bias;         // `bias_length` = rows elements of type x_type, or null
+  int64_t tokens, x_columns, y_columns;
+  int64_t x_stride, y_stride; // in elements, from one token to the next; of x it may be 0, of y not below y_columns
+  int64_t x_length, y_length, bias_length;
   int32_t x_type;           // of x, y and bias: F32, BF16 or F16
   int32_t threads, isa, path;
   int32_t activation_bits;  // 24, 16 or 8: fixed-point width of x beside int8 values
@@ -61,14 +72,23 @@ typedef struct {
 FIPS_API int fips_abi(void);
 // Best instruction set of this machine among those compiled in.
 FIPS_API int fips_isa_level(void);
-// y = x S^T + bias. Returns 0, or -1 if the combination is not supported (nothing is written then).
+// y = x S^T + bias. Returns 0 or a fips_status. A token with NaN or Inf in it gives what a dense matrix with zeros in the
+// places of entries not kept gives: NaN or Inf in every output. Other tokens do not feel it.
 FIPS_API int fips_multiply(const fips_matrix *matrix, const fips_call *call);
-// The same call with another x and y.
+// The same call with another x and y of the same lengths.
 FIPS_API int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y);
-// y = x S without bias, for a dense S and at most four tokens: x has as many columns as S has rows.
+// y = x S without bias, for a dense S of floats and at most four tokens: x has as many columns as S has rows.
 FIPS_API int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call);
-// Fill `row_start` (rows) of a pattern; returns the number of kept entries, or -1 for an unsupported format.
-FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start);
+// Fill `row_start`, `length` = rows long (null and 0 for dense and N:M); returns the number of kept entries, which is
+// `num_values` unless the pattern is damaged, or a fips_status.
+FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);
+// Bytes that calls have taken for the time they last and threads keep for their next call: at most
+// FIPS_KEPT_SCRATCH each.
+FIPS_API int64_t fips_scratch_bytes(void);
+// Give back what no call needs now; returns how many bytes that were.
+FIPS_API int64_t fips_free_scratch(void);
+
+enum { FIPS_KEPT_SCRATCH = 8 << 20 };
 
 #ifdef __cplusplus
 }

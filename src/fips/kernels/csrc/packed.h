@@ -7,7 +7,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "fips_kernels.h"
+#include "scratch.h"
 
 #if defined(_MSC_VER)
 #include <intrin.h>
@@ -295,38 +300,34 @@ inline float fixed_scale(float most, int planes) { // a little below 127 in ever
   return most / (planes == 1 ? 127.0f : planes == 2 ? 32639.0f : 8355000.0f);
 }
 
-// Memory that is kept between calls, 64-byte aligned; grows only.
-class Scratch {
-public:
-  ~Scratch() { release(); }
-  template <class T> T *get(int64_t count) {
-    const size_t bytes = (size_t(count) * sizeof(T) + 127) / 64 * 64;
-    if (bytes > size_) {
-      release();
-#if defined(_WIN32)
-      data_ = _aligned_malloc(bytes, 64);
-#else
-      data_ = std::aligned_alloc(64, bytes);
-#endif
-      size_ = bytes;
-    }
-    return static_cast<T *>(data_);
-  }
-
-private:
-  void release() {
-#if defined(_WIN32)
-    _aligned_free(data_);
-#else
-    std::free(data_);
-#endif
-  }
-  void *data_ = nullptr;
-  size_t size_ = 0;
-};
-
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int thread_number() { // in a parallel region, from 0 on
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Room for `count` elements, for the time of a call. Not in parallel regions: what is thrown would end the process.
+template <class T> T *scratch(Scratch use, int64_t count) {
+  return static_cast<T *>(fips_scratch(use, count * int64_t(sizeof(T))));
+}
+
+// Room for the same number of elements for every thread of a call; they share no line of the cache.
+template <class T> class PerThread {
+public:
+  PerThread(Scratch use, int64_t count, int threads)
+      : stride_((count * int64_t(sizeof(T)) + 127) / 128 * 128 / int64_t(sizeof(T))),
+        data_(scratch<T>(use, stride_ * threads)) {}
+  T *mine() const { return data_ + stride_ * thread_number(); }
+
+private:
+  int64_t stride_;
+  T *data_;
+};
 
 // Rows that a thread takes at a time: as even as possible over the threads, at most `most`, whole units.
 inline int64_t even_share(int64_t rows, int threads, int64_t most, int64_t unit) {

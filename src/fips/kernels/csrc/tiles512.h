@@ -55,6 +55,7 @@ struct PackedTokens {
   int planes;
   char sign; // added to every digit of a fixed-point number by exclusive or: 0x80 takes the 128 in it away
   int64_t nbytes() const { return planes * blocks * steps * kTileBytes; }
+  int64_t padded_tokens() const { return round_up(blocks * 16, 32); } // scales of two copies share no line
   uint8_t *tile(int plane, int64_t block, int64_t step) const {
     return tiles + ((plane * blocks + block) * steps + step) * kTileBytes;
   }
@@ -312,16 +313,28 @@ void finish_panel(const fips_matrix &a, const fips_call &c, const PackedTokens &
   }
 }
 
-// Room for the tokens of a call; it stays with the thread that asks.
-template <class Values> PackedTokens place_tokens(const fips_matrix &a, const fips_call &c, char sign) {
-  static thread_local Scratch tile_scratch, scale_scratch;
+template <class Values> PackedTokens shape_tokens(const fips_matrix &a, const fips_call &c, char sign) {
   PackedTokens p{};
   p.sign = sign;
   p.planes = Kind<Values>::planes(c);
   p.blocks = (c.tokens + 15) / 16;
   p.steps = round_up(a.cols, 64) / Kind<Values>::step;
-  p.tiles = tile_scratch.get<uint8_t>(p.nbytes());
-  if (std::is_same_v<typename Values::type, int8_t>) p.scales = scale_scratch.get<float>(c.tokens);
+  return p;
+}
+
+// Room for the tokens of a call, `copies` times.
+template <class Values> PackedTokens place_tokens(const fips_matrix &a, const fips_call &c, char sign, int copies) {
+  PackedTokens p = shape_tokens<Values>(a, c, sign);
+  p.tiles = scratch<uint8_t>(Scratch::tokens, copies * p.nbytes());
+  if (std::is_same_v<typename Values::type, int8_t>)
+    p.scales = scratch<float>(Scratch::scales, copies * p.padded_tokens());
+  return p;
+}
+
+// The next of several copies.
+inline PackedTokens copy_of(PackedTokens p, int index) {
+  p.tiles += index * p.nbytes();
+  if (p.scales) p.scales += index * p.padded_tokens();
   return p;
 }
 

@@ -67,9 +67,8 @@ void tokens_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader
 }
 
 template <class V, int NV> bool tokens_path(const fips_matrix &a, const fips_call &c) {
-  static thread_local Scratch scratch;
   constexpr int64_t block = NV * V::width;
-  float *x = scratch.get<float>(round_up(c.tokens, block) * a.cols);
+  float *x = scratch<float>(Scratch::tokens, round_up(c.tokens, block) * a.cols);
   transpose_tokens(a, c, block, x);
   return with_reader(a, [&](const auto &reader) {
     with_values(a, [&](auto values) {

@@ -1,0 +1,352 @@
+"""Writes the tables of README.md, docs/results.md and docs/speed.md from the JSON files under benchmarks/results.
+
+    python benchmarks/tables.py            # rewrites what differs
+    python benchmarks/tables.py --check    # changes nothing, exits 1 and names the tables that differ
+
+A table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a key of ``TABLES``. Sizes are
+in bits per weight: all stored bits of the compressed layers (values, patterns, scales, bases) over the number of
+weights that the original layers have. The JSON files hold the same as a fraction of 16 bits. Where a method ran with
+several seeds a table shows the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/results.md", "docs/speed.md")
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+REFERENCE_BITS = 16
+
+MODELS = {
+    "vit": "ViT-Tiny, top-1 %",
+    "stories260k": "stories260k, perplexity",
+    "tinystories-656k": "tinystories-656k, perplexity",
+    "demo": "demo model, perplexity",
+}
+DIGITS = {"vit": 2, "stories260k": 3, "tinystories-656k": 2, "demo": 3}
+METHODS = {
+    "fips": "fips",
+    "gptq": "gptq, all weights kept",
+    "sparsegpt+values=int8": "sparsegpt, 8-bit values",
+    "wanda+values=int8": "wanda, 8-bit values",
+    "magnitude+values=int8": "magnitude, 8-bit values",
+    "fips+values=int8": "fips, 8-bit values only",
+    "fips+values=float": "fips, 16-bit values only",
+    "sparsegpt": "sparsegpt, 16-bit values",
+    "svd-llm": "svd-llm",
+    "basis-sharing": "basis-sharing",
+    "svd": "svd",
+}
+
+
+def load(name: str) -> Any:
+    """One result file, without its suffix."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def quality(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+class Comparison:
+    """The runs of one ``fips compare``, by method and size asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.fields = load(f"compare-{name}/compare")
+        self.original: float = self.fields["original"]
+
+    def runs(self, method: str, size: float) -> list[dict[str, Any]]:
+        return [run for run in self.fields["runs"] if (run["method"], run["target_bytes"]) == (method, size)]
+
+    def quality(self, method: str, size: float) -> float | None:
+        runs = self.runs(method, size)
+        return median(run["quality"] for run in runs) if runs else None
+
+    def bits(self, method: str, size: float) -> float:
+        return REFERENCE_BITS * float(median(run["stored_bytes"] for run in self.runs(method, size)))
+
+    def cell(self, method: str, size: float, digits: int, *, always: bool = False) -> str:
+        """The quality, and the bits in brackets where they are not those asked for."""
+        found = self.quality(method, size)
+        if found is None:
+            return ""
+        bits = self.bits(method, size)
+        differs = always or abs(bits - REFERENCE_BITS * size) > 0.12
+        return quality(found, digits) + (f" ({bits:.2f})" if differs else "")
+
+
+def file_sizes(name: str) -> dict[str, int]:
+    """Bytes of the tensor file before and after, at 4.8 bits per weight."""
+    labels = {"vit": "vit-tiny", "demo": "demo model"}
+    if name in labels:
+        wanted = f"{labels[name]}, stored MLP bytes 0.30 of 16-bit dense"
+        found = next(run for run in load("end-to-end-zen4")["results"] if run["directory"] == wanted)
+        return {"before": found["file_bytes"]["dense"], "after": found["file_bytes"]["compressed"]}
+    sizes = next(run for run in load("file-sizes")["results"] if (run["model"], run["target_bytes"]) == (name, 0.3))
+    return dict(sizes["file_bytes"])
+
+
+WEIGHTS = {"vit": 3538944, "stories260k": 165120, "tinystories-656k": 294912, "demo": 2654208}
+"""Weights in the compressed layers."""
+FILE_BYTES = {"vit": 4, "stories260k": 4, "tinystories-656k": 4, "demo": 2}
+"""Bytes of a number in the original file."""
+
+
+def overview() -> str:
+    rows = []
+    for name, label in MODELS.items():
+        found, digits, size = Comparison(name), DIGITS[name], file_sizes(name)
+        rest = (size["before"] - FILE_BYTES[name] * WEIGHTS[name]) * 2 / FILE_BYTES[name]
+        halves = (rest + 2 * WEIGHTS[name], rest + found.bits("fips", 0.3) / 8 * WEIGHTS[name])
+        rows.append([
+            label,
+            f"{megabytes(size['before'])} → {megabytes(size['after'])}",
+            f"{megabytes(halves[0])} → {megabytes(halves[1])}",
+            quality(found.original, digits),
+            f"**{found.cell('fips', 0.3, digits, always=True)}**",
+            found.cell("gptq", 0.3, digits, always=True),
+            found.cell("gptq", 0.4, digits, always=True),
+        ])  # fmt: skip
+    head = ["", "whole file", "with all else in 16 bits", "original", "fips (bits)", "gptq (bits)", "gptq (bits)"]
+    return markdown(head, rows)
+
+
+def comparison(name: str) -> str:
+    found, digits = Comparison(name), DIGITS[name]
+    sizes = sorted({run["target_bytes"] for run in found.fields["runs"]} - {0.35}, reverse=True)
+    rows = [[label, *(found.cell(method, size, digits) for size in sizes)] for method, label in METHODS.items()]
+    head = f"{MODELS[name]} (original {quality(found.original, digits)})"
+    return markdown(
+        [head, *(f"{REFERENCE_BITS * size:.1f} bits" for size in sizes)], (row for row in rows if any(row[1:]))
+    )
+
+
+def low_bits() -> str:
+    """fips where *gptq* has nearly the same size, which 4.8 bits is not."""
+    rows = []
+    for name, pairs in {
+        "vit": [("vit", 0.2, "vit", 0.2)],
+        "stories260k": [("stories260k-distill", 0.25, "stories260k", 0.3)],
+        "tinystories-656k": [("tinystories-656k-distill", 0.25, "tinystories-656k", 0.3)],
+        "demo": [("demo-distill", 0.25, "demo", 0.3), ("demo-distill", 0.2, "demo-distill", 0.2)],
+    }.items():
+        for ours, our_size, theirs, their_size in pairs:
+            fips = Comparison(ours).cell("fips", our_size, DIGITS[name], always=True)
+            gptq = Comparison(theirs).cell("gptq", their_size, DIGITS[name], always=True)
+            rows.append([MODELS[name], quality(Comparison(ours).original, DIGITS[name]), fips, gptq])
+    return markdown(["", "original", "fips (bits)", "gptq (bits)"], rows)
+
+
+def distillation() -> str:
+    rows = []
+    for name, sizes in {
+        "stories260k": (0.3, 0.25),
+        "tinystories-656k": (0.3, 0.25),
+        "demo": (0.3, 0.25, 0.2),
+        "vit": (0.2,),
+    }.items():
+        found, digits = Comparison(f"{name}-distill"), DIGITS[name]
+        for size in sizes:
+            before, after = (found.cell(method, size, digits) for method in ("fips", "fips+distill.steps=60"))
+            rows.append([MODELS[name], quality(found.original, digits), f"{16 * size:.1f}", before, after])
+    return markdown(["", "original", "bits per weight", "before", "after 60 steps"], rows)
+
+
+def parts() -> str:
+    labels = {
+        "fips": "the default",
+        "fips+sharing=always": "a shared basis in every group",
+        "fips+pattern=block4": "pruning in blocks of 4 only",
+        "fips+metric.token_floor=1.0": "all tokens count alike",
+        "fips+metric.token_floor=0.0": "tokens count by their gradient alone",
+        "fips+metric.propagate_errors=true": "each group measured behind the compressed ones",
+        "fips+calibration.steps=60+calibration.learning_rate=0.0001": "60 block-wise training steps per group",
+    }
+    found = Comparison("stories260k-parts")
+    rows = [[label, found.cell(method, 0.25, 3)] for method, label in labels.items()]
+    return markdown([f"stories260k at 4.0 bits (original {found.original:.3f})", "perplexity"], rows)
+
+
+def paper() -> str:
+    names = ("vit", "stories260k", "tinystories-656k")
+    files = {name: load(f"paper-recipe-{name}") for name in names}
+    rows = []
+    for index in (2, 1, 0):
+        cells = []
+        for name in names:
+            run = files[name]["compressed"][index]
+            stored = run["mlp"]["factored"]
+            bits = 8 * (stored["value_bytes"] / 2 + stored["pattern_bytes"]) / WEIGHTS[name]
+            cells.append(f"{quality(run['evaluation']['headline']['value'], DIGITS[name])} ({bits:.2f})")
+        rows.append([f"{files['vit']['compressed'][index]['budget']:.2f}", *cells])
+    originals = [quality(files[name]["original"]["evaluation"]["headline"]["value"], DIGITS[name]) for name in names]
+    return markdown(["budget", *(MODELS[name] for name in names)], [["original", *originals], *rows])
+
+
+def time_and_memory() -> str:
+    rows = []
+    for label, run in zip(("fips", "paper's recipe, budget 0.5"), load("time-and-memory")["runs"], strict=True):
+        stored = run["mlp"]["factored"]
+        halves = 1 if label == "fips" else 2
+        bits = 8 * (stored["value_bytes"] / halves + stored["pattern_bytes"]) / WEIGHTS["vit"]
+        rows.append([
+            label, f"{bits:.2f}", f"{run['headline']['value']:.2f}", f"{run['relative_error_start']:.4f}",
+            f"{run['relative_error']:.4f}", f"{run['seconds']:.0f} s", f"{run['peak_memory_bytes'] / 1e9:.1f} GB",
+        ])  # fmt: skip
+    head = ["ViT-Tiny", "bits per weight", "top-1 %", "block error before training", "after", "time", "peak memory"]
+    return markdown(head, rows)
+
+
+def solver_cost() -> str:
+    rows = []
+    for row in load("solver-cost")["rows"]:
+        up, down, sharing = (_seconds(row[part]) for part in ("up", "down", "sharing"))
+        memory = [row[part]["solver_bytes"] for part in ("up", "down", "sharing") if "solver_bytes" in row[part]]
+        most = f"{max(memory) / 1e9:.1f} GB" if memory else ""
+        rows.append([str(row["width"]), str(row["columns"]), up, down, sharing, f"{row['group_s']:,.0f} s", most])
+    head = ["width", "hidden", "one `up` matrix", "one `down` matrix", "trial of sharing", "gated group of 4 blocks",
+            "memory above the layers"]  # fmt: skip
+    return markdown(head, rows)
+
+
+def solver_cost_large() -> str:
+    rows = []
+    for row in load("solver-cost-4096-zen4")["rows"]:
+        for role in ("up", "down"):
+            if role in row:
+                part = row[role]
+                seconds = part.get("seconds_less_pauses", part["seconds"])
+                rows.append(
+                    [str(row["width"]), f"`{role}`", f"{seconds:,.0f} s", f"{part['solver_bytes'] / 1e9:.1f} GB"]
+                )
+    return markdown(["width", "one matrix", "time, at most", "memory above the layers"], rows)
+
+
+def _seconds(part: dict[str, Any]) -> str:
+    return f"{part['seconds']:,.0f} s" + (" (extrapolated)" if part.get("extrapolated") else "")
+
+
+def activation_bits() -> str:
+    labels = {
+        "/tmp/vit0.3": (MODELS["vit"], 0.3, 2),
+        "/tmp/vit0.5": (MODELS["vit"], 0.5, 2),
+        "/tmp/demo": (MODELS["demo"], 0.3, 4),
+        "/tmp/demo5": (MODELS["demo"], 0.5, 4),
+    }
+    runs = load("activation-bits")["results"]
+    rows = []
+    for directory, (label, size, digits) in labels.items():
+        values = {run["activation_bits"]: run["headline"]["value"] for run in runs if run["directory"] == directory}
+        rows.append([label, f"{16 * size:.1f}", f"{values[None]:.{digits}f}", f"{values[8]:.{digits}f}"])
+    return markdown(["", "bits per weight", "exact inputs", "8-bit inputs"], rows)
+
+
+def layer_speed(name: str, long: int) -> str:
+    cases: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
+    for run in load(f"mlp-layers-{name}")["results"]:
+        cases.setdefault((run["level"], run["kind"]), {})[run["role"], run["tokens"]] = run
+    rows = []
+    for (_, kind), runs in cases.items():
+        bits = REFERENCE_BITS * runs["up", 1]["stored_ratio"]
+        rows.append([kind, f"{bits:.1f}", *(_speeds(runs, tokens) for tokens in (1, 16, long))])
+    return markdown(["speed-up, `up` / `down`", "bits per weight", "1 token", "16 tokens", f"{long} tokens"], rows)
+
+
+def _speeds(runs: dict[tuple[str, int], dict[str, Any]], tokens: int) -> str:
+    pair = [runs[role, tokens] for role in ("up", "down")]
+    exact = " / ".join(f"{run['speedup']:.1f}" for run in pair)
+    if tokens == 1 or any(run.get("speedup_8_bit_inputs") is None for run in pair):
+        return exact
+    eight = " / ".join(f"{run['speedup_8_bit_inputs']:.1f}" for run in pair)
+    return f"{exact} [{eight}]"
+
+
+def whole_models() -> str:
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    saved: dict[tuple[str, str, str], list[float]] = {}
+    for machine, name in (("Zen 4", "end-to-end-zen4"), ("AMX", "end-to-end")):
+        for run in load(name)["results"]:
+            model, _, size = run["directory"].partition(", stored MLP bytes ")
+            for case, timing in run["cases"].items():
+                key = (machine, f"{model}, {16 * float(size.split()[0]):.1f} bits", case)
+                rows.setdefault(key, []).append(timing["speedup"])
+                memory = run["peak_memory_bytes"]
+                saved.setdefault(key, []).append((memory["dense"] - memory["compressed"]) / 1e6)
+    cells = [
+        [*key, ", ".join(f"{value:.2f}" for value in sorted(values)), _span(saved[key])] for key, values in rows.items()
+    ]
+    return markdown(["machine", "model", "case", "speed-up, every run", "process memory saved"], cells)
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return f"{low} MB" if low == high else f"{low} to {high} MB"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "overview": overview,
+    **{f"compare-{name}": functools.partial(comparison, name) for name in MODELS},
+    "low-bits": low_bits,
+    "distillation": distillation,
+    "parts": parts,
+    "paper": paper,
+    "time-and-memory": time_and_memory,
+    "solver-cost": solver_cost,
+    "solver-cost-4096": solver_cost_large,
+    "activation-bits": activation_bits,
+    "whole-models": whole_models,
+    **{
+        f"layers-{model}-{machine}": functools.partial(layer_speed, model + suffix, long)
+        for model, long in (("llama", 512), ("deit", 197))
+        for machine, suffix in (("zen4", "-zen4"), ("amx", ""), ("avx2", "-avx2"))
+    },
+}
+
+
+def rewrite(text: str) -> str:
+    """A page with all its tables made anew. Raises ``KeyError`` for a name that is not in ``TABLES``."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[4]}", text)
+
+
+def stale(text: str) -> list[str]:
+    """Names of the tables of a page that are not what the JSON files say."""
+    return [found[2] for found in MARKED.finditer(text) if found[3] != f"\n{TABLES[found[2]]()}\n"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table differs")
+    args = parser.parse_args()
+    differing = 0
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        for name in stale(text):
+            differing += 1
+            print(f"{page}: table `{name}` {'differs from' if args.check else 'is written anew from'} the JSON files")
+        if not args.check:
+            path.write_text(rewrite(text), encoding="utf-8")
+    return int(args.check and differing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+// Sizes are bounded so that no product of them leaves 64 bits.
+#include "checks.h"
+
+#include "packed.h"
+
+namespace {
+
+constexpr int64_t kMostSide = (int64_t(1) << 31) - 1, kMostEntries = int64_t(1) << 48, kMostThreads = 4096;
+constexpr int64_t kMostByteColumns = 65536; // beyond it sums of bytes would leave 32 bits
+
+bool is_there(const void *data, int64_t length) { return length >= 0 && (data != nullptr || length == 0); }
+
+int64_t bytes_of_bits(int64_t bits) { return (bits + 7) / 8; }
+
+int64_t value_bytes(const fips_matrix &a) {
+  if (a.value_type == FIPS_I8) return bytes_of_bits(a.num_values * a.value_bits);
+  return a.num_values * (a.value_type == FIPS_F32 ? 4 : 2);
+}
+
+bool has_starts(const fips_matrix &a) { return a.format != FIPS_DENSE && a.format != FIPS_NM; }
+
+// Values are there, as many as their type and count say.
+bool values_fit(const fips_matrix &a) {
+  if (a.value_type < FIPS_F32 || a.value_type > FIPS_I8) return false;
+  if (a.value_bits < 2 || a.value_bits > 8 || (a.value_bits < 8 && a.value_type != FIPS_I8)) return false;
+  if (a.num_values < 0 || a.num_values > a.rows * a.cols) return false;
+  if (has_starts(a) && a.num_values > int64_t(UINT32_MAX)) return false;
+  return is_there(a.values, a.value_bytes) && a.value_bytes == value_bytes(a);
+}
+
+// The pattern is as long as its format says for this shape, and so are the values where the shape says that too.
+bool pattern_fits(const fips_matrix &a) {
+  const int64_t size = a.rows * a.cols;
+  if (!is_there(a.pattern, a.pattern_bytes)) return false;
+  switch (a.format) {
+  case FIPS_DENSE: return a.pattern_bytes == 0 && a.num_values == size;
+  case FIPS_BITMASK: return a.pattern_bytes == bytes_of_bits(size);
+  case FIPS_NM: {
+    const int64_t groups = size / a.m;
+    return a.cols % a.m == 0 && a.num_values == groups * a.n &&
+           a.pattern_bytes == bytes_of_bits(groups * nm_code_bits(a.n, a.m));
+  }
+  case FIPS_BLOCK_ROWS:
+  case FIPS_BLOCK_COLS:
+    return (a.format == FIPS_BLOCK_ROWS ? a.rows : a.cols) % a.m == 0 && a.num_values % a.m == 0 &&
+           a.pattern_bytes == bytes_of_bits(size / a.m);
+  default: return false;
+  }
+}
+
+bool format_is_known(const fips_matrix &a) {
+  switch (a.format) {
+  case FIPS_DENSE:
+  case FIPS_BITMASK: return true;
+  case FIPS_NM: return (a.m == 2 || a.m == 4 || a.m == 8 || a.m == 16) && a.n > 0 && a.n < a.m;
+  case FIPS_BLOCK_ROWS:
+  case FIPS_BLOCK_COLS: return a.m == 4 || a.m == 8;
+  default: return false;
+  }
+}
+
+// `tokens` lines of `columns` elements, `stride` apart, within `length` elements.
+bool lines_fit(const void *data, int64_t length, int64_t tokens, int64_t stride, int64_t columns) {
+  if (!is_there(data, length) || length > kMostEntries || stride < 0 || length < columns) return false;
+  return tokens == 1 || stride <= (length - columns) / (tokens - 1);
+}
+
+template <class Reader> bool row_fits(const fips_matrix &a, const Reader &reader, int64_t row) {
+  int64_t kept = 0;
+  for (int64_t k = 0; k < a.cols; k += 64) kept += popcount64(reader.mask(row, k));
+  return kept == 0 || reader.start(row) + (kept - 1) * reader.stride() < a.num_values;
+}
+
+} // namespace
+
+int fips_check_matrix(const fips_matrix &a) {
+  if (a.rows < 0 || a.cols <= 0 || a.rows > kMostSide || a.cols > kMostSide) return FIPS_INVALID;
+  if (a.rows * a.cols > kMostEntries) return FIPS_INVALID;
+  if (!format_is_known(a)) return FIPS_UNSUPPORTED;
+  if (!values_fit(a) || !pattern_fits(a)) return FIPS_INVALID;
+  if (!is_there(a.scales, a.num_scales) || a.num_scales != (a.scales ? a.rows : 0)) return FIPS_INVALID;
+  return a.value_type == FIPS_I8 && a.cols > kMostByteColumns ? FIPS_UNSUPPORTED : 0;
+}
+
+int fips_check_rows(const fips_matrix &a) {
+  if (!has_starts(a)) return 0;
+  if (!a.row_start || a.num_starts != a.rows) return FIPS_INVALID;
+  // A row that begins so early cannot end too late, whatever it keeps: only the last rows have to be looked at. Those
+  // are all rows of a matrix that keeps less than a row full of values.
+  const int64_t room = a.num_values - a.cols * (a.format == FIPS_BLOCK_ROWS ? a.m : 1);
+  const uint32_t safe = room < 0 ? 0 : uint32_t(room);
+  bool fits = true;
+  with_reader(a, [&](const auto &reader) {
+    for (int64_t row0 = 0; fits && row0 < a.rows; row0 += 64) {
+      const int64_t end = min_of(row0 + 64, a.rows);
+      uint32_t late = room < 0;
+      for (int64_t row = row0; row < end; ++row) late |= a.row_start[row] > safe;
+      for (int64_t row = row0; late && fits && row < end; ++row)
+        fits = (room >= 0 && a.row_start[row] <= safe) || row_fits(a, reader, row);
+    }
+  });
+  return fits ? 0 : FIPS_INVALID;
+}
+
+int fips_check_call(const fips_call &c, int64_t inputs, int64_t outputs) {
+  if (c.tokens < 0 || c.x_columns != inputs || c.y_columns != outputs) return FIPS_INVALID;
+  if (c.x_type < FIPS_F32 || c.x_type > FIPS_F16 || c.threads < 1 || c.threads > kMostThreads) return FIPS_INVALID;
+  if (c.isa < FIPS_PORTABLE || c.isa > FIPS_AMX || c.path < FIPS_AUTO || c.path > FIPS_TILES) return FIPS_INVALID;
+  if (c.activation_bits != 8 && c.activation_bits != 16 && c.activation_bits != 24) return FIPS_INVALID;
+  if (!is_there(c.bias, c.bias_length) || c.bias_length != (c.bias ? outputs : 0)) return FIPS_INVALID;
+  if (c.tokens == 0 || outputs == 0) return 0;
+  const int64_t widest = inputs > outputs ? inputs : outputs;
+  if (c.tokens > kMostEntries / (widest + 64)) return FIPS_INVALID;
+  if (inputs > 0 && !lines_fit(c.x, c.x_length, c.tokens, c.x_stride, inputs)) return FIPS_INVALID;
+  const bool apart = c.tokens == 1 || c.y_stride >= outputs; // several threads write them
+  return apart && lines_fit(c.y, c.y_length, c.tokens, c.y_stride, outputs) ? 0 : FIPS_INVALID;
+}

@@ -1,0 +1,10 @@
+// Whether the arguments of a call agree with each other and with the memory that they name. Return 0 or a fips_status.
+#pragma once
+#include "fips_kernels.h"
+
+// All but the starts of rows: sizes against lengths, in constant time.
+int fips_check_matrix(const fips_matrix &matrix);
+// Whether no row reads values that are not there, whatever the pattern and the starts say.
+int fips_check_rows(const fips_matrix &matrix);
+// A call with so many columns in and out; its outputs may have a bias.
+int fips_check_call(const fips_call &call, int64_t inputs, int64_t outputs);

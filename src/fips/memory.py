@@ -1,0 +1,260 @@
+"""How much memory calibration takes, known before the weights are read, and how much there is.
+
+One and two examples go through the model on the meta device, forward and backward, with every tensor counted while it
+lives: exact for the tensors of torch, whatever the architecture, and so the least that a run takes. The heap keeps
+freed pieces of up to 32 MB, of which real runs had up to half as much again: see ``ROOM``.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import resource
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fips.calibrate import resolve_precision
+from fips.config import CompressionConfig
+from fips.inputs import CalibrationData
+from fips.methods.workbench import Workbench
+from fips.plan import CompressionPlan
+from fips.statistics import moment_bytes
+from fips.structure import LinearSite
+
+__all__ = ["MemoryNeed", "available_memory", "calibration_memory"]
+
+log = logging.getLogger("fips.memory")
+
+ROOM = 1.5
+"""What real runs on a CPU took at most, relative to the estimate: up to 1.5 of it where tensors are of less than 32 MB,
+1.02 where the heap gives every piece back."""
+WITHOUT_MOMENTS = ("fips-paper", "magnitude", "svd")
+TRAINED_BYTES = 32
+"""Bytes that distillation holds for every entry of an MLP: entry, gradient, two means of Adam, and what rounds it."""
+Examples = Callable[[int], Any]
+"""So many made-up examples, on the meta device."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """The fewest bytes that calibration takes: model and sums, and what every example of a batch adds."""
+
+    fixed: int
+    per_example: int
+
+    def total(self, batch_size: int) -> int:
+        return self.fixed + batch_size * self.per_example
+
+    def fits(self, batch_size: int, available: int) -> bool:
+        """Whether it can fit at all."""
+        return self.total(batch_size) <= available
+
+    def largest(self, available: int) -> int:
+        """The most examples in a batch that leave room, 1 where one can fit at all, 0 where not even that."""
+        roomy = int((available / ROOM - self.fixed) // max(1, self.per_example))
+        return max(roomy, int(self.fits(1, available)))
+
+
+def calibration_memory(
+    model: nn.Module, plan: CompressionPlan, config: CompressionConfig, examples: Examples, *, device: torch.device
+) -> MemoryNeed | None:
+    """What calibrating a model, given on the meta device, takes on ``device``; None where it cannot be told.
+
+    That is where the code of the model looks at numbers, which there are none of.
+    """
+    twin = copy.deepcopy(model)
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in twin.parameters())
+    if resolve_precision(config.calibration.precision, device) == "bfloat16" and _dtype(twin) == torch.float32:
+        twin.to(torch.bfloat16)  # activations are, and so are copies of the weights that the backward pass keeps
+        stored += stored // 2
+    twin.to("meta").eval().requires_grad_(False)
+    _without_cache(twin)
+    try:
+        one, two = (_peak(twin, plan, config, examples(count)) for count in (1, 2))
+    except Exception as error:
+        log.debug("no estimate of memory for %s: %s", type(model).__name__, error)
+        return None
+    trained = TRAINED_BYTES * plan.dense.parameters if config.distill.steps else 0
+    return MemoryNeed(stored + trained + max(0, 2 * one - two), max(0, two - one))
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can be had now: of the GPU, or of machine, control group and ``ulimit -v``; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [limit for limit in (_host_bytes(), _control_group_bytes(), _address_space_bytes()) if limit is not None]
+    return min(limits, default=None)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _without_cache(model: nn.Module) -> None:
+    config: Any = getattr(model, "config", None)
+    parts: tuple[Any, ...] = (config, getattr(config, "get_text_config", lambda: None)())
+    for part in parts:
+        if getattr(part, "use_cache", None) is not None:
+            part.use_cache = False
+
+
+def _peak(model: nn.Module, plan: CompressionPlan, config: CompressionConfig, batch: Any) -> int:
+    """Most bytes of tensors at a time, but for the parameters, while one batch is measured."""
+    data = CalibrationData(model, [batch, batch], seed=config.seed)
+    bench = Workbench(model, config, data, torch.device("meta"))
+    sites = [site for group in plan.groups for site in group.group.sites]
+    known = [*model.parameters(), *model.buffers(), *tree_leaves(batch)]
+    with _Attention(), _Counted(known) as counted:
+        if config.method not in WITHOUT_MOMENTS:
+            bench.moments("memory", _at_work(plan, config), floor=config.metric.token_floor)
+            return int(counted.peak)
+        base = getattr(model, "base_model", model)  # recording stops before the head
+        with torch.no_grad():
+            for one in bench.batches:
+                bench.run(base, one)
+        if config.calibration_steps == 0:
+            return int(counted.peak)
+        blocks = len({site.name.rpartition(".")[0] for site in sites})
+        return int(counted.peak) + _graph_bytes(bench, base, sites, batch) // blocks  # blocks are trained one by one
+
+
+def _at_work(plan: CompressionPlan, config: CompressionConfig) -> list[LinearSite]:
+    """The layers whose moments are held at a time: all that the bound allows, at least one group."""
+    groups = [list(group.group.sites) for group in plan.groups]
+    everything = [site for sites in groups for site in sites]
+    if 2 * moment_bytes(everything) <= config.metric.memory:
+        return everything
+    return max(groups, key=moment_bytes)
+
+
+def _graph_bytes(bench: Workbench, base: nn.Module, sites: Sequence[LinearSite], batch: Any) -> int:
+    """What the backward pass through all blocks keeps."""
+
+    def follow(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_(True)
+
+    handles = [bench.model.get_submodule(site.name).register_forward_hook(follow) for site in sites]
+    try:
+        known = [*bench.model.parameters(), *bench.model.buffers(), *tree_leaves(batch)]
+        with _Counted(known) as counted, torch.enable_grad():
+            _kept = bench.run(base, batch)
+            return int(counted.now)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, for as long as they live."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.peak: int = 0
+        self._own: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # a test of values; most pass for ordinary inputs
+            return 1.0 if args[0].is_floating_point() else args[0].dtype == torch.bool or 1
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        name = storage._cdata
+        if name in self._known or name in self._own:
+            return
+        self._own.add(name)
+        weakref.finalize(storage, self._forget, name, storage.nbytes())
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, name: int, size: int) -> None:
+        self._own.discard(name)
+        self.now -= size
+
+
+class _Attention(TorchFunctionMode):
+    """Fused attention, which on real devices never holds the scores; the meta device would form them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return _FusedAttention.apply(given["query"], given["key"], given["value"])  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The memory of fused attention: inputs and outputs are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _host_bytes() -> int | None:
+    """What the system says can be taken without swapping, and the swap."""
+    with suppress(OSError, ValueError, KeyError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        return 1024 * (fields["MemAvailable"] + fields.get("SwapFree", 0))
+    return None
+
+
+def _control_group_bytes() -> int | None:
+    """What the control groups of this process leave, of either version; files they cache can be given back."""
+    found = []
+    for folder in _control_groups():
+        for limit, usage, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            with suppress(OSError, ValueError, StopIteration):
+                most = int((folder / limit).read_text())  # "max" is no number: no limit
+                lines = (folder / "memory.stat").read_text().splitlines()
+                files = next(int(line.split()[1]) for line in lines if line.startswith(f"{cached} "))
+                found.append(most - int((folder / usage).read_text()) + files)
+    return max(0, min(found)) if found else None
+
+
+def _control_groups(root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
+    """The folders of the groups this process is in, with all above them."""
+    folders = []
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers in ("", "memory"):
+                top = root / controllers
+                place = top / name.lstrip("/")
+                folders += [top, *(folder for folder in (place, *place.parents) if top in folder.parents)]
+    return folders
+
+
+def _address_space_bytes() -> int | None:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    with suppress(OSError, ValueError, IndexError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        return max(0, limit - pages * resource.getpagesize())
+    return None

@@ -1,0 +1,245 @@
+"""What the pages promise: tables equal the committed results, links lead somewhere, commands and examples are right."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import typer.main
+
+from fips import FactoredLinear
+from fips.cli import app
+from fips.storage.packing import pack, pack_integers
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src" / "fips"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+def load_tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TABLES = load_tables()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [code for kind, code in FENCE.findall(path.read_text(encoding="utf-8")) if kind == language]
+
+
+@pytest.mark.parametrize("name", TABLES.PAGES)
+def test_tables_equal_the_committed_results(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert TABLES.MARKED.search(text), f"{name} has no table"
+    assert TABLES.stale(text) == [], "run python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("name", TABLES.PAGES)
+def test_an_edited_figure_is_noticed(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for table in TABLES.MARKED.finditer(text):
+        rows = table[3].split("\n")
+        last = max(index for index, row in enumerate(rows) if re.search(r"\d", row))
+        place = [digit.start() for digit in re.finditer(r"\d", rows[last])][-1]
+        digit = rows[last][place]
+        rows[last] = rows[last][:place] + str((int(digit) + 1) % 10) + rows[last][place + 1 :]
+        edited = text.replace(table[3], "\n".join(rows), 1)
+        assert TABLES.stale(edited) == [table[2]]
+
+
+def test_every_table_stands_on_a_page() -> None:
+    shown = [name for page_ in TABLES.PAGES for _, name, *_ in TABLES.MARKED.findall((ROOT / page_).read_text())]
+    assert sorted(shown) == sorted(TABLES.TABLES)
+
+
+def test_the_readme_is_short_and_names_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert 'pip install . && fips demo\npip install ".[test]" && pytest\n' in text
+
+
+@page
+def test_relative_links_lead_to_files_and_headings(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    for link in links:
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def shown_commands(path: Path) -> list[list[str]]:
+    """All ``fips ...`` lines of code blocks and of running text, split as a shell does."""
+    text = path.read_text(encoding="utf-8")
+    lines = [line for code in blocks(path, "") for line in code.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    parts += re.findall(r"`(fips [^`]+)`", FENCE.sub("", text).replace("\n", " "))
+    return [shlex.split(part, comments=True) for part in parts if part.startswith("fips ")]
+
+
+@page
+def test_commands_exist_with_the_options_shown(path: Path) -> None:
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for words in shown_commands(path):
+        assert words[1] in known, words
+        options = {option for parameter in known[words[1]].params for option in parameter.opts}
+        unknown = [word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in options]
+        assert not unknown, words
+
+
+def test_the_readme_shows_commands() -> None:
+    shown = {words[1] for words in shown_commands(ROOT / "README.md")}
+    assert {"demo", "inspect", "compress", "evaluate", "bench", "compare", "export", "recipes"} <= shown
+
+
+@page
+def test_python_blocks_compile(path: Path) -> None:
+    for code in blocks(path, "python"):
+        compile(code, str(path), "exec")
+
+
+def test_the_readme_example_uses_what_exists() -> None:
+    """Its imports work, and all it takes from modules is there; the maths behind it is tested elsewhere."""
+    (code,) = blocks(ROOT / "README.md", "python")
+    tree = ast.parse(code)
+    scope: dict[str, object] = {}
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(body=[*imports], type_ignores=[]), "README.md", "exec"), scope)
+    taken = [
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in scope
+    ]
+    assert {attribute for name, attribute in taken if name == "fips"} == {
+        "compress",
+        "CompressionConfig",
+        "save",
+        "load",
+    }
+    assert [pair for pair in taken if not hasattr(scope[pair[0]], pair[1])] == []
+
+
+def test_the_readme_example_runs_on_fewer_tokens(tmp_path: Path) -> None:
+    """As it is shown, but on one block of the model and 512 tokens, so that it takes seconds."""
+    (code,) = blocks(ROOT / "README.md", "python")
+    quick = code.replace(":8192]", ":512]").replace("from_pretrained(MODEL_DIRECTORY", "from_pretrained(SMALL")
+    assert quick.count("SMALL") == 2
+    assert ":512]" in quick
+    small = tmp_path / "small"
+    prepare = (
+        "from fips.demo.run import MODEL_DIRECTORY\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"SMALL = {str(small)!r}\n"
+        "AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, num_hidden_layers=1).save_pretrained(SMALL)\n"
+        "AutoTokenizer.from_pretrained(MODEL_DIRECTORY).save_pretrained(SMALL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", prepare + quick], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"loss \d+\.\d{3} -> \d+\.\d{3}\n", done.stdout)
+    assert (tmp_path / "smaller" / "model.safetensors").is_file()
+
+
+def worked_example() -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
+    """Integers, mask and the hexadecimal bytes that docs/file-format.md shows."""
+    grid, stored = blocks(ROOT / "docs" / "file-format.md", "text")
+    cells = [row.split() for row in grid.splitlines()]
+    integers = torch.tensor([[0 if cell == "." else int(cell) for cell in row] for row in cells], dtype=torch.int8)
+    mask = torch.tensor([[cell != "." for cell in row] for row in cells])
+    return integers, mask, {line.split()[0]: " ".join(line.split()[1:]) for line in stored.splitlines()}
+
+
+def hexadecimal(tensor: torch.Tensor) -> str:
+    return " ".join(f"{byte:02x}" for byte in tensor.contiguous().view(torch.uint8).tolist())
+
+
+def test_the_worked_example_is_what_is_packed() -> None:
+    integers, mask, shown = worked_example()
+    scales = torch.tensor([0.5, 0.0, 0.25, 2.0], dtype=torch.bfloat16)
+    assert integers.shape == (4, 8)
+    kept, pattern = pack(integers, mask, fmt="bitmask")
+    packed = {"values": pack_integers(kept, bits=4), "pattern": pattern, "scales": scales}
+    assert {name: hexadecimal(tensor) for name, tensor in packed.items()} == shown
+    matrix = integers.float() * scales.float().unsqueeze(1)
+    layer = FactoredLinear.from_factor(
+        None, matrix, mask, role="down", fmt="bitmask", dtype=torch.bfloat16, values="int4", scales=scales
+    )
+    assert {name: hexadecimal(getattr(layer, name)) for name in shown} == shown
+    assert torch.equal(layer.factor().float(), matrix)
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of fips that a file imports anywhere, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fips":
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [name for name in inside if exists(name)]
+            found |= {name.partition(".")[2] for name in modules or [node.module]}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "fips"}
+    return found
+
+
+def exists(module: str) -> bool:
+    base = SRC.parent.joinpath(*module.split("."))
+    return base.is_dir() or base.with_suffix(".py").is_file()
+
+
+def files_of(module: str) -> list[Path]:
+    base = SRC.joinpath(*module.split("."))
+    return sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
+
+
+def map_rows() -> list[tuple[list[str], str]]:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("| package or module |") :].split("\n\n")[0].splitlines()[2:]
+    rows = [line.strip("| ").split(" | ") for line in table]
+    return [(re.findall(r"`([\w.]+)`", row[0]), row[-1]) for row in rows]
+
+
+def within(module: str, packages: list[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize(("modules", "rule"), map_rows(), ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_modules_import_only_what_the_map_allows(modules: list[str], rule: str) -> None:
+    named = re.findall(r"`([\w.]+)`", rule)
+    for path in (path for module in modules for path in files_of(module)):
+        found = {name for name in imported(path) if name and not within(name, modules)}
+        if rule.startswith("everything"):
+            wrong = {name for name in found if not within(name, named)}
+        else:
+            wrong = {name for name in found if within(name, named)}
+        assert not wrong, f"{path.relative_to(SRC)} imports {sorted(wrong)}"
+
+
+def test_the_map_names_every_package() -> None:
+    mapped = [module for modules, _ in map_rows() for module in modules]
+    top = {
+        path.stem for path in SRC.iterdir() if path.name != "__pycache__" and (path.is_dir() or path.suffix == ".py")
+    }
+    small = {"__init__", "recipes", "merge", "lm_eval"}
+    assert top - small == {module.split(".")[0] for module in mapped}
