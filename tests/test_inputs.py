@@ -539,6 +539,26 @@ def test_wrappers_are_taken_off_and_the_model_inside_is_saved(wrap: Any, tmp_pat
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
+def test_one_data_parallel_process_is_unwrapped_and_one_of_several_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = tiny_model("llama")
+        wrapper = nn.parallel.DistributedDataParallel(model)
+        fips.compress(wrapper, batches_for(model), gptq())
+        fips.save(wrapper, tmp_path / "out")
+        batch = batches_for(model)[0]
+        with torch.no_grad():
+            assert torch.equal(fips.load(tmp_path / "out")(**batch).logits, model(**batch).logits)
+    finally:
+        torch.distributed.destroy_process_group()
+
+    class DistributedDataParallel(nn.Module):
+        process_group = type("Group", (), {"size": lambda _: 2})()
+
+    with pytest.raises(ModelError, match="one of several copies"):
+        fips.compress(DistributedDataParallel(), [{"input_ids": ids}], gptq())
+
+
 def test_a_model_compiled_in_place_runs_its_new_layers_afterwards() -> None:
     model, plain = tiny_model("llama"), tiny_model("llama")
     batches = batches_for(model)
