@@ -458,19 +458,30 @@ class Flattening(nn.Module):
         return self.mlp(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
+class Patches(nn.Module):
+    """Cuts what it is given (B, D, T) into T patches of its own, for layers that take no mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Block())
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(image.transpose(1, 2))
+
+
 class Reader(nn.Module):
-    """Reads tokens with a mask and, beside them, rows of something else that are just as many."""
+    """Reads tokens with a mask and, beside them, rows and patches of something else that are just as many."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(64, 16)
-        self.text, self.other = nn.ModuleList([Flattening()]), nn.Sequential(Block())
+        self.text, self.rows, self.tower = nn.ModuleList([Flattening()]), nn.Sequential(Block()), Patches()
 
-    def forward(self, input_ids: Tensor, rows: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, rows: Tensor, image: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embedding(input_ids)
         for block in self.text:
             x = block(x)
-        return x + self.other(rows).mean(0)
+        return x + self.rows(rows).mean(0) + self.tower(image)
 
 
 def test_flattened_tokens_keep_their_mask_and_other_rows_get_none() -> None:
@@ -478,11 +489,10 @@ def test_flattened_tokens_keep_their_mask_and_other_rows_get_none() -> None:
     model = Reader().requires_grad_(False)
     mask = torch.ones(4, 6)
     mask[1:, 2:] = 0
-    batch = {"input_ids": torch.randint(64, (4, 6)), "rows": torch.randn(24, 16), "attention_mask": mask}
-    found = moments_of(model, [batch], sites_of(model), floor=1.0)
-    assert {name: one.weight for name, one in found.items()} == {
-        "text.0.mlp.fc1": 12, "text.0.mlp.fc2": 12, "other.0.fc1": 24, "other.0.fc2": 24
-    }  # fmt: skip
+    batch = {"input_ids": torch.randint(64, (4, 6)), "rows": torch.randn(24, 16), "image": torch.randn(4, 16, 6)}
+    found = moments_of(model, [{**batch, "attention_mask": mask}], sites_of(model), floor=1.0)
+    weights = {name.partition(".")[0]: one.weight for name, one in found.items()}
+    assert weights == {"text": 12, "rows": 24, "tower": 24}
 
 
 @pytest.mark.parametrize("changes", [{}, {"distill": {"steps": 2, "hidden_weight": 1.0}}], ids=["solve", "distill"])
@@ -527,6 +537,26 @@ def test_wrappers_are_taken_off_and_the_model_inside_is_saved(wrap: Any, tmp_pat
         assert torch.equal(fips.load(tmp_path / "out")(**batches[0]).logits, expected)
         found = wrapper(**batches[0]).logits
     assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_one_data_parallel_process_is_unwrapped_and_one_of_several_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = tiny_model("llama")
+        wrapper = nn.parallel.DistributedDataParallel(model)
+        fips.compress(wrapper, batches_for(model), gptq())
+        fips.save(wrapper, tmp_path / "out")
+        batch = batches_for(model)[0]
+        with torch.no_grad():
+            assert torch.equal(fips.load(tmp_path / "out")(**batch).logits, model(**batch).logits)
+    finally:
+        torch.distributed.destroy_process_group()
+
+    class DistributedDataParallel(nn.Module):
+        process_group = type("Group", (), {"size": lambda _: 2})()
+
+    with pytest.raises(ModelError, match="one of several copies"):
+        fips.compress(DistributedDataParallel(), [{"input_ids": ids}], gptq())
 
 
 def test_a_model_compiled_in_place_runs_its_new_layers_afterwards() -> None:
@@ -684,7 +714,7 @@ def unusual() -> PreTrainedModel:
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     model.model.norm.weight.grad = torch.ones(32)
     model.config.use_cache = True
-    model.model.layers[0].register_forward_hook(lambda *_: None)
+    model.model.layers[0].register_forward_hook(lambda *_: random.seed(torch.rand(1).item() + np.random.rand()))
     return model
 
 
