@@ -384,9 +384,10 @@ def test_rows_of_scale_zero_and_halves_that_overflow() -> None:
     x = inputs(6, 64, torch.float16) * 1000
     y = cpu.multiply(x, cpu.prepare(packed))
     assert torch.equal(y[:, 7], torch.zeros(6, dtype=torch.float16))
-    huge = cpu.multiply(60 * x, cpu.prepare(packed))
-    assert torch.equal(huge.isinf(), torch.nn.functional.linear(60 * x, reference.to_dense(packed).half()).isinf())
-    assert bool(huge.isinf().any())
+    huge, expected = cpu.multiply(10 * x, cpu.prepare(packed)), exact(10 * x, packed)
+    assert bool(huge[expected.abs() > 66_000].isinf().all())
+    assert bool(huge[expected.abs() < 65_000].isfinite().all())
+    assert 0 < int(huge.isinf().sum()) < huge.numel()
 
 
 WRONG_INPUTS = [(3, 63), (3, 65), (3, 0), (3, 8), (64, 3), (3, 128), (2, 3, 1), (), (0, 63)]
@@ -447,7 +448,7 @@ def test_stored_tensors_of_another_size_are_refused(fmt: str) -> None:
         packed = narrow(packed, 3) if bits == 3 else packed
         more = torch.zeros(packed.values_Z.numel() + 1, dtype=packed.values_Z.dtype)
         broken = [replace(packed, values_Z=more[:-2]), replace(packed, values_Z=more)]
-        broken += [replace(packed, shape=shape) for shape in ((40, 128), (80, 64), (40, 32), (64, 40), (40, 0))]
+        broken += [replace(packed, shape=shape) for shape in ((40, 128), (80, 64), (40, 32), (40, 0))]
         if packed.pattern.numel():
             broken += [replace(packed, pattern=packed.pattern[:-1]), replace(packed, pattern=packed.pattern.repeat(2))]
             broken += [replace(packed, pattern=packed.pattern.repeat(2)[::2])]
@@ -457,8 +458,6 @@ def test_stored_tensors_of_another_size_are_refused(fmt: str) -> None:
             broken += [replace(packed, bits=wrong) for wrong in (0, 1, 2, 4, 8, 9)]
             broken += [replace(packed, count=packed.count + 8)]
         for wrong in broken:
-            if fmt in ("bitmask", *BLOCKS) and wrong.shape == (64, 40):
-                continue  # as many bits: only the pattern's rows differ
             with pytest.raises(BackendError):
                 cpu.prepare(wrong)
 
