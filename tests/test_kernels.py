@@ -384,9 +384,10 @@ def test_rows_of_scale_zero_and_halves_that_overflow() -> None:
     x = inputs(6, 64, torch.float16) * 1000
     y = cpu.multiply(x, cpu.prepare(packed))
     assert torch.equal(y[:, 7], torch.zeros(6, dtype=torch.float16))
-    huge = cpu.multiply(60 * x, cpu.prepare(packed))
-    assert torch.equal(huge.isinf(), torch.nn.functional.linear(60 * x, reference.to_dense(packed).half()).isinf())
-    assert bool(huge.isinf().any())
+    huge, expected = cpu.multiply(10 * x, cpu.prepare(packed)), exact(10 * x, packed)
+    assert bool(huge[expected.abs() > 66_000].isinf().all())
+    assert bool(huge[expected.abs() < 65_000].isfinite().all())
+    assert 0 < int(huge.isinf().sum()) < huge.numel()
 
 
 WRONG_INPUTS = [(3, 63), (3, 65), (3, 0), (3, 8), (64, 3), (3, 128), (2, 3, 1), (), (0, 63)]
@@ -447,7 +448,7 @@ def test_stored_tensors_of_another_size_are_refused(fmt: str) -> None:
         packed = narrow(packed, 3) if bits == 3 else packed
         more = torch.zeros(packed.values_Z.numel() + 1, dtype=packed.values_Z.dtype)
         broken = [replace(packed, values_Z=more[:-2]), replace(packed, values_Z=more)]
-        broken += [replace(packed, shape=shape) for shape in ((40, 128), (80, 64), (40, 32), (64, 40), (40, 0))]
+        broken += [replace(packed, shape=shape) for shape in ((40, 128), (80, 64), (40, 32), (40, 0))]
         if packed.pattern.numel():
             broken += [replace(packed, pattern=packed.pattern[:-1]), replace(packed, pattern=packed.pattern.repeat(2))]
             broken += [replace(packed, pattern=packed.pattern.repeat(2)[::2])]
@@ -457,8 +458,6 @@ def test_stored_tensors_of_another_size_are_refused(fmt: str) -> None:
             broken += [replace(packed, bits=wrong) for wrong in (0, 1, 2, 4, 8, 9)]
             broken += [replace(packed, count=packed.count + 8)]
         for wrong in broken:
-            if fmt in ("bitmask", *BLOCKS) and wrong.shape == (64, 40):
-                continue  # as many bits: only the pattern's rows differ
             with pytest.raises(BackendError):
                 cpu.prepare(wrong)
 
@@ -625,7 +624,7 @@ print(cpu.multiply(x[:1], prepared).shape)  # and goes on
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_no_memory_is_a_memory_error_and_little_is_needed(values: str) -> None:
     """The inputs are 64 MiB, and once were laid out anew as a whole."""
-    for megabytes, outcome in ((4, "MemoryError no memory"), (48, "done 0")):
+    for megabytes, outcome in ((4, "MemoryError no memory"), (30, "done ")):
         command = [sys.executable, "-c", MEMORY_SCRIPT, values, str(megabytes)]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -643,8 +642,10 @@ def test_scratch_is_counted_bounded_and_given_back() -> None:
     assert 0 < small <= 8 << 20
     cpu.multiply(inputs(64, 1024, torch.float32), prepared)
     assert cpu.scratch_bytes() == small  # kept for the next call
-    large = torch.zeros(6000, 1024)
-    cpu.multiply(large, prepared)
+    cpu.multiply(torch.zeros(6000, 1024), prepared)
+    assert cpu.scratch_bytes() <= (8 + torch.get_num_threads()) << 20
+    long = cpu.prepare(example("bitmask", (2, 60_000)))
+    cpu.multiply(torch.zeros(64, 60_000), long)
     assert cpu.scratch_bytes() == 0  # more than is kept
     cpu.multiply(inputs(64, 1024, torch.float32), prepared)
     with ThreadPoolExecutor(3) as pool:  # of threads that live on
@@ -661,8 +662,8 @@ def test_scratch_is_counted_bounded_and_given_back() -> None:
 @pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.int8])
 def test_tokens_laid_out_in_parts_are_the_same_tokens(values: torch.dtype, isa: str) -> None:
-    prepared = cpu.prepare(example("bitmask", (8, 60_000), dtype=values))  # 139 tokens at a time
-    x = inputs(300, 60_000, torch.bfloat16)
+    prepared = cpu.prepare(example("bitmask", (8, 20_000), dtype=values))  # 104 tokens at a time, or fewer
+    x = inputs(300, 20_000, torch.bfloat16)
     whole = cpu.multiply(x, prepared, isa=isa, path="tokens")
     parts = [cpu.multiply(part, prepared, isa=isa, path="tokens") for part in x.split(75)]
     assert torch.equal(whole, torch.cat(parts))

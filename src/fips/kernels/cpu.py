@@ -177,8 +177,10 @@ def isa_names() -> tuple[str, ...]:
 def scratch_bytes() -> int:
     """Memory that products of this process hold beside their tensors.
 
-    A call takes up to about 32 MiB for its inputs (more for rows so long that 64 of them take more) and some for every
-    thread, beside the layers' own ``extra_bytes``. Up to 8 MiB stay with the thread that called, for its next call.
+    That is beside the layers' ``extra_bytes``. A call takes up to 8 MiB for its inputs (more for rows so long that 64
+    of them take more), some for every thread, and a byte for every value where integers of fewer bits have to be
+    widened. Of that 8 MiB and one for each of its threads stay with the thread that called, for its next call; beyond
+    it everything is given back.
     """
     return int(_require().fips_scratch_bytes()) if available() else 0
 
@@ -289,7 +291,10 @@ class Repeat:
     def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         if x.dtype is not self.dtype or x.shape != self.shape or not x.is_contiguous():
             return multiply(x, self.prepared, bias, activation_bits=self.activation_bits)
-        y = _new(x, self.out)
+        try:
+            y = x.new_empty(self.out)
+        except RuntimeError:
+            y = _new(x, self.out)  # says what is wrong; a call more would count here
         status = self.run(*self.arguments, x.data_ptr(), y.data_ptr())
         if status != 0:
             raise _error(status, packed, f"inputs {x.dtype}")

@@ -162,10 +162,11 @@ FipsMagnitude *magnitude_of(int level) {
   return fips_magnitude_portable;
 }
 
-// Tokens that are laid out at a time: as many as fit into a bounded scratch, in parts of equal size.
+// Tokens that are laid out at a time: as many as fit into what the thread keeps, in parts of equal size.
 int64_t tokens_at_a_time(const fips_matrix &a, const fips_call &c) {
-  constexpr int64_t most_bytes = 32 << 20, fewest = 64;
-  const int64_t fit = most_bytes / (4 * a.cols);
+  constexpr int64_t fewest = 64; // a row is decoded once for every part
+  const int64_t widest = a.value_type == FIPS_BF16 && c.x_type == FIPS_F32 ? 6 : 4; // bytes of a laid out number
+  const int64_t fit = FIPS_KEPT_SCRATCH / (widest * a.cols);
   if (c.tokens <= fit || c.tokens <= fewest) return c.tokens;
   const int64_t unit = fit >= 512 ? 512 : 16, most = fit < fewest ? fewest : fit / unit * unit;
   const int64_t parts = (c.tokens + most - 1) / most;
@@ -212,9 +213,9 @@ bool multiply_columns(const fips_matrix &a, const fips_call &c) {
 }
 
 // Runs what may ask for memory; no exception leaves the library.
-template <class Body> int guarded(Body &&body) {
+template <class Body> int guarded(int threads, Body &&body) {
   try {
-    const ScratchOfCall scratch;
+    const ScratchOfCall scratch(threads);
     return body();
   } catch (const std::bad_alloc &) {
     return FIPS_NO_MEMORY;
@@ -250,7 +251,7 @@ int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
   if (!status) status = fips_check_call(*call, matrix->cols, matrix->rows);
   if (!status) status = fips_check_rows(*matrix);
   if (status || !matrix->rows || !call->tokens) return status;
-  return guarded([&] { return multiply_in_parts(*matrix, *call); });
+  return guarded(call->threads, [&] { return multiply_in_parts(*matrix, *call); });
 }
 
 int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y) {
@@ -268,7 +269,7 @@ int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {
   if (status) return status;
   if (call->bias || matrix->scales) return FIPS_INVALID;
   if (!matrix->rows || !call->tokens) return FIPS_UNSUPPORTED;
-  return guarded([&] { return multiply_columns(*matrix, *call) ? 0 : FIPS_UNSUPPORTED; });
+  return guarded(call->threads, [&] { return multiply_columns(*matrix, *call) ? 0 : FIPS_UNSUPPORTED; });
 }
 
 int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length) {
@@ -280,7 +281,7 @@ int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t 
   fips_matrix a = *matrix;
   a.row_start = row_start; // the readers keep the pointer; only masks are read here
   int64_t kept = 0;
-  const int failed = guarded([&] {
+  const int failed = guarded(1, [&] {
     with_reader(a, [&](const auto &reader) {
       int64_t first = 0;
       for (int64_t row = 0; row < a.rows; ++row) {

@@ -82,13 +82,13 @@ FIPS_API int fips_multiply_columns(const fips_matrix *matrix, const fips_call *c
 // Fill `row_start`, `length` = rows long (null and 0 for dense and N:M); returns the number of kept entries, which is
 // `num_values` unless the pattern is damaged, or a fips_status.
 FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);
-// Bytes that calls have taken for the time they last and threads keep for their next call: at most
-// FIPS_KEPT_SCRATCH each.
+// Bytes that calls have taken for the time they last and threads keep for their next call: each at most
+// FIPS_KEPT_SCRATCH, and FIPS_KEPT_SCRATCH_OF_THREAD for every thread that it shared the work with.
 FIPS_API int64_t fips_scratch_bytes(void);
 // Give back what no call needs now; returns how many bytes that were.
 FIPS_API int64_t fips_free_scratch(void);
 
-enum { FIPS_KEPT_SCRATCH = 8 << 20 };
+enum { FIPS_KEPT_SCRATCH = 8 << 20, FIPS_KEPT_SCRATCH_OF_THREAD = 1 << 20 };
 
 #ifdef __cplusplus
 }

@@ -16,10 +16,9 @@
 namespace {
 
 constexpr int kUses = int(Scratch::count);
-constexpr int64_t kPage = 4096;
-#if defined(FIPS_MAPS_MEMORY)
-constexpr int64_t kMapped = 1 << 20; // from there on the allocator might not give it back to the system
-#endif
+// From this size on memory is mapped, in whole pages of this size: the allocator might not give it back to the system,
+// and to fill small pages for every call takes as long as many a product.
+constexpr int64_t kLargePage = 2 << 20;
 
 struct Block {
   void *data = nullptr;
@@ -28,12 +27,31 @@ struct Block {
 
 std::atomic<int64_t> total{0};
 
+#if defined(FIPS_MAPS_MEMORY)
+bool is_mapped(int64_t bytes) { return bytes >= kLargePage; }
+
+void *map(int64_t bytes) {
+  const int64_t whole = bytes + kLargePage; // some of it lies before or behind whole large pages
+  void *data = mmap(nullptr, size_t(whole), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) return nullptr;
+  char *first = static_cast<char *>(data);
+  const int64_t before = (kLargePage - int64_t(reinterpret_cast<uintptr_t>(first) % kLargePage)) % kLargePage;
+  if (before) munmap(first, size_t(before));
+  munmap(first + before + bytes, size_t(kLargePage - before));
+#if defined(MADV_HUGEPAGE)
+  madvise(first + before, size_t(bytes), MADV_HUGEPAGE);
+#endif
+  return first + before;
+}
+#endif
+
+int64_t whole_size(int64_t bytes) {
+  return bytes < kLargePage ? (bytes + 127) / 64 * 64 : (bytes + kLargePage - 1) / kLargePage * kLargePage;
+}
+
 void *allocate(int64_t bytes) {
 #if defined(FIPS_MAPS_MEMORY)
-  if (bytes >= kMapped) {
-    void *data = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return data == MAP_FAILED ? nullptr : data;
-  }
+  if (is_mapped(bytes)) return map(bytes);
 #endif
 #if defined(_WIN32)
   return _aligned_malloc(size_t(bytes), 64);
@@ -45,7 +63,7 @@ void *allocate(int64_t bytes) {
 void release(Block &block) {
   total -= block.bytes;
 #if defined(FIPS_MAPS_MEMORY)
-  if (block.bytes >= kMapped) {
+  if (is_mapped(block.bytes)) {
     munmap(block.data, size_t(block.bytes));
     block = Block();
     return;
@@ -112,7 +130,7 @@ void *fips_scratch(Scratch use, int64_t bytes) {
   Block &block = mine().blocks[int(use)];
   if (bytes > block.bytes) {
     release(block);
-    const int64_t whole = (bytes + kPage - 1) / kPage * kPage;
+    const int64_t whole = whole_size(bytes);
     block.data = allocate(whole);
     if (!block.data) throw std::bad_alloc();
     block.bytes = whole;
@@ -121,14 +139,14 @@ void *fips_scratch(Scratch use, int64_t bytes) {
   return block.data;
 }
 
-ScratchOfCall::ScratchOfCall() {
+ScratchOfCall::ScratchOfCall(int threads) : kept_(FIPS_KEPT_SCRATCH + threads * int64_t(FIPS_KEPT_SCRATCH_OF_THREAD)) {
   while (mine().busy.test_and_set(std::memory_order_acquire)) {
   }
 }
 
 ScratchOfCall::~ScratchOfCall() {
   Holder &holder = mine();
-  if (holder.bytes() > FIPS_KEPT_SCRATCH) holder.release_all();
+  if (holder.bytes() > kept_) holder.release_all();
   holder.busy.clear(std::memory_order_release);
 }
 
