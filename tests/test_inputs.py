@@ -689,9 +689,12 @@ def test_offloaded_models_are_refused(tmp_path: Path) -> None:
 
 
 def state_of(model: PreTrainedModel) -> dict[str, Any]:
-    """All that compressing touches for its own use, except the layers it replaces."""
+    """All that compressing touches for its own use, except the layers it replaces.
+
+    Hooks of the model itself are left out: a compressed model has one that warns of layers that do not train.
+    """
     rest = [(name, p) for name, p in model.named_parameters() if "mlp" not in name and BASES not in name]
-    kept = {name: module for name, module in model.named_modules() if BASES not in name}
+    kept = {name: module for name, module in model.named_modules() if name and BASES not in name}
     return {
         "training": {name: module.training for name, module in model.named_modules() if BASES not in name},
         "trained": {name: p.requires_grad for name, p in rest},
@@ -734,6 +737,7 @@ def test_everything_is_as_before_after_success_and_after_failure(ending: Any) ->
         with pytest.raises((RuntimeError, KeyboardInterrupt)):
             fips.compress(model, batches_for(model), gptq(), progress=progress)
         assert not factored_layers(model)
+        assert not model._forward_pre_hooks
     after = state_of(model)
     assert after == before
     assert model.model.norm.weight.grad is gradient
