@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -357,7 +358,10 @@ def export_directory(
                 error = export_onnx(model, target.scratch / "model.onnx", example).relative_error
         merge(model)
         with quiet(), target.writing("the model"):
-            model.config.save_pretrained(target.scratch) if fmt == "onnx" else _save_dense(model, target.scratch)
+            if fmt == "onnx":
+                model.config.save_pretrained(target.scratch)
+            else:
+                _save_dense(model, target.scratch, source)
         with quiet(), target.writing("the tokenizer or image processor", finished="the model"):
             processor = load_processor(source, model_kind(model), trust_remote_code=trust_remote_code)
             if processor is not None:
@@ -367,16 +371,17 @@ def export_directory(
     return Export(fmt, file_bytes, error)
 
 
-def _save_dense(model: PreTrainedModel, directory: Path) -> None:
-    """A plain checkpoint, generation settings as they are: ``save_pretrained`` refuses those of many models."""
-    generation = getattr(model, "generation_config", None)
-    if generation is None or not model.can_generate():
-        model.save_pretrained(directory)
-        return
-    model.generation_config = GenerationConfig()
+def _save_dense(model: PreTrainedModel, directory: Path, source: str) -> None:
+    """A plain checkpoint with the generation settings of the source as they are.
+
+    Loading leaves them behind, and ``save_pretrained`` refuses those of many models.
+    """
+    if model.can_generate():
+        model.generation_config = GenerationConfig()
     model.save_pretrained(directory)
-    model.generation_config = generation
-    generation.to_json_file(directory / "generation_config.json")
+    settings = Path(source) / "generation_config.json"
+    if settings.is_file():
+        shutil.copyfile(settings, directory / settings.name)
 
 
 def _export_bytes(source: str, fmt: str, *, trust_remote_code: bool) -> int:

@@ -1,0 +1,787 @@
+"""Outputs are tried before the work, finished work outlives what fails after it, batches fit, training is honest."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import batches_for, quick_settings, tiny_model
+from test_cli import TEXT, llama_directory, text  # noqa: F401 - fixtures
+from transformers import PreTrainedModel
+
+import fips
+from fips import fitting, jobs
+from fips import memory as memory_module
+from fips.cli import main
+from fips.compare import Run
+from fips.config import CompressionConfig, DataConfig
+from fips.errors import BackendError, ConfigError, OutputError
+from fips.integrations.transformers import build_empty
+from fips.kernels import cpu
+from fips.kernels import runtime as runtime_module
+from fips.memory import MemoryNeed, available_memory, calibration_memory
+from fips.methods.workbench import Workbench
+from fips.nn import FactoredLinear, factored_layers
+from fips.plan import plan_compression
+from fips.signals import Stopped, stoppable, uninterrupted
+from fips.storage import checkpoint
+from fips.storage.files import MANIFEST, complete_directory, require_free
+from fips.storage.output import SCRATCH, Output
+
+Capture = pytest.CaptureFixture[str]
+Log = pytest.LogCaptureFixture
+
+
+@pytest.fixture(scope="module")
+def packed() -> PreTrainedModel:
+    """A small model of floating values."""
+    model = tiny_model("llama")
+    fips.compress(model, batches_for(model), quick_settings())
+    return model
+
+
+def integers(family: str = "llama") -> PreTrainedModel:
+    """A small model of 8-bit values."""
+    model = tiny_model(family)
+    fips.compress(model, batches_for(model), CompressionConfig(method="magnitude", target_bytes=0.5, values="int8"))
+    return model
+
+
+def files_of(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+class Broken:
+    """A tokenizer that cannot be written."""
+
+    def save_pretrained(self, directory: Path) -> None:
+        (Path(directory) / "half.json").write_text("{")
+        raise RuntimeError("the vocabulary is gone")
+
+
+# The output, before the work
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sources whose weights were read; none may be."""
+    read: list[str] = []
+    for name in ("read_model", "load"):
+        monkeypatch.setattr(jobs, name, lambda source, **_: read.append(source))
+    return read
+
+
+BAD: dict[str, Callable[[Path], Path]] = {
+    "a parent that is a file": lambda root: root / "file" / "out",
+    "a parent of a parent that is a file": lambda root: root / "file" / "sub" / "out",
+    "proc": lambda _: Path("/proc/fips-out"),
+    "a name too long": lambda root: root / ("n" * 300),
+    "a directory with something in it": lambda root: root / "full",
+    "a link to it": lambda root: root / "link",
+    "a file": lambda root: root / "file",
+    "a loop of links": lambda root: root / "loop",
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("command", ["compress", "compare", "export", "demo"])
+def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
+    case: str,
+    command: str,
+    llama_directory: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    packed: PreTrainedModel,
+    tmp_path: Path,
+    readers: list[str],
+    capsys: Capture,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    fips.save(packed, tmp_path / "packed")
+    before = sorted(tmp_path.rglob("*"))
+    data = [str(llama_directory), "--data", str(text), "--sequence-length", "16"]
+    arguments = {
+        "compress": [*data, "--target-bytes", "0.5"],
+        "compare": data,
+        "export": [str(tmp_path / "packed")],
+        "demo": [],
+    }[command]
+    assert main([command, *arguments, "--output", str(BAD[case](tmp_path))]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert readers == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_system_without_room_is_refused_with_both_numbers(
+    packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs(tmp_path)
+    fields = {"f_bavail": 3, "f_frsize": 1000, "f_blocks": real.f_blocks}
+    monkeypatch.setattr(os, "statvfs", lambda _: type("Usage", (), fields))
+    with pytest.raises(OutputError, match=r"needs about .*, its file system has 3,000 bytes free"):
+        fips.save(packed, tmp_path / "a" / "out")
+    with Output(tmp_path / "out", needed=3000):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_of_file_sizes_is_found_before_the_work(tmp_path: Path) -> None:
+    script = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+from fips.storage.output import Output
+from pathlib import Path
+Output(Path({str(tmp_path / "out")!r}), needed=15000).discard()
+try:
+    Output(Path({str(tmp_path / "out")!r}), needed=30000)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "OutputError" in done.stdout
+    assert "20000 bytes" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parents_that_were_made_vanish_after_a_failure_and_stay_after_success(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), complete_directory(tmp_path / "a" / "b" / "out"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with complete_directory(tmp_path / "a" / "b" / "out") as scratch:
+        (scratch / "x").write_text("x")
+    assert files_of(tmp_path / "a" / "b") == {"out"}
+
+
+def test_an_existing_directory_stays_the_same_one(packed: PreTrainedModel, tmp_path: Path) -> None:
+    """It may be a mount point or somebody's working directory, which no rename can replace."""
+    place = tmp_path / "out"
+    place.mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to(place)
+    inode = place.stat().st_ino
+    fips.save(packed, tmp_path / "link")
+    assert (place.stat().st_ino, place.stat().st_mode & 0o777) == (inode, 0o750)
+    assert {MANIFEST, "config.json", "model.safetensors"} <= files_of(place)
+    assert SCRATCH not in files_of(place)
+    fips.load(place)
+
+
+def test_the_working_directory_may_be_the_output(
+    packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fips.save(packed, ".")
+    assert "config.json" in os.listdir(".")
+    assert files_of(tmp_path) == {"here"}
+    fips.save(packed, "nowhere/../../there")
+    fips.load(tmp_path / "there")
+
+
+def test_a_long_name_that_the_system_takes_is_taken(packed: PreTrainedModel, tmp_path: Path) -> None:
+    place = tmp_path / ("ä" * 120)  # 240 bytes
+    fips.save(packed, place)
+    fips.load(place)
+    assert files_of(tmp_path) == {place.name}
+
+
+def test_the_manifest_moves_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    moved: list[str] = []
+    rename = Path.rename
+
+    def record(path: Path, target: Path) -> Path:
+        moved.append(path.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", record)
+    with complete_directory(tmp_path / "out") as scratch:
+        for name in (MANIFEST, "config.json", "z", "a"):
+            (scratch / name).write_text("x")
+    assert moved == ["a", "z", "config.json", MANIFEST]
+
+
+# Other runs, alive and dead
+
+
+def test_a_second_run_to_the_same_place_is_refused_at_once(tmp_path: Path) -> None:
+    with Output(tmp_path / "out") as first:
+        with pytest.raises(OutputError, match="another run is writing"):
+            require_free(tmp_path / "out")
+        assert first.scratch.is_dir()
+        first.commit()
+    assert files_of(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_a_killed_run_left_is_named_and_removed(exists: bool, tmp_path: Path, caplog: Log) -> None:
+    place = tmp_path / "out"
+    if exists:
+        place.mkdir()
+    script = f"""
+import os, signal
+from pathlib import Path
+from fips.storage.output import Output
+output = Output(Path({str(place)!r}))
+(output.scratch / "half.safetensors").write_text("x" * 1000)
+(output.scratch / "folder").mkdir()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    with caplog.at_level(logging.WARNING), complete_directory(place) as scratch:
+        assert list(scratch.iterdir()) == []
+        (scratch / "a").write_text("x")
+    assert "half.safetensors" in caplog.text
+    assert str(scratch) in caplog.text
+    assert files_of(place) == {"a"}
+    assert files_of(tmp_path) == {"out"}
+
+
+def test_a_complete_model_that_lacks_only_its_name_is_not_removed(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out")
+    (output.scratch / MANIFEST).write_text("{}")
+    os.close(output._lock)  # as the end of its process would
+    with pytest.raises(OutputError, match=r"complete model of a run that was killed.*mv "):
+        require_free(tmp_path / "out")
+    assert (output.scratch / MANIFEST).is_file()
+
+
+def test_a_name_that_was_taken_meanwhile_costs_nothing(packed: PreTrainedModel, tmp_path: Path) -> None:
+    with Output(tmp_path / "out") as output:
+        checkpoint.write_model(packed, output)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("x")
+        with pytest.raises(OutputError, match=r"out-unfinished`") as caught:
+            output.commit()
+    assert "everything is complete" in str(caught.value)
+    fips.load(tmp_path / "out-unfinished")
+    assert files_of(tmp_path / "out") == {"mine"}
+
+
+# Failures while writing
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_a_model_that_loads(packed: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"vocabulary is gone.*out-unfinished`"):
+        fips.save(packed, tmp_path / "out", processor=Broken())
+    assert files_of(tmp_path) == {"out-unfinished"}
+    batch = batches_for(packed)[0]
+    with torch.no_grad():
+        assert torch.equal(fips.load(tmp_path / "out-unfinished")(**batch).logits, packed(**batch).logits)
+    fips.save(packed, tmp_path / "out")  # and the one in memory is as it was
+
+
+def test_a_processor_that_is_none_is_refused_before_writing(packed: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(fips.FipsError, match="`processor` must be a tokenizer"):
+        fips.save(packed, tmp_path / "out", processor="gpt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("odd"), MemoryError()]
+)
+def test_weights_that_cannot_be_written_leave_nothing_half_written(
+    error: Exception, packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OutputError, match="cannot write the weights"):
+        fips.save(packed, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_reports_late_is_noticed(
+    packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="quota"):
+        fips.save(packed, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_or_card_that_fails_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: PreTrainedModel, caplog: Log
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(checkpoint, "write_card", fail)
+    fips.save(packed, tmp_path / "out")
+    assert "no report or no model card" in caplog.text
+    fips.load(tmp_path / "out")
+
+
+def test_generation_settings_that_transformers_refuses_are_written(tmp_path: Path, packed: PreTrainedModel) -> None:
+    settings = packed.generation_config
+    before = (settings.temperature, settings.do_sample)
+    settings.temperature, settings.do_sample = 0.6, False  # as in many published models
+    try:
+        fips.save(packed, tmp_path / "out")
+        jobs.export_directory(str(tmp_path / "out"), tmp_path / "dense", fmt="dense")
+    finally:
+        settings.temperature, settings.do_sample = before
+    for name in ("out", "dense"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def compress_command(model: Path, data: Path, output: Path) -> list[str]:
+    return [
+        "compress", str(model), "--data", str(data), "--method", "magnitude", "--target-bytes", "0.6", "--output",
+        str(output), "--sequence-length", "16", "--num-samples", "8", "--batch-size", "4",
+    ]  # fmt: skip
+
+
+def test_the_command_writes_the_model_elsewhere_when_its_output_fails(
+    llama_directory: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    write, failed = checkpoint.save_file, []
+
+    def fail_once(*arguments: Any, **options: Any) -> None:
+        if not failed:
+            failed.append(True)
+            raise OSError(errno.EIO, "Input/output error")
+        write(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", fail_once)
+    assert main(compress_command(llama_directory, text, tmp_path / "out")) == 1
+    (place,) = tmp_path.iterdir()
+    assert place.name.startswith("out-rescued-")
+    assert f"complete in `{place}` instead" in capsys.readouterr().err
+    assert (place / "tokenizer.json").is_file()
+    fips.load(place)
+
+
+def test_a_tokenizer_is_written_before_weights_are_read(
+    llama_directory: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    readers: list[str],
+    capsys: Capture,
+) -> None:
+    original = jobs.processor_of
+
+    def broken(*arguments: Any) -> Any:
+        processor = original(*arguments)
+        processor.save_pretrained = Broken().save_pretrained
+        return processor
+
+    monkeypatch.setattr(jobs, "processor_of", broken)
+    assert main(compress_command(llama_directory, text, tmp_path / "out")) == 1
+    assert "vocabulary is gone" in capsys.readouterr().err
+    assert readers == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_runs_of_a_comparison_outlive_the_one_that_fails(
+    llama_directory: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    def two_and_a_failure(*_: Any, on_run: Callable[[Run], None], **__: Any) -> None:
+        on_run(Run("svd", 0.5, 0, quality=1.0))
+        on_run(Run("svd", 0.6, 0, quality=2.0))
+        raise fips.FipsError("the third is broken")
+
+    monkeypatch.setattr(jobs, "compare", two_and_a_failure)
+    command = ["compare", str(llama_directory), "--data", str(text), "--output", str(tmp_path / "out")]
+    assert main([*command, "--methods", "svd", "--bytes", "0.5,0.6,0.7", "--sequence-length", "16"]) == 1
+    assert "2 of 3 runs are in" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "out-unfinished" / "compare.json").read_text())
+    assert [run["quality"] for run in kept["runs"]] == [1.0, 2.0]
+
+
+# Measurements after the work
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_bytes": 0.5},
+        {"target_bytes": 0.5, "method": "wanda"},
+        {"budget": 0.5, "method": "fips-paper", "calibration": {"steps": 2}},
+    ],
+    ids=lambda settings: str(settings.get("method", "fips")),
+)
+def test_measurements_that_fail_cost_nothing_but_themselves(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(Workbench, "errors", fail)
+    for name in ("environment", "peak_memory_bytes"):
+        monkeypatch.setattr(sys.modules["fips.compress"], name, fail)
+    model = tiny_model("llama")
+    report = fips.compress(model, batches_for(model), CompressionConfig(**settings))
+    assert len(factored_layers(model)) == 9
+    assert report.peak_memory_bytes is None
+    assert {group["relative_error_final"] for group in report.groups} == {None}
+    assert {len(group["blocks"]) for group in report.groups} == {3}
+    assert "could not be measured" in caplog.text
+    fips.save(model, tmp_path / "out")
+    assert "not measured" in (tmp_path / "out" / "README.md").read_text()
+    assert fips.load(tmp_path / "out").fips_report.to_dict() == report.to_dict()
+
+
+def test_data_that_describes_itself_in_prose_does_not_matter() -> None:
+    class Described(list[Any]):
+        description = "a fine data set"
+
+    model = tiny_model("llama")
+    report = fips.compress(model, Described(batches_for(model)), quick_settings())
+    assert report.data == {}
+
+
+@pytest.fixture
+def failing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu.available():
+        pytest.skip("needs the compiled kernels")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise BackendError("this library only pretends")
+
+    runtime_module._say_once.cache_clear()
+    monkeypatch.setenv("FIPS_RUNTIME", "packed")
+    for name in ("multiply", "multiply_columns"):
+        monkeypatch.setattr(cpu, name, fail)
+
+
+@pytest.mark.usefixtures("failing_kernel")
+def test_a_kernel_that_fails_is_replaced_by_torch_with_one_warning(caplog: Log) -> None:
+    model = integers()
+    layer = next(iter(factored_layers(model).values()))
+    x = torch.randn(3, layer.in_features)
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x, layer.dense_weight(), layer.bias)
+        for _ in range(3):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert caplog.text.count("only pretends") == 1
+
+
+@pytest.mark.usefixtures("failing_kernel")
+def test_what_torch_refuses_too_is_no_fault_of_the_kernel() -> None:
+    layer = copy.deepcopy(next(iter(factored_layers(integers()).values())))  # a copy knows of no failure yet
+    with torch.no_grad(), pytest.raises(BackendError, match="only pretends"):
+        layer(torch.randn(3, layer.in_features + 1))
+
+
+# Signals
+
+
+def test_a_signal_becomes_one_exception_and_the_next_one_nothing() -> None:
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGINT)  # disturbs nothing
+
+    with pytest.raises(Stopped) as caught, stoppable():
+        work()
+    assert caught.value.exit_code == 143
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_waits_for_what_must_not_be_interrupted() -> None:
+    done = []
+
+    def work() -> None:
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        work()
+    assert done
+
+
+def test_a_signal_while_the_directory_gets_its_name_leaves_it_complete(
+    packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == f".out{SCRATCH}":
+            signal.raise_signal(signal.SIGINT)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fips.save(packed, tmp_path / "out")
+    assert any("is complete" in note for note in caught.value.__notes__)
+    fips.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_a_signal_in_the_middle_of_a_file_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    """Twice: the second arrives while the first is being cleaned up after."""
+    script = f"""
+import sys, time, typer
+from pathlib import Path
+from fips import cli
+from fips.storage import output
+
+def write() -> None:
+    with output.complete_directory(Path({str(tmp_path / "out")!r})) as scratch:
+        with (scratch / "model.safetensors").open("wb") as file:
+            file.write(b"x" * 1000)
+            print("writing", flush=True)
+            time.sleep(60)
+
+remove = output.shutil.rmtree
+def slowly(*arguments, **options):
+    print("cleaning", flush=True)
+    time.sleep(1)
+    remove(*arguments, **options)
+output.shutil.rmtree = slowly
+cli.app = lambda **_: write()
+sys.exit(cli.main([]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    for word in ("writing", "cleaning"):
+        assert process.stdout.readline().strip() == word
+        process.send_signal(number)
+    time.sleep(0.1)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + number, "interrupted: nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_that_is_gone_does_not_cost_the_work(
+    llama_directory: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fips.cli.stderr.print", gone)
+    assert main(compress_command(llama_directory, text, tmp_path / "out")) == 0
+    fips.load(tmp_path / "out")
+
+
+# Memory
+
+
+def text_examples(length: int) -> Callable[[int], dict[str, torch.Tensor]]:
+    return lambda count: {"input_ids": torch.empty(count, length, dtype=torch.int64, device="meta")}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit"])
+def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same counter around a run on the CPU sees what the estimate says."""
+    model = tiny_model(family)
+    config = CompressionConfig(target_bytes=0.5, calibration={"precision": "float32"})
+    plan = plan_compression(model, config)
+    batch = batches_for(model, count=1, batch=8)[0]
+    empty = build_empty(model.config)
+    examples = lambda count: {key: value[:1].to("meta").expand(count, *value.shape[1:]) for key, value in batch.items()}  # noqa: E731
+    need = calibration_memory(empty, plan, config, examples, device=torch.device("cpu"))
+    assert need is not None
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    known = [*model.parameters(), *model.buffers(), *batch.values()]
+    with memory_module._Counted(known) as counted:
+        sites = memory_module._at_work(plan, config)
+        Workbench(model, config, [batch, batch], torch.device("cpu")).moments("all", sites, floor=0.4)
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert need.total(8) == pytest.approx(counted.peak + stored, rel=0.05)
+
+
+def test_memory_grows_with_the_text_and_not_with_its_square() -> None:
+    """Fused attention holds no scores."""
+    model = build_empty(tiny_model("llama").config)
+    config = CompressionConfig(target_bytes=0.5)
+    plan = plan_compression(model, config)
+    needs = [calibration_memory(model, plan, config, text_examples(n), device=torch.device("cpu")) for n in (512, 1024)]
+    assert needs[0] is not None
+    assert needs[1] is not None
+    assert needs[1].per_example == pytest.approx(2 * needs[0].per_example, rel=0.05)
+
+
+def test_the_number_to_use_leaves_room_and_is_one_where_one_can_fit() -> None:
+    need = MemoryNeed(fixed=100, per_example=50)
+    assert need.fits(4, 300)
+    assert not need.fits(5, 300)
+    assert need.largest(900) == 10
+    assert need.largest(160) == 1
+    assert need.largest(140) == 0
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "available_memory", lambda _: 30_000_000)
+    monkeypatch.setattr(fitting, "calibration_memory", lambda *_, **__: MemoryNeed(1_000_000, 4_000_000))
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_batch_size_that_cannot_fit_is_refused_with_the_one_that_does(
+    dry: list[str],
+    llama_directory: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    readers: list[str],
+    capsys: Capture,
+) -> None:
+    command = ["compress", str(llama_directory), "--data", str(text), "--target-bytes", "0.5", "--output"]
+    assert main([*command, str(tmp_path / "out"), "--batch-size", "32", *dry]) == 2
+    err = capsys.readouterr().err
+    assert "`batch_size` 32 does not fit" in err
+    assert "30.0 MB are free; use at most `--batch-size 4`" in err
+    assert err.count("\n") == 1
+    assert readers == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_batch_size_nobody_chose_is_lowered_aloud(
+    llama_directory: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: Log,
+) -> None:
+    command = compress_command(llama_directory, text, tmp_path / "out")[:-2]
+    assert main([*command[:-2], "--num-samples", "20"]) == 0
+    assert "calibrating with batches of 4" in caplog.text
+    assert json.loads((tmp_path / "out" / "fips_report.json").read_text())["data"]["batch_size"] == 4
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
+    planned: bool, monkeypatch: pytest.MonkeyPatch, caplog: Log
+) -> None:
+    monkeypatch.setattr(fitting, "available_memory", lambda _: 1000)
+    model = build_empty(tiny_model("llama").config)
+    config, data = CompressionConfig(target_bytes=0.5), DataConfig(source="x", sequence_length=16)
+    plan, place = plan_compression(model, config), torch.device("cpu")
+    if planned:
+        assert fitting.fitting_data(model, plan, config, data, device=place, chosen=False, only_planned=True) is data
+        assert "needs a machine with more memory" in caplog.text
+    else:
+        with pytest.raises(ConfigError, match="one alone about"):
+            fitting.fitting_data(model, plan, config, data, device=place, chosen=False)
+
+
+def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    monkeypatch.setattr(fitting, "available_memory", lambda _: 64 * 10**9)
+    architecture = fips.recipes.load_recipe("paper-llama-3.2-1b").architecture
+    (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
+    command = ["compress", str(tmp_path), "--target-bytes", "0.35", "--dry-run", "--data", str(tmp_path / "x.txt")]
+    assert main([*command, "--batch-size", "32"]) == 2
+    assert "texts of 2048 tokens need about" in capsys.readouterr().err
+    assert main([*command, "--batch-size", "1"]) == 0
+
+
+def test_a_control_group_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (available_memory(torch.device("cpu")) or 0) > 10**8
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 500\n")
+    monkeypatch.setattr(memory_module, "_control_groups", lambda: [tmp_path])
+    assert available_memory(torch.device("cpu")) == 2500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (available_memory(torch.device("cpu")) or 0) > 10**8
+
+
+# Training integers
+
+
+def step(model: Any) -> None:
+    ids = torch.randint(3, 64, (2, 8))
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_training_integers_says_once_what_stays(loaded: bool, tmp_path: Path, caplog: Log) -> None:
+    model = integers()
+    if loaded:
+        fips.save(model, tmp_path / "out")
+        model = fips.load(tmp_path / "out")
+    with torch.no_grad():
+        model.train()(input_ids=torch.ones(1, 4, dtype=torch.long))  # no training
+    assert caplog.text == ""
+    step(model)
+    step(model)
+    assert caplog.text.count("training leaves the integers and scales of 9 packed layers as they are") == 1
+    assert "--values float" in caplog.text
+    kept = sum(layer.nonzeros for layer in factored_layers(model).values())
+    assert f"{kept:,} of {kept + sum(p.numel() for p in model.parameters()):,} numbers" in caplog.text
+
+
+def test_the_trainer_is_told_too(tmp_path: Path, caplog: Log) -> None:
+    from test_integration_training import train
+
+    train(integers(), tmp_path, steps=2)
+    assert caplog.text.count("training leaves the integers") == 1
+
+
+@pytest.mark.parametrize("case", ["floating values", "frozen", "dense again"])
+def test_nothing_is_said_where_nothing_is_left_alone(case: str, packed: PreTrainedModel, caplog: Log) -> None:
+    model = packed if case == "floating values" else integers()
+    if case == "frozen":
+        model.requires_grad_(False)
+        model.get_input_embeddings().weight.requires_grad_(True)
+    if case == "dense again":
+        fips.merge(model)
+        assert not model._forward_pre_hooks
+    step(model)
+    assert "training leaves" not in caplog.text
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["up_proj", "gate_proj", "down_proj"], "all-linear"])
+def test_lora_is_left_in_peace(targets: Any, caplog: Log) -> None:
+    peft = pytest.importorskip("peft")
+
+    base = integers()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets))
+    step(model)
+    assert any(isinstance(module, FactoredLinear) for module in model.modules())
+    assert "training leaves" not in caplog.text
