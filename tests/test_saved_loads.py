@@ -545,6 +545,8 @@ def test_commands_run_repository_code_only_when_told(
 ) -> None:
     packed = packed_repository(repository, tmp_path / "packed")[1] if "PACKED" in COMMANDS[name] else tmp_path
     tokenizer(packed)
+    if packed != tmp_path:
+        write_manifest(packed)  # as if the tokenizer had been given to `fips.save`
     forget(tmp_path)
     places = {"DENSE": repository, "PACKED": packed, "TEXT": text, "OUT": tmp_path / "out"}
     command = [str(places.get(word, word)) for word in COMMANDS[name]]
