@@ -31,6 +31,7 @@ import fips
 from fips.cli import main
 from fips.integrations.transformers import load_dense, load_processor, resolve_dtype
 from fips.nn import factored_layers
+from fips.storage.files import write_manifest
 
 Capture = pytest.CaptureFixture[str]
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(5))
