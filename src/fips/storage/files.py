@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 
 def write_manifest(directory: Path) -> None:
     """Record size and SHA-256 of every file; written last, its presence says the directory is complete."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != EDITABLE)
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in (EDITABLE, MANIFEST))
     entries = {str(path.relative_to(directory)): _fingerprint(path) for path in files}
     write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, "files": entries})
 
