@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import re
 import subprocess
 import sys
@@ -622,6 +623,7 @@ print(cpu.multiply(x[:1], prepared).shape)  # and goes on
 
 @needs_library
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as Linux has them")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer needs address space itself")
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_no_memory_is_a_memory_error_and_little_is_needed(values: str) -> None:
     """The inputs are 64 MiB, and once were laid out anew as a whole."""

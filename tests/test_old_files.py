@@ -7,15 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import fips
-from fips.nn import factored_layers
+from fips.nn import FactoredLinear, factored_layers
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DIRECTORIES = {"format-1-bitmask": 6, "format-1-nm": 4, "format-1-mixed": 9, "format-1-placeholders": 6,
                "format-1-narrow": 9}  # fmt: skip
 """Directory -> number of factored layers; `<directory>.safetensors` holds an input, the logits and the product of
 every layer's weight with `linspace(-1, 1)`."""
+
+
+def weight_as_then(layer: FactoredLinear) -> Tensor:
+    """Versions that wrote these rounded integers times scales to the type of the scales."""
+    factor = layer.factor()
+    factor = factor.float() if layer.bits is None else factor.to(layer.scales.dtype).float()
+    if layer.basis is None:
+        return factor
+    basis_DR = layer.basis.weight.float()
+    return factor @ basis_DR.T if layer.role == "up" else basis_DR @ factor
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
@@ -25,7 +36,7 @@ def test_old_directories_load(name: str) -> None:
     layers = factored_layers(model)
     assert len(layers) == DIRECTORIES[name]
     for layer_name, layer in layers.items():
-        probe = layer.dense_weight() @ torch.linspace(-1, 1, layer.in_features)
+        probe = weight_as_then(layer) @ torch.linspace(-1, 1, layer.in_features)
         torch.testing.assert_close(probe, expected[f"{layer_name}.probe"], atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         logits = model(expected["input_ids"]).logits.float()
