@@ -62,7 +62,8 @@ class CalibrationData:
         self._seed = seed
         self._digests: list[str] = []
         self._count = len(batches) if isinstance(batches, Sized) else 0
-        self.description: dict[str, Any] = dict(getattr(batches, "description", None) or {})
+        found = getattr(batches, "description", None)  # data of other libraries may describe themselves in prose
+        self.description: dict[str, Any] = dict(found) if isinstance(found, Mapping) else {}
 
     def check(self) -> None:
         """Read all batches, or only the first of data that are known to be sound and the same every time.
