@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from fips.app.commands import evaluate_source
 from fips.config import DataConfig
-from fips.jobs import evaluate_source
 from fips.kernels import cpu
-from fips.report.record import environment
+from fips.record import environment
 
 
 def main() -> None:

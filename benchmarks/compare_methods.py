@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from paper_recipe import SEPARATOR, STORY_WINDOWS, story_job
 
-from fips.compare import Comparison, Run, compare, write_comparison
+from fips.app.compare import Comparison, Run, compare, write_comparison
 from fips.config import DataConfig
 from fips.data import Batches, load_batches
 from fips.demo.corpus import calibration_files, copy_files, held_out_files
 from fips.demo.run import EVALUATION_WINDOWS, MODEL_DIRECTORY, WINDOW
-from fips.integrations.transformers import load_dense, load_processor, model_kind
-from fips.report.record import environment
+from fips.models.transformers import load_dense, load_processor, model_kind
+from fips.record import environment
 
 METHODS = (
     "fips,fips+values=float,no-sharing,no-sharing+values=float,sparsegpt,sparsegpt+values=int8,"

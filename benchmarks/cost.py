@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from fips.report.record import environment
+from fips.formats.packing import code_bits
+from fips.record import environment
 from fips.solve.problems import LayerProblem
 from fips.solve.search import COLUMNS, SAMPLE, Choice, GroupSearch, Pricing, allocate
-from fips.storage.packing import code_bits
 
 RATIO, BLOCKS, ITERATIONS, REFIT, BYTES = 3.5, 4, 40, 30, 0.3
 WIDTHS = (512, 1024, 2048, 4096)

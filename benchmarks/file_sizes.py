@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from compare_methods import settings
 
+from fips.app.commands import compress_to_directory
 from fips.config import CompressionConfig, Recipe
-from fips.jobs import compress_to_directory
-from fips.report.record import environment
+from fips.record import environment
 
 
 def tensor_files(directory: Path) -> int:

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from fips.kernels import gpu
 from fips.kernels.reference import Packed
-from fips.report.record import environment
+from fips.record import environment
 
 ROWS, COLUMNS, WARPS = 128, 4096, 4
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32"}

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fips.compare import Comparison, Run, write_comparison
+from fips.app.compare import Comparison, Run, write_comparison
 
 
 def main() -> None:

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fips.formats.packing import BITMASK, DENSE, ValueKind, parse_nm
 from fips.kernels import cpu
-from fips.nn import FactoredLinear, SharedBasis
-from fips.report.record import environment
-from fips.storage.packing import BITMASK, DENSE, ValueKind, parse_nm
+from fips.layers.linear import FactoredLinear, SharedBasis
+from fips.record import environment
 
 SHAPES = {"deit": (768, 3072, (1, 16, 197)), "llama": (2048, 8192, (1, 16, 512))}
 # name: rank over width (None: no basis), format, kept fraction, values

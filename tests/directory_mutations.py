@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fips.storage.packing import code_bits, packed_length, parse_nm, pattern_bytes, value_bits
+from fips.formats.packing import code_bits, packed_length, parse_nm, pattern_bytes, value_bits
 
 WEIGHTS, INDEX, MANIFEST = "model.safetensors", "model.safetensors.index.json", "fips_manifest.json"
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,

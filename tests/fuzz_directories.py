@@ -52,9 +52,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import fips
-from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
+from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
+from fips.models import locate_mlps
 from fips.storage.layout import describe_layout, replace_linear
-from fips.structure import locate_mlps
 
 STORED = Path(__file__).parent / "fixtures"
 HANG_S = 20.0
@@ -71,7 +71,7 @@ class Recipe:
     """A tiny model packed in some formats, layer after layer; no compression, the values are those of the weights."""
 
     family: str
-    storages: tuple[tuple[str, fips.nn.ValueKind], ...]
+    storages: tuple[tuple[str, fips.layers.linear.ValueKind], ...]
     rank: int | None = None
     shard: str | int = "5GB"
     layers: int = 1

@@ -10,7 +10,7 @@ from conftest import batches_for, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from fips.activations import ActivationSpool, record_blocks
+from fips.calibration.record import ActivationSpool, record_blocks
 from fips.errors import DataError
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from conftest import batches_for, tiny_model
 from torch import Tensor
 
 import fips
-from fips.baselines.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
-from fips.baselines.pruning import magnitude, sparsegpt, wanda
-from fips.baselines.quantization import gptq
-from fips.nn import factored_layers
+from fips.layers.linear import factored_layers
+from fips.methods.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
+from fips.methods.pruning import magnitude, sparsegpt, wanda
+from fips.methods.quantization import gptq
 
 OUT, IN = 24, 60
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_cli import vit_directory  # noqa: F401
 
-from fips.bench import bench, runtime_report
+from fips.app.bench import bench, runtime_report
 from fips.cli import main
 from fips.errors import ModelError
 from fips.storage.checkpoint import load

@@ -14,10 +14,10 @@ from conftest import batches_for, quick_settings, tiny_model
 from safetensors.torch import load_file, save_file
 
 import fips
-from fips.integrations.transformers import load_dense
-from fips.nn import factored_layers
+from fips.files.manifest import MANIFEST, complete_directory
+from fips.layers.linear import factored_layers
+from fips.models.transformers import load_dense
 from fips.storage import checkpoint
-from fips.storage.files import MANIFEST, complete_directory
 
 WEIGHTS = "model.safetensors"
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import fips
-from fips.accounting import state_bytes
-from fips.calibrate import calibrate_
 from fips.compress import ProgressEvent
+from fips.formats.packing import unpack_mask
+from fips.layers.linear import factored_layers
 from fips.methods.workbench import dense_matrix
-from fips.nn import factored_layers
-from fips.storage.packing import unpack_mask
-from fips.structure import group_mlps, locate_mlps
-from fips.trainable import TrainableGroup
+from fips.models import group_mlps, locate_mlps
+from fips.plan.footprint import state_bytes
+from fips.training.factors import TrainableGroup
+from fips.training.reconstruct import calibrate_
 
 
 def settings(**changes: Any) -> fips.CompressionConfig:
@@ -270,9 +270,9 @@ def test_calibrating_a_group_moves_the_basis_jointly() -> None:
     model = tiny_model("vit")
     groups = group_mlps(locate_mlps(model).mlps)
     weights = [dense_matrix(model, site) for site in groups[0].sites]
-    from fips.activations import ActivationSpool, record_blocks
+    from fips.calibration.record import ActivationSpool, record_blocks
     from fips.solve.svd import shared_svd
-    from fips.trainable import swapped
+    from fips.training.factors import swapped
 
     config = settings(schedule="static", sparsity=0.5, calibration={"steps": 1, "precision": "float32"})
     basis, factors = shared_svd(weights, rank=20)

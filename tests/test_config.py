@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from fips.app.commands import plan_source
+from fips.app.tables import format_bytes
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.errors import ConfigError
-from fips.jobs import plan_source
 from fips.recipes import load_recipe, recipe_names
-from fips.report.tables import format_bytes
 
 
 @pytest.mark.parametrize(

@@ -22,20 +22,20 @@ from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 from transformers.utils import ModelOutput
 
 import fips
-from fips.baselines.lowrank import shared_whitened_svd, whitened_svd
-from fips.baselines.pruning import sparsegpt, wanda
-from fips.baselines.quantization import gptq
+from fips.calibration.heads import ScoredHead, draw_direction, read_heads
+from fips.calibration.moments import RunningVariance, collect_moments
 from fips.config import BASELINES, Method
-from fips.errors import BudgetError, DataError, ModelError, NoMatchError
-from fips.finite import count_bad
-from fips.heads import ScoredHead, draw_direction, read_heads
-from fips.least import round_up
-from fips.nn import FactoredLinear, factored_layers
+from fips.errors import BudgetError, ModelError, NoMatchError
+from fips.layers.linear import FactoredLinear, factored_layers
+from fips.methods.lowrank import shared_whitened_svd, whitened_svd
+from fips.methods.pruning import sparsegpt, wanda
+from fips.methods.quantization import gptq
+from fips.models import locate_mlps
+from fips.plan.finite import count_bad
+from fips.plan.least import round_up
 from fips.solve.conjugate import conjugate_gradients
 from fips.solve.problems import LayerProblem
 from fips.solve.search import Choice, GroupSearch, Pricing
-from fips.statistics import RunningVariance, collect_moments
-from fips.structure import locate_mlps
 
 METHODS = get_args(Method)
 

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 
 import fips
+from fips.app.commands import evaluate_source
 from fips.cli import main
 from fips.config import DataConfig
 from fips.demo import MODEL_DIRECTORY
 from fips.demo import run as demo_module
 from fips.demo.corpus import calibration_files, copy_files, held_out_files, held_out_names
-from fips.integrations.transformers import load_dense, load_processor
-from fips.jobs import evaluate_source
+from fips.models.transformers import load_dense, load_processor
 
 
 def test_the_embedded_model_is_small_bf16_and_between_2_and_4_million_parameters() -> None:

@@ -17,7 +17,7 @@ import typer.main
 
 from fips import FactoredLinear
 from fips.cli import app
-from fips.storage.packing import pack, pack_integers
+from fips.formats.packing import pack, pack_integers
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "fips"
@@ -215,7 +215,7 @@ def files_of(module: str) -> list[Path]:
 
 def map_rows() -> list[tuple[list[str], str]]:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = text[text.index("| package or module |") :].split("\n\n")[0].splitlines()[2:]
+    table = text[text.index("| room |") :].split("\n\n")[0].splitlines()[2:]
     rows = [line.strip("| ").split(" | ") for line in table]
     return [(re.findall(r"`([\w.]+)`", row[0]), row[-1]) for row in rows]
 
@@ -241,5 +241,5 @@ def test_the_map_names_every_package() -> None:
     top = {
         path.stem for path in SRC.iterdir() if path.name != "__pycache__" and (path.is_dir() or path.suffix == ".py")
     }
-    small = {"__init__", "recipes", "merge", "lm_eval"}
+    small = {"__init__", "lm_eval"}
     assert top - small == {module.split(".")[0] for module in mapped}

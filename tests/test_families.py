@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 import fips
-from fips.nn import factored_layers
-from fips.structure import locate_mlps
+from fips.layers.linear import factored_layers
+from fips.models import locate_mlps
 
 IMAGES: dict[str, Any] = {**SMALL, "image_size": 32, "patch_size": 8, "num_labels": 10}
 ENCODER_DECODER = {"d_model": 32, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}

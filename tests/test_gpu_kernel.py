@@ -20,11 +20,11 @@ from dataclasses import replace
 from test_kernels import FORMATS, TOLERANCE, assert_close, exact, example, inputs, narrow
 
 from fips.errors import BackendError, ShapeError
+from fips.formats.packing import BLOCKS
 from fips.kernels import gpu, ops
 from fips.kernels.reference import Packed, in_place, to_dense
-from fips.nn import FactoredLinear, SharedBasis
-from fips.storage.packing import BLOCKS
-from fips.structure.locate import Role
+from fips.layers.linear import FactoredLinear, SharedBasis
+from fips.models.locate import Role
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import AutoConfig, BatchEncoding, PreTrainedModel
 
 import fips
+from fips.calibration.inputs import CalibrationData
+from fips.calibration.moments import LayerMoments, collect_moments
+from fips.calibration.tokens import TokenTracker
 from fips.errors import ConfigError, DataError, FipsError, ModelError
-from fips.inputs import CalibrationData
+from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers
 from fips.methods.workbench import MomentCache, Workbench
-from fips.nn import BASES, FactoredLinear, basis_owner, factored_layers
-from fips.statistics import LayerMoments, collect_moments
-from fips.structure import LinearSite, locate_mlps
-from fips.tokens import TokenTracker
+from fips.models import LinearSite, locate_mlps
 
 TEXT = {**SMALL, "vocab_size": 64, "pad_token_id": 0}
 SEQ2SEQ = {
@@ -316,7 +316,8 @@ def assert_padding_changes_nothing(
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "fips.heads._noise", lambda head, _: torch.arange(head.scores.shape[-1]).cos().expand(head.scores.shape)
+            "fips.calibration.heads._noise",
+            lambda head, _: torch.arange(head.scores.shape[-1]).cos().expand(head.scores.shape),
         )
         expected = moments_of(model, examples, sites, floor=1.0)
         found = moments_of(model, [padded], sites, floor=1.0)

@@ -19,8 +19,8 @@ from transformers import ViTImageProcessor
 
 import fips
 from fips.cli import main
-from fips.nn import factored_layers
-from fips.storage.packing import pattern_bytes
+from fips.formats.packing import pattern_bytes
+from fips.layers.linear import factored_layers
 
 IDS = torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(5))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import fips
-from fips.nn import factored_layers
+from fips.layers.linear import factored_layers
 
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(5))
 SOURCES = ["shared", "mixed"]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 from transformers.pytorch_utils import Conv1D
 
 import fips
-from fips.nn import BASES, factored_layers
+from fips.layers.linear import BASES, factored_layers
 
 IDS = torch.randint(3, 64, (16, 12), generator=torch.Generator().manual_seed(5))
 
@@ -116,7 +116,7 @@ class TestLora:
     peft = pytest.importorskip("peft", reason="the extra peft is not installed")
 
     def adapted(self, model: PreTrainedModel, targets: list[str], **options: Any) -> Any:
-        import fips.integrations.peft  # noqa: F401
+        import fips.layers.lora  # noqa: F401
 
         torch.manual_seed(0)
         config = self.peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, **options)
@@ -195,7 +195,7 @@ class TestLora:
         assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr[-2000:]
 
     def test_transformers_own_adapter_calls_work(self, tmp_path: Path) -> None:
-        import fips.integrations.peft
+        import fips.layers.lora
 
         try:
             transformers.utils.peft_utils.check_peft_version(transformers.integrations.peft.MIN_PEFT_VERSION)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
 import fips
-from fips.integrations.quantizer import FipsHfQuantizer
-from fips.nn import factored_layers
+from fips.files.manifest import MANIFEST
+from fips.layers.linear import factored_layers
 from fips.storage import checkpoint
-from fips.storage.files import MANIFEST
+from fips.storage.quantizer import FipsHfQuantizer
 
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(5))
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError, ConfigError, ShapeError
+from fips.formats.packing import BLOCKS, pack, pack_integers, quantize_rows, row_scales, unpack_integers
 from fips.kernels import cpu, ops, reference
 from fips.kernels.reference import Packed
 from fips.solve.patterns import nm_mask
-from fips.storage.packing import BLOCKS, pack, pack_integers, quantize_rows, row_scales, unpack_integers
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fips
-from fips.accounting import LayerStorage, factored_footprint
 from fips.errors import CheckpointError, ConfigError
-from fips.nn import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
+from fips.formats.packing import BLOCKS
+from fips.layers.linear import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
+from fips.models import LinearSite, group_mlps, locate_mlps
+from fips.models.locate import Role
+from fips.plan.footprint import LayerStorage, factored_footprint
 from fips.solve.patterns import nm_mask
 from fips.storage.layout import Layout, describe_layout
-from fips.storage.packing import BLOCKS
-from fips.structure import LinearSite, group_mlps, locate_mlps
-from fips.structure.locate import Role
 
 WIDTH, COLUMNS, RANK = 12, 40, 16
 FORMATS = ["dense", "bitmask", "2:8", "block4", "block8"]

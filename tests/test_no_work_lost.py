@@ -22,23 +22,24 @@ from test_cli import TEXT, llama_directory, text  # noqa: F401 - fixtures
 from transformers import PreTrainedModel
 
 import fips
-from fips import fitting, jobs
 from fips import memory as memory_module
+from fips.app import commands as jobs
+from fips.app import fitting
+from fips.app.compare import Run
 from fips.cli import main
-from fips.compare import Run
 from fips.config import CompressionConfig, DataConfig
 from fips.errors import BackendError, ConfigError, OutputError, ShapeError
-from fips.integrations.transformers import build_empty
+from fips.files.manifest import MANIFEST, complete_directory, require_free
+from fips.files.output import SCRATCH, Output
 from fips.kernels import cpu
 from fips.kernels import runtime as runtime_module
+from fips.layers.linear import FactoredLinear, factored_layers
 from fips.memory import MemoryNeed, available_memory, calibration_memory
 from fips.methods.workbench import Workbench
-from fips.nn import FactoredLinear, factored_layers
-from fips.plan import plan_compression
+from fips.models.transformers import build_empty
+from fips.plan.plan import plan_compression
 from fips.signals import Stopped, stoppable, uninterrupted
 from fips.storage import checkpoint
-from fips.storage.files import MANIFEST, complete_directory, require_free
-from fips.storage.output import SCRATCH, Output
 
 Capture = pytest.CaptureFixture[str]
 Log = pytest.LogCaptureFixture
@@ -147,7 +148,7 @@ def test_a_limit_of_file_sizes_is_found_before_the_work(tmp_path: Path) -> None:
     script = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-from fips.storage.output import Output
+from fips.files.output import Output
 from pathlib import Path
 Output(Path({str(tmp_path / "out")!r}), needed=15000).discard()
 try:
@@ -238,7 +239,7 @@ def test_what_a_killed_run_left_is_named_and_removed(exists: bool, tmp_path: Pat
     script = f"""
 import os, signal
 from pathlib import Path
-from fips.storage.output import Output
+from fips.files.output import Output
 output = Output(Path({str(place)!r}))
 (output.scratch / "half.safetensors").write_text("x" * 1000)
 (output.scratch / "folder").mkdir()
@@ -555,7 +556,7 @@ def test_a_signal_in_the_middle_of_a_file_leaves_nothing(number: signal.Signals,
 import sys, time, typer
 from pathlib import Path
 from fips import cli
-from fips.storage import output
+from fips.files import output
 
 def write() -> None:
     with output.complete_directory(Path({str(tmp_path / "out")!r})) as scratch:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fips
-from fips.nn import FactoredLinear, factored_layers
+from fips.layers.linear import FactoredLinear, factored_layers
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DIRECTORIES = {"format-1-bitmask": 6, "format-1-nm": 4, "format-1-mixed": 9, "format-1-placeholders": 6,

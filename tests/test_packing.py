@@ -8,8 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from fips.solve.patterns import nm_mask
-from fips.storage.packing import (
+from fips.formats.packing import (
     BLOCKS,
     BlockAxis,
     code_bits,
@@ -25,6 +24,7 @@ from fips.storage.packing import (
     unpack_integers,
     unpack_mask,
 )
+from fips.solve.patterns import nm_mask
 
 FORMATS = ["dense", "bitmask", "2:4", "1:4", "4:16", "8:16", "2:16", "3:7", "16:32"]
 

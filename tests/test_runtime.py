@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import fips
 from fips.errors import BackendError, ConfigError, ShapeError
+from fips.formats.packing import ValueKind, pack
 from fips.kernels import cpu, reference, runtime, timings
 from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
-from fips.nn import FactoredLinear, SharedBasis, factored_layers
-from fips.storage.packing import ValueKind, pack
+from fips.layers.linear import FactoredLinear, SharedBasis, factored_layers
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
 

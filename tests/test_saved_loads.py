@@ -29,9 +29,9 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 import fips
 from fips.cli import main
-from fips.integrations.transformers import load_dense, load_processor, resolve_dtype
-from fips.nn import factored_layers
-from fips.storage.files import write_manifest
+from fips.files.manifest import write_manifest
+from fips.layers.linear import factored_layers
+from fips.models.transformers import load_dense, load_processor, resolve_dtype
 
 Capture = pytest.CaptureFixture[str]
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(5))

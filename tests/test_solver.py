@@ -14,9 +14,11 @@ from torch import Tensor
 
 import fips
 import fips.methods.solver
+from fips.calibration.moments import collect_moments
 from fips.errors import BudgetError
+from fips.layers.linear import factored_layers
 from fips.methods.workbench import dense_matrix
-from fips.nn import factored_layers
+from fips.models import group_mlps, locate_mlps
 from fips.solve.alternate import alternate, prune
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import refit, sparse_factors
@@ -27,9 +29,7 @@ from fips.solve.rounding import round_factor, round_rows, row_steps
 from fips.solve.search import Choice, GroupSearch, Point, Pricing, allocate, expected_error, expected_total
 from fips.solve.supports import ByteBudget
 from fips.solve.svd import shared_svd
-from fips.statistics import collect_moments
-from fips.structure import group_mlps, locate_mlps
-from fips.trainable import TrainableGroup
+from fips.training.factors import TrainableGroup
 
 D, F = 24, 60
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fips.errors import ConfigError, NoMatchError
-from fips.structure import group_mlps, locate_mlps
+from fips.models import group_mlps, locate_mlps
 
 EXPECTED = {
     "llama": (3, "gated", "model.layers.0.mlp", "model.layers.0", (32, 80)),

@@ -19,10 +19,10 @@ from fuzz_directories import RECIPES, packed_model
 from torch import nn
 
 import fips
-from fips.integrations import building
-from fips.integrations.transformers import build_empty, config_from_fields
-from fips.nn import factored_layers
-from fips.storage.files import MANIFEST
+from fips.files.manifest import MANIFEST
+from fips.layers.linear import factored_layers
+from fips.models import building
+from fips.models.transformers import build_empty, config_from_fields
 from fips.storage.layout import Layout, check_layers, install_layout
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -339,7 +339,7 @@ def test_values_that_are_no_numbers_are_refused(copy: Path, loader: str, ending:
 def test_bits_behind_the_end_of_a_pattern_are_refused() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(3, 3, generator=generator) < 0.5  # 9 bits of 16
-    model = nn.Sequential(fips.nn.FactoredLinear.from_factor(None, torch.ones(3, 3), mask, role="down", fmt="bitmask"))
+    model = nn.Sequential(fips.FactoredLinear.from_factor(None, torch.ones(3, 3), mask, role="down", fmt="bitmask"))
     check_layers(model)
     model[0].pattern[-1] |= 0b10
     with pytest.raises(fips.errors.CheckpointError, match="layer `0`: its pattern has bits behind its end"):

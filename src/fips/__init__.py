@@ -5,16 +5,15 @@ fips.save(model, "smaller")
 model = fips.load("smaller")
 """
 
-__version__ = "0.1.0"
-
 from fips.compress import compress
 from fips.config import CalibrationConfig, CompressionConfig, DataConfig, Recipe
 from fips.errors import FipsError
-from fips.merge import merge
-from fips.nn import FactoredLinear, SharedBasis
-from fips.plan import plan_compression
-from fips.report.record import CompressionReport
+from fips.layers.linear import FactoredLinear, SharedBasis
+from fips.layers.merge import merge
+from fips.plan.plan import plan_compression
+from fips.record import CompressionReport
 from fips.storage.checkpoint import load, save
+from fips.version import __version__
 
 __all__ = [
     "CalibrationConfig",

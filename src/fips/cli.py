@@ -78,7 +78,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """List every MLP found, its layers, group, rank, parameters and bytes; changes nothing and reads no weights."""
-    from fips.jobs import plan_source
+    from fips.app.commands import plan_source
 
     setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_size=0.5)
     _, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
@@ -131,7 +131,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress the MLPs of a model and write a directory that `fips.load` reads."""
-    from fips.jobs import compress_to_directory, plan_batches, plan_source
+    from fips.app.commands import compress_to_directory, plan_batches, plan_source
 
     options = locals()
     setting = _recipe(
@@ -178,8 +178,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Top-1 and top-5 of an image classifier, perplexity and bits per byte of a language model, or lm-eval tasks."""
+    from fips.app.commands import evaluate_source, evaluate_tasks
     from fips.config import DataConfig
-    from fips.jobs import evaluate_source, evaluate_tasks
 
     fields = _data_fields(locals())
     if (tasks is None) == ("source" not in fields):
@@ -211,8 +211,8 @@ def export(
     """Write a compressed model for tools that do not know fips; ONNX files are checked on the first batch of --data."""
     from dataclasses import asdict
 
+    from fips.app.commands import export_directory
     from fips.config import DataConfig
-    from fips.jobs import export_directory
 
     example = DataConfig(source=data, num_samples=2) if data is not None else None
     done = export_directory(model, output, fmt=format_, data=example, trust_remote_code=trust_remote_code)
@@ -250,9 +250,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal stored bytes: quality, block error, size and time of each."""
+    from fips.app.commands import compare_source
+    from fips.app.tables import comparison_table
     from fips.config import DataConfig
-    from fips.jobs import compare_source
-    from fips.report.tables import comparison_table
 
     fields = _data_fields({**locals(), "seed": None})
     scored = {**fields, "source": eval_data or data, "split": eval_split, "num_samples": eval_samples}
@@ -278,8 +278,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time a compressed model beside the dense one, and print memory and file sizes."""
-    from fips.bench import BATCHES, PROMPTS
-    from fips.bench import bench as run_bench
+    from fips.app.bench import BATCHES, PROMPTS
+    from fips.app.bench import bench as run_bench
 
     result = run_bench(
         directory, against=against, policy=policy, batches=batch or BATCHES, prompts=prompt or PROMPTS,
@@ -424,7 +424,7 @@ def _print_json(value: Any) -> None:
 
 
 def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False) -> None:
-    from fips.report.tables import mlp_table, plan_table, size_table, skipped_lines
+    from fips.app.tables import mlp_table, plan_table, size_table, skipped_lines
 
     if as_json:
         _print_json(plan.to_dict())
@@ -438,7 +438,7 @@ def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False) -> None:
 
 
 def _print_compression(done: Any, output: Path, *, as_json: bool) -> None:
-    from fips.report.tables import format_bytes, left_dense_lines, result_table
+    from fips.app.tables import format_bytes, left_dense_lines, result_table
 
     if as_json:
         record = {"output": str(output), "tensor_bytes": done.tensor_bytes, "directory_bytes": done.file_bytes}
@@ -480,7 +480,7 @@ def _print_tasks(metrics: dict[str, dict[str, float]]) -> None:
 def _print_bench(result: dict[str, Any]) -> None:
     from rich.table import Column, Table
 
-    from fips.report.tables import format_bytes
+    from fips.app.tables import format_bytes
 
     table = Table(Column("median ± half spread, ms", no_wrap=True), "dense", "compressed", "speedup", "per second")
     for name, case in result["cases"].items():

@@ -10,23 +10,23 @@ from typing import Any
 
 from torch import nn
 
-from fips.calibrate import autocast_for, resolve_precision
+from fips.calibration.inputs import CalibrationData
+from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
 from fips.config import CompressionConfig
 from fips.errors import ConfigError
-from fips.finite import require_finite_layers, require_finite_weights, require_storable
-from fips.inputs import CalibrationData
-from fips.integrations.quantizer import attach
-from fips.integrations.reload import check_reloadable
+from fips.layers.linear import BASES, basis_owner
 from fips.methods.baseline import compress_by_baseline
 from fips.methods.paper import compress_by_paper
 from fips.methods.solver import compress_by_solver
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
-from fips.nn import BASES, basis_owner
-from fips.plan import leave_dense, plan_compression
-from fips.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
-from fips.report.record import CompressionReport, GroupResult, environment, peak_memory_bytes
+from fips.models.wrappers import check_layers, check_model, unwrap
+from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
+from fips.plan.plan import leave_dense, plan_compression
+from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_linear
-from fips.wrappers import check_layers, check_model, unwrap
+from fips.storage.quantizer import attach
+from fips.storage.reload import check_reloadable
+from fips.training.reconstruct import autocast_for, resolve_precision
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from fips.errors import FipsError
-from fips.integrations.extras import require
+from fips.optional import require
 
 __all__ = ["main"]
 

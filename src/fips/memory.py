@@ -23,13 +23,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fips.calibrate import resolve_precision
+from fips.calibration.inputs import CalibrationData
+from fips.calibration.moments import moment_bytes
 from fips.config import CompressionConfig
-from fips.inputs import CalibrationData
 from fips.methods.workbench import Workbench
-from fips.plan import CompressionPlan
-from fips.statistics import moment_bytes
-from fips.structure import LinearSite
+from fips.models import LinearSite
+from fips.plan.plan import CompressionPlan
+from fips.training.reconstruct import resolve_precision
 
 __all__ = ["MemoryNeed", "available_memory", "calibration_memory"]
 

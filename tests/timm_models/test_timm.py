@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fips
 from fips.cli import main
-from fips.integrations.timm import TimmProcessor, build_timm
-from fips.nn import factored_layers
+from fips.layers.linear import factored_layers
+from fips.models.timm import TimmProcessor, build_timm
 
 timm = pytest.importorskip("timm", reason="timm is tested in an environment of its own, see .ci/run")
 

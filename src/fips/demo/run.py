@@ -10,14 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fips.app.commands import compress_to_directory, evaluate_source, plan_source
+from fips.app.tables import format_bytes, mlp_table, plan_table, result_table
 from fips.compress import Progress
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.demo.corpus import calibration_files, copy_files, held_out_files
 from fips.evaluate import EvaluationResult
-from fips.jobs import compress_to_directory, evaluate_source, plan_source
+from fips.files.manifest import require_free
 from fips.recipes import load_recipe
-from fips.report.tables import format_bytes, mlp_table, plan_table, result_table
-from fips.storage.files import require_free
 
 __all__ = ["MODEL_DIRECTORY", "demo_recipe", "run_demo"]
 

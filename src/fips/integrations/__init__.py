@@ -1,1 +1,1 @@
-"""Where fips meets other libraries."""
+"""One optional library each, imported only when used."""

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fips.errors import ConfigError, DataError
-from fips.integrations.extras import require
+from fips.optional import require
 
 __all__ = ["run_tasks"]
 

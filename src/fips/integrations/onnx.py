@@ -20,10 +20,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from fips.errors import ModelError
-from fips.integrations.extras import require
+from fips.formats.packing import BITMASK, pack
 from fips.kernels.reference import in_place
-from fips.nn import FactoredLinear, factored_layers, replace_everywhere
-from fips.storage.packing import BITMASK, pack
+from fips.layers.linear import FactoredLinear, factored_layers, replace_everywhere
+from fips.optional import require
 
 __all__ = ["OnnxFile", "export_onnx"]
 

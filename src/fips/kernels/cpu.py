@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError, ConfigError
+from fips.formats.packing import BITMASK, BLOCKS, DENSE, parse_nm
 from fips.kernels.reference import Packed, check_inputs, check_packed
-from fips.storage.packing import BITMASK, BLOCKS, DENSE, parse_nm
 
 __all__ = [
     "PATHS",

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError
+from fips.formats.packing import BITMASK, BLOCKS, DENSE, code_bits, parse_nm
 from fips.kernels.reference import Packed, check_inputs, check_packed
-from fips.storage.packing import BITMASK, BLOCKS, DENSE, code_bits, parse_nm
 
 try:
     import triton

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fips.errors import BackendError, ShapeError
-from fips.storage.packing import (
+from fips.formats.packing import (
     BLOCKS,
     DENSE,
     BlockAxis,
@@ -30,7 +30,7 @@ __all__ = ["Packed", "check_inputs", "check_packed", "in_place", "multiply", "mu
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A packed matrix S of shape (N, K) in one of the formats of ``fips.storage.packing``."""
+    """A packed matrix S of shape (N, K) in one of the formats of ``fips.formats.packing``."""
 
     values_Z: Tensor
     pattern: Tensor
@@ -41,7 +41,7 @@ class Packed:
     fmt: str
     block_axis: BlockAxis = 1
     bits: int = 8
-    """Of integer values, see ``fips.storage.packing``."""
+    """Of integer values, see ``fips.formats.packing``."""
     count: int = 0
     """Kept entries, where the number of stored values does not say it: of integers of less than 8 bits."""
 

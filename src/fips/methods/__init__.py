@@ -1,1 +1,1 @@
-"""How a group of MLPs is compressed: the paper's recipe, and the solver in the metric of the output."""
+"""How a group of layers is compressed: the solver in the metric of the output, the paper's recipe, other papers."""

@@ -9,17 +9,17 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fips.accounting import Footprint, LayerStorage, itemsize
-from fips.baselines.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
-from fips.baselines.pruning import magnitude, sparsegpt, wanda
-from fips.baselines.quantization import gptq
+from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.errors import BudgetError
+from fips.formats.packing import BITMASK, DENSE, value_kind
+from fips.layers.linear import FactoredLinear, SharedBasis
+from fips.methods.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
+from fips.methods.pruning import magnitude, sparsegpt, wanda
+from fips.methods.quantization import gptq
 from fips.methods.workbench import CompressedGroup, Workbench, dense_matrix
-from fips.nn import FactoredLinear, SharedBasis
-from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
-from fips.statistics import LayerMoments, moment_bytes
-from fips.storage.packing import BITMASK, DENSE, value_kind
-from fips.structure import LinearSite
+from fips.models import LinearSite
+from fips.plan.footprint import Footprint, LayerStorage, itemsize
+from fips.plan.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
 
 __all__ = ["compress_by_baseline"]
 

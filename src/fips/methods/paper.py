@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 
-from fips.accounting import LayerStorage
-from fips.activations import ActivationSpool
-from fips.calibrate import BlockError, Records, calibrate_
+from fips.calibration.record import ActivationSpool
 from fips.methods.workbench import CompressedGroup, Workbench, measured, pack_group
-from fips.plan import CompressionPlan, GroupPlan
+from fips.plan.footprint import LayerStorage
+from fips.plan.plan import CompressionPlan, GroupPlan
 from fips.solve.svd import grow_rank, shared_svd
-from fips.trainable import TrainableGroup, swapped
+from fips.training.factors import TrainableGroup, swapped
+from fips.training.reconstruct import BlockError, Records, calibrate_
 
 __all__ = ["compress_by_paper"]
 

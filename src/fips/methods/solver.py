@@ -11,22 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fips.accounting import LayerStorage, itemsize
-from fips.calibrate import BlockError, calibrate_
+from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.config import AUTO_BITS, CompressionConfig
-from fips.distill import distill_
+from fips.formats.packing import BITMASK, DENSE, block_size, code_bits, value_bits, value_kind
+from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, measured, pack_group
-from fips.nn import FactoredLinear, SharedBasis
-from fips.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
+from fips.models import LinearSite
+from fips.plan.footprint import LayerStorage, itemsize
+from fips.plan.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
 from fips.solve.alternate import Factorization
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
 from fips.solve.search import SIZES, WORTH_SHARING, Choice, GroupSearch, Point, Pricing, allocate, expected_total
 from fips.solve.supports import Reduction
-from fips.statistics import LayerMoments, moment_bytes
-from fips.storage.packing import BITMASK, DENSE, block_size, code_bits, value_bits, value_kind
-from fips.structure import LinearSite
-from fips.trainable import TrainableGroup, swapped
+from fips.training.distill import distill_
+from fips.training.factors import TrainableGroup, swapped
+from fips.training.reconstruct import BlockError, calibrate_
 
 __all__ = ["compress_by_solver", "site_problem"]
 

@@ -11,21 +11,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fips.accounting import LayerStorage
-from fips.activations import ActivationSpool, record_blocks
-from fips.calibrate import BlockError, Records, block_errors
+from fips.calibration.heads import first_tensor
+from fips.calibration.inputs import CalibrationData, place
+from fips.calibration.moments import LayerMoments, collect_moments
+from fips.calibration.preserve import RandomState
+from fips.calibration.record import ActivationSpool, record_blocks
+from fips.calibration.survey import NO_GRADIENT, survey_layers
 from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
-from fips.heads import first_tensor
-from fips.inputs import CalibrationData, place
-from fips.nn import FactoredLinear, SharedBasis
-from fips.plan import GroupPlan
-from fips.preserve import RandomState
-from fips.statistics import LayerMoments, collect_moments
-from fips.storage.packing import DENSE
-from fips.structure import LayerGroup, LinearSite
-from fips.survey import NO_GRADIENT, survey_layers
-from fips.trainable import TrainableGroup, swapped
+from fips.formats.packing import DENSE
+from fips.layers.linear import FactoredLinear, SharedBasis
+from fips.models import LayerGroup, LinearSite
+from fips.plan.footprint import LayerStorage
+from fips.plan.plan import GroupPlan
+from fips.training.factors import TrainableGroup, swapped
+from fips.training.reconstruct import BlockError, Records, block_errors
 
 __all__ = [
     "MAX_ERROR_BATCHES",

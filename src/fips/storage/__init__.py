@@ -1,1 +1,1 @@
-"""What is written to disk: packed factors (``packing``) and complete directories (``checkpoint``)."""
+"""Compressed directories: the layout in `config.json`, loading and saving, what transformers needs beside weights."""

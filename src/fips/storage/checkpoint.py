@@ -18,21 +18,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fips.accounting import named_state, state_bytes
 from fips.errors import CheckpointError, ModelError
-from fips.finite import require_finite_state
-from fips.integrations.building import build_within, check_fields, naming
-from fips.integrations.companions import CARD, architecture_of, saved_fields, write_card, write_remote_code
-from fips.integrations.quantizer import attach, read_report
-from fips.integrations.reload import check_reloadable
-from fips.integrations.timm import build_timm, is_timm_config, is_timm_model, restore_buffers, write_timm_config
-from fips.integrations.transformers import build_packed
-from fips.nn import factored_layers
-from fips.report.record import REPORT_FILE
-from fips.storage.files import MANIFEST, read_json, verify_manifest, write_json, write_manifest
+from fips.files.manifest import MANIFEST, read_json, verify_manifest, write_json, write_manifest
+from fips.files.output import Output
+from fips.files.untrusted import file_inside
+from fips.layers.linear import factored_layers
+from fips.models.building import build_within, check_fields, naming
+from fips.models.timm import build_timm, is_timm_config, is_timm_model, restore_buffers, write_timm_config
+from fips.models.transformers import build_packed
+from fips.models.wrappers import unwrap
+from fips.plan.finite import require_finite_state
+from fips.plan.footprint import named_state, state_bytes
+from fips.record import REPORT_FILE
+from fips.storage.companions import CARD, architecture_of, saved_fields, write_card, write_remote_code
 from fips.storage.layout import QUANT_METHOD, Layout, check_layers, describe_layout, install_layout
-from fips.storage.output import Output
-from fips.storage.untrusted import file_inside
+from fips.storage.quantizer import attach, read_report
+from fips.storage.reload import check_reloadable
 from fips.storage.weights import (
     FLOATS,
     WEIGHTS,
@@ -44,7 +45,6 @@ from fips.storage.weights import (
     require,
     weight_files,
 )
-from fips.wrappers import unwrap
 
 __all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "save", "write_model"]
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import CheckpointError
-from fips.nn import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
-from fips.storage.packing import (
+from fips.formats.packing import (
     DENSE,
     ValueKind,
     block_size,
@@ -21,6 +20,7 @@ from fips.storage.packing import (
     value_bits,
     values_kept,
 )
+from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
 
 __all__ = ["QUANT_METHOD", "Layout", "check_layers", "describe_layout", "install_layout", "replace_linear"]
 

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fips.errors import CheckpointError
-from fips.nn import BASES, FactoredLinear, SharedBasis
-from fips.storage.files import read_json
+from fips.files.manifest import read_json
+from fips.files.untrusted import MAX_JSON_BYTES, file_inside, parse_object
+from fips.formats.packing import DENSE, packed_length, pattern_bytes, value_bits
+from fips.layers.linear import BASES, FactoredLinear, SharedBasis
 from fips.storage.layout import LayerLayout, Layout
-from fips.storage.packing import DENSE, packed_length, pattern_bytes, value_bits
-from fips.storage.untrusted import MAX_JSON_BYTES, file_inside, parse_object
 
 __all__ = [
     "FLOATS",

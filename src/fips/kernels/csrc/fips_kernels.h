@@ -27,7 +27,7 @@ enum fips_status {
 
 enum fips_type { FIPS_F32 = 0, FIPS_BF16 = 1, FIPS_F16 = 2, FIPS_I8 = 3 };
 
-// Where the kept entries are; see fips/storage/packing.py for the bytes.
+// Where the kept entries are; see fips/formats/packing.py for the bytes.
 enum fips_format {
   FIPS_DENSE = 0,      // everywhere
   FIPS_BITMASK = 1,    // one bit per entry, row-major, least significant first

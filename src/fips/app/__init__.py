@@ -1,0 +1,1 @@
+"""What each subcommand does: models and data by name, tables, plots, comparisons, timings. Prints for people."""

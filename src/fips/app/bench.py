@@ -1,0 +1,211 @@
+"""How fast and how large a compressed model is, beside the dense one: alternating runs, medians and spread.
+
+A language model is timed on prompts of several lengths (one forward pass, batch 1) and on the step that adds one token
+to a cache, for several batch sizes; an image classifier on batches of images. Memory is that of a fresh process
+that loads the model and runs it once.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fips.errors import ModelError
+from fips.kernels import cpu
+from fips.kernels.runtime import POLICIES
+from fips.layers.linear import factored_layers
+from fips.layers.merge import merge
+from fips.models.transformers import context_length, load_dense, model_kind
+from fips.record import environment, peak_memory_bytes
+from fips.storage.checkpoint import is_compressed, load
+
+__all__ = ["BATCHES", "PROMPTS", "bench", "load_any", "runtime_report", "set_policy"]
+
+BATCHES = (1, 8, 64)
+PROMPTS = (1, 128, 1024)
+CACHED = 32
+"""Tokens already in the cache when one more is timed."""
+Case = tuple[str, Callable[[PreTrainedModel], Any], int]
+
+
+def bench(
+    directory: str,
+    *,
+    against: str | None = None,
+    policy: str = "auto",
+    batches: Iterable[int] = BATCHES,
+    prompts: Iterable[int] = PROMPTS,
+    repeats: int = 9,
+    memory: bool = True,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Time a compressed directory against a model, or against itself merged to dense layers.
+
+    Every case runs both models in turn, ``repeats`` times or for about 10 s; the result holds the median, the quartiles
+    and every run. ``policy`` is that of ``fips.kernels.runtime``. Raises ``ModelError`` for a directory that is not
+    compressed.
+    """
+    if not is_compressed(directory):
+        raise ModelError(f"`{directory}` is not a compressed directory; give one written by `fips compress`")
+    compressed = load(directory, trust_remote_code=trust_remote_code)
+    set_policy(compressed, policy)
+    dense = load_any(against, trust_remote_code) if against else merge(copy.deepcopy(compressed))
+    models = {"dense": dense, "compressed": compressed}
+    cases = _cases(compressed, tuple(batches), tuple(prompts), torch.Generator().manual_seed(seed))
+    results = {name: _compare(run, models, items, repeats) for name, run, items in cases}
+    return {
+        "directory": str(directory),
+        "against": against or "the compressed model merged to dense layers",
+        "environment": {**environment(torch.device("cpu")), "kernels": list(cpu.isa_names())},
+        "policy": policy,
+        "seed": seed,
+        "cases": results,
+        "runtime": runtime_report(compressed),
+        "file_bytes": {"dense": _file_bytes(against), "compressed": _file_bytes(directory)},
+        "peak_memory_bytes": {
+            "dense": _peak_of(against, policy, trust_remote_code) if memory and against else None,
+            "compressed": _peak_of(directory, policy, trust_remote_code) if memory else None,
+        },
+    }
+
+
+def set_policy(model: PreTrainedModel, policy: str) -> None:
+    """Say how all packed layers of a model compute: one of ``fips.kernels.runtime.POLICIES``."""
+    for layer in factored_layers(model).values():
+        layer.runtime.policy = policy
+
+
+def runtime_report(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of the packed layers as stored, of what their kernels add, and of the dense matrices they replace."""
+    layers = factored_layers(model).values()
+    bases = {id(layer.basis): layer.basis.weight for layer in layers if layer.basis is not None}
+    stored = sum(layer.packed().nbytes() for layer in layers)
+    itemsize = next((layer.values.element_size() for layer in layers if layer.kind == "float"), 2)
+    return {
+        "stored_bytes": stored + sum(weight.numel() * weight.element_size() for weight in bases.values()),
+        "extra_bytes": sum(layer.runtime.extra_bytes for layer in layers),
+        "dense_bytes": sum(layer.in_features * layer.out_features * itemsize for layer in layers),
+    }
+
+
+def load_any(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A compressed directory, or a dense model in its own type."""
+    read = load if is_compressed(source) else load_dense
+    model: PreTrainedModel = read(source, trust_remote_code=trust_remote_code)
+    return model
+
+
+def _cases(
+    model: PreTrainedModel, batches: tuple[int, ...], prompts: tuple[int, ...], generator: torch.Generator
+) -> list[Case]:
+    """``(name, run, items)``: items are the images or tokens that one run handles."""
+    if model_kind(model) == "image":
+        size, channels = model.config.image_size, model.config.num_channels
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        images = torch.randn(max(batches), channels, *size, generator=generator).to(model.dtype)
+        return [(f"images, batch {n}", _forward("pixel_values", images[:n]), n) for n in batches]
+    limit = context_length(model.config) or max(prompts)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocabulary, (max(batches), max(*prompts, CACHED)), generator=generator)
+    cases: list[Case] = [(f"prompt of {n}", _forward("input_ids", tokens[:1, :n]), n) for n in prompts if n <= limit]
+    cached = min(CACHED, limit - 1)
+    return cases + [(f"next token, batch {n}", _NextToken(tokens[:n, :cached]), n) for n in batches]
+
+
+def _forward(name: str, inputs: Tensor) -> Callable[[PreTrainedModel], Any]:
+    return lambda model: model(**{name: inputs})
+
+
+class _NextToken:
+    """One step of generation after a short prompt; the cache is cut back to the prompt after every step."""
+
+    def __init__(self, prompt: Tensor) -> None:
+        self.prompt = prompt
+        self._caches: dict[int, Any] = {}
+
+    def __call__(self, model: PreTrainedModel) -> Any:
+        # transformers 5.24 calls "cache" what was "past_key_values"
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        if id(model) not in self._caches:
+            self._caches[id(model)] = model(input_ids=self.prompt, use_cache=True)[name]
+        cache = self._caches[id(model)]
+        output = model(input_ids=self.prompt[:, -1:], use_cache=True, **{name: cache})
+        cache.crop(-1)
+        return output
+
+
+@torch.inference_mode()
+def _compare(
+    run: Callable[[PreTrainedModel], Any], models: dict[str, PreTrainedModel], items: int, repeats: int
+) -> dict[str, Any]:
+    for model in models.values():
+        run(model)
+        run(model)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    begin = time.perf_counter()
+    for index in range(repeats):
+        for name, model in models.items():
+            start = time.perf_counter()
+            run(model)
+            seconds[name].append(time.perf_counter() - start)
+        if index >= 2 and time.perf_counter() - begin > 10:
+            break
+    result: dict[str, Any] = {name: _summary(runs, items) for name, runs in seconds.items()}
+    result["speedup"] = result["dense"]["median_s"] / result["compressed"]["median_s"]
+    return result
+
+
+def _summary(runs: list[float], items: int) -> dict[str, Any]:
+    quartiles = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else [runs[0]] * 3
+    return {
+        "median_s": quartiles[1],
+        "quartiles_s": [quartiles[0], quartiles[2]],
+        "per_second": items / quartiles[1],
+        "runs_s": runs,
+    }
+
+
+def _file_bytes(source: str | None) -> int | None:
+    if source is None or not Path(source).is_dir():
+        return None
+    return sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+
+
+def _peak_of(source: str, policy: str, trust_remote_code: bool) -> int:
+    """Peak resident bytes of a process that loads a model and runs it once."""
+    script = "import sys; from fips.app.bench import _report_peak; _report_peak(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, source, policy, *(["trust"] if trust_remote_code else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+
+
+@torch.inference_mode()
+def _report_peak(source: str, policy: str, trust: str = "") -> None:
+    assert policy in POLICIES
+    model = load_any(source, bool(trust))
+    set_policy(model, policy)
+    _cases(model, (1,), (1, 64), torch.Generator().manual_seed(0))[0][1](model)
+    sys.stdout.write(json.dumps({"peak": _own_peak()}) + "\n")
+
+
+def _own_peak() -> int:
+    """Peak resident bytes of this program alone: what ``getrusage`` says includes the process that started it."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return peak_memory_bytes(torch.device("cpu"))

@@ -1,0 +1,415 @@
+"""What each subcommand does, without its printing: check everything cheap first, then load, work and write."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from fips.app.compare import Comparison, Run, compare, method_config, write_comparison
+from fips.app.fitting import fitting_data
+from fips.app.sources import (
+    empty_model,
+    is_compressed_source,
+    kind_of,
+    longest_sequence,
+    processor_of,
+    read_model,
+)
+from fips.compress import Progress, compress
+from fips.config import DataConfig, Recipe
+from fips.data import Batches, load_batches
+from fips.errors import BudgetError, ConfigError, DataError, ModelError, OutputError
+from fips.evaluate import EvaluationResult, evaluate
+from fips.files.output import Output, require_empty
+from fips.integrations.lm_eval import run_tasks
+from fips.integrations.onnx import export_onnx
+from fips.layers.merge import merge
+from fips.models.timm import PixelBatches, is_timm_model
+from fips.models.transformers import (
+    build_empty,
+    config_from_fields,
+    example_inputs,
+    load_dense,
+    load_processor,
+    model_kind,
+    quiet,
+    resolve_dtype,
+)
+from fips.plan.footprint import state_bytes
+from fips.plan.plan import CompressionPlan, plan_compression
+from fips.record import CompressionReport, environment
+from fips.storage.checkpoint import load, save, write_model
+
+__all__ = [
+    "Compression",
+    "Export",
+    "compare_source",
+    "compress_to_directory",
+    "evaluate_source",
+    "evaluate_tasks",
+    "export_directory",
+    "pick_device",
+    "plan_batches",
+    "plan_source",
+]
+
+log = logging.getLogger("fips.app.commands")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one; raises ``ConfigError`` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device `{name}` is not available: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def plan_source(
+    source: str | None, recipe: Recipe, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, CompressionPlan]:
+    """The plan for a model, built without weights from its configuration or from the recipe's own."""
+    if source is not None:
+        model = empty_model(source, compressed=False, trust_remote_code=trust_remote_code)
+    elif recipe.architecture is not None:
+        model = build_empty(config_from_fields(recipe.architecture))
+    elif recipe.model is not None:
+        model = empty_model(recipe.model, compressed=False, trust_remote_code=trust_remote_code)
+    else:
+        raise ConfigError("no model: give MODEL, or a recipe that names one")
+    return model, plan_compression(model, recipe.compression)
+
+
+def plan_batches(model: nn.Module, plan: CompressionPlan, recipe: Recipe, *, device: str, chosen: bool) -> None:
+    """Say or refuse, as ``fitting_data`` does, what a run would; devices that are not here are not looked at."""
+    try:
+        place = pick_device(device)
+        kind_of(model)
+    except (ConfigError, ModelError):
+        return
+    data = recipe.data or DataConfig(source="")
+    fitting_data(model, plan, recipe.compression, data, device=place, chosen=chosen, only_planned=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """What ``compress_to_directory`` wrote."""
+
+    report: CompressionReport
+    tensor_bytes: int
+    file_bytes: int
+
+
+def compress_to_directory(
+    source: str,
+    recipe: Recipe,
+    output: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Compression:
+    """Compress a model and write it; everything that can be refused is refused before the weights are read."""
+    if recipe.data is None:
+        raise DataError("no calibration data: give --data, or a recipe with `data`")
+    require_empty(output)
+    place = pick_device(device)
+    dtype = resolve_dtype(dtype)
+    empty, plan = plan_source(source, recipe, trust_remote_code=trust_remote_code)
+    data = fitting_data(
+        empty, plan, recipe.compression, recipe.data, device=place,
+        chosen="batch_size" in recipe.data.model_fields_set,
+    )  # fmt: skip
+    recipe = recipe.model_copy(update={"data": data})
+    with Output(output, needed=plan.compressed_bytes) as target:
+        batches, processor = _batches(source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code)
+        if processor is not None and not is_timm_model(empty):  # timm keeps the transform in its config.json
+            with target.writing("the tokenizer or image processor"):
+                processor.save_pretrained(target.scratch)
+        model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+        examples = PixelBatches(batches) if is_timm_model(model) else batches
+        report = compress(model, examples, recipe.compression, progress=progress)
+        report.source = source
+        used = recipe.model_copy(update={"model": source, "architecture": None})
+        return Compression(report, *_write(model, target, processor, used.to_yaml()))
+
+
+def _write(model: nn.Module, target: Output, processor: Any, recipe: str) -> tuple[int, int]:
+    """Bytes of tensors and of files written; what cannot be written where it should is written elsewhere."""
+    try:
+        tensor_bytes = write_model(model, target, recipe=recipe)
+        file_bytes = _size(target.scratch)
+        target.commit()
+    except Exception as error:
+        if target.kept is not None:
+            raise
+        files = None if is_timm_model(model) else processor
+        place = _rescue(model, target.directory, files, recipe)
+        raise OutputError(
+            f"{error}; the compressed model is complete in `{place}` instead: move it to where it should be"
+            if place is not None
+            else f"{error}; it could be written nowhere else either"
+        ) from error
+    return tensor_bytes, file_bytes
+
+
+def _rescue(model: nn.Module, directory: Path, processor: Any, recipe: str) -> Path | None:
+    """Save a model that its output did not take at the first other place that does."""
+    name = f"{directory.resolve().name[:100]}-rescued-{os.getpid()}"
+    for parent in (directory.resolve().parent, Path(tempfile.gettempdir()), Path.cwd(), Path.home()):
+        for files in (processor, None):
+            try:
+                save(model, parent / name, processor=files, recipe=recipe)
+            except Exception as error:
+                log.warning("`%s` does not take the model either: %s", parent, error)
+            else:
+                return parent / name
+    return None
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def evaluate_source(
+    source: str,
+    data: DataConfig,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Any = None,
+) -> EvaluationResult:
+    """Accuracy or perplexity of a compressed directory or of a dense model."""
+    place = pick_device(device)
+    dtype = resolve_dtype(dtype)
+    empty = empty_model(source, trust_remote_code=trust_remote_code)
+    batches, _ = _batches(source, data, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
+    if is_compressed_source(source):
+        model = load(source, device=place, trust_remote_code=trust_remote_code)
+    else:
+        model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+    return evaluate(model, batches, progress=progress)
+
+
+def compare_source(
+    source: str,
+    calibration: DataConfig,
+    evaluation: DataConfig,
+    output: Path,
+    *,
+    methods: Sequence[str],
+    sizes: Sequence[float],
+    seeds: Sequence[int],
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Any = None,
+) -> Comparison:
+    """Compare methods on a model and write table, JSON and plot to a directory that is absent or empty."""
+    require_empty(output)
+    place = pick_device(device)
+    for method in methods:
+        method_config(method, target_bytes=sizes[0], seed=0)
+    dtype = resolve_dtype(dtype)
+    empty = empty_model(source, compressed=False, trust_remote_code=trust_remote_code)
+    facts = {
+        "source": Path(source).name,
+        "calibration": calibration.model_dump(mode="json", exclude_none=True),
+        "evaluation": evaluation.model_dump(mode="json", exclude_none=True),
+        "environment": environment(place),
+    }
+    done: list[Run] = []
+    total = len(methods) * len(sizes) * len(seeds)
+
+    def on_run(run: Run) -> None:
+        done.append(run)
+        if progress is not None:
+            progress(len(done), total)
+
+    calibration = _fitting_comparison(empty, calibration, methods, sizes[0], place)
+    with Output(output) as target:
+        scored, _ = _batches(source, evaluation, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
+        model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+
+        def examples(seed: int) -> Any:
+            data = calibration.replace(seed=seed)
+            batches, _ = _batches(source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code)
+            return PixelBatches(batches) if is_timm_model(model) else batches
+
+        try:
+            result = compare(model, examples, scored, methods=methods, sizes=sizes, seeds=seeds, on_run=on_run)
+            with target.writing("the comparison"):
+                write_comparison(result, target.scratch, facts=facts)
+            target.commit()
+        except BaseException as error:
+            if done and target.kept is None and target.scratch.is_dir():
+                error.add_note(f"{len(done)} of {total} runs are in `{_keep_runs(done, target, facts)}`")
+            raise
+    return result
+
+
+def _fitting_comparison(
+    model: nn.Module, data: DataConfig, methods: Sequence[str], size: float, device: torch.device
+) -> DataConfig:
+    """Batches that fit whichever of the methods needs most."""
+    chosen = "batch_size" in data.model_fields_set
+    configs = [method_config(method, target_bytes=size, seed=0) for method in methods]
+    for config in {config.method: config for config in configs}.values():
+        with suppress(BudgetError):
+            data = fitting_data(model, plan_compression(model, config), config, data, device=device, chosen=chosen)
+    return data
+
+
+def _keep_runs(done: Sequence[Run], target: Output, facts: Mapping[str, Any]) -> Path:
+    """Keep the runs of a comparison that did not come to its end."""
+    with suppress(OSError):
+        runs = {**facts, "runs": [asdict(run) for run in done]}
+        (target.scratch / "compare.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+        return target.keep()
+    place = Path(tempfile.mkdtemp(prefix="fips-compare-"))
+    (place / "compare.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+    return place
+
+
+def evaluate_tasks(
+    source: str,
+    tasks: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    include_path: Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Metrics of lm-eval tasks for a compressed directory or a dense language model."""
+    place = pick_device(device)
+    dtype = resolve_dtype(dtype)
+    if kind_of(empty_model(source, trust_remote_code=trust_remote_code)) != "text":
+        raise ModelError(f"`--tasks` are for language models; `{source}` reads images: give --data")
+    tokenizer = load_processor(source, "text", trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise ModelError(f"`{source}` has no tokenizer, which tasks need; save one beside the model")
+    if is_compressed_source(source):
+        model = load(source, device=place, trust_remote_code=trust_remote_code)
+    else:
+        model = load_dense(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+    return run_tasks(
+        model,
+        tokenizer,
+        tasks,
+        batch_size=batch_size or 8,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What ``export_directory`` wrote."""
+
+    format: str
+    file_bytes: int
+    relative_error: float | None
+    """Of ONNX Runtime against torch; None for a dense checkpoint."""
+
+
+def export_directory(
+    source: str, output: Path, *, fmt: str, data: DataConfig | None = None, trust_remote_code: bool = False
+) -> Export:
+    """Write a compressed directory in a form that needs nothing of fips.
+
+    ``dense`` is a plain checkpoint of the original architecture; ``onnx`` a ``model.onnx`` with packed constants,
+    checked with ONNX Runtime on the first batch of ``data``, or on made-up inputs without it. Tokenizer or image
+    processor are copied. Raises ``ConfigError`` for another format and everything ``load`` raises.
+    """
+    if fmt not in ("dense", "onnx"):
+        raise ConfigError(f"`--format` must be dense or onnx, got {fmt!r}")
+    require_empty(output)
+    if not is_compressed_source(source):
+        raise ModelError(f"`{source}` is not a compressed model; `fips compress` makes one")
+    with Output(output, needed=_export_bytes(source, fmt, trust_remote_code=trust_remote_code)) as target:
+        model = load(source, trust_remote_code=trust_remote_code)
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(f"`{source}` holds a `{type(model).__name__}`; only transformers models can be exported")
+        error = None
+        if fmt == "onnx":
+            example = _example(source, model, data, trust_remote_code=trust_remote_code)
+            with target.writing("the ONNX file"):
+                error = export_onnx(model, target.scratch / "model.onnx", example).relative_error
+        merge(model)
+        with quiet(), target.writing("the model"):
+            if fmt == "onnx":
+                model.config.save_pretrained(target.scratch)
+            else:
+                _save_dense(model, target.scratch, source)
+        with quiet(), target.writing("the tokenizer or image processor", finished="the model"):
+            processor = load_processor(source, model_kind(model), trust_remote_code=trust_remote_code)
+            if processor is not None:
+                processor.save_pretrained(target.scratch)
+        file_bytes = _size(target.scratch)
+        target.commit()
+    return Export(fmt, file_bytes, error)
+
+
+def _save_dense(model: PreTrainedModel, directory: Path, source: str) -> None:
+    """A plain checkpoint with the generation settings of the source as they are.
+
+    Loading leaves them behind, and ``save_pretrained`` refuses those of many models.
+    """
+    if model.can_generate():
+        model.generation_config = GenerationConfig()
+    model.save_pretrained(directory)
+    settings = Path(source) / "generation_config.json"
+    if settings.is_file():
+        shutil.copyfile(settings, directory / settings.name)
+
+
+def _export_bytes(source: str, fmt: str, *, trust_remote_code: bool) -> int:
+    """At least what an export writes: dense weights, or packed ones."""
+    if fmt == "dense":
+        return state_bytes(empty_model(source, trust_remote_code=trust_remote_code))
+    return sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+
+
+def _example(
+    source: str, model: PreTrainedModel, data: DataConfig | None, *, trust_remote_code: bool
+) -> dict[str, Tensor]:
+    """Inputs to trace and check an export with: the first batch of the data, or made-up ones of the right shape."""
+    if data is not None:
+        batches, _ = _batches(source, data, model, purpose="calibration", trust_remote_code=trust_remote_code)
+        batch = {key: value for key, value in next(iter(batches)).items() if key != "labels"}
+    else:
+        batch = example_inputs(model)
+    if "input_ids" in batch:
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    return batch
+
+
+def _batches(
+    source: str, data: DataConfig, model: nn.Module, *, purpose: Any, trust_remote_code: bool
+) -> tuple[Batches, Any]:
+    processor = processor_of(source, model, trust_remote_code=trust_remote_code)
+    batches = load_batches(
+        data, processor=processor, kind=kind_of(model), purpose=purpose, context_length=longest_sequence(model)
+    )
+    return batches, processor

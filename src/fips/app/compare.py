@@ -1,0 +1,205 @@
+"""Several methods on one model at equal stored bytes: quality, error, size and time of each, none left out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import statistics as stats
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from fips.app.plots import quality_plot
+from fips.compress import compress
+from fips.config import CompressionConfig
+from fips.data import Batches
+from fips.errors import BudgetError, ConfigError
+from fips.evaluate import EvaluationResult, evaluate
+from fips.methods.workbench import MomentCache
+
+__all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
+
+log = logging.getLogger("fips.app.compare")
+ALIASES = {"no-sharing": "fips+sharing=never"}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One method at one size with one seed."""
+
+    method: str
+    target_bytes: float
+    seed: int
+    stored_bytes: float | None = None
+    """Stored bytes of the MLPs relative to dense ones in 16 bits, measured; None where the method could not run."""
+    quality: float | None = None
+    relative_error: float | None = None
+    """Mean over blocks of the squared error of their output relative to its variance, on original inputs."""
+    relative_error_start: float | None = None
+    """The same before any gradient step."""
+    seconds: float | None = None
+    """Time of the compression; moments are measured once per seed, in the first run that needs them."""
+    shared_groups: int | None = None
+    """Groups that ended with a shared basis."""
+    formats: tuple[str, ...] = ()
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All runs beside the original."""
+
+    metric: str
+    higher_is_better: bool
+    original: float
+    runs: tuple[Run, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per method and size: medians over seeds, and the spread of the quality."""
+        found = []
+        for method in dict.fromkeys(run.method for run in self.runs):
+            for size in sorted({run.target_bytes for run in self.runs if run.method == method}):
+                runs = [run for run in self.runs if (run.method, run.target_bytes) == (method, size)]
+                good = [run for run in runs if run.quality is not None]
+                row: dict[str, Any] = {"method": method, "target_bytes": size, "seeds": len(good)}
+                if not good:
+                    row["failure"] = runs[0].failure
+                for name in ("stored_bytes", "quality", "relative_error", "seconds"):
+                    known = [getattr(run, name) for run in good if getattr(run, name) is not None]
+                    row[name] = stats.median(known) if known else None
+                qualities = [run.quality for run in good if run.quality is not None]
+                row["spread"] = max(qualities) - min(qualities) if len(qualities) > 1 else None
+                found.append(row)
+        return found
+
+
+def method_config(text: str, *, target_bytes: float, seed: int) -> CompressionConfig:
+    """Settings of ``name`` or ``name+field=value+section.field=value``, such as ``fips+distill.steps=100``.
+
+    ``no-sharing`` is our solver without a shared basis. Raises ``ConfigError`` for what is not a setting.
+    """
+    name, *changes = ALIASES.get(text.split("+")[0], text.split("+")[0]).split("+") + text.split("+")[1:]
+    fields: dict[str, Any] = {"method": name, "target_bytes": target_bytes, "seed": seed}
+    for change in changes:
+        path, equals, value = change.partition("=")
+        if not equals:
+            raise ConfigError(f"method `{text}`: wanted `field=value`, got `{change}`")
+        *sections, field = path.split(".")
+        place = fields
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = yaml.safe_load(value)
+    return CompressionConfig(**fields)
+
+
+def compare(
+    model: nn.Module,
+    calibration: Callable[[int], Iterable[Any]],
+    evaluation: Batches,
+    *,
+    methods: Sequence[str],
+    sizes: Sequence[float],
+    seeds: Sequence[int] = (0,),
+    on_run: Callable[[Run], None] | None = None,
+) -> Comparison:
+    """Compress copies of ``model`` with every method at every size and evaluate them; the model stays as it is.
+
+    ``calibration(seed)`` gives the batches of a seed. A size that a method cannot reach is recorded as such. Raises
+    ``ConfigError`` before any work if a method is unknown.
+    """
+    jobs = [
+        (method, method_config(method, target_bytes=size, seed=seed))
+        for seed in seeds
+        for method in methods
+        for size in sizes
+    ]
+    original = evaluate(model, evaluation)
+    runs = []
+    moments: MomentCache = {}
+    for method, config in jobs:
+        runs.append(_run(model, method, config, calibration(config.seed), evaluation, moments))
+        if on_run is not None:
+            on_run(runs[-1])
+    headline = original.headline
+    return Comparison(headline.name, headline.higher_is_better, headline.value, tuple(runs))
+
+
+def _run(
+    model: nn.Module,
+    method: str,
+    config: CompressionConfig,
+    calibration: Iterable[Any],
+    evaluation: Batches,
+    moments: MomentCache,
+) -> Run:
+    assert config.target_bytes is not None
+    candidate = copy.deepcopy(model)
+    try:
+        report = compress(candidate, calibration, config, moments=moments)
+    except BudgetError as error:
+        return Run(method, config.target_bytes, config.seed, failure=str(error))
+    result: EvaluationResult = evaluate(candidate, evaluation)
+    mlp = report.plan["mlp"]
+    groups = report.groups
+    return Run(
+        method=method,
+        target_bytes=config.target_bytes,
+        seed=config.seed,
+        stored_bytes=mlp["factored"]["bytes"] / (2 * mlp["dense"]["parameters"]),
+        quality=result.headline.value,
+        relative_error=_mean([group["relative_error_final"] for group in groups]),
+        relative_error_start=_mean([group["relative_error_start"] for group in groups]),
+        seconds=round(report.seconds, 2),
+        shared_groups=sum(group["rank"] > 0 for group in report.plan["groups"]),
+        formats=tuple(dict.fromkeys(group["format"] for group in report.plan["groups"])),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what was measured in all groups; None where one lacks it."""
+    known = [value for value in values if value is not None]
+    return stats.fmean(known) if len(known) == len(values) else None
+
+
+def write_comparison(comparison: Comparison, directory: Path, *, facts: dict[str, Any]) -> None:
+    """``compare.json`` (with ``facts`` about the run), ``compare.md`` and, where it can be drawn, ``compare.svg``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**facts, **comparison.to_dict()}, indent=2)
+    (directory / "compare.json").write_text(text + "\n", encoding="utf-8")
+    (directory / "compare.md").write_text(_markdown(comparison), encoding="utf-8")
+    try:
+        quality_plot(
+            comparison.rows(), directory / "compare.svg", metric=comparison.metric, original=comparison.original,
+            higher_is_better=comparison.higher_is_better,
+        )  # fmt: skip
+    except Exception as error:  # the numbers are there; fonts and drawing libraries fail in ways of their own
+        log.warning("no plot drawn: %s: %s", type(error).__name__, error)
+        (directory / "compare.svg").unlink(missing_ok=True)
+
+
+def _markdown(comparison: Comparison) -> str:
+    lines = [
+        f"Original: {comparison.metric} {comparison.original:.4g}. Bytes: MLPs as stored, relative to 16-bit dense.",
+        "",
+        f"| method | bytes | {comparison.metric} | spread | block error | time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in comparison.rows():
+        if row["quality"] is None:
+            lines.append(f"| {row['method']} | {row['target_bytes']:g} | does not fit | | | |")
+            continue
+        spread = "" if row["spread"] is None else f"{row['spread']:.3g}"
+        error = "" if row["relative_error"] is None else f"{row['relative_error']:.4g}"
+        lines.append(
+            f"| {row['method']} | {row['stored_bytes']:.3f} | {row['quality']:.4g} | {spread} | "
+            f"{error} | {row['seconds']:.0f} s |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,1 +1,0 @@
-"""Published methods to compare with: pure functions of a weight matrix and the second moment of its inputs."""

@@ -1,0 +1,213 @@
+r"""What the layers of a model read and how much what they write matters, in one pass over the calibration batches.
+
+For every layer with inputs :math:`x` and outputs :math:`z`, with :math:`\delta = \partial \ell / \partial z`:
+
+.. math:: E\left[s\,(x - \mu)(x - \mu)^\top\right], \qquad E\left[\delta \delta^\top\right], \qquad
+          s = (1 - \alpha) \frac{|\delta|^2}{E |\delta|^2} + \alpha,
+
+so that tokens which move the model's output count (the class token of a vision transformer is one of 197). Without a
+bias that can absorb the mean error, :math:`\mu = 0`.
+
+:math:`\ell = \langle v, \mathrm{logits} \rangle` for one random v per example or token with covariance
+:math:`\mathrm{diag}(q) - q q^\top`, q the model's softmax at a temperature: then :math:`E[\delta\delta^\top]` is
+the Gauss-Newton matrix of the KL divergence from the original's outputs. Outputs that are no softmax have the
+covariance of what they are instead (``fips.calibration.heads``). No labels are used. Padding counts nowhere: the
+moments of padded examples are those of the same examples one by one, without padding. Memory: the moments of the layers
+asked for, not the tokens. All sums are float32: products rounded to bfloat16 would not be positive semidefinite.
+
+Shape legend: N tokens of a batch, D inputs of a layer, O outputs.
+
+Reference: Martens & Grosse, arXiv 1503.05671.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fips.calibration.heads import draw_direction
+from fips.calibration.tokens import TokenTracker
+from fips.errors import DataError
+from fips.models import LinearSite
+from fips.plan.finite import overflow_error
+
+__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
+
+CONSTANT = 1e-6
+"""Variance of inputs, relative to their mean square, below which they are constants with rounding errors."""
+
+
+@dataclass(slots=True)
+class LayerMoments:
+    """Running sums of one layer over tokens."""
+
+    inputs_DD: Tensor
+    mean_D: Tensor
+    """Weighted sum of the inputs until ``finish``, then their mean."""
+    gradients_OO: Tensor
+    weight: float = 0.0
+    examples: int = 0
+    power: float = 0.0
+    """Sum of the squared lengths of the gradients."""
+    power_squares: float = 0.0
+    """Sum of the squares of those."""
+    centered: bool = False
+    """Whether ``inputs_DD`` is about the mean, after ``finish``."""
+
+    @classmethod
+    def empty(cls, site: LinearSite, device: torch.device) -> LayerMoments:
+        inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
+        return cls(
+            torch.zeros(inputs, inputs, device=device),
+            torch.zeros(inputs, device=device),
+            torch.zeros(outputs, outputs, device=device),
+        )
+
+    def add(self, x_ND: Tensor, gradient_NO: Tensor, valid_N: Tensor | None, *, floor: float) -> None:
+        """One batch; ``floor`` is the share of the weight that all tokens get alike."""
+        if valid_N is not None:
+            x_ND, gradient_NO = x_ND[valid_N], gradient_NO[valid_N]
+        power_N = gradient_NO.square().sum(1)
+        weight_N = (1 - floor) * power_N / power_N.mean().clamp_min(torch.finfo(torch.float32).tiny) + floor
+        weighted_ND = x_ND * weight_N.unsqueeze(1)
+        self.inputs_DD += weighted_ND.T @ x_ND
+        self.gradients_OO += gradient_NO.T @ gradient_NO
+        self.mean_D += weighted_ND.sum(0)
+        self.weight += float(weight_N.sum())
+        self.power += float(power_N.sum(dtype=torch.float64))
+        self.power_squares += float(power_N.double().square().sum())
+
+    @property
+    def samples(self) -> float:
+        """How many gradients of equal length would tell as much as those seen, of which a few may outweigh the rest."""
+        return self.power**2 / self.power_squares if self.power_squares > 0 else 0.0
+
+    def finish(self, *, centered: bool, examples: int) -> None:
+        """From sums to means; moments about the mean where ``centered``, unless the inputs were constant."""
+        self.inputs_DD /= self.weight
+        self.mean_D /= self.weight
+        self.gradients_OO /= examples
+        power = float(self.inputs_DD.diagonal().sum())
+        spread = power - float(self.mean_D.square().sum())
+        self.centered = centered and spread > CONSTANT * power
+        if self.centered:
+            self.inputs_DD -= torch.outer(self.mean_D, self.mean_D)
+
+
+def moment_bytes(sites: Iterable[LinearSite]) -> int:
+    """Memory that the moments of some layers take."""
+    return sum(4 * (site.width**2 + site.columns**2) for site in sites)
+
+
+def collect_moments(
+    model: nn.Module,
+    sites: Sequence[LinearSite],
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any],
+    *,
+    temperature: float,
+    floor: float,
+    seed: int,
+) -> dict[str, LayerMoments]:
+    """Moments of the layers named by ``sites``; ``run(model, batch)`` returns the model's output.
+
+    The model's parameters must not require gradients. Raises ``DataError`` if there is no batch or if a layer never
+    runs or reaches the output, ``ModelError`` if what it saw is not finite.
+    """
+    device = next(model.parameters()).device
+    moments = {site.name: LayerMoments.empty(site, device) for site in sites}
+    generator = torch.Generator(_real(device)).manual_seed(seed)
+    examples = 0
+    with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
+        for batch in batches:
+            heads = taps.tokens.heads(run(model, batch))
+            directions = [draw_direction(head, temperature, generator) for head in heads]
+            parts = [(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]
+            loss = torch.stack(parts).sum()
+            if not loss.is_meta and bool(loss.isnan()) and any(bool(head.scores.isnan().any()) for head in heads):
+                raise overflow_error(model, batch, run, where="the model's output is not finite")
+            if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
+                loss.backward()
+            examples += heads[0].scores.shape[0]
+    for site in sites:
+        found = moments[site.name]
+        if found.weight == 0:
+            raise DataError(
+                f"layer `{site.name}` never ran on the {examples} calibration examples, or did not reach "
+                "the model's output; leave it out with `ignore`"
+            )
+        if not _is_finite(found):
+            where = f"activations or gradients of `{site.name}`, or their squares, are not finite"
+            raise overflow_error(model, batch, run, where=where)
+        found.finish(centered=site.has_bias, examples=examples)
+    return moments
+
+
+def _real(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for the meta device, which has neither random numbers nor autocast."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _is_finite(found: LayerMoments) -> bool:
+    return bool(found.inputs_DD.isfinite().all() and found.gradients_OO.isfinite().all())
+
+
+class _Taps(AbstractContextManager["_Taps"]):
+    """Hooks that add inputs and output gradients of layers to their moments as the backward pass reaches them."""
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[LinearSite], moments: dict[str, LayerMoments], floor: float
+    ) -> None:
+        self.moments, self.floor = moments, floor
+        self._handles = [model.get_submodule(site.name).register_forward_hook(self._hook(site.name)) for site in sites]
+        self.tokens = TokenTracker(model, [site.name for site in sites])
+
+    def __exit__(self, *error: object) -> None:
+        self.tokens.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = args[0].detach()
+            valid_N = self.tokens.counted(args[0])
+            if not output.requires_grad:
+                output = output.detach().requires_grad_(True)
+
+            def add(gradient: Tensor) -> None:
+                with torch.no_grad(), torch.autocast(_real(x.device).type, enabled=False):
+                    x_ND = x.reshape(-1, x.shape[-1]).float()
+                    gradient_NO = gradient.reshape(-1, gradient.shape[-1]).float()
+                    self.moments[name].add(x_ND, gradient_NO, valid_N, floor=self.floor)
+
+            output.register_hook(add)
+            return output
+
+        return hook
+
+
+class RunningVariance:
+    """Variance over all entries of a stream of tensors."""
+
+    def __init__(self) -> None:
+        self.count, self.sum, self.squares = 0, 0.0, 0.0
+
+    def add(self, tensor: Tensor) -> None:
+        self.count += tensor.numel()
+        self.sum += tensor.sum(dtype=torch.float64).item()
+        self.squares += tensor.double().square().sum().item()
+
+    @property
+    def value(self) -> float:
+        return self.squares / self.count - (self.sum / self.count) ** 2
+
+    @property
+    def scale(self) -> float:
+        """The variance; of a constant its square, and 1 if that is 0 too, so that errors can be divided by it."""
+        square = self.squares / self.count
+        return next((size for size in (self.value, square) if size > CONSTANT * square), 1.0)

@@ -1,0 +1,155 @@
+"""Which layers the calibration data reaches at all, found before anything is measured.
+
+One pass over the batches, cut short as soon as every layer has been seen to count: for most models after the first
+batch. What a layer lacks is the reason to leave it as it is, dense:
+
+* it never runs: the image tower of a model that is given text alone;
+* its output does not reach the model's: the last block of a tower whose last but one is read;
+* it only ever reads zeros, or no gradient but zeros reaches it: behind dead units or a projector of zeros. Nothing
+  says what an error of it costs.
+
+If NO layer gets a gradient, the reason is the model's output (a head of zeros, probabilities that are exactly 0 and
+1): then all layers are kept and errors are measured at their own outputs instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fips.calibration.heads import draw_direction, read_heads
+from fips.errors import DataError
+from fips.models import LinearSite
+from fips.plan.finite import overflow_error
+
+__all__ = ["NO_GRADIENT", "Survey", "survey_layers"]
+
+NEVER = "it never ran on the calibration data"
+UNREACHED = "its output does not reach the model's output on the calibration data"
+ZEROS = "it reads nothing but zeros on the calibration data"
+NO_INFLUENCE = "it has no influence on the model's output on the calibration data (its gradients are zero)"
+NO_GRADIENT = (
+    "no layer has a gradient: the model's output is the same whatever they do (a head of zeros, or probabilities of "
+    "exactly 0 and 1); errors are measured at the outputs of the layers instead, as GPTQ does"
+)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What has been seen of one layer so far."""
+
+    ran: bool = False
+    fed: bool = False
+    """Has read something other than 0."""
+    reached: bool = False
+    """Has been given a gradient."""
+    moved: bool = False
+    """Has been given a gradient other than 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What the calibration data says about the layers before any measurement."""
+
+    left: dict[str, str] = field(default_factory=dict)
+    """Layers to leave dense, with the reason."""
+    blind: bool = False
+    """Whether no layer got a gradient other than 0, so that the output cannot be the measure."""
+
+
+def survey_layers(
+    model: nn.Module,
+    sites: Sequence[LinearSite],
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any],
+    *,
+    reach: bool,
+    influence: bool,
+    temperature: float,
+    seed: int,
+) -> Survey:
+    """Pass the batches through the model until every layer has been seen to count.
+
+    ``reach`` asks for gradients too, and ``influence`` that they and the inputs are not all zero. The model's
+    parameters must not require gradients. Raises ``ModelError`` or ``DataError`` if a batch gives an output of NaN,
+    ``DataError`` if there is no batch.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    seen = {site.name: _Seen() for site in sites}
+    some = False
+    with ExitStack() as stack:
+        for site in sites:
+            hook = _watch(seen[site.name], gradients=reach)
+            stack.callback(model.get_submodule(site.name).register_forward_hook(hook).remove)
+        for batch in batches:
+            some = True
+            _pass(model, batch, run, temperature, generator, gradients=reach)
+            if all(_counts(one, reach=reach, influence=influence) for one in seen.values()):
+                return Survey()
+    if not some:
+        raise DataError("the calibration data has no batch; give at least one")
+    blind = influence and not any(one.moved for one in seen.values())
+    reasons = {name: _reason(one, reach=reach, influence=influence, blind=blind) for name, one in seen.items()}
+    return Survey({name: reason for name, reason in reasons.items() if reason is not None}, blind)
+
+
+def _pass(
+    model: nn.Module,
+    batch: Any,
+    run: Callable[[nn.Module, Any], Any],
+    temperature: float,
+    generator: torch.Generator,
+    *,
+    gradients: bool,
+) -> None:
+    with torch.enable_grad() if gradients else nullcontext():
+        heads = read_heads(run(model, batch), model)
+        directions = [draw_direction(head, temperature, generator) for head in heads]
+        for head, direction in zip(heads, directions, strict=True):
+            if not bool(direction.isfinite().all()) or bool(head.scores.isnan().any()):
+                raise overflow_error(model, batch, run, where="the model's output is not finite")
+        total = torch.stack(
+            [(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]
+        ).sum()
+        if gradients and total.requires_grad:
+            total.backward()
+
+
+def _counts(one: _Seen, *, reach: bool, influence: bool) -> bool:
+    return _reason(one, reach=reach, influence=influence, blind=False) is None
+
+
+def _reason(one: _Seen, *, reach: bool, influence: bool, blind: bool) -> str | None:
+    if not one.ran:
+        return NEVER
+    if reach and not one.reached:
+        return UNREACHED
+    if influence and not one.fed:
+        return ZEROS
+    return NO_INFLUENCE if influence and not blind and not one.moved else None
+
+
+def _watch(one: _Seen, *, gradients: bool) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        one.ran = True
+        one.fed = one.fed or bool(args[0].detach().any())
+        if not gradients:
+            return output
+        if not output.requires_grad:
+            output = output.detach().requires_grad_(True)
+
+        def arrived(gradient: Tensor) -> None:
+            one.reached = True
+            # the squares are what counts, and those of very small numbers are 0
+            one.moved = one.moved or bool(gradient.float().square().any())
+
+        output.register_hook(arrived)
+        return output
+
+    return hook

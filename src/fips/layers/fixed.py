@@ -1,0 +1,72 @@
+"""One warning where somebody trains a model whose packed integers stay as they are."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from fips.layers.linear import FactoredLinear, factored_layers
+
+__all__ = ["ignore_training", "watch_training"]
+
+log = logging.getLogger("fips.training")
+
+
+def watch_training(model: nn.Module) -> None:
+    """Look at the first forward pass in training mode and say once what training leaves alone, if that is a surprise.
+
+    It is one where everything around the packed layers trains. Adapters and parts trained on purpose leave the rest of
+    their block frozen, and are met with silence.
+    """
+    if _look not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_look)
+
+
+def ignore_training(model: nn.Module) -> None:
+    """Undo ``watch_training``."""
+    for number, hook in list(model._forward_pre_hooks.items()):
+        if hook is _look:
+            del model._forward_pre_hooks[number]
+
+
+def _look(model: nn.Module, _: Any) -> None:
+    if not model.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    ignore_training(model)
+    added = _adapter_parameters(model)
+    surprising = [layer for name, layer in factored_layers(model).items() if _is_surprising(model, name, layer, added)]
+    if not surprising:
+        return
+    fixed = sum(layer.nonzeros for layer in surprising)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log.warning(
+        "training leaves the integers and scales of %d packed layers as they are: %s of %s numbers (%.0f %%). "
+        "Compressed with `values: float` (`--values float`) they train; LoRA (`import fips.layers.lora`) adapts "
+        "them as they are; `distill` (`--distill STEPS`) trains integers while compressing",
+        len(surprising), f"{fixed:,}", f"{fixed + trained:,}", 100 * fixed / (fixed + trained),
+    )  # fmt: skip
+
+
+def _is_surprising(model: nn.Module, name: str, layer: FactoredLinear, added: set[int]) -> bool:
+    """Whether integers stand where everything else trains: all parameters of the nearest module with any."""
+    if layer.bits is None:
+        return False
+    while name:
+        name = name.rpartition(".")[0]
+        parameters = [item for item in model.get_submodule(name).parameters() if id(item) not in added]
+        if parameters:
+            return all(parameter.requires_grad for parameter in parameters)
+    return False
+
+
+def _adapter_parameters(model: nn.Module) -> set[int]:
+    """Parameters that wrappers with a ``base_layer``, such as those of peft, have added to it."""
+    added: set[int] = set()
+    for wrapper in model.modules():
+        base = getattr(wrapper, "base_layer", None)
+        if isinstance(base, nn.Module):
+            added |= {id(item) for item in wrapper.parameters()} - {id(item) for item in base.parameters()}
+    return added

@@ -1,0 +1,292 @@
+"""The modules a compressed model runs: one shared basis per group, one packed factor per matrix.
+
+Shape legend: D width of the residual stream, F columns of one matrix, R rank of the basis.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from fips.errors import ConfigError
+from fips.formats.packing import (
+    BITMASK,
+    DENSE,
+    BlockAxis,
+    ValueKind,
+    block_size,
+    pack,
+    pack_integers,
+    packed_length,
+    parse_nm,
+    pattern_bytes,
+    quantize_rows,
+    row_scales,
+    unpack_mask,
+    value_bits,
+)
+from fips.kernels.reference import Packed, to_dense
+from fips.kernels.runtime import BasisRuntime, LayerRuntime, Product
+from fips.models.locate import Role
+
+__all__ = [
+    "BASES",
+    "FactoredLinear",
+    "SharedBasis",
+    "ValueKind",
+    "basis_owner",
+    "factored_layers",
+    "replace_everywhere",
+]
+
+BASES = "fips_bases"
+"""Name under which the owner of the bases registers them."""
+
+
+class SharedBasis(nn.Module):
+    r"""Dense basis :math:`B` of shape (D, R), owned once by the model and called by all layers of a group."""
+
+    def __init__(self, width: int, rank: int, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, rank, dtype=dtype))
+        self._runtime = BasisRuntime()
+
+    @classmethod
+    def of(cls, weight_DR: Tensor, dtype: torch.dtype) -> Self:
+        """The basis with these columns, laid out as in a file: other strides give other roundings."""
+        basis = cls(*weight_DR.shape)
+        basis.weight = nn.Parameter(weight_DR.detach().to(dtype).contiguous())
+        return basis
+
+    def forward(self, x: Tensor, *, expand: bool = False) -> Tensor:
+        r"""Coordinates :math:`x B` of (..., D) inputs, or with ``expand`` the vectors :math:`x B^\top` of (..., R)."""
+        return self._runtime.multiply(x, self.weight, expand=expand, offloaded=_offloaded(self))
+
+    def extra_repr(self) -> str:
+        return f"width={self.weight.shape[0]}, rank={self.weight.shape[1]}"
+
+
+class FactoredLinear(nn.Module):
+    r"""A linear layer :math:`W = B F` whose basis is shared and whose factor is sparse and packed.
+
+    ``up`` layers compute :math:`y = F^\top (B^\top x) + b`, ``down`` layers :math:`y = B (F x) + b`. The basis is
+    borrowed: the model owns it, so that it is saved, moved and trained once. ``basis=None`` is the identity, a plainly
+    pruned layer; then ``width`` says what the basis would. See ``fips.formats.packing`` for the formats.
+
+    ``values`` is a parameter, so training changes the kept entries and never the support. With integer ``values``
+    (``"int8"`` to ``"int2"``) it is a buffer and so is ``scales`` (one per stored row, in a floating type): training
+    leaves both alone.
+
+    ``weight`` is an empty placeholder. Code that asks a linear layer for the device or type of its weight finds them,
+    and a loader that does not know fips meets a weight of the wrong shape and refuses, where without it the layer
+    would be missing from the file and be filled with random numbers.
+
+    ``runtime`` chooses how the product is formed and says what that costs in memory; see ``fips.kernels.runtime``.
+
+    Raises ``ConfigError`` if neither basis nor width is given, or the columns do not fill the blocks of the format.
+    """
+
+    pattern: Tensor
+    scales: Tensor
+    values: Tensor
+    weight: Tensor
+
+    def __init__(
+        self,
+        basis: SharedBasis | None,
+        *,
+        role: Role,
+        columns: int,
+        nonzeros: int,
+        fmt: str = BITMASK,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        width: int | None = None,
+        values: ValueKind = "float",
+    ) -> None:
+        super().__init__()
+        self._borrowed = (basis,)
+        width, self.rank = _width_and_rank(basis, width)
+        if columns % block_size(fmt):
+            raise ConfigError(f"format {fmt} needs a multiple of {block_size(fmt)} hidden columns, got {columns}")
+        self.role: Role = role
+        self.fmt = fmt
+        self.kind: ValueKind = values
+        self.bits = value_bits(values)
+        self.nonzeros = nonzeros
+        self.conv1d = False
+        self.in_features, self.out_features = (width, columns) if role == "up" else (columns, width)
+        self.factor_shape = (columns, self.rank) if role == "up" else (self.rank, columns)
+        if self.bits is not None:
+            dtype_ = torch.int8 if self.bits == 8 else torch.uint8
+            self.register_buffer("values", torch.empty(packed_length(nonzeros, self.bits), dtype=dtype_))
+            self.register_buffer("scales", torch.empty(self.factor_shape[0], dtype=dtype))
+        else:
+            self.values = nn.Parameter(torch.empty(nonzeros, dtype=dtype))
+        if fmt != DENSE:
+            size = pattern_bytes(size=columns * self.rank, fmt=fmt)
+            self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
+        self.register_buffer("weight", torch.empty(0, dtype=dtype))
+        self.runtime = LayerRuntime()
+
+    @classmethod
+    def from_factor(
+        cls,
+        basis: SharedBasis | None,
+        factor_RF: Tensor,
+        mask_RF: Tensor,
+        *,
+        role: Role,
+        fmt: str,
+        dtype: torch.dtype | None = None,
+        values: ValueKind = "float",
+        scales: Tensor | None = None,
+    ) -> Self:
+        """Pack a dense factor on its support; the bias is set by the caller. Without a basis R is the width.
+
+        ``dtype`` is that of the values, beside integers that of the scales. Integers are the nearest multiples of
+        ``scales``, one for each of the F rows of a transposed ``up`` factor or of the R rows of a ``down`` factor;
+        without them every row's largest magnitude becomes the largest integer.
+        """
+        bits = value_bits(values)
+        rank, columns = factor_RF.shape
+        matrix, mask = (factor_RF.T, mask_RF.T) if role == "up" else (factor_RF, mask_RF)
+        matrix, mask = matrix.detach().contiguous(), mask.contiguous()
+        if bits is not None:
+            scales = (row_scales(matrix, mask, bits=bits) if scales is None else scales.detach()).to(
+                dtype or matrix.dtype
+            )
+            if scales.shape != matrix.shape[:1]:
+                raise ConfigError(f"`scales` wants {matrix.shape[0]} numbers, one per row, got {tuple(scales.shape)}")
+            matrix = quantize_rows(matrix, scales, bits=bits)
+        kept, pattern = pack(matrix, mask, fmt=fmt, block_axis=_block_axis(role))
+        layer = cls(
+            basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=None if basis else rank,
+            values=values,
+        )  # fmt: skip
+        if scales is not None and bits is not None:
+            layer.values, layer.scales = pack_integers(kept, bits=bits), scales
+        else:
+            layer.values = nn.Parameter(kept.to(dtype or kept.dtype))
+        if fmt != DENSE:
+            layer.pattern = pattern
+        return layer
+
+    @property
+    def basis(self) -> SharedBasis | None:
+        return self._borrowed[0]
+
+    @property
+    def block_axis(self) -> BlockAxis:
+        """Axis of the stored matrix that runs over hidden columns, along which blocks lie."""
+        return _block_axis(self.role)
+
+    @property
+    def width(self) -> int:
+        return self.in_features if self.role == "up" else self.out_features
+
+    @property
+    def columns(self) -> int:
+        return self.out_features if self.role == "up" else self.in_features
+
+    def factor(self) -> Tensor:
+        """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
+        return to_dense(self.packed())
+
+    def packed(self) -> Packed:
+        """The stored tensors of the factor, with what they mean."""
+        pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
+        if self.bits is None:
+            return Packed(self.values, pattern, None, self.factor_shape, self.fmt, self.block_axis)
+        count = self.nonzeros if self.bits < 8 else 0
+        return Packed(self.values, pattern, self.scales, self.factor_shape, self.fmt, self.block_axis, self.bits, count)
+
+    def mask(self) -> Tensor:
+        """The support of ``factor()``."""
+        return unpack_mask(self.packed().pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
+
+    def num_kept(self) -> int:
+        """Entries the pattern keeps; equals the number of values unless the layer was damaged."""
+        return int(self.mask().sum())
+
+    def dense_weight(self) -> Tensor:
+        r"""The product :math:`B F` as the (out, in) weight of a plain linear layer.
+
+        Computed in float32 and not rounded to the type of values and scales; in float64 where they are that.
+        """
+        factor = self.factor()
+        factor = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        if self.basis is None:
+            return factor
+        basis_DR = self.basis.weight.to(factor.dtype)
+        return factor @ basis_DR.T if self.role == "up" else basis_DR @ factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.runtime.forward(x, self._parts(), self.product)
+
+    def _parts(self) -> tuple[object, ...]:
+        """What a product is made of, without the search of ``getattr``, which takes longer than a small product."""
+        parameters, buffers, basis = self._parameters, self._buffers, self._borrowed[0]
+        values = parameters.get("values") if self.bits is None else buffers.get("values")
+        weight = None if basis is None else basis._parameters.get("weight")
+        return values, buffers.get("pattern"), buffers.get("scales"), parameters.get("bias"), weight, _offloaded(self)
+
+    def product(self) -> Product:
+        """What the layer multiplies by, for ``runtime``."""
+        basis = self.basis
+        weight = None if basis is None else basis.weight
+        return Product(
+            self.packed(), up=self.role == "up", features=(self.in_features, self.out_features), bias=self.bias,
+            basis=basis, basis_DR=weight, offloaded=_offloaded(self),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        kept = self.nonzeros / (self.factor_shape[0] * self.factor_shape[1])
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={'none' if self.basis is None else self.rank}, role={self.role}, kept={kept:.3f}, "
+            f"pattern={'N:M ' + self.fmt if parse_nm(self.fmt) else self.fmt}, values={self.kind}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the tensors of a module for one call and takes them away again."""
+    hook = module.__dict__.get("_hf_hook")  # getattr would search parameters and raise inside: 1 us in every call
+    return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
+
+
+def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, int]:
+    """``(D, R)``; without a basis R is D."""
+    if basis is not None:
+        return basis.weight.shape[0], basis.weight.shape[1]
+    if width is None:
+        raise ConfigError("a layer without a basis needs its `width`")
+    return width, width
+
+
+def _block_axis(role: Role) -> BlockAxis:
+    return 0 if role == "up" else 1
+
+
+def basis_owner(model: nn.Module) -> nn.Module:
+    """The module that registers the bases: the base model of a transformers model, else the model itself."""
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
+    """All factored layers by name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+
+
+def replace_everywhere(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of the one called ``name``, and wherever else that one is registered."""
+    old = model.get_submodule(name)
+    for module in model.modules():
+        for child, registered in list(module._modules.items()):
+            if registered is old:
+                module._modules[child] = new

@@ -1,0 +1,84 @@
+"""LoRA on packed layers: importing this module teaches peft the layer type.
+
+Loading or making a packed model does it where peft was imported before; otherwise ``import fips.layers.lora``.
+
+An adapter leaves the packed layer as it is and adds ``scaling * B A x``. It is trained, saved and loaded by peft as any
+other. Merging an adapter gives a plain dense layer, since basis times factor cannot hold a dense update exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraConfig, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from fips.layers.linear import FactoredLinear
+from fips.layers.merge import dense_layer
+
+__all__ = ["LoraFactoredLinear", "register"]
+
+
+class LoraFactoredLinear(LoraLinear):  # type: ignore[misc]
+    r"""A packed layer plus low-rank adapters: :math:`y = W x + b + \sum_a s_a B_a A_a x` with packed :math:`W`."""
+
+    base_layer: nn.Module
+    _packed: tuple[FactoredLinear]
+    """The packed layer while a merged one stands in its place; a tuple keeps it out of the module tree."""
+
+    def _get_in_out_features(self, module: FactoredLinear) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Put a dense layer with the adapters added in the place of the packed one; ``unmerge`` brings it back."""
+        names = check_adapters_to_merge(self, adapter_names)
+        if not names:
+            return
+        if not self.merged:
+            assert isinstance(self.base_layer, FactoredLinear)
+            self._packed = (self.base_layer,)
+        merged = self._dense([*self.merged_adapters, *names])
+        if safe_merge and not all(bool(tensor.isfinite().all()) for tensor in merged.parameters()):
+            raise ValueError(f"the merged weights are not finite; adapters {list(names)} seem to be broken")
+        self.base_layer = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        if self.merged:
+            (self.base_layer,) = self._packed
+            self.merged_adapters.clear()
+
+    def _dense(self, names: Sequence[str]) -> nn.Module:
+        (packed,) = self._packed
+        weight, bias = packed.dense_weight(), packed.bias
+        for name in names:
+            if self.lora_variant.get(name) is not None:
+                raise NotImplementedError(f"adapter `{name}` is a variant of LoRA that packed layers cannot merge")
+            weight = weight + self.get_delta_weight(name).float()
+            if self.lora_bias[name]:
+                added = self.lora_B[name].bias.detach() * self.scaling[name]
+                bias = nn.Parameter(added if bias is None else bias.detach() + added.to(bias.dtype))
+        return dense_layer(packed, packed.weight.dtype, weight=weight, bias=bias)
+
+
+def register() -> None:
+    """Let every ``LoraConfig`` dispatch packed layers to ``LoraFactoredLinear``; called by the import, once."""
+    create = LoraModel._create_new_module
+    if getattr(create, "knows_fips", False):
+        return
+
+    def create_new_module(config: LoraConfig, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, FactoredLinear) and not config._custom_modules:
+            options.pop("device_map", None)
+            return LoraFactoredLinear(target, adapter_name, config=config, **options)
+        return create(config, adapter_name, target, **options)  # type: ignore[no-any-return]
+
+    create_new_module.knows_fips = True  # type: ignore[attr-defined]
+    LoraModel._create_new_module = staticmethod(create_new_module)
+
+
+register()

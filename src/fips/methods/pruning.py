@@ -1,0 +1,74 @@
+"""Pruning without sharing: magnitude, Wanda, and optimal brain surgeon with error feedback (SparseGPT).
+
+All take a weight as a linear layer has it, (O, I), and return the pruned weight and its support.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fips.solve.moments import usable_moment
+from fips.solve.patterns import top_mask
+
+__all__ = ["magnitude", "sparsegpt", "wanda"]
+
+EPS = 1e-6
+"""A density that is a fraction of whole numbers may come out a little below it."""
+
+
+def magnitude(weight_OI: Tensor, *, density: float) -> tuple[Tensor, Tensor]:
+    """Keep the largest absolute values of the matrix. Reference: Han et al., arXiv 1506.02626."""
+    mask_OI = top_mask(weight_OI.abs(), count=int(density * weight_OI.numel() + EPS))
+    return weight_OI * mask_OI, mask_OI
+
+
+def wanda(weight_OI: Tensor, moment_II: Tensor, *, density: float) -> tuple[Tensor, Tensor]:
+    r"""Keep the largest :math:`|W_{oi}| \sqrt{E[x_i^2]}` of every row, values unchanged.
+
+    Reference: Sun et al., arXiv 2306.11695.
+    """
+    scores_OI = weight_OI.abs() * usable_moment(moment_II).diagonal().clamp_min(0).sqrt()
+    mask_OI = _top_of_rows(scores_OI, int(density * weight_OI.shape[1] + EPS))
+    return weight_OI * mask_OI, mask_OI
+
+
+def sparsegpt(
+    weight_OI: Tensor, moment_II: Tensor, *, density: float, block: int = 128, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    r"""Remove weights column by column, each with the smallest :math:`w^2 / [H^{-1}]_{ii}` of its block of columns,
+    and let the columns that follow make up for it.
+
+    Reference: Frantar & Alistarh, arXiv 2301.00774 (algorithm 1; mask blocks as wide as update blocks).
+    """
+    weight_OI = weight_OI.double().clone()
+    upper_II = _inverse_factor(usable_moment(moment_II.double()), damping)
+    mask_OI = torch.ones_like(weight_OI, dtype=torch.bool)
+    columns = weight_OI.shape[1]
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        part_OB, factor_BB = weight_OI[:, start:stop].clone(), upper_II[start:stop, start:stop]
+        keep_OB = top_mask(part_OB.square() / factor_BB.diagonal().square(), count=int(density * part_OB.numel() + 0.5))
+        errors_OB = torch.zeros_like(part_OB)
+        for column in range(stop - start):
+            kept_O = part_OB[:, column] * keep_OB[:, column]
+            errors_OB[:, column] = (part_OB[:, column] - kept_O) / factor_BB[column, column]
+            part_OB[:, column:] -= torch.outer(errors_OB[:, column], factor_BB[column, column:])
+            part_OB[:, column] = kept_O
+        weight_OI[:, start:stop], mask_OI[:, start:stop] = part_OB, keep_OB
+        weight_OI[:, stop:] -= errors_OB @ upper_II[start:stop, stop:]
+    return weight_OI.float() * mask_OI, mask_OI
+
+
+def _inverse_factor(moment_II: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped moment."""
+    diagonal = moment_II.diagonal()
+    damped_II = moment_II + torch.diag(damping * diagonal.mean() + torch.where(diagonal <= 0, 1.0, 0.0))
+    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
+    upper: Tensor = torch.linalg.cholesky(inverse_II, upper=True)
+    return upper
+
+
+def _top_of_rows(scores_OI: Tensor, count: int) -> Tensor:
+    kept = scores_OI.topk(count, dim=1).indices
+    return torch.zeros_like(scores_OI, dtype=torch.bool).scatter_(1, kept, True)

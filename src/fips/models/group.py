@@ -1,0 +1,100 @@
+"""Which MLPs share a basis: consecutive blocks of one list and one width, or explicit lists of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from fips.errors import ConfigError
+from fips.models.locate import LinearSite, Mlp
+
+__all__ = ["LayerGroup", "group_mlps"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """MLPs that share one basis."""
+
+    name: str
+    mlps: tuple[Mlp, ...]
+
+    @property
+    def width(self) -> int:
+        """d, equal for all members."""
+        return self.mlps[0].width
+
+    @property
+    def sites(self) -> tuple[LinearSite, ...]:
+        return tuple(site for mlp in self.mlps for site in mlp.sites)
+
+    @property
+    def columns(self) -> int:
+        """P: columns of all member matrices together."""
+        return sum(site.columns for site in self.sites)
+
+    def without(self, names: Container[str]) -> LayerGroup | None:
+        """The group without some layers, the same one where it has none of them; None if nothing is left."""
+        if not any(site.name in names for site in self.sites):
+            return self
+        mlps = [replace(mlp, sites=tuple(site for site in mlp.sites if site.name not in names)) for mlp in self.mlps]
+        mlps = [mlp for mlp in mlps if mlp.sites]
+        return LayerGroup(self.name, tuple(mlps)) if mlps else None
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the member blocks, in order, each once."""
+        return tuple(dict.fromkeys(mlp.block for mlp in self.mlps))
+
+
+def group_mlps(
+    mlps: Sequence[Mlp], *, group_size: int = 4, groups: Sequence[Sequence[int]] | None = None
+) -> tuple[LayerGroup, ...]:
+    """Split MLPs into groups that share a basis.
+
+    Without ``groups``: runs of ``group_size`` consecutive blocks, never across two block lists or two widths; the
+    last group of a run may be smaller. With ``groups``: lists of block indices, counted from 0 over all blocks found;
+    blocks in no list stay dense.
+
+    Raises ``ConfigError`` for an unknown or repeated index and for a group of unequal widths.
+    """
+    blocks = list(dict.fromkeys(mlp.block for mlp in mlps))
+    members = {block: [mlp for mlp in mlps if mlp.block == block] for block in blocks}
+    parts: list[list[Mlp]] = []
+    if groups is None:
+        for _, run in groupby(blocks, key=lambda block: (members[block][0].block_list, _widths(members[block]))):
+            names = list(run)
+            for start in range(0, len(names), group_size):
+                parts += _split_by_width([mlp for block in names[start : start + group_size] for mlp in members[block]])
+    else:
+        _check_indices(groups, len(blocks))
+        parts = [[mlp for index in group for mlp in members[blocks[index]]] for group in groups]
+        for part, indices in zip(parts, groups, strict=True):
+            widths = sorted({mlp.width for mlp in part})
+            if len(widths) > 1:
+                raise ConfigError(
+                    f"`groups` entry {list(indices)} mixes blocks of widths {widths}, but a basis has one"
+                )
+    return tuple(LayerGroup(f"g{index}", tuple(part)) for index, part in enumerate(parts))
+
+
+def _widths(mlps: Sequence[Mlp]) -> tuple[int, ...]:
+    return tuple(mlp.width for mlp in mlps)
+
+
+def _split_by_width(mlps: Sequence[Mlp]) -> list[list[Mlp]]:
+    """A block may hold MLPs of several widths (token and channel mixing): each width gets its own group."""
+    return [[mlp for mlp in mlps if mlp.width == width] for width in dict.fromkeys(mlp.width for mlp in mlps)]
+
+
+def _check_indices(groups: Sequence[Sequence[int]], num_blocks: int) -> None:
+    seen: set[int] = set()
+    for group in groups:
+        if not group:
+            raise ConfigError("`groups` holds an empty list; every group needs at least one block index")
+        for index in group:
+            if not 0 <= index < num_blocks:
+                raise ConfigError(f"`groups` names block {index}, but the model has blocks 0 to {num_blocks - 1}")
+            if index in seen:
+                raise ConfigError(f"`groups` names block {index} twice; a block shares one basis")
+            seen.add(index)

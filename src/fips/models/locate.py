@@ -1,0 +1,320 @@
+"""Find the MLPs of a transformer by module structure, not by a list of model names.
+
+An MLP is a pair ``d -> p, p -> d`` of linear layers, a gated triple ``d -> p, d -> p, p -> d``, or a pair with gate and
+up fused, ``d -> 2p, p -> d``, that sits in one container or is spread over children of one container that hold a single
+linear layer each (as in ViT and BERT, where the two matrices live in sibling modules). Containers with any other set
+of linear layers, such as attention, are closed: nothing in them is paired with what lies outside.
+
+A *block* is the innermost ancestor that is an element of a homogeneous ``ModuleList`` or ``Sequential``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fips.errors import NoMatchError
+from fips.models.names import matches, require_matches
+
+__all__ = ["LinearSite", "Located", "Mlp", "Role", "Skipped", "locate_mlps"]
+
+Role = Literal["up", "down"]
+_ATTENTION_MARKS = ("num_heads", "num_attention_heads", "head_dim", "n_heads", "num_key_value_groups")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSite:
+    """One linear layer of an MLP, seen as a matrix with the residual stream on axis 0."""
+
+    name: str
+    role: Role
+    """``up`` reads the residual stream (fc1, gate, up), ``down`` writes it (fc2, down)."""
+    width: int
+    """d: features on the side of the residual stream."""
+    columns: int
+    """p: features on the hidden side."""
+    conv1d: bool
+    """Stored as ``(in, out)`` like GPT-2's Conv1D instead of ``(out, in)``."""
+    has_bias: bool
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the stored dense weight."""
+        as_up = (self.columns, self.width)
+        return as_up if (self.role == "up") != self.conv1d else (self.width, self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """The linear layers of one MLP and the block they belong to."""
+
+    name: str
+    block: str
+    block_list: str
+    kind: Literal["plain", "gated", "fused-gated", "custom"]
+    sites: tuple[LinearSite, ...]
+
+    @property
+    def width(self) -> int:
+        return self.sites[0].width
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something that holds MLP-like parameters and is left as it is."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    mlps: tuple[Mlp, ...]
+    skipped: tuple[Skipped, ...]
+
+
+class _Linear(NamedTuple):
+    name: str
+    module: nn.Module
+    inputs: int
+    outputs: int
+
+
+def locate_mlps(model: nn.Module, *, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> Located:
+    """Every MLP inside a repeated block, in module order, and what was passed over with the reason.
+
+    ``targets`` replaces the search: all linear layers inside blocks whose name, or whose MLP's name, fits a pattern
+    are taken, attention projections included. ``ignore`` then removes layers the same way.
+
+    Raises ``NoMatchError`` if a pattern fits nothing or nothing is left.
+    """
+    found: list[Mlp] = []
+    skipped: list[Skipped] = [*_fused_experts(model)]
+    _scan(model, "", model, found, skipped)
+    every = {linear.name: linear for linear in _linears(model)}
+    found = list(_once(found, every, skipped))
+    names = list(every) + [mlp.name for mlp in found]
+    if targets is not None:
+        require_matches("targets", targets, names)
+        found = _select_targets(model, found, every, targets)
+    require_matches("ignore", ignore, names)
+    kept = [mlp for mlp in found if not _ignored(mlp, ignore)]
+    skipped += [Skipped(mlp.name, "matched by `ignore`") for mlp in found if _ignored(mlp, ignore)]
+    if not kept:
+        reasons = "; ".join(f"`{item.name}`: {item.reason}" for item in skipped[:3])
+        raise NoMatchError(
+            f"no MLP to compress among the {len(every)} linear layers of `{type(model).__name__}`"
+            + (f" ({reasons})" if reasons else "")
+            + "; name the layers with `targets`"
+        )
+    return Located(tuple(kept), tuple(skipped))
+
+
+def _once(found: Sequence[Mlp], every: Mapping[str, _Linear], skipped: list[Skipped]) -> Iterator[Mlp]:
+    """MLPs without those that hold layers registered before under another name, which are the same layers."""
+    for mlp in found:
+        again = next((site.name for site in mlp.sites if site.name not in every), None)
+        if again is None:
+            yield mlp
+        else:
+            skipped.append(Skipped(mlp.name, f"`{again}` is a layer of an earlier MLP too, and is compressed there"))
+
+
+def _ignored(mlp: Mlp, ignore: Sequence[str]) -> bool:
+    return matches(mlp.name, ignore) or any(matches(site.name, ignore) for site in mlp.sites)
+
+
+def _as_linear(name: str, module: nn.Module) -> _Linear | None:
+    if isinstance(module, nn.Linear):
+        return _Linear(name, module, module.in_features, module.out_features)
+    if isinstance(module, Conv1D):
+        return _Linear(name, module, module.nx, module.nf)
+    return None
+
+
+def _linears(model: nn.Module) -> Iterator[_Linear]:
+    for name, module in model.named_modules():
+        linear = _as_linear(name, module)
+        if linear is not None:
+            yield linear
+
+
+def _scan(module: nn.Module, name: str, root: nn.Module, found: list[Mlp], skipped: list[Skipped]) -> list[_Linear]:
+    """Collect MLPs below ``module``; return its linear layers that are still free to pair with a sibling's."""
+    own: list[_Linear] = []
+    loose: list[_Linear] = []
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        linear = _as_linear(path, child)
+        if linear is not None:
+            own.append(linear)
+            loose.append(linear)
+        else:
+            below = _scan(child, path, root, found, skipped)
+            if len(below) == 1 and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                loose += below
+    for candidates in (loose, own, [linear for linear in loose if linear.inputs != linear.outputs]):
+        pairing = _pair(candidates, _norm_width(module))
+        if pairing is not None and not _is_attention(module, name):
+            _accept(name, pairing, root, found, skipped)
+            return []
+    return loose
+
+
+def _is_attention(module: nn.Module, name: str) -> bool:
+    """Containers that carry head counts are attention, unless they are whole blocks (elements of a list)."""
+    if name.rpartition(".")[2].isdigit():
+        return False
+    return any(hasattr(module, mark) for mark in _ATTENTION_MARKS)
+
+
+def _norm_width(module: nn.Module) -> int | None:
+    """Width of the residual stream as seen in the container's own normalization layers, if they agree."""
+    weights = [getattr(child, "weight", None) for child in module.children() if "norm" in type(child).__name__.lower()]
+    widths = {weight.shape[0] for weight in weights if isinstance(weight, Tensor)}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _pair(linears: Sequence[_Linear], norm_width: int | None) -> tuple[str, list[tuple[_Linear, Role]]] | None:
+    if len(linears) == 2:
+        up, down = linears
+        if norm_width is not None and up.inputs != norm_width and down.inputs == norm_width:
+            up, down = down, up
+        if (up.inputs, up.outputs) == (down.outputs, down.inputs):
+            return "plain", [(up, "up"), (down, "down")]
+        if up.inputs == down.outputs and up.outputs == 2 * down.inputs:
+            return "fused-gated", [(up, "up"), (down, "down")]
+    if len(linears) == 3:
+        for index in (2, 1, 0):
+            down = linears[index]
+            ups = [linear for position, linear in enumerate(linears) if position != index]
+            if all((up.inputs, up.outputs) == (down.outputs, down.inputs) for up in ups):
+                return "gated", [(ups[0], "up"), (ups[1], "up"), (down, "down")]
+    return None
+
+
+def _site(linear: _Linear, role: Role) -> LinearSite:
+    width, columns = (linear.inputs, linear.outputs) if role == "up" else (linear.outputs, linear.inputs)
+    return LinearSite(
+        name=linear.name,
+        role=role,
+        width=width,
+        columns=columns,
+        conv1d=isinstance(linear.module, Conv1D),
+        has_bias=getattr(linear.module, "bias", None) is not None,
+    )
+
+
+def _accept(
+    name: str,
+    pairing: tuple[str, list[tuple[_Linear, Role]]],
+    root: nn.Module,
+    found: list[Mlp],
+    skipped: list[Skipped],
+) -> None:
+    kind, members = pairing
+    odd = next((reason for linear, _ in members if (reason := _odd(linear.module)) is not None), None)
+    block = _block_of(root, members[0][0].name)
+    if odd is not None:
+        skipped.append(Skipped(name, f"its layers are {odd}, not plain linear layers"))
+    elif block is None:
+        skipped.append(Skipped(name or "(model)", "it is not inside a repeated block"))
+    elif _is_expert(root, name, block):
+        skipped.append(Skipped(name, "it is one expert of a mixture; only dense MLPs are compressed"))
+    else:
+        sites = tuple(_site(linear, role) for linear, role in members)
+        found.append(Mlp(name, block[0], block[1], kind, sites))  # type: ignore[arg-type]
+
+
+def _odd(module: nn.Module) -> str | None:
+    """What makes a layer more than its weight and bias; None for a plain one."""
+    if type(module) not in (nn.Linear, Conv1D):
+        return f"`{type(module).__name__}`"
+    if "weight" not in module._parameters:  # weight_norm and pruning of torch before parametrizations
+        return "made anew from other parameters in every call (weight norm, pruning masks)"
+    return "given another `forward`" if "forward" in vars(module) else None
+
+
+def _block_of(root: nn.Module, name: str) -> tuple[str, str] | None:
+    """``(block, list)`` names of the innermost homogeneous list element that contains ``name``."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        container = root.get_submodule(".".join(parts[: end - 1])) if end > 1 else root
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or not parts[end - 1].isdigit():
+            continue
+        element = ".".join(parts[:end])
+        if len({type(child) for child in container}) == 1 and not _is_expert_list(root, parts[: end - 1], element):
+            return element, ".".join(parts[: end - 1])
+    return None
+
+
+def _is_expert_list(root: nn.Module, list_parts: Sequence[str], element: str) -> bool:
+    """Whether a list's elements are bare MLPs and the list itself lies inside an element of another list."""
+    nested = any(part.isdigit() for part in list_parts)
+    return nested and 2 <= sum(1 for _ in _linears(root.get_submodule(element))) <= 3 and _is_bare(root, element)
+
+
+def _is_bare(root: nn.Module, element: str) -> bool:
+    holders = [
+        module for module in root.get_submodule(element).modules() if any(True for _ in module.parameters(False))
+    ]
+    return all(_as_linear("", module) is not None for module in holders)
+
+
+def _is_expert(root: nn.Module, name: str, block: tuple[str, str]) -> bool:
+    parent, _, last = name.rpartition(".")
+    if not last.isdigit() or name == block[0]:
+        return False
+    return isinstance(root.get_submodule(parent), (nn.ModuleList, nn.Sequential))
+
+
+def _fused_experts(model: nn.Module) -> Iterator[Skipped]:
+    for name, module in model.named_modules():
+        if not any(part.isdigit() for part in name.split(".")) or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 3 and p.shape[0] > 1]
+        if shapes:
+            listed = " and ".join(str(shape) for shape in shapes)
+            yield Skipped(name, f"{shapes[0][0]} experts fused in tensors of shape {listed}; not compressed")
+
+
+def _select_targets(
+    model: nn.Module, found: Sequence[Mlp], every: dict[str, _Linear], targets: Sequence[str]
+) -> list[Mlp]:
+    """One ``Mlp`` per block with the layers that fit ``targets``; roles of unknown layers follow the block's width."""
+    known = {site.name: (site, mlp) for mlp in found for site in mlp.sites}
+    chosen: dict[str, list[LinearSite]] = {}
+    lists: dict[str, str] = {}
+    for name, linear in every.items():
+        site_mlp = known.get(name)
+        if not (matches(name, targets) or (site_mlp is not None and matches(site_mlp[1].name, targets))):
+            continue
+        block = _block_of(model, name)
+        if block is None:
+            raise NoMatchError(f"`targets` matched `{name}`, which is not inside a repeated block")
+        odd = _odd(linear.module)
+        if odd is not None:
+            raise NoMatchError(f"`targets` matched `{name}`, which is {odd}, not a plain linear layer; leave it out")
+        site = site_mlp[0] if site_mlp is not None else _site_by_width(linear, block[0], model, known)
+        chosen.setdefault(block[0], []).append(site)
+        lists[block[0]] = block[1]
+    return [Mlp(block, block, lists[block], "custom", tuple(sites)) for block, sites in chosen.items()]
+
+
+def _site_by_width(
+    linear: _Linear, block: str, model: nn.Module, known: dict[str, tuple[LinearSite, Mlp]]
+) -> LinearSite:
+    widths = {site.width for site, mlp in known.values() if mlp.block == block}
+    width = widths.pop() if widths else _norm_width(model.get_submodule(block))
+    if width is None or linear.inputs == width:
+        return _site(linear, "up")
+    if linear.outputs == width:
+        return _site(linear, "down")
+    raise NoMatchError(
+        f"`targets` matched `{linear.name}` ({linear.inputs} -> {linear.outputs}), neither side of which is the "
+        f"width {width} of its block"
+    )

@@ -1,0 +1,1 @@
+"""Layers, groups and exact bytes before any work, on the meta device."""

@@ -1,0 +1,125 @@
+"""Parameters, stored bytes and multiplications: exact integers, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fips.formats.packing import BITMASK, ValueKind, packed_length, pattern_bytes, value_bits
+from fips.models import LayerGroup, LinearSite
+
+__all__ = ["Footprint", "LayerStorage", "dense_footprint", "factored_footprint", "named_state", "state_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What the matrices of some MLPs take; biases are not counted, since compression leaves them."""
+
+    parameters: int
+    """Stored numbers: dense entries, or basis entries plus non-zeros."""
+    value_bytes: int
+    """Bytes of those numbers."""
+    pattern_bytes: int
+    """Bytes that say where the non-zeros are."""
+    macs_per_token: int
+    """Multiply-adds for one token."""
+
+    @property
+    def bytes(self) -> int:
+        return self.value_bytes + self.pattern_bytes
+
+    def __add__(self, other: Footprint) -> Footprint:
+        return Footprint(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+    @classmethod
+    def total(cls, parts: Iterable[Footprint]) -> Footprint:
+        return sum(parts, start=cls(0, 0, 0, 0))
+
+    def to_dict(self) -> dict[str, int]:
+        return {**asdict(self), "bytes": self.bytes}
+
+
+def dense_footprint(group: LayerGroup, *, itemsize: int) -> Footprint:
+    """The matrices of a group as plain dense weights."""
+    size = group.width * group.columns
+    return Footprint(parameters=size, value_bytes=size * itemsize, pattern_bytes=0, macs_per_token=size)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStorage:
+    """How one matrix is stored."""
+
+    nonzeros: int
+    """Kept entries of its factor."""
+    fmt: str = BITMASK
+    """Packed format, see ``fips.formats.packing``."""
+    values: ValueKind = "float"
+    shared: bool = True
+    """Whether it uses the basis of its group; False is the identity basis, plain pruning."""
+
+
+def factored_footprint(
+    group: LayerGroup,
+    *,
+    rank: int,
+    itemsize: int,
+    nonzeros: int | None = None,
+    fmt: str = BITMASK,
+    layers: Sequence[LayerStorage] | None = None,
+) -> Footprint:
+    """The matrices of a group as one basis and packed factors: exactly the bytes of the tensors in the file.
+
+    Either ``layers`` says how each site of the group is stored, in order, or ``nonzeros`` is the number of floating
+    values of all of them together in one format. ``itemsize`` is that of basis, floating values and scales. A basis
+    that no layer uses takes nothing. Scales of integer values are bytes, not parameters. Multiply-adds: every matrix
+    applies its basis once and its non-zeros once, whatever the kernel spends on zeros.
+    """
+    if layers is None:
+        assert nonzeros is not None
+        rest = [LayerStorage(0, fmt)] * (len(group.sites) - 1)
+        layers = [LayerStorage(nonzeros, fmt), *rest]
+    shared = sum(layer.shared for layer in layers)
+    basis = group.width * rank
+    owned = basis if shared else 0
+    kept = sum(layer.nonzeros for layer in layers)
+    parts = [_layer_bytes(site, layer, rank, itemsize) for site, layer in zip(group.sites, layers, strict=True)]
+    return Footprint(
+        parameters=owned + kept,
+        value_bytes=owned * itemsize + sum(values for values, _ in parts),
+        pattern_bytes=sum(pattern for _, pattern in parts),
+        macs_per_token=shared * basis + kept,
+    )
+
+
+def _layer_bytes(site: LinearSite, layer: LayerStorage, rank: int, itemsize: int) -> tuple[int, int]:
+    """``(values and scales, pattern)`` of one matrix."""
+    rank = rank if layer.shared else site.width
+    pattern = pattern_bytes(size=rank * site.columns, fmt=layer.fmt)
+    bits = value_bits(layer.values)
+    if bits is None:
+        return layer.nonzeros * itemsize, pattern
+    rows = site.columns if site.role == "up" else rank
+    return packed_length(layer.nonzeros, bits) + rows * itemsize, pattern
+
+
+def named_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor a checkpoint holds, shared ones once, under the first name they have."""
+    seen: set[int] = set()
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor.detach()
+    return state
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of tensor data in a checkpoint of the model; works on the meta device."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in named_state(model).values())
+
+
+def itemsize(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype, device="meta").element_size()

@@ -1,0 +1,151 @@
+"""The record of one compression: settings, sizes, errors, time, memory and the machine it ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+import transformers
+
+from fips.config import CompressionConfig
+from fips.training.reconstruct import BlockError
+
+__all__ = ["REPORT_FILE", "CompressionReport", "GroupResult", "environment", "peak_memory_bytes"]
+
+REPORT_FILE = "fips_report.json"
+REPORT_VERSION = 1
+LATER_KEYS = ("left_dense",)
+"""Parts of the plan that reports of earlier versions lack."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """Errors and losses of one group."""
+
+    name: str
+    blocks: tuple[str, ...]
+    start: tuple[BlockError, ...]
+    """The SVD start pruned to the final sparsity at once, before any gradient step; empty where not measured."""
+    final: tuple[BlockError, ...]
+    """Empty where not measured."""
+    losses: tuple[float, ...]
+    seconds: float
+
+    @staticmethod
+    def mean_relative(errors: tuple[BlockError, ...]) -> float | None:
+        return sum(error.relative for error in errors) / len(errors) if errors else None
+
+    def to_dict(self) -> dict[str, Any]:
+        start, final = ({error.block: error for error in errors} for errors in (self.start, self.final))
+        return {
+            "name": self.name,
+            "seconds": round(self.seconds, 2),
+            "relative_error_start": self.mean_relative(self.start),
+            "relative_error_final": self.mean_relative(self.final),
+            "blocks": [
+                {"name": name, **_error_fields("start", start.get(name)), **_error_fields("final", final.get(name))}
+                for name in self.blocks
+            ],
+            "loss_first_step": self.losses[0] if self.losses else None,
+            "loss_last_step": self.losses[-1] if self.losses else None,
+        }
+
+
+def _error_fields(when: str, error: BlockError | None) -> dict[str, float | None]:
+    return {
+        f"mse_{when}": None if error is None else error.mse,
+        f"relative_{when}": None if error is None else error.relative,
+    }
+
+
+@dataclass(slots=True)
+class CompressionReport:
+    """Result of ``fips.compress``; saved as ``fips_report.json`` beside the weights."""
+
+    config: CompressionConfig
+    plan: dict[str, Any]
+    """``CompressionPlan.to_dict()``: sizes before and after, groups, what was skipped and why."""
+    groups: list[dict[str, Any]]
+    seconds: float
+    peak_memory_bytes: int | None
+    activation_file_bytes: int
+    """Most bytes of activations that were in the temporary file at once."""
+    data: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    """Model the compression started from, as given."""
+    notes: list[str] = field(default_factory=list)
+    """What went otherwise than asked for, one sentence each."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "report_version": REPORT_VERSION,
+            "source": self.source,
+            "config": self.config.model_dump(mode="json"),
+            "data": self.data,
+            **self.plan,
+            "results": self.groups,
+            "seconds": round(self.seconds, 2),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "activation_file_bytes": self.activation_file_bytes,
+            "environment": self.environment,
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        plan_keys = ("model", "compressed_model", "mlp", "groups", "skipped")
+        return cls(
+            config=CompressionConfig(**fields["config"]),
+            plan={key: fields[key] for key in plan_keys} | {key: fields[key] for key in LATER_KEYS if key in fields},
+            groups=fields["results"],
+            notes=fields.get("notes", []),
+            **{
+                key: fields[key]
+                for key in (
+                    "seconds",
+                    "peak_memory_bytes",
+                    "activation_file_bytes",
+                    "data",
+                    "environment",
+                    "source",
+                )
+            },
+        )
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions a figure was measured with."""
+    from fips.version import __version__
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "fips": __version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory the process held so far: on the GPU if the device is one, else resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

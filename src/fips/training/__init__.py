@@ -1,0 +1,1 @@
+"""Compressed layers in training: block by block, or end to end."""

@@ -1,0 +1,152 @@
+r"""End-to-end training of compressed layers with the original model as teacher; needs no labels and no second copy.
+
+.. math:: \mathrm{KL}\left(\mathrm{softmax}(t / \tau) \,\|\, \mathrm{softmax}(y / \tau)\right) \tau^2
+          + \lambda \frac{1}{L} \sum_l \frac{|h_l - g_l|^2}{\mathrm{Var}(g_l)}
+
+with the logits t and block outputs g of the original and y, h of the compressed model. Models without logits are
+trained on their block outputs alone. Reference: Hinton et al., arXiv 1503.02531.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from fips.calibration.heads import ScoredHead, first_tensor
+from fips.calibration.tokens import TokenTracker
+from fips.config import CompressionConfig, DistillConfig
+from fips.errors import DataError
+from fips.training.factors import TrainableGroup, swapped
+from fips.training.schedules import cosine
+
+__all__ = ["distill_"]
+
+WARMUP = 0.1
+NEVER = -1e9
+"""A logit whose probability is 0; with infinity the divergence would be 0 times infinity."""
+
+
+def distill_(
+    model: nn.Module,
+    groups: Sequence[TrainableGroup],
+    blocks: Sequence[nn.Module],
+    batches: Iterable[Any],
+    config: CompressionConfig,
+    run: Callable[[nn.Module, Any], Any],
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train bases, factors on their supports and biases of all groups; returns the loss of every step.
+
+    One step takes one batch; ``batches`` is iterated again and again. The teacher is ``model`` itself with its own
+    layers in place, the student the same model with those of the groups. ``blocks`` are those whose outputs count
+    with ``hidden_weight``.
+    """
+    settings = config.distill
+    rates = [part for group in groups for part in group.learning_rates(settings.learning_rate)]
+    optimizer = torch.optim.AdamW(rates)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    layers: dict[str, nn.Module] = {}
+    for group in groups:
+        layers |= group.modules
+    losses: list[float] = []
+    for step, batch in zip(range(settings.steps), _forever(batches), strict=False):
+        with torch.no_grad(), _Outputs(model, blocks, settings.hidden_weight) as teacher:
+            target = teacher.tokens.heads(run(model, batch))
+        with swapped(model, layers), torch.enable_grad(), _Outputs(model, blocks, settings.hidden_weight) as student:
+            loss = _loss(student.tokens.heads(run(model, batch)), target, student, teacher, settings)
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if on_step is not None:
+            on_step(step, losses[-1])
+    return losses
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up, then cosine to 0."""
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, 1.0) * cosine(step, steps)
+
+
+def _forever(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        count = 0
+        for batch in batches:
+            count += 1
+            yield batch
+        if not count:
+            raise DataError("there is no calibration batch to distill on")
+
+
+class _Outputs(AbstractContextManager["_Outputs"]):
+    """The outputs of some blocks in one forward pass, as rows that count; nothing where they do not count at all."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], weight: float) -> None:
+        self.seen: dict[int, Tensor] = {}
+        chosen = blocks if weight else ()
+        self._handles = [block.register_forward_hook(self._hook(index)) for index, block in enumerate(chosen)]
+        members = {id(block) for block in chosen}
+        self.tokens = TokenTracker(model, [name for name, module in model.named_modules() if id(module) in members])
+
+    def __exit__(self, *error: object) -> None:
+        self.tokens.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, index: int) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            hidden = first_tensor(output)
+            counted_N = self.tokens.counted(hidden)
+            rows_ND = hidden.reshape(-1, hidden.shape[-1])
+            self.seen[index] = rows_ND if counted_N is None else rows_ND[counted_N]
+
+        return hook
+
+
+def _loss(
+    ours: Sequence[ScoredHead],
+    theirs: Sequence[ScoredHead],
+    student: _Outputs,
+    teacher: _Outputs,
+    config: DistillConfig,
+) -> Tensor:
+    loss = torch.stack([_head_loss(a, b, config.temperature) for a, b in zip(ours, theirs, strict=True)]).sum()
+    if student.seen:
+        parts = [_relative(student.seen[index], teacher.seen[index]) for index in sorted(student.seen)]
+        loss = loss + config.hidden_weight * torch.stack(parts).mean()
+    return loss
+
+
+def _head_loss(ours: ScoredHead, theirs: ScoredHead, temperature: float) -> Tensor:
+    y_NC, t_NC = (_scored(head.scores.float(), ours) for head in (ours, theirs))
+    if ours.kind == "number":
+        return _relative(y_NC, t_NC)
+    if ours.kind == "sigmoid":  # the softmax of a number beside 0
+        y_NC, t_NC = (torch.stack([z, torch.zeros_like(z)], -1).reshape(-1, 2) for z in (y_NC, t_NC))
+        return _divergence(y_NC, t_NC, temperature) * ours.scores.shape[-1]
+    return _divergence(y_NC, t_NC, temperature)
+
+
+def _scored(scores: Tensor, head: ScoredHead) -> Tensor:
+    """The rows (N, C) that count; what cannot be chosen never is."""
+    if head.choices is not None:
+        scores = scores.masked_fill(~head.choices, NEVER)
+    rows_NC = scores.reshape(-1, scores.shape[-1])
+    return rows_NC if head.counted is None else rows_NC[head.counted.flatten()]
+
+
+def _divergence(logits_NC: Tensor, wanted_NC: Tensor, temperature: float) -> Tensor:
+    ours_NC, theirs_NC = logits_NC / temperature, wanted_NC / temperature
+    divergence = kl_div(ours_NC.log_softmax(-1), theirs_NC.log_softmax(-1), log_target=True, reduction="batchmean")
+    return divergence * temperature**2
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (ours.float() - theirs.float()).square().mean() / theirs.float().var().clamp_min(1e-12)

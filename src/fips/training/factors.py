@@ -1,0 +1,224 @@
+r"""Compressed layers while their numbers are being found: dense factors on a support, in place of the packed ones.
+
+A factor is free numbers, or integers on a grid: :math:`F_{rf} = s_n \lfloor u_{rf} \rceil` with one step
+:math:`s_n` per stored row n. Then both u, in units of the step, and s are trained; gradients pass the rounding as if it
+were not there.
+Reference: Bengio et al., arXiv 1308.3432 (straight-through estimator); Esser et al., arXiv 1902.08153 (trained steps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fips.config import CompressionConfig
+from fips.formats.packing import largest_integer
+from fips.models import LinearSite
+from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
+
+__all__ = ["TrainableGroup", "swapped"]
+
+INTEGER_RATE = 200.0
+"""Learning rate of integers, in steps of their grid, relative to that of free numbers: at 1e-4 at most a fiftieth of a
+step at a time, so that single gradients flip nothing; 0.1 was too much where it was tried."""
+EDGE = 0.49
+"""Farthest from its integer that an entry starts, in steps."""
+STEP_RATE = 30.0
+"""Learning rate of a step, as a share of it, relative to that of free numbers."""
+
+
+class _Grid(nn.Module):
+    """Multiples of one step per stored row, by integers of some bits; steps are stored in the type given."""
+
+    def __init__(self, steps: Tensor, bits: int) -> None:
+        super().__init__()
+        self.start = steps.float()
+        self.growth = nn.Parameter(torch.zeros_like(self.start))
+        self.limit, self.dtype = largest_integer(bits), steps.dtype
+
+    def steps(self) -> Tensor:
+        """The trained steps as they will be stored."""
+        return _straight_through(self.start * (1 + self.growth), lambda steps: steps.to(self.dtype).float())
+
+    def forward(self, entries: Tensor) -> Tensor:
+        """The numbers that entries in units of the steps stand for."""
+        return _straight_through(entries.clamp(-self.limit, self.limit), torch.round) * self.steps()
+
+    def entries(self, numbers: Tensor) -> Tensor:
+        """The numbers in units of the steps."""
+        return torch.where(self.start == 0, 0.0, numbers / self.start)
+
+
+def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """``change(values)`` with the gradient of ``values``."""
+    return values + (change(values.detach()) - values.detach())
+
+
+class _TrainableLinear(nn.Module):
+    """A factored layer: entries, mask, and the product B F formed once per step."""
+
+    def __init__(
+        self, basis_DR: nn.Parameter | None, factor_RF: Tensor, site: LinearSite, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self._borrowed = (basis_DR, bias)
+        self.entries_RF = nn.Parameter(factor_RF)
+        """The factor, in units of its steps where it is on a grid; entries outside the mask mean nothing."""
+        self.mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)
+        self.grid: _Grid | None = None
+        self.up = site.role == "up"
+        self.weight = torch.empty(0, dtype=torch.int8)  # T5 asks for it, and casts its input to any other type
+        self.want_dense_gradient = False
+        self.dense_gradient_RF: Tensor | None = None
+
+    def set_grid(self, steps_N: Tensor, bits: int, wanted_RF: Tensor | None) -> None:
+        self.grid = _Grid(steps_N.unsqueeze(0 if self.up else 1), bits)
+        integers_RF = self.grid.entries(self.entries_RF.data)
+        rest_RF = 0.0 if wanted_RF is None else (wanted_RF - integers_RF).clamp(-EDGE, EDGE)
+        self.entries_RF.data = integers_RF + rest_RF
+
+    def factor(self) -> Tensor:
+        """The factor as it would be stored, 0 outside the mask."""
+        return (self.entries_RF if self.grid is None else self.grid(self.entries_RF)) * self.mask_RF
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis_DR, bias = self._borrowed
+        factor_RF = self.factor()
+        if self.want_dense_gradient and factor_RF.requires_grad:
+            factor_RF.register_hook(self._keep_gradient)
+        weight_DF = (factor_RF if basis_DR is None else basis_DR @ factor_RF).to(x.dtype)
+        return linear(x, weight_DF.T if self.up else weight_DF, None if bias is None else bias.to(x.dtype))
+
+    def _keep_gradient(self, gradient_RF: Tensor) -> None:
+        self.dense_gradient_RF = gradient_RF.detach()
+
+
+class TrainableGroup:
+    """Basis (None: the identity), factors and masks of one group while they are being found.
+
+    ``sparsity`` is where pruning by magnitude ends; with None the supports are those set by ``set_masks``.
+    """
+
+    def __init__(
+        self,
+        basis_DR: Tensor | None,
+        factors_RF: Sequence[Tensor],
+        sites: Sequence[LinearSite],
+        biases: Sequence[nn.Parameter | None],
+        config: CompressionConfig,
+        sparsity: float | None,
+    ) -> None:
+        self.config = config
+        self.sparsity = sparsity
+        self.sites = tuple(sites)
+        self.biases = tuple(biases)
+        self.basis_DR = None if basis_DR is None else nn.Parameter(basis_DR.clone())
+        self.layers = [
+            _TrainableLinear(self.basis_DR, factor_RF.clone(), site, bias)
+            for factor_RF, site, bias in zip(factors_RF, sites, biases, strict=True)
+        ]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The layer that stands in for each linear layer, by name."""
+        return {site.name: layer for site, layer in zip(self.sites, self.layers, strict=True)}
+
+    def learning_rates(self, learning_rate: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups of an optimizer whose steps are of about the learning rate (Adam).
+
+        Free numbers move by it, integers and steps by what amounts to the same relative to their size, undecayed.
+        """
+        biases = [bias for bias in self.biases if bias is not None and bias.requires_grad]
+        free = [*([] if self.basis_DR is None else [self.basis_DR]), *biases]
+        free += [layer.entries_RF for layer in self.layers if layer.grid is None]
+        grids = [layer.grid.growth for layer in self.layers if layer.grid is not None]
+        integers = [layer.entries_RF for layer in self.layers if layer.grid is not None]
+        found = [
+            {"params": free, "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": integers, "lr": INTEGER_RATE * learning_rate, "weight_decay": 0.0},
+            {"params": grids, "lr": STEP_RATE * learning_rate, "weight_decay": 0.0},
+        ]
+        return [part for part in found if part["params"]]
+
+    @property
+    def masks(self) -> list[Tensor]:
+        return [layer.mask_RF for layer in self.layers]
+
+    @torch.no_grad()
+    def choose_masks(self, sparsity: float) -> list[Tensor]:
+        """Supports of the largest magnitudes at a sparsity, in the pattern and scope of the settings.
+
+        N:M runs along the reduction: the rank for ``up`` layers, the columns for ``down`` layers.
+        """
+        scores = [layer.factor().abs() for layer in self.layers]
+        if self.config.nm is None:
+            return unstructured_masks(scores, sparsity=sparsity, scope=self.config.threshold)
+        n, m = self.config.nm
+        kept = max(n, round((1 - sparsity) * m))
+        return [
+            nm_mask(score, n=kept, m=m, dim=0 if layer.up else 1)
+            for score, layer in zip(scores, self.layers, strict=True)
+        ]
+
+    def set_masks(self, masks: Sequence[Tensor]) -> None:
+        """Use other supports; entries outside them keep their value, unused."""
+        for layer, mask_RF in zip(self.layers, masks, strict=True):
+            layer.mask_RF = mask_RF
+
+    def set_grids(
+        self, steps: Sequence[Tensor], bits: Sequence[int], wanted_RF: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """Train integers of some bits times the step of their stored row, and the steps in their type.
+
+        With ``wanted_RF``, what was rounded to the integers, in steps, integers start that near to the next: those
+        whose rounding was a close thing are the first to change.
+        """
+        starts = wanted_RF or [None] * len(self.layers)
+        for layer, steps_N, width, wanted in zip(self.layers, steps, bits, starts, strict=True):
+            layer.set_grid(steps_N, width, wanted)
+
+    def prune(self, sparsity: float) -> None:
+        """Keep the largest magnitudes at a sparsity and zero the rest for good."""
+        self.set_masks(self.choose_masks(sparsity))
+        for layer in self.layers:
+            layer.entries_RF.data.mul_(layer.mask_RF)
+
+    @torch.no_grad()
+    def regrow(self, fraction: float, optimizer: torch.optim.Optimizer) -> None:
+        """RigL: exchange a fraction of the support; exchanged entries are zeroed, their optimizer state too."""
+        gradients = [layer.dense_gradient_RF for layer in self.layers]
+        old = self.masks
+        masks = prune_and_regrow(
+            old,
+            magnitudes=[layer.factor() for layer in self.layers],
+            gradients=[gradient for gradient in gradients if gradient is not None],
+            fraction=fraction,
+            scope=self.config.threshold if self.sparsity is not None else "layer",
+        )
+        for layer, before, after in zip(self.layers, old, masks, strict=True):
+            state = optimizer.state.get(layer.entries_RF, {})
+            for tensor in (layer.entries_RF, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)):
+                tensor.masked_fill_(before != after, 0.0)
+        self.set_masks(masks)
+
+    def want_dense_gradients(self, wanted: bool) -> None:
+        for layer in self.layers:
+            layer.want_dense_gradient = wanted
+
+
+@contextmanager
+def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules in place of others for a ``with`` block; the originals come back even after an error."""
+    originals = {name: model.get_submodule(name) for name in replacements}
+    try:
+        for name, module in replacements.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            model.set_submodule(name, module)
