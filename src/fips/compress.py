@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fips.calibration.inputs import CalibrationData
+from fips.calibration.precision import autocast_for, in_native_types, resolve_precision
 from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
 from fips.config import CompressionConfig
 from fips.errors import ConfigError
@@ -26,7 +27,6 @@ from fips.record import CompressionReport, GroupResult, environment, peak_memory
 from fips.storage.layout import replace_linear
 from fips.storage.quantizer import attach
 from fips.storage.reload import check_reloadable
-from fips.training.reconstruct import autocast_for, resolve_precision
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
 
@@ -78,7 +78,7 @@ def compress(
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()
         bench = Workbench(model, config, data, device, progress, moments)
-        with preserved(model):
+        with preserved(model), in_native_types(model):
             bench.try_batch()
             with autocast_for(config.calibration.precision, device):
                 plan = leave_dense(plan, model, config, bench.survey(sites))

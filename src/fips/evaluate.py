@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fips.calibration.precision import in_native_types
 from fips.data import IGNORED_LABEL, Batches
 from fips.errors import DataError, ModelError
 
@@ -108,9 +109,9 @@ def evaluate(
     go to ``device``, by default to that of the model's first floating-point parameter; the model is not moved.
     ``progress`` is called with the number of finished batches and of all batches.
     """
-    first = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
-    place = _Place(torch.device(device) if device is not None else first.device, first.dtype)
-    with _evaluation_mode(model):
+    with _evaluation_mode(model), in_native_types(model):
+        first = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
+        place = _Place(torch.device(device) if device is not None else first.device, first.dtype)
         if batches.kind == "image":
             _check_classes(model, batches)
             return _evaluate_images(model, batches, place, progress)

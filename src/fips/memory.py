@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from fips.calibration.inputs import CalibrationData
 from fips.calibration.moments import moment_bytes
+from fips.calibration.precision import has_bfloat16, resolve_precision
 from fips.config import CompressionConfig
 from fips.methods.workbench import Workbench
 from fips.models import LinearSite
 from fips.plan.plan import CompressionPlan
-from fips.training.reconstruct import resolve_precision
 
 __all__ = ["MemoryNeed", "available_memory", "calibration_memory"]
 
@@ -77,6 +77,9 @@ def calibration_memory(
     if resolve_precision(config.calibration.precision, device) == "bfloat16" and _dtype(twin) == torch.float32:
         twin.to(torch.bfloat16)  # activations are, and so are copies of the weights that the backward pass keeps
         stored += stored // 2
+    elif _dtype(twin) == torch.bfloat16 and not has_bfloat16(device):
+        twin.to(torch.float32)
+        stored *= 3
     twin.to("meta").eval().requires_grad_(False)
     _without_cache(twin)
     try:

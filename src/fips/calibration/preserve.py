@@ -177,11 +177,13 @@ _HOOKS = (
 
 
 def take_over(layer: nn.Module, dense: nn.Module) -> None:
-    """Give a layer the mode, the hooks and what requires gradients of the one whose place it takes.
+    """Give a layer the mode, the type of bias, the hooks and what requires gradients of the one whose place it takes.
 
     The dictionaries of hooks move as they are, so that the handles a caller holds still remove them.
     """
     layer.train(dense.training)
+    if isinstance(layer.bias, nn.Parameter) and isinstance(dense.bias, nn.Parameter):
+        layer.bias.data = layer.bias.data.to(dense.bias.dtype)
     for name in _HOOKS:
         vars(layer)[name] = vars(dense)[name]
     vars(layer)["_is_full_backward_hook"] = vars(dense).get("_is_full_backward_hook")

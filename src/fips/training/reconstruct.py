@@ -8,7 +8,6 @@ Reference: arXiv 2411.09816, section 3.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from fips.calibration.record import ActivationSpool, BlockCall
 from fips.training.factors import TrainableGroup
 from fips.training.schedules import cosine, gmp_sparsity, rigl_fraction, update_steps
 
-__all__ = ["BlockError", "autocast_for", "block_errors", "calibrate_", "resolve_precision"]
+__all__ = ["BlockError", "block_errors", "calibrate_"]
 
 Records = Sequence[Mapping[str, BlockCall]]
 
@@ -33,27 +32,6 @@ class BlockError:
     mse: float
     relative: float
     """``mse`` divided by the variance of the original block's output; of a constant, by its square."""
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` is ``bfloat16`` where the hardware multiplies it natively, else ``float32``."""
-    if precision == "auto":
-        return "bfloat16" if _native_bfloat16(device) else "float32"
-    return precision
-
-
-def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Context in which matrix products run in the precision asked for."""
-    if resolve_precision(precision, device) == "bfloat16":
-        # No weight cache: it would hand out the basis of the first step for as long as the context lasts.
-        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
-    return nullcontext()
-
-
-def _native_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
 
 @torch.no_grad()

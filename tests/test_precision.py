@@ -1,0 +1,77 @@
+"""Passes over the data run in the type that the processor multiplies natively, and leave no trace in the model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batches_for, tiny_model
+
+import fips
+from fips.calibration.precision import has_bfloat16, in_native_types
+from fips.layers.linear import factored_layers
+
+CPU = torch.device("cpu")
+
+
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+def test_a_processor_is_asked_for_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bfloat16(monkeypatch)
+    assert not has_bfloat16(CPU)
+    assert has_bfloat16(torch.device("cuda"))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert has_bfloat16(CPU)
+
+
+def test_outputs_are_those_of_the_model_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bfloat16(monkeypatch)
+    model = tiny_model("llama").to(torch.bfloat16)
+    before = {name: (value.dtype, value.data_ptr()) for name, value in model.state_dict(keep_vars=True).items()}
+    wide = copy.deepcopy(model).float()
+    (batch,) = batches_for(model, count=1)
+    with torch.no_grad(), in_native_types(model):
+        found = model(**batch).logits
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wide(**batch).logits)
+    assert {name: (value.dtype, value.data_ptr()) for name, value in model.state_dict(keep_vars=True).items()} == before
+
+
+def test_nothing_changes_where_the_processor_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fips.calibration.precision.has_bfloat16", lambda device: True)
+    model = tiny_model("llama").to(torch.bfloat16)
+    with in_native_types(model):
+        assert all(value.dtype == torch.bfloat16 for value in model.parameters())
+
+
+def test_an_error_puts_the_weights_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bfloat16(monkeypatch)
+    model = tiny_model("llama").to(torch.bfloat16)
+    with pytest.raises(KeyError), in_native_types(model):
+        raise KeyError
+    assert all(value.dtype == torch.bfloat16 for value in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compressed_model_keeps_its_type(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same integers as those of the float32 model; biases, which are moved by the solver, are bfloat16 again."""
+    without_bfloat16(monkeypatch)
+    model = tiny_model(family).to(torch.bfloat16)
+    wide = copy.deepcopy(model).float()
+    settings = fips.CompressionConfig(target_bytes=0.4)
+    for one in (model, wide):
+        fips.compress(one, batches_for(one), settings)
+    assert {value.dtype for value in model.parameters() if value.is_floating_point()} == {torch.bfloat16}
+    for name, layer in factored_layers(model).items():
+        other = factored_layers(wide)[name]
+        assert torch.equal(layer.values, other.values)
+        assert torch.equal(layer.scales, other.scales)
+    fips.save(model, tmp_path / "model")
+    again = fips.load(tmp_path / "model")
+    assert {value.dtype for value in again.parameters() if value.is_floating_point()} == {torch.bfloat16}
