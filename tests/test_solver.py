@@ -234,13 +234,13 @@ def test_the_same_start_gives_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.factors_RF, again.factors_RF, strict=True))
 
 
-def test_pruning_beats_a_shared_basis_of_the_same_size_or_loses_to_it_by_measurement() -> None:
+def test_a_free_basis_beats_pruning_at_the_same_number_of_kept_entries() -> None:
     items = problems()
     pruned = prune(items, choose(0.6))
     shared = alternate(items, start(items), choose(0.6), max_rounds=8)
     assert pruned.basis_DR is None
     assert pruned.losses[-1] == pytest.approx(total(items, torch.eye(D), pruned.factors_RF), rel=1e-4)
-    assert shared.losses[-1] < pruned.losses[-1]  # a free basis at the same number of non-zeros
+    assert shared.losses[-1] < pruned.losses[-1]
 
 
 @pytest.mark.parametrize("family", ["vit", "llama", "phi3"])
@@ -562,8 +562,7 @@ def test_a_sample_is_the_problem_of_its_columns_or_rows(axis: int) -> None:
     error = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).double()
     wanted = torch.trace(left.double() @ error @ right[columns][:, columns] @ error.T).item()
     assert small.loss(None, (weight - error).float()) == pytest.approx(wanted, rel=1e-4)
-    full = whole.left_DD.diagonal().double() if axis == 1 else right.diagonal()
-    assert 0.5 * 12 / side < share < 1.5 * 12 / side < full.numel()
+    assert 0.5 * 12 / side < share < 1.5 * 12 / side
     other = "_right" if axis == 1 else "_left"
     assert getattr(small, other) is getattr(whole, other)  # its eigendecomposition too
 
@@ -597,9 +596,10 @@ def test_sharing_is_tried_on_some_columns_first(monkeypatch: pytest.MonkeyPatch)
     assert small.overhead(Choice(True, "unstructured")) - 2 * D * D * share == pytest.approx(
         2 * (small.columns / 2 + 2 * D)
     )
-    solved = monkeypatch.setattr(search, "solve", lambda *_, **__: pytest.fail("the whole group was solved"))
-    assert solved is None
+    asked: list[Choice] = []
+    monkeypatch.setattr(search, "solve", lambda choice, *_, **__: asked.append(choice))
     assert search.sharing_ratio(Choice(True, "unstructured", 8), 0.5 * 4 * D * F, 1.0) == math.inf
+    assert not asked
 
 
 class TestTrainedGrid:
