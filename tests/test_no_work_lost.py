@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -520,6 +520,15 @@ def test_ignored_signals_stay_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def _interrupts_raise() -> Iterator[None]:
+    """A shell's background jobs, and what starts tests in one, ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts_raise")
 def test_a_signal_waits_for_what_must_not_be_interrupted() -> None:
     done = []
 
@@ -532,6 +541,7 @@ def test_a_signal_waits_for_what_must_not_be_interrupted() -> None:
     assert done
 
 
+@pytest.mark.usefixtures("_interrupts_raise")
 def test_a_signal_while_the_directory_gets_its_name_leaves_it_complete(
     packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
