@@ -127,14 +127,14 @@ class Reference(Backend):
 
 def kernel_refuses(packed: Packed, device: torch.device, dtype: torch.dtype, home: str) -> str | None:
     """What no kernel of fips takes, whose tensors have to be on a device of type ``home``; in words."""
-    rows, cols = packed.shape
-    nm = parse_nm(packed.fmt)
     if packed.values_Z.device.type != home or device.type != home:
         return f"the layer is on {packed.values_Z.device.type} and its inputs on {device.type}, not on {home}"
     if dtype not in INPUTS:
         return f"inputs are {dtype}; known: {_names(INPUTS)}"
+    rows, cols = packed.shape
     if packed.kept >= 2**31 or rows == 0 or cols == 0:
         return f"a matrix of {rows} x {cols} with {packed.kept} kept entries; at least 1, fewer than 2^31 are handled"
+    nm = parse_nm(packed.fmt)
     if nm is not None and (nm[1] not in (2, 4, 8, 16) or cols % nm[1]):
         return f"pattern {packed.fmt} of rows of {cols}; M is 2, 4, 8 or 16 and divides a row"
     return None
