@@ -52,7 +52,7 @@ def example(fmt: str, bits: int) -> Packed:
 
 
 def pointers(packed: Packed) -> dict[str, torch.dtype]:
-    values, pattern = gpu.Layout.of(packed).read(packed)
+    values, pattern = gpu.TileLayout.of(packed).read(packed)
     return {
         **dict.fromkeys(("x_ptr", "y_ptr", "scales", "bias", "dense"), torch.bfloat16),
         **dict.fromkeys(("starts", "table", "counts"), torch.int32),
@@ -80,7 +80,7 @@ def compiled(kernel: Any, packed: Packed, constants: dict[str, Any], capability:
 
 def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     """Name, kernel, constants and entries of S in one tile."""
-    layout, scaled = gpu.Layout.of(packed), packed.scales_N is not None
+    layout, scaled = gpu.TileLayout.of(packed), packed.scales_N is not None
     common, tile = layout.constants(), layout.GROUP * layout.GROUPS
     for count in tokens:
         constants = {**common, "SCALED": scaled, "BIASED": True, "ALONE": True, "WIDE": False, "stride_k": 1}

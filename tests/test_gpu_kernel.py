@@ -21,7 +21,7 @@ from test_kernels import FORMATS, TOLERANCE, assert_close, exact, example, input
 
 from fips.errors import BackendError, ShapeError
 from fips.formats.packing import BLOCKS
-from fips.kernels import gpu, ops
+from fips.kernels import gpu
 from fips.kernels.reference import Packed, in_place, to_dense
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models.locate import Role
@@ -124,9 +124,7 @@ def test_splits_of_the_columns_add_up_and_decode_exactly(fmt: str, bits: int) ->
 @pytest.mark.parametrize("role", ["up", "down"])
 @pytest.mark.parametrize("way", ["packed", "decode", "merge", "merged"])
 def test_a_layer_takes_them_in_every_way(way: str, role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "supports", lambda x, packed: True)
-    monkeypatch.setattr(ops, "decodes", lambda packed: True)
-    monkeypatch.setattr(ops, "prepare", gpu.prepare)
+    monkeypatch.setattr(gpu.TritonBackend, "supports", lambda *_: None)  # on a CPU Triton's interpreter runs
     generator = torch.Generator().manual_seed(0)
     basis = SharedBasis.of(torch.randn(40, 32, generator=generator), torch.float32)
     factor_RF = torch.randn(32, 48, generator=generator)
@@ -136,7 +134,8 @@ def test_a_layer_takes_them_in_every_way(way: str, role: Role, monkeypatch: pyte
     x = inputs(3, layer.in_features, torch.float32).to(DEVICE)
     with torch.no_grad():
         y = layer(x)
-    assert isinstance(layer.runtime._prepared, gpu.Prepared)
+    assert layer.runtime._ways._prepared is not None
+    assert isinstance(layer.runtime._ways._prepared[1], gpu.TritonMatrix)
     assert_close(y.cpu(), (x.double() @ layer.dense_weight().double().T).cpu(), TOLERANCE[torch.float32])
 
 

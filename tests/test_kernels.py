@@ -281,10 +281,13 @@ def test_a_damaged_pattern_is_refused() -> None:
         cpu.prepare(packed)
 
 
+@needs_library
 def test_what_has_no_kernel_is_said() -> None:
     three = Packed(torch.zeros(21), torch.zeros(3, dtype=torch.uint8), None, (1, 49), "3:7")
-    assert not cpu.supports(three, torch.float32)
-    assert not cpu.supports(example("dense", (4, 4)), torch.float64)
+    here, compiled = torch.device("cpu"), cpu.CpuBackend()
+    assert "pattern 3:7" in str(compiled.supports(three, here, torch.float32))
+    assert "inputs are torch.float64" in str(compiled.supports(example("dense", (4, 4)), here, torch.float64))
+    assert "on meta" in str(compiled.supports(example("dense", (4, 4)), torch.device("meta"), torch.float32))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -407,7 +410,7 @@ def test_inputs_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
         lambda: again(x, packed, None),
         lambda: cpu.Repeat(x, prepared, None, None),
         lambda: reference.multiply(x, packed),
-        lambda: ops.multiply(x, prepared, None),
+        lambda: cpu.CpuBackend().multiply(x, prepared, None),
         lambda: ops.packed_linear(x, packed, None),
     ]
     for call in calls:
@@ -510,7 +513,7 @@ def at_the_end_of_a_page(values: Tensor) -> Tensor:
     return copy
 
 
-def call_of(prepared: cpu.Prepared, tokens: int = 3) -> tuple[cpu._Call, Tensor, Tensor]:
+def call_of(prepared: cpu.CpuMatrix, tokens: int = 3) -> tuple[cpu._Call, Tensor, Tensor]:
     rows, cols = prepared.packed.shape
     x, y = inputs(tokens, cols, torch.float32), torch.full((tokens, rows), 7.0)
     return cpu._call(x, y, None, None, 0, None), x, y

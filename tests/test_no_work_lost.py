@@ -31,8 +31,7 @@ from fips.config import CompressionConfig, DataConfig
 from fips.errors import BackendError, ConfigError, OutputError, ShapeError
 from fips.files.manifest import MANIFEST, complete_directory, require_free
 from fips.files.output import SCRATCH, Output
-from fips.kernels import cpu
-from fips.kernels import runtime as runtime_module
+from fips.kernels import backend, cpu
 from fips.layers.linear import FactoredLinear, factored_layers
 from fips.memory import MemoryNeed, available_memory, calibration_memory
 from fips.methods.workbench import Workbench
@@ -470,7 +469,7 @@ def failing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise BackendError("this library only pretends")
 
-    runtime_module._say_once.cache_clear()
+    backend.say_once.cache_clear()
     monkeypatch.setenv("FIPS_RUNTIME", "packed")
     for name in ("multiply", "multiply_columns"):
         monkeypatch.setattr(cpu, name, fail)

@@ -15,15 +15,17 @@ Shape legend: T tokens, N stored rows (outputs), K stored columns (the reduction
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fips.errors import BackendError
 from fips.formats.packing import BITMASK, BLOCKS, DENSE, code_bits, parse_nm
+from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses
 from fips.kernels.reference import Packed, check_inputs, check_packed
 
 try:
@@ -33,7 +35,7 @@ except ImportError as error:  # the reason is told when the kernel is asked for
     triton = None
     _missing = str(error)
 
-__all__ = ["Prepared", "available", "decode", "multiply", "prepare", "supports"]
+__all__ = ["TileLayout", "TritonBackend", "TritonMatrix", "available", "decode", "multiply", "prepare"]
 
 _DENSE, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
 ROWS, DECODED_ROWS = 64, 4
@@ -44,7 +46,7 @@ MOST_TOKENS, MOST_SPLITS, PROGRAMS = 128, 8, 4
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TileLayout:
     """How the kernels read a packed matrix: their constants."""
 
     FORMAT: int
@@ -71,7 +73,7 @@ class Layout:
         return self.FORMAT in (_BITMASK, _BLOCK_ROWS, _BLOCK_COLS)
 
     @classmethod
-    def of(cls, packed: Packed) -> Layout:
+    def of(cls, packed: Packed) -> TileLayout:
         cols = packed.shape[1]
         nm, bits = parse_nm(packed.fmt), 0 if packed.scales_N is None else packed.bits
         if nm is not None:
@@ -99,7 +101,7 @@ class Layout:
         return {name: getattr(self, name) for name in names}
 
 
-class Prepared:
+class TritonMatrix(PreparedMatrix):
     """A packed matrix with its layout and the places of the first values of its rows.
 
     ``splits`` parts of the columns are multiplied side by side where rows alone are too few for the device.
@@ -107,9 +109,8 @@ class Prepared:
 
     def __init__(self, packed: Packed, *, splits: int | None = None) -> None:
         check_packed(packed)
-        self.packed = packed
-        self.key = _key(packed)
-        self.layout = layout = Layout.of(packed)
+        super().__init__(packed)
+        self.layout = layout = TileLayout.of(packed)
         rows, cols = packed.shape
         device = packed.values_Z.device
         nm = parse_nm(packed.fmt)
@@ -144,16 +145,6 @@ class Prepared:
         """Memory beyond the stored tensors."""
         return 4 * (self.table.numel() + (self.starts.numel() if self.layout.counts else 0))
 
-    def is_current(self, packed: Packed) -> bool:
-        """Whether ``packed`` still lies where this was prepared for, with the same pattern."""
-        return self.key == _key(packed)
-
-
-def _key(packed: Packed) -> tuple[int, ...]:
-    pattern, values = packed.pattern, packed.values_Z
-    version = 0 if pattern.is_inference() else pattern._version
-    return values.data_ptr(), values.nbytes, pattern.data_ptr(), pattern.nbytes, version
-
 
 def _in_words(stream: Tensor, row_bits: int) -> bool:
     """Whether every row begins with a whole 32-bit word."""
@@ -170,32 +161,17 @@ def available() -> bool:
     return triton is not None
 
 
-def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
-    """Whether the kernels can multiply by this matrix on a GPU; by a whole matrix of floats torch does."""
-    nm = parse_nm(packed.fmt)
-    return (
-        available()
-        and packed.values_Z.device.type == "cuda"
-        and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and packed.kept < 2**31
-        and packed.shape[0] > 0
-        and packed.shape[1] > 0
-        and (packed.fmt != DENSE or packed.scales_N is not None)
-        and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))
-    )
-
-
-def prepare(packed: Packed, *, splits: int | None = None) -> Prepared:
+def prepare(packed: Packed, *, splits: int | None = None) -> TritonMatrix:
     """What ``multiply`` and ``decode`` need, once per matrix.
 
     Raises ``BackendError`` without Triton or for damaged tensors.
     """
     if triton is None:
         raise BackendError(f"Triton is not installed ({_missing}); `pip install fips[gpu]`")
-    return Prepared(packed, splits=splits)
+    return TritonMatrix(packed, splits=splits)
 
 
-def multiply(x_TK: Tensor, prepared: Prepared, bias_N: Tensor | None = None) -> Tensor:
+def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None) -> Tensor:
     r""":math:`y = x S^\top + b` in the type of ``x``; sums in float32; no autograd.
 
     Raises ``ShapeError`` for inputs or a bias of another size.
@@ -228,7 +204,7 @@ def multiply(x_TK: Tensor, prepared: Prepared, bias_N: Tensor | None = None) -> 
     return y.view(*x_TK.shape[:-1], rows)
 
 
-def decode(prepared: Prepared, dtype: torch.dtype) -> Tensor:
+def decode(prepared: TritonMatrix, dtype: torch.dtype) -> Tensor:
     """S as a dense (N, K) matrix; integers are multiplied by their scales in float32."""
     packed = prepared.packed
     rows, cols = packed.shape
@@ -240,6 +216,39 @@ def decode(prepared: Prepared, dtype: torch.dtype) -> Tensor:
         SCALED=packed.scales_N is not None, ROWS=DECODED_ROWS,
     )  # fmt: skip
     return dense
+
+
+class TritonBackend(Backend):
+    """The Triton kernels; torch itself multiplies by whole matrices of floats."""
+
+    name = "triton"
+    decodes = True
+
+    def supports(self, packed: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
+        if not available():
+            return f"Triton is not installed ({_missing}); `pip install fips[gpu]`"
+        if packed.fmt == DENSE and packed.scales_N is None:
+            return "a whole matrix of floats is a dense product"
+        return kernel_refuses(packed, device, dtype, "cuda")
+
+    def prepare(self, packed: Packed) -> TritonMatrix:
+        with _on_device_of(packed.values_Z):
+            return prepare(packed)
+
+    def multiply(
+        self, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, *, activation_bits: int | None = None
+    ) -> Tensor:
+        with _on_device_of(x):
+            return multiply(x, cast(TritonMatrix, prepared), bias)
+
+    def decode(self, prepared: PreparedMatrix, dtype: torch.dtype) -> Tensor:
+        with _on_device_of(prepared.packed.values_Z):
+            return decode(cast(TritonMatrix, prepared), dtype)
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @cache

@@ -27,8 +27,11 @@ from fips.formats.packing import (
     unpack_mask,
     value_bits,
 )
+from fips.kernels import registry
+from fips.kernels.basis import BasisRuntime
+from fips.kernels.call import Product
 from fips.kernels.reference import Packed, to_dense
-from fips.kernels.runtime import BasisRuntime, LayerRuntime, Product
+from fips.kernels.runtime import LayerRuntime
 from fips.models.locate import Role
 
 __all__ = [
@@ -242,6 +245,10 @@ class FactoredLinear(nn.Module):
             self.packed(), up=self.role == "up", features=(self.in_features, self.out_features), bias=self.bias,
             basis=basis, basis_DR=weight, offloaded=_offloaded(self),
         )  # fmt: skip
+
+    def backends(self, dtype: torch.dtype | None = None) -> dict[str, str]:
+        """Every backend by name: ``yes``, or why it does not multiply inputs of a type (its own) by the factor."""
+        return registry.reasons(self.packed(), self.values.device, dtype or self.weight.dtype)
 
     def extra_repr(self) -> str:
         kept = self.nonzeros / (self.factor_shape[0] * self.factor_shape[1])
