@@ -135,6 +135,19 @@ def test_wrong_recipes_name_the_recipe_and_the_field(text: str, message: str) ->
     assert "\n" not in str(error.value)
 
 
+def test_recipes_that_earlier_versions_wrote_are_read() -> None:
+    """They hold the settings of all methods."""
+    text = (
+        "compression: {budget: 0.6, method: fips-paper, sharing: auto, metric: {temperature: 2.0}, growth_tau: 16.0,"
+        " distill: {steps: 0}, threshold: layer, ignore: [], calibration: {steps: 3, precision: float32}, seed: 1}"
+    )
+    wanted = CompressionConfig(
+        budget=0.6, method="fips-paper", growth_tau=16.0, threshold="layer", seed=1,
+        calibration={"steps": 3, "precision": "float32"},
+    )  # fmt: skip
+    assert Recipe.from_yaml(text, name="r").compression == wanted
+
+
 def test_an_unknown_recipe_shows_the_closest() -> None:
     with pytest.raises(ConfigError, match=r"no recipe `paper-deit`; did you mean `paper-deit-b`\?"):
         load_recipe("paper-deit")

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fips.errors import ConfigError
 
@@ -32,6 +41,7 @@ __all__ = [
 
 FactorDtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_METHOD = "fips"
+PATTERN = r"^(auto|unstructured|block4|block8|[1-9]\d?:[1-9]\d?)$"
 
 
 class Settings(BaseModel):
@@ -197,7 +207,7 @@ class CompressionConfig(Settings):
 
     @classmethod
     def from_record(cls, fields: Mapping[str, Any]) -> CompressionConfig:
-        """Settings from a report. Those of earlier versions hold the fields of all methods, or null for a default."""
+        """Settings from a report. Those of earlier versions hold the fields of all methods, null for a default."""
         return CompressionConfig(**_known(fields, settings_of(fields.get("method", DEFAULT_METHOD))))
 
     @classmethod
@@ -247,7 +257,7 @@ class InputsConfig(CompressionConfig):
 class SparseConfig(CompressionConfig):
     """What methods share that prune factors to a pattern and can train them block by block."""
 
-    pattern: str = Field(default="unstructured", pattern=r"^(auto|unstructured|block4|block8|[1-9]\d?:[1-9]\d?)$")
+    pattern: str = Field(default="unstructured", pattern=PATTERN)
     """`unstructured`, or `N:M`, N non-zeros in every M consecutive entries along the reduction."""
     schedule: Literal["static", "gmp", "rigl"] = "static"
     """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow."""
@@ -302,6 +312,13 @@ class Recipe(Settings):
     """Configuration of that model, so that `--dry-run` can plan without the hub."""
     compression: SerializeAsAny[CompressionConfig]
     data: DataConfig | None = None
+
+    @field_validator("compression", mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, fields: Any) -> Any:
+        """Earlier versions wrote the fields of all methods beside a compressed model."""
+        everything = isinstance(fields, Mapping) and {"sharing", "growth_tau"} <= fields.keys()
+        return CompressionConfig.from_record(fields) if everything else fields
 
     @classmethod
     def from_yaml(cls, text: str, *, name: str) -> Recipe:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments, moment_bytes
-from fips.config import InputMetricConfig, SparseConfig
+from fips.config import PATTERN, InputMetricConfig, SparseConfig
 from fips.errors import ConfigError
 from fips.formats.packing import BITMASK, DENSE, ValueKind, block_size, code_bits, value_bits, value_kind
 from fips.layers.linear import FactoredLinear, SharedBasis
@@ -75,7 +75,7 @@ class FipsConfig(SparseConfig):
     values: Literal["auto"] | ValueKind | None = None
     """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
     bits as measured per layer. Default: `auto` with `target_bytes`, else float."""
-    pattern: str = Field(default="auto", pattern=SparseConfig.model_fields["pattern"].metadata[0].pattern)
+    pattern: str = Field(default="auto", pattern=PATTERN)
     """`unstructured`; `N:M`, N non-zeros in every M consecutive entries along the reduction; `block4` or `block8`, one
     mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
     measured per group."""
