@@ -2,7 +2,9 @@ r"""The default method: measure what an error costs, choose structure and size o
 
 An error E of a matrix costs :math:`\mathrm{tr}(E^\top A E G)` with the second moments A of the layer's inputs and G of
 the gradients of its outputs (``fips.calibration.moments``). Every group becomes a shared basis with sparse factors, or
-sparse matrices alone, of floating values or integers, as this error, measured at a few sizes, asks for.
+sparse matrices alone, of floating values or integers, as this error, measured at a few sizes, asks for. Stages, each of
+one group from what the stage before gave: ``_measure``, ``_trials`` (then ``allocate`` over all groups), ``_solve``,
+``_train``, ``pack_group``.
 
 References: arXiv 2411.09816 (shared basis, sparse factors); Martens & Grosse, arXiv 1503.05671 (the metric).
 """
@@ -13,7 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -221,9 +223,9 @@ class _Solved:
     plan: GroupPlan
     storages: list[LayerStorage]
     trainable: TrainableGroup
-    start: tuple[BlockError, ...]
-    losses: list[float]
-    seconds: float
+    start: tuple[BlockError, ...] = ()
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[_Solved]:
@@ -240,6 +242,7 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
                 started = time.perf_counter()
                 search = searches.pop(group.group.name, None) or _search(bench, group, config, moments)
                 item = _solve(bench, group, config, search, chosen[group.group.name])
+                _train(bench, item, config)
                 item.seconds = time.perf_counter() - started
                 found.append(item)
                 if metric.propagate_errors:
@@ -426,21 +429,27 @@ def _solve(bench: Workbench, plan: GroupPlan, config: FipsConfig, search: _Searc
     if found.steps is not None:
         group.set_grids(found.steps, [choice.bits or 8 for choice in choices], found.wanted_RF)
     search.forget()
+    return _Solved(plan, storages, group)
+
+
+def _train(bench: Workbench, item: _Solved, config: FipsConfig) -> None:
+    """Train a group block by block, and measure its errors before any training."""
     if not config.calibration.steps and not config.distill.steps:
-        return _Solved(plan, storages, group, (), [], 0.0)
+        return
+    plan, group = item.plan, item.trainable
     limit = None if config.calibration.steps else MAX_ERROR_BATCHES
     with bench.recorded(plan.group, limit=limit) as (records, spool):
         start = measured(
             f"the block errors of group {plan.group.name} before training",
             lambda: bench.errors_with(plan.group, group.modules, records, spool),
         )
+        item.start = start or ()
         with swapped(bench.model, group.modules):
             steps = config.calibration.steps
-            losses = calibrate_(
+            item.losses = calibrate_(
                 group, bench.blocks(plan.group), records, spool, bench.device,
                 lambda step, loss: bench.report("calibrate", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
-    return _Solved(plan, storages, group, start or (), losses, 0.0)
 
 
 def _moved_bias(
