@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fips
 from fips.layers.linear import factored_layers
+from fips.methods.gptq import gptq
 from fips.methods.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
 from fips.methods.pruning import magnitude, sparsegpt, wanda
-from fips.methods.quantization import gptq
 
 OUT, IN = 24, 60
 

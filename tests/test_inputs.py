@@ -26,7 +26,7 @@ from fips.calibration.moments import LayerMoments, collect_moments
 from fips.calibration.tokens import TokenTracker
 from fips.errors import ConfigError, DataError, FipsError, ModelError
 from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers
-from fips.methods.workbench import MomentCache, Workbench
+from fips.methods.workbench import MomentCache, Needs, Workbench
 from fips.models import LinearSite, locate_mlps
 
 TEXT = {**SMALL, "vocab_size": 64, "pad_token_id": 0}
@@ -875,7 +875,7 @@ def test_a_model_that_draws_random_numbers_draws_the_same_on_every_pass() -> Non
 
     model, x = Sampling(), torch.randn(4, 16)
     data = CalibrationData(model, [x], seed=0)
-    bench = Workbench(model, gptq(), data, torch.device("cpu"))
+    bench = Workbench(model, gptq(), data, torch.device("cpu"), Needs.INPUTS)
     state = torch.get_rng_state()
     assert torch.equal(bench.run(model, x), bench.run(model, x))
     assert torch.equal(torch.get_rng_state(), state)

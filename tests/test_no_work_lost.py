@@ -34,6 +34,7 @@ from fips.files.output import SCRATCH, Output
 from fips.kernels import backend, cpu
 from fips.layers.linear import FactoredLinear, factored_layers
 from fips.memory import MemoryNeed, available_memory, calibration_memory
+from fips.methods.registry import method_of
 from fips.methods.workbench import Workbench
 from fips.models.transformers import build_empty
 from fips.plan.plan import plan_compression
@@ -638,8 +639,10 @@ def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch
     model.config.use_cache = False
     known = [*model.parameters(), *model.buffers(), *batch.values()]
     with memory_module._Counted(known) as counted:
-        sites = memory_module._at_work(plan, config)
-        Workbench(model, config, [batch, batch], torch.device("cpu")).moments("all", sites, floor=0.4)
+        method = method_of(config)
+        sites = memory_module._at_work(plan, method)
+        bench = Workbench(model, config, [batch, batch], torch.device("cpu"), method.needs)
+        bench.moments("all", sites, floor=0.4)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     assert need.total(8) == pytest.approx(counted.peak + stored, rel=0.05)
 

@@ -13,7 +13,7 @@ from conftest import batches_for, tiny_model
 from torch import Tensor
 
 import fips
-import fips.methods.solver
+import fips.methods.fips
 from fips.calibration.moments import collect_moments
 from fips.errors import BudgetError
 from fips.layers.linear import factored_layers
@@ -440,7 +440,7 @@ def test_reordered_neurons_leave_the_output_unchanged(family: str, monkeypatch: 
         orders.append(torch.randperm(masks[0].shape[1], generator=generator))
         return orders[-1]
 
-    monkeypatch.setattr(fips.methods.solver, "neighbour_order", shuffled)
+    monkeypatch.setattr(fips.methods.fips, "neighbour_order", shuffled)
     original = tiny_model(family)
     fips.compress(model, batches, fips.CompressionConfig(budget=1.0, pattern="block4"))
     site = locate_mlps(original).mlps[0].sites[0]

@@ -229,8 +229,11 @@ def compare(
     data: Annotated[str, typer.Option(help="Calibration data, as for `fips compress`.")],
     output: Annotated[Path, typer.Option(help="Directory for compare.json, compare.md and compare.svg.")],
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100.")
-    ] = "fips,no-sharing,fips-paper,gptq,sparsegpt,wanda,magnitude,svd-llm,basis-sharing,svd",
+        str | None,
+        typer.Option(
+            help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100. Default: all."
+        ),
+    ] = None,
     sizes: Annotated[
         str, typer.Option("--bytes", help="Stored MLP bytes relative to 16-bit dense.")
     ] = "0.3,0.4,0.5,0.6",
@@ -258,7 +261,7 @@ def compare(
     scored = {**fields, "source": eval_data or data, "split": eval_split, "num_samples": eval_samples}
     with _counter("compare") as progress:
         result = compare_source(
-            model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(","),
+            model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(",") if methods else None,
             sizes=_numbers("--bytes", sizes, float), seeds=_numbers("--seeds", seeds, int), dtype=dtype,
             device=device, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
@@ -385,10 +388,10 @@ def _recipe(
     default_size: float | None = None,
 ) -> Any:
     """The recipe asked for, or the method's own, with the options given on the command line in its place."""
-    from fips.config import DataConfig, Recipe
+    from fips.config import DEFAULT_METHOD, DataConfig, Recipe, settings_of
     from fips.recipes import load_recipe
 
-    base = load_recipe(name or ("paper" if compression.get("method") == "fips-paper" else "fips"))
+    base = load_recipe(name or settings_of(compression.get("method", DEFAULT_METHOD)).recipe)
     sized = "budget" in compression or "target_bytes" in compression
     if name is None and not sized:
         if default_size is None:
@@ -398,13 +401,14 @@ def _recipe(
         compression = {**compression, "target_bytes": default_size}
     if sized or name is None:
         compression = {"budget": None, "target_bytes": None, **compression}
-    if "pattern" in compression and "sparsity" not in compression:
-        compression = {**compression, "sparsity": None}
+    method = settings_of(compression.get("method", base.compression.method))
+    if "pattern" in compression and "sparsity" in method.model_fields:
+        compression = {"sparsity": None, **compression}
     if "group_size" in compression and "groups" not in compression:
         compression = {**compression, "groups": None}
-    if calibration:
-        compression = {**compression, "calibration": base.compression.calibration.replace(**calibration)}
     settings = base.compression.replace(**compression)
+    if calibration:
+        settings = settings.replace(calibration=settings.calibration.replace(**calibration))
     if not data:
         return Recipe(**{**_fields(base), "compression": settings})
     known = (

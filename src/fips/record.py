@@ -101,7 +101,7 @@ class CompressionReport:
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         plan_keys = ("model", "compressed_model", "mlp", "groups", "skipped")
         return cls(
-            config=CompressionConfig(**fields["config"]),
+            config=CompressionConfig.from_record(fields["config"]),
             plan={key: fields[key] for key in plan_keys} | {key: fields[key] for key in LATER_KEYS if key in fields},
             groups=fields["results"],
             notes=fields.get("notes", []),

@@ -20,12 +20,12 @@ from fips.config import CompressionConfig
 from fips.data import Batches
 from fips.errors import BudgetError, ConfigError
 from fips.evaluate import EvaluationResult, evaluate
+from fips.methods.registry import aliases
 from fips.methods.workbench import MomentCache
 
 __all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
 
 log = logging.getLogger("fips.app.compare")
-ALIASES = {"no-sharing": "fips+sharing=never"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,11 @@ class Comparison:
 def method_config(text: str, *, target_bytes: float, seed: int) -> CompressionConfig:
     """Settings of ``name`` or ``name+field=value+section.field=value``, such as ``fips+distill.steps=100``.
 
-    ``no-sharing`` is our solver without a shared basis. Raises ``ConfigError`` for what is not a setting.
+    ``name`` is that of a method or of some settings of one, as ``no-sharing`` for our solver without a shared basis.
+    Raises ``ConfigError`` for what is not a setting.
     """
-    name, *changes = ALIASES.get(text.split("+")[0], text.split("+")[0]).split("+") + text.split("+")[1:]
-    fields: dict[str, Any] = {"method": name, "target_bytes": target_bytes, "seed": seed}
+    name, *changes = text.split("+")
+    fields = {**aliases().get(name, {"method": name}), "target_bytes": target_bytes, "seed": seed}
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:

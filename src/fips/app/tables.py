@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from fips.models import Mlp
-from fips.plan.plan import CompressionPlan, GroupPlan
+from fips.plan.groups import GroupPlan
+from fips.plan.plan import CompressionPlan
 from fips.record import CompressionReport
 
 __all__ = [

@@ -1,30 +1,198 @@
-"""The paper's recipe: SVD start, magnitude sparsity, joint block-wise AdamW. Reference: arXiv 2411.09816."""
+r"""The recipe of the paper: SVD start, magnitude sparsity, joint block-wise AdamW.
+
+The matrices of a group side by side are factored as :math:`W \approx B F` with one basis B of a rank R and factors F of
+a fixed sparsity s; both then follow from the size. Basis and factors are trained together, block outputs on the
+original activations as the target, while the supports follow a schedule.
+
+Reference: FiPS, arXiv 2411.09816.
+"""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
 
 from fips.calibration.record import ActivationSpool
-from fips.methods.workbench import CompressedGroup, Workbench, measured, pack_group
-from fips.plan.footprint import LayerStorage
-from fips.plan.plan import CompressionPlan, GroupPlan
-from fips.solve.svd import grow_rank, shared_svd
+from fips.config import ReconstructionConfig, SparseConfig
+from fips.errors import BudgetError
+from fips.formats.packing import BITMASK, DENSE, code_bits
+from fips.methods.registry import Method, register
+from fips.methods.workbench import CompressedGroup, Needs, Workbench, measured, pack_group
+from fips.models import LayerGroup
+from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
+from fips.plan.groups import GroupPlan, target_bytes
+from fips.plan.least import EPS, REFERENCE_ITEMSIZE
+from fips.plan.plan import CompressionPlan
+from fips.plan.planner import check_inputs
+from fips.solve.patterns import num_nonzeros
+from fips.solve.svd import shared_svd
 from fips.training.factors import TrainableGroup, swapped
 from fips.training.reconstruct import BlockError, Records, calibrate_
 
-__all__ = ["compress_by_paper"]
+__all__ = ["Paper", "PaperConfig", "grow_rank", "rank_for_budget"]
+
+DEFAULT_SPARSITY = 0.75
 
 
-def compress_by_paper(bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
-    """Every group on its own: record, factorize, calibrate, pack."""
-    return [_compress_group(bench, group) for group in plan.groups]
+class PaperReconstructionConfig(ReconstructionConfig):
+    """Block-wise reconstruction as in the paper."""
+
+    steps: int = Field(default=600, ge=0)
+    """Optimizer steps per group; 0 keeps the SVD, pruned."""
+    learning_rate: float = Field(default=4e-4, gt=0)
+    """Peak learning rate of AdamW."""
 
 
-def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
+class PaperConfig(SparseConfig):
+    """Sparsity, threshold, schedule and training; the rank follows from the size."""
+
+    method: Literal["fips-paper"] = "fips-paper"
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of zeros in the factors; default 1 - N/M when `pattern` is N:M, else 0.75."""
+    threshold: Literal["group", "layer"] = "group"
+    """One magnitude threshold over all factors of a group, or one per layer."""
+    schedule: Literal["static", "gmp", "rigl"] = "gmp"
+    """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow."""
+    growth_tau: float = Field(default=32.0, gt=0)
+    """Rows added when the rank exceeds the width are copies of the first rows divided by this."""
+    calibration: PaperReconstructionConfig = PaperReconstructionConfig()
+
+    recipe: ClassVar[str] = "paper"
+
+    def check(self) -> None:
+        super().check()
+        if self.pattern in ("auto", "block4", "block8"):
+            raise ValueError(f"`pattern: {self.pattern}` needs `method: fips`, got `{self.method}`")
+        if self.nm is not None and self.sparsity is not None and abs(self.sparsity - self.factor_sparsity) > 1e-9:
+            raise ValueError(
+                f"`sparsity` {self.sparsity} contradicts `pattern` {self.pattern!r} (sparsity "
+                f"{self.factor_sparsity:g}); give only one of them"
+            )
+
+    @property
+    def factor_sparsity(self) -> float:
+        """The fraction of zeros the factors end with."""
+        if self.nm is not None:
+            return 1 - self.nm[0] / self.nm[1]
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+
+@register
+class Paper(Method[PaperConfig]):
+    settings = PaperConfig
+    needs = Needs.ACTIVATIONS
+
+    @property
+    def trains_blocks(self) -> bool:
+        return self.config.calibration.steps > 0
+
+    def check(self, group: LayerGroup) -> None:
+        """Up layers sum along the rank, which is made to fit; down layers along their inputs."""
+        if self.config.nm is not None:
+            for site in group.sites:
+                if site.role == "down":
+                    check_inputs(site, self.config.pattern, self.config.nm[1])
+
+    def plan(self, blank: GroupPlan) -> GroupPlan:
+        config, group = self.config, blank.group
+        rank = self._rank(group, blank.dtype)
+        fmt = config.pattern if config.nm is not None else (BITMASK if config.factor_sparsity > 0 else DENSE)
+        sizes = [rank * site.columns for site in group.sites]
+        if config.threshold == "group":
+            sizes = [sum(sizes)]
+        kept = sum(num_nonzeros(size=size, sparsity=config.factor_sparsity) for size in sizes)
+        factored = factored_footprint(group, rank=rank, nonzeros=kept, fmt=fmt, itemsize=itemsize(blank.dtype))
+        return replace(blank, rank=rank, nonzeros=kept, fmt=fmt, factored=factored)
+
+    def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
+        """The smallest rank with an entry for every column of the factors."""
+        if self.config.nm is not None:
+            least = self.config.nm[1]
+        else:
+            least = math.ceil(1 / (1 - self.config.factor_sparsity) - EPS)
+        if self.config.budget is not None:
+            density = 1 - self.config.factor_sparsity
+            return least * (group.width + density * group.columns) / (group.width * group.columns)
+        return least * self._vector_bytes(group, dtype) / (REFERENCE_ITEMSIZE * group.width * group.columns)
+
+    def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
+        """Every group on its own: record, factorize, train, pack."""
+        return [_compress_group(bench, group, self.config) for group in plan.groups]
+
+    def _vector_bytes(self, group: LayerGroup, dtype: torch.dtype) -> float:
+        """What one vector of the basis takes, with the entries of the factors that belong to it."""
+        config, item = self.config, itemsize(dtype)
+        pattern = 1 / 8 if config.factor_sparsity > 0 else 0.0
+        if config.nm is not None:
+            pattern = code_bits(*config.nm) / config.nm[1] / 8
+        return group.width * item + group.columns * ((1 - config.factor_sparsity) * item + pattern)
+
+    def _rank(self, group: LayerGroup, dtype: torch.dtype) -> int:
+        config = self.config
+        multiple = config.nm[1] if config.nm is not None else 1
+        budget = config.budget
+        if budget is None:
+            rank = int(target_bytes(group, config) / self._vector_bytes(group, dtype)) // multiple * multiple
+            budget = rank * (group.width + (1 - config.factor_sparsity) * group.columns) / (group.width * group.columns)
+        return rank_for_budget(
+            budget=budget, width=group.width, columns=group.columns, sparsity=config.factor_sparsity, multiple=multiple
+        )
+
+
+def grow_rank(
+    basis_DR: Tensor, factors_RF: Sequence[Tensor], *, rank: int, tau: float = 32.0
+) -> tuple[Tensor, list[Tensor]]:
+    r"""Extend a factorization to a larger rank without changing its product.
+
+    Zero columns are appended to the basis and copies of the first factor rows, divided by ``tau``, to the factors:
+    :math:`B' = [B | 0]`, :math:`F' = [F; F_{:k} / \tau]`, so that :math:`B' F' = B F` and the new columns of B receive
+    gradients from the first step. Rows are reused cyclically when more than R are added.
+
+    The paper's tau is 32.
+    """
+    current = basis_DR.shape[1]
+    extra = rank - current
+    if extra <= 0:
+        return basis_DR, list(factors_RF)
+    rows = torch.arange(extra, device=basis_DR.device) % current
+    grown_DR = torch.cat([basis_DR, basis_DR.new_zeros(basis_DR.shape[0], extra)], dim=1)
+    return grown_DR, [torch.cat([factor_RF, factor_RF[rows] / tau]) for factor_RF in factors_RF]
+
+
+def rank_for_budget(*, budget: float, width: int, columns: int, sparsity: float, multiple: int = 1) -> int:
+    r"""Largest rank whose basis and factors fit a budget.
+
+    .. math:: R = \left\lfloor \frac{b\, d\, P}{d + (1 - s) P} \right\rfloor
+
+    with budget ``b`` (fraction of the ``d P`` dense parameters), width ``d``, ``P`` columns of all matrices of the
+    group together and sparsity ``s`` of the factors, rounded down to a ``multiple``. The rank may exceed ``d``.
+
+    Raises ``BudgetError`` if not even ``multiple`` vectors fit.
+    """
+    cost = width + (1 - sparsity) * columns
+    rank = int(budget * width * columns / cost + EPS) // multiple * multiple
+    if rank < 1:
+        least = multiple * cost / (width * columns)
+        vectors = "one basis vector" if multiple == 1 else f"{multiple} basis vectors"
+        raise BudgetError(
+            f"`budget` {budget:g} is below the cost of {vectors} in a group of width {width} and {columns} columns; "
+            f"the smallest budget for it is {math.ceil(least * 1e4) / 1e4:g}"
+        )
+    return rank
+
+
+def _compress_group(bench: Workbench, plan: GroupPlan, config: PaperConfig) -> CompressedGroup:
     started = time.perf_counter()
-    blocks, steps = bench.blocks(plan.group), bench.config.calibration_steps
+    blocks, steps = bench.blocks(plan.group), config.calibration.steps
     with bench.recorded(plan.group) as (records, spool):
-        group = _factorize(bench, plan)
+        group = _factorize(bench, plan, config)
         with swapped(bench.model, group.modules):
             start = measured(
                 f"the block errors of group {plan.group.name} before training",
@@ -35,7 +203,7 @@ def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
                 lambda step, loss: bench.report("calibrate", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
             if not losses:
-                group.prune(bench.config.factor_sparsity)
+                group.prune(config.factor_sparsity)
         storages = [LayerStorage(int(mask.sum()), plan.fmt) for mask in group.masks]
         bases, layers = pack_group(group, plan, storages)
         final = measured(
@@ -45,13 +213,13 @@ def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
     return CompressedGroup(plan, bases, layers, start or (), final or (), tuple(losses), time.perf_counter() - started)
 
 
-def _factorize(bench: Workbench, plan: GroupPlan) -> TrainableGroup:
+def _factorize(bench: Workbench, plan: GroupPlan, config: PaperConfig) -> TrainableGroup:
     """U and S V^T of all matrices side by side, grown beyond D where the budget allows."""
     sites = plan.group.sites
     basis_DR, factors_RF = shared_svd(bench.weights(sites), rank=plan.rank)
-    basis_DR, factors_RF = grow_rank(basis_DR, factors_RF, rank=plan.rank, tau=bench.config.growth_tau)
+    basis_DR, factors_RF = grow_rank(basis_DR, factors_RF, rank=plan.rank, tau=config.growth_tau)
     biases = [bench.bias(site) for site in sites]
-    return TrainableGroup(basis_DR, factors_RF, sites, biases, bench.config, bench.config.factor_sparsity)
+    return TrainableGroup(basis_DR, factors_RF, sites, biases, config, config.factor_sparsity, scope=config.threshold)
 
 
 def _errors_of_start(
@@ -59,8 +227,9 @@ def _errors_of_start(
 ) -> tuple[BlockError, ...]:
     """The start pruned to the final sparsity at once; only masks change, and they are put back."""
     before = group.masks
+    assert group.sparsity is not None
     try:
-        group.set_masks(group.choose_masks(bench.config.factor_sparsity))
+        group.set_masks(group.choose_masks(group.sparsity))
         return bench.errors_with(plan.group, {}, records, spool)
     finally:
         group.set_masks(before)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Flag, auto
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from fips.formats.packing import DENSE
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models import LayerGroup, LinearSite
 from fips.plan.footprint import LayerStorage
-from fips.plan.plan import GroupPlan
+from fips.plan.groups import GroupPlan
 from fips.training.factors import TrainableGroup, swapped
 from fips.training.reconstruct import BlockError, Records, block_errors
 
@@ -31,6 +32,7 @@ __all__ = [
     "MAX_ERROR_BATCHES",
     "CompressedGroup",
     "MomentCache",
+    "Needs",
     "Progress",
     "ProgressEvent",
     "Workbench",
@@ -43,8 +45,18 @@ log = logging.getLogger("fips.methods")
 T = TypeVar("T")
 
 MAX_ERROR_BATCHES = 16
-UNMEASURED = ("magnitude", "svd", "fips-paper")
-"""Methods that take no moments of layers: what runs can be compressed."""
+
+
+class Needs(Flag):
+    """What a method wants to know of the model at work. Only that is measured."""
+
+    NOTHING = 0
+    INPUTS = auto()
+    """Second moments of what layers read: forward passes."""
+    GRADIENTS = auto()
+    """Those of the gradients of what they write too: a backward pass for every forward pass."""
+    ACTIVATIONS = auto()
+    """What blocks read and return on all batches; on a few, for the errors in the report, they are always recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +74,8 @@ class ProgressEvent:
 
 
 Progress = Callable[[ProgressEvent], None]
-MomentCache = dict[tuple[tuple[str, ...], float, float, int, str], dict[str, LayerMoments]]
-"""Moments by layers, temperature, floor, seed and a digest of the data, for several compressions of one model."""
+MomentCache = dict[tuple[Any, ...], dict[str, LayerMoments]]
+"""Moments by layers, how they are measured and a digest of the data, for several compressions of one model."""
 
 
 @dataclass(slots=True)
@@ -74,20 +86,23 @@ class CompressedGroup:
     bases: dict[str, SharedBasis]
     """By the name they are registered under."""
     layers: dict[str, FactoredLinear]
-    start: tuple[BlockError, ...]
-    final: tuple[BlockError, ...]
-    losses: tuple[float, ...]
-    seconds: float
+    start: tuple[BlockError, ...] = ()
+    final: tuple[BlockError, ...] = ()
+    losses: tuple[float, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class Workbench:
-    """One model, its calibration batches and the settings of one compression."""
+    """One model, its calibration batches, and what one compression may measure on them."""
 
     model: nn.Module
     config: CompressionConfig
     batches: CalibrationData
     device: torch.device
+    needs: Needs
+    temperature: float = 1.0
+    """Of the softmax whose change gradients are of."""
     progress: Progress | None = None
     cache: MomentCache | None = None
     file_bytes: int = 0
@@ -101,11 +116,13 @@ class Workbench:
         log.warning("%s", text)
 
     def survey(self, sites: Sequence[LinearSite]) -> dict[str, str]:
-        """Layers that the calibration data says nothing about, to be left dense, with the reason."""
-        method, metric = self.config.method, self.config.metric
+        """Layers that the calibration data says nothing about, to be left dense, with the reason.
+
+        At most one forward pass a batch, and a backward pass where gradients are needed.
+        """
         found = survey_layers(
-            self.model, sites, self.batches, self.run, reach=method not in UNMEASURED, influence=method == "fips",
-            temperature=metric.temperature, seed=self.config.seed,
+            self.model, sites, self.batches, self.run, gradients=Needs.GRADIENTS in self.needs,
+            temperature=self.temperature, seed=self.config.seed,
         )  # fmt: skip
         for name, reason in found.left.items():
             log.warning("`%s` is left dense: %s", name, reason)
@@ -113,19 +130,24 @@ class Workbench:
             self.note(NO_GRADIENT)
         return found.left
 
-    def moments(self, name: str, sites: Sequence[LinearSite], *, floor: float) -> dict[str, LayerMoments]:
-        """What the layers read and how much what they write matters, in the model as it is."""
-        metric, seed = self.config.metric, self.config.seed
-        cache = None if metric.propagate_errors else self.cache
-        key = (
-            tuple(site.name for site in sites), metric.temperature, floor, seed,
-            "" if cache is None else self.batches.key(),
-        )  # fmt: skip
+    def moments(
+        self, name: str, sites: Sequence[LinearSite], *, floor: float = 1.0, changed: bool = False
+    ) -> dict[str, LayerMoments]:
+        """What the layers read and, if needed, how much what they write matters, in the model as it is.
+
+        ``floor`` is the share of the weight that all tokens get alike. ``changed`` says that some layers are compressed
+        already, so that nothing kept from before is of use.
+        """
+        assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
+        gradients = Needs.GRADIENTS in self.needs
+        cache = None if changed else self.cache
+        how = (self.temperature, floor, self.config.seed) if gradients else ()
+        key = (tuple(site.name for site in sites), *how, "" if cache is None else self.batches.key())
         if cache is not None and key in cache:
             return cache[key]
         found = collect_moments(
-            self.model, sites, self.counted("measure", name), self.run, temperature=metric.temperature, floor=floor,
-            seed=seed,
+            self.model, sites, self.counted("measure", name), self.run, temperature=self.temperature, floor=floor,
+            seed=self.config.seed, gradients=gradients,
         )  # fmt: skip
         if cache is not None:
             cache[key] = found
@@ -161,6 +183,7 @@ class Workbench:
     def recorded(self, group: LayerGroup, *, limit: int | None = None) -> Iterator[tuple[Records, ActivationSpool]]:
         """Inputs and outputs of the group's blocks in the model as it is, for the first ``limit`` batches that run
         them."""
+        assert limit is not None or Needs.ACTIVATIONS in self.needs, "a method must declare that it needs activations"
         with ActivationSpool(self.config.calibration.activation_memory) as spool:
             batches = self.counted("record", group.name, limit=limit)
             with torch.no_grad():

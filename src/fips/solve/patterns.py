@@ -8,9 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fips.solve.rank import num_nonzeros
-
-__all__ = ["block_masks", "nm_mask", "prune_and_regrow", "top_mask", "top_masks", "unstructured_masks"]
+__all__ = ["block_masks", "nm_mask", "num_nonzeros", "prune_and_regrow", "top_mask", "top_masks", "unstructured_masks"]
 
 Scope = Literal["group", "layer"]
 
@@ -118,3 +116,8 @@ def _exchange(
     survivors = top_masks(inside, count=kept - count)
     grown = top_masks(outside, count=count)
     return [a | b for a, b in zip(survivors, grown, strict=True)]
+
+
+def num_nonzeros(*, size: int, sparsity: float) -> int:
+    """Entries kept out of ``size``: ``floor((1 - sparsity) * size)``."""
+    return int((1 - sparsity) * size + 1e-9 * max(size, 1))

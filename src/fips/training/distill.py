@@ -14,17 +14,32 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from fips.calibration.heads import ScoredHead, first_tensor
 from fips.calibration.tokens import TokenTracker
-from fips.config import CompressionConfig, DistillConfig
+from fips.config import Settings
 from fips.errors import DataError
 from fips.training.factors import TrainableGroup, swapped
 from fips.training.schedules import cosine
 
-__all__ = ["distill_"]
+__all__ = ["DistillConfig", "distill_"]
+
+
+class DistillConfig(Settings):
+    """End-to-end training of the compressed layers with the original model as teacher; no labels."""
+
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps; 0 leaves it out."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of AdamW, linear warm-up over a tenth of the steps, then cosine to 0."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of both softmaxes in the KL divergence."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean relative squared error of the block outputs, beside 1 for the logits."""
+
 
 WARMUP = 0.1
 NEVER = -1e9
@@ -36,7 +51,7 @@ def distill_(
     groups: Sequence[TrainableGroup],
     blocks: Sequence[nn.Module],
     batches: Iterable[Any],
-    config: CompressionConfig,
+    settings: DistillConfig,
     run: Callable[[nn.Module, Any], Any],
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
@@ -46,7 +61,6 @@ def distill_(
     layers in place, the student the same model with those of the groups. ``blocks`` are those whose outputs count
     with ``hidden_weight``.
     """
-    settings = config.distill
     rates = [part for group in groups for part in group.learning_rates(settings.learning_rate)]
     optimizer = torch.optim.AdamW(rates)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))

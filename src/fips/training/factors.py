@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fips.config import CompressionConfig
+from fips.config import SparseConfig
 from fips.formats.packing import largest_integer
 from fips.models import LinearSite
 from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
@@ -101,7 +101,8 @@ class _TrainableLinear(nn.Module):
 class TrainableGroup:
     """Basis (None: the identity), factors and masks of one group while they are being found.
 
-    ``sparsity`` is where pruning by magnitude ends; with None the supports are those set by ``set_masks``.
+    ``sparsity`` is where pruning by magnitude ends; with None the supports are those set by ``set_masks``. ``scope``
+    says whether one threshold holds for all factors of the group or one for each.
     """
 
     def __init__(
@@ -110,10 +111,12 @@ class TrainableGroup:
         factors_RF: Sequence[Tensor],
         sites: Sequence[LinearSite],
         biases: Sequence[nn.Parameter | None],
-        config: CompressionConfig,
+        config: SparseConfig,
         sparsity: float | None,
+        scope: Literal["group", "layer"] = "layer",
     ) -> None:
         self.config = config
+        self.scope = scope
         self.sparsity = sparsity
         self.sites = tuple(sites)
         self.biases = tuple(biases)
@@ -157,7 +160,7 @@ class TrainableGroup:
         """
         scores = [layer.factor().abs() for layer in self.layers]
         if self.config.nm is None:
-            return unstructured_masks(scores, sparsity=sparsity, scope=self.config.threshold)
+            return unstructured_masks(scores, sparsity=sparsity, scope=self.scope)
         n, m = self.config.nm
         kept = max(n, round((1 - sparsity) * m))
         return [
@@ -198,7 +201,7 @@ class TrainableGroup:
             magnitudes=[layer.factor() for layer in self.layers],
             gradients=[gradient for gradient in gradients if gradient is not None],
             fraction=fraction,
-            scope=self.config.threshold if self.sparsity is not None else "layer",
+            scope=self.scope,
         )
         for layer, before, after in zip(self.layers, old, masks, strict=True):
             state = optimizer.state.get(layer.entries_RF, {})

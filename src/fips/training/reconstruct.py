@@ -74,10 +74,10 @@ def calibrate_(
     """Train a group whose layers are already swapped into ``blocks``; returns the loss of every step.
 
     One step takes one recorded batch; batches come in a seeded random order, reshuffled every pass. The support
-    follows ``config.support_schedule`` and has its final sparsity from ``update_end`` of the steps on.
+    follows ``config.schedule`` and has its final sparsity from ``update_end`` of the steps on.
     """
-    settings, steps = group.config.calibration, group.config.calibration_steps
-    rate = group.config.calibration_rate
+    settings = group.config.calibration
+    steps, rate = settings.steps, settings.learning_rate
     optimizer = torch.optim.AdamW(group.learning_rates(rate, weight_decay=settings.weight_decay))
     last = min(settings.min_learning_rate / rate, 1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -119,10 +119,9 @@ class _Support:
     def __init__(self, group: TrainableGroup, optimizer: torch.optim.Optimizer) -> None:
         settings = group.config.calibration
         self.group, self.optimizer = group, optimizer
-        self.schedule = group.config.support_schedule
+        self.schedule = group.config.schedule
         self.final = group.sparsity
-        steps = group.config.calibration_steps
-        self.updates = update_steps(steps=steps, every=settings.update_every, end=settings.update_end)
+        self.updates = update_steps(steps=settings.steps, every=settings.update_every, end=settings.update_end)
         self.initial = min(settings.initial_sparsity, self.final or 0.0)
         self.fraction = settings.regrow_fraction
 

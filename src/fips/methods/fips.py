@@ -1,4 +1,13 @@
-"""The default method: measure what an error costs, choose structure and size of every group, solve, train, pack."""
+r"""The default method: measure what an error costs, choose structure and size of every group, solve, train, pack.
+
+An error E of a matrix costs :math:`\mathrm{tr}(E^\top A E G)` with the second moments A of the layer's inputs and G of
+the gradients of its outputs (``fips.calibration.moments``). Every group becomes a shared basis with sparse factors, or
+sparse matrices alone, of floating values or integers, as this error, measured at a few sizes, asks for. Stages, each of
+one group from what the stage before gave: ``_measure``, ``_trials`` (then ``allocate`` over all groups), ``_solve``,
+``_train``, ``pack_group``.
+
+References: arXiv 2411.09816 (shared basis, sparse factors); Martens & Grosse, arXiv 1503.05671 (the metric).
+"""
 
 from __future__ import annotations
 
@@ -6,30 +15,39 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments, moment_bytes
-from fips.config import AUTO_BITS, CompressionConfig
-from fips.formats.packing import BITMASK, DENSE, block_size, code_bits, value_bits, value_kind
+from fips.config import PATTERN, InputMetricConfig, SparseConfig
+from fips.errors import ConfigError
+from fips.formats.packing import BITMASK, DENSE, ValueKind, block_size, code_bits, value_bits, value_kind
 from fips.layers.linear import FactoredLinear, SharedBasis
-from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, measured, pack_group
-from fips.models import LinearSite
-from fips.plan.footprint import LayerStorage, itemsize
-from fips.plan.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
+from fips.methods.registry import Method, register
+from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Needs, Workbench, measured, pack_group
+from fips.models import LayerGroup, LinearSite
+from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
+from fips.plan.groups import GroupPlan, solved_plan, target_bytes
+from fips.plan.least import REFERENCE_ITEMSIZE
+from fips.plan.plan import CompressionPlan
+from fips.plan.planner import check_inputs, equal_layers, stored_rows
 from fips.solve.alternate import Factorization
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
 from fips.solve.search import SIZES, WORTH_SHARING, Choice, GroupSearch, Point, Pricing, allocate, expected_total
 from fips.solve.supports import Reduction
-from fips.training.distill import distill_
+from fips.training.distill import DistillConfig, distill_
 from fips.training.factors import TrainableGroup, swapped
 from fips.training.reconstruct import BlockError, calibrate_
 
-__all__ = ["compress_by_solver", "site_problem"]
+__all__ = ["Fips", "FipsConfig", "MetricConfig", "site_problem"]
 
+AUTO_BITS = (3, 4, 5, 6, 8)
+"""Widths that `values: auto` chooses among."""
 ENOUGH = 2
 """Gradients per output of a layer from which their second moment is taken as it is. With 24 and 128 examples, 80
 outputs and a head of two classes mixing made the error of the logits 8 and 3 times smaller."""
@@ -39,6 +57,165 @@ Split = Sequence[tuple[Choice, float]]
 """Structure and bytes of a group: of all its layers together where they share a basis, else of each."""
 
 
+class MetricConfig(InputMetricConfig):
+    """What an error costs: the second-order change of the model's output."""
+
+    temperature: float = Field(default=2.0, gt=0)
+    """Temperature of the softmax whose change counts; 1 is the KL divergence, large values treat logits alike."""
+    token_floor: float = Field(default=0.4, ge=0, le=1)
+    """Share of the weight that all tokens get alike; the rest goes by what a token does to the output."""
+    propagate_errors: bool = False
+    """Measure every group behind the compressed groups before it instead of behind the original ones."""
+
+
+class FipsConfig(SparseConfig):
+    """What each group may become, the metric, and training afterwards; structure and sparsity follow from the size."""
+
+    method: Literal["fips"] = "fips"
+    sharing: Literal["auto", "always", "never"] = "auto"
+    """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning)."""
+    values: Literal["auto"] | ValueKind | None = None
+    """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
+    bits as measured per layer. Default: `auto` with `target_bytes`, else float."""
+    pattern: str = Field(default="auto", pattern=PATTERN)
+    """`unstructured`; `N:M`, N non-zeros in every M consecutive entries along the reduction; `block4` or `block8`, one
+    mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
+    measured per group."""
+    schedule: Literal["static", "gmp", "rigl"] = "static"
+    """Whether the support that was found stays (`static`) or changes while training (`rigl`)."""
+    metric: MetricConfig = MetricConfig()
+    distill: DistillConfig = DistillConfig()
+
+    def check(self) -> None:
+        super().check()
+        if self.sharing == "always" and self.nm is not None:
+            raise ValueError(
+                "`sharing: always` needs a pattern of free size, got N:M; leave `pattern` or `sharing` out"
+            )
+        if self.values == "auto" and self.target_bytes is None:
+            raise ValueError("`values: auto` weighs bits against bytes: give `target_bytes`, not `budget`")
+        if self.schedule == "gmp":
+            raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
+        if self.schedule == "rigl" and self.pattern not in ("auto", "unstructured"):
+            raise ValueError(f"`schedule: rigl` needs `pattern: unstructured`, got {self.pattern!r}")
+
+    @property
+    def has_integers(self) -> bool:
+        return self.value_kind != "float"
+
+    @property
+    def value_kind(self) -> Literal["auto"] | ValueKind:
+        """``values``, or its default for the kind of size."""
+        if self.values is not None:
+            return self.values
+        return "auto" if self.target_bytes is not None else "float"
+
+    @property
+    def resolved_pattern(self) -> str:
+        """``pattern``, where supports that change need a free one."""
+        return "unstructured" if self.schedule == "rigl" else self.pattern
+
+
+@register
+class Fips(Method[FipsConfig]):
+    settings = FipsConfig
+    aliases: ClassVar = {"no-sharing": {"sharing": "never"}}
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.INPUTS | Needs.GRADIENTS | (Needs.ACTIVATIONS if self.trains_blocks else Needs.NOTHING)
+
+    @property
+    def temperature(self) -> float:
+        return self.config.metric.temperature
+
+    @property
+    def moment_memory(self) -> int:
+        return int(self.config.metric.memory)
+
+    @property
+    def trains_blocks(self) -> bool:
+        return self.config.calibration.steps > 0
+
+    @property
+    def trains_model(self) -> bool:
+        return self.config.distill.steps > 0
+
+    @property
+    def moves_neurons(self) -> bool:
+        return block_size(self.config.resolved_pattern) > 1
+
+    def check(self, group: LayerGroup) -> None:
+        blocks = block_size(self.config.resolved_pattern)
+        for site in group.sites:
+            if site.columns % blocks:
+                raise ConfigError(
+                    f"`pattern` {self.config.pattern} needs hidden sizes that are a multiple of {blocks}, but "
+                    f"`{site.name}` has {site.columns}; use `pattern: unstructured`"
+                )
+            if self.config.nm is not None:
+                check_inputs(site, self.config.pattern, self.config.nm[1])
+
+    def plan(self, blank: GroupPlan) -> GroupPlan:
+        """Equal shares for all groups, no sharing, the widest values that fit where the width is to be measured."""
+        for bits in reversed(_bits(self.config)):
+            layers, fits = self._equal_layers(blank.group, blank.dtype, value_kind(bits))
+            if fits:
+                break
+        return solved_plan(blank, rank=0, layers=layers)
+
+    def _equal_layers(self, group: LayerGroup, dtype: torch.dtype, kind: ValueKind) -> tuple[list[LayerStorage], bool]:
+        config = self.config
+        if config.nm is None:
+            fmt = config.resolved_pattern if self.moves_neurons else BITMASK
+            return equal_layers(group, config, dtype, kind, fmt=fmt)
+        n, m = config.nm
+        layers = [
+            LayerStorage(site.width * site.columns * n // m, config.pattern, kind, shared=False) for site in group.sites
+        ]
+        spent = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=layers).bytes
+        return layers, config.target_bytes is None or spent <= target_bytes(group, config)
+
+    def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
+        """A shared basis if there must be one, and an entry for every row and column of every matrix."""
+        item, unit = itemsize(dtype), REFERENCE_ITEMSIZE if self.config.budget is None else 1
+        least = {site: _least(site, self.config, item) for site in group.sites}
+        if self.config.sharing == "always" and len(group.sites) > 1:
+            basis = group.width**2 * (item if self.config.budget is None else 1)
+            return (basis + sum(least.values())) / (group.columns * group.width * unit)
+        return max(size / (site.columns * group.width * unit) for site, size in least.items())
+
+    def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
+        """Solve all groups, train them together if asked to, pack them and measure what they lost."""
+        config = self.config
+        solved = _solve_groups(bench, plan, config)
+        if config.distill.steps:
+            blocks = [block for item in solved for block in bench.blocks(item.plan.group).values()]
+            losses = distill_(
+                bench.model, [item.trainable for item in solved], blocks, bench.batches, config.distill, bench.run,
+                lambda step, loss: bench.report("distill", "all", step + 1, config.distill.steps, loss),
+            )  # fmt: skip
+            for item in solved:
+                item.losses += losses
+        # before anything else can fail
+        packed = [pack_group(item.trainable, item.plan, item.storages) for item in solved]
+        return [_finish(bench, item, *done) for item, done in zip(solved, packed, strict=True)]
+
+
+def _least(site: LinearSite, config: FipsConfig, item: int) -> float:
+    """The least that may be made of a matrix, without its basis: numbers or bytes."""
+    size, block = site.width * site.columns, block_size(config.resolved_pattern)
+    kept = math.ceil(max(site.width, site.columns) / block) * block
+    if config.nm is not None:
+        kept = size * config.nm[0] // config.nm[1]
+    if config.budget is not None:
+        return kept
+    bits = _bits(config)[0]
+    values = kept * item if bits is None else kept * bits / 8 + stored_rows(site) * item + (bits < 8)
+    pattern = size / block if config.nm is None else size // config.nm[1] * code_bits(*config.nm)
+    return values + pattern / 8
+
+
 @dataclass(slots=True)
 class _Solved:
     """A group between solving and packing."""
@@ -46,60 +223,45 @@ class _Solved:
     plan: GroupPlan
     storages: list[LayerStorage]
     trainable: TrainableGroup
-    start: tuple[BlockError, ...]
-    losses: list[float]
-    seconds: float
+    start: tuple[BlockError, ...] = ()
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
 
-def compress_by_solver(bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
-    """Solve all groups, train them together if asked to, pack them and measure what they lost."""
-    solved = _solve_groups(bench, plan)
-    if bench.config.distill.steps:
-        blocks = [block for item in solved for block in bench.blocks(item.plan.group).values()]
-        losses = distill_(
-            bench.model, [item.trainable for item in solved], blocks, bench.batches, bench.config, bench.run,
-            lambda step, loss: bench.report("distill", "all", step + 1, bench.config.distill.steps, loss),
-        )  # fmt: skip
-        for item in solved:
-            item.losses += losses
-    packed = [pack_group(item.trainable, item.plan, item.storages) for item in solved]  # before anything else can fail
-    return [_finish(bench, item, *done) for item, done in zip(solved, packed, strict=True)]
-
-
-def _solve_groups(bench: Workbench, plan: CompressionPlan) -> list[_Solved]:
+def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[_Solved]:
     """Every group with the structure and size that the measured errors ask for."""
-    metric = bench.config.metric
+    metric = config.metric
     chunks = list(_chunks(plan.groups, 0 if metric.propagate_errors else metric.memory))  # each behind the one before
-    chosen, searches = _choose(bench, plan, chunks)
+    chosen, searches = _choose(bench, plan, config, chunks)
     found: list[_Solved] = []
     with ExitStack() as installed:
         for chunk in chunks:
             if not searches:
-                moments = _measure(bench, chunk)
+                moments = _measure(bench, config, chunk)
             for group in chunk:
                 started = time.perf_counter()
-                search = searches.pop(group.group.name, None) or _search(bench, group, moments)
-                item = _solve(bench, group, search, chosen[group.group.name])
+                search = searches.pop(group.group.name, None) or _search(bench, group, config, moments)
+                item = _solve(bench, group, config, search, chosen[group.group.name])
+                _train(bench, item, config)
                 item.seconds = time.perf_counter() - started
                 found.append(item)
-                if bench.config.metric.propagate_errors:
+                if metric.propagate_errors:
                     installed.enter_context(swapped(bench.model, item.trainable.modules))
     return found
 
 
 def _choose(
-    bench: Workbench, plan: CompressionPlan, chunks: Sequence[Sequence[GroupPlan]]
+    bench: Workbench, plan: CompressionPlan, config: FipsConfig, chunks: Sequence[Sequence[GroupPlan]]
 ) -> tuple[dict[str, Split], dict[str, _Search]]:
     """Structure and bytes of every group by name, and the searches where all of them are still in memory."""
-    config = bench.config
     units: list[list[Point]] = []
     sizes: dict[str, int] = {}
     searches: dict[str, _Search] = {}
     for chunk in chunks:
-        moments = _measure(bench, chunk)
+        moments = _measure(bench, config, chunk)
         searches.clear()
         for group in chunk:
-            search = _search(bench, group, moments)
+            search = _search(bench, group, config, moments)
             with torch.autocast(bench.device.type, enabled=False):
                 found = _trials(search, group, config)
             search.forget()
@@ -113,7 +275,7 @@ def _choose(
     return chosen, searches if keep else {}
 
 
-def _trials(search: _Search, plan: GroupPlan, config: CompressionConfig) -> list[list[Point]]:
+def _trials(search: _Search, plan: GroupPlan, config: FipsConfig) -> list[list[Point]]:
     """Measured errors of one group: one curve for every layer, or one for all of them where they share a basis."""
     share, choices = _share(plan, config), _choices(plan, config)
     shared = [choice._replace(shared=True) for choice in choices if choice.nm is None]
@@ -163,10 +325,10 @@ class _Search:
             search.forget()
 
 
-def _search(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoments]) -> _Search:
-    config, sites = bench.config, plan.group.sites
+def _search(bench: Workbench, plan: GroupPlan, config: FipsConfig, moments: Mapping[str, LayerMoments]) -> _Search:
+    sites = plan.group.sites
     orders = [torch.arange(site.columns, device=bench.device) for site in sites]
-    search = _searches(bench, plan, moments, orders)
+    search = _searches(bench, plan, config, moments, orders)
     block = block_size(config.resolved_pattern)
     if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
@@ -176,12 +338,18 @@ def _search(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoment
             )  # its pattern costs more than that of blocks
             masks = search.group.solve(free, size).masks_RF
         orders = _neighbours(plan, dict(zip([site.name for site in sites], masks, strict=True)), block)
-        search = _searches(bench, plan, moments, orders)
+        search = _searches(bench, plan, config, moments, orders)
     return search
 
 
-def _searches(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoments], orders: list[Tensor]) -> _Search:
-    config, sites = bench.config, plan.group.sites
+def _searches(
+    bench: Workbench,
+    plan: GroupPlan,
+    config: FipsConfig,
+    moments: Mapping[str, LayerMoments],
+    orders: list[Tensor],
+) -> _Search:
+    sites = plan.group.sites
     with torch.autocast(bench.device.type, enabled=False):
         problems = [
             site_problem(weight_DF.float()[:, order], site, moments[site.name], order)
@@ -243,8 +411,8 @@ def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> 
     return orders
 
 
-def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> _Solved:
-    config, sites = bench.config, plan.group.sites
+def _solve(bench: Workbench, plan: GroupPlan, config: FipsConfig, search: _Search, split: Split) -> _Solved:
+    sites = plan.group.sites
     with torch.autocast(bench.device.type, enabled=False):
         choices, found = search.solve(split)
     storages = [_storage(mask, choice) for mask, choice in zip(found.masks_RF, choices, strict=True)]
@@ -261,21 +429,27 @@ def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> 
     if found.steps is not None:
         group.set_grids(found.steps, [choice.bits or 8 for choice in choices], found.wanted_RF)
     search.forget()
-    if not config.calibration_steps and not config.distill.steps:
-        return _Solved(plan, storages, group, (), [], 0.0)
-    limit = None if config.calibration_steps else MAX_ERROR_BATCHES
+    return _Solved(plan, storages, group)
+
+
+def _train(bench: Workbench, item: _Solved, config: FipsConfig) -> None:
+    """Train a group block by block, and measure its errors before any training."""
+    if not config.calibration.steps and not config.distill.steps:
+        return
+    plan, group = item.plan, item.trainable
+    limit = None if config.calibration.steps else MAX_ERROR_BATCHES
     with bench.recorded(plan.group, limit=limit) as (records, spool):
         start = measured(
             f"the block errors of group {plan.group.name} before training",
             lambda: bench.errors_with(plan.group, group.modules, records, spool),
         )
+        item.start = start or ()
         with swapped(bench.model, group.modules):
-            steps = config.calibration_steps
-            losses = calibrate_(
+            steps = config.calibration.steps
+            item.losses = calibrate_(
                 group, bench.blocks(plan.group), records, spool, bench.device,
                 lambda step, loss: bench.report("calibrate", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
-    return _Solved(plan, storages, group, start or (), losses, 0.0)
 
 
 def _moved_bias(
@@ -310,10 +484,11 @@ def _finish(
     return CompressedGroup(item.plan, bases, layers, item.start or final, final, tuple(item.losses), item.seconds)
 
 
-def _measure(bench: Workbench, groups: Sequence[GroupPlan]) -> dict[str, LayerMoments]:
+def _measure(bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan]) -> dict[str, LayerMoments]:
     sites = [site for group in groups for site in group.group.sites]
     name = groups[0].group.name if len(groups) == 1 else "all"
-    return bench.moments(name, sites, floor=bench.config.metric.token_floor)
+    metric = config.metric
+    return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
 
 
 def _chunks(groups: Sequence[GroupPlan], memory: int) -> Iterator[list[GroupPlan]]:
@@ -331,7 +506,7 @@ def _chunks(groups: Sequence[GroupPlan], memory: int) -> Iterator[list[GroupPlan
         yield chunk
 
 
-def _choices(plan: GroupPlan, config: CompressionConfig) -> list[Choice]:
+def _choices(plan: GroupPlan, config: FipsConfig) -> list[Choice]:
     """What a layer of the group may become without sharing."""
     patterns = [config.resolved_pattern]
     if patterns == ["auto"]:
@@ -341,12 +516,12 @@ def _choices(plan: GroupPlan, config: CompressionConfig) -> list[Choice]:
     return [Choice(False, pattern, bits) for pattern in patterns for bits in _bits(config)]
 
 
-def _bits(config: CompressionConfig) -> tuple[int | None, ...]:
+def _bits(config: FipsConfig) -> tuple[int | None, ...]:
     kind = config.value_kind
     return AUTO_BITS if kind == "auto" else (value_bits(kind),)
 
 
-def _share(plan: GroupPlan, config: CompressionConfig) -> float:
+def _share(plan: GroupPlan, config: FipsConfig) -> float:
     """Bytes, or numbers where the setting counts numbers, of an equal split."""
     if config.target_bytes is not None:
         return target_bytes(plan.group, config)
@@ -354,7 +529,7 @@ def _share(plan: GroupPlan, config: CompressionConfig) -> float:
     return config.budget * plan.group.width * plan.group.columns
 
 
-def _pricing(plan: GroupPlan, config: CompressionConfig) -> Pricing:
+def _pricing(plan: GroupPlan, config: FipsConfig) -> Pricing:
     if config.target_bytes is None:
         return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0, value_bit=1 / (_bits(config)[0] or 1))
     size = itemsize(plan.dtype)

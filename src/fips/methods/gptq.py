@@ -1,0 +1,90 @@
+r"""Fewer bits for all weights: rounding with error feedback.
+
+All entries of a group get as many bits as its bytes allow, 2 to 8, on a grid with one step per output.
+
+Reference: Frantar et al., GPTQ, arXiv 2210.17323.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fips.config import InputsConfig
+from fips.errors import BudgetError
+from fips.formats.packing import DENSE, value_kind
+from fips.methods.layerwise import MatrixMethod, StoredMatrix
+from fips.methods.registry import register
+from fips.methods.workbench import Needs
+from fips.models import LayerGroup
+from fips.plan.footprint import itemsize
+from fips.plan.groups import GroupPlan, target_bytes
+from fips.plan.least import EPS, REFERENCE_ITEMSIZE
+from fips.plan.planner import stored_rows
+from fips.solve.moments import usable_moment
+from fips.solve.rounding import round_rows, row_steps
+
+__all__ = ["Gptq", "GptqConfig", "gptq"]
+
+
+class GptqConfig(InputsConfig):
+    """The width of the integers follows from `target_bytes`."""
+
+    method: Literal["gptq"] = "gptq"
+
+    def check(self) -> None:
+        if self.target_bytes is None:
+            raise ValueError("`method: gptq` keeps all parameters in fewer bits: give `target_bytes`, not `budget`")
+
+    @property
+    def has_integers(self) -> bool:
+        return True
+
+
+@register
+class Gptq(MatrixMethod[GptqConfig]):
+    settings = GptqConfig
+    needs = Needs.INPUTS
+
+    def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
+        """2 bits for every entry."""
+        size = group.width * group.columns
+        return (size / 4 + _scale_bytes(group, dtype)) / (REFERENCE_ITEMSIZE * size)
+
+    def store(self, weight_OI: Tensor, moment_II: Tensor | None, plan: GroupPlan) -> StoredMatrix:
+        assert moment_II is not None
+        bits = self._bits(plan)
+        rounded_OI, steps_O = gptq(weight_OI, moment_II, bits=bits, dtype=plan.dtype)
+        kept_OI = torch.ones_like(rounded_OI, dtype=torch.bool)
+        return StoredMatrix(rounded_OI, kept_OI, DENSE, value_kind(bits), steps_O)
+
+    def _bits(self, plan: GroupPlan) -> int:
+        size = plan.group.width * plan.group.columns
+        allowed = target_bytes(plan.group, self.config) - _scale_bytes(plan.group, plan.dtype)
+        bits = min(int(8 * allowed / size + EPS), 8)
+        if bits < 2:
+            raise BudgetError(
+                f"{allowed:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes"
+            )
+        return bits
+
+
+def _scale_bytes(group: LayerGroup, dtype: torch.dtype) -> int:
+    return sum(stored_rows(site) for site in group.sites) * itemsize(dtype)
+
+
+def gptq(weight_OI: Tensor, moment_II: Tensor, *, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rounded weight and its steps, these in ``dtype``.
+
+    Steps are those of the least plain squared error of each row, as in implementations that search them.
+    """
+    moment_II = usable_moment(moment_II)
+    ones_I = torch.ones_like(weight_OI[0])
+    steps_O = row_steps(weight_OI, ones_I, bits=bits).to(dtype)
+    scale_I = moment_II.diagonal().clamp_min(1e-6 * float(moment_II.diagonal().mean())).sqrt()
+    metric_II = moment_II / torch.outer(scale_I, scale_I)
+    kept_OI = torch.ones_like(weight_OI, dtype=torch.bool)
+    integers_OI, _ = round_rows(weight_OI, kept_OI, metric_II, scale_I, steps_O.float(), bits=bits)
+    return integers_OI * steps_O.float().unsqueeze(1), steps_O

@@ -1,0 +1,112 @@
+"""What a method makes of a group, as far as that is known before anything is measured.
+
+The planner of a method is the method itself: ``fips.methods.registry.Method`` adds to a planner how layers are made.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+
+from fips.config import CompressionConfig
+from fips.errors import ConfigError
+from fips.formats.packing import BITMASK, ValueKind, value_bits
+from fips.models import LayerGroup, LinearSite
+from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
+from fips.plan.groups import GroupPlan, solved_plan, target_bytes
+from fips.plan.least import EPS, REFERENCE_ITEMSIZE
+
+__all__ = ["PLANNERS", "Planner", "check_inputs", "equal_layers", "planner_of", "stored_rows"]
+
+C = TypeVar("C", bound=CompressionConfig)
+
+
+class Planner(ABC, Generic[C]):
+    """The plan of a method that prunes every layer alike, without a basis; others override what they do otherwise."""
+
+    settings: ClassVar[type[CompressionConfig]]
+    """The class of its settings, whose default ``method`` is its name."""
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @property
+    def values(self) -> ValueKind:
+        """How kept entries are stored."""
+        return "float"
+
+    @property
+    def moves_neurons(self) -> bool:
+        """Whether hidden neurons change places, which all layers of an MLP must do alike."""
+        return False
+
+    def check(self, group: LayerGroup) -> None:
+        """Raise ``ConfigError`` where the shapes of a group do not fit the settings."""
+
+    def plan(self, blank: GroupPlan) -> GroupPlan:
+        """The plan of a group from one that says nothing but its layers, dense size and storage type."""
+        layers, _ = equal_layers(blank.group, self.config, blank.dtype, self.values)
+        return solved_plan(blank, rank=0, layers=layers)
+
+    def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
+        """The smallest sensible ``budget`` or ``target_bytes``, whichever is set, of one group; may exceed 1."""
+        size = group.width * group.columns
+        kept = max(math.ceil(size * self.least_density(site) - EPS) for site in group.sites)
+        if self.config.budget is not None:
+            return kept / size
+        empty = [LayerStorage(0, values=self.values, shared=False) for _ in group.sites]
+        overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
+        entry_bits = value_bits(self.values) or 8 * itemsize(dtype)
+        return (kept * entry_bits / 8 + overhead) / (REFERENCE_ITEMSIZE * size)
+
+    def least_density(self, site: LinearSite) -> float:
+        """Share of a layer's entries that is one for every row and every column."""
+        return 1 / min(site.width, site.columns)
+
+
+PLANNERS: dict[str, type[Planner[Any]]] = {}
+"""By the name of the method, entered by ``fips.methods.registry.register``."""
+
+
+def planner_of(config: CompressionConfig) -> Planner[Any]:
+    """The planner of a method with its settings; raises ``ConfigError`` if there is none for them."""
+    if config.method not in PLANNERS:
+        raise ConfigError(
+            f"`method: {config.method}` has settings and nothing that uses them; register the method with "
+            f"`fips.methods.registry.register`. Known methods: {', '.join(PLANNERS)}"
+        )
+    return PLANNERS[config.method](config)
+
+
+def equal_layers(
+    group: LayerGroup, config: CompressionConfig, dtype: torch.dtype, kind: ValueKind, *, fmt: str = BITMASK
+) -> tuple[list[LayerStorage], bool]:
+    """Layers of equal density with values of a kind, and whether they are within the size and not all but empty."""
+    size = group.width * group.columns
+    empty = [LayerStorage(0, fmt, kind, shared=False) for _ in group.sites]
+    overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
+    value_bytes = (value_bits(kind) or 8 * itemsize(dtype)) / 8
+    left = config.budget * size * value_bytes if config.budget else target_bytes(group, config) - overhead
+    kept = min(int(max(left, 0.0) / value_bytes + 1e-9), size)
+    share, rest = divmod(kept, len(group.sites))
+    layers = [replace(layer, nonzeros=share + (index < rest)) for index, layer in enumerate(empty)]
+    return layers, kept >= sum(max(site.width, site.columns) for site in group.sites)
+
+
+def stored_rows(site: LinearSite) -> int:
+    """Stored rows of a layer without a basis, each with a scale where values are integers."""
+    return site.columns if site.role == "up" else site.width
+
+
+def check_inputs(site: LinearSite, pattern: str, m: int) -> None:
+    """Raise ``ConfigError`` unless M divides the inputs of a layer, along which N:M runs."""
+    inputs = site.columns if site.role == "down" else site.width
+    if inputs % m:
+        raise ConfigError(
+            f"`pattern` {pattern} needs inputs that are a multiple of {m}, but `{site.name}` has "
+            f"{inputs}; use `pattern: unstructured` or an M that divides {inputs}"
+        )
