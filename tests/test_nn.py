@@ -16,8 +16,8 @@ import fips
 from fips.errors import CheckpointError, ConfigError
 from fips.formats.packing import BLOCKS
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
-from fips.models import LinearSite, group_mlps, locate_mlps
-from fips.models.locate import Role
+from fips.models import Site, group_mlps, locate_mlps
+from fips.models.sites import Role
 from fips.plan.footprint import LayerStorage, factored_footprint
 from fips.solve.patterns import nm_mask
 from fips.storage.layout import Layout, describe_layout
@@ -142,7 +142,7 @@ def mixed_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, int]:
     return model, factored_footprint(group, rank=24, itemsize=itemsize, layers=storages).bytes
 
 
-def replacement(site: LinearSite, plan: LayerStorage, basis: SharedBasis | None, dtype: torch.dtype) -> FactoredLinear:
+def replacement(site: Site, plan: LayerStorage, basis: SharedBasis | None, dtype: torch.dtype) -> FactoredLinear:
     rank = site.width if basis is None else 24
     mask = mask_for(plan.fmt, site.role, rank, site.columns)
     factor = torch.randn(rank, site.columns, generator=torch.Generator().manual_seed(1)) * 0.1

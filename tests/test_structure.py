@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import DECODER, SMALL, tiny_model
+from conftest import DECODER, SMALL, batches_for, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.pytorch_utils import Conv1D
 
+import fips
 from fips.errors import ConfigError, NoMatchError
-from fips.models import group_mlps, locate_mlps
+from fips.layers.linear import factored_layers
+from fips.models import Part, Site, group_mlps, locate_mlps
+from fips.models.sites import Linear
 
 EXPECTED = {
     "llama": (3, "gated", "model.layers.0.mlp", "model.layers.0", (32, 80)),
@@ -160,3 +167,159 @@ def test_explicit_groups_count_over_all_blocks() -> None:
 def test_wrong_groups_are_refused(groups: list[list[int]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         group_mlps(locate_mlps(tiny_model("swin")).mlps, groups=groups)
+
+
+def described(family: str, *targets: str, **changes: object) -> dict[str, tuple[str, str, str]]:
+    """Role, what is read and what is written of the first block's layers, by the last part of their names."""
+    model = tiny_model(family, **changes)
+    sites = [site for mlp in locate_mlps(model, targets=targets).mlps[:1] for site in mlp.sites]
+    for site in sites:
+        assert tuple(model.get_submodule(site.name).weight.shape) == site.weight_shape
+        assert site.width == 32
+    read, written = (
+        [" ".join(f"{part.space} {part.features}" for part in getattr(site, side)) for site in sites]
+        for side in ("reads", "writes")
+    )
+    names = [".".join(site.name.split(".")[-2:]) for site in sites]
+    return dict(zip(names, zip((str(site.role) for site in sites), read, written, strict=True), strict=True))
+
+
+def readers(prefix: str, names: str, queries: int, keys: int) -> dict[str, tuple[str, str, str]]:
+    spaces = zip(names.split(), ("queries", "keys", "values"), (queries, keys, keys), strict=True)
+    return {f"{prefix}.{name}": ("up", "residual 32", f"{space} {size}") for name, space, size in spaces}
+
+
+ATTENTION = {
+    "llama": {
+        **readers("self_attn", "q_proj k_proj v_proj", 32, 16), "self_attn.o_proj": ("down", "heads 32", "residual 32"),
+    },
+    "qwen3": {
+        **readers("self_attn", "q_proj k_proj v_proj", 64, 32), "self_attn.o_proj": ("down", "heads 64", "residual 32"),
+    },
+    "opt": {
+        **readers("self_attn", "q_proj k_proj v_proj", 32, 32),
+        "self_attn.out_proj": ("down", "heads 32", "residual 32"),
+    },
+    "vit": {
+        **readers("attention", "q_proj k_proj v_proj", 32, 32), "attention.o_proj": ("down", "heads 32", "residual 32"),
+    },
+    "bert": {
+        **readers("self", "query key value", 32, 32), "output.dense": ("down", "heads 32", "residual 32"),
+    },
+    "gpt2": {
+        "attn.c_attn": ("up", "residual 32", "queries 32 keys 32 values 32"),
+        "attn.c_proj": ("down", "heads 32", "residual 32"),
+    },
+    "phi3": {
+        "self_attn.qkv_proj": ("up", "residual 32", "queries 32 keys 16 values 16"),
+        "self_attn.o_proj": ("down", "heads 32", "residual 32"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_attention_reads_the_residual_stream_and_its_output_projection_writes_it(family: str) -> None:
+    assert described(family, r"re:attn\.|attention\.") == ATTENTION[family]
+
+
+def test_the_layers_of_an_mlp_read_and_write_the_stream_and_its_neurons() -> None:
+    assert described("llama", "*.mlp.*") == {
+        "mlp.gate_proj": ("up", "residual 32", "hidden 80"),
+        "mlp.up_proj": ("up", "residual 32", "hidden 80"),
+        "mlp.down_proj": ("down", "hidden 80", "residual 32"),
+    }
+    assert described("phi3", "*.mlp.*")["mlp.gate_up_proj"] == ("up", "residual 32", "hidden 80 hidden 80")
+
+
+class OtherAttention(nn.Module):
+    """Square layers under names that nobody uses, in a block without an MLP."""
+
+    def __init__(self, names: str = "alpha beta gamma") -> None:
+        super().__init__()
+        self.num_heads = 2
+        for name in names.split():
+            setattr(self, name, nn.Linear(16, 16))
+
+
+def blocks_of(attention: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mixer": attention})])})
+
+
+def roles_of(model: nn.Module) -> str:
+    return " ".join(str(site.role) for mlp in locate_mlps(model, targets=["*"]).mlps for site in mlp.sites)
+
+
+def test_under_unknown_names_the_last_layer_of_an_attention_module_writes() -> None:
+    assert roles_of(blocks_of(OtherAttention())) == "up up down"
+    assert roles_of(blocks_of(OtherAttention("alpha out_proj q_proj"))) == "up down up"
+    lone = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mixer": nn.Linear(16, 16)})])})
+    assert roles_of(lone) == "up"  # outside of attention nothing tells
+
+
+def test_queries_keys_and_values_mixed_head_by_head_are_not_split() -> None:
+    attention = OtherAttention("")
+    attention.query_key_value, attention.dense = nn.Linear(16, 48), nn.Linear(16, 16)
+    (mlp,) = locate_mlps(blocks_of(attention), targets=["*"]).mlps
+    assert [site.parts for site in mlp.sites] == [(Part("heads", 48),), (Part("heads", 16),)]
+
+
+def test_a_layer_between_two_inner_spaces_is_refused() -> None:
+    attention = OtherAttention("q_a_proj k_proj v_proj o_proj")
+    attention.q_b_proj = nn.Linear(8, 24)
+    with pytest.raises(
+        NoMatchError, match=r"q_b_proj` \(8 -> 24\), which neither reads nor writes the residual stream"
+    ):
+        locate_mlps(blocks_of(attention), targets=["*"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit", "phi3", "qwen3"])
+@pytest.mark.parametrize("method", ["fips", "fips-paper", "gptq"])
+def test_attention_is_compressed_saved_and_loaded_through_targets(family: str, method: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    batches = batches_for(model)
+    size = {"budget": 0.5, "sharing": "always"} if method == "fips" else {"target_bytes": 0.4}
+    quick = {"calibration": {"steps": 2, "precision": "float32"}} if method == "fips-paper" else {}
+    settings = fips.CompressionConfig(method=method, targets=[r"re:attn\.|attention\."], **size, **quick)
+    fips.compress(model, batches, settings)
+    roles = {".".join(name.split(".")[-2:]): str(layer.role) for name, layer in factored_layers(model).items()}
+    assert roles == {name: role for name, (role, _, _) in ATTENTION[family].items()}
+    with torch.no_grad():
+        expected = model(**batches[0])[0]
+    fips.save(model, tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(fips.load(tmp_path / "m")(**batches[0])[0], expected)
+
+
+def test_a_matrix_and_its_stored_form_are_each_others_inverse() -> None:
+    for linear, site in (
+        (nn.Linear(3, 5), Site.reader), (nn.Linear(5, 3), Site.writer), (Conv1D(5, 3), Site.reader),
+    ):  # fmt: skip
+        inputs, outputs = (5, 3) if site == Site.writer else (3, 5)
+        place = site(Linear("layer", linear, inputs, outputs))
+        assert (place.width, place.columns, place.inputs, place.outputs) == (3, 5, inputs, outputs)
+        matrix_DF = place.matrix(linear.weight)
+        assert matrix_DF.shape == (3, 5)
+        x = torch.randn(2, inputs)
+        wanted = linear(x) - linear.bias
+        stored = place.role.to_linear(matrix_DF)
+        assert stored.shape == place.role.stored_shape(3, 5) == (outputs, inputs)
+        assert torch.allclose(x @ stored.T, wanted, atol=1e-6)
+        assert torch.equal(place.role.to_factor(stored), matrix_DF)
+        assert matrix_DF.sum(place.role.reduction).shape == (outputs,)
+        assert stored.shape[place.role.hidden_axis] == 5
+
+
+def test_an_unknown_role_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown role 'sideways'; known: up, down"):
+        fips.FactoredLinear(None, role="sideways", columns=4, nonzeros=4, width=4)
+
+
+def test_the_names_of_roles_are_compared_in_one_place_and_written_by_the_layout_of_files() -> None:
+    source = Path(fips.__file__).parent
+    found = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in ("up", "down")
+    }
+    assert found == {"models/sites.py", "storage/layout.py"}

@@ -27,7 +27,7 @@ from fips.calibration.inputs import CalibrationData
 from fips.calibration.moments import moment_bytes
 from fips.config import CompressionConfig
 from fips.methods.workbench import Workbench
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.plan import CompressionPlan
 from fips.training.reconstruct import resolve_precision
 
@@ -128,7 +128,7 @@ def _peak(model: nn.Module, plan: CompressionPlan, config: CompressionConfig, ba
         return int(counted.peak) + _graph_bytes(bench, base, sites, batch) // blocks  # blocks are trained one by one
 
 
-def _at_work(plan: CompressionPlan, config: CompressionConfig) -> list[LinearSite]:
+def _at_work(plan: CompressionPlan, config: CompressionConfig) -> list[Site]:
     """The layers whose moments are held at a time: all that the bound allows, at least one group."""
     groups = [list(group.group.sites) for group in plan.groups]
     everything = [site for sites in groups for site in sites]
@@ -137,7 +137,7 @@ def _at_work(plan: CompressionPlan, config: CompressionConfig) -> list[LinearSit
     return max(groups, key=moment_bytes)
 
 
-def _graph_bytes(bench: Workbench, base: nn.Module, sites: Sequence[LinearSite], batch: Any) -> int:
+def _graph_bytes(bench: Workbench, base: nn.Module, sites: Sequence[Site], batch: Any) -> int:
     """What the backward pass through all blocks keeps."""
 
     def follow(_: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -44,12 +44,9 @@ def mlp_table(plan: CompressionPlan) -> Table:
 
 
 def _describe_sites(mlp: Mlp) -> str:
-    parts = []
-    for site in mlp.sites:
-        inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
-        name = site.name.removeprefix(f"{mlp.name}.")
-        parts.append(f"{name} ({site.role}: {inputs} x {outputs})")
-    return ", ".join(parts)
+    return ", ".join(
+        f"{site.name.removeprefix(f'{mlp.name}.')} ({site.role}: {site.inputs} x {site.outputs})" for site in mlp.sites
+    )
 
 
 def plan_table(groups: Sequence[GroupPlan]) -> Table:

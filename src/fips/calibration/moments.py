@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from fips.calibration.heads import draw_direction
 from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.finite import overflow_error
 
 __all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
@@ -60,12 +60,11 @@ class LayerMoments:
     """Whether ``inputs_DD`` is about the mean, after ``finish``."""
 
     @classmethod
-    def empty(cls, site: LinearSite, device: torch.device) -> LayerMoments:
-        inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
+    def empty(cls, site: Site, device: torch.device) -> LayerMoments:
         return cls(
-            torch.zeros(inputs, inputs, device=device),
-            torch.zeros(inputs, device=device),
-            torch.zeros(outputs, outputs, device=device),
+            torch.zeros(site.inputs, site.inputs, device=device),
+            torch.zeros(site.inputs, device=device),
+            torch.zeros(site.outputs, site.outputs, device=device),
         )
 
     def add(self, x_ND: Tensor, gradient_NO: Tensor, valid_N: Tensor | None, *, floor: float) -> None:
@@ -99,14 +98,14 @@ class LayerMoments:
             self.inputs_DD -= torch.outer(self.mean_D, self.mean_D)
 
 
-def moment_bytes(sites: Iterable[LinearSite]) -> int:
+def moment_bytes(sites: Iterable[Site]) -> int:
     """Memory that the moments of some layers take."""
     return sum(4 * (site.width**2 + site.columns**2) for site in sites)
 
 
 def collect_moments(
     model: nn.Module,
-    sites: Sequence[LinearSite],
+    sites: Sequence[Site],
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any],
     *,
@@ -160,9 +159,7 @@ def _is_finite(found: LayerMoments) -> bool:
 class _Taps(AbstractContextManager["_Taps"]):
     """Hooks that add inputs and output gradients of layers to their moments as the backward pass reaches them."""
 
-    def __init__(
-        self, model: nn.Module, sites: Sequence[LinearSite], moments: dict[str, LayerMoments], floor: float
-    ) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], moments: dict[str, LayerMoments], floor: float) -> None:
         self.moments, self.floor = moments, floor
         self._handles = [model.get_submodule(site.name).register_forward_hook(self._hook(site.name)) for site in sites]
         self.tokens = TokenTracker(model, [site.name for site in sites])

@@ -14,7 +14,6 @@ from fips.errors import ConfigError
 from fips.formats.packing import (
     BITMASK,
     DENSE,
-    BlockAxis,
     ValueKind,
     block_size,
     pack,
@@ -29,7 +28,7 @@ from fips.formats.packing import (
 )
 from fips.kernels.reference import Packed, to_dense
 from fips.kernels.runtime import BasisRuntime, LayerRuntime, Product
-from fips.models.locate import Role
+from fips.models.sites import Role
 
 __all__ = [
     "BASES",
@@ -97,7 +96,7 @@ class FactoredLinear(nn.Module):
         self,
         basis: SharedBasis | None,
         *,
-        role: Role,
+        role: str,
         columns: int,
         nonzeros: int,
         fmt: str = BITMASK,
@@ -111,14 +110,16 @@ class FactoredLinear(nn.Module):
         width, self.rank = _width_and_rank(basis, width)
         if columns % block_size(fmt):
             raise ConfigError(f"format {fmt} needs a multiple of {block_size(fmt)} hidden columns, got {columns}")
-        self.role: Role = role
+        self.role = Role(role)
+        self.reads_stream, self.block_axis = self.role.reads_stream, self.role.hidden_axis  # asked in every call
         self.fmt = fmt
         self.kind: ValueKind = values
         self.bits = value_bits(values)
         self.nonzeros = nonzeros
         self.conv1d = False
-        self.in_features, self.out_features = (width, columns) if role == "up" else (columns, width)
-        self.factor_shape = (columns, self.rank) if role == "up" else (self.rank, columns)
+        self.width, self.columns = width, columns
+        self.in_features, self.out_features = self.role.features(width, columns)
+        self.factor_shape = self.role.stored_shape(self.rank, columns)
         if self.bits is not None:
             dtype_ = torch.int8 if self.bits == 8 else torch.uint8
             self.register_buffer("values", torch.empty(packed_length(nonzeros, self.bits), dtype=dtype_))
@@ -139,7 +140,7 @@ class FactoredLinear(nn.Module):
         factor_RF: Tensor,
         mask_RF: Tensor,
         *,
-        role: Role,
+        role: str,
         fmt: str,
         dtype: torch.dtype | None = None,
         values: ValueKind = "float",
@@ -153,8 +154,8 @@ class FactoredLinear(nn.Module):
         """
         bits = value_bits(values)
         rank, columns = factor_RF.shape
-        matrix, mask = (factor_RF.T, mask_RF.T) if role == "up" else (factor_RF, mask_RF)
-        matrix, mask = matrix.detach().contiguous(), mask.contiguous()
+        lie = Role(role)
+        matrix, mask = lie.to_linear(factor_RF).detach().contiguous(), lie.to_linear(mask_RF).contiguous()
         if bits is not None:
             scales = (row_scales(matrix, mask, bits=bits) if scales is None else scales.detach()).to(
                 dtype or matrix.dtype
@@ -162,7 +163,7 @@ class FactoredLinear(nn.Module):
             if scales.shape != matrix.shape[:1]:
                 raise ConfigError(f"`scales` wants {matrix.shape[0]} numbers, one per row, got {tuple(scales.shape)}")
             matrix = quantize_rows(matrix, scales, bits=bits)
-        kept, pattern = pack(matrix, mask, fmt=fmt, block_axis=_block_axis(role))
+        kept, pattern = pack(matrix, mask, fmt=fmt, block_axis=lie.hidden_axis)
         layer = cls(
             basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=None if basis else rank,
             values=values,
@@ -178,19 +179,6 @@ class FactoredLinear(nn.Module):
     @property
     def basis(self) -> SharedBasis | None:
         return self._borrowed[0]
-
-    @property
-    def block_axis(self) -> BlockAxis:
-        """Axis of the stored matrix that runs over hidden columns, along which blocks lie."""
-        return _block_axis(self.role)
-
-    @property
-    def width(self) -> int:
-        return self.in_features if self.role == "up" else self.out_features
-
-    @property
-    def columns(self) -> int:
-        return self.out_features if self.role == "up" else self.in_features
 
     def factor(self) -> Tensor:
         """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
@@ -222,7 +210,7 @@ class FactoredLinear(nn.Module):
         if self.basis is None:
             return factor
         basis_DR = self.basis.weight.to(factor.dtype)
-        return factor @ basis_DR.T if self.role == "up" else basis_DR @ factor
+        return factor @ basis_DR.T if self.reads_stream else basis_DR @ factor
 
     def forward(self, x: Tensor) -> Tensor:
         return self.runtime.forward(x, self._parts(), self.product)
@@ -239,7 +227,7 @@ class FactoredLinear(nn.Module):
         basis = self.basis
         weight = None if basis is None else basis.weight
         return Product(
-            self.packed(), up=self.role == "up", features=(self.in_features, self.out_features), bias=self.bias,
+            self.packed(), up=self.reads_stream, features=(self.in_features, self.out_features), bias=self.bias,
             basis=basis, basis_DR=weight, offloaded=_offloaded(self),
         )  # fmt: skip
 
@@ -266,10 +254,6 @@ def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, 
     if width is None:
         raise ConfigError("a layer without a basis needs its `width`")
     return width, width
-
-
-def _block_axis(role: Role) -> BlockAxis:
-    return 0 if role == "up" else 1
 
 
 def basis_owner(model: nn.Module) -> nn.Module:

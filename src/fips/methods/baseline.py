@@ -17,7 +17,7 @@ from fips.methods.lowrank import shared_whitened_svd, truncated_svd, whitened_sv
 from fips.methods.pruning import magnitude, sparsegpt, wanda
 from fips.methods.quantization import gptq
 from fips.methods.workbench import CompressedGroup, Workbench, dense_matrix
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.footprint import Footprint, LayerStorage, itemsize
 from fips.plan.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
 
@@ -58,7 +58,7 @@ def _compress_group(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Ten
     return found
 
 
-def _second_moments(bench: Workbench, name: str, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
+def _second_moments(bench: Workbench, name: str, sites: Sequence[Site]) -> dict[str, Tensor]:
     """About zero, all tokens alike, as these methods define it."""
     moments = bench.moments(name, sites, floor=1.0)
     return {site.name: _about_zero(moments[site.name]) for site in sites}
@@ -79,7 +79,7 @@ def _pruned(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) ->
     assert kind != "auto"
     storages = []
     for site in sites:
-        weight_OI = _as_linear(dense_matrix(bench.model, site).float(), site)
+        weight_OI = site.role.to_linear(dense_matrix(bench.model, site).float())
         if config.method == "magnitude":
             pruned_OI, mask_OI = magnitude(weight_OI, density=density)
         else:
@@ -87,7 +87,7 @@ def _pruned(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) ->
             pruned_OI, mask_OI = method(weight_OI, moments[site.name], density=density)
         storages.append(LayerStorage(int(mask_OI.sum()), BITMASK, kind, shared=False))
         layers[site.name] = FactoredLinear.from_factor(
-            None, _as_linear(pruned_OI, site), _as_linear(mask_OI, site), role=site.role, fmt=BITMASK,
+            None, site.role.to_factor(pruned_OI), site.role.to_factor(mask_OI), role=site.role, fmt=BITMASK,
             dtype=plan.dtype, values=kind,
         )  # fmt: skip
     return CompressedGroup(solved_plan(plan, rank=0, layers=storages), {}, layers, (), (), (), 0.0)
@@ -96,7 +96,7 @@ def _pruned(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) ->
 def _rounded(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -> CompressedGroup:
     """All entries in as many bits as the bytes allow."""
     size = plan.group.width * plan.group.columns
-    rows = sum(site.columns if site.role == "up" else site.width for site in plan.group.sites)
+    rows = sum(site.outputs for site in plan.group.sites)
     allowed = target_bytes(plan.group, bench.config) - rows * itemsize(plan.dtype)
     bits = min(int(8 * allowed / size + EPS), 8)
     if bits < 2:
@@ -104,19 +104,14 @@ def _rounded(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -
     kind = value_kind(bits)
     layers: dict[str, FactoredLinear] = {}
     for site in plan.group.sites:
-        weight_OI = _as_linear(dense_matrix(bench.model, site).float(), site)
+        weight_OI = site.role.to_linear(dense_matrix(bench.model, site).float())
         rounded_OI, steps_O = gptq(weight_OI, moments[site.name], bits=bits, dtype=plan.dtype)
         layers[site.name] = FactoredLinear.from_factor(
-            None, _as_linear(rounded_OI, site), torch.ones_like(_as_linear(rounded_OI, site), dtype=torch.bool),
+            None, site.role.to_factor(rounded_OI), site.role.to_factor(torch.ones_like(rounded_OI, dtype=torch.bool)),
             role=site.role, fmt=DENSE, dtype=plan.dtype, values=kind, scales=steps_O,
         )  # fmt: skip
     storages = [LayerStorage(layer.nonzeros, DENSE, kind, shared=False) for layer in layers.values()]
     return CompressedGroup(solved_plan(plan, rank=0, layers=storages), {}, layers, (), (), (), 0.0)
-
-
-def _as_linear(matrix: Tensor, site: LinearSite) -> Tensor:
-    """(D, F) as (O, I) and back."""
-    return matrix.T if site.role == "up" else matrix
 
 
 def _low_rank(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -> CompressedGroup:
@@ -144,7 +139,7 @@ def _low_rank(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) 
     return CompressedGroup(plan, bases, layers, (), (), (), 0.0)
 
 
-def _teams(plan: GroupPlan, method: str) -> Iterator[list[LinearSite]]:
+def _teams(plan: GroupPlan, method: str) -> Iterator[list[Site]]:
     """Layers that share a basis: single ones, for Basis Sharing the same up layer of consecutive MLPs."""
     if method != "basis-sharing":
         yield from ([site] for site in plan.group.sites)
@@ -156,7 +151,7 @@ def _teams(plan: GroupPlan, method: str) -> Iterator[list[LinearSite]]:
             yield from ([site] for sites in members for site in sites)
             continue
         for place in zip(*members, strict=True):
-            yield from [list(place)] if place[0].role == "up" else [[site] for site in place]
+            yield from [list(place)] if place[0].role.reads_stream else [[site] for site in place]
 
 
 def _rank(plan: GroupPlan, bench: Workbench, columns: int) -> int:
@@ -174,12 +169,12 @@ def _rank(plan: GroupPlan, bench: Workbench, columns: int) -> int:
 
 
 def _factorize(
-    method: str, weights_DF: Sequence[Tensor], team: Sequence[LinearSite], moments: Mapping[str, Tensor], rank: int
+    method: str, weights_DF: Sequence[Tensor], team: Sequence[Site], moments: Mapping[str, Tensor], rank: int
 ) -> tuple[Tensor, list[Tensor]]:
     if method == "svd":
         basis_DR, factor_RF = truncated_svd(weights_DF[0], rank=rank)
         return basis_DR, [factor_RF]
-    if team[0].role == "up":
+    if team[0].role.reads_stream:
         moment_DD = torch.stack([moments[site.name] for site in team]).sum(0)
         return shared_whitened_svd(weights_DF, moment_DD, rank=rank)
     basis_DR, factor_RF = whitened_svd(weights_DF[0], moments[team[0].name], reads_stream=False, rank=rank)

@@ -16,7 +16,7 @@ from fips.config import AUTO_BITS, CompressionConfig
 from fips.formats.packing import BITMASK, DENSE, block_size, code_bits, value_bits, value_kind
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, measured, pack_group
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.footprint import LayerStorage, itemsize
 from fips.plan.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
 from fips.solve.alternate import Factorization
@@ -187,7 +187,7 @@ def _searches(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMome
             site_problem(weight_DF.float()[:, order], site, moments[site.name], order)
             for weight_DF, site, order in zip(bench.weights(sites), sites, orders, strict=True)
         ]
-    reductions: list[Reduction] = [0 if site.role == "up" else 1 for site in sites]
+    reductions: list[Reduction] = [site.role.reduction for site in sites]
     patterns = [Choice(False, pattern) for pattern in (*N16, config.resolved_pattern)]
     codes = {choice.pattern: code_bits(*choice.nm) for choice in patterns if choice.nm}
     pricing = _pricing(plan, config)
@@ -199,16 +199,14 @@ def _searches(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMome
     return _Search(group, layers, moments, orders)
 
 
-def site_problem(weight_DF: Tensor, site: LinearSite, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
+def site_problem(weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
     """The error of one layer in the metric of the output, hidden neurons in the order given.
 
     Without gradients it is the error of the layer's own outputs relative to their size.
     """
     gradients_OO, inputs_II = _gradient_metric(moments), moments.inputs_DD
-    if site.role == "up":
-        left_DD, right_FF = inputs_II, gradients_OO[order_F][:, order_F]
-    else:
-        left_DD, right_FF = gradients_OO, inputs_II[order_F][:, order_F]
+    left_DD, right_FF = site.role.sides(inputs_II, gradients_OO)
+    right_FF = right_FF[order_F][:, order_F]
     if moments.samples == 0:
         outputs = float(((left_DD @ weight_DF @ right_FF) * weight_DF).sum())
         left_DD = left_DD / outputs if outputs > 0 else left_DD
@@ -236,10 +234,11 @@ def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> 
     """One order per MLP, the same for all its matrices; the halves of a fused gate and up alike."""
     orders = []
     for mlp in plan.group.mlps:
-        columns = min(site.columns for site in mlp.sites)
-        halves = [half for site in mlp.sites for half in masks_RF[site.name].split(columns, dim=1)]
+        halves = []
+        for site in mlp.sites:
+            halves += masks_RF[site.name].split([part.features for part in site.parts], dim=1)
         order_F = neighbour_order(halves, size=block)
-        orders += [torch.cat([order_F + start for start in range(0, site.columns, columns)]) for site in mlp.sites]
+        orders += [torch.cat([order_F + start for start in range(0, site.columns, len(order_F))]) for site in mlp.sites]
     return orders
 
 
@@ -280,7 +279,7 @@ def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> 
 
 def _moved_bias(
     bench: Workbench,
-    site: LinearSite,
+    site: Site,
     problem: LayerProblem,
     factor_RF: Tensor,
     found: Factorization,
@@ -292,7 +291,7 @@ def _moved_bias(
     if bias is None:
         return None
     error_DF = problem.weight_DF - (factor_RF if found.basis_DR is None else found.basis_DR @ factor_RF)
-    if site.role == "up":
+    if site.role.reads_stream:
         return nn.Parameter((bias.detach()[order_F] + moments.mean_D @ error_DF).to(bias.dtype))
     return nn.Parameter((bias.detach() + error_DF @ moments.mean_D[order_F]).to(bias.dtype))
 

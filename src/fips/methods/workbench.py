@@ -21,7 +21,7 @@ from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
 from fips.formats.packing import DENSE
 from fips.layers.linear import FactoredLinear, SharedBasis
-from fips.models import LayerGroup, LinearSite
+from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage
 from fips.plan.plan import GroupPlan
 from fips.training.factors import TrainableGroup, swapped
@@ -100,7 +100,7 @@ class Workbench:
         self.notes.append(text)
         log.warning("%s", text)
 
-    def survey(self, sites: Sequence[LinearSite]) -> dict[str, str]:
+    def survey(self, sites: Sequence[Site]) -> dict[str, str]:
         """Layers that the calibration data says nothing about, to be left dense, with the reason."""
         method, metric = self.config.method, self.config.metric
         found = survey_layers(
@@ -113,7 +113,7 @@ class Workbench:
             self.note(NO_GRADIENT)
         return found.left
 
-    def moments(self, name: str, sites: Sequence[LinearSite], *, floor: float) -> dict[str, LayerMoments]:
+    def moments(self, name: str, sites: Sequence[Site], *, floor: float) -> dict[str, LayerMoments]:
         """What the layers read and how much what they write matters, in the model as it is."""
         metric, seed = self.config.metric, self.config.seed
         cache = None if metric.propagate_errors else self.cache
@@ -205,10 +205,10 @@ class Workbench:
         if self.progress is not None:
             self.progress(ProgressEvent(stage, group, done, total, loss))
 
-    def weights(self, sites: Sequence[LinearSite]) -> list[Tensor]:
+    def weights(self, sites: Sequence[Site]) -> list[Tensor]:
         return [dense_matrix(self.model, site) for site in sites]
 
-    def bias(self, site: LinearSite) -> nn.Parameter | None:
+    def bias(self, site: Site) -> nn.Parameter | None:
         found = getattr(self.model.get_submodule(site.name), "bias", None)
         assert found is None or isinstance(found, nn.Parameter)
         return found
@@ -223,11 +223,11 @@ def measured(what: str, measure: Callable[[], T]) -> T | None:
         return None
 
 
-def dense_matrix(model: nn.Module, site: LinearSite) -> Tensor:
+def dense_matrix(model: nn.Module, site: Site) -> Tensor:
     """Weight of a dense layer as (D, F): the residual stream on axis 0."""
     weight = model.get_submodule(site.name).weight
     assert isinstance(weight, Tensor)
-    return weight.detach() if (site.role == "down") != site.conv1d else weight.detach().T
+    return site.matrix(weight.detach())
 
 
 def pack_group(

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from fips.errors import ConfigError
-from fips.models.locate import LinearSite, Mlp
+from fips.models.locate import Mlp
+from fips.models.sites import Site
 
 __all__ = ["LayerGroup", "group_mlps"]
 
@@ -25,7 +26,7 @@ class LayerGroup:
         return self.mlps[0].width
 
     @property
-    def sites(self) -> tuple[LinearSite, ...]:
+    def sites(self) -> tuple[Site, ...]:
         return tuple(site for mlp in self.mlps for site in mlp.sites)
 
     @property

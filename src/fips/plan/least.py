@@ -22,7 +22,7 @@ import torch
 from fips.config import AUTO_BITS, PRUNERS, CompressionConfig
 from fips.errors import BudgetError
 from fips.formats.packing import block_size, code_bits, value_bits
-from fips.models import LayerGroup, LinearSite
+from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 
 __all__ = [
@@ -90,9 +90,9 @@ def least_rank(config: CompressionConfig) -> int:
     return math.ceil(1 / (1 - config.factor_sparsity) - _EPS)
 
 
-def _rows(site: LinearSite) -> int:
+def _rows(site: Site) -> int:
     """Stored rows of a layer without a basis, each with a scale where values are integers."""
-    return site.columns if site.role == "up" else site.width
+    return site.outputs
 
 
 def _solver(group: LayerGroup, config: CompressionConfig, item: int) -> float:
@@ -107,7 +107,7 @@ def _dense(columns: int, group: LayerGroup, config: CompressionConfig) -> int:
     return columns * group.width * (REFERENCE_ITEMSIZE if config.budget is None else 1)
 
 
-def _solved(site: LinearSite, config: CompressionConfig, item: int) -> float:
+def _solved(site: Site, config: CompressionConfig, item: int) -> float:
     """The least that the solver may make of a matrix, without its basis: numbers or bytes."""
     size, block = site.width * site.columns, block_size(config.resolved_pattern)
     kept = math.ceil(max(site.width, site.columns) / block) * block
@@ -148,7 +148,8 @@ def _pruner(group: LayerGroup, config: CompressionConfig, item: int) -> float:
     return (kept * (value_bits(kind) or 8 * item) / 8 + overhead) / (REFERENCE_ITEMSIZE * size)
 
 
-def _density(site: LinearSite, method: str) -> float:
+def _density(site: Site, method: str) -> float:
     """Share of a layer's entries that is one for every row and column; Wanda keeps whole numbers in every row."""
-    inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
-    return math.ceil(inputs / outputs) / inputs if method == "wanda" else 1 / min(inputs, outputs)
+    if method == "wanda":
+        return math.ceil(site.inputs / site.outputs) / site.inputs
+    return 1 / min(site.inputs, site.outputs)

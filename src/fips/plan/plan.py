@@ -329,10 +329,9 @@ def _check_alignment(group: LayerGroup, config: CompressionConfig) -> None:
     if config.nm is None:
         return
     for site in group.sites:
-        inputs = site.columns if site.role == "down" else site.width
-        summed = site.role == "down" or config.method == "fips"  # up layers with a basis sum along its rank
-        if summed and inputs % config.nm[1]:
+        summed = not site.role.reads_stream or config.method == "fips"  # readers with a basis sum along its rank
+        if summed and site.inputs % config.nm[1]:
             raise ConfigError(
                 f"`pattern` {config.pattern} needs inputs that are a multiple of {config.nm[1]}, but `{site.name}` has "
-                f"{inputs}; use `pattern: unstructured` or an M that divides {inputs}"
+                f"{site.inputs}; use `pattern: unstructured` or an M that divides {site.inputs}"
             )

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from fips.config import CompressionConfig
 from fips.formats.packing import largest_integer
-from fips.models import LinearSite
+from fips.models import Site
 from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
 
 __all__ = ["TrainableGroup", "swapped"]
@@ -62,22 +62,20 @@ def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Ten
 class _TrainableLinear(nn.Module):
     """A factored layer: entries, mask, and the product B F formed once per step."""
 
-    def __init__(
-        self, basis_DR: nn.Parameter | None, factor_RF: Tensor, site: LinearSite, bias: nn.Parameter | None
-    ) -> None:
+    def __init__(self, basis_DR: nn.Parameter | None, factor_RF: Tensor, site: Site, bias: nn.Parameter | None) -> None:
         super().__init__()
         self._borrowed = (basis_DR, bias)
         self.entries_RF = nn.Parameter(factor_RF)
         """The factor, in units of its steps where it is on a grid; entries outside the mask mean nothing."""
         self.mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)
         self.grid: _Grid | None = None
-        self.up = site.role == "up"
+        self.role = site.role
         self.weight = torch.empty(0, dtype=torch.int8)  # T5 asks for it, and casts its input to any other type
         self.want_dense_gradient = False
         self.dense_gradient_RF: Tensor | None = None
 
     def set_grid(self, steps_N: Tensor, bits: int, wanted_RF: Tensor | None) -> None:
-        self.grid = _Grid(steps_N.unsqueeze(0 if self.up else 1), bits)
+        self.grid = _Grid(steps_N.unsqueeze(self.role.reduction), bits)
         integers_RF = self.grid.entries(self.entries_RF.data)
         rest_RF = 0.0 if wanted_RF is None else (wanted_RF - integers_RF).clamp(-EDGE, EDGE)
         self.entries_RF.data = integers_RF + rest_RF
@@ -92,7 +90,7 @@ class _TrainableLinear(nn.Module):
         if self.want_dense_gradient and factor_RF.requires_grad:
             factor_RF.register_hook(self._keep_gradient)
         weight_DF = (factor_RF if basis_DR is None else basis_DR @ factor_RF).to(x.dtype)
-        return linear(x, weight_DF.T if self.up else weight_DF, None if bias is None else bias.to(x.dtype))
+        return linear(x, self.role.to_linear(weight_DF), None if bias is None else bias.to(x.dtype))
 
     def _keep_gradient(self, gradient_RF: Tensor) -> None:
         self.dense_gradient_RF = gradient_RF.detach()
@@ -108,7 +106,7 @@ class TrainableGroup:
         self,
         basis_DR: Tensor | None,
         factors_RF: Sequence[Tensor],
-        sites: Sequence[LinearSite],
+        sites: Sequence[Site],
         biases: Sequence[nn.Parameter | None],
         config: CompressionConfig,
         sparsity: float | None,
@@ -161,7 +159,7 @@ class TrainableGroup:
         n, m = self.config.nm
         kept = max(n, round((1 - sparsity) * m))
         return [
-            nm_mask(score, n=kept, m=m, dim=0 if layer.up else 1)
+            nm_mask(score, n=kept, m=m, dim=layer.role.reduction)
             for score, layer in zip(scores, self.layers, strict=True)
         ]
 
