@@ -97,7 +97,7 @@ def test_every_method_keeps_the_bytes_and_loads_exactly(
     batches = batches_for(model)
     config = fips.CompressionConfig(target_bytes=0.5, method=method, **changes)
     report = fips.compress(model, batches, config)
-    dense, factored = (report.plan["mlp"][key] for key in ("dense", "factored"))
+    dense, factored = (report.plan["layers"][key] for key in ("dense", "factored"))
     assert factored["bytes"] <= 0.5 * 2 * dense["parameters"] + len(factored_layers(model))
     assert fips.save(model, tmp_path / "out") == report.plan["compressed_model"]["bytes"]
     with torch.no_grad():

@@ -30,7 +30,7 @@ from fips.layers.linear import FactoredLinear, factored_layers
 from fips.methods.lowrank import shared_whitened_svd, whitened_svd
 from fips.methods.pruning import sparsegpt, wanda
 from fips.methods.quantization import gptq
-from fips.models import locate_mlps
+from fips.models import locate_layers
 from fips.plan.finite import count_bad
 from fips.plan.least import round_up
 from fips.solve.conjugate import conjugate_gradients
@@ -187,7 +187,7 @@ def test_heads_of_few_examples_have_gradients_and_are_not_far_behind_gptq(labels
         "llama", "LlamaForSequenceClassification", **DECODER, num_labels=labels, problem_type=problem
     )  # fmt: skip
     batches = batches_for(model, count=6)
-    sites = [site for mlp in locate_mlps(model).mlps for site in mlp.sites]
+    sites = [site for sublayer in locate_layers(model).sublayers for site in sublayer.sites]
     model.requires_grad_(False)
     moments = collect_moments(model, sites, batches, lambda m, b: m(**b), temperature=2.0, floor=0.4, seed=0)
     assert all(float(found.gradients_OO.diagonal().sum()) > 0 for found in moments.values())
@@ -281,9 +281,9 @@ def test_a_tower_that_never_runs_is_left_dense_and_the_rest_goes_on(method: str,
     assert {item["name"].split(".")[0] for item in left["layers"]} == {"images"}
     assert all("never ran" in item["reason"] for item in left["layers"])
     assert left["parameters"] == 2 * 2 * 32 * 80
-    mlp = report.plan["mlp"]
-    assert mlp["dense"]["parameters"] == 2 * 2 * 32 * 80
-    assert mlp["factored"]["bytes"] <= 0.4 * 2 * mlp["dense"]["parameters"]
+    stored = report.plan["layers"]
+    assert stored["dense"]["parameters"] == 2 * 2 * 32 * 80
+    assert stored["factored"]["bytes"] <= 0.4 * 2 * stored["dense"]["parameters"]
     assert fips.CompressionReport.from_dict(report.to_dict()).to_dict() == report.to_dict()
 
 
@@ -631,11 +631,11 @@ def test_the_smallest_size_named_is_accepted_and_leaves_no_matrix_empty(fields: 
         assert sum(layer.nonzeros for layer in layers) >= sum(layer.columns for layer in layers)
     else:
         assert all(layer.nonzeros >= max(layer.factor_shape) for layer in layers)
-    mlp = report.plan["mlp"]
+    stored = report.plan["layers"]
     if setting == "budget":
-        assert mlp["factored"]["parameters"] <= least * mlp["dense"]["parameters"] + 1
+        assert stored["factored"]["parameters"] <= least * stored["dense"]["parameters"] + 1
     else:
-        assert mlp["factored"]["bytes"] <= least * 2 * mlp["dense"]["parameters"] + 4
+        assert stored["factored"]["bytes"] <= least * 2 * stored["dense"]["parameters"] + 4
 
 
 def test_layers_that_are_sampled_keep_their_least_too(monkeypatch: pytest.MonkeyPatch) -> None:

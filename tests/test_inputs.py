@@ -27,7 +27,7 @@ from fips.calibration.tokens import TokenTracker
 from fips.errors import ConfigError, DataError, FipsError, ModelError
 from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers
 from fips.methods.workbench import MomentCache, Workbench
-from fips.models import Site, locate_mlps
+from fips.models import Site, locate_layers
 
 TEXT = {**SMALL, "vocab_size": 64, "pad_token_id": 0}
 SEQ2SEQ = {
@@ -282,8 +282,8 @@ def moments_of(
 
 
 def sites_of(model: PreTrainedModel, *targets: str) -> list[Site]:
-    found = locate_mlps(model, targets=targets or None)
-    return [site for mlp in found.mlps for site in mlp.sites]
+    found = locate_layers(model, targets=targets or None)
+    return [site for sublayer in found.sublayers for site in sublayer.sites]
 
 
 def example(lengths: dict[str, int], row: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import fips
 from fips.errors import CheckpointError, ConfigError
 from fips.formats.packing import BLOCKS
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
-from fips.models import Site, group_mlps, locate_mlps
+from fips.models import Site, group_layers, locate_layers
 from fips.models.sites import Role
 from fips.plan.footprint import LayerStorage, factored_footprint
 from fips.solve.patterns import nm_mask
@@ -130,7 +130,7 @@ STORAGE = [
 def mixed_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, int]:
     """A Llama whose nine matrices are each stored in another way, and the predicted bytes of those matrices."""
     model = tiny_model("llama").to(dtype)
-    (group,) = group_mlps(locate_mlps(model).mlps)
+    (group,) = group_layers(locate_layers(model).sublayers)
     basis = make_basis(32, 24).to(dtype)
     storages = []
     for site, plan in zip(group.sites, STORAGE, strict=True):
@@ -180,7 +180,7 @@ def test_mixed_layers_are_saved_in_the_predicted_bytes_and_load_exactly(dtype: t
 
 def test_only_used_bases_are_counted() -> None:
     model = tiny_model("llama")
-    (group,) = group_mlps(locate_mlps(model).mlps)
+    (group,) = group_layers(locate_layers(model).sublayers)
     alone = [LayerStorage(7, shared=False)] * 9
     footprint = factored_footprint(group, rank=24, itemsize=2, layers=alone)
     assert (footprint.parameters, footprint.value_bytes, footprint.macs_per_token) == (63, 126, 63)

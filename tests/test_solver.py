@@ -18,7 +18,7 @@ from fips.calibration.moments import collect_moments
 from fips.errors import BudgetError
 from fips.layers.linear import factored_layers
 from fips.methods.workbench import dense_matrix
-from fips.models import group_mlps, locate_mlps
+from fips.models import group_layers, locate_layers
 from fips.solve.alternate import alternate, prune
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import refit, sparse_factors
@@ -247,11 +247,11 @@ def test_pruning_beats_a_shared_basis_of_the_same_size_or_loses_to_it_by_measure
 def test_moments_equal_a_direct_computation(family: str) -> None:
     model = tiny_model(family).requires_grad_(False)
     batches = batches_for(model, count=3)
-    mlp = locate_mlps(model).mlps[1]
+    sublayer = locate_layers(model).sublayers[1]
     floor = 0.3
-    found = collect_moments(model, mlp.sites, batches, lambda m, b: m(**b), temperature=2.0, floor=floor, seed=5)
-    again = collect_moments(model, mlp.sites, batches, lambda m, b: m(**b), temperature=2.0, floor=floor, seed=5)
-    for site in mlp.sites:
+    found = collect_moments(model, sublayer.sites, batches, lambda m, b: m(**b), temperature=2.0, floor=floor, seed=5)
+    again = collect_moments(model, sublayer.sites, batches, lambda m, b: m(**b), temperature=2.0, floor=floor, seed=5)
+    for site in sublayer.sites:
         inputs, gradients = [], []
         generator = torch.Generator().manual_seed(5)
         for batch in batches:
@@ -294,7 +294,7 @@ def inputs_and_gradient(
 
 def test_padding_counts_for_nothing() -> None:
     model = tiny_model("bert").requires_grad_(False)
-    sites = locate_mlps(model).mlps[0].sites
+    sites = locate_layers(model).sublayers[0].sites
     batch = batches_for(model, count=1)[0]
     mask = torch.ones_like(batch["input_ids"])
     mask[:, 10:] = 0
@@ -342,7 +342,7 @@ def test_every_setting_keeps_its_bytes_and_loads_exactly(family: str, changes: d
     model = tiny_model(family)
     batches = batches_for(model)
     report = fips.compress(model, batches, fips.CompressionConfig(target_bytes=0.4, **changes))
-    dense, factored = (report.plan["mlp"][key] for key in ("dense", "factored"))
+    dense, factored = (report.plan["layers"][key] for key in ("dense", "factored"))
     assert factored["bytes"] <= 0.4 * 2 * dense["parameters"]
     formats = {name for group in report.plan["groups"] for name in group["format"].split(", ")}
     if formats & {"bitmask", "block4"} and not any(":16" in name for name in formats):  # the size of others is fixed
@@ -401,7 +401,7 @@ def test_biases_take_up_the_mean_error() -> None:
             original(**batch)
     new, old = (torch.cat(outputs[key]).flatten(0, 1) for key in ("a", "b"))
     torch.testing.assert_close(new.mean(0), old.mean(0), atol=1e-4, rtol=1e-3)
-    weight = dense_matrix(original, locate_mlps(original).mlps[0].sites[0])
+    weight = dense_matrix(original, locate_layers(original).sublayers[0].sites[0])
     assert not torch.allclose(model.get_submodule(name).dense_weight(), weight.T, atol=1e-3)
 
 
@@ -443,7 +443,7 @@ def test_reordered_neurons_leave_the_output_unchanged(family: str, monkeypatch: 
     monkeypatch.setattr(fips.methods.solver, "neighbour_order", shuffled)
     original = tiny_model(family)
     fips.compress(model, batches, fips.CompressionConfig(budget=1.0, pattern="block4"))
-    site = locate_mlps(original).mlps[0].sites[0]
+    site = locate_layers(original).sublayers[0].sites[0]
     weight = model.get_submodule(site.name).dense_weight().T
     assert not torch.allclose(weight, dense_matrix(original, site), atol=1e-3)
     torch.testing.assert_close(
@@ -608,7 +608,9 @@ class TestTrainedGrid:
     def group(self, role: str = "up", bits: int = 4) -> tuple[TrainableGroup, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
         shape = (16, 24)
-        site = next(site for site in group_mlps(locate_mlps(tiny_model("vit")).mlps)[0].sites if site.role == role)
+        site = next(
+            site for site in group_layers(locate_layers(tiny_model("vit")).sublayers)[0].sites if site.role == role
+        )
         steps_N = torch.rand(shape[1] if role == "up" else shape[0], generator=generator).add(0.1).bfloat16()
         integers = torch.randint(-7, 8, shape, generator=generator).float()
         factor = integers * steps_N.float().unsqueeze(0 if role == "up" else 1)

@@ -118,9 +118,9 @@ class CompressionConfig(Settings):
     """How to compress: size, method, grouping and calibration. One of `budget` and `target_bytes` is required."""
 
     budget: float | None = Field(default=None, gt=0, le=1)
-    """Fraction of the MLP parameters to keep: basis entries plus non-zeros of the factors."""
+    """Fraction of the parameters of the layers to keep: basis entries plus non-zeros of the factors."""
     target_bytes: float | None = Field(default=None, gt=0, le=1)
-    """Stored bytes of the MLPs (values, patterns, scales, bases) as a fraction of the dense ones in a 16-bit type."""
+    """Stored bytes of the layers (values, patterns, scales, bases) as a fraction of the dense ones in a 16-bit type."""
     method: Method = "fips"
     """`fips`: solver in the metric of the model's output, best structure per group for the bytes.
     `fips-paper`: SVD start, magnitude sparsity, block-wise AdamW (arXiv 2411.09816).

@@ -144,9 +144,9 @@ def _teams(plan: GroupPlan, method: str) -> Iterator[list[Site]]:
     if method != "basis-sharing":
         yield from ([site] for site in plan.group.sites)
         return
-    mlps = plan.group.mlps
-    for _, span in groupby(range(len(mlps)), key=lambda index: index // SHARING_SPAN):
-        members = [mlps[index].sites for index in span]
+    sublayers = plan.group.sublayers
+    for _, span in groupby(range(len(sublayers)), key=lambda index: index // SHARING_SPAN):
+        members = [sublayers[index].sites for index in span]
         if len({len(sites) for sites in members}) > 1:  # some of their layers are left dense
             yield from ([site] for sites in members for site in sites)
             continue

@@ -233,12 +233,14 @@ def _gradient_metric(moments: LayerMoments) -> Tensor:
 def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> list[Tensor]:
     """One order per MLP, the same for all its matrices; the halves of a fused gate and up alike."""
     orders = []
-    for mlp in plan.group.mlps:
+    for sublayer in plan.group.sublayers:
         halves = []
-        for site in mlp.sites:
+        for site in sublayer.sites:
             halves += masks_RF[site.name].split([part.features for part in site.parts], dim=1)
         order_F = neighbour_order(halves, size=block)
-        orders += [torch.cat([order_F + start for start in range(0, site.columns, len(order_F))]) for site in mlp.sites]
+        orders += [
+            torch.cat([order_F + start for start in range(0, site.columns, len(order_F))]) for site in sublayer.sites
+        ]
     return orders
 
 

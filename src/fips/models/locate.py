@@ -23,12 +23,12 @@ from fips.models.attention import attention_around, attention_site, is_attention
 from fips.models.names import matches, require_matches
 from fips.models.sites import Linear, Site
 
-__all__ = ["Located", "Mlp", "Skipped", "locate_mlps"]
+__all__ = ["Located", "Skipped", "Sublayer", "locate_layers"]
 
 
 @dataclass(frozen=True, slots=True)
-class Mlp:
-    """The linear layers of one MLP and the block they belong to."""
+class Sublayer:
+    """The linear layers of one MLP, or those of a block that ``targets`` names, and the block they belong to."""
 
     name: str
     block: str
@@ -51,11 +51,11 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    mlps: tuple[Mlp, ...]
+    sublayers: tuple[Sublayer, ...]
     skipped: tuple[Skipped, ...]
 
 
-def locate_mlps(model: nn.Module, *, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> Located:
+def locate_layers(model: nn.Module, *, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> Located:
     """Every MLP inside a repeated block, in module order, and what was passed over with the reason.
 
     ``targets`` replaces the search: all linear layers inside blocks whose name, or whose MLP's name, fits a pattern
@@ -63,18 +63,18 @@ def locate_mlps(model: nn.Module, *, targets: Sequence[str] | None = None, ignor
 
     Raises ``NoMatchError`` if a pattern fits nothing or nothing is left.
     """
-    found: list[Mlp] = []
+    found: list[Sublayer] = []
     skipped: list[Skipped] = [*_fused_experts(model)]
     _scan(model, "", model, found, skipped)
     every = {linear.name: linear for linear in _linears(model)}
     found = list(_once(found, every, skipped))
-    names = list(every) + [mlp.name for mlp in found]
+    names = list(every) + [sublayer.name for sublayer in found]
     if targets is not None:
         require_matches("targets", targets, names)
         found = _select_targets(model, found, every, targets)
     require_matches("ignore", ignore, names)
-    kept = [mlp for mlp in found if not _ignored(mlp, ignore)]
-    skipped += [Skipped(mlp.name, "matched by `ignore`") for mlp in found if _ignored(mlp, ignore)]
+    kept = [sublayer for sublayer in found if not _ignored(sublayer, ignore)]
+    skipped += [Skipped(sublayer.name, "matched by `ignore`") for sublayer in found if _ignored(sublayer, ignore)]
     if not kept:
         reasons = "; ".join(f"`{item.name}`: {item.reason}" for item in skipped[:3])
         raise NoMatchError(
@@ -85,18 +85,20 @@ def locate_mlps(model: nn.Module, *, targets: Sequence[str] | None = None, ignor
     return Located(tuple(kept), tuple(skipped))
 
 
-def _once(found: Sequence[Mlp], every: Mapping[str, Linear], skipped: list[Skipped]) -> Iterator[Mlp]:
+def _once(found: Sequence[Sublayer], every: Mapping[str, Linear], skipped: list[Skipped]) -> Iterator[Sublayer]:
     """MLPs without those that hold layers registered before under another name, which are the same layers."""
-    for mlp in found:
-        again = next((site.name for site in mlp.sites if site.name not in every), None)
+    for sublayer in found:
+        again = next((site.name for site in sublayer.sites if site.name not in every), None)
         if again is None:
-            yield mlp
+            yield sublayer
         else:
-            skipped.append(Skipped(mlp.name, f"`{again}` is a layer of an earlier MLP too, and is compressed there"))
+            skipped.append(
+                Skipped(sublayer.name, f"`{again}` is a layer of an earlier MLP too, and is compressed there")
+            )
 
 
-def _ignored(mlp: Mlp, ignore: Sequence[str]) -> bool:
-    return matches(mlp.name, ignore) or any(matches(site.name, ignore) for site in mlp.sites)
+def _ignored(sublayer: Sublayer, ignore: Sequence[str]) -> bool:
+    return matches(sublayer.name, ignore) or any(matches(site.name, ignore) for site in sublayer.sites)
 
 
 def _as_linear(name: str, module: nn.Module) -> Linear | None:
@@ -114,7 +116,7 @@ def _linears(model: nn.Module) -> Iterator[Linear]:
             yield linear
 
 
-def _scan(module: nn.Module, name: str, root: nn.Module, found: list[Mlp], skipped: list[Skipped]) -> list[Linear]:
+def _scan(module: nn.Module, name: str, root: nn.Module, found: list[Sublayer], skipped: list[Skipped]) -> list[Linear]:
     """Collect MLPs below ``module``; return its linear layers that are still free to pair with a sibling's."""
     own: list[Linear] = []
     loose: list[Linear] = []
@@ -166,7 +168,7 @@ def _accept(
     name: str,
     pairing: tuple[str, list[Site]],
     root: nn.Module,
-    found: list[Mlp],
+    found: list[Sublayer],
     skipped: list[Skipped],
 ) -> None:
     kind, sites = pairing
@@ -179,7 +181,7 @@ def _accept(
     elif _is_expert(root, name, block):
         skipped.append(Skipped(name, "it is one expert of a mixture; only dense MLPs are compressed"))
     else:
-        found.append(Mlp(name, block[0], block[1], kind, tuple(sites)))  # type: ignore[arg-type]
+        found.append(Sublayer(name, block[0], block[1], kind, tuple(sites)))  # type: ignore[arg-type]
 
 
 def _odd(module: nn.Module) -> str | None:
@@ -235,10 +237,10 @@ def _fused_experts(model: nn.Module) -> Iterator[Skipped]:
 
 
 def _select_targets(
-    model: nn.Module, found: Sequence[Mlp], every: dict[str, Linear], targets: Sequence[str]
-) -> list[Mlp]:
-    """One ``Mlp`` per block with the layers that fit ``targets``."""
-    known = {site.name: (site, mlp) for mlp in found for site in mlp.sites}
+    model: nn.Module, found: Sequence[Sublayer], every: dict[str, Linear], targets: Sequence[str]
+) -> list[Sublayer]:
+    """One ``Sublayer`` per block with the layers that fit ``targets``."""
+    known = {site.name: (site, sublayer) for sublayer in found for site in sublayer.sites}
     chosen: dict[str, list[Site]] = {}
     lists: dict[str, str] = {}
     for name, linear in every.items():
@@ -254,17 +256,17 @@ def _select_targets(
         site = site_mlp[0] if site_mlp is not None else _other_site(linear, block[0], model, known, every)
         chosen.setdefault(block[0], []).append(site)
         lists[block[0]] = block[1]
-    return [Mlp(block, block, lists[block], "custom", tuple(sites)) for block, sites in chosen.items()]
+    return [Sublayer(block, block, lists[block], "custom", tuple(sites)) for block, sites in chosen.items()]
 
 
 def _other_site(
-    linear: Linear, block: str, model: nn.Module, known: dict[str, tuple[Site, Mlp]], every: Mapping[str, Linear]
+    linear: Linear, block: str, model: nn.Module, known: dict[str, tuple[Site, Sublayer]], every: Mapping[str, Linear]
 ) -> Site:
     """A layer of no MLP: by the rule of ``fips.models.attention``, elsewhere by the side that has the block's width.
 
     Elsewhere both sides may have it, or the width may be unknown: such a layer is taken to read the stream.
     """
-    widths = {site.width for site, mlp in known.values() if mlp.block == block}
+    widths = {site.width for site, sublayer in known.values() if sublayer.block == block}
     width = widths.pop() if widths else _norm_width(model.get_submodule(block))
     attention = attention_around(model, block, linear.name)
     site = None

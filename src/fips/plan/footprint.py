@@ -16,7 +16,7 @@ __all__ = ["Footprint", "LayerStorage", "dense_footprint", "factored_footprint",
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What the matrices of some MLPs take; biases are not counted, since compression leaves them."""
+    """What the matrices of some layers take; biases are not counted, since compression leaves them."""
 
     parameters: int
     """Stored numbers: dense entries, or basis entries plus non-zeros."""
