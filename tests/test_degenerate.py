@@ -483,8 +483,9 @@ def test_every_method_gives_finite_weights_on_degenerate_layers_and_data(method:
 def test_published_methods_take_any_moment(moment: Tensor) -> None:
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
     basis, (factor,) = shared_whitened_svd([weight.T.contiguous()], moment, rank=5)
+    integers, steps = gptq(weight, moment, bits=4, dtype=torch.float32)
     found = {
-        "gptq": gptq(weight, moment, bits=4, dtype=torch.float32)[0],
+        "gptq": integers * steps.unsqueeze(1),
         "sparsegpt": sparsegpt(weight, moment, density=0.5)[0],
         "wanda": wanda(weight, moment, density=0.5)[0],
         "down": torch.matmul(*whitened_svd(weight, moment, reads_stream=False, rank=5)),
@@ -568,14 +569,14 @@ def test_a_weight_beyond_the_storage_type_is_refused_before_any_pass() -> None:
 def test_what_a_method_spoils_is_caught_before_the_model_is_changed(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = FactoredLinear.from_factor.__func__  # type: ignore[attr-defined]
+    original = FactoredLinear.from_integers.__func__  # type: ignore[attr-defined]
 
     def spoil(cls: type[FactoredLinear], *args: Any, **kwargs: Any) -> FactoredLinear:
         layer: FactoredLinear = original(cls, *args, **kwargs)
         layer.scales[0] = math.nan
         return layer
 
-    monkeypatch.setattr(FactoredLinear, "from_factor", classmethod(spoil))
+    monkeypatch.setattr(FactoredLinear, "from_integers", classmethod(spoil))
     model = chain()
     with pytest.raises(ModelError, match=rf"`method: {method}` made 1 of 64 entries of `0\.fc1` \(scales\) NaN"):
         fips.compress(model, inputs(), settings(method=method))

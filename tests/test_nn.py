@@ -107,6 +107,22 @@ def test_explicit_scales_are_kept_and_rounded_to_the_stored_type() -> None:
         FactoredLinear.from_factor(None, factor, mask, role="down", fmt="bitmask", values="int8", scales=scales[:1])
 
 
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_integers_are_packed_as_they_are(role: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-7, 8, (6, 10), generator=generator).to(torch.int8)
+    mask = torch.rand(6, 10, generator=generator) < 0.5
+    scales = torch.rand(10 if role == "up" else 6, generator=generator).bfloat16()
+    layer = FactoredLinear.from_integers(None, integers, mask, scales, role=role, fmt="bitmask", values="int4")
+    wanted = integers * mask * scales.float().unsqueeze(0 if role == "up" else 1)
+    assert torch.equal(layer.factor(), wanted.T if role == "up" else wanted)
+    assert torch.equal(layer.scales, scales)
+    with pytest.raises(ConfigError, match="numbers, one per row, got"):
+        FactoredLinear.from_integers(None, integers, mask, scales[:1], role=role, fmt="bitmask", values="int4")
+    with pytest.raises(ConfigError, match="cannot be stored as `values: float`"):
+        FactoredLinear.from_integers(None, integers, mask, scales, role=role, fmt="bitmask", values="float")
+
+
 def test_hidden_columns_must_fill_the_blocks_and_a_width_must_be_known() -> None:
     with pytest.raises(ConfigError, match="block8 needs a multiple of 8 hidden columns, got 20"):
         FactoredLinear(None, role="up", columns=20, nonzeros=0, fmt="block8", width=8)

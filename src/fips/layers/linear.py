@@ -5,6 +5,7 @@ Shape legend: D width of the residual stream, F columns of one matrix, R rank of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -153,28 +154,57 @@ class FactoredLinear(nn.Module):
         without them every row's largest magnitude becomes the largest integer.
         """
         bits = value_bits(values)
-        rank, columns = factor_RF.shape
-        lie = Role(role)
-        matrix, mask = lie.to_linear(factor_RF).detach().contiguous(), lie.to_linear(mask_RF).contiguous()
-        if bits is not None:
-            scales = (row_scales(matrix, mask, bits=bits) if scales is None else scales.detach()).to(
-                dtype or matrix.dtype
-            )
-            if scales.shape != matrix.shape[:1]:
-                raise ConfigError(f"`scales` wants {matrix.shape[0]} numbers, one per row, got {tuple(scales.shape)}")
-            matrix = quantize_rows(matrix, scales, bits=bits)
-        kept, pattern = pack(matrix, mask, fmt=fmt, block_axis=lie.hidden_axis)
-        layer = cls(
-            basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=None if basis else rank,
-            values=values,
-        )  # fmt: skip
-        if scales is not None and bits is not None:
-            layer.values, layer.scales = pack_integers(kept, bits=bits), scales
-        else:
+        to_linear, to_factor = Role(role).to_linear, Role(role).to_factor
+        matrix_NK, mask_NK = to_linear(factor_RF).detach(), to_linear(mask_RF)
+        if bits is None:
+            layer, kept = cls._packed_on(basis, factor_RF.detach(), mask_RF, role=role, fmt=fmt, values=values)
             layer.values = nn.Parameter(kept.to(dtype or kept.dtype))
+            return layer
+        scales = row_scales(matrix_NK, mask_NK, bits=bits) if scales is None else scales.detach()
+        scales = scales.to(dtype or matrix_NK.dtype)
+        _check_scales(scales, matrix_NK.shape)
+        integers_RF = to_factor(quantize_rows(matrix_NK, scales, bits=bits))
+        return cls.from_integers(basis, integers_RF, mask_RF, scales, role=role, fmt=fmt, values=values)
+
+    @classmethod
+    def from_integers(
+        cls,
+        basis: SharedBasis | None,
+        integers_RF: Tensor,
+        mask_RF: Tensor,
+        scales: Tensor,
+        *,
+        role: str,
+        fmt: str,
+        values: ValueKind,
+    ) -> Self:
+        """Pack integers (int8, within the bits of ``values``) on their support, as they are.
+
+        ``scales``, in the type they are stored in, are what the integers of every stored row are multiplied by, as in
+        ``from_factor``. Raises ``ConfigError`` for another number of them, or if ``values`` are floating.
+        """
+        bits = value_bits(values)
+        if bits is None:
+            raise ConfigError(f"integers cannot be stored as `values: {values}`; use `from_factor`")
+        layer, kept = cls._packed_on(basis, integers_RF, mask_RF, role=role, fmt=fmt, values=values)
+        _check_scales(scales, layer.factor_shape)
+        layer.values, layer.scales = pack_integers(kept, bits=bits), scales.detach()
+        return layer
+
+    @classmethod
+    def _packed_on(
+        cls, basis: SharedBasis | None, matrix_RF: Tensor, mask_RF: Tensor, *, role: str, fmt: str, values: ValueKind
+    ) -> tuple[Self, Tensor]:
+        """A layer with its pattern, and the entries kept, in their order."""
+        side = Role(role)
+        matrix_NK, mask_NK = side.to_linear(matrix_RF).contiguous(), side.to_linear(mask_RF).contiguous()
+        kept, pattern = pack(matrix_NK, mask_NK, fmt=fmt, block_axis=side.hidden_axis)
+        rank, columns = matrix_RF.shape
+        width = None if basis else rank
+        layer = cls(basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=width, values=values)
         if fmt != DENSE:
             layer.pattern = pattern
-        return layer
+        return layer, kept
 
     @property
     def basis(self) -> SharedBasis | None:
@@ -245,6 +275,11 @@ def _offloaded(module: nn.Module) -> bool:
     """Whether accelerate brings the tensors of a module for one call and takes them away again."""
     hook = module.__dict__.get("_hf_hook")  # getattr would search parameters and raise inside: 1 us in every call
     return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
+
+
+def _check_scales(scales: Tensor, shape: Sequence[int]) -> None:
+    if tuple(scales.shape) != (shape[0],):
+        raise ConfigError(f"`scales` wants {shape[0]} numbers, one per row, got {tuple(scales.shape)}")
 
 
 def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, int]:

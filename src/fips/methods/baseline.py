@@ -105,10 +105,11 @@ def _rounded(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -
     layers: dict[str, FactoredLinear] = {}
     for site in plan.group.sites:
         weight_OI = site.role.to_linear(dense_matrix(bench.model, site).float())
-        rounded_OI, steps_O = gptq(weight_OI, moments[site.name], bits=bits, dtype=plan.dtype)
-        layers[site.name] = FactoredLinear.from_factor(
-            None, site.role.to_factor(rounded_OI), site.role.to_factor(torch.ones_like(rounded_OI, dtype=torch.bool)),
-            role=site.role, fmt=DENSE, dtype=plan.dtype, values=kind, scales=steps_O,
+        integers_OI, steps_O = gptq(weight_OI, moments[site.name], bits=bits, dtype=plan.dtype)
+        integers_DF = site.role.to_factor(integers_OI)
+        layers[site.name] = FactoredLinear.from_integers(
+            None, integers_DF, torch.ones_like(integers_DF, dtype=torch.bool), steps_O, role=site.role, fmt=DENSE,
+            values=kind,
         )  # fmt: skip
     storages = [LayerStorage(layer.nonzeros, DENSE, kind, shared=False) for layer in layers.values()]
     return CompressedGroup(solved_plan(plan, rank=0, layers=storages), {}, layers, (), (), (), 0.0)

@@ -37,7 +37,7 @@ def _compress_group(bench: Workbench, plan: GroupPlan) -> CompressedGroup:
             if not losses:
                 group.prune(bench.config.factor_sparsity)
         storages = [LayerStorage(int(mask.sum()), plan.fmt) for mask in group.masks]
-        bases, layers = pack_group(group, plan, storages)
+        bases, layers = pack_group(group.found(), group.sites, group.biases, plan, storages)
         final = measured(
             f"the block errors of group {plan.group.name}",
             lambda: bench.errors_with(plan.group, layers, records, spool),

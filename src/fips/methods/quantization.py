@@ -15,7 +15,7 @@ __all__ = ["gptq"]
 
 
 def gptq(weight_OI: Tensor, moment_II: Tensor, *, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rounded weight and its steps, these in ``dtype``. Reference: Frantar et al., arXiv 2210.17323.
+    """Integers (int8) and the step of every row in ``dtype``. Reference: Frantar et al., arXiv 2210.17323.
 
     Steps are those of the least plain squared error of each row, as in implementations that search them.
     """
@@ -26,4 +26,4 @@ def gptq(weight_OI: Tensor, moment_II: Tensor, *, bits: int, dtype: torch.dtype)
     metric_II = moment_II / torch.outer(scale_I, scale_I)
     kept_OI = torch.ones_like(weight_OI, dtype=torch.bool)
     integers_OI, _ = round_rows(weight_OI, kept_OI, metric_II, scale_I, steps_O.float(), bits=bits)
-    return integers_OI * steps_O.float().unsqueeze(1), steps_O
+    return integers_OI.to(torch.int8), steps_O

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.config import AUTO_BITS, CompressionConfig
 from fips.formats.packing import BITMASK, DENSE, block_size, code_bits, value_bits, value_kind
 from fips.layers.linear import FactoredLinear, SharedBasis
-from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, measured, pack_group
+from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, dense_matrix, measured, pack_group
 from fips.models import Site
 from fips.plan.footprint import LayerStorage, itemsize
 from fips.plan.plan import CompressionPlan, GroupPlan, solved_plan, target_bytes
@@ -45,10 +45,35 @@ class _Solved:
 
     plan: GroupPlan
     storages: list[LayerStorage]
-    trainable: TrainableGroup
-    start: tuple[BlockError, ...]
-    losses: list[float]
-    seconds: float
+    found: Factorization
+    biases: list[nn.Parameter | None]
+    trainable: TrainableGroup | None = None
+    """Where something is trained."""
+    start: tuple[BlockError, ...] = ()
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def packed(self) -> tuple[dict[str, SharedBasis], dict[str, FactoredLinear]]:
+        found = self.found if self.trainable is None else self.trainable.found()
+        return pack_group(found, self.plan.group.sites, self.biases, self.plan, self.storages)
+
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Layers that compute what was solved, before anything is packed, for a model that still has its own."""
+        if self.trainable is not None:
+            return self.trainable.modules
+        sites, basis_DR = self.plan.group.sites, self.found.basis_DR
+        weights_DF = [factor if basis_DR is None else basis_DR @ factor for factor in self.found.factors_RF]
+        return {
+            site.name: _linear(site.role.to_linear(weight_DF.to(dense_matrix(model, site).dtype)), bias)
+            for site, weight_DF, bias in zip(sites, weights_DF, self.biases, strict=True)
+        }
+
+
+def _linear(weight_OI: Tensor, bias: nn.Parameter | None) -> nn.Module:
+    layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    layer.register_parameter("bias", bias)
+    return layer
 
 
 def compress_by_solver(bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
@@ -57,12 +82,13 @@ def compress_by_solver(bench: Workbench, plan: CompressionPlan) -> list[Compress
     if bench.config.distill.steps:
         blocks = [block for item in solved for block in bench.blocks(item.plan.group).values()]
         losses = distill_(
-            bench.model, [item.trainable for item in solved], blocks, bench.batches, bench.config, bench.run,
+            bench.model, [item.trainable for item in solved if item.trainable is not None], blocks, bench.batches,
+            bench.config, bench.run,
             lambda step, loss: bench.report("distill", "all", step + 1, bench.config.distill.steps, loss),
         )  # fmt: skip
         for item in solved:
             item.losses += losses
-    packed = [pack_group(item.trainable, item.plan, item.storages) for item in solved]  # before anything else can fail
+    packed = [item.packed() for item in solved]  # before anything else can fail
     return [_finish(bench, item, *done) for item, done in zip(solved, packed, strict=True)]
 
 
@@ -83,7 +109,7 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan) -> list[_Solved]:
                 item.seconds = time.perf_counter() - started
                 found.append(item)
                 if bench.config.metric.propagate_errors:
-                    installed.enter_context(swapped(bench.model, item.trainable.modules))
+                    installed.enter_context(swapped(bench.model, item.modules(bench.model)))
     return found
 
 
@@ -147,14 +173,13 @@ class _Search:
         if len(split) == 1 and len(self.layers) > 1:
             return [split[0][0]] * len(self.layers), self.group.solve(*split[0])
         found = [layer.solve(*one) for layer, one in zip(self.layers, split, strict=True)]
-        steps = [step for one in found for step in one.steps or ()]
+        grids = [grid for one in found for grid in one.grids or ()]
         return [choice for choice, _ in split], Factorization(
             None,
             [factor for one in found for factor in one.factors_RF],
             [mask for one in found for mask in one.masks_RF],
             [sum(one.losses[-1] for one in found)],
-            steps or None,
-            [wanted for one in found for wanted in one.wanted_RF or ()] or None,
+            grids or None,
         )
 
     def forget(self) -> None:
@@ -257,13 +282,13 @@ def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> 
             sites, search.group.problems, found.factors_RF, search.orders, strict=True
         )
     ]
-    group = TrainableGroup(found.basis_DR, found.factors_RF, sites, biases, config, None)
-    group.set_masks(found.masks_RF)
-    if found.steps is not None:
-        group.set_grids(found.steps, [choice.bits or 8 for choice in choices], found.wanted_RF)
     search.forget()
     if not config.calibration_steps and not config.distill.steps:
-        return _Solved(plan, storages, group, (), [], 0.0)
+        return _Solved(plan, storages, found, biases)
+    group = TrainableGroup(found.basis_DR, found.factors_RF, sites, biases, config, None)
+    group.set_masks(found.masks_RF)
+    if found.grids is not None:
+        group.set_grids(found.grids)
     limit = None if config.calibration_steps else MAX_ERROR_BATCHES
     with bench.recorded(plan.group, limit=limit) as (records, spool):
         start = measured(
@@ -276,7 +301,7 @@ def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> 
                 group, bench.blocks(plan.group), records, spool, bench.device,
                 lambda step, loss: bench.report("calibrate", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
-    return _Solved(plan, storages, group, start or (), losses, 0.0)
+    return _Solved(plan, storages, found, biases, group, start or (), losses)
 
 
 def _moved_bias(

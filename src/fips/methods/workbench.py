@@ -24,7 +24,8 @@ from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage
 from fips.plan.plan import GroupPlan
-from fips.training.factors import TrainableGroup, swapped
+from fips.solve.alternate import Factorization
+from fips.training.factors import swapped
 from fips.training.reconstruct import BlockError, Records, block_errors
 
 __all__ = [
@@ -231,19 +232,27 @@ def dense_matrix(model: nn.Module, site: Site) -> Tensor:
 
 
 def pack_group(
-    group: TrainableGroup, plan: GroupPlan, storages: Sequence[LayerStorage]
+    found: Factorization,
+    sites: Sequence[Site],
+    biases: Sequence[nn.Parameter | None],
+    plan: GroupPlan,
+    storages: Sequence[LayerStorage],
 ) -> tuple[dict[str, SharedBasis], dict[str, FactoredLinear]]:
     """The basis, if there is one, and the modules that stand in for the dense layers, by name."""
-    basis = None
-    if group.basis_DR is not None:
-        basis = SharedBasis.of(group.basis_DR, plan.dtype)
+    basis = None if found.basis_DR is None else SharedBasis.of(found.basis_DR, plan.dtype)
     layers = {}
-    for site, source, bias, storage in zip(group.sites, group.layers, group.biases, storages, strict=True):
-        mask_RF = torch.ones_like(source.mask_RF) if storage.fmt == DENSE else source.mask_RF
-        layer = FactoredLinear.from_factor(
-            basis, source.factor().detach(), mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype,
-            values=storage.values, scales=None if source.grid is None else source.grid.steps().detach().flatten(),
-        )  # fmt: skip
+    for index, (site, bias, storage) in enumerate(zip(sites, biases, storages, strict=True)):
+        mask_RF = found.masks_RF[index]
+        mask_RF = torch.ones_like(mask_RF) if storage.fmt == DENSE else mask_RF
+        if found.grids is None:
+            layer = FactoredLinear.from_factor(
+                basis, found.factors_RF[index], mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype
+            )
+        else:
+            grid = found.grids[index]
+            layer = FactoredLinear.from_integers(
+                basis, grid.integers_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values
+            )
         layer.bias = bias
         layer.conv1d = site.conv1d
         layers[site.name] = layer
