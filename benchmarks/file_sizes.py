@@ -40,7 +40,7 @@ def measure(name: str, size: float, models: Path, data: Path) -> dict[str, Any]:
             "target_bytes": size,
             "file_bytes": {"before": tensor_files(Path(source)), "after": tensor_files(scratch / "compressed")},
             "seconds": round(done.report.seconds, 1),
-            "mlp": done.report.to_dict()["mlp"],
+            "mlp": done.report.to_dict()["layers"],
         }
 
 

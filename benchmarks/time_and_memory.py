@@ -57,7 +57,7 @@ def main() -> None:
                 "relative_error": sum(errors) / len(errors),
                 "relative_error_start": sum(group["relative_error_start"] for group in done["results"]) / len(errors),
                 "headline": quality["headline"],
-                "mlp": done["mlp"],
+                "mlp": done["layers"],
                 "environment": done["environment"],
             }
         )

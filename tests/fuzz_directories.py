@@ -53,7 +53,7 @@ from transformers import PreTrainedModel
 
 import fips
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
-from fips.models import locate_mlps
+from fips.models import locate_layers
 from fips.storage.layout import describe_layout, replace_linear
 
 STORED = Path(__file__).parent / "fixtures"
@@ -108,7 +108,7 @@ def packed_model(recipe: Recipe) -> PreTrainedModel:
     if recipe.family.startswith("gemma"):
         model.to(torch.bfloat16)
     bases: dict[int, SharedBasis] = {}
-    sites = [site for mlp in locate_mlps(model).mlps for site in mlp.sites]
+    sites = [site for sublayer in locate_layers(model).sublayers for site in sublayer.sites]
     for index, site in enumerate(sites):
         dense = model.get_submodule(site.name)
         weight = dense.weight.detach().float()

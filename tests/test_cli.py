@@ -76,12 +76,12 @@ def test_inspect_lists_layers_and_changes_nothing(vit_directory: Path, capsys: C
     before = {path: path.stat().st_mtime_ns for path in vit_directory.iterdir()}
     assert main(["inspect", str(vit_directory)]) == 0
     out = capsys.readouterr().out
-    for word in ("vit.layers.0.mlp", "fc1 (up", "g0", "MLPs", "model"):
+    for word in ("vit.layers.0.mlp", "fc1 (up", "g0", "layers", "model"):
         assert word in out
     assert main(["inspect", str(vit_directory), "--json", "--budget", "0.25", "--group-size", "2"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [group["blocks"] for group in plan["groups"]] == [["vit.layers.0", "vit.layers.1"], ["vit.layers.2"]]
-    assert plan["mlp"]["factored"]["parameters"] <= 0.25 * plan["mlp"]["dense"]["parameters"]
+    assert plan["layers"]["factored"]["parameters"] <= 0.25 * plan["layers"]["dense"]["parameters"]
     assert before == {path: path.stat().st_mtime_ns for path in vit_directory.iterdir()}
 
 

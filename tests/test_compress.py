@@ -16,7 +16,7 @@ from fips.compress import ProgressEvent
 from fips.formats.packing import unpack_mask
 from fips.layers.linear import factored_layers
 from fips.methods.workbench import dense_matrix
-from fips.models import group_mlps, locate_mlps
+from fips.models import group_layers, locate_layers
 from fips.plan.footprint import state_bytes
 from fips.training.factors import TrainableGroup
 from fips.training.reconstruct import calibrate_
@@ -109,7 +109,7 @@ def test_matrices_that_share_a_subspace_are_reproduced() -> None:
     model = tiny_model("vit")
     batches = batches_for(model)
     subspace = torch.linalg.qr(torch.randn(32, 20, generator=torch.Generator().manual_seed(3))).Q
-    for site in (site for mlp in locate_mlps(model).mlps for site in mlp.sites):
+    for site in (site for sublayer in locate_layers(model).sublayers for site in sublayer.sites):
         weight = model.get_submodule(site.name).weight
         projected = subspace @ (subspace.T @ dense_matrix(model, site))
         weight.data = projected.T.contiguous() if site.role == "up" else projected
@@ -141,7 +141,7 @@ def test_the_loss_is_the_sum_of_block_errors_on_original_activations() -> None:
     logits_of(reference, batch[0])
     for hook in hooks:
         hook.remove()
-    sites = [site for mlp in locate_mlps(reference).mlps for site in mlp.sites]
+    sites = [site for sublayer in locate_layers(reference).sublayers for site in sublayer.sites]
     weights = [dense_matrix(reference, site).double() for site in sites]
     u, s, vh = torch.linalg.svd(torch.cat(weights, dim=1), full_matrices=False)
     rank = int(0.6 * 32 * 480 / (32 + 0.25 * 480))
@@ -268,7 +268,7 @@ def test_tensor_batches_work_for_plain_modules() -> None:
 def test_calibrating_a_group_moves_the_basis_jointly() -> None:
     """One basis, all factors: every parameter of the group gets a gradient step, the dense weights none."""
     model = tiny_model("vit")
-    groups = group_mlps(locate_mlps(model).mlps)
+    groups = group_layers(locate_layers(model).sublayers)
     weights = [dense_matrix(model, site) for site in groups[0].sites]
     from fips.calibration.record import ActivationSpool, record_blocks
     from fips.solve.svd import shared_svd

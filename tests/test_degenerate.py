@@ -29,7 +29,7 @@ from fips.layers.linear import FactoredLinear, factored_layers
 from fips.methods.gptq import gptq
 from fips.methods.lowrank import shared_whitened_svd, whitened_svd
 from fips.methods.pruning import sparsegpt, wanda
-from fips.models import locate_mlps
+from fips.models import locate_layers
 from fips.plan.finite import count_bad
 from fips.plan.least import round_up
 from fips.plan.planner import PLANNERS
@@ -187,7 +187,7 @@ def test_heads_of_few_examples_have_gradients_and_are_not_far_behind_gptq(labels
         "llama", "LlamaForSequenceClassification", **DECODER, num_labels=labels, problem_type=problem
     )  # fmt: skip
     batches = batches_for(model, count=6)
-    sites = [site for mlp in locate_mlps(model).mlps for site in mlp.sites]
+    sites = [site for sublayer in locate_layers(model).sublayers for site in sublayer.sites]
     model.requires_grad_(False)
     moments = collect_moments(model, sites, batches, lambda m, b: m(**b), temperature=2.0, floor=0.4, seed=0)
     assert all(float(found.gradients_OO.diagonal().sum()) > 0 for found in moments.values())
@@ -282,9 +282,9 @@ def test_a_tower_that_never_runs_is_left_dense_and_the_rest_goes_on(method: str,
     assert {item["name"].split(".")[0] for item in left["layers"]} == {"images"}
     assert all("never ran" in item["reason"] for item in left["layers"])
     assert left["parameters"] == 2 * 2 * 32 * 80
-    mlp = report.plan["mlp"]
-    assert mlp["dense"]["parameters"] == 2 * 2 * 32 * 80
-    assert mlp["factored"]["bytes"] <= 0.4 * 2 * mlp["dense"]["parameters"]
+    stored = report.plan["layers"]
+    assert stored["dense"]["parameters"] == 2 * 2 * 32 * 80
+    assert stored["factored"]["bytes"] <= 0.4 * 2 * stored["dense"]["parameters"]
     assert fips.CompressionReport.from_dict(report.to_dict()).to_dict() == report.to_dict()
 
 
@@ -486,8 +486,9 @@ def test_every_method_gives_finite_weights_on_degenerate_layers_and_data(method:
 def test_published_methods_take_any_moment(moment: Tensor) -> None:
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
     basis, (factor,) = shared_whitened_svd([weight.T.contiguous()], moment, rank=5)
+    integers, steps = gptq(weight, moment, bits=4, dtype=torch.float32)
     found = {
-        "gptq": gptq(weight, moment, bits=4, dtype=torch.float32)[0],
+        "gptq": integers * steps.unsqueeze(1),
         "sparsegpt": sparsegpt(weight, moment, density=0.5)[0],
         "wanda": wanda(weight, moment, density=0.5)[0],
         "down": torch.matmul(*whitened_svd(weight, moment, reads_stream=False, rank=5)),
@@ -571,14 +572,14 @@ def test_a_weight_beyond_the_storage_type_is_refused_before_any_pass() -> None:
 def test_what_a_method_spoils_is_caught_before_the_model_is_changed(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = FactoredLinear.from_factor.__func__  # type: ignore[attr-defined]
+    original = FactoredLinear.from_integers.__func__  # type: ignore[attr-defined]
 
     def spoil(cls: type[FactoredLinear], *args: Any, **kwargs: Any) -> FactoredLinear:
         layer: FactoredLinear = original(cls, *args, **kwargs)
         layer.scales[0] = math.nan
         return layer
 
-    monkeypatch.setattr(FactoredLinear, "from_factor", classmethod(spoil))
+    monkeypatch.setattr(FactoredLinear, "from_integers", classmethod(spoil))
     model = chain()
     with pytest.raises(ModelError, match=rf"`method: {method}` made 1 of 64 entries of `0\.fc1` \(scales\) NaN"):
         fips.compress(model, inputs(), settings(method=method))
@@ -634,11 +635,11 @@ def test_the_smallest_size_named_is_accepted_and_leaves_no_matrix_empty(fields: 
         assert sum(layer.nonzeros for layer in layers) >= sum(layer.columns for layer in layers)
     else:
         assert all(layer.nonzeros >= max(layer.factor_shape) for layer in layers)
-    mlp = report.plan["mlp"]
+    stored = report.plan["layers"]
     if setting == "budget":
-        assert mlp["factored"]["parameters"] <= least * mlp["dense"]["parameters"] + 1
+        assert stored["factored"]["parameters"] <= least * stored["dense"]["parameters"] + 1
     else:
-        assert mlp["factored"]["bytes"] <= least * 2 * mlp["dense"]["parameters"] + 4
+        assert stored["factored"]["bytes"] <= least * 2 * stored["dense"]["parameters"] + 4
 
 
 def test_layers_that_are_sampled_keep_their_least_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import fips
 from fips.layers.linear import factored_layers
-from fips.models import locate_mlps
+from fips.models import locate_layers
 
 IMAGES: dict[str, Any] = {**SMALL, "image_size": 32, "patch_size": 8, "num_labels": 10}
 ENCODER_DECODER = {"d_model": 32, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
@@ -159,4 +159,4 @@ def test_mixtral_experts_are_skipped_with_the_reason() -> None:
     with pytest.raises(fips.FipsError, match=r"`model\.layers\.0\.mlp\.experts`: 4 experts fused in tensors of shape"):
         fips.compress(model, [], fips.CompressionConfig(method="fips-paper", budget=0.5))
     with pytest.raises(fips.FipsError, match="no MLP to compress"):
-        locate_mlps(model)
+        locate_layers(model)

@@ -24,7 +24,7 @@ from fips.formats.packing import BLOCKS
 from fips.kernels import gpu
 from fips.kernels.reference import Packed, in_place, to_dense
 from fips.layers.linear import FactoredLinear, SharedBasis
-from fips.models.locate import Role
+from fips.models.sites import Role
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -27,7 +27,7 @@ from fips.calibration.tokens import TokenTracker
 from fips.errors import ConfigError, DataError, FipsError, ModelError
 from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers
 from fips.methods.workbench import MomentCache, Needs, Workbench
-from fips.models import LinearSite, locate_mlps
+from fips.models import Site, locate_layers
 
 TEXT = {**SMALL, "vocab_size": 64, "pad_token_id": 0}
 SEQ2SEQ = {
@@ -274,16 +274,16 @@ def test_labels_become_decoder_inputs_and_their_padding_does_not_count() -> None
 
 
 def moments_of(
-    model: PreTrainedModel, batches: list[dict[str, Tensor]], sites: list[LinearSite], *, floor: float = 0.4
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], sites: list[Site], *, floor: float = 0.4
 ) -> dict[str, LayerMoments]:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return collect_moments(model, sites, batches, lambda net, batch: net(**batch), temperature=2.0, floor=floor, seed=0)
 
 
-def sites_of(model: PreTrainedModel, *targets: str) -> list[LinearSite]:
-    found = locate_mlps(model, targets=targets or None)
-    return [site for mlp in found.mlps for site in mlp.sites]
+def sites_of(model: PreTrainedModel, *targets: str) -> list[Site]:
+    found = locate_layers(model, targets=targets or None)
+    return [site for sublayer in found.sublayers for site in sublayer.sites]
 
 
 def example(lengths: dict[str, int], row: int) -> dict[str, Tensor]:
@@ -308,7 +308,7 @@ def joined(examples: list[dict[str, Tensor]], *, left: bool = False) -> dict[str
 
 
 def assert_padding_changes_nothing(
-    model: PreTrainedModel, examples: list[dict[str, Tensor]], padded: dict[str, Tensor], sites: list[LinearSite]
+    model: PreTrainedModel, examples: list[dict[str, Tensor]], padded: dict[str, Tensor], sites: list[Site]
 ) -> None:
     """Moments of the padded batch against those of the examples alone, where tokens are weighted over a batch alike.
 

@@ -16,8 +16,8 @@ import fips
 from fips.errors import CheckpointError, ConfigError
 from fips.formats.packing import BLOCKS
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
-from fips.models import LinearSite, group_mlps, locate_mlps
-from fips.models.locate import Role
+from fips.models import Site, group_layers, locate_layers
+from fips.models.sites import Role
 from fips.plan.footprint import LayerStorage, factored_footprint
 from fips.solve.patterns import nm_mask
 from fips.storage.layout import Layout, describe_layout
@@ -107,6 +107,22 @@ def test_explicit_scales_are_kept_and_rounded_to_the_stored_type() -> None:
         FactoredLinear.from_factor(None, factor, mask, role="down", fmt="bitmask", values="int8", scales=scales[:1])
 
 
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_integers_are_packed_as_they_are(role: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-7, 8, (6, 10), generator=generator).to(torch.int8)
+    mask = torch.rand(6, 10, generator=generator) < 0.5
+    scales = torch.rand(10 if role == "up" else 6, generator=generator).bfloat16()
+    layer = FactoredLinear.from_integers(None, integers, mask, scales, role=role, fmt="bitmask", values="int4")
+    wanted = integers * mask * scales.float().unsqueeze(0 if role == "up" else 1)
+    assert torch.equal(layer.factor(), wanted.T if role == "up" else wanted)
+    assert torch.equal(layer.scales, scales)
+    with pytest.raises(ConfigError, match="numbers, one per row, got"):
+        FactoredLinear.from_integers(None, integers, mask, scales[:1], role=role, fmt="bitmask", values="int4")
+    with pytest.raises(ConfigError, match="cannot be stored as `values: float`"):
+        FactoredLinear.from_integers(None, integers, mask, scales, role=role, fmt="bitmask", values="float")
+
+
 def test_hidden_columns_must_fill_the_blocks_and_a_width_must_be_known() -> None:
     with pytest.raises(ConfigError, match="block8 needs a multiple of 8 hidden columns, got 20"):
         FactoredLinear(None, role="up", columns=20, nonzeros=0, fmt="block8", width=8)
@@ -130,7 +146,7 @@ STORAGE = [
 def mixed_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, int]:
     """A Llama whose nine matrices are each stored in another way, and the predicted bytes of those matrices."""
     model = tiny_model("llama").to(dtype)
-    (group,) = group_mlps(locate_mlps(model).mlps)
+    (group,) = group_layers(locate_layers(model).sublayers)
     basis = make_basis(32, 24).to(dtype)
     storages = []
     for site, plan in zip(group.sites, STORAGE, strict=True):
@@ -142,7 +158,7 @@ def mixed_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, int]:
     return model, factored_footprint(group, rank=24, itemsize=itemsize, layers=storages).bytes
 
 
-def replacement(site: LinearSite, plan: LayerStorage, basis: SharedBasis | None, dtype: torch.dtype) -> FactoredLinear:
+def replacement(site: Site, plan: LayerStorage, basis: SharedBasis | None, dtype: torch.dtype) -> FactoredLinear:
     rank = site.width if basis is None else 24
     mask = mask_for(plan.fmt, site.role, rank, site.columns)
     factor = torch.randn(rank, site.columns, generator=torch.Generator().manual_seed(1)) * 0.1
@@ -180,7 +196,7 @@ def test_mixed_layers_are_saved_in_the_predicted_bytes_and_load_exactly(dtype: t
 
 def test_only_used_bases_are_counted() -> None:
     model = tiny_model("llama")
-    (group,) = group_mlps(locate_mlps(model).mlps)
+    (group,) = group_layers(locate_layers(model).sublayers)
     alone = [LayerStorage(7, shared=False)] * 9
     footprint = factored_footprint(group, rank=24, itemsize=2, layers=alone)
     assert (footprint.parameters, footprint.value_bytes, footprint.macs_per_token) == (63, 126, 63)

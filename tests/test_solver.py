@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ import fips
 import fips.methods.fips
 from fips.calibration.moments import collect_moments
 from fips.errors import BudgetError
+from fips.kernels.reference import to_dense
 from fips.layers.linear import factored_layers
 from fips.methods.workbench import dense_matrix
-from fips.models import group_mlps, locate_mlps
+from fips.models import group_layers, locate_layers
 from fips.solve.alternate import alternate, prune
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import refit, sparse_factors
 from fips.solve.patterns import nm_mask, unstructured_masks
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
-from fips.solve.rounding import round_factor, round_rows, row_steps
+from fips.solve.rounding import Grid, round_factor, round_rows, row_steps
 from fips.solve.search import Choice, GroupSearch, Point, Pricing, allocate, expected_error, expected_total
 from fips.solve.supports import ByteBudget
 from fips.solve.svd import shared_svd
@@ -247,11 +249,11 @@ def test_a_free_basis_beats_pruning_at_the_same_number_of_kept_entries() -> None
 def test_moments_equal_a_direct_computation(family: str) -> None:
     model = tiny_model(family).requires_grad_(False)
     batches = batches_for(model, count=3)
-    mlp = locate_mlps(model).mlps[1]
+    sublayer = locate_layers(model).sublayers[1]
     floor = 0.3
-    found = collect_moments(model, mlp.sites, batches, lambda m, b: m(**b), temperature=2.0, floor=floor, seed=5)
-    again = collect_moments(model, mlp.sites, batches, lambda m, b: m(**b), temperature=2.0, floor=floor, seed=5)
-    for site in mlp.sites:
+    found = collect_moments(model, sublayer.sites, batches, lambda m, b: m(**b), temperature=2.0, floor=floor, seed=5)
+    again = collect_moments(model, sublayer.sites, batches, lambda m, b: m(**b), temperature=2.0, floor=floor, seed=5)
+    for site in sublayer.sites:
         inputs, gradients = [], []
         generator = torch.Generator().manual_seed(5)
         for batch in batches:
@@ -294,7 +296,7 @@ def inputs_and_gradient(
 
 def test_padding_counts_for_nothing() -> None:
     model = tiny_model("bert").requires_grad_(False)
-    sites = locate_mlps(model).mlps[0].sites
+    sites = locate_layers(model).sublayers[0].sites
     batch = batches_for(model, count=1)[0]
     mask = torch.ones_like(batch["input_ids"])
     mask[:, 10:] = 0
@@ -342,7 +344,7 @@ def test_every_setting_keeps_its_bytes_and_loads_exactly(family: str, changes: d
     model = tiny_model(family)
     batches = batches_for(model)
     report = fips.compress(model, batches, fips.CompressionConfig(target_bytes=0.4, **changes))
-    dense, factored = (report.plan["mlp"][key] for key in ("dense", "factored"))
+    dense, factored = (report.plan["layers"][key] for key in ("dense", "factored"))
     assert factored["bytes"] <= 0.4 * 2 * dense["parameters"]
     formats = {name for group in report.plan["groups"] for name in group["format"].split(", ")}
     if formats & {"bitmask", "block4"} and not any(":16" in name for name in formats):  # the size of others is fixed
@@ -401,7 +403,7 @@ def test_biases_take_up_the_mean_error() -> None:
             original(**batch)
     new, old = (torch.cat(outputs[key]).flatten(0, 1) for key in ("a", "b"))
     torch.testing.assert_close(new.mean(0), old.mean(0), atol=1e-4, rtol=1e-3)
-    weight = dense_matrix(original, locate_mlps(original).mlps[0].sites[0])
+    weight = dense_matrix(original, locate_layers(original).sublayers[0].sites[0])
     assert not torch.allclose(model.get_submodule(name).dense_weight(), weight.T, atol=1e-3)
 
 
@@ -415,6 +417,40 @@ def test_propagated_errors_reach_the_later_groups_only() -> None:
     same = [torch.equal(before, after) for before, after in zip(*states, strict=True)]
     assert all(same[:3])
     assert not all(same[3:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({}, False), ({"metric": {"propagate_errors": True}}, False), ({"sharing": "always"}, False),
+        ({"distill": {"steps": 1}}, True), ({"calibration": {"steps": 1, "precision": "float32"}}, True),
+    ],
+)  # fmt: skip
+def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trainable(
+    settings: dict[str, Any], trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    made: list[TrainableGroup] = []
+    solve = fips.methods.solver._Search.solve
+    monkeypatch.setattr(
+        fips.methods.solver._Search,
+        "solve",
+        lambda *args: found.append(solve(*args)) or found[-1],  # type: ignore[func-returns-value]
+    )
+    start = TrainableGroup.__init__
+    monkeypatch.setattr(TrainableGroup, "__init__", lambda group, *args: made.append(group) or start(group, *args))  # type: ignore[func-returns-value]
+    model = tiny_model("llama")
+    fips.compress(model, batches_for(model), fips.CompressionConfig(target_bytes=0.35, **settings))
+    assert bool(made) == trained
+    grids = [grid for _, one in found for grid in one.grids]
+    layers = list(factored_layers(model).values())
+    assert len(grids) == len(layers)
+    for grid, layer in zip(grids, layers, strict=True):
+        assert grid.integers_RF.dtype == torch.int8
+        if not trained:
+            packed = replace(layer.packed(), scales_N=torch.ones(layer.factor_shape[0]))
+            assert torch.equal(layer.role.to_factor(to_dense(packed)), grid.integers_RF.float())
+            assert torch.equal(layer.scales, grid.steps_N)
 
 
 def test_the_same_seed_gives_the_same_model() -> None:
@@ -443,7 +479,7 @@ def test_reordered_neurons_leave_the_output_unchanged(family: str, monkeypatch: 
     monkeypatch.setattr(fips.methods.fips, "neighbour_order", shuffled)
     original = tiny_model(family)
     fips.compress(model, batches, fips.CompressionConfig(budget=1.0, pattern="block4"))
-    site = locate_mlps(original).mlps[0].sites[0]
+    site = locate_layers(original).sublayers[0].sites[0]
     weight = model.get_submodule(site.name).dense_weight().T
     assert not torch.allclose(weight, dense_matrix(original, site), atol=1e-3)
     torch.testing.assert_close(
@@ -470,16 +506,15 @@ def test_rounding_stays_on_the_grid_and_support_and_feedback_pays(axis: int) -> 
         problem.prepare(None)
         mask = torch.rand(D, F, generator=torch.Generator().manual_seed(1)) < 0.8
         factor = refit(problem, problem.weight_DF, mask)
-        rounded, steps, wanted = round_factor(problem, factor, mask, axis=axis, bits=3, dtype=torch.bfloat16)
-        rows = rounded.T if axis == 0 else rounded
+        grid = round_factor(problem, factor, mask, axis=axis, bits=3, dtype=torch.bfloat16)
+        rounded, steps, wanted = grid.factor(), grid.steps_N, grid.wanted_RF
         assert steps.dtype == torch.bfloat16
         assert (rounded[~mask] == 0).all()
-        integers = rows / steps.float().unsqueeze(1)
-        torch.testing.assert_close(integers, integers.round(), atol=1e-5, rtol=0)
-        assert integers.abs().max() <= 3.001
-        assert torch.equal(wanted.round().clamp(-3, 3) * mask * steps.float().unsqueeze(0 if axis == 0 else 1), rounded)
-        grid = steps.float().unsqueeze(0 if axis == 0 else 1)
-        nearest = (factor / grid).round().clamp(-3, 3) * grid * mask
+        assert grid.integers_RF.dtype == torch.int8
+        assert grid.integers_RF.abs().max() <= 3
+        step = steps.float().unsqueeze(axis)
+        assert torch.equal(wanted.round().clamp(-3, 3) * mask * step, rounded)
+        nearest = (factor / step).round().clamp(-3, 3) * step * mask
         ours += problem.loss(None, rounded)
         plain += problem.loss(None, nearest)
     assert ours < 0.97 * plain  # on axis 0 half of the metrics are plain, and nothing can be made up for
@@ -608,14 +643,17 @@ class TestTrainedGrid:
     def group(self, role: str = "up", bits: int = 4) -> tuple[TrainableGroup, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
         shape = (16, 24)
-        site = next(site for site in group_mlps(locate_mlps(tiny_model("vit")).mlps)[0].sites if site.role == role)
+        site = next(
+            site for site in group_layers(locate_layers(tiny_model("vit")).sublayers)[0].sites if site.role == role
+        )
         steps_N = torch.rand(shape[1] if role == "up" else shape[0], generator=generator).add(0.1).bfloat16()
-        integers = torch.randint(-7, 8, shape, generator=generator).float()
+        integers = torch.randint(-7, 8, shape, generator=generator).to(torch.int8)
         factor = integers * steps_N.float().unsqueeze(0 if role == "up" else 1)
+        self.grid = Grid(integers, steps_N, bits, site.role.reduction)
         config = fips.CompressionConfig(target_bytes=0.3)
         group = TrainableGroup(None, [factor], [site], [None], config, None)
         group.set_masks([integers != 0])
-        group.set_grids([steps_N], [bits])
+        group.set_grids([self.grid])
         return group, factor, steps_N
 
     @pytest.mark.parametrize("role", ["up", "down"])
@@ -627,12 +665,11 @@ class TestTrainedGrid:
     @pytest.mark.parametrize("role", ["up", "down"])
     def test_close_decisions_are_the_first_to_change(self, role: str) -> None:
         """Entries start where rounding found them: the same factor, and the next integer as near as it was."""
-        group, factor, steps_N = self.group(role)
+        group, factor, _ = self.group(role)
         layer = group.layers[0]
         integers = layer.entries_RF.detach().clone()
         wanted = integers + 2 * torch.rand(integers.shape, generator=torch.Generator().manual_seed(2)) - 1
-        layer.entries_RF.data.copy_(factor)
-        group.set_grids([steps_N], [4], [wanted])
+        group.set_grids([replace(self.grid, wanted_RF=wanted)])
         assert torch.equal(layer.factor(), factor)
         rest = layer.entries_RF.detach() - integers
         assert torch.allclose(rest, (wanted - integers).clamp(-0.49, 0.49), atol=1e-5)
@@ -650,6 +687,14 @@ class TestTrainedGrid:
         assert torch.equal(trained, (trained / steps).round().clamp(-7, 7) * steps)
         assert not trained[~layer.mask_RF].any()
         assert (trained / steps).abs().sum() < (factor / layer.grid.start).abs().sum()  # integers moved as well
+
+    @pytest.mark.parametrize("role", ["up", "down"])
+    def test_what_is_found_is_what_the_layer_computes(self, role: str) -> None:
+        group, factor, steps_N = self.group(role)
+        (grid,) = group.found().grids
+        assert torch.equal(grid.integers_RF, self.grid.integers_RF)
+        assert torch.equal(grid.steps_N, steps_N)
+        assert torch.equal(grid.factor(), factor)
 
     def test_gradients_of_steps_and_integers(self) -> None:
         """d/ds of sum(c * q * s) is sum(c * q), d/du passes the rounding: c * s."""

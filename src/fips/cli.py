@@ -42,8 +42,8 @@ Dtype = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's repository.")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name or YAML file; options override it.")]
-Budget = Annotated[float | None, typer.Option(help="Fraction of the MLP parameters to keep.")]
-TargetBytes = Annotated[float | None, typer.Option(help="Stored MLP bytes to keep, relative to 16-bit dense.")]
+Budget = Annotated[float | None, typer.Option(help="Fraction of the layers' parameters to keep.")]
+TargetBytes = Annotated[float | None, typer.Option(help="Stored bytes of layers to keep, relative to 16 bits.")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the factors.")]
 Pattern = Annotated[str | None, typer.Option(help="auto, unstructured, N:M such as 4:16, block4 or block8.")]
 GroupSize = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
@@ -77,7 +77,7 @@ def inspect(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """List every MLP found, its layers, group, rank, parameters and bytes; changes nothing and reads no weights."""
+    """List the layers found, their groups, ranks, parameters and bytes; changes nothing and reads no weights."""
     from fips.app.commands import plan_source
 
     setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_size=0.5)
@@ -130,7 +130,7 @@ def compress(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Compress the MLPs of a model and write a directory that `fips.load` reads."""
+    """Compress layers of a model, by default its MLPs, and write a directory that `fips.load` reads."""
     from fips.app.commands import compress_to_directory, plan_batches, plan_source
 
     options = locals()
@@ -235,7 +235,7 @@ def compare(
         ),
     ] = None,
     sizes: Annotated[
-        str, typer.Option("--bytes", help="Stored MLP bytes relative to 16-bit dense.")
+        str, typer.Option("--bytes", help="Stored bytes of the layers relative to 16-bit dense.")
     ] = "0.3,0.4,0.5,0.6",
     seeds: Annotated[str, typer.Option(help="Seeds of calibration samples and solvers.")] = "0",
     eval_data: Annotated[str | None, typer.Option(help="Data to score on; default: --data.")] = None,
@@ -313,7 +313,7 @@ def recipes(as_json: Json = False) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")] = Path("fips-demo"),
-    target_bytes: Annotated[float, typer.Option(help="Stored MLP bytes to keep, relative to 16-bit dense.")] = 0.3,
+    target_bytes: Annotated[float, typer.Option(help="Stored bytes of layers to keep, relative to 16 bits.")] = 0.3,
     as_json: Json = False,
 ) -> None:
     """Compress the embedded byte-level Llama on your interpreter's standard library; no network, under 3 minutes."""
@@ -396,7 +396,7 @@ def _recipe(
     if name is None and not sized:
         if default_size is None:
             raise ConfigError(
-                "no size: give --target-bytes (stored MLP bytes), --budget (fraction of MLP parameters) or --recipe"
+                "no size: give --target-bytes (stored bytes), --budget (fraction of parameters) or --recipe"
             )
         compression = {**compression, "target_bytes": default_size}
     if sized or name is None:
@@ -428,13 +428,13 @@ def _print_json(value: Any) -> None:
 
 
 def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False) -> None:
-    from fips.app.tables import mlp_table, plan_table, size_table, skipped_lines
+    from fips.app.tables import layer_table, plan_table, size_table, skipped_lines
 
     if as_json:
         _print_json(plan.to_dict())
         return
     if with_layers:
-        stdout.print(mlp_table(plan))
+        stdout.print(layer_table(plan))
     stdout.print(plan_table(plan.groups))
     stdout.print(size_table(plan))
     for line in skipped_lines(plan):

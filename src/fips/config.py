@@ -148,9 +148,9 @@ class CompressionConfig(Settings):
     """`fips`: solver in the metric of the model's output, best structure per group for the bytes. Others, the paper's
     recipe among them, are in ``fips.methods``."""
     budget: float | None = Field(default=None, gt=0, le=1)
-    """Fraction of the MLP parameters to keep: basis entries plus non-zeros of the factors."""
+    """Fraction of the parameters of the layers to keep: basis entries plus non-zeros of the factors."""
     target_bytes: float | None = Field(default=None, gt=0, le=1)
-    """Stored bytes of the MLPs (values, patterns, scales, bases) as a fraction of the dense ones in a 16-bit type."""
+    """Stored bytes of the layers (values, patterns, scales, bases) as a fraction of the dense ones in a 16-bit type."""
     activation_bits: Literal[8] | None = None
     """8: kernels may round the inputs of layers with integer values to 8 bits, one scale per token; written with the
     model. Faster for many tokens; results differ a little. Default: inputs as exact as their type."""

@@ -29,7 +29,7 @@ from fips.calibration.precision import has_bfloat16, resolve_precision
 from fips.config import CompressionConfig
 from fips.methods.registry import Method, method_of
 from fips.methods.workbench import Needs, Workbench
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.plan import CompressionPlan
 
 __all__ = ["MemoryNeed", "available_memory", "calibration_memory"]
@@ -132,7 +132,7 @@ def _peak(model: nn.Module, plan: CompressionPlan, config: CompressionConfig, ba
         return int(counted.peak) + _graph_bytes(bench, base, sites, batch) // blocks  # blocks are trained one by one
 
 
-def _at_work(plan: CompressionPlan, method: Method[Any]) -> list[LinearSite]:
+def _at_work(plan: CompressionPlan, method: Method[Any]) -> list[Site]:
     """The layers whose moments are held at a time: all that the bound allows, at least one group."""
     groups = [list(group.group.sites) for group in plan.groups]
     everything = [site for sites in groups for site in sites]
@@ -142,7 +142,7 @@ def _at_work(plan: CompressionPlan, method: Method[Any]) -> list[LinearSite]:
     return max(groups, key=lambda sites: moment_bytes(sites, gradients=gradients))
 
 
-def _graph_bytes(bench: Workbench, base: nn.Module, sites: Sequence[LinearSite], batch: Any) -> int:
+def _graph_bytes(bench: Workbench, base: nn.Module, sites: Sequence[Site], batch: Any) -> int:
     """What the backward pass through all blocks keeps."""
 
     def follow(_: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -99,7 +99,9 @@ class CompressionReport:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        plan_keys = ("model", "compressed_model", "mlp", "groups", "skipped")
+        plan_keys = ("model", "compressed_model", "layers", "groups", "skipped")
+        if "mlp" in fields:  # what reports called the layers while only MLPs were compressed
+            fields = {**fields, "layers": fields["mlp"]}
         return cls(
             config=CompressionConfig.from_record(fields["config"]),
             plan={key: fields[key] for key in plan_keys} | {key: fields[key] for key in LATER_KEYS if key in fields},

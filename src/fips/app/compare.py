@@ -36,7 +36,7 @@ class Run:
     target_bytes: float
     seed: int
     stored_bytes: float | None = None
-    """Stored bytes of the MLPs relative to dense ones in 16 bits, measured; None where the method could not run."""
+    """Stored bytes of the layers relative to dense ones in 16 bits, measured; None where the method could not run."""
     quality: float | None = None
     relative_error: float | None = None
     """Mean over blocks of the squared error of their output relative to its variance, on original inputs."""
@@ -148,13 +148,13 @@ def _run(
     except BudgetError as error:
         return Run(method, config.target_bytes, config.seed, failure=str(error))
     result: EvaluationResult = evaluate(candidate, evaluation)
-    mlp = report.plan["mlp"]
+    layers = report.plan["layers"]
     groups = report.groups
     return Run(
         method=method,
         target_bytes=config.target_bytes,
         seed=config.seed,
-        stored_bytes=mlp["factored"]["bytes"] / (2 * mlp["dense"]["parameters"]),
+        stored_bytes=layers["factored"]["bytes"] / (2 * layers["dense"]["parameters"]),
         quality=result.headline.value,
         relative_error=_mean([group["relative_error_final"] for group in groups]),
         relative_error_start=_mean([group["relative_error_start"] for group in groups]),
@@ -188,7 +188,7 @@ def write_comparison(comparison: Comparison, directory: Path, *, facts: dict[str
 
 def _markdown(comparison: Comparison) -> str:
     lines = [
-        f"Original: {comparison.metric} {comparison.original:.4g}. Bytes: MLPs as stored, relative to 16-bit dense.",
+        f"Original: {comparison.metric} {comparison.original:.4g}. Bytes: layers as stored, relative to 16-bit dense.",
         "",
         f"| method | bytes | {comparison.metric} | spread | block error | time |",
         "| --- | --- | --- | --- | --- | --- |",

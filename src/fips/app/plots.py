@@ -29,7 +29,7 @@ def quality_plot(
     axes.axhline(original, color="black", linewidth=0.8, linestyle="--", label="original")
     if not higher_is_better:
         axes.set_yscale("log")
-    axes.set_xlabel("stored bytes of the MLPs, relative to 16-bit dense")
+    axes.set_xlabel("stored bytes of the layers, relative to 16-bit dense")
     axes.set_ylabel(metric)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fips.models import Mlp
+from fips.models import Sublayer
 from fips.plan.groups import GroupPlan
 from fips.plan.plan import CompressionPlan
 from fips.record import CompressionReport
@@ -15,8 +15,8 @@ from fips.record import CompressionReport
 __all__ = [
     "comparison_table",
     "format_bytes",
+    "layer_table",
     "left_dense_lines",
-    "mlp_table",
     "plan_table",
     "result_table",
     "size_table",
@@ -35,22 +35,20 @@ def format_bytes(count: int) -> str:
     raise AssertionError("unreachable")
 
 
-def mlp_table(plan: CompressionPlan) -> Table:
-    """Every MLP: its layers with roles and shapes, and the group it is in."""
-    table = Table("group", "MLP", "kind", "layers (role: in x out)", title="MLPs found", title_justify="left")
+def layer_table(plan: CompressionPlan) -> Table:
+    """All layers that will be compressed, with roles and shapes, by the MLP or block and the group they are in."""
+    table = Table("group", "part of", "kind", "layers (role: in x out)", title="Layers found", title_justify="left")
     for group in plan.groups:
-        for mlp in group.group.mlps:
-            table.add_row(group.group.name, mlp.name, mlp.kind, _describe_sites(mlp))
+        for sublayer in group.group.sublayers:
+            table.add_row(group.group.name, sublayer.name, sublayer.kind, _describe_sites(sublayer))
     return table
 
 
-def _describe_sites(mlp: Mlp) -> str:
-    parts = []
-    for site in mlp.sites:
-        inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
-        name = site.name.removeprefix(f"{mlp.name}.")
-        parts.append(f"{name} ({site.role}: {inputs} x {outputs})")
-    return ", ".join(parts)
+def _describe_sites(sublayer: Sublayer) -> str:
+    return ", ".join(
+        f"{site.name.removeprefix(f'{sublayer.name}.')} ({site.role}: {site.inputs} x {site.outputs})"
+        for site in sublayer.sites
+    )
 
 
 def plan_table(groups: Sequence[GroupPlan]) -> Table:
@@ -79,10 +77,10 @@ def _span(blocks: Sequence[str]) -> str:
 
 
 def size_table(plan: CompressionPlan) -> Table:
-    """Parameters and bytes of the compressed MLPs and of the whole model, before and after."""
+    """Parameters and bytes of the compressed layers and of the whole model, before and after."""
     table = Table("", "parameters", "after", "kept", "bytes", "after", "kept", title="Size", title_justify="left")
     rows = (
-        ("MLPs", plan.dense.parameters, plan.factored.parameters, plan.dense.bytes, plan.factored.bytes),
+        ("layers", plan.dense.parameters, plan.factored.parameters, plan.dense.bytes, plan.factored.bytes),
         ("model", plan.model_parameters, plan.compressed_parameters, plan.model_bytes, plan.compressed_bytes),
     )
     for name, parameters, parameters_after, size, size_after in rows:
@@ -134,9 +132,9 @@ def left_dense_lines(plan: dict[str, Any]) -> list[str]:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"left dense {shown}: {reason}")
     if lines:
-        mlp = plan["mlp"]["factored"]["bytes"]
+        size = plan["layers"]["factored"]["bytes"]
         lines.append(
-            f"the size asked for is that of the compressed layers ({format_bytes(mlp)}); those left dense take "
+            f"the size asked for is that of the compressed layers ({format_bytes(size)}); those left dense take "
             f"{format_bytes(left['bytes'])} more"
         )
     return lines

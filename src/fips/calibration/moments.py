@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from fips.calibration.heads import ScoredHead, draw_direction
 from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.finite import overflow_error
 
 __all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
@@ -62,12 +62,11 @@ class LayerMoments:
     """Whether ``inputs_DD`` is about the mean, after ``finish``."""
 
     @classmethod
-    def empty(cls, site: LinearSite, device: torch.device, *, gradients: bool = True) -> LayerMoments:
-        inputs, outputs = _sizes(site)
-        outputs *= gradients
+    def empty(cls, site: Site, device: torch.device, *, gradients: bool = True) -> LayerMoments:
+        outputs = site.outputs * gradients
         return cls(
-            torch.zeros(inputs, inputs, device=device),
-            torch.zeros(inputs, device=device),
+            torch.zeros(site.inputs, site.inputs, device=device),
+            torch.zeros(site.inputs, device=device),
             torch.zeros(outputs, outputs, device=device),
         )
 
@@ -109,19 +108,14 @@ class LayerMoments:
             self.inputs_DD -= torch.outer(self.mean_D, self.mean_D)
 
 
-def _sizes(site: LinearSite) -> tuple[int, int]:
-    """``(inputs, outputs)``."""
-    return (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
-
-
-def moment_bytes(sites: Iterable[LinearSite], *, gradients: bool = True) -> int:
+def moment_bytes(sites: Iterable[Site], *, gradients: bool = True) -> int:
     """Memory that the moments of some layers take."""
-    return sum(4 * (inputs**2 + gradients * outputs**2) for inputs, outputs in map(_sizes, sites))
+    return sum(4 * (site.inputs**2 + gradients * site.outputs**2) for site in sites)
 
 
 def collect_moments(
     model: nn.Module,
-    sites: Sequence[LinearSite],
+    sites: Sequence[Site],
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any],
     *,
@@ -187,7 +181,7 @@ class _Taps(AbstractContextManager["_Taps"]):
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[LinearSite], moments: dict[str, LayerMoments], floor: float | None
+        self, model: nn.Module, sites: Sequence[Site], moments: dict[str, LayerMoments], floor: float | None
     ) -> None:
         self.moments, self.floor = moments, floor
         self._handles = [model.get_submodule(site.name).register_forward_hook(self._hook(site.name)) for site in sites]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fips.calibration.heads import draw_direction, read_heads
 from fips.errors import DataError
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.finite import overflow_error
 
 __all__ = ["NO_GRADIENT", "Survey", "survey_layers"]
@@ -66,7 +66,7 @@ class Survey:
 
 def survey_layers(
     model: nn.Module,
-    sites: Sequence[LinearSite],
+    sites: Sequence[Site],
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any],
     *,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fips.app.commands import compress_to_directory, evaluate_source, plan_source
-from fips.app.tables import format_bytes, mlp_table, plan_table, result_table
+from fips.app.tables import format_bytes, layer_table, plan_table, result_table
 from fips.compress import Progress
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.demo.corpus import calibration_files, copy_files, held_out_files
@@ -42,7 +42,7 @@ def run_demo(
     require_free(output)
     source = str(MODEL_DIRECTORY)
     _, plan = plan_source(source, recipe)
-    console.print(mlp_table(plan))
+    console.print(layer_table(plan))
     console.print(plan_table(plan.groups))
     with tempfile.TemporaryDirectory(prefix="fips-demo-") as scratch:
         held_out = copy_files(held_out_files(), Path(scratch) / "held-out")

@@ -91,7 +91,7 @@ class _DecodedLinear(nn.Module):
     def __init__(self, layer: FactoredLinear) -> None:
         super().__init__()
         self._borrowed = (layer.basis,)
-        self._up, self._shape = layer.role == "up", layer.factor_shape
+        self._up, self._shape = layer.reads_stream, layer.factor_shape
         self.bias = layer.bias
         self.weight = torch.empty(0)
         values, pattern = pack(in_place(layer.packed()).detach(), layer.mask(), fmt=BITMASK)

@@ -72,7 +72,7 @@ class Product:
         kept = round(100 * packed.kept / (rows * cols))
         parts = (
             registry.choose(packed, x.device, x.dtype).name, f"{x.device.type}:{torch.get_num_threads()}",
-            "up" if self.up else "down", f"{rows}x{cols}", packed.fmt,
+            "in" if self.up else "out", f"{rows}x{cols}", packed.fmt,
             f"{kept}%", packed.kind, "no basis" if self.basis_DR is None else self.basis_DR.shape[0],
             x.dtype, f"<={1 << (tokens - 1).bit_length()}",
         )  # fmt: skip

@@ -5,6 +5,7 @@ Shape legend: D width of the residual stream, F columns of one matrix, R rank of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -14,7 +15,6 @@ from fips.errors import ConfigError
 from fips.formats.packing import (
     BITMASK,
     DENSE,
-    BlockAxis,
     ValueKind,
     block_size,
     pack,
@@ -32,7 +32,7 @@ from fips.kernels.basis import BasisRuntime
 from fips.kernels.call import Product
 from fips.kernels.reference import Packed, to_dense
 from fips.kernels.runtime import LayerRuntime
-from fips.models.locate import Role
+from fips.models.sites import Role
 
 __all__ = [
     "BASES",
@@ -100,7 +100,7 @@ class FactoredLinear(nn.Module):
         self,
         basis: SharedBasis | None,
         *,
-        role: Role,
+        role: str,
         columns: int,
         nonzeros: int,
         fmt: str = BITMASK,
@@ -114,14 +114,16 @@ class FactoredLinear(nn.Module):
         width, self.rank = _width_and_rank(basis, width)
         if columns % block_size(fmt):
             raise ConfigError(f"format {fmt} needs a multiple of {block_size(fmt)} hidden columns, got {columns}")
-        self.role: Role = role
+        self.role = Role(role)
+        self.reads_stream, self.block_axis = self.role.reads_stream, self.role.hidden_axis  # asked in every call
         self.fmt = fmt
         self.kind: ValueKind = values
         self.bits = value_bits(values)
         self.nonzeros = nonzeros
         self.conv1d = False
-        self.in_features, self.out_features = (width, columns) if role == "up" else (columns, width)
-        self.factor_shape = (columns, self.rank) if role == "up" else (self.rank, columns)
+        self.width, self.columns = width, columns
+        self.in_features, self.out_features = self.role.features(width, columns)
+        self.factor_shape = self.role.stored_shape(self.rank, columns)
         if self.bits is not None:
             dtype_ = torch.int8 if self.bits == 8 else torch.uint8
             self.register_buffer("values", torch.empty(packed_length(nonzeros, self.bits), dtype=dtype_))
@@ -142,7 +144,7 @@ class FactoredLinear(nn.Module):
         factor_RF: Tensor,
         mask_RF: Tensor,
         *,
-        role: Role,
+        role: str,
         fmt: str,
         dtype: torch.dtype | None = None,
         values: ValueKind = "float",
@@ -155,45 +157,61 @@ class FactoredLinear(nn.Module):
         without them every row's largest magnitude becomes the largest integer.
         """
         bits = value_bits(values)
-        rank, columns = factor_RF.shape
-        matrix, mask = (factor_RF.T, mask_RF.T) if role == "up" else (factor_RF, mask_RF)
-        matrix, mask = matrix.detach().contiguous(), mask.contiguous()
-        if bits is not None:
-            scales = (row_scales(matrix, mask, bits=bits) if scales is None else scales.detach()).to(
-                dtype or matrix.dtype
-            )
-            if scales.shape != matrix.shape[:1]:
-                raise ConfigError(f"`scales` wants {matrix.shape[0]} numbers, one per row, got {tuple(scales.shape)}")
-            matrix = quantize_rows(matrix, scales, bits=bits)
-        kept, pattern = pack(matrix, mask, fmt=fmt, block_axis=_block_axis(role))
-        layer = cls(
-            basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=None if basis else rank,
-            values=values,
-        )  # fmt: skip
-        if scales is not None and bits is not None:
-            layer.values, layer.scales = pack_integers(kept, bits=bits), scales
-        else:
+        to_linear, to_factor = Role(role).to_linear, Role(role).to_factor
+        matrix_NK, mask_NK = to_linear(factor_RF).detach(), to_linear(mask_RF)
+        if bits is None:
+            layer, kept = cls._packed_on(basis, factor_RF.detach(), mask_RF, role=role, fmt=fmt, values=values)
             layer.values = nn.Parameter(kept.to(dtype or kept.dtype))
+            return layer
+        scales = row_scales(matrix_NK, mask_NK, bits=bits) if scales is None else scales.detach()
+        scales = scales.to(dtype or matrix_NK.dtype)
+        _check_scales(scales, matrix_NK.shape)
+        integers_RF = to_factor(quantize_rows(matrix_NK, scales, bits=bits))
+        return cls.from_integers(basis, integers_RF, mask_RF, scales, role=role, fmt=fmt, values=values)
+
+    @classmethod
+    def from_integers(
+        cls,
+        basis: SharedBasis | None,
+        integers_RF: Tensor,
+        mask_RF: Tensor,
+        scales: Tensor,
+        *,
+        role: str,
+        fmt: str,
+        values: ValueKind,
+    ) -> Self:
+        """Pack integers (int8, within the bits of ``values``) on their support, as they are.
+
+        ``scales``, in the type they are stored in, are what the integers of every stored row are multiplied by, as in
+        ``from_factor``. Raises ``ConfigError`` for another number of them, or if ``values`` are floating.
+        """
+        bits = value_bits(values)
+        if bits is None:
+            raise ConfigError(f"integers cannot be stored as `values: {values}`; use `from_factor`")
+        layer, kept = cls._packed_on(basis, integers_RF, mask_RF, role=role, fmt=fmt, values=values)
+        _check_scales(scales, layer.factor_shape)
+        layer.values, layer.scales = pack_integers(kept, bits=bits), scales.detach()
+        return layer
+
+    @classmethod
+    def _packed_on(
+        cls, basis: SharedBasis | None, matrix_RF: Tensor, mask_RF: Tensor, *, role: str, fmt: str, values: ValueKind
+    ) -> tuple[Self, Tensor]:
+        """A layer with its pattern, and the entries kept, in their order."""
+        side = Role(role)
+        matrix_NK, mask_NK = side.to_linear(matrix_RF).contiguous(), side.to_linear(mask_RF).contiguous()
+        kept, pattern = pack(matrix_NK, mask_NK, fmt=fmt, block_axis=side.hidden_axis)
+        rank, columns = matrix_RF.shape
+        width = None if basis else rank
+        layer = cls(basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=width, values=values)
         if fmt != DENSE:
             layer.pattern = pattern
-        return layer
+        return layer, kept
 
     @property
     def basis(self) -> SharedBasis | None:
         return self._borrowed[0]
-
-    @property
-    def block_axis(self) -> BlockAxis:
-        """Axis of the stored matrix that runs over hidden columns, along which blocks lie."""
-        return _block_axis(self.role)
-
-    @property
-    def width(self) -> int:
-        return self.in_features if self.role == "up" else self.out_features
-
-    @property
-    def columns(self) -> int:
-        return self.out_features if self.role == "up" else self.in_features
 
     def factor(self) -> Tensor:
         """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
@@ -225,7 +243,7 @@ class FactoredLinear(nn.Module):
         if self.basis is None:
             return factor
         basis_DR = self.basis.weight.to(factor.dtype)
-        return factor @ basis_DR.T if self.role == "up" else basis_DR @ factor
+        return factor @ basis_DR.T if self.reads_stream else basis_DR @ factor
 
     def forward(self, x: Tensor) -> Tensor:
         return self.runtime.forward(x, self._parts(), self.product)
@@ -242,7 +260,7 @@ class FactoredLinear(nn.Module):
         basis = self.basis
         weight = None if basis is None else basis.weight
         return Product(
-            self.packed(), up=self.role == "up", features=(self.in_features, self.out_features), bias=self.bias,
+            self.packed(), up=self.reads_stream, features=(self.in_features, self.out_features), bias=self.bias,
             basis=basis, basis_DR=weight, offloaded=_offloaded(self),
         )  # fmt: skip
 
@@ -266,6 +284,11 @@ def _offloaded(module: nn.Module) -> bool:
     return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
 
+def _check_scales(scales: Tensor, shape: Sequence[int]) -> None:
+    if tuple(scales.shape) != (shape[0],):
+        raise ConfigError(f"`scales` wants {shape[0]} numbers, one per row, got {tuple(scales.shape)}")
+
+
 def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, int]:
     """``(D, R)``; without a basis R is D."""
     if basis is not None:
@@ -273,10 +296,6 @@ def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, 
     if width is None:
         raise ConfigError("a layer without a basis needs its `width`")
     return width, width
-
-
-def _block_axis(role: Role) -> BlockAxis:
-    return 0 if role == "up" else 1
 
 
 def basis_owner(model: nn.Module) -> nn.Module:

@@ -28,13 +28,21 @@ from fips.errors import ConfigError
 from fips.formats.packing import BITMASK, DENSE, ValueKind, block_size, code_bits, value_bits, value_kind
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.registry import Method, register
-from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Needs, Workbench, measured, pack_group
-from fips.models import LayerGroup, LinearSite
+from fips.methods.workbench import (
+    MAX_ERROR_BATCHES,
+    CompressedGroup,
+    Needs,
+    Workbench,
+    dense_matrix,
+    measured,
+    pack_group,
+)
+from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 from fips.plan.groups import GroupPlan, solved_plan, target_bytes
 from fips.plan.least import REFERENCE_ITEMSIZE
 from fips.plan.plan import CompressionPlan
-from fips.plan.planner import check_inputs, equal_layers, stored_rows
+from fips.plan.planner import check_inputs, equal_layers
 from fips.solve.alternate import Factorization
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
@@ -192,17 +200,17 @@ class Fips(Method[FipsConfig]):
         if config.distill.steps:
             blocks = [block for item in solved for block in bench.blocks(item.plan.group).values()]
             losses = distill_(
-                bench.model, [item.trainable for item in solved], blocks, bench.batches, config.distill, bench.run,
+                bench.model, [item.trainable for item in solved if item.trainable is not None], blocks,
+                bench.batches, config.distill, bench.run,
                 lambda step, loss: bench.report("distill", "all", step + 1, config.distill.steps, loss),
             )  # fmt: skip
             for item in solved:
                 item.losses += losses
-        # before anything else can fail
-        packed = [pack_group(item.trainable, item.plan, item.storages) for item in solved]
+        packed = [item.packed() for item in solved]  # before anything else can fail
         return [_finish(bench, item, *done) for item, done in zip(solved, packed, strict=True)]
 
 
-def _least(site: LinearSite, config: FipsConfig, item: int) -> float:
+def _least(site: Site, config: FipsConfig, item: int) -> float:
     """The least that may be made of a matrix, without its basis: numbers or bytes."""
     size, block = site.width * site.columns, block_size(config.resolved_pattern)
     kept = math.ceil(max(site.width, site.columns) / block) * block
@@ -211,7 +219,7 @@ def _least(site: LinearSite, config: FipsConfig, item: int) -> float:
     if config.budget is not None:
         return kept
     bits = _bits(config)[0]
-    values = kept * item if bits is None else kept * bits / 8 + stored_rows(site) * item + (bits < 8)
+    values = kept * item if bits is None else kept * bits / 8 + site.outputs * item + (bits < 8)
     pattern = size / block if config.nm is None else size // config.nm[1] * code_bits(*config.nm)
     return values + pattern / 8
 
@@ -222,10 +230,35 @@ class _Solved:
 
     plan: GroupPlan
     storages: list[LayerStorage]
-    trainable: TrainableGroup
+    found: Factorization
+    biases: list[nn.Parameter | None]
+    trainable: TrainableGroup | None = None
+    """Where something is trained."""
     start: tuple[BlockError, ...] = ()
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+
+    def packed(self) -> tuple[dict[str, SharedBasis], dict[str, FactoredLinear]]:
+        found = self.found if self.trainable is None else self.trainable.found()
+        return pack_group(found, self.plan.group.sites, self.biases, self.plan, self.storages)
+
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Layers that compute what was solved, before anything is packed, for a model that still has its own."""
+        if self.trainable is not None:
+            return self.trainable.modules
+        sites, basis_DR = self.plan.group.sites, self.found.basis_DR
+        weights_DF = [factor if basis_DR is None else basis_DR @ factor for factor in self.found.factors_RF]
+        return {
+            site.name: _linear(site.role.to_linear(weight_DF.to(dense_matrix(model, site).dtype)), bias)
+            for site, weight_DF, bias in zip(sites, weights_DF, self.biases, strict=True)
+        }
+
+
+def _linear(weight_OI: Tensor, bias: nn.Parameter | None) -> nn.Module:
+    layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    layer.register_parameter("bias", bias)
+    return layer
 
 
 def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[_Solved]:
@@ -246,7 +279,7 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
                 item.seconds = time.perf_counter() - started
                 found.append(item)
                 if metric.propagate_errors:
-                    installed.enter_context(swapped(bench.model, item.trainable.modules))
+                    installed.enter_context(swapped(bench.model, item.modules(bench.model)))
     return found
 
 
@@ -309,14 +342,13 @@ class _Search:
         if len(split) == 1 and len(self.layers) > 1:
             return [split[0][0]] * len(self.layers), self.group.solve(*split[0])
         found = [layer.solve(*one) for layer, one in zip(self.layers, split, strict=True)]
-        steps = [step for one in found for step in one.steps or ()]
+        grids = [grid for one in found for grid in one.grids or ()]
         return [choice for choice, _ in split], Factorization(
             None,
             [factor for one in found for factor in one.factors_RF],
             [mask for one in found for mask in one.masks_RF],
             [sum(one.losses[-1] for one in found)],
-            steps or None,
-            [wanted for one in found for wanted in one.wanted_RF or ()] or None,
+            grids or None,
         )
 
     def forget(self) -> None:
@@ -355,7 +387,7 @@ def _searches(
             site_problem(weight_DF.float()[:, order], site, moments[site.name], order)
             for weight_DF, site, order in zip(bench.weights(sites), sites, orders, strict=True)
         ]
-    reductions: list[Reduction] = [0 if site.role == "up" else 1 for site in sites]
+    reductions: list[Reduction] = [site.role.reduction for site in sites]
     patterns = [Choice(False, pattern) for pattern in (*N16, config.resolved_pattern)]
     codes = {choice.pattern: code_bits(*choice.nm) for choice in patterns if choice.nm}
     pricing = _pricing(plan, config)
@@ -367,16 +399,14 @@ def _searches(
     return _Search(group, layers, moments, orders)
 
 
-def site_problem(weight_DF: Tensor, site: LinearSite, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
+def site_problem(weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
     """The error of one layer in the metric of the output, hidden neurons in the order given.
 
     Without gradients it is the error of the layer's own outputs relative to their size.
     """
     gradients_OO, inputs_II = _gradient_metric(moments), moments.inputs_DD
-    if site.role == "up":
-        left_DD, right_FF = inputs_II, gradients_OO[order_F][:, order_F]
-    else:
-        left_DD, right_FF = gradients_OO, inputs_II[order_F][:, order_F]
+    left_DD, right_FF = site.role.sides(inputs_II, gradients_OO)
+    right_FF = right_FF[order_F][:, order_F]
     if moments.samples == 0:
         outputs = float(((left_DD @ weight_DF @ right_FF) * weight_DF).sum())
         left_DD = left_DD / outputs if outputs > 0 else left_DD
@@ -403,11 +433,14 @@ def _gradient_metric(moments: LayerMoments) -> Tensor:
 def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> list[Tensor]:
     """One order per MLP, the same for all its matrices; the halves of a fused gate and up alike."""
     orders = []
-    for mlp in plan.group.mlps:
-        columns = min(site.columns for site in mlp.sites)
-        halves = [half for site in mlp.sites for half in masks_RF[site.name].split(columns, dim=1)]
+    for sublayer in plan.group.sublayers:
+        halves = []
+        for site in sublayer.sites:
+            halves += masks_RF[site.name].split([part.features for part in site.parts], dim=1)
         order_F = neighbour_order(halves, size=block)
-        orders += [torch.cat([order_F + start for start in range(0, site.columns, columns)]) for site in mlp.sites]
+        orders += [
+            torch.cat([order_F + start for start in range(0, site.columns, len(order_F))]) for site in sublayer.sites
+        ]
     return orders
 
 
@@ -424,19 +457,20 @@ def _solve(bench: Workbench, plan: GroupPlan, config: FipsConfig, search: _Searc
             sites, search.group.problems, found.factors_RF, search.orders, strict=True
         )
     ]
-    group = TrainableGroup(found.basis_DR, found.factors_RF, sites, biases, config, None)
-    group.set_masks(found.masks_RF)
-    if found.steps is not None:
-        group.set_grids(found.steps, [choice.bits or 8 for choice in choices], found.wanted_RF)
     search.forget()
-    return _Solved(plan, storages, group)
+    return _Solved(plan, storages, found, biases)
 
 
 def _train(bench: Workbench, item: _Solved, config: FipsConfig) -> None:
     """Train a group block by block, and measure its errors before any training."""
     if not config.calibration.steps and not config.distill.steps:
         return
-    plan, group = item.plan, item.trainable
+    plan, found = item.plan, item.found
+    group = TrainableGroup(found.basis_DR, found.factors_RF, plan.group.sites, item.biases, config, None)
+    group.set_masks(found.masks_RF)
+    if found.grids is not None:
+        group.set_grids(found.grids)
+    item.trainable = group
     limit = None if config.calibration.steps else MAX_ERROR_BATCHES
     with bench.recorded(plan.group, limit=limit) as (records, spool):
         start = measured(
@@ -454,7 +488,7 @@ def _train(bench: Workbench, item: _Solved, config: FipsConfig) -> None:
 
 def _moved_bias(
     bench: Workbench,
-    site: LinearSite,
+    site: Site,
     problem: LayerProblem,
     factor_RF: Tensor,
     found: Factorization,
@@ -466,7 +500,7 @@ def _moved_bias(
     if bias is None:
         return None
     error_DF = problem.weight_DF - (factor_RF if found.basis_DR is None else found.basis_DR @ factor_RF)
-    if site.role == "up":
+    if site.role.reads_stream:
         return nn.Parameter((bias.detach()[order_F] + moments.mean_D @ error_DF).to(bias.dtype))
     return nn.Parameter((bias.detach() + error_DF @ moments.mean_D[order_F]).to(bias.dtype))
 

@@ -22,7 +22,6 @@ from fips.models import LayerGroup
 from fips.plan.footprint import itemsize
 from fips.plan.groups import GroupPlan, target_bytes
 from fips.plan.least import EPS, REFERENCE_ITEMSIZE
-from fips.plan.planner import stored_rows
 from fips.solve.moments import usable_moment
 from fips.solve.rounding import round_rows, row_steps
 
@@ -56,9 +55,9 @@ class Gptq(MatrixMethod[GptqConfig]):
     def store(self, weight_OI: Tensor, moment_II: Tensor | None, plan: GroupPlan) -> StoredMatrix:
         assert moment_II is not None
         bits = self._bits(plan)
-        rounded_OI, steps_O = gptq(weight_OI, moment_II, bits=bits, dtype=plan.dtype)
-        kept_OI = torch.ones_like(rounded_OI, dtype=torch.bool)
-        return StoredMatrix(rounded_OI, kept_OI, DENSE, value_kind(bits), steps_O)
+        integers_OI, steps_O = gptq(weight_OI, moment_II, bits=bits, dtype=plan.dtype)
+        kept_OI = torch.ones_like(integers_OI, dtype=torch.bool)
+        return StoredMatrix(integers_OI, kept_OI, DENSE, value_kind(bits), steps_O)
 
     def _bits(self, plan: GroupPlan) -> int:
         size = plan.group.width * plan.group.columns
@@ -72,11 +71,11 @@ class Gptq(MatrixMethod[GptqConfig]):
 
 
 def _scale_bytes(group: LayerGroup, dtype: torch.dtype) -> int:
-    return sum(stored_rows(site) for site in group.sites) * itemsize(dtype)
+    return sum(site.outputs for site in group.sites) * itemsize(dtype)
 
 
 def gptq(weight_OI: Tensor, moment_II: Tensor, *, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rounded weight and its steps, these in ``dtype``.
+    """Integers (int8) and the step of every row in ``dtype``.
 
     Steps are those of the least plain squared error of each row, as in implementations that search them.
     """
@@ -87,4 +86,4 @@ def gptq(weight_OI: Tensor, moment_II: Tensor, *, bits: int, dtype: torch.dtype)
     metric_II = moment_II / torch.outer(scale_I, scale_I)
     kept_OI = torch.ones_like(weight_OI, dtype=torch.bool)
     integers_OI, _ = round_rows(weight_OI, kept_OI, metric_II, scale_I, steps_O.float(), bits=bits)
-    return integers_OI * steps_O.float().unsqueeze(1), steps_O
+    return integers_OI.to(torch.int8), steps_O

@@ -16,7 +16,7 @@ from fips.formats.packing import BITMASK, ValueKind
 from fips.layers.linear import FactoredLinear
 from fips.methods.registry import Method
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, dense_matrix
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.footprint import LayerStorage
 from fips.plan.groups import GroupPlan, solved_plan
 from fips.plan.plan import CompressionPlan
@@ -68,13 +68,14 @@ class GroupwiseMethod(Method[C]):
 class StoredMatrix(NamedTuple):
     """A matrix as it will be stored, laid out (O, I) as linear layers have it."""
 
-    weight_OI: Tensor
+    entries_OI: Tensor
+    """Numbers, or integers (int8) where there are ``steps_O``."""
     mask_OI: Tensor
     """Its kept entries."""
     fmt: str = BITMASK
     values: ValueKind = "float"
     steps_O: Tensor | None = None
-    """Scales of integers; None: those of the least error."""
+    """What the integers of every row are multiplied by; None: numbers, which are rounded if ``values`` are integers."""
 
 
 class MatrixMethod(GroupwiseMethod[C]):
@@ -88,17 +89,14 @@ class MatrixMethod(GroupwiseMethod[C]):
         layers: dict[str, FactoredLinear] = {}
         storages = []
         for site in plan.group.sites:
-            weight_OI = _turned(dense_matrix(bench.model, site).float(), site)
+            weight_OI = site.role.to_linear(dense_matrix(bench.model, site).float())
             found = self.store(weight_OI, moments.get(site.name), plan)
             storages.append(LayerStorage(int(found.mask_OI.sum()), found.fmt, found.values, shared=False))
-            layers[site.name] = FactoredLinear.from_factor(
-                None, _turned(found.weight_OI, site), _turned(found.mask_OI, site), role=site.role, fmt=found.fmt,
-                dtype=plan.dtype, values=found.values, scales=found.steps_O,
-            )  # fmt: skip
+            layers[site.name] = _packed(found, site, plan.dtype)
         return CompressedGroup(solved_plan(plan, rank=0, layers=storages), {}, layers)
 
 
-def _second_moments(bench: Workbench, name: str, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
+def _second_moments(bench: Workbench, name: str, sites: Sequence[Site]) -> dict[str, Tensor]:
     """About zero, all tokens alike, as these methods define it."""
     moments = bench.moments(name, sites)
     return {site.name: _about_zero(moments[site.name]) for site in sites}
@@ -110,6 +108,12 @@ def _about_zero(moments: LayerMoments) -> Tensor:
     return moments.inputs_DD + torch.outer(moments.mean_D, moments.mean_D)
 
 
-def _turned(matrix: Tensor, site: LinearSite) -> Tensor:
-    """(D, F) as (O, I) and back."""
-    return matrix.T if site.role == "up" else matrix
+def _packed(found: StoredMatrix, site: Site, dtype: torch.dtype) -> FactoredLinear:
+    entries, mask = site.role.to_factor(found.entries_OI), site.role.to_factor(found.mask_OI)
+    if found.steps_O is not None:
+        return FactoredLinear.from_integers(
+            None, entries, mask, found.steps_O, role=site.role, fmt=found.fmt, values=found.values
+        )
+    return FactoredLinear.from_factor(
+        None, entries, mask, role=site.role, fmt=found.fmt, dtype=dtype, values=found.values
+    )

@@ -22,7 +22,7 @@ from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.layerwise import GroupwiseMethod
 from fips.methods.registry import register
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, dense_matrix
-from fips.models import LayerGroup, LinearSite
+from fips.models import LayerGroup, Site
 from fips.plan.footprint import Footprint, itemsize
 from fips.plan.groups import GroupPlan, target_bytes
 from fips.plan.least import EPS, REFERENCE_ITEMSIZE
@@ -60,15 +60,15 @@ class _LowRank(GroupwiseMethod[C]):
         unit = 1.0 if self.config.budget is not None else itemsize(dtype) / REFERENCE_ITEMSIZE
         return max(unit * (site.width + site.columns) / (site.width * site.columns) for site in group.sites)
 
-    def teams(self, plan: GroupPlan) -> Iterator[list[LinearSite]]:
+    def teams(self, plan: GroupPlan) -> Iterator[list[Site]]:
         """Layers that share a basis."""
         yield from ([site] for site in plan.group.sites)
 
     def factorize(
-        self, weights_DF: Sequence[Tensor], team: Sequence[LinearSite], moments: Mapping[str, Tensor], rank: int
+        self, weights_DF: Sequence[Tensor], team: Sequence[Site], moments: Mapping[str, Tensor], rank: int
     ) -> tuple[Tensor, list[Tensor]]:
         """The basis of a team and its factors."""
-        if team[0].role == "up":
+        if team[0].role.reads_stream:
             moment_DD = torch.stack([moments[site.name] for site in team]).sum(0)
             return shared_whitened_svd(weights_DF, moment_DD, rank=rank)
         basis_DR, factor_RF = whitened_svd(weights_DF[0], moments[team[0].name], reads_stream=False, rank=rank)
@@ -119,16 +119,16 @@ class BasisSharing(_LowRank[BasisSharingConfig]):
     settings = BasisSharingConfig
     needs = Needs.INPUTS
 
-    def teams(self, plan: GroupPlan) -> Iterator[list[LinearSite]]:
+    def teams(self, plan: GroupPlan) -> Iterator[list[Site]]:
         """The same up layer of consecutive MLPs; down layers alone."""
-        mlps = plan.group.mlps
-        for _, span in groupby(range(len(mlps)), key=lambda index: index // SHARING_SPAN):
-            members = [mlps[index].sites for index in span]
+        sublayers = plan.group.sublayers
+        for _, span in groupby(range(len(sublayers)), key=lambda index: index // SHARING_SPAN):
+            members = [sublayers[index].sites for index in span]
             if len({len(sites) for sites in members}) > 1:  # some of their layers are left dense
                 yield from ([site] for sites in members for site in sites)
                 continue
             for place in zip(*members, strict=True):
-                yield from [list(place)] if place[0].role == "up" else [[site] for site in place]
+                yield from [list(place)] if place[0].role.reads_stream else [[site] for site in place]
 
 
 @register
@@ -136,7 +136,7 @@ class Svd(_LowRank[SvdConfig]):
     settings = SvdConfig
 
     def factorize(
-        self, weights_DF: Sequence[Tensor], team: Sequence[LinearSite], moments: Mapping[str, Tensor], rank: int
+        self, weights_DF: Sequence[Tensor], team: Sequence[Site], moments: Mapping[str, Tensor], rank: int
     ) -> tuple[Tensor, list[Tensor]]:
         basis_DR, factor_RF = truncated_svd(weights_DF[0], rank=rank)
         return basis_DR, [factor_RF]

@@ -97,7 +97,7 @@ class Paper(Method[PaperConfig]):
         """Up layers sum along the rank, which is made to fit; down layers along their inputs."""
         if self.config.nm is not None:
             for site in group.sites:
-                if site.role == "down":
+                if not site.role.reads_stream:
                     check_inputs(site, self.config.pattern, self.config.nm[1])
 
     def plan(self, blank: GroupPlan) -> GroupPlan:
@@ -205,7 +205,7 @@ def _compress_group(bench: Workbench, plan: GroupPlan, config: PaperConfig) -> C
             if not losses:
                 group.prune(config.factor_sparsity)
         storages = [LayerStorage(int(mask.sum()), plan.fmt) for mask in group.masks]
-        bases, layers = pack_group(group, plan, storages)
+        bases, layers = pack_group(group.found(), group.sites, group.biases, plan, storages)
         final = measured(
             f"the block errors of group {plan.group.name}",
             lambda: bench.errors_with(plan.group, layers, records, spool),

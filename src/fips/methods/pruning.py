@@ -19,7 +19,7 @@ from fips.formats.packing import ValueKind
 from fips.methods.layerwise import MatrixMethod, StoredMatrix
 from fips.methods.registry import register
 from fips.methods.workbench import Needs
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.groups import GroupPlan
 from fips.plan.planner import C
 from fips.solve.moments import usable_moment
@@ -89,10 +89,9 @@ class Wanda(_Pruning[WandaConfig]):
     settings = WandaConfig
     needs = Needs.INPUTS
 
-    def least_density(self, site: LinearSite) -> float:
+    def least_density(self, site: Site) -> float:
         """It keeps a whole number of entries in every row."""
-        inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
-        return math.ceil(inputs / outputs) / inputs
+        return math.ceil(site.inputs / site.outputs) / site.inputs
 
     def prune(self, weight_OI: Tensor, moment_II: Tensor | None, density: float) -> tuple[Tensor, Tensor]:
         assert moment_II is not None

@@ -22,10 +22,11 @@ from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
 from fips.formats.packing import DENSE
 from fips.layers.linear import FactoredLinear, SharedBasis
-from fips.models import LayerGroup, LinearSite
+from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage
 from fips.plan.groups import GroupPlan
-from fips.training.factors import TrainableGroup, swapped
+from fips.solve.alternate import Factorization
+from fips.training.factors import swapped
 from fips.training.reconstruct import BlockError, Records, block_errors
 
 __all__ = [
@@ -115,7 +116,7 @@ class Workbench:
         self.notes.append(text)
         log.warning("%s", text)
 
-    def survey(self, sites: Sequence[LinearSite]) -> dict[str, str]:
+    def survey(self, sites: Sequence[Site]) -> dict[str, str]:
         """Layers that the calibration data says nothing about, to be left dense, with the reason.
 
         At most one forward pass a batch, and a backward pass where gradients are needed.
@@ -131,7 +132,7 @@ class Workbench:
         return found.left
 
     def moments(
-        self, name: str, sites: Sequence[LinearSite], *, floor: float = 1.0, changed: bool = False
+        self, name: str, sites: Sequence[Site], *, floor: float = 1.0, changed: bool = False
     ) -> dict[str, LayerMoments]:
         """What the layers read and, if needed, how much what they write matters, in the model as it is.
 
@@ -228,10 +229,10 @@ class Workbench:
         if self.progress is not None:
             self.progress(ProgressEvent(stage, group, done, total, loss))
 
-    def weights(self, sites: Sequence[LinearSite]) -> list[Tensor]:
+    def weights(self, sites: Sequence[Site]) -> list[Tensor]:
         return [dense_matrix(self.model, site) for site in sites]
 
-    def bias(self, site: LinearSite) -> nn.Parameter | None:
+    def bias(self, site: Site) -> nn.Parameter | None:
         found = getattr(self.model.get_submodule(site.name), "bias", None)
         assert found is None or isinstance(found, nn.Parameter)
         return found
@@ -246,27 +247,35 @@ def measured(what: str, measure: Callable[[], T]) -> T | None:
         return None
 
 
-def dense_matrix(model: nn.Module, site: LinearSite) -> Tensor:
+def dense_matrix(model: nn.Module, site: Site) -> Tensor:
     """Weight of a dense layer as (D, F): the residual stream on axis 0."""
     weight = model.get_submodule(site.name).weight
     assert isinstance(weight, Tensor)
-    return weight.detach() if (site.role == "down") != site.conv1d else weight.detach().T
+    return site.matrix(weight.detach())
 
 
 def pack_group(
-    group: TrainableGroup, plan: GroupPlan, storages: Sequence[LayerStorage]
+    found: Factorization,
+    sites: Sequence[Site],
+    biases: Sequence[nn.Parameter | None],
+    plan: GroupPlan,
+    storages: Sequence[LayerStorage],
 ) -> tuple[dict[str, SharedBasis], dict[str, FactoredLinear]]:
     """The basis, if there is one, and the modules that stand in for the dense layers, by name."""
-    basis = None
-    if group.basis_DR is not None:
-        basis = SharedBasis.of(group.basis_DR, plan.dtype)
+    basis = None if found.basis_DR is None else SharedBasis.of(found.basis_DR, plan.dtype)
     layers = {}
-    for site, source, bias, storage in zip(group.sites, group.layers, group.biases, storages, strict=True):
-        mask_RF = torch.ones_like(source.mask_RF) if storage.fmt == DENSE else source.mask_RF
-        layer = FactoredLinear.from_factor(
-            basis, source.factor().detach(), mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype,
-            values=storage.values, scales=None if source.grid is None else source.grid.steps().detach().flatten(),
-        )  # fmt: skip
+    for index, (site, bias, storage) in enumerate(zip(sites, biases, storages, strict=True)):
+        mask_RF = found.masks_RF[index]
+        mask_RF = torch.ones_like(mask_RF) if storage.fmt == DENSE else mask_RF
+        if found.grids is None:
+            layer = FactoredLinear.from_factor(
+                basis, found.factors_RF[index], mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype
+            )
+        else:
+            grid = found.grids[index]
+            layer = FactoredLinear.from_integers(
+                basis, grid.integers_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values
+            )
         layer.bias = bias
         layer.conv1d = site.conv1d
         layers[site.name] = layer

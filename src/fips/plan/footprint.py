@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fips.formats.packing import BITMASK, ValueKind, packed_length, pattern_bytes, value_bits
-from fips.models import LayerGroup, LinearSite
+from fips.models import LayerGroup, Site
 
 __all__ = ["Footprint", "LayerStorage", "dense_footprint", "factored_footprint", "named_state", "state_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What the matrices of some MLPs take; biases are not counted, since compression leaves them."""
+    """What the matrices of some layers take; biases are not counted, since compression leaves them."""
 
     parameters: int
     """Stored numbers: dense entries, or basis entries plus non-zeros."""
@@ -94,14 +94,14 @@ def factored_footprint(
     )
 
 
-def _layer_bytes(site: LinearSite, layer: LayerStorage, rank: int, itemsize: int) -> tuple[int, int]:
+def _layer_bytes(site: Site, layer: LayerStorage, rank: int, itemsize: int) -> tuple[int, int]:
     """``(values and scales, pattern)`` of one matrix."""
     rank = rank if layer.shared else site.width
     pattern = pattern_bytes(size=rank * site.columns, fmt=layer.fmt)
     bits = value_bits(layer.values)
     if bits is None:
         return layer.nonzeros * itemsize, pattern
-    rows = site.columns if site.role == "up" else rank
+    rows, _ = site.role.stored_shape(rank, site.columns)
     return packed_length(layer.nonzeros, bits) + rows * itemsize, pattern
 
 

@@ -13,7 +13,7 @@ from fips.config import CompressionConfig
 from fips.errors import ConfigError, ModelError, NoMatchError
 from fips.formats.packing import BITMASK
 from fips.layers.linear import factored_layers
-from fips.models import LayerGroup, Mlp, Skipped, group_mlps, locate_mlps
+from fips.models import LayerGroup, Skipped, Sublayer, group_layers, locate_layers
 from fips.models.wrappers import unwrap
 from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_bytes
 from fips.plan.groups import GroupPlan, storage_dtype
@@ -69,7 +69,7 @@ class CompressionPlan:
         return {
             "model": {"parameters": self.model_parameters, "bytes": self.model_bytes},
             "compressed_model": {"parameters": self.compressed_parameters, "bytes": self.compressed_bytes},
-            "mlp": {"dense": self.dense.to_dict(), "factored": self.factored.to_dict()},
+            "layers": {"dense": self.dense.to_dict(), "factored": self.factored.to_dict()},
             "groups": [group.to_dict() for group in self.groups],
             "skipped": [{"name": item.name, "reason": item.reason} for item in self.skipped],
             "left_dense": {
@@ -90,12 +90,16 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     model = unwrap(model)
     if factored_layers(model):
         raise ModelError("the model is already compressed; `fips.merge(model)` turns it back into dense layers")
-    located = locate_mlps(model, targets=config.targets, ignore=config.ignore)
-    _check_whole(model, located.mlps, config)
-    groups = group_mlps(located.mlps, group_size=config.group_size, groups=config.groups)
+    located = locate_layers(model, targets=config.targets, ignore=config.ignore)
+    _check_whole(model, located.sublayers, config)
+    groups = group_layers(located.sublayers, group_size=config.group_size, groups=config.groups)
     _check_sizes(model, groups, config)
     grouped = {block for group in groups for block in group.blocks}
-    outside = [Skipped(mlp.name, "its block is in no group") for mlp in located.mlps if mlp.block not in grouped]
+    outside = [
+        Skipped(sublayer.name, "its block is in no group")
+        for sublayer in located.sublayers
+        if sublayer.block not in grouped
+    ]
     return CompressionPlan(
         groups=tuple(_plan_group(model, group, config) for group in groups),
         skipped=(*located.skipped, *outside),
@@ -133,9 +137,9 @@ def leave_dense(
         return plan
     reasons = dict(reasons)
     if planner_of(config).moves_neurons:
-        for mlp in (mlp for group in plan.groups for mlp in group.group.mlps):
-            first = next((site.name for site in mlp.sites if site.name in reasons), None)
-            for site in mlp.sites if first is not None else ():
+        for sublayer in (sublayer for group in plan.groups for sublayer in group.group.sublayers):
+            first = next((site.name for site in sublayer.sites if site.name in reasons), None)
+            for site in sublayer.sites if first is not None else ():
                 reasons.setdefault(site.name, f"`{first}` of its MLP is left dense, and block patterns need all of it")
     left, groups = [], []
     smaller_groups = [group.group.without(reasons) for group in plan.groups]
@@ -177,15 +181,15 @@ def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) 
     )
 
 
-def _check_whole(model: nn.Module, mlps: Sequence[Mlp], config: CompressionConfig) -> None:
+def _check_whole(model: nn.Module, sublayers: Sequence[Sublayer], config: CompressionConfig) -> None:
     """Blocks of neighbours reorder hidden neurons, which all layers around them must do alike."""
     if config.targets is None or not planner_of(config).moves_neurons:
         return
-    whole = [{site.name for site in mlp.sites} for mlp in locate_mlps(model).mlps]
-    for mlp in mlps:
-        if {site.name for site in mlp.sites} not in whole:
-            names = ", ".join(f"`{site.name}`" for site in mlp.sites)
+    whole = [{site.name for site in sublayer.sites} for sublayer in locate_layers(model).sublayers]
+    for sublayer in sublayers:
+        if {site.name for site in sublayer.sites} not in whole:
+            names = ", ".join(f"`{site.name}`" for site in sublayer.sites)
             raise ConfigError(
                 f"`method: {config.method}` reorders the hidden neurons of whole MLPs, but `targets` takes other "
-                f"layers of `{mlp.block}`: {names}; use `pattern: unstructured`"
+                f"layers of `{sublayer.block}`: {names}; use `pattern: unstructured`"
             )

@@ -15,12 +15,12 @@ import torch
 from fips.config import CompressionConfig
 from fips.errors import ConfigError
 from fips.formats.packing import BITMASK, ValueKind, value_bits
-from fips.models import LayerGroup, LinearSite
+from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 from fips.plan.groups import GroupPlan, solved_plan, target_bytes
 from fips.plan.least import EPS, REFERENCE_ITEMSIZE
 
-__all__ = ["PLANNERS", "Planner", "check_inputs", "equal_layers", "planner_of", "stored_rows"]
+__all__ = ["PLANNERS", "Planner", "check_inputs", "equal_layers", "planner_of"]
 
 C = TypeVar("C", bound=CompressionConfig)
 
@@ -63,7 +63,7 @@ class Planner(ABC, Generic[C]):
         entry_bits = value_bits(self.values) or 8 * itemsize(dtype)
         return (kept * entry_bits / 8 + overhead) / (REFERENCE_ITEMSIZE * size)
 
-    def least_density(self, site: LinearSite) -> float:
+    def least_density(self, site: Site) -> float:
         """Share of a layer's entries that is one for every row and every column."""
         return 1 / min(site.width, site.columns)
 
@@ -97,16 +97,10 @@ def equal_layers(
     return layers, kept >= sum(max(site.width, site.columns) for site in group.sites)
 
 
-def stored_rows(site: LinearSite) -> int:
-    """Stored rows of a layer without a basis, each with a scale where values are integers."""
-    return site.columns if site.role == "up" else site.width
-
-
-def check_inputs(site: LinearSite, pattern: str, m: int) -> None:
+def check_inputs(site: Site, pattern: str, m: int) -> None:
     """Raise ``ConfigError`` unless M divides the inputs of a layer, along which N:M runs."""
-    inputs = site.columns if site.role == "down" else site.width
-    if inputs % m:
+    if site.inputs % m:
         raise ConfigError(
             f"`pattern` {pattern} needs inputs that are a multiple of {m}, but `{site.name}` has "
-            f"{inputs}; use `pattern: unstructured` or an M that divides {inputs}"
+            f"{site.inputs}; use `pattern: unstructured` or an M that divides {site.inputs}"
         )

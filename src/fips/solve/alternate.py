@@ -11,7 +11,7 @@ from torch import Tensor
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import MaskChooser, refit, sparse_factors
 from fips.solve.problems import LayerProblem
-from fips.solve.rounding import round_factor
+from fips.solve.rounding import Grid, round_factor
 
 __all__ = ["Factorization", "alternate", "keep_all", "prune", "rounded"]
 
@@ -25,10 +25,8 @@ class Factorization:
     masks_RF: list[Tensor]
     losses: list[float]
     """Sum of the losses, one per round."""
-    steps: list[Tensor] | None = None
-    """Where the factors are on grids: the step of every stored row of each."""
-    wanted_RF: list[Tensor] | None = None
-    """Beside ``steps``: what was rounded to the factors, in units of the steps."""
+    grids: list[Grid] | None = None
+    """Where the values are integers: those, with their steps; ``factors_RF`` are the numbers they stand for."""
 
 
 def prune(problems: Sequence[LayerProblem], choose: MaskChooser) -> Factorization:
@@ -52,16 +50,14 @@ def rounded(
 
     ``axes`` are those along which the layers sum, see ``round_factor``; ``dtype`` is that of the steps.
     """
-    factors, steps, wanted = [], [], []
+    grids = []
     for problem, factor, mask, axis in zip(problems, found.factors_RF, found.masks_RF, axes, strict=True):
         problem.prepare(found.basis_DR)
-        factor_RF, steps_N, wanted_RF = round_factor(problem, factor, mask, axis=axis, bits=bits, dtype=dtype)
-        factors.append(factor_RF)
-        steps.append(steps_N)
-        wanted.append(wanted_RF)
+        grids.append(round_factor(problem, factor, mask, axis=axis, bits=bits, dtype=dtype))
+    factors = [grid.factor() for grid in grids]
     basis_DR = None if found.basis_DR is None else fit_basis(problems, found.basis_DR, factors)
     losses = [*found.losses, _total(problems, basis_DR, factors)]
-    return Factorization(basis_DR, factors, found.masks_RF, losses, steps, wanted)
+    return Factorization(basis_DR, factors, found.masks_RF, losses, grids)
 
 
 def alternate(

@@ -15,23 +15,43 @@ Reference: Frantar et al., arXiv 2210.17323.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fips.solve.problems import LayerProblem, damped_inverse_root
 
-__all__ = ["round_factor", "round_rows", "row_steps"]
+__all__ = ["Grid", "round_factor", "round_rows", "row_steps"]
 
 RATIOS = tuple(1.0 - 0.04 * index for index in range(16))
 """Clipped maxima tried for every row, relative to its largest magnitude."""
 RUN = 128
 
 
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A factor as integers of some bits times one step per stored row, as it is stored."""
+
+    integers_RF: Tensor
+    """int8, 0 outside the support."""
+    steps_N: Tensor
+    """In the type they are stored in."""
+    bits: int
+    axis: int
+    """The one that a step spans: 0 where the stored rows are the columns F, 1 where they are the rows R."""
+    wanted_RF: Tensor | None = None
+    """What was rounded to the integers, in units of the steps."""
+
+    def factor(self) -> Tensor:
+        """The numbers (R, F) that the integers stand for, float32."""
+        return self.integers_RF * self.steps_N.float().unsqueeze(self.axis)
+
+
 def round_factor(
     problem: LayerProblem, factor_RF: Tensor, mask_RF: Tensor, *, axis: int, bits: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A factor on the grid, the step of every stored row in ``dtype``, and what was rounded in units of the steps, for
-    the basis the problem is prepared for.
+) -> Grid:
+    """A factor on a grid with steps in ``dtype``, for the basis the problem is prepared for.
 
     ``axis`` is the one the layer sums along: 0 for ``up`` layers, whose stored rows are the columns F, 1 for ``down``
     layers.
@@ -40,9 +60,10 @@ def round_factor(
     matrix_NK, mask_NK = (factor_RF.T, mask_RF.T) if axis == 0 else (factor_RF, mask_RF)
     steps_N = row_steps(matrix_NK, scale_K.square(), bits=bits).to(dtype)
     integers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), bits=bits)
-    rounded_NK = integers_NK * steps_N.float().unsqueeze(1)
-    rounded_RF, wanted_RF = ((m.T.contiguous() if axis == 0 else m) for m in (rounded_NK, wanted_NK))
-    return rounded_RF, steps_N, wanted_RF
+    integers_RF, wanted_RF = (
+        matrix.T.contiguous() if axis == 0 else matrix for matrix in (integers_NK.to(torch.int8), wanted_NK)
+    )
+    return Grid(integers_RF, steps_N, bits, axis, wanted_RF)
 
 
 def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:

@@ -21,6 +21,7 @@ from fips.formats.packing import (
     values_kept,
 )
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
+from fips.models.sites import Role
 
 __all__ = ["QUANT_METHOD", "Layout", "check_layers", "describe_layout", "install_layout", "replace_linear"]
 
@@ -108,7 +109,7 @@ class Layout(_Strict):
     def features(self, entry: LayerLayout) -> tuple[int, int]:
         """``(inputs, outputs)`` of a layer."""
         width = self.width(entry)
-        return (width, entry.columns) if entry.role == "up" else (entry.columns, width)
+        return Role(entry.role).features(width, entry.columns)
 
     @classmethod
     def parse(cls, fields: Any, *, where: str) -> Layout:
@@ -145,7 +146,7 @@ def describe_layout(model: nn.Module) -> Layout:
             name: LayerLayout(
                 basis=None if layer.basis is None else names[id(layer.basis)],
                 width=layer.width if layer.basis is None else None,
-                role=layer.role,
+                role=layer.role.value,
                 columns=layer.columns,
                 nonzeros=layer.nonzeros,
                 format=layer.fmt,

@@ -19,6 +19,7 @@ from fips.files.manifest import read_json
 from fips.files.untrusted import MAX_JSON_BYTES, file_inside, parse_object
 from fips.formats.packing import DENSE, packed_length, pattern_bytes, value_bits
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis
+from fips.models.sites import Role
 from fips.storage.layout import LayerLayout, Layout
 
 __all__ = [
@@ -194,7 +195,7 @@ def _packed_tensors(layout: Layout, entry: LayerLayout) -> dict[str, tuple[Seque
     else:
         stored = torch.int8 if bits == 8 else torch.uint8
         tensors["values"] = ((stored,), (packed_length(entry.nonzeros, bits),))
-        tensors["scales"] = (FLOATS, (entry.columns if entry.role == "up" else rank,))
+        tensors["scales"] = (FLOATS, Role(entry.role).stored_shape(rank, entry.columns)[:1])
     if entry.format != DENSE:
         tensors["pattern"] = ((torch.uint8,), (pattern_bytes(size=entry.columns * rank, fmt=entry.format),))
     if entry.bias:
