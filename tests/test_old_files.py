@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,11 @@ def test_old_directories_load(name: str) -> None:
         logits = model(expected["input_ids"]).logits.float()
     tolerance = 2e-2 if model.dtype == torch.bfloat16 else 1e-5
     assert (logits - expected["logits"]).norm() / expected["logits"].norm() < tolerance
+
+
+def test_old_reports_are_read_under_the_new_name_of_their_layers() -> None:
+    directory = FIXTURES / "format-1-bitmask"
+    report = fips.load(directory).fips_report
+    written = json.loads((directory / "fips_report.json").read_text())
+    assert report.plan["layers"] == written["mlp"]
+    assert "mlp" not in report.to_dict()
