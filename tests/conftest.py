@@ -96,8 +96,10 @@ def vit() -> PreTrainedModel:
 
 def quick_settings(**changes: Any) -> fips.CompressionConfig:
     """The paper's recipe with two steps: the quickest way to a compressed model."""
-    calibration = {"steps": 2, "precision": "float32"}
-    return fips.CompressionConfig(**{"method": "fips-paper", "budget": 0.5, "calibration": calibration, **changes})
+    reconstruction = {"steps": 2}
+    return fips.CompressionConfig(
+        **{"method": "fips-paper", "budget": 0.5, "reconstruction": reconstruction, "precision": "float32", **changes}
+    )
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_every_method_keeps_the_bytes_and_loads_exactly(
 ) -> None:
     model = tiny_model(family)
     batches = batches_for(model)
-    config = fips.CompressionConfig(target_bytes=0.5, method=method, **changes)
+    config = fips.CompressionConfig(bits=8.0, method=method, **changes)
     report = fips.compress(model, batches, config)
     dense, factored = (report.plan["layers"][key] for key in ("dense", "factored"))
     assert factored["bytes"] <= 0.5 * 2 * dense["parameters"] + len(factored_layers(model))

@@ -19,12 +19,14 @@ from fips.methods.workbench import dense_matrix
 from fips.models import group_layers, locate_layers
 from fips.plan.footprint import state_bytes
 from fips.training.factors import TrainableGroup
-from fips.training.reconstruct import calibrate_
+from fips.training.reconstruct import reconstruct_
 
 
 def settings(**changes: Any) -> fips.CompressionConfig:
-    calibration = {"steps": 12, "update_every": 3, "learning_rate": 3e-3, "precision": "float32"}
-    return fips.CompressionConfig(**{"method": "fips-paper", "budget": 0.6, "calibration": calibration, **changes})
+    reconstruction = {"steps": 12, "update_every": 3, "learning_rate": 3e-3}
+    return fips.CompressionConfig(
+        **{"method": "fips-paper", "budget": 0.6, "reconstruction": reconstruction, "precision": "float32", **changes}
+    )
 
 
 def logits_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -60,13 +62,13 @@ def test_compress_save_load_merge(family: str, tmp_path: Path) -> None:
         {"pattern": "4:16"},
         {"pattern": "2:4", "schedule": "static"},
         {"schedule": "rigl"},
-        {"threshold": "layer"},
+        {"threshold_scope": "layer"},
         {"sparsity": 0.0},
         {"factor_dtype": "bfloat16"},
-        {"group_size": 1},
+        {"share_blocks": 1},
         {"groups": [[0, 2]]},
         {"targets": ["self_attn.o_proj", "down_proj"]},
-        {"calibration": {"steps": 0}},
+        {"reconstruction": {"steps": 0}},
     ],
     ids=str,
 )
@@ -114,7 +116,7 @@ def test_matrices_that_share_a_subspace_are_reproduced() -> None:
         projected = subspace @ (subspace.T @ dense_matrix(model, site))
         weight.data = projected.T.contiguous() if site.role == "up" else projected
     expected = logits_of(model, batches[0])
-    config = settings(budget=1.0, sparsity=0.0, calibration={"steps": 0, "precision": "float32"})
+    config = settings(budget=1.0, sparsity=0.0, reconstruction={"steps": 0}, precision="float32")
     report = fips.compress(model, batches, config)
     assert report.plan["groups"][0]["rank"] == 30
     torch.testing.assert_close(logits_of(model, batches[0]), expected, atol=1e-6, rtol=1e-4)
@@ -122,8 +124,10 @@ def test_matrices_that_share_a_subspace_are_reproduced() -> None:
 
 def test_calibration_lowers_the_block_error() -> None:
     model = tiny_model("vit")
-    calibration = {"steps": 60, "update_every": 10, "learning_rate": 5e-3, "precision": "float32"}
-    report = fips.compress(model, batches_for(model), settings(calibration=calibration, schedule="rigl"))
+    reconstruction = {"steps": 60, "update_every": 10, "learning_rate": 5e-3}
+    report = fips.compress(
+        model, batches_for(model), settings(reconstruction=reconstruction, precision="float32", schedule="rigl")
+    )
     result = report.groups[0]
     assert result["relative_error_final"] < 0.5 * result["relative_error_start"]
     assert result["loss_last_step"] < result["loss_first_step"]
@@ -133,7 +137,7 @@ def test_the_loss_is_the_sum_of_block_errors_on_original_activations() -> None:
     """First step against an independent computation: dense blocks with W replaced by B (F * mask)."""
     model = tiny_model("vit")
     batch = batches_for(model, count=1)
-    config = settings(schedule="static", calibration={"steps": 1, "precision": "float32"})
+    config = settings(schedule="static", reconstruction={"steps": 1}, precision="float32")
     reference = tiny_model("vit")
     states: list[Tensor] = []
     hooks = [b.register_forward_pre_hook(lambda _, args: states.append(args[0])) for b in reference.vit.layers]
@@ -174,7 +178,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
 def test_the_memory_bound_does_not_change_the_result() -> None:
     def values(limit: int) -> tuple[list[Tensor], int]:
         model = tiny_model("llama")
-        config = settings(calibration={"steps": 6, "activation_memory": limit, "precision": "float32"})
+        config = settings(reconstruction={"steps": 6}, activation_memory=limit, precision="float32")
         report = fips.compress(model, batches_for(model), config)
         return [layer.values.detach() for layer in factored_layers(model).values()], report.activation_file_bytes
 
@@ -206,7 +210,7 @@ def test_training_mode_and_cache_setting_come_back() -> None:
     assert all(layer.training for layer in factored_layers(model).values())
 
 
-@pytest.mark.parametrize("stage", ["record", "calibrate"])
+@pytest.mark.parametrize("stage", ["record", "reconstruct"])
 def test_an_interrupt_leaves_the_model_as_it_was(stage: str) -> None:
     model, original = tiny_model("vit"), tiny_model("vit")
     batches = batches_for(model)
@@ -216,7 +220,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(stage: str) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fips.compress(model, batches, settings(group_size=1), progress=interrupt)
+        fips.compress(model, batches, settings(share_blocks=1), progress=interrupt)
     assert factored_layers(model) == {}
     assert model.state_dict().keys() == original.state_dict().keys()
     assert torch.equal(logits_of(model, batches[0]), logits_of(original, batches[0]))
@@ -227,7 +231,7 @@ def test_progress_reports_every_step() -> None:
     model = tiny_model("vit")
     events: list[ProgressEvent] = []
     fips.compress(model, batches_for(model), settings(), progress=events.append)
-    steps = [event for event in events if event.stage == "calibrate"]
+    steps = [event for event in events if event.stage == "reconstruct"]
     assert [event.done for event in steps] == list(range(1, 13))
     assert all(event.total == 12 and event.loss is not None for event in steps)
     assert [event.done for event in events if event.stage == "record"][-1] == 4
@@ -274,7 +278,7 @@ def test_calibrating_a_group_moves_the_basis_jointly() -> None:
     from fips.solve.svd import shared_svd
     from fips.training.factors import swapped
 
-    config = settings(schedule="static", sparsity=0.5, calibration={"steps": 1, "precision": "float32"})
+    config = settings(schedule="static", sparsity=0.5, reconstruction={"steps": 1}, precision="float32")
     basis, factors = shared_svd(weights, rank=20)
     group = TrainableGroup(basis, factors, groups[0].sites, [None] * len(weights), config, 0.5)
     blocks = {name: model.get_submodule(name) for name in groups[0].blocks}
@@ -282,7 +286,7 @@ def test_calibrating_a_group_moves_the_basis_jointly() -> None:
     with ActivationSpool(1 << 30) as spool:
         records = record_blocks(model, blocks, batches_for(model, count=1), spool, lambda m, b: m(**b))
         with swapped(model, group.modules):
-            losses = calibrate_(group, blocks, records, spool, torch.device("cpu"))
+            losses = reconstruct_(group, blocks, records, spool, torch.device("cpu"))
     assert len(losses) == 1
     assert not torch.equal(group.basis_DR.detach(), basis)
     for layer, factor in zip(group.layers, factors, strict=True):

@@ -22,8 +22,8 @@ from fips.recipes import load_recipe, recipe_names
     [
         ({"budget": 0}, r"`budget`.*greater than 0, got 0"),
         ({"budget": 1.5}, r"`budget`.*less than or equal to 1, got 1.5"),
-        ({}, r"either `budget` .* or `target_bytes` .*, got neither"),
-        ({"budget": 0.5, "target_bytes": 0.5}, r"got both"),
+        ({}, r"either `budget` .* or `bits` .*, got neither"),
+        ({"budget": 0.5, "bits": 8.0}, r"got both"),
         ({"budget": 0.5, "sparsity": 0.5}, r"`sparsity` belongs to `method: fips-paper`, not to `method: fips`"),
         ({"budget": 0.5, "schedule": "gmp"}, r"starts from dense factors"),
         ({"budget": 0.5, "schedule": "rigl", "pattern": "block4"}, r"needs `pattern: unstructured`"),
@@ -34,11 +34,11 @@ from fips.recipes import load_recipe, recipe_names
         ({"budget": 0.5, "method": "magnitud"}, r"`method`: there is no `magnitud`; did you mean `magnitude`\?.*gptq"),
         ({"budget": 0.5, "method": ["fips"]}, r"`method`: there is no"),
         (
-            {"target_bytes": 0.5, "method": "gptq", "calibration": {"steps": 1}},
+            {"bits": 8.0, "method": "gptq", "reconstruction": {"steps": 1}},
             r"`steps` of CalibrationConfig belongs to `method: fips` and `method: fips-paper`",
         ),
         ({"budget": 0.5, "activation_bits": 8}, r"`activation_bits` goes with integer `values`"),
-        ({"target_bytes": 0.5, "activation_bits": 4}, r"`activation_bits`.*8"),
+        ({"bits": 8.0, "activation_bits": 4}, r"`activation_bits`.*8"),
         ({"budget": 0.5, "method": "wanda", "distill": {"steps": 3}}, r"`distill` belongs to `method: fips`"),
         ({"budget": 0.5, "method": "fips-paper", "sharing": "never"}, r"`sharing` belongs to `method: fips`"),
         ({"budget": 0.5, "method": "sparsegpt", "sparsity": 0.5}, r"`sparsity` belongs to `method: fips-paper`"),
@@ -49,7 +49,7 @@ from fips.recipes import load_recipe, recipe_names
             r"unknown field `sparsty` of `method: fips`; did you mean `sparsity`\?.*known fields: .*sharing",
         ),
         (
-            {"budget": 0.5, "calibration": {"step": 1}},
+            {"budget": 0.5, "reconstruction": {"step": 1}},
             r"unknown field `step` in ReconstructionConfig; did you mean `steps`",
         ),
         ({"budget": 0.5, "pattern": "4-16"}, r"`pattern`"),
@@ -74,26 +74,31 @@ def test_settings_are_frozen_and_replaced_with_validation() -> None:
 
 
 def test_settings_are_of_the_class_of_their_method() -> None:
-    for config in (CompressionConfig(target_bytes=0.3, method="gptq"), GptqConfig(target_bytes=0.3)):
+    for config in (CompressionConfig(bits=4.8, method="gptq"), GptqConfig(bits=4.8)):
         assert type(config) is GptqConfig
         assert config.method == "gptq"
         assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
     with pytest.raises(ConfigError, match="`method`"):
-        GptqConfig(target_bytes=0.3, method="wanda")
-    text = "compression: {method: gptq, target_bytes: 0.3, metric: {memory: 1GiB}}"
+        GptqConfig(bits=4.8, method="wanda")
+    text = "compression: {method: gptq, bits: 4.8, metric: {memory: 1GiB}}"
     recipe = Recipe.from_yaml(text, name="r")
     assert type(recipe.compression) is GptqConfig
     assert Recipe.from_yaml(recipe.to_yaml(), name="r") == recipe
 
 
 def test_another_method_takes_over_the_settings_that_it_has_too() -> None:
-    fields = {"sharing": "never", "seed": 3, "metric": {"memory": 5, "token_floor": 0.1}, "calibration": {"steps": 2}}
-    config = CompressionConfig(target_bytes=0.4, **fields)
+    fields = {
+        "sharing": "never",
+        "seed": 3,
+        "metric": {"memory": 5, "token_floor": 0.1},
+        "reconstruction": {"steps": 2},
+    }
+    config = CompressionConfig(bits=6.4, **fields)
     other = config.replace(method="gptq")
     assert type(other) is GptqConfig
-    assert (other.target_bytes, other.seed, other.metric.memory) == (0.4, 3, 5)
+    assert (other.bits, other.seed, other.metric.memory) == (6.4, 3, 5)
     paper = config.replace(method="fips-paper")
-    assert (paper.calibration.steps, paper.calibration.learning_rate) == (2, 4e-4)
+    assert (paper.reconstruction.steps, paper.reconstruction.learning_rate) == (2, 4e-4)
     assert config.replace(seed=4).sharing == "never"
     with pytest.raises(ConfigError, match=r"`sharing` belongs to `method: fips`, not to `method: gptq`"):
         config.replace(method="gptq", sharing="always")
@@ -106,12 +111,12 @@ def test_sparsity_follows_the_pattern() -> None:
 
 
 def test_defaults_follow_the_method() -> None:
-    paper, ours = CompressionConfig(method="fips-paper", budget=0.5), CompressionConfig(target_bytes=0.5)
-    assert (paper.pattern, paper.schedule, paper.calibration.steps) == ("unstructured", "gmp", 600)
-    assert (ours.method, ours.pattern, ours.schedule, ours.calibration.steps) == ("fips", "auto", "static", 0)
+    paper, ours = CompressionConfig(method="fips-paper", budget=0.5), CompressionConfig(bits=8.0)
+    assert (paper.pattern, paper.schedule, paper.reconstruction.steps) == ("unstructured", "gmp", 600)
+    assert (ours.method, ours.pattern, ours.schedule, ours.reconstruction.steps) == ("fips", "auto", "static", 0)
     assert ours.value_kind == "auto"
     assert CompressionConfig(budget=0.5).value_kind == "float"
-    assert CompressionConfig(target_bytes=0.5, schedule="rigl").resolved_pattern == "unstructured"
+    assert CompressionConfig(bits=8.0, schedule="rigl").resolved_pattern == "unstructured"
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -142,8 +147,8 @@ def test_recipes_that_earlier_versions_wrote_are_read() -> None:
         " distill: {steps: 0}, threshold: layer, ignore: [], calibration: {steps: 3, precision: float32}, seed: 1}"
     )
     wanted = CompressionConfig(
-        budget=0.6, method="fips-paper", growth_tau=16.0, threshold="layer", seed=1,
-        calibration={"steps": 3, "precision": "float32"},
+        budget=0.6, method="fips-paper", growth_tau=16.0, threshold_scope="layer", seed=1,
+        reconstruction={"steps": 3}, precision="float32",
     )  # fmt: skip
     assert Recipe.from_yaml(text, name="r").compression == wanted
 

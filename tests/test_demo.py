@@ -56,12 +56,12 @@ def test_the_embedded_model_has_learned_python(tmp_path: Path) -> None:
 
 def test_the_demo_compresses_saves_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_module, "EVALUATION_WINDOWS", 4)
-    recipe = demo_module.demo_recipe(target_bytes=0.5)
+    recipe = demo_module.demo_recipe(bits=8.0)
     assert recipe.data is not None
     short = recipe.model_copy(update={"data": recipe.data.replace(num_samples=16)})
     monkeypatch.setattr(demo_module, "demo_recipe", lambda **_: short)
     console = Console(record=True, width=100)
-    result = demo_module.run_demo(tmp_path / "out", target_bytes=0.5, console=console)
+    result = demo_module.run_demo(tmp_path / "out", bits=8.0, console=console)
     text = console.export_text()
     for word in ("model.layers.0.mlp", "Plan", "bits_per_byte", "model.safetensors:", "fips.load("):
         assert word in text

@@ -41,7 +41,7 @@ class FamilyTests:
     def run(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, int]:
         """The compressed model, its directory and the predicted bytes."""
         model = self.model()
-        config = quick_settings(budget=0.6, group_size=2)
+        config = quick_settings(budget=0.6, share_blocks=2)
         report = fips.compress(model, [self.inputs(model, seed) for seed in range(2)], config)
         path = tmp_path_factory.mktemp(self.family) / "model"
         assert fips.save(model, path) == report.plan["compressed_model"]["bytes"]
@@ -107,8 +107,10 @@ class FamilyTests:
         original = self.model()
         original.save_pretrained(tmp_path / "original")
         model = type(original).from_pretrained(tmp_path / "original")
-        calibration = {"steps": 0, "precision": "float32"}
-        config = fips.CompressionConfig(method="fips-paper", budget=0.6, calibration=calibration)
+        reconstruction = {"steps": 0}
+        config = fips.CompressionConfig(
+            method="fips-paper", budget=0.6, reconstruction=reconstruction, precision="float32"
+        )
         fips.compress(model, [self.inputs(model, 0)], config)
         expected = self.outputs(model)
         model.save_pretrained(tmp_path / "packed")

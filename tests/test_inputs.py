@@ -43,7 +43,7 @@ def made(family: str, architecture: str, **fields: Any) -> PreTrainedModel:
 
 def gptq(**changes: Any) -> fips.CompressionConfig:
     """The quickest method that measures moments."""
-    return fips.CompressionConfig(**{"method": "gptq", "target_bytes": 0.35, **changes})
+    return fips.CompressionConfig(**{"method": "gptq", "bits": 5.6, **changes})
 
 
 # Batches
@@ -142,7 +142,7 @@ def test_arguments_that_forward_does_not_take_and_infinite_pixels_are_refused() 
         fips.compress(vit, batches, gptq())
 
 
-@pytest.mark.parametrize("config", [{"target_bytes": 0.35}, None, "fips"])
+@pytest.mark.parametrize("config", [{"bits": 5.6}, None, "fips"])
 def test_settings_of_another_type_are_refused(config: Any) -> None:
     with pytest.raises(ConfigError, match="must be a `CompressionConfig`, got"):
         fips.compress(tiny_model("vit"), batches_for(tiny_model("vit")), config)
@@ -506,10 +506,10 @@ def test_what_padding_holds_changes_no_error_and_no_step(architecture: str, chan
         batches = padded_batches()
         for batch in batches:
             batch["input_ids"][batch["attention_mask"] == 0] = filler
-        calibration = {"steps": 3, "precision": "float32"}
-        settings = quick_settings(calibration=calibration)
+        reconstruction = {"steps": 3}
+        settings = quick_settings(reconstruction=reconstruction, precision="float32")
         if changes:
-            settings = fips.CompressionConfig(target_bytes=0.3, calibration={"precision": "float32"}, **changes)
+            settings = fips.CompressionConfig(bits=4.8, precision="float32", **changes)
         reports.append(fips.compress(model, batches, settings).groups)
     assert reports[0][0]["loss_last_step"] is not None
     for first, second in zip(*reports, strict=True):
@@ -566,8 +566,8 @@ def test_a_model_compiled_in_place_runs_its_new_layers_afterwards() -> None:
     model.compile(backend="eager")
     with torch.no_grad():
         before = model(**batches[0]).logits
-        fips.compress(model, batches, gptq(target_bytes=0.2))
-        fips.compress(plain, batches, gptq(target_bytes=0.2))
+        fips.compress(model, batches, gptq(bits=3.2))
+        fips.compress(plain, batches, gptq(bits=3.2))
         after, expected = model(**batches[0]).logits, plain(**batches[0]).logits
     change = (before - expected).norm()
     assert (after - expected).norm() < 0.1 * change
@@ -748,7 +748,7 @@ def test_new_parameters_are_trained_where_those_they_stand_for_were() -> None:
     model = tiny_model("vit")
     model.requires_grad_(False)
     model.vit.layers[1].requires_grad_(True)
-    fips.compress(model, batches_for(model), quick_settings(group_size=1))
+    fips.compress(model, batches_for(model), quick_settings(share_blocks=1))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("layers.1." in name or name.endswith(f"{BASES}.g1.weight") for name in trained), trained
@@ -805,7 +805,7 @@ CALLERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CALLERS)
-@pytest.mark.parametrize("settings", [gptq(), quick_settings(calibration={"steps": 3, "precision": "float32"})])
+@pytest.mark.parametrize("settings", [gptq(), quick_settings(reconstruction={"steps": 3}, precision="float32")])
 def test_the_callers_torch_changes_nothing(name: str, settings: fips.CompressionConfig) -> None:
     expected, model = tiny_model("llama"), tiny_model("llama")
     batches = batches_for(model)
@@ -854,7 +854,7 @@ def test_caches_in_nested_configurations_are_off_for_the_time_of_the_work() -> N
     model.config.text_config.use_cache = True
     top = "use_cache" in vars(model.config)
     seen: list[bool] = []
-    config = quick_settings(ignore=["*vision_tower*"], calibration={"steps": 2, "precision": "float32"})
+    config = quick_settings(ignore=["*vision_tower*"], reconstruction={"steps": 2}, precision="float32")
     fips.compress(
         model, [{"input_ids": torch.randint(3, 60, (2, 8))} for _ in range(2)], config,
         progress=lambda _: seen.append(model.config.text_config.use_cache),

@@ -30,7 +30,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("export")
     for family in ("llama", "vit"):
         model = tiny_model(family)
-        fips.compress(model, batches_for(model), quick_settings(group_size=2))
+        fips.compress(model, batches_for(model), quick_settings(share_blocks=2))
         processor = ViTImageProcessor(size={"height": 32, "width": 32}) if family == "vit" else None
         fips.save(model, root / family, processor=processor)
     mixed, _ = mixed_llama()

@@ -35,7 +35,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def packed(family: str, **changes: Any) -> PreTrainedModel:
     model = tiny_model(family)
-    fips.compress(model, batches_for(model), quick_settings(**{"group_size": 2, **changes}))
+    fips.compress(model, batches_for(model), quick_settings(**{"share_blocks": 2, **changes}))
     return model
 
 

@@ -39,7 +39,7 @@ def logits_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compressed Llama in two groups."""
     model = tiny_model("llama")
-    fips.compress(model, batches_for(model), quick_settings(group_size=2))
+    fips.compress(model, batches_for(model), quick_settings(share_blocks=2))
     path = tmp_path_factory.mktemp("saved") / "llama"
     fips.save(model, path)
     return path

@@ -26,7 +26,7 @@ from fips.plan.planner import PLANNERS
 from fips.storage.quantizer import read_report
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "fips-paper": {"calibration": {"steps": 0}},
+    "fips-paper": {"reconstruction": {"steps": 0}},
     "toy": {"keep": 0.25},
 }
 
@@ -56,7 +56,7 @@ def toy() -> Iterator[type[Rows]]:
 
 
 def toy_settings(**changes: Any) -> CompressionConfig:
-    return CompressionConfig(**{"method": "toy", "target_bytes": 0.5, "keep": 0.25, **changes})
+    return CompressionConfig(**{"method": "toy", "bits": 8.0, "keep": 0.25, **changes})
 
 
 def test_a_toy_method_is_one_class(toy: type[Rows], tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_settings_of_a_toy_method_are_checked_like_all_others(toy: type[Rows]) -
     with pytest.raises(ConfigError, match=r"unknown field `kept` of `method: toy`; did you mean `keep`\?"):
         toy_settings(kept=1)
     with pytest.raises(ConfigError, match="`keep` belongs to `method: toy`, not to `method: gptq`"):
-        CompressionConfig(method="gptq", target_bytes=0.5, keep=1)
+        CompressionConfig(method="gptq", bits=8.0, keep=1)
     with pytest.raises(ConfigError, match="there is a `method: toy` already, Rows"):
         register(Rows)
 
@@ -141,7 +141,7 @@ def compressed(method: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Method[Any
     model = tiny_model("opt")
     passes = Passes(model, monkeypatch)
     monkeypatch.setattr(Workbench, "final_errors", lambda *_: ())
-    config = CompressionConfig(**{"target_bytes": 0.5, **FIELDS.get(method, {}), "method": method})
+    config = CompressionConfig(**{"bits": 8.0, **FIELDS.get(method, {}), "method": method})
     fips.compress(model, batches_for(model, count=3), config)
     return method_of(config), passes
 

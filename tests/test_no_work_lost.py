@@ -56,7 +56,7 @@ def packed() -> PreTrainedModel:
 def integers(family: str = "llama") -> PreTrainedModel:
     """A small model of 8-bit values."""
     model = tiny_model(family)
-    fips.compress(model, batches_for(model), CompressionConfig(method="magnitude", target_bytes=0.5, values="int8"))
+    fips.compress(model, batches_for(model), CompressionConfig(method="magnitude", bits=8.0, values="int8"))
     return model
 
 
@@ -117,7 +117,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
     before = sorted(tmp_path.rglob("*"))
     data = [str(llama_directory), "--data", str(text), "--sequence-length", "16"]
     arguments = {
-        "compress": [*data, "--target-bytes", "0.5"],
+        "compress": [*data, "--bits", "8.0"],
         "compare": data,
         "export": [str(tmp_path / "packed")],
         "demo": [],
@@ -349,7 +349,7 @@ def test_generation_settings_that_transformers_refuses_are_written(tmp_path: Pat
 
 def compress_command(model: Path, data: Path, output: Path) -> list[str]:
     return [
-        "compress", str(model), "--data", str(data), "--method", "magnitude", "--target-bytes", "0.6", "--output",
+        "compress", str(model), "--data", str(data), "--method", "magnitude", "--bits", "9.6", "--output",
         str(output), "--sequence-length", "16", "--num-samples", "8", "--batch-size", "4",
     ]  # fmt: skip
 
@@ -426,9 +426,9 @@ def test_finished_runs_of_a_comparison_outlive_the_one_that_fails(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"target_bytes": 0.5},
-        {"target_bytes": 0.5, "method": "wanda"},
-        {"budget": 0.5, "method": "fips-paper", "calibration": {"steps": 2}},
+        {"bits": 8.0},
+        {"bits": 8.0, "method": "wanda"},
+        {"budget": 0.5, "method": "fips-paper", "reconstruction": {"steps": 2}},
     ],
     ids=lambda settings: str(settings.get("method", "fips")),
 )
@@ -628,7 +628,7 @@ def text_examples(length: int) -> Callable[[int], dict[str, torch.Tensor]]:
 def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same counter around a run on the CPU sees what the estimate says."""
     model = tiny_model(family)
-    config = CompressionConfig(target_bytes=0.5, calibration={"precision": "float32"})
+    config = CompressionConfig(bits=8.0, precision="float32")
     plan = plan_compression(model, config)
     batch = batches_for(model, count=1, batch=8)[0]
     empty = build_empty(model.config)
@@ -650,7 +650,7 @@ def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch
 def test_memory_grows_with_the_text_and_not_with_its_square() -> None:
     """Fused attention holds no scores."""
     model = build_empty(tiny_model("llama").config)
-    config = CompressionConfig(target_bytes=0.5)
+    config = CompressionConfig(bits=8.0)
     plan = plan_compression(model, config)
     needs = [calibration_memory(model, plan, config, text_examples(n), device=torch.device("cpu")) for n in (512, 1024)]
     assert needs[0] is not None
@@ -683,7 +683,7 @@ def test_a_batch_size_that_cannot_fit_is_refused_with_the_one_that_does(
     readers: list[str],
     capsys: Capture,
 ) -> None:
-    command = ["compress", str(llama_directory), "--data", str(text), "--target-bytes", "0.5", "--output"]
+    command = ["compress", str(llama_directory), "--data", str(text), "--bits", "8.0", "--output"]
     assert main([*command, str(tmp_path / "out"), "--batch-size", "32", *dry]) == 2
     err = capsys.readouterr().err
     assert "`batch_size` 32 does not fit" in err
@@ -712,7 +712,7 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
 ) -> None:
     monkeypatch.setattr(fitting, "available_memory", lambda _: 1000)
     model = build_empty(tiny_model("llama").config)
-    config, data = CompressionConfig(target_bytes=0.5), DataConfig(source="x", sequence_length=16)
+    config, data = CompressionConfig(bits=8.0), DataConfig(source="x", sequence_length=16)
     plan, place = plan_compression(model, config), torch.device("cpu")
     if planned:
         assert fitting.fitting_data(model, plan, config, data, device=place, chosen=False, only_planned=True) is data
@@ -728,7 +728,7 @@ def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size
     monkeypatch.setattr(fitting, "available_memory", lambda _: 64 * 10**9)
     architecture = fips.recipes.load_recipe("paper-llama-3.2-1b").architecture
     (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
-    command = ["compress", str(tmp_path), "--target-bytes", "0.35", "--dry-run", "--data", str(tmp_path / "x.txt")]
+    command = ["compress", str(tmp_path), "--bits", "5.6", "--dry-run", "--data", str(tmp_path / "x.txt")]
     assert main([*command, "--batch-size", "32"]) == 2
     assert "texts of 2048 tokens need about" in capsys.readouterr().err
     assert main([*command, "--batch-size", "1"]) == 0

@@ -64,7 +64,7 @@ def test_a_compressed_model_keeps_its_type(family: str, monkeypatch: pytest.Monk
     without_bfloat16(monkeypatch)
     model = tiny_model(family).to(torch.bfloat16)
     wide = copy.deepcopy(model).float()
-    settings = fips.CompressionConfig(target_bytes=0.4)
+    settings = fips.CompressionConfig(bits=6.4)
     for one in (model, wide):
         fips.compress(one, batches_for(one), settings)
     assert {value.dtype for value in model.parameters() if value.is_floating_point()} == {torch.bfloat16}

@@ -316,7 +316,7 @@ def inputs() -> list[Tensor]:
 
 
 def plain_settings(**changes: Any) -> fips.CompressionConfig:
-    return fips.CompressionConfig(**{"target_bytes": 0.6, "method": "gptq", **changes})
+    return fips.CompressionConfig(**{"bits": 9.6, "method": "gptq", **changes})
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_a_module_registered_twice_is_compressed_once_and_stays_one() -> None:
     torch.manual_seed(0)
     model = Tiny(share=True).eval()
     dense = copy.deepcopy(model)
-    report = fips.compress(model, inputs(), plain_settings(target_bytes=0.55))
+    report = fips.compress(model, inputs(), plain_settings(bits=8.8))
     assert model.layers[2].mlp is model.layers[0].mlp
     assert sorted(factored_layers(model)) == [f"layers.{n}.mlp.{side}" for n in (0, 1) for side in ("down", "up")]
     assert "compressed there" in {item["name"]: item["reason"] for item in report.plan["skipped"]}["layers.2.mlp"]
@@ -528,8 +528,8 @@ def test_a_merged_model_of_repository_code_needs_nothing_of_fips(repository: Pat
 
 COMMANDS = {
     "inspect": ["inspect", "DENSE"],
-    "plan": ["compress", "DENSE", "--dry-run", "--target-bytes", "0.6"],
-    "compress": ["compress", "DENSE", "--data", "TEXT", "--output", "OUT", "--target-bytes", "0.6", "--method", "gptq",
+    "plan": ["compress", "DENSE", "--dry-run", "--bits", "9.6"],
+    "compress": ["compress", "DENSE", "--data", "TEXT", "--output", "OUT", "--bits", "9.6", "--method", "gptq",
                  "--sequence-length", "16", "--num-samples", "4"],
     "evaluate": ["evaluate", "DENSE", "--data", "TEXT", "--sequence-length", "16", "--num-samples", "4"],
     "evaluate packed": ["evaluate", "PACKED", "--data", "TEXT", "--sequence-length", "16", "--num-samples", "4"],
@@ -889,7 +889,7 @@ def test_models_that_need_two_inputs_are_refused_by_commands(
     options = ["--data", str(text), "--sequence-length", "16", "--num-samples", "4"]
     for command in (
         ["evaluate", str(tmp_path / "dense"), *options],
-        ["compress", str(tmp_path / "dense"), *options, "--target-bytes", "0.6", "--output", str(tmp_path / "out")],
+        ["compress", str(tmp_path / "dense"), *options, "--bits", "9.6", "--output", str(tmp_path / "out")],
     ):
         capsys.readouterr()
         assert main(command) == 1

@@ -316,8 +316,8 @@ def test_padding_counts_for_nothing() -> None:
 def test_the_solver_starts_closer_than_the_paper(family: str) -> None:
     def error(method: str) -> float:
         model = tiny_model(family)
-        calibration = {"steps": 0, "precision": "float32"}
-        config = fips.CompressionConfig(target_bytes=0.5, method=method, calibration=calibration)  # type: ignore[arg-type]
+        reconstruction = {"steps": 0}
+        config = fips.CompressionConfig(bits=8.0, method=method, reconstruction=reconstruction, precision="float32")  # type: ignore[arg-type]
         report = fips.compress(model, batches_for(model), config)
         return sum(result["relative_error_start"] for result in report.groups)
 
@@ -334,16 +334,16 @@ def test_the_solver_starts_closer_than_the_paper(family: str) -> None:
         {"sharing": "always"},
         {"pattern": "block4"},
         {"pattern": "4:16"},
-        {"calibration": {"steps": 4, "update_every": 1, "precision": "float32"}, "schedule": "rigl"},
+        {"reconstruction": {"steps": 4, "update_every": 1}, "precision": "float32", "schedule": "rigl"},
         {"distill": {"steps": 3, "hidden_weight": 0.1}},
-        {"metric": {"memory": 1000, "propagate_errors": True}, "group_size": 1},
+        {"metric": {"memory": 1000, "propagate_errors": True}, "share_blocks": 1},
     ],
     ids=str,
 )
 def test_every_setting_keeps_its_bytes_and_loads_exactly(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(family)
     batches = batches_for(model)
-    report = fips.compress(model, batches, fips.CompressionConfig(target_bytes=0.4, **changes))
+    report = fips.compress(model, batches, fips.CompressionConfig(bits=6.4, **changes))
     dense, factored = (report.plan["layers"][key] for key in ("dense", "factored"))
     assert factored["bytes"] <= 0.4 * 2 * dense["parameters"]
     formats = {name for group in report.plan["groups"] for name in group["format"].split(", ")}
@@ -359,20 +359,22 @@ def test_every_setting_keeps_its_bytes_and_loads_exactly(family: str, changes: d
 @pytest.mark.parametrize("family", ["vit", "llama"])
 def test_calibration_from_the_solver_lowers_the_error(family: str, schedule: str) -> None:
     model = tiny_model(family)
-    calibration = {"steps": 40, "update_every": 10, "precision": "float32"}
-    config = fips.CompressionConfig(target_bytes=0.4, values="float", schedule=schedule, calibration=calibration)  # type: ignore[arg-type]
+    reconstruction = {"steps": 40, "update_every": 10}
+    config = fips.CompressionConfig(
+        bits=6.4, values="float", schedule=schedule, reconstruction=reconstruction, precision="float32"
+    )  # type: ignore[arg-type]
     result = fips.compress(model, batches_for(model), config).groups[0]
     assert result["relative_error_final"] < result["relative_error_start"]
 
 
-@pytest.mark.parametrize(("values", "size", "rate"), [("float", 0.3, 1e-3), ("auto", 0.2, 3e-4), ("int4", 0.2, 3e-4)])
+@pytest.mark.parametrize(("values", "size", "rate"), [("float", 4.8, 1e-3), ("auto", 3.2, 3e-4), ("int4", 3.2, 3e-4)])
 @pytest.mark.parametrize("family", ["vit", "llama"])
 def test_distillation_moves_the_logits_towards_the_teacher(family: str, values: Any, size: float, rate: float) -> None:
     def divergence(steps: int) -> float:
         model, teacher = tiny_model(family), tiny_model(family)
         batches = batches_for(model)
         distill = {"steps": steps, "learning_rate": rate}
-        config = fips.CompressionConfig(target_bytes=size, values=values, distill=distill)
+        config = fips.CompressionConfig(bits=size, values=values, distill=distill)
         report = fips.compress(model, batches, config)
         assert len(report.groups) == 1
         before = teacher.state_dict()
@@ -389,8 +391,8 @@ def test_biases_take_up_the_mean_error() -> None:
     model, original = tiny_model("vit"), tiny_model("vit")
     batches = batches_for(model)
     config = fips.CompressionConfig(
-        target_bytes=0.3, values="float", factor_dtype="float32", metric={"token_floor": 1.0},
-        calibration={"precision": "float32"},
+        bits=4.8, values="float", factor_dtype="float32", metric={"token_floor": 1.0},
+        precision="float32",
     )  # fmt: skip
     fips.compress(model, batches, config)
     name = "vit.layers.0.mlp.fc1"
@@ -412,7 +414,7 @@ def test_propagated_errors_reach_the_later_groups_only() -> None:
     for propagate in (False, True):
         model = tiny_model("llama")
         metric = {"propagate_errors": propagate}
-        fips.compress(model, batches_for(model), fips.CompressionConfig(target_bytes=0.2, metric=metric, group_size=1))
+        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=3.2, metric=metric, share_blocks=1))
         states.append([layer.dense_weight() for layer in factored_layers(model).values()])
     same = [torch.equal(before, after) for before, after in zip(*states, strict=True)]
     assert all(same[:3])
@@ -423,7 +425,7 @@ def test_propagated_errors_reach_the_later_groups_only() -> None:
     ("settings", "trained"),
     [
         ({}, False), ({"metric": {"propagate_errors": True}}, False), ({"sharing": "always"}, False),
-        ({"distill": {"steps": 1}}, True), ({"calibration": {"steps": 1, "precision": "float32"}}, True),
+        ({"distill": {"steps": 1}}, True), ({"reconstruction": {"steps": 1}, "precision": "float32"}, True),
     ],
 )  # fmt: skip
 def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trainable(
@@ -440,7 +442,7 @@ def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trai
     start = TrainableGroup.__init__
     monkeypatch.setattr(TrainableGroup, "__init__", lambda group, *args: made.append(group) or start(group, *args))  # type: ignore[func-returns-value]
     model = tiny_model("llama")
-    fips.compress(model, batches_for(model), fips.CompressionConfig(target_bytes=0.35, **settings))
+    fips.compress(model, batches_for(model), fips.CompressionConfig(bits=5.6, **settings))
     assert bool(made) == trained
     grids = [grid for _, one in found for grid in one.grids]
     layers = list(factored_layers(model).values())
@@ -457,7 +459,7 @@ def test_the_same_seed_gives_the_same_model() -> None:
     states = []
     for _ in range(2):
         model = tiny_model("llama")
-        fips.compress(model, batches_for(model), fips.CompressionConfig(target_bytes=0.4, distill={"steps": 2}))
+        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.4, distill={"steps": 2}))
         states.append(model.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
@@ -539,9 +541,9 @@ def test_what_is_expected_of_a_choice_falls_with_bytes_and_bits() -> None:
 
 def test_the_width_of_the_values_follows_the_bytes() -> None:
     kinds = []
-    for size in (0.25, 0.5):
+    for size in (4.0, 8.0):
         model = tiny_model("llama")
-        fips.compress(model, batches_for(model), fips.CompressionConfig(target_bytes=size))
+        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=size))
         kinds.append([layer.bits or 0 for layer in factored_layers(model).values()])
     assert sum(kinds[0]) < sum(kinds[1])
 
@@ -650,7 +652,7 @@ class TestTrainedGrid:
         integers = torch.randint(-7, 8, shape, generator=generator).to(torch.int8)
         factor = integers * steps_N.float().unsqueeze(0 if role == "up" else 1)
         self.grid = Grid(integers, steps_N, bits, site.role.reduction)
-        config = fips.CompressionConfig(target_bytes=0.3)
+        config = fips.CompressionConfig(bits=4.8)
         group = TrainableGroup(None, [factor], [site], [None], config, None)
         group.set_masks([integers != 0])
         group.set_grids([self.grid])

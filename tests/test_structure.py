@@ -147,7 +147,7 @@ def test_ignore_leaves_layers_alone_and_says_so(pattern: str) -> None:
 
 def test_groups_hold_consecutive_blocks_of_one_width() -> None:
     sublayers = locate_layers(tiny_model("swin", depths=[2, 5])).sublayers
-    groups = group_layers(sublayers, group_size=3)
+    groups = group_layers(sublayers, share_blocks=3)
     assert [(group.width, len(group.blocks)) for group in groups] == [(16, 2), (32, 3), (32, 2)]
     assert [group.name for group in groups] == ["g0", "g1", "g2"]
     assert groups[1].columns == 3 * 2 * 128
@@ -282,8 +282,8 @@ def test_a_layer_between_two_inner_spaces_is_refused() -> None:
 def test_attention_is_compressed_saved_and_loaded_through_targets(family: str, method: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     batches = batches_for(model)
-    size = {"budget": 0.5, "sharing": "always"} if method == "fips" else {"target_bytes": 0.4}
-    quick = {"calibration": {"steps": 2, "precision": "float32"}} if method == "fips-paper" else {}
+    size = {"budget": 0.5, "sharing": "always"} if method == "fips" else {"bits": 6.4}
+    quick = {"reconstruction": {"steps": 2}, "precision": "float32"} if method == "fips-paper" else {}
     settings = fips.CompressionConfig(method=method, targets=[r"re:attn\.|attention\."], **size, **quick)
     fips.compress(model, batches, settings)
     roles = {".".join(name.split(".")[-2:]): str(layer.role) for name, layer in factored_layers(model).items()}

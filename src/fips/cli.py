@@ -43,10 +43,10 @@ Dtype = Annotated[
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's repository.")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name or YAML file; options override it.")]
 Budget = Annotated[float | None, typer.Option(help="Fraction of the layers' parameters to keep.")]
-TargetBytes = Annotated[float | None, typer.Option(help="Stored bytes of layers to keep, relative to 16 bits.")]
+Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the layers, patterns and scales included.")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the factors.")]
 Pattern = Annotated[str | None, typer.Option(help="auto, unstructured, N:M such as 4:16, block4 or block8.")]
-GroupSize = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
+ShareBlocks = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
 Groups = Annotated[str | None, typer.Option(help="Explicit groups of block indices, such as `0-3,4-7,8-11`.")]
 Targets = Annotated[
     list[str] | None, typer.Option(help="Layers to compress: name, suffix, glob or re:... (repeatable).")
@@ -67,10 +67,10 @@ def inspect(
     model: ModelArgument,
     recipe: RecipeOption = None,
     budget: Budget = None,
-    target_bytes: TargetBytes = None,
+    bits: Bits = None,
     sparsity: Sparsity = None,
     pattern: Pattern = None,
-    group_size: GroupSize = None,
+    share_blocks: ShareBlocks = None,
     groups: Groups = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -80,7 +80,7 @@ def inspect(
     """List the layers found, their groups, ranks, parameters and bytes; changes nothing and reads no weights."""
     from fips.app.commands import plan_source
 
-    setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_size=0.5)
+    setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_size=8.0)
     _, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
     _print_plan(plan, as_json=as_json, with_layers=True)
 
@@ -90,7 +90,7 @@ def compress(
     model: OptionalModel = None,
     data: Data = None,
     budget: Budget = None,
-    target_bytes: TargetBytes = None,
+    bits: Bits = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write; absent or empty.")] = None,
     recipe: RecipeOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.")] = False,
@@ -108,13 +108,13 @@ def compress(
         int | None, typer.Option(metavar="STEPS", help="End-to-end steps with the original as teacher.")
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="static, gmp or rigl.")] = None,
-    threshold: Annotated[str | None, typer.Option(help="One threshold per `group` or per `layer`.")] = None,
-    group_size: GroupSize = None,
+    threshold_scope: Annotated[str | None, typer.Option(help="One threshold per `group` or per `layer`.")] = None,
+    share_blocks: ShareBlocks = None,
     groups: Groups = None,
     targets: Targets = None,
     ignore: Ignore = None,
     factor_dtype: Annotated[str | None, typer.Option(help="Storage type: float32, bfloat16 or float16.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Calibration steps per group.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of block-wise reconstruction per group.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="Calibration arithmetic: auto, float32, bfloat16.")] = None,
     activation_memory: Annotated[str | None, typer.Option(help="RAM for recorded activations, such as 2GiB.")] = None,
@@ -137,7 +137,7 @@ def compress(
     setting = _recipe(
         recipe,
         compression=_given(options, COMPRESSION),
-        calibration=_given(options, CALIBRATION),
+        reconstruction=_given(options, RECONSTRUCTION),
         data=_data_fields(options),
     )
     if dry_run:
@@ -235,8 +235,8 @@ def compare(
         ),
     ] = None,
     sizes: Annotated[
-        str, typer.Option("--bytes", help="Stored bytes of the layers relative to 16-bit dense.")
-    ] = "0.3,0.4,0.5,0.6",
+        str, typer.Option("--bits", help="Stored bits per weight of the layers, with commas between them.")
+    ] = "4,4.8,6.4,8",
     seeds: Annotated[str, typer.Option(help="Seeds of calibration samples and solvers.")] = "0",
     eval_data: Annotated[str | None, typer.Option(help="Data to score on; default: --data.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
@@ -252,7 +252,7 @@ def compare(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Compare methods at equal stored bytes: quality, block error, size and time of each."""
+    """Compare methods at equal stored bits: quality, block error, size and time of each."""
     from fips.app.commands import compare_source
     from fips.app.tables import comparison_table
     from fips.config import DataConfig
@@ -262,7 +262,7 @@ def compare(
     with _counter("compare") as progress:
         result = compare_source(
             model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(",") if methods else None,
-            sizes=_numbers("--bytes", sizes, float), seeds=_numbers("--seeds", seeds, int), dtype=dtype,
+            sizes=_numbers("--bits", sizes, float), seeds=_numbers("--seeds", seeds, int), dtype=dtype,
             device=device, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     _print_json(result.to_dict()) if as_json else stdout.print(comparison_table(result))
@@ -305,7 +305,7 @@ def recipes(as_json: Json = False) -> None:
     table = Table("recipe", "model", "keeps", "description")
     for name, entry in entries.items():
         setting = entry.compression
-        size = f"{setting.budget:g} parameters" if setting.budget else f"{setting.target_bytes:g} bytes"
+        size = f"{setting.budget:g} parameters" if setting.budget else f"{setting.bits:g} bits"
         table.add_row(name, entry.model or "any", size, entry.description)
     stdout.print(table)
 
@@ -313,7 +313,9 @@ def recipes(as_json: Json = False) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")] = Path("fips-demo"),
-    target_bytes: Annotated[float, typer.Option(help="Stored bytes of layers to keep, relative to 16 bits.")] = 0.3,
+    bits: Annotated[
+        float, typer.Option(help="Stored bits per weight of the layers, patterns and scales included.")
+    ] = 4.8,
     as_json: Json = False,
 ) -> None:
     """Compress the embedded byte-level Llama on your interpreter's standard library; no network, under 3 minutes."""
@@ -321,14 +323,15 @@ def demo(
 
     console = stderr if as_json else stdout
     with _progress_bars() as progress:
-        result = run_demo(output, target_bytes=target_bytes, console=console, progress=progress)
+        result = run_demo(output, bits=bits, console=console, progress=progress)
     if as_json:
         _print_json(result)
 
 
-COMPRESSION = ("budget", "target_bytes", "method", "values", "sparsity", "pattern", "schedule", "threshold",
-               "group_size", "groups", "targets", "ignore", "factor_dtype", "activation_bits", "seed")  # fmt: skip
-CALIBRATION = ("steps", "learning_rate", "precision", "activation_memory")
+COMPRESSION = ("budget", "bits", "method", "values", "sparsity", "pattern", "schedule", "threshold_scope",
+               "share_blocks", "groups", "targets", "ignore", "factor_dtype", "activation_bits", "precision",
+               "activation_memory", "seed")  # fmt: skip
+RECONSTRUCTION = ("steps", "learning_rate")
 DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
 
 
@@ -349,7 +352,7 @@ def _parse_group(text: str) -> dict[str, Any]:
         return {"sharing": "auto" if text == "auto" else "never"}
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"`--group` wants `auto`, `none` or a number of blocks, got {text!r}")
-    return {"sharing": "always", "group_size": int(text)}
+    return {"sharing": "always", "share_blocks": int(text)}
 
 
 def _numbers(option: str, text: str, kind: Any) -> list[Any]:
@@ -383,7 +386,7 @@ def _recipe(
     name: str | None,
     *,
     compression: dict[str, Any],
-    calibration: dict[str, Any] | None = None,
+    reconstruction: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     default_size: float | None = None,
 ) -> Any:
@@ -392,23 +395,25 @@ def _recipe(
     from fips.recipes import load_recipe
 
     base = load_recipe(name or settings_of(compression.get("method", DEFAULT_METHOD)).recipe)
-    sized = "budget" in compression or "target_bytes" in compression
+    sized = "budget" in compression or "bits" in compression
     if name is None and not sized:
         if default_size is None:
             raise ConfigError(
-                "no size: give --target-bytes (stored bytes), --budget (fraction of parameters) or --recipe"
+                "no size: give --bits (stored bits per weight), --budget (fraction of parameters) or --recipe"
             )
-        compression = {**compression, "target_bytes": default_size}
+        compression = {**compression, "bits": default_size}
     if sized or name is None:
-        compression = {"budget": None, "target_bytes": None, **compression}
+        compression = {"budget": None, "bits": None, **compression}
     method = settings_of(compression.get("method", base.compression.method))
     if "pattern" in compression and "sparsity" in method.model_fields:
         compression = {"sparsity": None, **compression}
-    if "group_size" in compression and "groups" not in compression:
+    if "share_blocks" in compression and "groups" not in compression:
         compression = {**compression, "groups": None}
     settings = base.compression.replace(**compression)
-    if calibration:
-        settings = settings.replace(calibration=settings.calibration.replace(**calibration))
+    if reconstruction:
+        before = getattr(settings, "reconstruction", None)  # methods without one say whose it is
+        fields = reconstruction if before is None else before.replace(**reconstruction)
+        settings = settings.replace(reconstruction=fields)
     if not data:
         return Recipe(**{**_fields(base), "compression": settings})
     known = (

@@ -76,7 +76,7 @@ def compress(
         bench = Workbench(model, config, data, device, method.needs, method.temperature, progress, moments)
         with preserved(model), in_native_types(model):
             bench.try_batch()
-            with autocast_for(config.calibration.precision, device):
+            with autocast_for(config.precision, device):
                 plan = leave_dense(plan, model, config, bench.survey(sites))
                 groups = method.compress(bench, plan)
         for group in groups:
@@ -93,7 +93,7 @@ def compress(
             notes=bench.notes,
             environment={
                 **(measured("hardware and versions", lambda: environment(device)) or {}),
-                "precision": resolve_precision(config.calibration.precision, device),
+                "precision": resolve_precision(config.precision, device),
             },
         )
     model.fips_report = report  # type: ignore[assignment]

@@ -28,7 +28,6 @@ from fips.errors import ConfigError
 
 __all__ = [
     "SETTINGS",
-    "CalibrationConfig",
     "CompressionConfig",
     "DataConfig",
     "InputsConfig",
@@ -100,16 +99,7 @@ def _nested(owner: type[Settings], kind: type[Settings]) -> Iterator[Mapping[str
             yield field.annotation.model_fields
 
 
-class CalibrationConfig(Settings):
-    """How the calibration examples pass through the model."""
-
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the calibration passes; `auto` is bfloat16 where the hardware multiplies it natively."""
-    activation_memory: ByteSize = ByteSize(1 << 30)
-    """Upper bound for recorded activations in RAM, per group; what exceeds it goes to a temporary file."""
-
-
-class ReconstructionConfig(CalibrationConfig):
+class ReconstructionConfig(Settings):
     """Joint block-wise reconstruction: AdamW with a cosine schedule on the original activations."""
 
     steps: int = Field(default=0, ge=0)
@@ -138,7 +128,7 @@ class InputMetricConfig(Settings):
 
 
 class CompressionConfig(Settings):
-    """How to compress: the method, and what all methods share. One of `budget` and `target_bytes` is required.
+    """How to compress: the method, and what all methods share. One of `budget` and `bits` is required.
 
     ``CompressionConfig(method="gptq", ...)`` makes settings of the class that belongs to the method and takes the
     fields of that class too; they are listed where the method is, in ``fips.methods``.
@@ -149,23 +139,26 @@ class CompressionConfig(Settings):
     recipe among them, are in ``fips.methods``."""
     budget: float | None = Field(default=None, gt=0, le=1)
     """Fraction of the parameters of the layers to keep: basis entries plus non-zeros of the factors."""
-    target_bytes: float | None = Field(default=None, gt=0, le=1)
-    """Stored bytes of the layers (values, patterns, scales, bases) as a fraction of the dense ones in a 16-bit type."""
+    bits: float | None = Field(default=None, gt=0, le=16)
+    """Stored bits per weight of the compressed layers, on average: values, patterns, scales and bases."""
     activation_bits: Literal[8] | None = None
     """8: kernels may round the inputs of layers with integer values to 8 bits, one scale per token; written with the
     model. Faster for many tokens; results differ a little. Default: inputs as exact as their type."""
-    group_size: int = Field(default=4, ge=1)
+    share_blocks: int = Field(default=4, ge=1)
     """Consecutive blocks of equal width that share a basis."""
     groups: tuple[tuple[int, ...], ...] | None = None
-    """Explicit groups of block indices, counted over all blocks found; overrides `group_size`."""
+    """Explicit groups of block indices, counted over all blocks found; overrides `share_blocks`."""
     targets: tuple[str, ...] | None = None
     """Layers to compress instead of those found: names, suffixes, globs, or `re:` patterns."""
     ignore: tuple[str, ...] = ()
     """Layers to leave alone, same syntax."""
     factor_dtype: FactorDtype | None = None
     """Storage type of bases, floating values and scales. Default: that of the weights, but 16 bits (bfloat16 for
-    float32 weights) with `target_bytes`."""
-    calibration: CalibrationConfig = CalibrationConfig()
+    float32 weights) with `bits`."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of passes over the data; `auto` is bfloat16 where the hardware multiplies it natively."""
+    activation_memory: ByteSize = ByteSize(1 << 30)
+    """Upper bound for recorded activations in RAM, per group; what exceeds it goes to a temporary file."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order in which calibration batches are drawn."""
 
@@ -179,9 +172,11 @@ class CompressionConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.budget is None) == (self.target_bytes is None):
+        if (self.budget is None) == (self.bits is None):
             given = "both" if self.budget is not None else "neither"
-            raise ValueError(f"give either `budget` (parameters) or `target_bytes` (stored bytes), got {given}")
+            raise ValueError(
+                f"give either `budget` (fraction of parameters) or `bits` (stored bits per weight), got {given}"
+            )
         if self.activation_bits is not None and not self.has_integers:
             raise ValueError("`activation_bits` goes with integer `values`, got `values: float`")
         self.check()
@@ -208,7 +203,7 @@ class CompressionConfig(Settings):
     @classmethod
     def from_record(cls, fields: Mapping[str, Any]) -> CompressionConfig:
         """Settings from a report. Those of earlier versions hold the fields of all methods, null for a default."""
-        return CompressionConfig(**_known(fields, settings_of(fields.get("method", DEFAULT_METHOD))))
+        return CompressionConfig(**_known(_renamed(fields), settings_of(fields.get("method", DEFAULT_METHOD))))
 
     @classmethod
     def unknown_field(cls, name: str) -> str:
@@ -233,6 +228,19 @@ def settings_of(method: str) -> type[CompressionConfig]:
         guess = _guess(str(method), SETTINGS)
         raise ConfigError(f"`method`: there is no `{method}`; {guess}known methods: {', '.join(SETTINGS)}")
     return SETTINGS[method]
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of reports and recipes of earlier versions under the names of now."""
+    found = dict(fields)
+    if found.get("target_bytes") is not None:  # a fraction of 16 bits
+        found["bits"] = 16 * found.pop("target_bytes")
+    for old, new in (("group_size", "share_blocks"), ("threshold", "threshold_scope")):
+        if old in found:
+            found[new] = found.pop(old)
+    calibration = dict(found.pop("calibration", None) or {})
+    moved = {name: calibration.pop(name) for name in ("precision", "activation_memory") if name in calibration}
+    return {**found, **moved, **({"reconstruction": calibration} if calibration else {})}
 
 
 def _known(fields: Mapping[str, Any], owner: type[Settings]) -> dict[str, Any]:
@@ -261,7 +269,7 @@ class SparseConfig(CompressionConfig):
     """`unstructured`, or `N:M`, N non-zeros in every M consecutive entries along the reduction."""
     schedule: Literal["static", "gmp", "rigl"] = "static"
     """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow."""
-    calibration: ReconstructionConfig = ReconstructionConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
 
     def check(self) -> None:
         if self.nm is None:

@@ -74,7 +74,7 @@ def calibration_memory(
     """
     twin = copy.deepcopy(model)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in twin.parameters())
-    if resolve_precision(config.calibration.precision, device) == "bfloat16" and _dtype(twin) == torch.float32:
+    if resolve_precision(config.precision, device) == "bfloat16" and _dtype(twin) == torch.float32:
         twin.to(torch.bfloat16)  # activations are, and so are copies of the weights that the backward pass keeps
         stored += stored // 2
     elif _dtype(twin) == torch.bfloat16 and not has_bfloat16(device):

@@ -228,7 +228,7 @@ def compare_source(
     place = pick_device(device)
     methods = methods or list(aliases())
     for method in methods:
-        method_config(method, target_bytes=sizes[0], seed=0)
+        method_config(method, bits=sizes[0], seed=0)
     dtype = resolve_dtype(dtype)
     empty = empty_model(source, compressed=False, trust_remote_code=trust_remote_code)
     facts = {
@@ -272,7 +272,7 @@ def _fitting_comparison(
 ) -> DataConfig:
     """Batches that fit whichever of the methods needs most."""
     chosen = "batch_size" in data.model_fields_set
-    configs = [method_config(method, target_bytes=size, seed=0) for method in methods]
+    configs = [method_config(method, bits=size, seed=0) for method in methods]
     for config in {config.method: config for config in configs}.values():
         with suppress(BudgetError):
             data = fitting_data(model, plan_compression(model, config), config, data, device=device, chosen=chosen)

@@ -26,19 +26,17 @@ WINDOW = 512
 EVALUATION_WINDOWS = 256
 
 
-def demo_recipe(*, target_bytes: float) -> Recipe:
+def demo_recipe(*, bits: float) -> Recipe:
     """The shipped ``demo`` recipe at a size."""
     recipe = load_recipe("demo")
-    fields = {**recipe.compression.model_dump(exclude_unset=True), "target_bytes": target_bytes}
+    fields = {**recipe.compression.model_dump(exclude_unset=True), "bits": bits}
     return recipe.model_copy(update={"compression": CompressionConfig(**fields)})
 
 
-def run_demo(
-    output: Path, *, target_bytes: float, console: Console, progress: Progress | None = None
-) -> dict[str, Any]:
+def run_demo(output: Path, *, bits: float, console: Console, progress: Progress | None = None) -> dict[str, Any]:
     """Compress the embedded model into ``output`` and print each step; returns the figures as a JSON-able dict."""
     started = time.perf_counter()
-    recipe = demo_recipe(target_bytes=target_bytes)
+    recipe = demo_recipe(bits=bits)
     require_free(output)
     source = str(MODEL_DIRECTORY)
     _, plan = plan_source(source, recipe)

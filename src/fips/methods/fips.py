@@ -39,8 +39,8 @@ from fips.methods.workbench import (
 )
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
-from fips.plan.groups import GroupPlan, solved_plan, target_bytes
-from fips.plan.least import REFERENCE_ITEMSIZE
+from fips.plan.groups import GroupPlan, byte_target, solved_plan
+from fips.plan.least import BYTES_PER_BIT
 from fips.plan.plan import CompressionPlan
 from fips.plan.planner import check_inputs, equal_layers
 from fips.solve.alternate import Factorization
@@ -50,7 +50,7 @@ from fips.solve.search import SIZES, WORTH_SHARING, Choice, GroupSearch, Point, 
 from fips.solve.supports import Reduction
 from fips.training.distill import DistillConfig, distill_
 from fips.training.factors import TrainableGroup, swapped
-from fips.training.reconstruct import BlockError, calibrate_
+from fips.training.reconstruct import BlockError, reconstruct_
 
 __all__ = ["Fips", "FipsConfig", "MetricConfig", "site_problem"]
 
@@ -84,7 +84,7 @@ class FipsConfig(SparseConfig):
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning)."""
     values: Literal["auto"] | ValueKind | None = None
     """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
-    bits as measured per layer. Default: `auto` with `target_bytes`, else float."""
+    bits as measured per layer. Default: `auto` with `bits`, else float."""
     pattern: str = Field(default="auto", pattern=PATTERN)
     """`unstructured`; `N:M`, N non-zeros in every M consecutive entries along the reduction; `block4` or `block8`, one
     mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
@@ -100,8 +100,8 @@ class FipsConfig(SparseConfig):
             raise ValueError(
                 "`sharing: always` needs a pattern of free size, got N:M; leave `pattern` or `sharing` out"
             )
-        if self.values == "auto" and self.target_bytes is None:
-            raise ValueError("`values: auto` weighs bits against bytes: give `target_bytes`, not `budget`")
+        if self.values == "auto" and self.bits is None:
+            raise ValueError("`values: auto` weighs bits against bytes: give `bits`, not `budget`")
         if self.schedule == "gmp":
             raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
         if self.schedule == "rigl" and self.pattern not in ("auto", "unstructured"):
@@ -116,7 +116,7 @@ class FipsConfig(SparseConfig):
         """``values``, or its default for the kind of size."""
         if self.values is not None:
             return self.values
-        return "auto" if self.target_bytes is not None else "float"
+        return "auto" if self.bits is not None else "float"
 
     @property
     def resolved_pattern(self) -> str:
@@ -143,7 +143,7 @@ class Fips(Method[FipsConfig]):
 
     @property
     def trains_blocks(self) -> bool:
-        return self.config.calibration.steps > 0
+        return self.config.reconstruction.steps > 0
 
     @property
     def trains_model(self) -> bool:
@@ -182,11 +182,11 @@ class Fips(Method[FipsConfig]):
             LayerStorage(site.width * site.columns * n // m, config.pattern, kind, shared=False) for site in group.sites
         ]
         spent = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=layers).bytes
-        return layers, config.target_bytes is None or spent <= target_bytes(group, config)
+        return layers, config.bits is None or spent <= byte_target(group, config)
 
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """A shared basis if there must be one, and an entry for every row and column of every matrix."""
-        item, unit = itemsize(dtype), REFERENCE_ITEMSIZE if self.config.budget is None else 1
+        item, unit = itemsize(dtype), BYTES_PER_BIT if self.config.budget is None else 1
         least = {site: _least(site, self.config, item) for site in group.sites}
         if self.config.sharing == "always" and len(group.sites) > 1:
             basis = group.width**2 * (item if self.config.budget is None else 1)
@@ -463,7 +463,7 @@ def _solve(bench: Workbench, plan: GroupPlan, config: FipsConfig, search: _Searc
 
 def _train(bench: Workbench, item: _Solved, config: FipsConfig) -> None:
     """Train a group block by block, and measure its errors before any training."""
-    if not config.calibration.steps and not config.distill.steps:
+    if not config.reconstruction.steps and not config.distill.steps:
         return
     plan, found = item.plan, item.found
     group = TrainableGroup(found.basis_DR, found.factors_RF, plan.group.sites, item.biases, config, None)
@@ -471,7 +471,7 @@ def _train(bench: Workbench, item: _Solved, config: FipsConfig) -> None:
     if found.grids is not None:
         group.set_grids(found.grids)
     item.trainable = group
-    limit = None if config.calibration.steps else MAX_ERROR_BATCHES
+    limit = None if config.reconstruction.steps else MAX_ERROR_BATCHES
     with bench.recorded(plan.group, limit=limit) as (records, spool):
         start = measured(
             f"the block errors of group {plan.group.name} before training",
@@ -479,10 +479,10 @@ def _train(bench: Workbench, item: _Solved, config: FipsConfig) -> None:
         )
         item.start = start or ()
         with swapped(bench.model, group.modules):
-            steps = config.calibration.steps
-            item.losses = calibrate_(
+            steps = config.reconstruction.steps
+            item.losses = reconstruct_(
                 group, bench.blocks(plan.group), records, spool, bench.device,
-                lambda step, loss: bench.report("calibrate", plan.group.name, step + 1, steps, loss),
+                lambda step, loss: bench.report("reconstruct", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
 
 
@@ -557,14 +557,14 @@ def _bits(config: FipsConfig) -> tuple[int | None, ...]:
 
 def _share(plan: GroupPlan, config: FipsConfig) -> float:
     """Bytes, or numbers where the setting counts numbers, of an equal split."""
-    if config.target_bytes is not None:
-        return target_bytes(plan.group, config)
+    if config.bits is not None:
+        return byte_target(plan.group, config)
     assert config.budget is not None
     return config.budget * plan.group.width * plan.group.columns
 
 
 def _pricing(plan: GroupPlan, config: FipsConfig) -> Pricing:
-    if config.target_bytes is None:
+    if config.bits is None:
         return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0, value_bit=1 / (_bits(config)[0] or 1))
     size = itemsize(plan.dtype)
     return Pricing(value=size, basis_entry=size, row_scale=0.0 if config.value_kind == "float" else size)

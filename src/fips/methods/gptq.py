@@ -20,8 +20,8 @@ from fips.methods.registry import register
 from fips.methods.workbench import Needs
 from fips.models import LayerGroup
 from fips.plan.footprint import itemsize
-from fips.plan.groups import GroupPlan, target_bytes
-from fips.plan.least import EPS, REFERENCE_ITEMSIZE
+from fips.plan.groups import GroupPlan, byte_target
+from fips.plan.least import BYTES_PER_BIT, EPS
 from fips.solve.moments import usable_moment
 from fips.solve.rounding import round_rows, row_steps
 
@@ -29,13 +29,13 @@ __all__ = ["Gptq", "GptqConfig", "gptq"]
 
 
 class GptqConfig(InputsConfig):
-    """The width of the integers follows from `target_bytes`."""
+    """The width of the integers follows from `bits`."""
 
     method: Literal["gptq"] = "gptq"
 
     def check(self) -> None:
-        if self.target_bytes is None:
-            raise ValueError("`method: gptq` keeps all parameters in fewer bits: give `target_bytes`, not `budget`")
+        if self.bits is None:
+            raise ValueError("`method: gptq` keeps all parameters in fewer bits: give `bits`, not `budget`")
 
     @property
     def has_integers(self) -> bool:
@@ -50,7 +50,7 @@ class Gptq(MatrixMethod[GptqConfig]):
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """2 bits for every entry."""
         size = group.width * group.columns
-        return (size / 4 + _scale_bytes(group, dtype)) / (REFERENCE_ITEMSIZE * size)
+        return (size / 4 + _scale_bytes(group, dtype)) / (BYTES_PER_BIT * size)
 
     def store(self, weight_OI: Tensor, moment_II: Tensor | None, plan: GroupPlan) -> StoredMatrix:
         assert moment_II is not None
@@ -61,7 +61,7 @@ class Gptq(MatrixMethod[GptqConfig]):
 
     def _bits(self, plan: GroupPlan) -> int:
         size = plan.group.width * plan.group.columns
-        allowed = target_bytes(plan.group, self.config) - _scale_bytes(plan.group, plan.dtype)
+        allowed = byte_target(plan.group, self.config) - _scale_bytes(plan.group, plan.dtype)
         bits = min(int(8 * allowed / size + EPS), 8)
         if bits < 2:
             raise BudgetError(

@@ -24,8 +24,8 @@ from fips.methods.registry import register
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, dense_matrix
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import Footprint, itemsize
-from fips.plan.groups import GroupPlan, target_bytes
-from fips.plan.least import EPS, REFERENCE_ITEMSIZE
+from fips.plan.groups import GroupPlan, byte_target
+from fips.plan.least import BYTES_PER_BIT, EPS
 from fips.plan.planner import C
 from fips.solve.basis import normalize
 from fips.solve.moments import usable_moment
@@ -57,7 +57,7 @@ class BasisSharingConfig(InputsConfig):
 class _LowRank(GroupwiseMethod[C]):
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """One vector for every matrix."""
-        unit = 1.0 if self.config.budget is not None else itemsize(dtype) / REFERENCE_ITEMSIZE
+        unit = 1.0 if self.config.budget is not None else itemsize(dtype) / BYTES_PER_BIT
         return max(unit * (site.width + site.columns) / (site.width * site.columns) for site in group.sites)
 
     def teams(self, plan: GroupPlan) -> Iterator[list[Site]]:
@@ -101,7 +101,7 @@ class _LowRank(GroupwiseMethod[C]):
             allowed = self.config.budget * (width * columns)
         else:
             share = columns / plan.group.columns
-            allowed = target_bytes(plan.group, self.config) * share / itemsize(plan.dtype)
+            allowed = byte_target(plan.group, self.config) * share / itemsize(plan.dtype)
         rank = int(allowed / (width + columns) + EPS)
         if rank < 1:
             raise BudgetError(f"not one vector of {width} + {columns} numbers fits; ask for more bytes")

@@ -27,14 +27,14 @@ from fips.methods.registry import Method, register
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, measured, pack_group
 from fips.models import LayerGroup
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
-from fips.plan.groups import GroupPlan, target_bytes
-from fips.plan.least import EPS, REFERENCE_ITEMSIZE
+from fips.plan.groups import GroupPlan, byte_target
+from fips.plan.least import BYTES_PER_BIT, EPS
 from fips.plan.plan import CompressionPlan
 from fips.plan.planner import check_inputs
 from fips.solve.patterns import num_nonzeros
 from fips.solve.svd import shared_svd
 from fips.training.factors import TrainableGroup, swapped
-from fips.training.reconstruct import BlockError, Records, calibrate_
+from fips.training.reconstruct import BlockError, Records, reconstruct_
 
 __all__ = ["Paper", "PaperConfig", "grow_rank", "rank_for_budget"]
 
@@ -56,13 +56,13 @@ class PaperConfig(SparseConfig):
     method: Literal["fips-paper"] = "fips-paper"
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     """Fraction of zeros in the factors; default 1 - N/M when `pattern` is N:M, else 0.75."""
-    threshold: Literal["group", "layer"] = "group"
+    threshold_scope: Literal["group", "layer"] = "group"
     """One magnitude threshold over all factors of a group, or one per layer."""
     schedule: Literal["static", "gmp", "rigl"] = "gmp"
     """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow."""
     growth_tau: float = Field(default=32.0, gt=0)
     """Rows added when the rank exceeds the width are copies of the first rows divided by this."""
-    calibration: PaperReconstructionConfig = PaperReconstructionConfig()
+    reconstruction: PaperReconstructionConfig = PaperReconstructionConfig()
 
     recipe: ClassVar[str] = "paper"
 
@@ -91,7 +91,7 @@ class Paper(Method[PaperConfig]):
 
     @property
     def trains_blocks(self) -> bool:
-        return self.config.calibration.steps > 0
+        return self.config.reconstruction.steps > 0
 
     def check(self, group: LayerGroup) -> None:
         """Up layers sum along the rank, which is made to fit; down layers along their inputs."""
@@ -105,7 +105,7 @@ class Paper(Method[PaperConfig]):
         rank = self._rank(group, blank.dtype)
         fmt = config.pattern if config.nm is not None else (BITMASK if config.factor_sparsity > 0 else DENSE)
         sizes = [rank * site.columns for site in group.sites]
-        if config.threshold == "group":
+        if config.threshold_scope == "group":
             sizes = [sum(sizes)]
         kept = sum(num_nonzeros(size=size, sparsity=config.factor_sparsity) for size in sizes)
         factored = factored_footprint(group, rank=rank, nonzeros=kept, fmt=fmt, itemsize=itemsize(blank.dtype))
@@ -120,7 +120,7 @@ class Paper(Method[PaperConfig]):
         if self.config.budget is not None:
             density = 1 - self.config.factor_sparsity
             return least * (group.width + density * group.columns) / (group.width * group.columns)
-        return least * self._vector_bytes(group, dtype) / (REFERENCE_ITEMSIZE * group.width * group.columns)
+        return least * self._vector_bytes(group, dtype) / (BYTES_PER_BIT * group.width * group.columns)
 
     def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
         """Every group on its own: record, factorize, train, pack."""
@@ -139,7 +139,7 @@ class Paper(Method[PaperConfig]):
         multiple = config.nm[1] if config.nm is not None else 1
         budget = config.budget
         if budget is None:
-            rank = int(target_bytes(group, config) / self._vector_bytes(group, dtype)) // multiple * multiple
+            rank = int(byte_target(group, config) / self._vector_bytes(group, dtype)) // multiple * multiple
             budget = rank * (group.width + (1 - config.factor_sparsity) * group.columns) / (group.width * group.columns)
         return rank_for_budget(
             budget=budget, width=group.width, columns=group.columns, sparsity=config.factor_sparsity, multiple=multiple
@@ -190,7 +190,7 @@ def rank_for_budget(*, budget: float, width: int, columns: int, sparsity: float,
 
 def _compress_group(bench: Workbench, plan: GroupPlan, config: PaperConfig) -> CompressedGroup:
     started = time.perf_counter()
-    blocks, steps = bench.blocks(plan.group), config.calibration.steps
+    blocks, steps = bench.blocks(plan.group), config.reconstruction.steps
     with bench.recorded(plan.group) as (records, spool):
         group = _factorize(bench, plan, config)
         with swapped(bench.model, group.modules):
@@ -198,9 +198,9 @@ def _compress_group(bench: Workbench, plan: GroupPlan, config: PaperConfig) -> C
                 f"the block errors of group {plan.group.name} before training",
                 lambda: _errors_of_start(bench, plan, group, records, spool),
             )
-            losses = calibrate_(
+            losses = reconstruct_(
                 group, blocks, records, spool, bench.device,
-                lambda step, loss: bench.report("calibrate", plan.group.name, step + 1, steps, loss),
+                lambda step, loss: bench.report("reconstruct", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
             if not losses:
                 group.prune(config.factor_sparsity)
@@ -219,7 +219,9 @@ def _factorize(bench: Workbench, plan: GroupPlan, config: PaperConfig) -> Traina
     basis_DR, factors_RF = shared_svd(bench.weights(sites), rank=plan.rank)
     basis_DR, factors_RF = grow_rank(basis_DR, factors_RF, rank=plan.rank, tau=config.growth_tau)
     biases = [bench.bias(site) for site in sites]
-    return TrainableGroup(basis_DR, factors_RF, sites, biases, config, config.factor_sparsity, scope=config.threshold)
+    return TrainableGroup(
+        basis_DR, factors_RF, sites, biases, config, config.factor_sparsity, scope=config.threshold_scope
+    )
 
 
 def _errors_of_start(

@@ -64,7 +64,7 @@ class Needs(Flag):
 class ProgressEvent:
     """One step of work: ``done`` of ``total`` steps of a stage, the last loss.
 
-    Stages: ``measure``, ``solve``, ``record``, ``calibrate``, ``distill``.
+    Stages: ``measure``, ``solve``, ``record``, ``reconstruct``, ``distill``.
     """
 
     stage: str
@@ -185,7 +185,7 @@ class Workbench:
         """Inputs and outputs of the group's blocks in the model as it is, for the first ``limit`` batches that run
         them."""
         assert limit is not None or Needs.ACTIVATIONS in self.needs, "a method must declare that it needs activations"
-        with ActivationSpool(self.config.calibration.activation_memory) as spool:
+        with ActivationSpool(self.config.activation_memory) as spool:
             batches = self.counted("record", group.name, limit=limit)
             with torch.no_grad():
                 records = record_blocks(self.model, self.blocks(group), batches, spool, self.run, limit=limit)

@@ -52,11 +52,11 @@ class LayerGroup:
 
 
 def group_layers(
-    sublayers: Sequence[Sublayer], *, group_size: int = 4, groups: Sequence[Sequence[int]] | None = None
+    sublayers: Sequence[Sublayer], *, share_blocks: int = 4, groups: Sequence[Sequence[int]] | None = None
 ) -> tuple[LayerGroup, ...]:
     """Split layers into groups that share a basis.
 
-    Without ``groups``: runs of ``group_size`` consecutive blocks, never across two block lists or two widths; the
+    Without ``groups``: runs of ``share_blocks`` consecutive blocks, never across two block lists or two widths; the
     last group of a run may be smaller. With ``groups``: lists of block indices, counted from 0 over all blocks found;
     blocks in no list stay dense.
 
@@ -68,9 +68,9 @@ def group_layers(
     if groups is None:
         for _, run in groupby(blocks, key=lambda block: (members[block][0].block_list, _widths(members[block]))):
             names = list(run)
-            for start in range(0, len(names), group_size):
+            for start in range(0, len(names), share_blocks):
                 parts += _split_by_width(
-                    [sublayer for block in names[start : start + group_size] for sublayer in members[block]]
+                    [sublayer for block in names[start : start + share_blocks] for sublayer in members[block]]
                 )
     else:
         _check_indices(groups, len(blocks))

@@ -11,9 +11,9 @@ import torch
 from fips.config import CompressionConfig
 from fips.models import LayerGroup
 from fips.plan.footprint import Footprint, LayerStorage, factored_footprint, itemsize
-from fips.plan.least import REFERENCE_ITEMSIZE
+from fips.plan.least import BYTES_PER_BIT
 
-__all__ = ["GroupPlan", "solved_plan", "storage_dtype", "target_bytes"]
+__all__ = ["GroupPlan", "byte_target", "solved_plan", "storage_dtype"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,13 @@ def storage_dtype(config: CompressionConfig, weight_dtype: torch.dtype) -> torch
     if config.factor_dtype:
         found: torch.dtype = getattr(torch, config.factor_dtype)
         return found
-    return torch.bfloat16 if config.target_bytes is not None and itemsize(weight_dtype) > 2 else weight_dtype
+    return torch.bfloat16 if config.bits is not None and itemsize(weight_dtype) > 2 else weight_dtype
 
 
-def target_bytes(group: LayerGroup, config: CompressionConfig) -> float:
-    """Bytes a group may take on average: a share of its dense matrices in a 16-bit type."""
-    assert config.target_bytes is not None
-    return config.target_bytes * REFERENCE_ITEMSIZE * group.width * group.columns
+def byte_target(group: LayerGroup, config: CompressionConfig) -> float:
+    """Bytes that a group may take on average: ``bits`` for every weight."""
+    assert config.bits is not None
+    return config.bits * BYTES_PER_BIT * group.width * group.columns
 
 
 def solved_plan(plan: GroupPlan, *, rank: int, layers: Sequence[LayerStorage]) -> GroupPlan:

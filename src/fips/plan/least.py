@@ -20,10 +20,9 @@ from collections.abc import Mapping
 from fips.config import CompressionConfig
 from fips.errors import BudgetError
 
-__all__ = ["EPS", "REFERENCE_ITEMSIZE", "require_sensible_size", "round_up"]
+__all__ = ["BYTES_PER_BIT", "EPS", "require_sensible_size", "round_up"]
 
-REFERENCE_ITEMSIZE = 2
-"""Sizes are compared with dense matrices in a 16-bit type, whatever type a checkpoint happens to use."""
+BYTES_PER_BIT = 1 / 8
 EPS = 1e-9
 
 
@@ -32,15 +31,16 @@ def require_sensible_size(sizes: Mapping[str, float], config: CompressionConfig)
 
     ``sizes`` are the smallest sensible ones of all groups by name.
     """
-    name, value = ("budget", config.budget) if config.budget is not None else ("target_bytes", config.target_bytes)
+    by_budget = config.budget is not None
+    name, value, most = ("budget", config.budget, 1) if by_budget else ("bits", config.bits, 16)
     assert value is not None
     worst = max(sizes, key=lambda key: sizes[key])
     least = sizes[worst]
     if value >= least * (1 - EPS):
         return
     start = f"`{name}` {value:g} is too small for group {worst}: less than an entry for every row and column"
-    if float(round_up(least)) > 1:
-        raise BudgetError(f"{start}, and so is 1, the most there is; leave its layers out with `ignore`")
+    if float(round_up(least)) > most:
+        raise BudgetError(f"{start}, and so is {most}, the most there is; leave its layers out with `ignore`")
     raise BudgetError(
         f"{start} would be left of a matrix; the smallest `{name}` for these settings is {round_up(least)}"
     )

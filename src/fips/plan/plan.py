@@ -92,7 +92,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
         raise ModelError("the model is already compressed; `fips.merge(model)` turns it back into dense layers")
     located = locate_layers(model, targets=config.targets, ignore=config.ignore)
     _check_whole(model, located.sublayers, config)
-    groups = group_layers(located.sublayers, group_size=config.group_size, groups=config.groups)
+    groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
     _check_sizes(model, groups, config)
     grouped = {block for group in groups for block in group.blocks}
     outside = [

@@ -17,8 +17,8 @@ from fips.errors import ConfigError
 from fips.formats.packing import BITMASK, ValueKind, value_bits
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
-from fips.plan.groups import GroupPlan, solved_plan, target_bytes
-from fips.plan.least import EPS, REFERENCE_ITEMSIZE
+from fips.plan.groups import GroupPlan, byte_target, solved_plan
+from fips.plan.least import BYTES_PER_BIT, EPS
 
 __all__ = ["PLANNERS", "Planner", "check_inputs", "equal_layers", "planner_of"]
 
@@ -53,7 +53,7 @@ class Planner(ABC, Generic[C]):
         return solved_plan(blank, rank=0, layers=layers)
 
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
-        """The smallest sensible ``budget`` or ``target_bytes``, whichever is set, of one group; may exceed 1."""
+        """The smallest sensible ``budget`` or ``bits``, whichever is set, of one group; may exceed 1."""
         size = group.width * group.columns
         kept = max(math.ceil(size * self.least_density(site) - EPS) for site in group.sites)
         if self.config.budget is not None:
@@ -61,7 +61,7 @@ class Planner(ABC, Generic[C]):
         empty = [LayerStorage(0, values=self.values, shared=False) for _ in group.sites]
         overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
         entry_bits = value_bits(self.values) or 8 * itemsize(dtype)
-        return (kept * entry_bits / 8 + overhead) / (REFERENCE_ITEMSIZE * size)
+        return (kept * entry_bits / 8 + overhead) / (BYTES_PER_BIT * size)
 
     def least_density(self, site: Site) -> float:
         """Share of a layer's entries that is one for every row and every column."""
@@ -90,7 +90,7 @@ def equal_layers(
     empty = [LayerStorage(0, fmt, kind, shared=False) for _ in group.sites]
     overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
     value_bytes = (value_bits(kind) or 8 * itemsize(dtype)) / 8
-    left = config.budget * size * value_bytes if config.budget else target_bytes(group, config) - overhead
+    left = config.budget * size * value_bytes if config.budget else byte_target(group, config) - overhead
     kept = min(int(max(left, 0.0) / value_bytes + 1e-9), size)
     share, rest = divmod(kept, len(group.sites))
     layers = [replace(layer, nonzeros=share + (index < rest)) for index, layer in enumerate(empty)]

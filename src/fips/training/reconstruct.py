@@ -19,7 +19,7 @@ from fips.calibration.record import ActivationSpool, BlockCall
 from fips.training.factors import TrainableGroup
 from fips.training.schedules import cosine, gmp_sparsity, rigl_fraction, update_steps
 
-__all__ = ["BlockError", "block_errors", "calibrate_"]
+__all__ = ["BlockError", "block_errors", "reconstruct_"]
 
 Records = Sequence[Mapping[str, BlockCall]]
 
@@ -63,7 +63,7 @@ def block_errors(
     return results
 
 
-def calibrate_(
+def reconstruct_(
     group: TrainableGroup,
     blocks: Mapping[str, nn.Module],
     records: Records,
@@ -76,7 +76,7 @@ def calibrate_(
     One step takes one recorded batch; batches come in a seeded random order, reshuffled every pass. The support
     follows ``config.schedule`` and has its final sparsity from ``update_end`` of the steps on.
     """
-    settings = group.config.calibration
+    settings = group.config.reconstruction
     steps, rate = settings.steps, settings.learning_rate
     optimizer = torch.optim.AdamW(group.learning_rates(rate, weight_decay=settings.weight_decay))
     last = min(settings.min_learning_rate / rate, 1.0)
@@ -117,7 +117,7 @@ class _Support:
     """Applies the sparsity schedule: pruning before a step, RigL after its backward pass."""
 
     def __init__(self, group: TrainableGroup, optimizer: torch.optim.Optimizer) -> None:
-        settings = group.config.calibration
+        settings = group.config.reconstruction
         self.group, self.optimizer = group, optimizer
         self.schedule = group.config.schedule
         self.final = group.sparsity
