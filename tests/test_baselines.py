@@ -10,6 +10,7 @@ from conftest import batches_for, tiny_model
 from torch import Tensor
 
 import fips
+from fips.formats.values import values_named
 from fips.layers.linear import factored_layers
 from fips.methods.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
 from fips.methods.pruning import magnitude, sparsegpt, wanda
@@ -58,7 +59,7 @@ def test_wanda_keeps_the_same_number_in_every_row_by_weight_times_input() -> Non
 
 
 def test_gptq_beats_rounding_to_the_nearest_on_the_outputs() -> None:
-    rounded, steps = gptq(weight(), moment(), bits=3, dtype=torch.float32)
+    rounded, steps = gptq(weight(), moment(), values=values_named("int3"), dtype=torch.float32)
     integers = rounded / steps.unsqueeze(1)
     torch.testing.assert_close(integers, integers.round(), atol=1e-4, rtol=0)
     nearest = (weight() / steps.unsqueeze(1)).round().clamp(-3, 3) * steps.unsqueeze(1)

@@ -26,6 +26,7 @@ from fips.calibration.heads import ScoredHead, draw_direction, read_heads
 from fips.calibration.moments import RunningVariance, collect_moments
 from fips.config import BASELINES, Method
 from fips.errors import BudgetError, ModelError, NoMatchError
+from fips.formats.values import values_named
 from fips.layers.linear import FactoredLinear, factored_layers
 from fips.methods.lowrank import shared_whitened_svd, whitened_svd
 from fips.methods.pruning import sparsegpt, wanda
@@ -484,7 +485,7 @@ def test_published_methods_take_any_moment(moment: Tensor) -> None:
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
     basis, (factor,) = shared_whitened_svd([weight.T.contiguous()], moment, rank=5)
     found = {
-        "gptq": gptq(weight, moment, bits=4, dtype=torch.float32)[0],
+        "gptq": gptq(weight, moment, values=values_named("int4"), dtype=torch.float32)[0],
         "sparsegpt": sparsegpt(weight, moment, density=0.5)[0],
         "wanda": wanda(weight, moment, density=0.5)[0],
         "down": torch.matmul(*whitened_svd(weight, moment, reads_stream=False, rank=5)),
@@ -504,7 +505,7 @@ def test_conjugate_gradients_end_where_the_operator_is_zero() -> None:
 
 def test_a_search_of_a_matrix_that_costs_nothing_divides_by_nothing() -> None:
     problem = LayerProblem(torch.zeros(16, 48), torch.eye(16), torch.eye(48))
-    search = GroupSearch([problem], [0], Pricing(value=2.0, basis_entry=2.0), {})
+    search = GroupSearch([problem], [0], Pricing(value=2.0, basis_entry=2.0))
     size = 0.6 * search.dense_bytes(Choice(False, "unstructured"))
     assert search.first_ratio(Choice(True, "unstructured"), 3 * size) == math.inf
     assert [point.loss for point in search.trials([Choice(False, "unstructured")], size)] == [0.0] * 4

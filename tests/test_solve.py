@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fips.errors import BudgetError
-from fips.solve.patterns import nm_mask, prune_and_regrow, top_mask, top_masks, unstructured_masks
+from fips.formats.masks import nm_mask, top_mask, top_masks
+from fips.solve.patterns import prune_and_regrow, unstructured_masks
 from fips.solve.rank import num_nonzeros, rank_for_budget
 from fips.solve.svd import grow_rank, shared_svd
 from fips.training.schedules import gmp_sparsity, rigl_fraction, update_steps

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fips.errors import ConfigError
+from fips.formats.patterns import BITMASK, Pattern, pattern_for
+from fips.formats.values import Values, automatic_values, values_named
 
 __all__ = ["CalibrationConfig", "CompressionConfig", "DataConfig", "DistillConfig", "MetricConfig", "Recipe"]
 
 FactorDtype = Literal["float32", "bfloat16", "float16"]
 Method = Literal["fips", "fips-paper", "gptq", "magnitude", "wanda", "sparsegpt", "svd", "svd-llm", "basis-sharing"]
-Values = Literal["auto", "float", "int8", "int7", "int6", "int5", "int4", "int3", "int2"]
 DEFAULT_SPARSITY = 0.75
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
-AUTO_BITS = (3, 4, 5, 6, 8)
-"""Widths that `values: auto` chooses among."""
 BASELINES = ("gptq", *PRUNERS, "svd", "svd-llm", "basis-sharing")
 
 
@@ -54,7 +53,8 @@ def _explain(error: ValidationError, owner: type[Settings]) -> str:
             guess = f"did you mean `{near[0]}`? " if near else ""
             lines.append(f"unknown field `{name}` in {owner.__name__}; {guess}known fields: {', '.join(known)}")
         elif item["type"] == "value_error":
-            lines.append(f"{item['msg'].removeprefix('Value error, ')}")
+            where = f"`{name}`: " if isinstance(item["input"], str) else ""
+            lines.append(f"{where}{item['msg'].removeprefix('Value error, ')}")
         elif item["type"] == "missing":
             lines.append(f"`{name}` is required in {owner.__name__}")
         else:
@@ -128,7 +128,7 @@ class CompressionConfig(Settings):
     sharing: Literal["auto", "always", "never"] = "auto"
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning); `fips`
     only, the paper's recipe always shares."""
-    values: Values | None = None
+    values: str | None = None
     """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
     bits as measured per layer. Default: `auto` for `fips` with `target_bytes`, else float."""
     activation_bits: Literal[8] | None = None
@@ -139,7 +139,7 @@ class CompressionConfig(Settings):
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     """Fraction of zeros in the factors of `fips-paper`; default 1 - N/M when `pattern` is N:M, else 0.75. `fips` fills
     its bytes instead."""
-    pattern: str | None = Field(default=None, pattern=r"^(auto|unstructured|block4|block8|[1-9]\d?:[1-9]\d?)$")
+    pattern: str | None = None
     """`unstructured`; `N:M`, N non-zeros in every M consecutive entries along the reduction; `block4` or `block8`, one
     mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
     measured per group. Default: `auto` for `fips`, `unstructured` for `fips-paper`."""
@@ -165,21 +165,33 @@ class CompressionConfig(Settings):
     seed: int = Field(default=0, ge=0)
     """Seed of the order in which calibration batches are drawn."""
 
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str | None) -> str | None:
+        if pattern not in (None, "auto"):
+            pattern_for(pattern)
+        return pattern
+
+    @field_validator("values")
+    @classmethod
+    def _known_values(cls, values: str | None) -> str | None:
+        if values not in (None, "auto"):
+            values_named(values)
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.budget is None) == (self.target_bytes is None):
             given = "both" if self.budget is not None else "neither"
             raise ValueError(f"give either `budget` (parameters) or `target_bytes` (stored bytes), got {given}")
         if self.nm is not None:
-            self._check_nm(*self.nm)
+            self._check_fixed(*self.nm)
         if self.activation_bits is not None and self.value_kind == "float":
             raise ValueError("`activation_bits` goes with integer `values`, got `values: float`")
         self._check_fips() if self.method == "fips" else self._check_other()
         return self
 
-    def _check_nm(self, n: int, m: int) -> None:
-        if not 0 < n < m <= 32:
-            raise ValueError(f"`pattern` N:M needs 0 < N < M <= 32, got {self.pattern!r}")
+    def _check_fixed(self, n: int, m: int) -> None:
         if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
             raise ValueError(
                 f"`sparsity` {self.sparsity} contradicts `pattern` {self.pattern!r} (sparsity {1 - n / m:g}); "
@@ -189,7 +201,7 @@ class CompressionConfig(Settings):
             raise ValueError("`schedule: rigl` needs `pattern: unstructured`; N:M works with `static` and `gmp`")
 
     def _check_other(self) -> None:
-        if self.pattern in ("auto", "block4", "block8"):
+        if self.pattern == "auto" or (self.nm is None and self.format.name != BITMASK):
             raise ValueError(f"`pattern: {self.pattern}` needs `method: fips`, got `{self.method}`")
         if self.sharing != "auto":
             raise ValueError(f"`sharing: {self.sharing}` needs `method: fips`, got `{self.method}`")
@@ -248,19 +260,27 @@ class CompressionConfig(Settings):
         return "auto" if self.method == "fips" and self.schedule != "rigl" else "unstructured"
 
     @property
-    def value_kind(self) -> Values:
+    def value_kind(self) -> str:
         """``values``, or its default for the method."""
         if self.values is not None:
             return self.values
         return "auto" if self.method == "fips" and self.target_bytes is not None else "float"
 
     @property
+    def value_choices(self) -> list[Values]:
+        """The value formats that a layer may get, fewest bits first."""
+        return automatic_values() if self.value_kind == "auto" else [values_named(self.value_kind)]
+
+    @property
+    def format(self) -> Pattern:
+        """The pattern asked for; any entries where it is to be measured."""
+        return pattern_for("unstructured" if self.resolved_pattern == "auto" else self.resolved_pattern)
+
+    @property
     def nm(self) -> tuple[int, int] | None:
-        """``(N, M)`` of an N:M pattern, None otherwise."""
-        if self.pattern is None or ":" not in self.pattern:
-            return None
-        n, m = self.pattern.split(":")
-        return int(n), int(m)
+        """``(N, M)`` of a pattern that keeps N of every M entries, None of one that leaves it free."""
+        kept = self.format.group_kept
+        return None if kept is None else (kept, self.format.group)
 
     @property
     def factor_sparsity(self) -> float:

@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fips.errors import ConfigError
+from fips.formats.packed import Packed, to_dense
 from fips.kernels import cpu, ops, reference
-from fips.kernels.reference import Packed, check_inputs
+from fips.kernels.reference import check_inputs
 from fips.kernels.timings import Timings, Way, fingerprint, timings_file
 
 __all__ = ["FRUGAL", "POLICIES", "BasisRuntime", "LayerRuntime", "Way", "fingerprint", "timings_file"]
@@ -316,13 +317,13 @@ class LayerRuntime:
         """The factor as a dense matrix, for the time of a call. Not for offloaded tensors: what is prepared is kept."""
         if not torch.compiler.is_compiling() and ops.decodes(packed):
             return ops.decode(self._ready(packed), dtype)
-        return reference.to_dense(packed).to(dtype)
+        return to_dense(packed).to(dtype)
 
     @torch.no_grad()
     def _merge(self, dtype: torch.dtype, layer: Product) -> Tensor:
         """The (out, in) weight B F, formed in ``dtype`` with its usual accumulation."""
         packed = layer.packed
-        factor = reference.to_dense(packed).to(dtype) if layer.offloaded else self._factor(packed, dtype)
+        factor = to_dense(packed).to(dtype) if layer.offloaded else self._factor(packed, dtype)
         if layer.basis_DR is None:
             return factor
         basis = layer.basis_DR.to(dtype)

@@ -11,23 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fips.errors import ConfigError
-from fips.formats.packing import (
-    BITMASK,
-    DENSE,
-    BlockAxis,
-    ValueKind,
-    block_size,
-    pack,
-    pack_integers,
-    packed_length,
-    parse_nm,
-    pattern_bytes,
-    quantize_rows,
-    row_scales,
-    unpack_mask,
-    value_bits,
-)
-from fips.kernels.reference import Packed, to_dense
+from fips.formats.packed import Packed, to_dense
+from fips.formats.patterns import BITMASK, BlockAxis, pattern_named
+from fips.formats.values import FLOAT, values_named
 from fips.kernels.runtime import BasisRuntime, LayerRuntime, Product
 from fips.models.locate import Role
 
@@ -35,7 +21,6 @@ __all__ = [
     "BASES",
     "FactoredLinear",
     "SharedBasis",
-    "ValueKind",
     "basis_owner",
     "factored_layers",
     "replace_everywhere",
@@ -73,7 +58,7 @@ class FactoredLinear(nn.Module):
 
     ``up`` layers compute :math:`y = F^\top (B^\top x) + b`, ``down`` layers :math:`y = B (F x) + b`. The basis is
     borrowed: the model owns it, so that it is saved, moved and trained once. ``basis=None`` is the identity, a plainly
-    pruned layer; then ``width`` says what the basis would. See ``fips.formats.packing`` for the formats.
+    pruned layer; then ``width`` says what the basis would. See ``fips.formats.patterns`` for the formats.
 
     ``values`` is a parameter, so training changes the kept entries and never the support. With integer ``values``
     (``"int8"`` to ``"int2"``) it is a buffer and so is ``scales`` (one per stored row, in a floating type): training
@@ -104,29 +89,32 @@ class FactoredLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         width: int | None = None,
-        values: ValueKind = "float",
+        values: str = FLOAT,
     ) -> None:
         super().__init__()
         self._borrowed = (basis,)
         width, self.rank = _width_and_rank(basis, width)
-        if columns % block_size(fmt):
-            raise ConfigError(f"format {fmt} needs a multiple of {block_size(fmt)} hidden columns, got {columns}")
+        self.pattern_format, self.value_format = pattern_named(fmt), values_named(values)
+        block = self.pattern_format.block
+        if columns % block:
+            raise ConfigError(f"format {fmt} needs a multiple of {block} hidden columns, got {columns}")
         self.role: Role = role
         self.fmt = fmt
-        self.kind: ValueKind = values
-        self.bits = value_bits(values)
+        self.kind = values
+        self.bits = self.value_format.bits
         self.nonzeros = nonzeros
         self.conv1d = False
         self.in_features, self.out_features = (width, columns) if role == "up" else (columns, width)
         self.factor_shape = (columns, self.rank) if role == "up" else (self.rank, columns)
-        if self.bits is not None:
-            dtype_ = torch.int8 if self.bits == 8 else torch.uint8
-            self.register_buffer("values", torch.empty(packed_length(nonzeros, self.bits), dtype=dtype_))
-            self.register_buffer("scales", torch.empty(self.factor_shape[0], dtype=dtype))
+        if self.value_format.scaled:
+            stored = torch.empty(self.value_format.length(nonzeros), dtype=self.value_format.dtype)
+            self.register_buffer("values", stored)
+            scales = self.value_format.num_scales(*self.factor_shape)
+            self.register_buffer("scales", torch.empty(scales, dtype=dtype))
         else:
             self.values = nn.Parameter(torch.empty(nonzeros, dtype=dtype))
-        if fmt != DENSE:
-            size = pattern_bytes(size=columns * self.rank, fmt=fmt)
+        if self.pattern_format.group_bits:
+            size = self.pattern_format.nbytes(columns * self.rank)
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
         self.register_buffer("weight", torch.empty(0, dtype=dtype))
@@ -142,7 +130,7 @@ class FactoredLinear(nn.Module):
         role: Role,
         fmt: str,
         dtype: torch.dtype | None = None,
-        values: ValueKind = "float",
+        values: str = FLOAT,
         scales: Tensor | None = None,
     ) -> Self:
         """Pack a dense factor on its support; the bias is set by the caller. Without a basis R is the width.
@@ -151,27 +139,26 @@ class FactoredLinear(nn.Module):
         ``scales``, one for each of the F rows of a transposed ``up`` factor or of the R rows of a ``down`` factor;
         without them every row's largest magnitude becomes the largest integer.
         """
-        bits = value_bits(values)
+        numbers = values_named(values)
         rank, columns = factor_RF.shape
         matrix, mask = (factor_RF.T, mask_RF.T) if role == "up" else (factor_RF, mask_RF)
         matrix, mask = matrix.detach().contiguous(), mask.contiguous()
-        if bits is not None:
-            scales = (row_scales(matrix, mask, bits=bits) if scales is None else scales.detach()).to(
-                dtype or matrix.dtype
-            )
-            if scales.shape != matrix.shape[:1]:
-                raise ConfigError(f"`scales` wants {matrix.shape[0]} numbers, one per row, got {tuple(scales.shape)}")
-            matrix = quantize_rows(matrix, scales, bits=bits)
-        kept, pattern = pack(matrix, mask, fmt=fmt, block_axis=_block_axis(role))
+        if numbers.scaled:
+            scales = (numbers.scales(matrix, mask) if scales is None else scales.detach()).to(dtype or matrix.dtype)
+            wanted = numbers.num_scales(*matrix.shape)
+            if scales.shape != (wanted,):
+                raise ConfigError(f"`scales` wants {wanted} numbers, one per row, got {tuple(scales.shape)}")
+            matrix = numbers.quantize(matrix, scales)
+        kept, pattern = pattern_named(fmt).pack(matrix, mask, _block_axis(role))
         layer = cls(
             basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=None if basis else rank,
             values=values,
         )  # fmt: skip
-        if scales is not None and bits is not None:
-            layer.values, layer.scales = pack_integers(kept, bits=bits), scales
+        if scales is not None and numbers.scaled:
+            layer.values, layer.scales = numbers.pack(kept), scales
         else:
             layer.values = nn.Parameter(kept.to(dtype or kept.dtype))
-        if fmt != DENSE:
+        if layer.pattern_format.group_bits:
             layer.pattern = pattern
         return layer
 
@@ -198,15 +185,14 @@ class FactoredLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The stored tensors of the factor, with what they mean."""
-        pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        if self.bits is None:
-            return Packed(self.values, pattern, None, self.factor_shape, self.fmt, self.block_axis)
-        count = self.nonzeros if self.bits < 8 else 0
-        return Packed(self.values, pattern, self.scales, self.factor_shape, self.fmt, self.block_axis, self.bits, count)
+        pattern = self.pattern if self.pattern_format.group_bits else self.values.new_empty(0, dtype=torch.uint8)
+        scales = self.scales if self.value_format.scaled else None
+        count = 0 if self.bits in (None, 8) else self.nonzeros
+        return Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, self.kind, count)
 
     def mask(self) -> Tensor:
         """The support of ``factor()``."""
-        return unpack_mask(self.packed().pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
+        return self.pattern_format.unpack_mask(self.packed().pattern, self.factor_shape, self.block_axis)
 
     def num_kept(self) -> int:
         """Entries the pattern keeps; equals the number of values unless the layer was damaged."""
@@ -248,7 +234,7 @@ class FactoredLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={'none' if self.basis is None else self.rank}, role={self.role}, kept={kept:.3f}, "
-            f"pattern={'N:M ' + self.fmt if parse_nm(self.fmt) else self.fmt}, values={self.kind}, "
+            f"pattern={'N:M ' + self.fmt if ':' in self.fmt else self.fmt}, values={self.kind}, "
             f"bias={self.bias is not None}"
         )
 

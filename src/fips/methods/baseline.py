@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.errors import BudgetError
-from fips.formats.packing import BITMASK, DENSE, value_kind
+from fips.formats.patterns import BITMASK, DENSE
+from fips.formats.values import integers
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
 from fips.methods.pruning import magnitude, sparsegpt, wanda
@@ -101,16 +102,16 @@ def _rounded(bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -
     bits = min(int(8 * allowed / size + EPS), 8)
     if bits < 2:
         raise BudgetError(f"{allowed:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes")
-    kind = value_kind(bits)
+    values = integers(bits)
     layers: dict[str, FactoredLinear] = {}
     for site in plan.group.sites:
         weight_OI = _as_linear(dense_matrix(bench.model, site).float(), site)
-        rounded_OI, steps_O = gptq(weight_OI, moments[site.name], bits=bits, dtype=plan.dtype)
+        rounded_OI, steps_O = gptq(weight_OI, moments[site.name], values=values, dtype=plan.dtype)
         layers[site.name] = FactoredLinear.from_factor(
             None, _as_linear(rounded_OI, site), torch.ones_like(_as_linear(rounded_OI, site), dtype=torch.bool),
-            role=site.role, fmt=DENSE, dtype=plan.dtype, values=kind, scales=steps_O,
+            role=site.role, fmt=DENSE, dtype=plan.dtype, values=values.name, scales=steps_O,
         )  # fmt: skip
-    storages = [LayerStorage(layer.nonzeros, DENSE, kind, shared=False) for layer in layers.values()]
+    storages = [LayerStorage(layer.nonzeros, DENSE, values.name, shared=False) for layer in layers.values()]
     return CompressedGroup(solved_plan(plan, rank=0, layers=storages), {}, layers, (), (), (), 0.0)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fips.formats.masks import top_mask
 from fips.solve.moments import usable_moment
-from fips.solve.patterns import top_mask
 
 __all__ = ["magnitude", "sparsegpt", "wanda"]
 

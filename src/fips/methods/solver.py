@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments, moment_bytes
-from fips.config import AUTO_BITS, CompressionConfig
-from fips.formats.packing import BITMASK, DENSE, block_size, code_bits, value_bits, value_kind
+from fips.config import CompressionConfig
+from fips.formats.patterns import DENSE
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.workbench import MAX_ERROR_BATCHES, CompressedGroup, Workbench, measured, pack_group
 from fips.models import LinearSite
@@ -116,7 +116,7 @@ def _choose(
 def _trials(search: _Search, plan: GroupPlan, config: CompressionConfig) -> list[list[Point]]:
     """Measured errors of one group: one curve for every layer, or one for all of them where they share a basis."""
     share, choices = _share(plan, config), _choices(plan, config)
-    shared = [choice._replace(shared=True) for choice in choices if choice.nm is None]
+    shared = [choice._replace(shared=True) for choice in choices if choice.free]
     if config.sharing == "always" and len(plan.group.sites) > 1:
         return [search.group.trials(shared, share)]
     parts = [site.columns / plan.group.columns for site in plan.group.sites]
@@ -167,10 +167,10 @@ def _search(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMoment
     config, sites = bench.config, plan.group.sites
     orders = [torch.arange(site.columns, device=bench.device) for site in sites]
     search = _searches(bench, plan, moments, orders)
-    block = block_size(config.resolved_pattern)
+    block = config.format.block
     if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
-            free = Choice(False, "unstructured", _bits(config)[-1])
+            free = Choice(False, "unstructured", config.value_choices[-1].name)
             size = max(
                 _share(plan, config), search.group.least_bytes(free)
             )  # its pattern costs more than that of blocks
@@ -188,13 +188,10 @@ def _searches(bench: Workbench, plan: GroupPlan, moments: Mapping[str, LayerMome
             for weight_DF, site, order in zip(bench.weights(sites), sites, orders, strict=True)
         ]
     reductions: list[Reduction] = [0 if site.role == "up" else 1 for site in sites]
-    patterns = [Choice(False, pattern) for pattern in (*N16, config.resolved_pattern)]
-    codes = {choice.pattern: code_bits(*choice.nm) for choice in patterns if choice.nm}
     pricing = _pricing(plan, config)
-    group = GroupSearch(problems, reductions, pricing, codes, plan.dtype)
+    group = GroupSearch(problems, reductions, pricing, plan.dtype)
     layers = [
-        GroupSearch([problem], [axis], pricing, codes, plan.dtype)
-        for problem, axis in zip(problems, reductions, strict=True)
+        GroupSearch([problem], [axis], pricing, plan.dtype) for problem, axis in zip(problems, reductions, strict=True)
     ]
     return _Search(group, layers, moments, orders)
 
@@ -259,7 +256,7 @@ def _solve(bench: Workbench, plan: GroupPlan, search: _Search, split: Split) -> 
     group = TrainableGroup(found.basis_DR, found.factors_RF, sites, biases, config, None)
     group.set_masks(found.masks_RF)
     if found.steps is not None:
-        group.set_grids(found.steps, [choice.bits or 8 for choice in choices], found.wanted_RF)
+        group.set_grids(found.steps, [choice.numbers for choice in choices], found.wanted_RF)
     search.forget()
     if not config.calibration_steps and not config.distill.steps:
         return _Solved(plan, storages, group, (), [], 0.0)
@@ -298,9 +295,8 @@ def _moved_bias(
 
 
 def _storage(mask_RF: Tensor, choice: Choice) -> LayerStorage:
-    pattern = BITMASK if choice.pattern == "unstructured" else choice.pattern
-    fmt = DENSE if bool(mask_RF.all()) else pattern
-    return LayerStorage(int(mask_RF.sum()), fmt, value_kind(choice.bits), choice.shared)
+    fmt = DENSE if bool(mask_RF.all()) else choice.layout.name
+    return LayerStorage(int(mask_RF.sum()), fmt, choice.values, choice.shared)
 
 
 def _finish(
@@ -338,12 +334,7 @@ def _choices(plan: GroupPlan, config: CompressionConfig) -> list[Choice]:
         patterns = ["unstructured"]
         if plan.group.width % 16 == 0 and all(site.columns % 16 == 0 for site in plan.group.sites):
             patterns += N16
-    return [Choice(False, pattern, bits) for pattern in patterns for bits in _bits(config)]
-
-
-def _bits(config: CompressionConfig) -> tuple[int | None, ...]:
-    kind = config.value_kind
-    return AUTO_BITS if kind == "auto" else (value_bits(kind),)
+    return [Choice(False, pattern, values.name) for pattern in patterns for values in config.value_choices]
 
 
 def _share(plan: GroupPlan, config: CompressionConfig) -> float:
@@ -356,6 +347,6 @@ def _share(plan: GroupPlan, config: CompressionConfig) -> float:
 
 def _pricing(plan: GroupPlan, config: CompressionConfig) -> Pricing:
     if config.target_bytes is None:
-        return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0, value_bit=1 / (_bits(config)[0] or 1))
+        return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0, value_bit=1 / (config.value_choices[0].bits or 1))
     size = itemsize(plan.dtype)
     return Pricing(value=size, basis_entry=size, row_scale=0.0 if config.value_kind == "float" else size)

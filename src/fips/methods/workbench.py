@@ -19,7 +19,7 @@ from fips.calibration.record import ActivationSpool, record_blocks
 from fips.calibration.survey import NO_GRADIENT, survey_layers
 from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
-from fips.formats.packing import DENSE
+from fips.formats.patterns import DENSE
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models import LayerGroup, LinearSite
 from fips.plan.footprint import LayerStorage

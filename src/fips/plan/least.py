@@ -19,9 +19,9 @@ from collections.abc import Iterable
 
 import torch
 
-from fips.config import AUTO_BITS, PRUNERS, CompressionConfig
+from fips.config import PRUNERS, CompressionConfig
 from fips.errors import BudgetError
-from fips.formats.packing import block_size, code_bits, value_bits
+from fips.formats.values import values_named
 from fips.models import LayerGroup, LinearSite
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 
@@ -85,8 +85,8 @@ def smallest_size(group: LayerGroup, config: CompressionConfig, dtype: torch.dty
 
 def least_rank(config: CompressionConfig) -> int:
     """The smallest rank of ``fips-paper`` with an entry for every column of its factors."""
-    if config.nm is not None:
-        return config.nm[1]
+    if config.format.density is not None:
+        return config.format.group
     return math.ceil(1 / (1 - config.factor_sparsity) - _EPS)
 
 
@@ -109,16 +109,19 @@ def _dense(columns: int, group: LayerGroup, config: CompressionConfig) -> int:
 
 def _solved(site: LinearSite, config: CompressionConfig, item: int) -> float:
     """The least that the solver may make of a matrix, without its basis: numbers or bytes."""
-    size, block = site.width * site.columns, block_size(config.resolved_pattern)
-    kept = math.ceil(max(site.width, site.columns) / block) * block
-    if config.nm is not None:
-        kept = size * config.nm[0] // config.nm[1]
+    size, pattern = site.width * site.columns, config.format
+    kept = math.ceil(max(site.width, site.columns) / pattern.block) * pattern.block
+    if pattern.group_kept is not None:
+        kept = size * pattern.group_kept // pattern.group
     if config.budget is not None:
         return kept
-    bits = min(AUTO_BITS) if config.value_kind == "auto" else value_bits(config.value_kind)
-    values = kept * item if bits is None else kept * bits / 8 + _rows(site) * item + (bits < 8)
-    pattern = size / block if config.nm is None else size // config.nm[1] * code_bits(*config.nm)
-    return values + pattern / 8
+    numbers = config.value_choices[0]
+    values: float = kept * item
+    if numbers.bits is not None:
+        scales = numbers.num_scales(_rows(site), size // _rows(site))
+        values = kept * numbers.bits / 8 + scales * item + (numbers.bits % 8 > 0)
+    bits = size / pattern.group * pattern.group_bits if pattern.density is None else pattern.bits(size)
+    return values + bits / 8
 
 
 def _paper(group: LayerGroup, config: CompressionConfig, item: int) -> float:
@@ -131,9 +134,8 @@ def _paper(group: LayerGroup, config: CompressionConfig, item: int) -> float:
 
 def paper_pattern_rate(config: CompressionConfig) -> float:
     """Bytes of pattern per factor entry of ``fips-paper``."""
-    if config.nm is not None:
-        return code_bits(*config.nm) / config.nm[1] / 8
-    return 1 / 8 if config.factor_sparsity > 0 else 0.0
+    pattern = config.format
+    return pattern.group_bits / pattern.group / 8 if config.factor_sparsity > 0 else 0.0
 
 
 def _pruner(group: LayerGroup, config: CompressionConfig, item: int) -> float:
@@ -145,7 +147,7 @@ def _pruner(group: LayerGroup, config: CompressionConfig, item: int) -> float:
     assert kind != "auto"
     empty = [LayerStorage(0, values=kind, shared=False) for _ in group.sites]
     overhead = factored_footprint(group, rank=0, itemsize=item, layers=empty).bytes
-    return (kept * (value_bits(kind) or 8 * item) / 8 + overhead) / (REFERENCE_ITEMSIZE * size)
+    return (kept * values_named(kind).bits_of(item) / 8 + overhead) / (REFERENCE_ITEMSIZE * size)
 
 
 def _density(site: LinearSite, method: str) -> float:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fips.config import AUTO_BITS, CompressionConfig
+from fips.config import CompressionConfig
 from fips.errors import ConfigError, ModelError, NoMatchError
-from fips.formats.packing import BITMASK, DENSE, ValueKind, block_size, value_bits, value_kind
+from fips.formats.patterns import BITMASK, DENSE
+from fips.formats.values import Values
 from fips.layers.linear import factored_layers
 from fips.models import LayerGroup, Mlp, Skipped, group_mlps, locate_mlps
 from fips.models.wrappers import unwrap
@@ -41,13 +42,13 @@ class GroupPlan:
     nonzeros: int
     """Kept factor entries of the whole group, exact."""
     fmt: str
-    """Packed formats of its factors, see ``fips.formats.packing``."""
+    """Packed formats of its factors, see ``fips.formats.patterns``."""
     dtype: torch.dtype
     """Storage type of basis, floating values and scales."""
     dense: Footprint
     factored: Footprint
     values: str = "float"
-    """Types of its values, see ``fips.formats.packing.ValueKind``."""
+    """Types of its values, see ``fips.formats.values``."""
 
     @property
     def sparsity(self) -> float:
@@ -173,7 +174,7 @@ def leave_dense(
     if not reasons:
         return plan
     reasons = dict(reasons)
-    if block_size(config.resolved_pattern) > 1:
+    if config.format.block > 1:
         for mlp in (mlp for group in plan.groups for mlp in group.group.mlps):
             first = next((site.name for site in mlp.sites if site.name in reasons), None)
             for site in mlp.sites if first is not None else ():
@@ -208,7 +209,7 @@ def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) 
     if config.method != "fips-paper":
         return _plan_pruned(group, config, weight_dtype, dtype)
     rank = _paper_rank(group, config, dtype)
-    fmt = str(config.pattern) if config.nm is not None else (BITMASK if config.factor_sparsity > 0 else DENSE)
+    fmt = config.format.name if config.factor_sparsity > 0 else DENSE
     sizes = [rank * site.columns for site in group.sites]
     if config.threshold == "layer":
         nonzeros = sum(num_nonzeros(size=size, sparsity=config.factor_sparsity) for size in sizes)
@@ -257,9 +258,8 @@ def _plan_pruned(
 ) -> GroupPlan:
     """Before anything is measured: equal shares for all groups, no sharing, the widest values that fit where the width
     is to be measured."""
-    kinds = [value_kind(bits) for bits in reversed(AUTO_BITS)] if config.value_kind == "auto" else [config.value_kind]
-    for kind in kinds:
-        layers, fits = _equal_layers(group, config, dtype, kind)
+    for values in reversed(config.value_choices):
+        layers, fits = _equal_layers(group, config, dtype, values)
         if fits:
             break
     blank = Footprint(0, 0, 0, 0)
@@ -269,21 +269,20 @@ def _plan_pruned(
 
 
 def _equal_layers(
-    group: LayerGroup, config: CompressionConfig, dtype: torch.dtype, kind: ValueKind
+    group: LayerGroup, config: CompressionConfig, dtype: torch.dtype, values: Values
 ) -> tuple[list[LayerStorage], bool]:
     """Layers of equal density with values of a kind, and whether they are within the size and not all but empty."""
-    size = group.width * group.columns
-    if config.nm is not None:
-        n, m = config.nm
+    size, pattern = group.width * group.columns, config.format
+    if pattern.group_kept is not None:
+        n, m = pattern.group_kept, pattern.group
         layers = [
-            LayerStorage(s.width * s.columns * n // m, str(config.pattern), kind, shared=False) for s in group.sites
+            LayerStorage(s.width * s.columns * n // m, pattern.name, values.name, shared=False) for s in group.sites
         ]
         spent = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=layers).bytes
         return layers, config.target_bytes is None or spent <= target_bytes(group, config)
-    fmt = config.resolved_pattern if block_size(config.resolved_pattern) > 1 else BITMASK
-    empty = [LayerStorage(0, fmt, kind, shared=False) for _ in group.sites]
+    empty = [LayerStorage(0, pattern.name, values.name, shared=False) for _ in group.sites]
     overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
-    value_bytes = (value_bits(kind) or 8 * itemsize(dtype)) / 8
+    value_bytes = values.bits_of(itemsize(dtype)) / 8
     left = config.budget * size * value_bytes if config.budget else target_bytes(group, config) - overhead
     kept = min(int(max(left, 0.0) / value_bytes + 1e-9), size)
     share, rest = divmod(kept, len(group.sites))
@@ -292,7 +291,7 @@ def _equal_layers(
 
 
 def _paper_rank(group: LayerGroup, config: CompressionConfig, dtype: torch.dtype) -> int:
-    multiple = config.nm[1] if config.nm is not None else 1
+    multiple = config.format.align
     budget = config.budget
     if budget is None:
         per_entry = (1 - config.factor_sparsity) * itemsize(dtype) + paper_pattern_rate(config)
@@ -306,7 +305,7 @@ def _paper_rank(group: LayerGroup, config: CompressionConfig, dtype: torch.dtype
 
 def _check_whole(model: nn.Module, mlps: Sequence[Mlp], config: CompressionConfig) -> None:
     """Blocks of neighbours reorder hidden neurons, which all layers around them must do alike."""
-    if block_size(config.resolved_pattern) == 1 or config.targets is None:
+    if config.format.block == 1 or config.targets is None:
         return
     whole = [{site.name for site in mlp.sites} for mlp in locate_mlps(model).mlps]
     for mlp in mlps:
@@ -320,19 +319,16 @@ def _check_whole(model: nn.Module, mlps: Sequence[Mlp], config: CompressionConfi
 
 def _check_alignment(group: LayerGroup, config: CompressionConfig) -> None:
     for site in group.sites:
-        blocks = block_size(config.resolved_pattern)
+        blocks, align = config.format.block, config.format.align
         if site.columns % blocks:
             raise ConfigError(
                 f"`pattern` {config.pattern} needs hidden sizes that are a multiple of {blocks}, but `{site.name}` has "
                 f"{site.columns}; use `pattern: unstructured`"
             )
-    if config.nm is None:
-        return
-    for site in group.sites:
         inputs = site.columns if site.role == "down" else site.width
         summed = site.role == "down" or config.method == "fips"  # up layers with a basis sum along its rank
-        if summed and inputs % config.nm[1]:
+        if summed and inputs % align:
             raise ConfigError(
-                f"`pattern` {config.pattern} needs inputs that are a multiple of {config.nm[1]}, but `{site.name}` has "
+                f"`pattern` {config.pattern} needs inputs that are a multiple of {align}, but `{site.name}` has "
                 f"{inputs}; use `pattern: unstructured` or an M that divides {inputs}"
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fips.formats.values import Values
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import MaskChooser, refit, sparse_factors
 from fips.solve.problems import LayerProblem
@@ -46,7 +47,7 @@ def keep_all(problems: Sequence[LayerProblem]) -> Factorization:
 
 
 def rounded(
-    problems: Sequence[LayerProblem], found: Factorization, axes: Sequence[int], *, bits: int, dtype: torch.dtype
+    problems: Sequence[LayerProblem], found: Factorization, axes: Sequence[int], *, values: Values, dtype: torch.dtype
 ) -> Factorization:
     """The same supports with values on grids; a shared basis is fitted anew to the rounded factors.
 
@@ -55,7 +56,7 @@ def rounded(
     factors, steps, wanted = [], [], []
     for problem, factor, mask, axis in zip(problems, found.factors_RF, found.masks_RF, axes, strict=True):
         problem.prepare(found.basis_DR)
-        factor_RF, steps_N, wanted_RF = round_factor(problem, factor, mask, axis=axis, bits=bits, dtype=dtype)
+        factor_RF, steps_N, wanted_RF = round_factor(problem, factor, mask, axis=axis, values=values, dtype=dtype)
         factors.append(factor_RF)
         steps.append(steps_N)
         wanted.append(wanted_RF)

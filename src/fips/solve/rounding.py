@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fips.formats.values import Values
 from fips.solve.problems import LayerProblem, damped_inverse_root
 
 __all__ = ["round_factor", "round_rows", "row_steps"]
@@ -28,7 +29,7 @@ RUN = 128
 
 
 def round_factor(
-    problem: LayerProblem, factor_RF: Tensor, mask_RF: Tensor, *, axis: int, bits: int, dtype: torch.dtype
+    problem: LayerProblem, factor_RF: Tensor, mask_RF: Tensor, *, axis: int, values: Values, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A factor on the grid, the step of every stored row in ``dtype``, and what was rounded in units of the steps, for
     the basis the problem is prepared for.
@@ -38,21 +39,21 @@ def round_factor(
     """
     scale_K, metric_KK = problem.axis(axis)
     matrix_NK, mask_NK = (factor_RF.T, mask_RF.T) if axis == 0 else (factor_RF, mask_RF)
-    steps_N = row_steps(matrix_NK, scale_K.square(), bits=bits).to(dtype)
-    integers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), bits=bits)
+    steps_N = row_steps(matrix_NK, scale_K.square(), values=values).to(dtype)
+    integers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), values=values)
     rounded_NK = integers_NK * steps_N.float().unsqueeze(1)
     rounded_RF, wanted_RF = ((m.T.contiguous() if axis == 0 else m) for m in (rounded_NK, wanted_NK))
     return rounded_RF, steps_N, wanted_RF
 
 
-def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
+def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, values: Values) -> Tensor:
     """Step per row with the least rounding error, columns weighted by ``weight_K``, among a few clipped maxima."""
-    peaks_N = matrix_NK.abs().amax(1) / _limit(bits)
+    peaks_N = matrix_NK.abs().amax(1) / values.largest
     best_N = torch.full_like(peaks_N, torch.inf)
     steps_N = peaks_N
     for ratio in RATIOS:
         tried_N1 = (peaks_N * ratio).unsqueeze(1)
-        error_NK = matrix_NK - _nearest(_in_steps(matrix_NK, tried_N1), bits=bits) * tried_N1
+        error_NK = matrix_NK - values.nearest(_in_steps(matrix_NK, tried_N1)) * tried_N1
         loss_N = (error_NK.square() * weight_K).sum(1)
         better_N = loss_N < best_N
         best_N = torch.where(better_N, loss_N, best_N)
@@ -61,7 +62,7 @@ def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
 
 
 def round_rows(
-    matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps_N: Tensor, *, bits: int
+    matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps_N: Tensor, *, values: Values
 ) -> tuple[Tensor, Tensor]:
     """Integers that stand for the matrix on the grids of its rows, 0 outside the mask, with error feedback; and the
     numbers that were rounded to them.
@@ -80,7 +81,7 @@ def round_rows(
             column = start + place
             grid_N = steps_N * scale_K[column]
             wanted_NK[:, column] = _in_steps(part_NC[:, place], grid_N)
-            found_N = _nearest(wanted_NK[:, column], bits=bits) * mask_NK[:, column]
+            found_N = values.nearest(wanted_NK[:, column]) * mask_NK[:, column]
             errors_NC[:, place] = (part_NC[:, place] - found_N * grid_N) / factor_CC[place, place]
             part_NC[:, place + 1 :] -= torch.outer(errors_NC[:, place], factor_CC[place, place + 1 :])
             integers_NK[:, column] = found_N
@@ -91,14 +92,3 @@ def round_rows(
 def _in_steps(values: Tensor, steps: Tensor) -> Tensor:
     """Values in units of steps; 0 where the step is 0."""
     return torch.where(steps == 0, 0.0, values / steps)
-
-
-def _nearest(values: Tensor, *, bits: int) -> Tensor:
-    """The nearest integers of some bits."""
-    limit = _limit(bits)
-    return values.round().clamp(-limit, limit)
-
-
-def _limit(bits: int) -> int:
-    """Largest integer of a symmetric grid: 7 for 4 bits."""
-    return (1 << (bits - 1)) - 1

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fips.config import CompressionConfig
-from fips.formats.packing import largest_integer
+from fips.formats.values import Values
 from fips.models import LinearSite
-from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
+from fips.solve.patterns import prune_and_regrow, unstructured_masks
 
 __all__ = ["TrainableGroup", "swapped"]
 
@@ -33,13 +33,13 @@ STEP_RATE = 30.0
 
 
 class _Grid(nn.Module):
-    """Multiples of one step per stored row, by integers of some bits; steps are stored in the type given."""
+    """Multiples of one step per stored row, by the numbers of a value format; steps are stored in the type given."""
 
-    def __init__(self, steps: Tensor, bits: int) -> None:
+    def __init__(self, steps: Tensor, values: Values) -> None:
         super().__init__()
         self.start = steps.float()
         self.growth = nn.Parameter(torch.zeros_like(self.start))
-        self.limit, self.dtype = largest_integer(bits), steps.dtype
+        self.values, self.dtype = values, steps.dtype
 
     def steps(self) -> Tensor:
         """The trained steps as they will be stored."""
@@ -47,7 +47,10 @@ class _Grid(nn.Module):
 
     def forward(self, entries: Tensor) -> Tensor:
         """The numbers that entries in units of the steps stand for."""
-        return _straight_through(entries.clamp(-self.limit, self.limit), torch.round) * self.steps()
+        return (
+            _straight_through(entries.clamp(-self.values.largest, self.values.largest), self.values.nearest)
+            * self.steps()
+        )
 
     def entries(self, numbers: Tensor) -> Tensor:
         """The numbers in units of the steps."""
@@ -76,8 +79,8 @@ class _TrainableLinear(nn.Module):
         self.want_dense_gradient = False
         self.dense_gradient_RF: Tensor | None = None
 
-    def set_grid(self, steps_N: Tensor, bits: int, wanted_RF: Tensor | None) -> None:
-        self.grid = _Grid(steps_N.unsqueeze(0 if self.up else 1), bits)
+    def set_grid(self, steps_N: Tensor, values: Values, wanted_RF: Tensor | None) -> None:
+        self.grid = _Grid(steps_N.unsqueeze(0 if self.up else 1), values)
         integers_RF = self.grid.entries(self.entries_RF.data)
         rest_RF = 0.0 if wanted_RF is None else (wanted_RF - integers_RF).clamp(-EDGE, EDGE)
         self.entries_RF.data = integers_RF + rest_RF
@@ -156,12 +159,11 @@ class TrainableGroup:
         N:M runs along the reduction: the rank for ``up`` layers, the columns for ``down`` layers.
         """
         scores = [layer.factor().abs() for layer in self.layers]
-        if self.config.nm is None:
+        pattern = self.config.format
+        if pattern.density is None:
             return unstructured_masks(scores, sparsity=sparsity, scope=self.config.threshold)
-        n, m = self.config.nm
-        kept = max(n, round((1 - sparsity) * m))
         return [
-            nm_mask(score, n=kept, m=m, dim=0 if layer.up else 1)
+            pattern.choose_fixed(score, axis=0 if layer.up else 1, density=1 - sparsity)
             for score, layer in zip(scores, self.layers, strict=True)
         ]
 
@@ -171,16 +173,16 @@ class TrainableGroup:
             layer.mask_RF = mask_RF
 
     def set_grids(
-        self, steps: Sequence[Tensor], bits: Sequence[int], wanted_RF: Sequence[Tensor | None] | None = None
+        self, steps: Sequence[Tensor], values: Sequence[Values], wanted_RF: Sequence[Tensor | None] | None = None
     ) -> None:
-        """Train integers of some bits times the step of their stored row, and the steps in their type.
+        """Train numbers of a value format times the step of their stored row, and the steps in their type.
 
         With ``wanted_RF``, what was rounded to the integers, in steps, integers start that near to the next: those
         whose rounding was a close thing are the first to change.
         """
         starts = wanted_RF or [None] * len(self.layers)
-        for layer, steps_N, width, wanted in zip(self.layers, steps, bits, starts, strict=True):
-            layer.set_grid(steps_N, width, wanted)
+        for layer, steps_N, format_, wanted in zip(self.layers, steps, values, starts, strict=True):
+            layer.set_grid(steps_N, format_, wanted)
 
     def prune(self, sparsity: float) -> None:
         """Keep the largest magnitudes at a sparsity and zero the rest for good."""
