@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from fips.formats.packing import code_bits
 from fips.record import environment
 from fips.solve.problems import LayerProblem
 from fips.solve.search import COLUMNS, SAMPLE, Choice, GroupSearch, Pricing, allocate
@@ -32,7 +31,7 @@ WIDTHS = (512, 1024, 2048, 4096)
 MODELS = {"Llama-3.2-1B": (2048, 8192, 16), "Llama-3.1-8B": (4096, 14336, 32)}
 """Width, hidden width and blocks."""
 PATTERNS = ("unstructured", "2:16", "4:16", "8:16")
-CHOICES = [Choice(False, pattern, bits) for pattern in PATTERNS for bits in (3, 4, 5, 6, 8)]
+CHOICES = [Choice(False, pattern, f"int{bits}") for pattern in PATTERNS for bits in (3, 4, 5, 6, 8)]
 PRICING = Pricing(value=2.0, basis_entry=2.0, row_scale=2.0)
 PRUNINGS = 4
 """Trials of a layer that prune, at most: two widths of values at two sizes below all kept."""
@@ -51,8 +50,7 @@ def problem(width: int, columns: int, seed: int) -> LayerProblem:
 
 
 def search_of(problems: list[LayerProblem], axes: list[Any]) -> GroupSearch:
-    codes = {choice.pattern: code_bits(*choice.nm) for choice in CHOICES if choice.nm}
-    return GroupSearch(problems, axes, PRICING, codes, torch.bfloat16)
+    return GroupSearch(problems, axes, PRICING, torch.bfloat16)
 
 
 def sampled_columns(width: int, columns: int) -> int:
@@ -68,7 +66,7 @@ def measure(part: str, width: int) -> dict[str, Any]:
         columns = sampled_columns(width, columns)
         search = search_of([problem(width, columns, seed) for seed in range(len(axes))], axes)
         before, started = peak(), time.perf_counter()
-        search.first_ratio(Choice(True, "unstructured", 5), BYTES * 2 * width * search.columns)
+        search.first_ratio(Choice(True, "unstructured", "int5"), BYTES * 2 * width * search.columns)
         return {"seconds": time.perf_counter() - started, "peak_bytes": peak(), "solver_bytes": peak() - before}
     search = search_of([problem(width, columns, 0)], [0 if part == "up" else 1])
     size = BYTES * 2 * width * columns

@@ -24,8 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fips.formats.packed import Packed
 from fips.kernels import gpu
-from fips.kernels.reference import Packed
 from fips.record import environment
 
 ROWS, COLUMNS, WARPS = 128, 4096, 4
@@ -48,7 +48,16 @@ def example(fmt: str, bits: int) -> Packed:
     values = torch.zeros(64, dtype=torch.bfloat16 if bits == 0 else torch.int8 if bits == 8 else torch.uint8)
     scales = torch.zeros(ROWS, dtype=torch.bfloat16) if bits else None
     pattern = torch.zeros(0 if fmt == "dense" else 64, dtype=torch.uint8)
-    return Packed(values, pattern, scales, (ROWS, COLUMNS), fmt, 0 if fmt == "block8" else 1, bits or 8, 64)
+    return Packed(
+        values,
+        pattern,
+        scales,
+        (ROWS, COLUMNS),
+        fmt,
+        0 if fmt == "block8" else 1,
+        f"int{bits}" if bits else "float",
+        64,
+    )
 
 
 def pointers(packed: Packed) -> dict[str, torch.dtype]:

@@ -32,14 +32,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fips.formats.packing import BITMASK, DENSE, ValueKind, parse_nm
+from fips.formats.patterns import BITMASK, DENSE, pattern_named
 from fips.kernels import cpu
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.record import environment
 
 SHAPES = {"deit": (768, 3072, (1, 16, 197)), "llama": (2048, 8192, (1, 16, 512))}
 # name: rank over width (None: no basis), format, kept fraction, values
-Kind = tuple[float | None, str, float, ValueKind]
+Kind = tuple[float | None, str, float, str]
 KINDS: dict[str, dict[str, Kind]] = {
     "0.25-0.30": {
         "int4, all kept": (None, DENSE, 1.0, "int4"),
@@ -92,10 +92,10 @@ def make_layers(width: int, columns: int, kind: Kind, *, role: str, copies: int)
 
 
 def _mask(matrix: Tensor, fmt: str, kept: float) -> Tensor:
-    nm = parse_nm(fmt)
-    if nm is not None:
-        order = torch.rand(matrix.numel() // nm[1], nm[1]).argsort(1)
-        return (order < nm[0]).view(matrix.shape)
+    pattern = pattern_named(fmt)
+    if pattern.group_kept is not None and fmt != DENSE:
+        order = torch.rand(matrix.numel() // pattern.group, pattern.group).argsort(1)
+        return (order < pattern.group_kept).view(matrix.shape)
     return torch.ones_like(matrix, dtype=torch.bool) if fmt == DENSE else torch.rand(matrix.shape) < kept
 
 

@@ -71,7 +71,7 @@ class Recipe:
     """A tiny model packed in some formats, layer after layer; no compression, the values are those of the weights."""
 
     family: str
-    storages: tuple[tuple[str, fips.layers.linear.ValueKind], ...]
+    storages: tuple[tuple[str, str], ...]
     rank: int | None = None
     shard: str | int = "5GB"
     layers: int = 1

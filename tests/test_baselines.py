@@ -10,6 +10,7 @@ from conftest import batches_for, tiny_model
 from torch import Tensor
 
 import fips
+from fips.formats.values import values_named
 from fips.layers.linear import factored_layers
 from fips.methods.gptq import gptq
 from fips.methods.lowrank import shared_whitened_svd, truncated_svd, whitened_svd
@@ -58,7 +59,7 @@ def test_wanda_keeps_the_same_number_in_every_row_by_weight_times_input() -> Non
 
 
 def test_gptq_beats_rounding_to_the_nearest_on_the_outputs() -> None:
-    integers, steps = gptq(weight(), moment(), bits=3, dtype=torch.float32)
+    integers, steps = gptq(weight(), moment(), values=values_named("int3"), dtype=torch.float32)
     assert integers.dtype == torch.int8
     assert integers.abs().max() <= 3
     rounded = integers * steps.unsqueeze(1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import fips
 from fips.compress import ProgressEvent
-from fips.formats.packing import unpack_mask
+from fips.formats.patterns import pattern_named
 from fips.layers.linear import factored_layers
 from fips.methods.workbench import dense_matrix
 from fips.models import group_layers, locate_layers
@@ -93,7 +93,9 @@ def test_every_schedule_ends_exactly_at_its_sparsity(schedule: str) -> None:
     for layer in factored_layers(model).values():
         size = layer.factor_shape[0] * layer.factor_shape[1]
         assert layer.values.numel() == int(0.2 * size + 1e-6)
-        assert int(unpack_mask(layer.pattern, shape=layer.factor_shape, fmt=layer.fmt).sum()) == layer.values.numel()
+        assert (
+            int(pattern_named(layer.fmt).unpack_mask(layer.pattern, layer.factor_shape).sum()) == layer.values.numel()
+        )
 
 
 def test_nm_holds_along_the_reduction_of_both_roles() -> None:

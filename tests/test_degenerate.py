@@ -25,6 +25,7 @@ import fips
 from fips.calibration.heads import ScoredHead, draw_direction, read_heads
 from fips.calibration.moments import RunningVariance, collect_moments
 from fips.errors import BudgetError, ModelError, NoMatchError
+from fips.formats.values import values_named
 from fips.layers.linear import FactoredLinear, factored_layers
 from fips.methods.gptq import gptq
 from fips.methods.lowrank import shared_whitened_svd, whitened_svd
@@ -508,7 +509,7 @@ def test_conjugate_gradients_end_where_the_operator_is_zero() -> None:
 
 def test_a_search_of_a_matrix_that_costs_nothing_divides_by_nothing() -> None:
     problem = LayerProblem(torch.zeros(16, 48), torch.eye(16), torch.eye(48))
-    search = GroupSearch([problem], [0], Pricing(value=2.0, basis_entry=2.0), {})
+    search = GroupSearch([problem], [0], Pricing(value=2.0, basis_entry=2.0))
     size = 0.6 * search.dense_bytes(Choice(False, "unstructured"))
     assert search.first_ratio(Choice(True, "unstructured"), 3 * size) == math.inf
     assert [point.loss for point in search.trials([Choice(False, "unstructured")], size)] == [0.0] * 4

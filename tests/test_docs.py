@@ -17,7 +17,8 @@ import typer.main
 
 from fips import FactoredLinear
 from fips.cli import app
-from fips.formats.packing import pack, pack_integers
+from fips.formats.patterns import pattern_named
+from fips.formats.values import pack_integers
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "fips"
@@ -179,7 +180,7 @@ def test_the_worked_example_is_what_is_packed() -> None:
     integers, mask, shown = worked_example()
     scales = torch.tensor([0.5, 0.0, 0.25, 2.0], dtype=torch.bfloat16)
     assert integers.shape == (4, 8)
-    kept, pattern = pack(integers, mask, fmt="bitmask")
+    kept, pattern = pattern_named("bitmask").pack(integers, mask)
     packed = {"values": pack_integers(kept, bits=4), "pattern": pattern, "scales": scales}
     assert {name: hexadecimal(tensor) for name, tensor in packed.items()} == shown
     matrix = integers.float() * scales.float().unsqueeze(1)

@@ -20,9 +20,9 @@ from dataclasses import replace
 from test_kernels import FORMATS, TOLERANCE, assert_close, exact, example, inputs, narrow
 
 from fips.errors import BackendError, ShapeError
-from fips.formats.packing import BLOCKS
+from fips.formats.packed import Packed, in_place, to_dense
+from fips.formats.patterns import pattern_named
 from fips.kernels import gpu
-from fips.kernels.reference import Packed, in_place, to_dense
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models.sites import Role
 
@@ -38,7 +38,7 @@ def moved(packed: Packed) -> Packed:
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_triton_kernel_agrees_with_float64(fmt: str, values: torch.dtype) -> None:
-    for axis in (0, 1) if fmt in BLOCKS else (1,):
+    for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = example(fmt, (72, 144), dtype=values, axis=axis)
         prepared = gpu.prepare(moved(packed))
         for dtype, tokens in ((torch.float32, 1), (torch.bfloat16, 17), (torch.float16, 3)):
@@ -46,7 +46,8 @@ def test_the_triton_kernel_agrees_with_float64(fmt: str, values: torch.dtype) ->
             y = gpu.multiply(x.to(DEVICE), prepared, bias.to(DEVICE)).cpu()
             # values are brought to the type of x before the product
             held = Packed(packed.values_Z.to(dtype).double() if values != torch.int8 else packed.values_Z,
-                          packed.pattern, packed.scales_N, packed.shape, packed.fmt, packed.block_axis)  # fmt: skip
+                          packed.pattern, packed.scales_N, packed.shape, packed.fmt, packed.block_axis,
+                          packed.value_format)  # fmt: skip
             assert_close(y, exact(x, held, bias), TOLERANCE[dtype])
 
 
@@ -84,7 +85,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("fmt", ["bitmask", "4:16", "block8", "dense"])
 def test_damaged_tensors_are_refused(fmt: str) -> None:
-    for axis in (0, 1) if fmt in BLOCKS else (1,):
+    for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = moved(example(fmt, (24, 64), dtype=torch.int8, axis=axis))
         broken = [replace(packed, values_Z=packed.values_Z[:-8]), replace(packed, shape=(24, 128))]
         if fmt != "dense":
@@ -110,7 +111,7 @@ def test_a_token_with_nan_or_inf_hurts_itself_alone() -> None:
 @pytest.mark.parametrize("bits", [0, 3])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_splits_of_the_columns_add_up_and_decode_exactly(fmt: str, bits: int) -> None:
-    for axis in (0, 1) if fmt in BLOCKS else (1,):
+    for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = example(fmt, (24, 544), dtype=torch.int8 if bits else torch.bfloat16, axis=axis)
         packed = narrow(packed, bits) if bits else packed
         x, bias = inputs(2, 544, torch.float32), inputs(1, 24, torch.float32)[0]

@@ -19,7 +19,7 @@ from transformers import ViTImageProcessor
 
 import fips
 from fips.cli import main
-from fips.formats.packing import pattern_bytes
+from fips.formats.patterns import pattern_named
 from fips.layers.linear import factored_layers
 
 IDS = torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(5))
@@ -141,7 +141,7 @@ class TestOnnx:
             size = layer.factor_shape[0] * layer.factor_shape[1]
             if layer.values.numel() < size:
                 assert not [dims for dims, _ in constants if dims in (layer.factor_shape, layer.factor_shape[::-1])]
-            assert (pattern_bytes(size=size, fmt="bitmask"),) in [dims for dims, _ in constants]
+            assert (pattern_named("bitmask").nbytes(size),) in [dims for dims, _ in constants]
 
     def test_the_runtime_decodes_once_when_it_loads(self, exported: dict[str, Path], tmp_path: Path) -> None:
         options = self.runtime.SessionOptions()

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError, ConfigError, ShapeError
-from fips.formats.packing import BLOCKS, pack, pack_integers, quantize_rows, row_scales, unpack_integers
+from fips.formats.masks import nm_mask
+from fips.formats.packed import Packed, to_dense
+from fips.formats.patterns import pattern_named
+from fips.formats.values import integers, pack_integers, unpack_integers
 from fips.kernels import cpu, ops, reference
-from fips.kernels.reference import Packed
-from fips.solve.patterns import nm_mask
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
 
@@ -39,8 +40,8 @@ def example(
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(shape, generator=generator)
     mask = torch.ones(shape, dtype=torch.bool)
-    if fmt in BLOCKS:
-        size = BLOCKS[fmt]
+    if pattern_named(fmt).block > 1:
+        size = pattern_named(fmt).block
         grid = (shape[0] // size, shape[1]) if axis == 0 else (shape[0], shape[1] // size)
         mask = (torch.rand(grid, generator=generator) < 0.4).repeat_interleave(size, axis)
     elif fmt == "bitmask":
@@ -51,13 +52,13 @@ def example(
         mask = nm_mask(matrix.abs(), n=int(fmt.partition(":")[0]), m=int(fmt.partition(":")[2]), dim=1)
     scales = None
     if dtype == torch.int8:
-        scales = row_scales(matrix, mask)
-        matrix = quantize_rows(matrix, scales)
+        scales = integers(8).scales(matrix, mask)
+        matrix = integers(8).quantize(matrix, scales)
     else:
         matrix = matrix.to(dtype)
     block_axis = 0 if axis == 0 else 1
-    values, pattern = pack(matrix, mask, fmt=fmt, block_axis=block_axis)
-    return Packed(values, pattern, scales, shape, fmt, block_axis)  # type: ignore[arg-type]
+    values, pattern = pattern_named(fmt).pack(matrix, mask, block_axis)
+    return Packed(values, pattern, scales, shape, fmt, block_axis, "float" if scales is None else "int8")  # type: ignore[arg-type]
 
 
 def exact(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -69,7 +70,7 @@ def exact(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         packed.fmt,
         packed.block_axis,
     )
-    dense = reference.to_dense(wide)
+    dense = to_dense(wide)
     return x.double() @ dense.T + (0 if bias is None else bias.double())
 
 
@@ -85,8 +86,8 @@ def inputs(tokens: int, cols: int, dtype: torch.dtype) -> Tensor:
 
 
 def fits(fmt: str, shape: tuple[int, int], axis: int) -> bool:
-    unit = BLOCKS.get(fmt) or int(fmt.partition(":")[2] or 1)
-    return shape[axis if fmt in BLOCKS else 1] % unit == 0
+    unit = pattern_named(fmt).group
+    return shape[axis if pattern_named(fmt).block > 1 else 1] % unit == 0
 
 
 @needs_library
@@ -94,8 +95,8 @@ def fits(fmt: str, shape: tuple[int, int], axis: int) -> bool:
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_every_path_agrees_with_float64(fmt: str, values: torch.dtype, isa: str) -> None:
-    blocked = [(fmt, 0) for fmt in BLOCKS]  # the values of a row do not lie together
-    for axis in (0, 1) if fmt in BLOCKS else (1,):
+    blocked = [(fmt, 0) for fmt in ("block4", "block8")]  # the values of a row do not lie together
+    for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = example(fmt, (96, 160), dtype=values, axis=axis)
         prepared = cpu.prepare(packed)
         ran = 0
@@ -118,7 +119,7 @@ def test_every_path_agrees_with_float64(fmt: str, values: torch.dtype, isa: str)
 def narrow(packed: Packed, bits: int) -> Packed:
     """The matrix with its int8 values shortened to their highest bits."""
     values = packed.values_Z >> (8 - bits)
-    return replace(packed, values_Z=pack_integers(values, bits=bits), bits=bits, count=values.numel())
+    return replace(packed, values_Z=pack_integers(values, bits=bits), value_format=f"int{bits}", count=values.numel())
 
 
 @needs_library
@@ -130,7 +131,8 @@ def test_integers_of_few_bits_agree_with_float64(fmt: str, bits: int, isa: str) 
         if not fits(fmt, shape, 1):
             continue
         packed = narrow(example(fmt, shape, dtype=torch.int8), bits)
-        wide = replace(packed, values_Z=unpack_integers(packed.values_Z, bits=bits, count=packed.count), count=0)
+        integers_Z = unpack_integers(packed.values_Z, bits=bits, count=packed.count)
+        wide = replace(packed, values_Z=integers_Z, value_format="int8", count=0)
         prepared = cpu.prepare(packed)
         for tokens in (1, 4, 33):
             for dtype in (torch.float32, torch.bfloat16):
@@ -147,7 +149,7 @@ def test_integers_of_few_bits_agree_with_float64(fmt: str, bits: int, isa: str) 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_odd_shapes(fmt: str, shape: tuple[int, int], isa: str) -> None:
     for values in (torch.float32, torch.bfloat16, torch.int8):
-        for axis in (0, 1) if fmt in BLOCKS else (1,):
+        for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
             if not fits(fmt, shape, axis):
                 continue
             packed = example(fmt, shape, dtype=values, axis=axis, seed=1)
@@ -198,7 +200,8 @@ def test_long_rows_are_multiplied_in_parts(fmt: str, values: torch.dtype, isa: s
             assert_close(cpu.multiply(x, prepared, isa=isa), exact(x, packed), TOLERANCE[dtype])
     if values == torch.int8 and fmt in ("dense", "bitmask"):
         short = narrow(packed, 4)
-        wide = replace(short, values_Z=unpack_integers(short.values_Z, bits=4, count=short.count), count=0)
+        integers_Z = unpack_integers(short.values_Z, bits=4, count=short.count)
+        wide = replace(short, values_Z=integers_Z, value_format="int8", count=0)
         for tokens in (5, 150):
             x = inputs(tokens, 2576, torch.bfloat16)
             assert_close(cpu.multiply(x, cpu.prepare(short), isa=isa), exact(x, wide), TOLERANCE[torch.bfloat16])
@@ -210,9 +213,10 @@ def test_long_rows_are_multiplied_in_parts(fmt: str, values: torch.dtype, isa: s
 def test_all_empty_and_all_full(kept: bool, values: torch.dtype) -> None:
     matrix = torch.randn(37, 70)
     mask = torch.full((37, 70), kept)
-    scales = row_scales(matrix, mask) + 1e-9 if values == torch.int8 else None
-    stored = matrix.to(values) if scales is None else quantize_rows(matrix, scales)
-    packed = Packed(*pack(stored, mask, fmt="bitmask"), scales, (37, 70), "bitmask")
+    scales = integers(8).scales(matrix, mask) + 1e-9 if values == torch.int8 else None
+    stored = matrix.to(values) if scales is None else integers(8).quantize(matrix, scales)
+    kind = "float" if scales is None else "int8"
+    packed = Packed(*pattern_named("bitmask").pack(stored, mask), scales, (37, 70), "bitmask", 1, kind)
     for tokens in (1, 4, 20):
         x = inputs(tokens, 70, torch.float32)
         y = cpu.multiply(x, cpu.prepare(packed))
@@ -251,7 +255,7 @@ def test_zero_tokens_stay_zero_and_large_ones_are_kept() -> None:
 @pytest.mark.parametrize("shape", [(64, 128), (13, 77), (5, 300), (1, 1)])
 def test_products_with_the_columns_of_a_dense_matrix(shape: tuple[int, int], values: torch.dtype, isa: str) -> None:
     packed = example("dense", shape, dtype=values)
-    dense = reference.to_dense(packed).double()
+    dense = to_dense(packed).double()
     for tokens in (1, 2, 3, 4):
         for dtype in TOLERANCE:
             x = inputs(tokens, shape[0], dtype)
@@ -339,13 +343,13 @@ def strange_tokens(cols: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8, 5])
 @pytest.mark.parametrize("fmt", ["dense", "bitmask", "4:16", "block4", "block8"])
 def test_nan_and_inf_come_out_as_from_a_dense_layer(fmt: str, values: torch.dtype | int, isa: str) -> None:
-    for axis in (0, 1) if fmt in BLOCKS else (1,):
+    for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = example(fmt, (72, 144), dtype=torch.int8 if isinstance(values, int) else values, axis=axis)
         packed = narrow(packed, values) if isinstance(values, int) else packed
         prepared = cpu.prepare(packed)
         for dtype in TOLERANCE:
             x, bias = strange_tokens(144, dtype), inputs(1, 72, dtype)[0]
-            expected = torch.nn.functional.linear(x.double(), reference.to_dense(packed).double(), bias.double())
+            expected = torch.nn.functional.linear(x.double(), to_dense(packed).double(), bias.double())
             plain = torch.where(x.isfinite(), x, 0)
             for path in cpu.PATHS:
                 for part in (slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 7), slice(4, 8), slice(0, 10)):
@@ -368,7 +372,7 @@ def test_huge_and_tiny_tokens_beside_integers(bits: int, isa: str) -> None:
     packed = example("bitmask", (72, 144), dtype=torch.int8)
     packed = packed if bits == 8 else narrow(packed, bits)
     prepared = cpu.prepare(packed)
-    dense = reference.to_dense(packed).double()
+    dense = to_dense(packed).double()
     for size in (1e-37, 1e-33, 1e-31, 1e-20, 1e20, 1e30, 1e34, 1e36):
         for dtype in (torch.float32, torch.bfloat16):
             for tokens in (1, 3, 40):
@@ -482,7 +486,7 @@ def test_numbers_that_are_no_code_are_refused(fmt: str) -> None:
 def test_a_pattern_changed_behind_torch_reads_nothing_that_is_not_there(fmt: str, isa: str) -> None:
     """Values lie at the end of a page that is followed by one nobody may read."""
     for values in (torch.float32, torch.bfloat16, torch.int8, 6):
-        for axis in (0, 1) if fmt in BLOCKS else (1,):
+        for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
             packed = example(fmt, (48, 160), dtype=torch.int8 if values == 6 else values, axis=axis)  # type: ignore[arg-type]
             packed = narrow(packed, 6) if values == 6 else packed
             packed = replace(packed, values_Z=at_the_end_of_a_page(packed.values_Z))
@@ -549,7 +553,7 @@ def test_the_library_believes_no_argument(fmt: str) -> None:
         for name, value in lies:
             call, x, y = call_of(prepared)
             matrix = cpu._Matrix.from_buffer_copy(prepared.struct)
-            if (name in ("m", "n")) and ":" not in fmt and (name == "n" or fmt not in BLOCKS):
+            if (name in ("m", "n")) and ":" not in fmt and (name == "n" or pattern_named(fmt).block == 1):
                 continue  # not looked at
             setattr(call if where == "call" else matrix, name, value)
             status = library.fips_multiply(ctypes.byref(matrix), ctypes.byref(call))

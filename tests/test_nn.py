@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import fips
 from fips.errors import CheckpointError, ConfigError
-from fips.formats.packing import BLOCKS
-from fips.layers.linear import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
+from fips.formats.masks import nm_mask
+from fips.formats.patterns import pattern_named
+from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
 from fips.models import Site, group_layers, locate_layers
 from fips.models.sites import Role
 from fips.plan.footprint import LayerStorage, factored_footprint
-from fips.solve.patterns import nm_mask
 from fips.storage.layout import Layout, describe_layout
 
 WIDTH, COLUMNS, RANK = 12, 40, 16
@@ -35,7 +35,7 @@ def mask_for(fmt: str, role: Role, rank: int, columns: int, seed: int = 0) -> Te
     if ":" in fmt:
         n, m = (int(part) for part in fmt.split(":"))
         return nm_mask(torch.rand(rank, columns, generator=generator), n=n, m=m, dim=0 if role == "up" else 1)
-    size = BLOCKS.get(fmt, 1)
+    size = pattern_named(fmt).block
     mask = (torch.rand(rank, columns // size, generator=generator) < 0.4).repeat_interleave(size, dim=1)
     if role == "up":
         mask[:, :size] = False
@@ -45,7 +45,7 @@ def mask_for(fmt: str, role: Role, rank: int, columns: int, seed: int = 0) -> Te
 
 
 def make_layer(
-    role: Role, fmt: str, values: ValueKind, basis: SharedBasis | None, *, width: int = WIDTH, columns: int = COLUMNS
+    role: Role, fmt: str, values: str, basis: SharedBasis | None, *, width: int = WIDTH, columns: int = COLUMNS
 ) -> tuple[FactoredLinear, Tensor]:
     """A layer and its (R, F) factor."""
     rank = width if basis is None else basis.weight.shape[1]
@@ -61,7 +61,7 @@ def make_basis(width: int = WIDTH, rank: int = RANK) -> SharedBasis:
 
 
 @pytest.mark.parametrize(("role", "fmt", "values", "shared"), CASES)
-def test_forward_equals_the_dense_product(role: Role, fmt: str, values: ValueKind, shared: bool) -> None:
+def test_forward_equals_the_dense_product(role: Role, fmt: str, values: str, shared: bool) -> None:
     if fmt == "2:8" and role == "up" and not shared:
         pytest.skip("a width of 12 is no multiple of 8")
     basis = make_basis() if shared else None

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fips.errors import BudgetError
+from fips.formats.masks import nm_mask, top_mask, top_masks
 from fips.methods.paper import grow_rank, rank_for_budget
-from fips.solve.patterns import nm_mask, num_nonzeros, prune_and_regrow, top_mask, top_masks, unstructured_masks
+from fips.solve.patterns import num_nonzeros, prune_and_regrow, unstructured_masks
 from fips.solve.svd import shared_svd
 from fips.training.schedules import gmp_sparsity, rigl_fraction, update_steps
 

@@ -17,14 +17,17 @@ import fips
 import fips.methods.fips
 from fips.calibration.moments import collect_moments
 from fips.errors import BudgetError
-from fips.kernels.reference import to_dense
+from fips.formats.masks import nm_mask
+from fips.formats.packed import to_dense
+from fips.formats.values import integers as named_integers
+from fips.formats.values import values_named
 from fips.layers.linear import factored_layers
 from fips.methods.workbench import dense_matrix
 from fips.models import group_layers, locate_layers
 from fips.solve.alternate import alternate, prune
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import refit, sparse_factors
-from fips.solve.patterns import nm_mask, unstructured_masks
+from fips.solve.patterns import unstructured_masks
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
 from fips.solve.rounding import Grid, round_factor, round_rows, row_steps
@@ -508,7 +511,7 @@ def test_rounding_stays_on_the_grid_and_support_and_feedback_pays(axis: int) -> 
         problem.prepare(None)
         mask = torch.rand(D, F, generator=torch.Generator().manual_seed(1)) < 0.8
         factor = refit(problem, problem.weight_DF, mask)
-        grid = round_factor(problem, factor, mask, axis=axis, bits=3, dtype=torch.bfloat16)
+        grid = round_factor(problem, factor, mask, axis=axis, values=named_integers(3), dtype=torch.bfloat16)
         rounded, steps, wanted = grid.factor(), grid.steps_N, grid.wanted_RF
         assert steps.dtype == torch.bfloat16
         assert (rounded[~mask] == 0).all()
@@ -525,8 +528,8 @@ def test_rounding_stays_on_the_grid_and_support_and_feedback_pays(axis: int) -> 
 def test_rounding_in_a_plain_metric_is_to_the_nearest() -> None:
     matrix = torch.randn(7, 300, generator=torch.Generator().manual_seed(0))
     mask, ones = torch.ones_like(matrix, dtype=torch.bool), torch.ones(300)
-    steps = row_steps(matrix, ones, bits=4)
-    integers, _ = round_rows(matrix, mask, torch.eye(300), ones, steps, bits=4)
+    steps = row_steps(matrix, ones, values=named_integers(4))
+    integers, _ = round_rows(matrix, mask, torch.eye(300), ones, steps, values=named_integers(4))
     assert torch.equal(integers, (matrix / steps.unsqueeze(1)).round().clamp(-7, 7))
     clipped = (matrix.abs().amax(1) / 7).unsqueeze(1)
     plain = ((matrix / clipped).round() * clipped - matrix).square().sum(1)
@@ -534,9 +537,14 @@ def test_rounding_in_a_plain_metric_is_to_the_nearest() -> None:
 
 
 def test_what_is_expected_of_a_choice_falls_with_bytes_and_bits() -> None:
-    densities = [expected_error(density, 6) for density in (0.2, 0.5, 0.9, 1.0)]
+    densities = [expected_error(density, named_integers(6)) for density in (0.2, 0.5, 0.9, 1.0)]
     assert densities == sorted(densities, reverse=True)
-    assert expected_error(1.0, None) == 0 < expected_error(1.0, 8) < expected_error(1.0, 4) < expected_error(0.3, 8)
+    assert expected_error(1.0, values_named("float")) == 0 < expected_error(1.0, named_integers(8))
+    assert (
+        expected_error(1.0, named_integers(8))
+        < expected_error(1.0, named_integers(4))
+        < expected_error(0.3, named_integers(8))
+    )
 
 
 def test_the_width_of_the_values_follows_the_bytes() -> None:
@@ -577,7 +585,7 @@ def test_a_byte_budget_is_kept_and_full_factors_lose_their_pattern() -> None:
 
 def test_a_basis_is_not_shared_where_pruning_loses_nothing() -> None:
     """More bytes than dense int8 matrices take: everything is kept whole, and no basis is paid for."""
-    search = GroupSearch(problems(), (0, 1, 0, 1), Pricing(value=1.0, basis_entry=2.0, row_scale=2.0), {})
+    search = GroupSearch(problems(), (0, 1, 0, 1), Pricing(value=1.0, basis_entry=2.0, row_scale=2.0))
     dense = search.overhead(Choice(False, "unstructured")) + 4 * D * F
     points = search.trials([Choice(False, "unstructured")], 1.2 * dense)
     known = expected_total([points], 1.2 * dense)
@@ -611,11 +619,13 @@ def test_trials_on_some_rows_tell_what_those_on_all_do(axis: int, monkeypatch: p
     metrics = [moment(size, generator) for size in shape]
     metrics[1 - axis] = torch.eye(256) + 0.3 * metrics[1 - axis] / metrics[1 - axis].diagonal().mean()
     problem = LayerProblem(torch.randn(shape, generator=generator), *metrics)
-    choices = [Choice(False, "unstructured", bits) for bits in (3, 4, 5, 6, 8)] + [Choice(False, "8:16", 4)]
+    choices = [Choice(False, "unstructured", f"int{bits}") for bits in (3, 4, 5, 6, 8)] + [
+        Choice(False, "8:16", "int4")
+    ]
     found = []
     for sample in (1024, 64):
         monkeypatch.setattr(fips.solve.search, "SAMPLE", sample)
-        search = GroupSearch([problem], [axis], Pricing(value=2.0, basis_entry=2.0, row_scale=2.0), {"8:16": 14})
+        search = GroupSearch([problem], [axis], Pricing(value=2.0, basis_entry=2.0, row_scale=2.0))
         found.append(search.trials(choices, 0.6 * 32 * 256))
     assert [point[:2] for point in found[0]] == [point[:2] for point in found[1]]
     ratios = [few.loss / all_.loss for all_, few in zip(*found, strict=True)]
@@ -627,15 +637,15 @@ def test_sharing_is_tried_on_some_columns_first(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fips.solve.search, "SAMPLE", 16)
     monkeypatch.setattr(fips.solve.search, "COLUMNS", 2)
     pricing = Pricing(value=2.0, basis_entry=2.0, row_scale=2.0)
-    search = GroupSearch(problems(), (0, 1, 0, 1), pricing, {})
+    search = GroupSearch(problems(), (0, 1, 0, 1), pricing)
     small, share = search._some_columns()
     assert small.columns == round(share * 4 * F) < 4 * F
-    assert small.overhead(Choice(True, "unstructured")) - 2 * D * D * share == pytest.approx(
+    assert small.overhead(Choice(True, "unstructured", "int8")) - 2 * D * D * share == pytest.approx(
         2 * (small.columns / 2 + 2 * D)
     )
     asked: list[Choice] = []
     monkeypatch.setattr(search, "solve", lambda choice, *_, **__: asked.append(choice))
-    assert search.sharing_ratio(Choice(True, "unstructured", 8), 0.5 * 4 * D * F, 1.0) == math.inf
+    assert search.sharing_ratio(Choice(True, "unstructured", "int8"), 0.5 * 4 * D * F, 1.0) == math.inf
     assert not asked
 
 

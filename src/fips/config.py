@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from fips.errors import ConfigError
+from fips.formats.patterns import Pattern, pattern_for
 
 __all__ = [
     "SETTINGS",
@@ -40,7 +41,6 @@ __all__ = [
 
 FactorDtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_METHOD = "fips"
-PATTERN = r"^(auto|unstructured|block4|block8|[1-9]\d?:[1-9]\d?)$"
 
 
 class Settings(BaseModel):
@@ -75,7 +75,8 @@ def _explain(error: ValidationError, owner: type[Settings]) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(owner.unknown_field(name))
         elif item["type"] == "value_error":
-            lines.append(f"{item['msg'].removeprefix('Value error, ')}")
+            where = f"`{name}`: " if isinstance(item["input"], str) else ""
+            lines.append(f"{where}{item['msg'].removeprefix('Value error, ')}")
         elif item["type"] == "missing":
             lines.append(f"`{name}` is required in {owner.__name__}")
         else:
@@ -265,28 +266,33 @@ class InputsConfig(CompressionConfig):
 class SparseConfig(CompressionConfig):
     """What methods share that prune factors to a pattern and can train them block by block."""
 
-    pattern: str = Field(default="unstructured", pattern=PATTERN)
+    pattern: str = "unstructured"
     """`unstructured`, or `N:M`, N non-zeros in every M consecutive entries along the reduction."""
     schedule: Literal["static", "gmp", "rigl"] = "static"
     """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow."""
     reconstruction: ReconstructionConfig = ReconstructionConfig()
 
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str) -> str:
+        if pattern != "auto":
+            pattern_for(pattern)
+        return pattern
+
     def check(self) -> None:
-        if self.nm is None:
-            return
-        n, m = self.nm
-        if not 0 < n < m <= 32:
-            raise ValueError(f"`pattern` N:M needs 0 < N < M <= 32, got {self.pattern!r}")
-        if self.schedule == "rigl":
+        if self.nm is not None and self.schedule == "rigl":
             raise ValueError("`schedule: rigl` needs `pattern: unstructured`; N:M works with `static` and `gmp`")
 
     @property
+    def format(self) -> Pattern:
+        """The pattern asked for; any entries where it is to be measured."""
+        return pattern_for("unstructured" if self.pattern == "auto" else self.pattern)
+
+    @property
     def nm(self) -> tuple[int, int] | None:
-        """``(N, M)`` of an N:M pattern, None otherwise."""
-        if ":" not in self.pattern:
-            return None
-        n, m = self.pattern.split(":")
-        return int(n), int(m)
+        """``(N, M)`` of a pattern that keeps N of every M entries, None of one that leaves it free."""
+        kept = self.format.group_kept
+        return None if kept is None else (kept, self.format.group)
 
 
 class DataConfig(Settings):

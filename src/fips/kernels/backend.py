@@ -15,12 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fips.formats.packing import parse_nm
+from fips.formats.packed import Packed, to_dense
 from fips.kernels import reference
-from fips.kernels.reference import Packed
 from fips.kernels.validity import Snapshot
 
-__all__ = ["Backend", "PreparedMatrix", "Reference", "RepeatedCall", "kernel_refuses", "say_once"]
+__all__ = ["Backend", "PreparedMatrix", "Reference", "RepeatedCall", "kernel_refuses", "say_once", "unsupported_format"]
 
 log = logging.getLogger("fips.kernels")
 
@@ -94,7 +93,7 @@ class Backend(Protocol):
 
     def decode(self, prepared: PreparedMatrix, dtype: torch.dtype) -> Tensor:
         """S as a dense matrix."""
-        return reference.to_dense(prepared.packed).to(dtype)
+        return to_dense(prepared.packed).to(dtype)
 
     def repeat(
         self, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, activation_bits: int | None
@@ -134,9 +133,18 @@ def kernel_refuses(packed: Packed, device: torch.device, dtype: torch.dtype, hom
     rows, cols = packed.shape
     if packed.kept >= 2**31 or rows == 0 or cols == 0:
         return f"a matrix of {rows} x {cols} with {packed.kept} kept entries; at least 1, fewer than 2^31 are handled"
-    nm = parse_nm(packed.fmt)
-    if nm is not None and (nm[1] not in (2, 4, 8, 16) or cols % nm[1]):
-        return f"pattern {packed.fmt} of rows of {cols}; M is 2, 4, 8 or 16 and divides a row"
+    return unsupported_format(packed)
+
+
+def unsupported_format(packed: Packed) -> str | None:
+    """Why no kernel of fips has a reader for the format of a matrix, in words; None if there is one."""
+    pattern, numbers = packed.layout, packed.numbers
+    if pattern.code(packed.block_axis) is None:
+        return f"no compiled kernel reads the pattern {pattern.name}"
+    if not numbers.compiled or numbers.scale_group is not None:
+        return f"no compiled kernel reads values {numbers.name}"
+    if pattern.group_kept is not None and (pattern.group not in (1, 2, 4, 8, 16) or packed.shape[1] % pattern.group):
+        return f"pattern {pattern.name} of rows of {packed.shape[1]}; M is 2, 4, 8 or 16 and divides a row"
     return None
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fips.formats.packed import Packed
 from fips.kernels import ops, registry
 from fips.kernels.backend import Backend, PreparedMatrix, say_once
-from fips.kernels.reference import Packed, check_inputs
+from fips.kernels.reference import check_inputs
 
 __all__ = ["BasisRuntime"]
 

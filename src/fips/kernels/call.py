@@ -8,9 +8,10 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from fips.formats.packed import Packed
 from fips.kernels import registry
 from fips.kernels.backend import RepeatedCall
-from fips.kernels.reference import Packed, check_inputs
+from fips.kernels.reference import check_inputs
 from fips.kernels.select import Choice
 from fips.kernels.timings import Way
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError, ConfigError
-from fips.formats.packing import BITMASK, BLOCKS, DENSE, parse_nm
-from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses
-from fips.kernels.reference import Packed, check_inputs, check_packed
+from fips.formats.packed import Packed, check_packed
+from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
+from fips.kernels.reference import check_inputs
 from fips.kernels.validity import Snapshot
 
 __all__ = [
@@ -44,14 +44,12 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 4
+ABI = 5
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 3}
 """uint8 are packed integers of less than 8 bits."""
-_FORMATS = {DENSE: 0, BITMASK: 1}
-_NM, _BLOCK_ROWS, _BLOCK_COLS = 2, 3, 4
 _INVALID, _NO_MEMORY = -2, -3
 
 
@@ -82,7 +80,7 @@ class CpuMatrix(PreparedMatrix):
         self.row_start: Tensor | None = None
         with _as_memory_error():
             self.scales = None if packed.scales_N is None else packed.scales_N.detach().float().contiguous()
-            if packed.fmt == BITMASK or packed.fmt in BLOCKS:
+            if packed.layout.group_kept is None:
                 self.row_start = torch.empty(packed.shape[0], dtype=torch.int32)
         self.struct = _describe(packed, self.scales)
         self._count()
@@ -309,20 +307,16 @@ def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int,
 
 
 def _describe(packed: Packed, scales: Tensor | None) -> _Matrix:
-    nm = parse_nm(packed.fmt)
-    if nm is not None:
-        code, n, m = _NM, *nm
-    elif packed.fmt in BLOCKS:
-        code, n, m = (_BLOCK_ROWS if packed.block_axis == 0 else _BLOCK_COLS), 0, BLOCKS[packed.fmt]
-    else:
-        code, n, m = _FORMATS[packed.fmt], 0, 0
-    values, pattern = packed.values_Z.detach(), packed.pattern
+    layout, values, pattern = packed.layout, packed.values_Z.detach(), packed.pattern
+    code = layout.code(packed.block_axis)
+    if code is None or not packed.numbers.compiled:
+        raise BackendError(f"{unsupported_format(packed)}; use torch")
     if values.dtype not in TYPES or not all(t.is_cpu for t in (values, pattern, *([] if scales is None else [scales]))):
         raise BackendError(f"no CPU kernel for values {values.dtype} on {values.device}; use torch")
     return _Matrix(
-        *packed.shape, code, TYPES[values.dtype], n, m, values.data_ptr(), pattern.data_ptr(), packed.kept,
-        values.nbytes, pattern.numel(), None, None if scales is None else scales.data_ptr(), 0,
-        0 if scales is None else scales.numel(), packed.bits,
+        *packed.shape, code, TYPES[values.dtype], layout.group_kept or 0, layout.group, values.data_ptr(),
+        pattern.data_ptr(), packed.kept, values.nbytes, pattern.numel(), None,
+        None if scales is None else scales.data_ptr(), 0, 0 if scales is None else scales.numel(), packed.bits or 8,
     )  # fmt: skip
 
 

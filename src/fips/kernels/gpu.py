@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError
-from fips.formats.packing import BITMASK, BLOCKS, DENSE, code_bits, parse_nm
-from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses
-from fips.kernels.reference import Packed, check_inputs, check_packed
+from fips.formats.packed import Packed, check_packed
+from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
+from fips.kernels.reference import check_inputs
 
 try:
     import triton
@@ -75,18 +75,18 @@ class TileLayout:
     @classmethod
     def of(cls, packed: Packed) -> TileLayout:
         cols = packed.shape[1]
-        nm, bits = parse_nm(packed.fmt), 0 if packed.scales_N is None else packed.bits
-        if nm is not None:
-            return cls(_NM, bits, nm[1], False, nm[1], code_bits(*nm), nm[0])
-        if packed.fmt == DENSE:
+        pattern, bits = packed.layout, packed.bits
+        code, unit = pattern.code(packed.block_axis), pattern.group
+        if code is None or not packed.numbers.compiled:
+            raise BackendError(f"{unsupported_format(packed)}; use torch")
+        if code == _NM:
+            return cls(_NM, bits, unit, False, unit, pattern.group_bits, pattern.group_kept or 0)
+        if code == _DENSE:
             group = 32 // math.gcd(bits, 32) if bits else 8
             return cls(_DENSE, bits, group, bits > 0 and _in_words(packed.values_Z, cols * bits))
-        if packed.fmt in BLOCKS and packed.block_axis == 1:
-            return cls(_BLOCK_COLS, bits, BLOCKS[packed.fmt], False, BLOCKS[packed.fmt])
-        words = _in_words(packed.pattern, cols)
-        if packed.fmt == BITMASK:
-            return cls(_BITMASK, bits, 32, words)
-        return cls(_BLOCK_ROWS, bits, 32, words, BLOCKS[packed.fmt])
+        if code == _BLOCK_COLS:
+            return cls(_BLOCK_COLS, bits, unit, False, unit)
+        return cls(code, bits, 32, _in_words(packed.pattern, cols), unit)
 
     def read(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """Values and pattern in the units they are read in."""
@@ -113,8 +113,12 @@ class TritonMatrix(PreparedMatrix):
         self.layout = layout = TileLayout.of(packed)
         rows, cols = packed.shape
         device = packed.values_Z.device
-        nm = parse_nm(packed.fmt)
-        self.table = torch.zeros(1, dtype=torch.int32, device=device) if nm is None else _code_table(*nm, device)
+        coded = layout.FORMAT == _NM
+        self.table = (
+            _code_table(layout.GROUP_KEPT, layout.UNIT, device)
+            if coded
+            else torch.zeros(1, dtype=torch.int32, device=device)
+        )
         self.values, pattern = layout.read(packed)
         self.pattern = pattern if pattern.numel() else self.table
         tile = layout.GROUP * layout.GROUPS
@@ -227,7 +231,7 @@ class TritonBackend(Backend):
     def supports(self, packed: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
         if not available():
             return f"Triton is not installed ({_missing}); `pip install fips[gpu]`"
-        if packed.fmt == DENSE and packed.scales_N is None:
+        if packed.layout.code(packed.block_axis) == _DENSE and packed.scales_N is None:
             return "a whole matrix of floats is a dense product"
         return kernel_refuses(packed, device, dtype, "cuda")
 
@@ -256,7 +260,7 @@ def _code_table(n: int, m: int, device: torch.device) -> Tensor:
     """The M-bit mask of every code of an N:M format, in code order; of numbers that are no code, 0."""
     masks = sorted(mask for mask in range(1 << m) if mask.bit_count() == n)  # colexicographic order of the subsets
     assert len(masks) == math.comb(m, n)
-    masks += [0] * ((1 << code_bits(n, m)) - len(masks))
+    masks += [0] * ((1 << (len(masks) - 1).bit_length()) - len(masks))
     return torch.tensor(masks, dtype=torch.int32, device=device)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fips.formats.packed import Packed
 from fips.kernels import reference, registry
-from fips.kernels.reference import Packed
 
 __all__ = ["is_plain", "needs_grad", "packed_linear", "traceable"]
 
@@ -17,7 +17,7 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """``x S^T + bias`` by the first backend that takes it, differentiable in ``x``, floating values and bias."""
     y: Tensor = torch.ops.fips.packed_linear(
         x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis,
-        packed.bits, packed.count,
+        packed.value_format, packed.count,
     )  # fmt: skip
     return y
 
@@ -52,10 +52,10 @@ def _packed_linear(
     shape: list[int],
     fmt: str,
     block_axis: int,
-    bits: int,
+    value_format: str,
     count: int,
 ) -> Tensor:
-    packed = _packed(values, pattern, scales, shape, fmt, block_axis, bits, count)
+    packed = _packed(values, pattern, scales, shape, fmt, block_axis, value_format, count)
     backend = registry.choose(packed, x.device, x.dtype)
     return backend.multiply(x, backend.prepare(packed), bias)
 
@@ -89,8 +89,8 @@ def _packed(
     shape: list[int],
     fmt: str,
     block_axis: int,
-    bits: int,
+    value_format: str,
     count: int,
 ) -> Packed:
     rows, cols = shape
-    return Packed(values, pattern, scales, (rows, cols), fmt, 0 if block_axis == 0 else 1, bits, count)
+    return Packed(values, pattern, scales, (rows, cols), fmt, 0 if block_axis == 0 else 1, value_format, count)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from fips.errors import ConfigError
+from fips.formats.packed import Packed
 from fips.kernels.backend import Backend, Reference
 from fips.kernels.cpu import CpuBackend
 from fips.kernels.gpu import TritonBackend
-from fips.kernels.reference import Packed
 
 __all__ = ["REFERENCE", "backends", "choose", "decoder", "reasons", "register", "unregister"]
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fips.formats.packed import Packed, to_dense
 from fips.kernels import ops, reference, registry
 from fips.kernels.backend import Backend, PreparedMatrix
 from fips.kernels.call import Product
-from fips.kernels.reference import Packed
 from fips.kernels.select import Choice
 from fips.kernels.validity import Snapshot
 
@@ -66,13 +66,13 @@ class Ways:
             backend = registry.decoder(packed)
             if backend is not None:
                 return backend.decode(self.prepared(packed, backend), dtype)
-        return reference.to_dense(packed).to(dtype)
+        return to_dense(packed).to(dtype)
 
     @torch.no_grad()
     def _merge(self, dtype: torch.dtype, layer: Product) -> Tensor:
         """The (out, in) weight B F, formed in ``dtype`` with its usual accumulation."""
         packed = layer.packed
-        factor = reference.to_dense(packed).to(dtype) if layer.offloaded else self._factor(packed, dtype)
+        factor = to_dense(packed).to(dtype) if layer.offloaded else self._factor(packed, dtype)
         if layer.basis_DR is None:
             return factor
         basis = layer.basis_DR.to(dtype)

@@ -5,32 +5,18 @@ Shape legend: D width of the residual stream, F columns of one matrix, R rank of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from fips.errors import ConfigError
-from fips.formats.packing import (
-    BITMASK,
-    DENSE,
-    ValueKind,
-    block_size,
-    pack,
-    pack_integers,
-    packed_length,
-    parse_nm,
-    pattern_bytes,
-    quantize_rows,
-    row_scales,
-    unpack_mask,
-    value_bits,
-)
+from fips.formats.packed import Packed, to_dense
+from fips.formats.patterns import BITMASK, pattern_named
+from fips.formats.values import FLOAT, values_named
 from fips.kernels import registry
 from fips.kernels.basis import BasisRuntime
 from fips.kernels.call import Product
-from fips.kernels.reference import Packed, to_dense
 from fips.kernels.runtime import LayerRuntime
 from fips.models.sites import Role
 
@@ -38,7 +24,6 @@ __all__ = [
     "BASES",
     "FactoredLinear",
     "SharedBasis",
-    "ValueKind",
     "basis_owner",
     "factored_layers",
     "replace_everywhere",
@@ -76,7 +61,7 @@ class FactoredLinear(nn.Module):
 
     ``up`` layers compute :math:`y = F^\top (B^\top x) + b`, ``down`` layers :math:`y = B (F x) + b`. The basis is
     borrowed: the model owns it, so that it is saved, moved and trained once. ``basis=None`` is the identity, a plainly
-    pruned layer; then ``width`` says what the basis would. See ``fips.formats.packing`` for the formats.
+    pruned layer; then ``width`` says what the basis would. See ``fips.formats.patterns`` for the formats.
 
     ``values`` is a parameter, so training changes the kept entries and never the support. With integer ``values``
     (``"int8"`` to ``"int2"``) it is a buffer and so is ``scales`` (one per stored row, in a floating type): training
@@ -107,31 +92,34 @@ class FactoredLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         width: int | None = None,
-        values: ValueKind = "float",
+        values: str = FLOAT,
     ) -> None:
         super().__init__()
         self._borrowed = (basis,)
         width, self.rank = _width_and_rank(basis, width)
-        if columns % block_size(fmt):
-            raise ConfigError(f"format {fmt} needs a multiple of {block_size(fmt)} hidden columns, got {columns}")
+        self.pattern_format, self.value_format = pattern_named(fmt), values_named(values)
+        block = self.pattern_format.block
+        if columns % block:
+            raise ConfigError(f"format {fmt} needs a multiple of {block} hidden columns, got {columns}")
         self.role = Role(role)
         self.reads_stream, self.block_axis = self.role.reads_stream, self.role.hidden_axis  # asked in every call
         self.fmt = fmt
-        self.kind: ValueKind = values
-        self.bits = value_bits(values)
+        self.kind = values
+        self.bits = self.value_format.bits
         self.nonzeros = nonzeros
         self.conv1d = False
         self.width, self.columns = width, columns
         self.in_features, self.out_features = self.role.features(width, columns)
         self.factor_shape = self.role.stored_shape(self.rank, columns)
-        if self.bits is not None:
-            dtype_ = torch.int8 if self.bits == 8 else torch.uint8
-            self.register_buffer("values", torch.empty(packed_length(nonzeros, self.bits), dtype=dtype_))
-            self.register_buffer("scales", torch.empty(self.factor_shape[0], dtype=dtype))
+        if self.value_format.scaled:
+            stored = torch.empty(self.value_format.length(nonzeros), dtype=self.value_format.dtype)
+            self.register_buffer("values", stored)
+            scales = self.value_format.num_scales(*self.factor_shape)
+            self.register_buffer("scales", torch.empty(scales, dtype=dtype))
         else:
             self.values = nn.Parameter(torch.empty(nonzeros, dtype=dtype))
-        if fmt != DENSE:
-            size = pattern_bytes(size=columns * self.rank, fmt=fmt)
+        if self.pattern_format.group_bits:
+            size = self.pattern_format.nbytes(columns * self.rank)
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
         self.register_buffer("weight", torch.empty(0, dtype=dtype))
@@ -147,7 +135,7 @@ class FactoredLinear(nn.Module):
         role: str,
         fmt: str,
         dtype: torch.dtype | None = None,
-        values: ValueKind = "float",
+        values: str = FLOAT,
         scales: Tensor | None = None,
     ) -> Self:
         """Pack a dense factor on its support; the bias is set by the caller. Without a basis R is the width.
@@ -156,17 +144,18 @@ class FactoredLinear(nn.Module):
         ``scales``, one for each of the F rows of a transposed ``up`` factor or of the R rows of a ``down`` factor;
         without them every row's largest magnitude becomes the largest integer.
         """
-        bits = value_bits(values)
+        numbers = values_named(values)
         to_linear, to_factor = Role(role).to_linear, Role(role).to_factor
         matrix_NK, mask_NK = to_linear(factor_RF).detach(), to_linear(mask_RF)
-        if bits is None:
+        if not numbers.scaled:
             layer, kept = cls._packed_on(basis, factor_RF.detach(), mask_RF, role=role, fmt=fmt, values=values)
             layer.values = nn.Parameter(kept.to(dtype or kept.dtype))
             return layer
-        scales = row_scales(matrix_NK, mask_NK, bits=bits) if scales is None else scales.detach()
+        scales = numbers.scales(matrix_NK, mask_NK) if scales is None else scales.detach()
         scales = scales.to(dtype or matrix_NK.dtype)
-        _check_scales(scales, matrix_NK.shape)
-        integers_RF = to_factor(quantize_rows(matrix_NK, scales, bits=bits))
+        rows, cols = matrix_NK.shape
+        _check_scales(scales, numbers.num_scales(rows, cols))
+        integers_RF = to_factor(numbers.quantize(matrix_NK, scales))
         return cls.from_integers(basis, integers_RF, mask_RF, scales, role=role, fmt=fmt, values=values)
 
     @classmethod
@@ -179,33 +168,33 @@ class FactoredLinear(nn.Module):
         *,
         role: str,
         fmt: str,
-        values: ValueKind,
+        values: str,
     ) -> Self:
-        """Pack integers (int8, within the bits of ``values``) on their support, as they are.
+        """Pack integers (int8, within the bits of ``values``), or the codes of another grid, on their support.
 
         ``scales``, in the type they are stored in, are what the integers of every stored row are multiplied by, as in
         ``from_factor``. Raises ``ConfigError`` for another number of them, or if ``values`` are floating.
         """
-        bits = value_bits(values)
-        if bits is None:
+        numbers = values_named(values)
+        if not numbers.scaled:
             raise ConfigError(f"integers cannot be stored as `values: {values}`; use `from_factor`")
         layer, kept = cls._packed_on(basis, integers_RF, mask_RF, role=role, fmt=fmt, values=values)
-        _check_scales(scales, layer.factor_shape)
-        layer.values, layer.scales = pack_integers(kept, bits=bits), scales.detach()
+        _check_scales(scales, numbers.num_scales(*layer.factor_shape))
+        layer.values, layer.scales = numbers.pack(kept), scales.detach()
         return layer
 
     @classmethod
     def _packed_on(
-        cls, basis: SharedBasis | None, matrix_RF: Tensor, mask_RF: Tensor, *, role: str, fmt: str, values: ValueKind
+        cls, basis: SharedBasis | None, matrix_RF: Tensor, mask_RF: Tensor, *, role: str, fmt: str, values: str
     ) -> tuple[Self, Tensor]:
         """A layer with its pattern, and the entries kept, in their order."""
         side = Role(role)
         matrix_NK, mask_NK = side.to_linear(matrix_RF).contiguous(), side.to_linear(mask_RF).contiguous()
-        kept, pattern = pack(matrix_NK, mask_NK, fmt=fmt, block_axis=side.hidden_axis)
+        kept, pattern = pattern_named(fmt).pack(matrix_NK, mask_NK, side.hidden_axis)
         rank, columns = matrix_RF.shape
         width = None if basis else rank
         layer = cls(basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=width, values=values)
-        if fmt != DENSE:
+        if layer.pattern_format.group_bits:
             layer.pattern = pattern
         return layer, kept
 
@@ -219,15 +208,14 @@ class FactoredLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The stored tensors of the factor, with what they mean."""
-        pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        if self.bits is None:
-            return Packed(self.values, pattern, None, self.factor_shape, self.fmt, self.block_axis)
-        count = self.nonzeros if self.bits < 8 else 0
-        return Packed(self.values, pattern, self.scales, self.factor_shape, self.fmt, self.block_axis, self.bits, count)
+        pattern = self.pattern if self.pattern_format.group_bits else self.values.new_empty(0, dtype=torch.uint8)
+        scales = self.scales if self.value_format.scaled else None
+        count = 0 if self.bits in (None, 8) else self.nonzeros
+        return Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, self.kind, count)
 
     def mask(self) -> Tensor:
         """The support of ``factor()``."""
-        return unpack_mask(self.packed().pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
+        return self.pattern_format.unpack_mask(self.packed().pattern, self.factor_shape, self.block_axis)
 
     def num_kept(self) -> int:
         """Entries the pattern keeps; equals the number of values unless the layer was damaged."""
@@ -273,7 +261,7 @@ class FactoredLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={'none' if self.basis is None else self.rank}, role={self.role}, kept={kept:.3f}, "
-            f"pattern={'N:M ' + self.fmt if parse_nm(self.fmt) else self.fmt}, values={self.kind}, "
+            f"pattern={'N:M ' + self.fmt if ':' in self.fmt else self.fmt}, values={self.kind}, "
             f"bias={self.bias is not None}"
         )
 
@@ -284,9 +272,9 @@ def _offloaded(module: nn.Module) -> bool:
     return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
 
-def _check_scales(scales: Tensor, shape: Sequence[int]) -> None:
-    if tuple(scales.shape) != (shape[0],):
-        raise ConfigError(f"`scales` wants {shape[0]} numbers, one per row, got {tuple(scales.shape)}")
+def _check_scales(scales: Tensor, wanted: int) -> None:
+    if tuple(scales.shape) != (wanted,):
+        raise ConfigError(f"`scales` wants {wanted} numbers, one per row, got {tuple(scales.shape)}")
 
 
 def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, int]:

@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments, moment_bytes
-from fips.config import PATTERN, InputMetricConfig, SparseConfig
+from fips.config import InputMetricConfig, SparseConfig
 from fips.errors import ConfigError
-from fips.formats.packing import BITMASK, DENSE, ValueKind, block_size, code_bits, value_bits, value_kind
+from fips.formats.patterns import DENSE, Pattern, pattern_for
+from fips.formats.values import FLOAT, Values, automatic_values, values_named
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.registry import Method, register
 from fips.methods.workbench import (
@@ -54,8 +55,6 @@ from fips.training.reconstruct import BlockError, reconstruct_
 
 __all__ = ["Fips", "FipsConfig", "MetricConfig", "site_problem"]
 
-AUTO_BITS = (3, 4, 5, 6, 8)
-"""Widths that `values: auto` chooses among."""
 ENOUGH = 2
 """Gradients per output of a layer from which their second moment is taken as it is. With 24 and 128 examples, 80
 outputs and a head of two classes mixing made the error of the logits 8 and 3 times smaller."""
@@ -82,10 +81,10 @@ class FipsConfig(SparseConfig):
     method: Literal["fips"] = "fips"
     sharing: Literal["auto", "always", "never"] = "auto"
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning)."""
-    values: Literal["auto"] | ValueKind | None = None
+    values: str | None = None
     """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
     bits as measured per layer. Default: `auto` with `bits`, else float."""
-    pattern: str = Field(default="auto", pattern=PATTERN)
+    pattern: str = "auto"
     """`unstructured`; `N:M`, N non-zeros in every M consecutive entries along the reduction; `block4` or `block8`, one
     mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
     measured per group."""
@@ -107,21 +106,29 @@ class FipsConfig(SparseConfig):
         if self.schedule == "rigl" and self.pattern not in ("auto", "unstructured"):
             raise ValueError(f"`schedule: rigl` needs `pattern: unstructured`, got {self.pattern!r}")
 
-    @property
-    def has_integers(self) -> bool:
-        return self.value_kind != "float"
+    @field_validator("values")
+    @classmethod
+    def _known_values(cls, values: str | None) -> str | None:
+        return values if values in (None, "auto") else values_named(values).name
 
     @property
-    def value_kind(self) -> Literal["auto"] | ValueKind:
-        """``values``, or its default for the kind of size."""
-        if self.values is not None:
-            return self.values
-        return "auto" if self.bits is not None else "float"
+    def has_integers(self) -> bool:
+        return self.value_choices[0].scaled
+
+    @property
+    def value_choices(self) -> list[Values]:
+        """The value formats that a layer may get, fewest bits first; by default `auto` where bytes are counted."""
+        found = self.values or ("auto" if self.bits is not None else FLOAT)
+        return automatic_values() if found == "auto" else [values_named(found)]
 
     @property
     def resolved_pattern(self) -> str:
         """``pattern``, where supports that change need a free one."""
         return "unstructured" if self.schedule == "rigl" else self.pattern
+
+    @property
+    def format(self) -> Pattern:
+        return pattern_for("unstructured" if self.resolved_pattern == "auto" else self.resolved_pattern)
 
 
 @register
@@ -151,35 +158,34 @@ class Fips(Method[FipsConfig]):
 
     @property
     def moves_neurons(self) -> bool:
-        return block_size(self.config.resolved_pattern) > 1
+        return self.config.format.block > 1
 
     def check(self, group: LayerGroup) -> None:
-        blocks = block_size(self.config.resolved_pattern)
+        pattern = self.config.format
         for site in group.sites:
-            if site.columns % blocks:
+            if site.columns % pattern.block:
                 raise ConfigError(
-                    f"`pattern` {self.config.pattern} needs hidden sizes that are a multiple of {blocks}, but "
+                    f"`pattern` {self.config.pattern} needs hidden sizes that are a multiple of {pattern.block}, but "
                     f"`{site.name}` has {site.columns}; use `pattern: unstructured`"
                 )
-            if self.config.nm is not None:
-                check_inputs(site, self.config.pattern, self.config.nm[1])
+            check_inputs(site, pattern)
 
     def plan(self, blank: GroupPlan) -> GroupPlan:
         """Equal shares for all groups, no sharing, the widest values that fit where the width is to be measured."""
-        for bits in reversed(_bits(self.config)):
-            layers, fits = self._equal_layers(blank.group, blank.dtype, value_kind(bits))
+        for values in reversed(self.config.value_choices):
+            layers, fits = self._equal_layers(blank.group, blank.dtype, values.name)
             if fits:
                 break
         return solved_plan(blank, rank=0, layers=layers)
 
-    def _equal_layers(self, group: LayerGroup, dtype: torch.dtype, kind: ValueKind) -> tuple[list[LayerStorage], bool]:
+    def _equal_layers(self, group: LayerGroup, dtype: torch.dtype, kind: str) -> tuple[list[LayerStorage], bool]:
         config = self.config
-        if config.nm is None:
-            fmt = config.resolved_pattern if self.moves_neurons else BITMASK
-            return equal_layers(group, config, dtype, kind, fmt=fmt)
-        n, m = config.nm
+        pattern = config.format
+        if pattern.group_kept is None:
+            return equal_layers(group, config, dtype, kind, fmt=pattern.name)
+        n, m = pattern.group_kept, pattern.group
         layers = [
-            LayerStorage(site.width * site.columns * n // m, config.pattern, kind, shared=False) for site in group.sites
+            LayerStorage(site.width * site.columns * n // m, pattern.name, kind, shared=False) for site in group.sites
         ]
         spent = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=layers).bytes
         return layers, config.bits is None or spent <= byte_target(group, config)
@@ -212,16 +218,19 @@ class Fips(Method[FipsConfig]):
 
 def _least(site: Site, config: FipsConfig, item: int) -> float:
     """The least that may be made of a matrix, without its basis: numbers or bytes."""
-    size, block = site.width * site.columns, block_size(config.resolved_pattern)
-    kept = math.ceil(max(site.width, site.columns) / block) * block
-    if config.nm is not None:
-        kept = size * config.nm[0] // config.nm[1]
+    size, pattern = site.width * site.columns, config.format
+    kept = math.ceil(max(site.width, site.columns) / pattern.block) * pattern.block
+    if pattern.group_kept is not None:
+        kept = size * pattern.group_kept // pattern.group
     if config.budget is not None:
         return kept
-    bits = _bits(config)[0]
-    values = kept * item if bits is None else kept * bits / 8 + site.outputs * item + (bits < 8)
-    pattern = size / block if config.nm is None else size // config.nm[1] * code_bits(*config.nm)
-    return values + pattern / 8
+    numbers = config.value_choices[0]
+    values: float = kept * item
+    if numbers.bits is not None:
+        scales = numbers.num_scales(site.outputs, site.inputs)
+        values = kept * numbers.bits / 8 + scales * item + (numbers.bits % 8 > 0)
+    bits = size / pattern.group * pattern.group_bits if pattern.density is None else pattern.bits(size)
+    return values + bits / 8
 
 
 @dataclass(slots=True)
@@ -311,7 +320,7 @@ def _choose(
 def _trials(search: _Search, plan: GroupPlan, config: FipsConfig) -> list[list[Point]]:
     """Measured errors of one group: one curve for every layer, or one for all of them where they share a basis."""
     share, choices = _share(plan, config), _choices(plan, config)
-    shared = [choice._replace(shared=True) for choice in choices if choice.nm is None]
+    shared = [choice._replace(shared=True) for choice in choices if choice.free]
     if config.sharing == "always" and len(plan.group.sites) > 1:
         return [search.group.trials(shared, share)]
     parts = [site.columns / plan.group.columns for site in plan.group.sites]
@@ -361,10 +370,10 @@ def _search(bench: Workbench, plan: GroupPlan, config: FipsConfig, moments: Mapp
     sites = plan.group.sites
     orders = [torch.arange(site.columns, device=bench.device) for site in sites]
     search = _searches(bench, plan, config, moments, orders)
-    block = block_size(config.resolved_pattern)
+    block = config.format.block
     if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
-            free = Choice(False, "unstructured", _bits(config)[-1])
+            free = Choice(False, "unstructured", config.value_choices[-1].name)
             size = max(
                 _share(plan, config), search.group.least_bytes(free)
             )  # its pattern costs more than that of blocks
@@ -388,12 +397,10 @@ def _searches(
             for weight_DF, site, order in zip(bench.weights(sites), sites, orders, strict=True)
         ]
     reductions: list[Reduction] = [site.role.reduction for site in sites]
-    patterns = [Choice(False, pattern) for pattern in (*N16, config.resolved_pattern)]
-    codes = {choice.pattern: code_bits(*choice.nm) for choice in patterns if choice.nm}
     pricing = _pricing(plan, config)
-    group = GroupSearch(problems, reductions, pricing, codes, plan.dtype)
+    group = GroupSearch(problems, reductions, pricing, plan.dtype)
     layers = [
-        GroupSearch([problem], [axis], pricing, codes, plan.dtype)
+        GroupSearch([problem], [axis], pricing, plan.dtype)
         for problem, axis in zip(problems, reductions, strict=True)
     ]
     return _Search(group, layers, moments, orders)
@@ -506,9 +513,8 @@ def _moved_bias(
 
 
 def _storage(mask_RF: Tensor, choice: Choice) -> LayerStorage:
-    pattern = BITMASK if choice.pattern == "unstructured" else choice.pattern
-    fmt = DENSE if bool(mask_RF.all()) else pattern
-    return LayerStorage(int(mask_RF.sum()), fmt, value_kind(choice.bits), choice.shared)
+    fmt = DENSE if bool(mask_RF.all()) else choice.layout.name
+    return LayerStorage(int(mask_RF.sum()), fmt, choice.values, choice.shared)
 
 
 def _finish(
@@ -547,12 +553,7 @@ def _choices(plan: GroupPlan, config: FipsConfig) -> list[Choice]:
         patterns = ["unstructured"]
         if plan.group.width % 16 == 0 and all(site.columns % 16 == 0 for site in plan.group.sites):
             patterns += N16
-    return [Choice(False, pattern, bits) for pattern in patterns for bits in _bits(config)]
-
-
-def _bits(config: FipsConfig) -> tuple[int | None, ...]:
-    kind = config.value_kind
-    return AUTO_BITS if kind == "auto" else (value_bits(kind),)
+    return [Choice(False, pattern, values.name) for pattern in patterns for values in config.value_choices]
 
 
 def _share(plan: GroupPlan, config: FipsConfig) -> float:
@@ -565,6 +566,6 @@ def _share(plan: GroupPlan, config: FipsConfig) -> float:
 
 def _pricing(plan: GroupPlan, config: FipsConfig) -> Pricing:
     if config.bits is None:
-        return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0, value_bit=1 / (_bits(config)[0] or 1))
+        return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0, value_bit=1 / (config.value_choices[0].bits or 1))
     size = itemsize(plan.dtype)
-    return Pricing(value=size, basis_entry=size, row_scale=0.0 if config.value_kind == "float" else size)
+    return Pricing(value=size, basis_entry=size, row_scale=size if config.has_integers else 0.0)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fips.config import InputsConfig
 from fips.errors import BudgetError
-from fips.formats.packing import DENSE, value_kind
+from fips.formats.patterns import DENSE
+from fips.formats.values import Values, integers
 from fips.methods.layerwise import MatrixMethod, StoredMatrix
 from fips.methods.registry import register
 from fips.methods.workbench import Needs
@@ -54,10 +55,10 @@ class Gptq(MatrixMethod[GptqConfig]):
 
     def store(self, weight_OI: Tensor, moment_II: Tensor | None, plan: GroupPlan) -> StoredMatrix:
         assert moment_II is not None
-        bits = self._bits(plan)
-        integers_OI, steps_O = gptq(weight_OI, moment_II, bits=bits, dtype=plan.dtype)
+        values = integers(self._bits(plan))
+        integers_OI, steps_O = gptq(weight_OI, moment_II, values=values, dtype=plan.dtype)
         kept_OI = torch.ones_like(integers_OI, dtype=torch.bool)
-        return StoredMatrix(integers_OI, kept_OI, DENSE, value_kind(bits), steps_O)
+        return StoredMatrix(integers_OI, kept_OI, DENSE, values.name, steps_O)
 
     def _bits(self, plan: GroupPlan) -> int:
         size = plan.group.width * plan.group.columns
@@ -74,16 +75,16 @@ def _scale_bytes(group: LayerGroup, dtype: torch.dtype) -> int:
     return sum(site.outputs for site in group.sites) * itemsize(dtype)
 
 
-def gptq(weight_OI: Tensor, moment_II: Tensor, *, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def gptq(weight_OI: Tensor, moment_II: Tensor, *, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Integers (int8) and the step of every row in ``dtype``.
 
     Steps are those of the least plain squared error of each row, as in implementations that search them.
     """
     moment_II = usable_moment(moment_II)
     ones_I = torch.ones_like(weight_OI[0])
-    steps_O = row_steps(weight_OI, ones_I, bits=bits).to(dtype)
+    steps_O = row_steps(weight_OI, ones_I, values=values).to(dtype)
     scale_I = moment_II.diagonal().clamp_min(1e-6 * float(moment_II.diagonal().mean())).sqrt()
     metric_II = moment_II / torch.outer(scale_I, scale_I)
     kept_OI = torch.ones_like(weight_OI, dtype=torch.bool)
-    integers_OI, _ = round_rows(weight_OI, kept_OI, metric_II, scale_I, steps_O.float(), bits=bits)
-    return integers_OI.to(torch.int8), steps_O
+    integers_OI, _ = round_rows(weight_OI, kept_OI, metric_II, scale_I, steps_O.float(), values=values)
+    return values.encode(integers_OI), steps_O

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.config import InputsConfig
-from fips.formats.packing import BITMASK, ValueKind
+from fips.formats.patterns import BITMASK
+from fips.formats.values import FLOAT
 from fips.layers.linear import FactoredLinear
 from fips.methods.registry import Method
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, dense_matrix
@@ -73,7 +74,7 @@ class StoredMatrix(NamedTuple):
     mask_OI: Tensor
     """Its kept entries."""
     fmt: str = BITMASK
-    values: ValueKind = "float"
+    values: str = FLOAT
     steps_O: Tensor | None = None
     """What the integers of every row are multiplied by; None: numbers, which are rounded if ``values`` are integers."""
 

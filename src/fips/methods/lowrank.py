@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fips.config import CompressionConfig, InputsConfig
 from fips.errors import BudgetError
-from fips.formats.packing import DENSE
+from fips.formats.patterns import DENSE
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.layerwise import GroupwiseMethod
 from fips.methods.registry import register

@@ -22,7 +22,7 @@ from torch import Tensor
 from fips.calibration.record import ActivationSpool
 from fips.config import ReconstructionConfig, SparseConfig
 from fips.errors import BudgetError
-from fips.formats.packing import BITMASK, DENSE, code_bits
+from fips.formats.patterns import BITMASK, DENSE
 from fips.methods.registry import Method, register
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, measured, pack_group
 from fips.models import LayerGroup
@@ -68,7 +68,7 @@ class PaperConfig(SparseConfig):
 
     def check(self) -> None:
         super().check()
-        if self.pattern in ("auto", "block4", "block8"):
+        if self.pattern == "auto" or (self.nm is None and self.format.name != BITMASK):
             raise ValueError(f"`pattern: {self.pattern}` needs `method: fips`, got `{self.method}`")
         if self.nm is not None and self.sparsity is not None and abs(self.sparsity - self.factor_sparsity) > 1e-9:
             raise ValueError(
@@ -95,15 +95,14 @@ class Paper(Method[PaperConfig]):
 
     def check(self, group: LayerGroup) -> None:
         """Up layers sum along the rank, which is made to fit; down layers along their inputs."""
-        if self.config.nm is not None:
-            for site in group.sites:
-                if not site.role.reads_stream:
-                    check_inputs(site, self.config.pattern, self.config.nm[1])
+        for site in group.sites:
+            if not site.role.reads_stream:
+                check_inputs(site, self.config.format)
 
     def plan(self, blank: GroupPlan) -> GroupPlan:
         config, group = self.config, blank.group
         rank = self._rank(group, blank.dtype)
-        fmt = config.pattern if config.nm is not None else (BITMASK if config.factor_sparsity > 0 else DENSE)
+        fmt = config.format.name if config.factor_sparsity > 0 else DENSE
         sizes = [rank * site.columns for site in group.sites]
         if config.threshold_scope == "group":
             sizes = [sum(sizes)]
@@ -129,14 +128,13 @@ class Paper(Method[PaperConfig]):
     def _vector_bytes(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """What one vector of the basis takes, with the entries of the factors that belong to it."""
         config, item = self.config, itemsize(dtype)
-        pattern = 1 / 8 if config.factor_sparsity > 0 else 0.0
-        if config.nm is not None:
-            pattern = code_bits(*config.nm) / config.nm[1] / 8
+        layout = config.format
+        pattern = layout.group_bits / layout.group / 8 if config.factor_sparsity > 0 else 0.0
         return group.width * item + group.columns * ((1 - config.factor_sparsity) * item + pattern)
 
     def _rank(self, group: LayerGroup, dtype: torch.dtype) -> int:
         config = self.config
-        multiple = config.nm[1] if config.nm is not None else 1
+        multiple = config.format.align
         budget = config.budget
         if budget is None:
             rank = int(byte_target(group, config) / self._vector_bytes(group, dtype)) // multiple * multiple

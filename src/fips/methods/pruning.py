@@ -12,10 +12,12 @@ from abc import abstractmethod
 from typing import Literal
 
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from fips.config import CompressionConfig, InputsConfig
-from fips.formats.packing import ValueKind
+from fips.formats.masks import top_mask
+from fips.formats.values import FLOAT, values_named
 from fips.methods.layerwise import MatrixMethod, StoredMatrix
 from fips.methods.registry import register
 from fips.methods.workbench import Needs
@@ -23,7 +25,6 @@ from fips.models import Site
 from fips.plan.groups import GroupPlan
 from fips.plan.planner import C
 from fips.solve.moments import usable_moment
-from fips.solve.patterns import top_mask
 
 __all__ = ["Magnitude", "SparseGpt", "Wanda", "magnitude", "sparsegpt", "wanda"]
 
@@ -34,12 +35,17 @@ EPS = 1e-6
 class PruningConfig(CompressionConfig):
     """What all pruning methods share."""
 
-    values: ValueKind = "float"
+    values: str = FLOAT
     """Type of the kept entries: floating, or integers of 2 to 8 bits with a scale per row (`int4`)."""
+
+    @field_validator("values")
+    @classmethod
+    def _known_values(cls, values: str) -> str:
+        return values_named(values).name
 
     @property
     def has_integers(self) -> bool:
-        return self.values != "float"
+        return values_named(self.values).scaled
 
 
 class MagnitudeConfig(PruningConfig):
@@ -64,7 +70,7 @@ class _Pruning(MatrixMethod[C]):
     config: PruningConfig  # type: ignore[assignment]
 
     @property
-    def values(self) -> ValueKind:
+    def values(self) -> str:
         return self.config.values
 
     def store(self, weight_OI: Tensor, moment_II: Tensor | None, plan: GroupPlan) -> StoredMatrix:

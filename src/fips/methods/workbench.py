@@ -20,7 +20,7 @@ from fips.calibration.record import ActivationSpool, record_blocks
 from fips.calibration.survey import NO_GRADIENT, survey_layers
 from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
-from fips.formats.packing import DENSE
+from fips.formats.patterns import DENSE
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage
@@ -274,7 +274,7 @@ def pack_group(
         else:
             grid = found.grids[index]
             layer = FactoredLinear.from_integers(
-                basis, grid.integers_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values
+                basis, grid.codes_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values
             )
         layer.bias = bias
         layer.conv1d = site.conv1d

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from fips.formats.packing import BITMASK, ValueKind, packed_length, pattern_bytes, value_bits
+from fips.formats.patterns import BITMASK, pattern_named
+from fips.formats.values import FLOAT, values_named
 from fips.models import LayerGroup, Site
 
 __all__ = ["Footprint", "LayerStorage", "dense_footprint", "factored_footprint", "named_state", "state_bytes"]
@@ -55,8 +56,8 @@ class LayerStorage:
     nonzeros: int
     """Kept entries of its factor."""
     fmt: str = BITMASK
-    """Packed format, see ``fips.formats.packing``."""
-    values: ValueKind = "float"
+    """Packed format, see ``fips.formats.patterns``."""
+    values: str = FLOAT
     shared: bool = True
     """Whether it uses the basis of its group; False is the identity basis, plain pruning."""
 
@@ -97,12 +98,9 @@ def factored_footprint(
 def _layer_bytes(site: Site, layer: LayerStorage, rank: int, itemsize: int) -> tuple[int, int]:
     """``(values and scales, pattern)`` of one matrix."""
     rank = rank if layer.shared else site.width
-    pattern = pattern_bytes(size=rank * site.columns, fmt=layer.fmt)
-    bits = value_bits(layer.values)
-    if bits is None:
-        return layer.nonzeros * itemsize, pattern
-    rows, _ = site.role.stored_shape(rank, site.columns)
-    return packed_length(layer.nonzeros, bits) + rows * itemsize, pattern
+    pattern, values = pattern_named(layer.fmt).nbytes(rank * site.columns), values_named(layer.values)
+    rows, cols = site.role.stored_shape(rank, site.columns)
+    return values.nbytes(layer.nonzeros, itemsize) + values.num_scales(rows, cols) * itemsize, pattern
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:

@@ -26,13 +26,13 @@ class GroupPlan:
     nonzeros: int
     """Kept factor entries of the whole group, exact."""
     fmt: str
-    """Packed formats of its factors, see ``fips.formats.packing``."""
+    """Packed formats of its factors, see ``fips.formats.patterns``."""
     dtype: torch.dtype
     """Storage type of basis, floating values and scales."""
     dense: Footprint
     factored: Footprint
     values: str = "float"
-    """Types of its values, see ``fips.formats.packing.ValueKind``."""
+    """Types of its values, see ``fips.formats.values``."""
 
     @property
     def sparsity(self) -> float:

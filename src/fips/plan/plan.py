@@ -11,7 +11,7 @@ from torch import nn
 
 from fips.config import CompressionConfig
 from fips.errors import ConfigError, ModelError, NoMatchError
-from fips.formats.packing import BITMASK
+from fips.formats.patterns import BITMASK
 from fips.layers.linear import factored_layers
 from fips.models import LayerGroup, Skipped, Sublayer, group_layers, locate_layers
 from fips.models.wrappers import unwrap

@@ -14,7 +14,8 @@ import torch
 
 from fips.config import CompressionConfig
 from fips.errors import ConfigError
-from fips.formats.packing import BITMASK, ValueKind, value_bits
+from fips.formats.patterns import BITMASK, Pattern
+from fips.formats.values import values_named
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
@@ -35,7 +36,7 @@ class Planner(ABC, Generic[C]):
         self.config = config
 
     @property
-    def values(self) -> ValueKind:
+    def values(self) -> str:
         """How kept entries are stored."""
         return "float"
 
@@ -60,7 +61,7 @@ class Planner(ABC, Generic[C]):
             return kept / size
         empty = [LayerStorage(0, values=self.values, shared=False) for _ in group.sites]
         overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
-        entry_bits = value_bits(self.values) or 8 * itemsize(dtype)
+        entry_bits = values_named(self.values).bits_of(itemsize(dtype))
         return (kept * entry_bits / 8 + overhead) / (BYTES_PER_BIT * size)
 
     def least_density(self, site: Site) -> float:
@@ -83,13 +84,13 @@ def planner_of(config: CompressionConfig) -> Planner[Any]:
 
 
 def equal_layers(
-    group: LayerGroup, config: CompressionConfig, dtype: torch.dtype, kind: ValueKind, *, fmt: str = BITMASK
+    group: LayerGroup, config: CompressionConfig, dtype: torch.dtype, kind: str, *, fmt: str = BITMASK
 ) -> tuple[list[LayerStorage], bool]:
     """Layers of equal density with values of a kind, and whether they are within the size and not all but empty."""
     size = group.width * group.columns
     empty = [LayerStorage(0, fmt, kind, shared=False) for _ in group.sites]
     overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
-    value_bytes = (value_bits(kind) or 8 * itemsize(dtype)) / 8
+    value_bytes = values_named(kind).bits_of(itemsize(dtype)) / 8
     left = config.budget * size * value_bytes if config.budget else byte_target(group, config) - overhead
     kept = min(int(max(left, 0.0) / value_bytes + 1e-9), size)
     share, rest = divmod(kept, len(group.sites))
@@ -97,10 +98,11 @@ def equal_layers(
     return layers, kept >= sum(max(site.width, site.columns) for site in group.sites)
 
 
-def check_inputs(site: Site, pattern: str, m: int) -> None:
-    """Raise ``ConfigError`` unless M divides the inputs of a layer, along which N:M runs."""
+def check_inputs(site: Site, pattern: Pattern) -> None:
+    """Raise ``ConfigError`` unless the inputs of a layer, along which N:M runs, fill the groups of a pattern."""
+    m = pattern.align
     if site.inputs % m:
         raise ConfigError(
-            f"`pattern` {pattern} needs inputs that are a multiple of {m}, but `{site.name}` has "
+            f"`pattern` {pattern.name} needs inputs that are a multiple of {m}, but `{site.name}` has "
             f"{site.inputs}; use `pattern: unstructured` or an M that divides {site.inputs}"
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fips.formats.values import Values
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import MaskChooser, refit, sparse_factors
 from fips.solve.problems import LayerProblem
@@ -44,7 +45,7 @@ def keep_all(problems: Sequence[LayerProblem]) -> Factorization:
 
 
 def rounded(
-    problems: Sequence[LayerProblem], found: Factorization, axes: Sequence[int], *, bits: int, dtype: torch.dtype
+    problems: Sequence[LayerProblem], found: Factorization, axes: Sequence[int], *, values: Values, dtype: torch.dtype
 ) -> Factorization:
     """The same supports with values on grids; a shared basis is fitted anew to the rounded factors.
 
@@ -53,7 +54,7 @@ def rounded(
     grids = []
     for problem, factor, mask, axis in zip(problems, found.factors_RF, found.masks_RF, axes, strict=True):
         problem.prepare(found.basis_DR)
-        grids.append(round_factor(problem, factor, mask, axis=axis, bits=bits, dtype=dtype))
+        grids.append(round_factor(problem, factor, mask, axis=axis, values=values, dtype=dtype))
     factors = [grid.factor() for grid in grids]
     basis_DR = None if found.basis_DR is None else fit_basis(problems, found.basis_DR, factors)
     losses = [*found.losses, _total(problems, basis_DR, factors)]

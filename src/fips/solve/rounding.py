@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fips.formats.values import Values
 from fips.solve.problems import LayerProblem, damped_inverse_root
 
 __all__ = ["Grid", "round_factor", "round_rows", "row_steps"]
@@ -31,25 +32,29 @@ RUN = 128
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A factor as integers of some bits times one step per stored row, as it is stored."""
+    """A factor as numbers of a value format times one step per stored row, as it is stored."""
 
-    integers_RF: Tensor
-    """int8, 0 outside the support."""
+    codes_RF: Tensor
+    """int8, 0 outside the support; of integers they are the numbers themselves."""
     steps_N: Tensor
     """In the type they are stored in."""
-    bits: int
+    values: Values
     axis: int
     """The one that a step spans: 0 where the stored rows are the columns F, 1 where they are the rows R."""
     wanted_RF: Tensor | None = None
-    """What was rounded to the integers, in units of the steps."""
+    """What was rounded, in units of the steps."""
 
     def factor(self) -> Tensor:
-        """The numbers (R, F) that the integers stand for, float32."""
-        return self.integers_RF * self.steps_N.float().unsqueeze(self.axis)
+        """The factor (R, F), float32."""
+        return self.numbers() * self.steps_N.float().unsqueeze(self.axis)
+
+    def numbers(self) -> Tensor:
+        """The factor in units of its steps."""
+        return self.values.decode(self.codes_RF)
 
 
 def round_factor(
-    problem: LayerProblem, factor_RF: Tensor, mask_RF: Tensor, *, axis: int, bits: int, dtype: torch.dtype
+    problem: LayerProblem, factor_RF: Tensor, mask_RF: Tensor, *, axis: int, values: Values, dtype: torch.dtype
 ) -> Grid:
     """A factor on a grid with steps in ``dtype``, for the basis the problem is prepared for.
 
@@ -58,22 +63,22 @@ def round_factor(
     """
     scale_K, metric_KK = problem.axis(axis)
     matrix_NK, mask_NK = (factor_RF.T, mask_RF.T) if axis == 0 else (factor_RF, mask_RF)
-    steps_N = row_steps(matrix_NK, scale_K.square(), bits=bits).to(dtype)
-    integers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), bits=bits)
-    integers_RF, wanted_RF = (
-        matrix.T.contiguous() if axis == 0 else matrix for matrix in (integers_NK.to(torch.int8), wanted_NK)
+    steps_N = row_steps(matrix_NK, scale_K.square(), values=values).to(dtype)
+    numbers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), values=values)
+    codes_RF, wanted_RF = (
+        matrix.T.contiguous() if axis == 0 else matrix for matrix in (values.encode(numbers_NK), wanted_NK)
     )
-    return Grid(integers_RF, steps_N, bits, axis, wanted_RF)
+    return Grid(codes_RF, steps_N, values, axis, wanted_RF)
 
 
-def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
+def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, values: Values) -> Tensor:
     """Step per row with the least rounding error, columns weighted by ``weight_K``, among a few clipped maxima."""
-    peaks_N = matrix_NK.abs().amax(1) / _limit(bits)
+    peaks_N = matrix_NK.abs().amax(1) / values.largest
     best_N = torch.full_like(peaks_N, torch.inf)
     steps_N = peaks_N
     for ratio in RATIOS:
         tried_N1 = (peaks_N * ratio).unsqueeze(1)
-        error_NK = matrix_NK - _nearest(_in_steps(matrix_NK, tried_N1), bits=bits) * tried_N1
+        error_NK = matrix_NK - values.nearest(_in_steps(matrix_NK, tried_N1)) * tried_N1
         loss_N = (error_NK.square() * weight_K).sum(1)
         better_N = loss_N < best_N
         best_N = torch.where(better_N, loss_N, best_N)
@@ -82,16 +87,16 @@ def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
 
 
 def round_rows(
-    matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps_N: Tensor, *, bits: int
+    matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps_N: Tensor, *, values: Values
 ) -> tuple[Tensor, Tensor]:
-    """Integers that stand for the matrix on the grids of its rows, 0 outside the mask, with error feedback; and the
-    numbers that were rounded to them.
+    """Numbers that stand for the matrix on the grids of its rows, 0 outside the mask, with error feedback; and the
+    what was rounded to them.
 
     The metric of columns is ``metric_KK`` between columns multiplied by ``scale_K``.
     """
     upper_KK = damped_inverse_root(metric_KK)
     rest_NK = matrix_NK * scale_K
-    integers_NK, wanted_NK = torch.empty_like(rest_NK), torch.empty_like(rest_NK)
+    numbers_NK, wanted_NK = torch.empty_like(rest_NK), torch.empty_like(rest_NK)
     columns = rest_NK.shape[1]
     for start in range(0, columns, RUN):
         run = slice(start, min(start + RUN, columns))
@@ -101,25 +106,14 @@ def round_rows(
             column = start + place
             grid_N = steps_N * scale_K[column]
             wanted_NK[:, column] = _in_steps(part_NC[:, place], grid_N)
-            found_N = _nearest(wanted_NK[:, column], bits=bits) * mask_NK[:, column]
+            found_N = values.nearest(wanted_NK[:, column]) * mask_NK[:, column]
             errors_NC[:, place] = (part_NC[:, place] - found_N * grid_N) / factor_CC[place, place]
             part_NC[:, place + 1 :] -= torch.outer(errors_NC[:, place], factor_CC[place, place + 1 :])
-            integers_NK[:, column] = found_N
+            numbers_NK[:, column] = found_N
         rest_NK[:, run.stop :] -= errors_NC @ upper_KK[run, run.stop :]
-    return integers_NK, wanted_NK
+    return numbers_NK, wanted_NK
 
 
 def _in_steps(values: Tensor, steps: Tensor) -> Tensor:
     """Values in units of steps; 0 where the step is 0."""
     return torch.where(steps == 0, 0.0, values / steps)
-
-
-def _nearest(values: Tensor, *, bits: int) -> Tensor:
-    """The nearest integers of some bits."""
-    limit = _limit(bits)
-    return values.round().clamp(-limit, limit)
-
-
-def _limit(bits: int) -> int:
-    """Largest integer of a symmetric grid: 7 for 4 bits."""
-    return (1 << (bits - 1)) - 1

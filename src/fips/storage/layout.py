@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import CheckpointError
-from fips.formats.packing import (
-    DENSE,
-    ValueKind,
-    block_size,
-    parse_nm,
-    pattern_bits,
-    value_bits,
-    values_kept,
-)
+from fips.formats.patterns import pattern_named
+from fips.formats.values import FLOAT, values_named
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
 from fips.models.sites import Role
 
@@ -50,7 +43,7 @@ class LayerLayout(_Strict):
     columns: Size
     nonzeros: int = Field(ge=0, lt=1 << 62)
     format: str
-    values: ValueKind = "float"
+    values: str = FLOAT
     activation_bits: Literal[8] | None = None
     """8 where kernels may round the inputs, see ``fips.kernels.runtime``."""
     bias: bool
@@ -59,16 +52,22 @@ class LayerLayout(_Strict):
     @field_validator("format")
     @classmethod
     def _known(cls, value: str) -> str:
-        parse_nm(value)
+        pattern_named(value)
+        return value
+
+    @field_validator("values")
+    @classmethod
+    def _known_values(cls, value: str) -> str:
+        values_named(value)
         return value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if (self.basis is None) != (self.width is not None):
             raise ValueError("wants either `basis` or `width`")
-        if self.columns % block_size(self.format):
+        if self.columns % pattern_named(self.format).block:
             raise ValueError(f"`columns` {self.columns} does not fill the blocks of {self.format}")
-        if self.activation_bits is not None and value_bits(self.values) is None:
+        if self.activation_bits is not None and not values_named(self.values).scaled:
             raise ValueError("`activation_bits` is for integer `values`")
         return self
 
@@ -208,10 +207,11 @@ def _empty_layer(entry: LayerLayout, basis: SharedBasis | None) -> FactoredLinea
 
 def _require_kept(name: str, entry: LayerLayout, rank: int) -> None:
     """Raise ``ValueError`` if the format keeps another number of entries than ``nonzeros`` says."""
-    wanted = values_kept(size=entry.columns * rank, fmt=entry.format)
+    pattern = pattern_named(entry.format)
+    wanted = pattern.kept(entry.columns * rank)
     if wanted is not None and entry.nonzeros != wanted:
         raise ValueError(f"layer `{name}` has `nonzeros` {entry.nonzeros}, {entry.format} keeps {wanted}")
-    if entry.nonzeros > entry.columns * rank or entry.nonzeros % block_size(entry.format):
+    if entry.nonzeros > entry.columns * rank or entry.nonzeros % pattern.block:
         raise ValueError(f"layer `{name}` has `nonzeros` {entry.nonzeros} of {entry.columns} x {rank} entries")
 
 
@@ -298,8 +298,8 @@ def check_layers(model: nn.Module) -> None:
             raise CheckpointError(
                 f"layer `{name}`: its pattern keeps {layer.num_kept()} entries, but it has {layer.nonzeros} values"
             )
-        used = pattern_bits(size=layer.factor_shape[0] * layer.factor_shape[1], fmt=layer.fmt) % 8
-        if layer.fmt != DENSE and used and int(layer.pattern[-1]) >> used:
+        used = layer.pattern_format.bits(layer.factor_shape[0] * layer.factor_shape[1]) % 8
+        if used and int(layer.pattern[-1]) >> used:
             raise CheckpointError(f"layer `{name}`: its pattern has bits behind its end; copy the directory again")
 
 

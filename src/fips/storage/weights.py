@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fips.errors import CheckpointError
 from fips.files.manifest import read_json
 from fips.files.untrusted import MAX_JSON_BYTES, file_inside, parse_object
-from fips.formats.packing import DENSE, packed_length, pattern_bytes, value_bits
+from fips.formats.patterns import pattern_named
+from fips.formats.values import values_named
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis
 from fips.models.sites import Role
 from fips.storage.layout import LayerLayout, Layout
@@ -188,16 +189,15 @@ def require(name: str, stored: Stored | None, dtypes: Sequence[torch.dtype], sha
 
 def _packed_tensors(layout: Layout, entry: LayerLayout) -> dict[str, tuple[Sequence[torch.dtype], tuple[int, ...]]]:
     """Types and shape of every tensor of a packed layer, the placeholder left out."""
-    rank, bits = layout.rank(entry), value_bits(entry.values)
+    rank, values, pattern = layout.rank(entry), values_named(entry.values), pattern_named(entry.format)
     tensors: dict[str, tuple[Sequence[torch.dtype], tuple[int, ...]]] = {}
-    if bits is None:
-        tensors["values"] = (FLOATS, (entry.nonzeros,))
-    else:
-        stored = torch.int8 if bits == 8 else torch.uint8
-        tensors["values"] = ((stored,), (packed_length(entry.nonzeros, bits),))
-        tensors["scales"] = (FLOATS, Role(entry.role).stored_shape(rank, entry.columns)[:1])
-    if entry.format != DENSE:
-        tensors["pattern"] = ((torch.uint8,), (pattern_bytes(size=entry.columns * rank, fmt=entry.format),))
+    stored = FLOATS if values.dtype is None else (values.dtype,)
+    tensors["values"] = (stored, (values.length(entry.nonzeros),))
+    if values.scaled:
+        shape = Role(entry.role).stored_shape(rank, entry.columns)
+        tensors["scales"] = (FLOATS, (values.num_scales(*shape),))
+    if pattern.group_bits:
+        tensors["pattern"] = ((torch.uint8,), (pattern.nbytes(entry.columns * rank),))
     if entry.bias:
         tensors["bias"] = (FLOATS, (layout.features(entry)[1],))
     return tensors

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fips.config import SparseConfig
-from fips.formats.packing import largest_integer
 from fips.models import Site
 from fips.solve.alternate import Factorization
-from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
+from fips.solve.patterns import prune_and_regrow, unstructured_masks
 from fips.solve.rounding import Grid
 
 __all__ = ["TrainableGroup", "swapped"]
@@ -35,14 +34,14 @@ STEP_RATE = 30.0
 
 
 class _TrainableGrid(nn.Module):
-    """Multiples of one step per stored row, by integers of some bits; steps stay in the type they are stored in."""
+    """Multiples of one step per stored row, by numbers of a value format; steps stay in the type they are stored in."""
 
     def __init__(self, start: Grid) -> None:
         super().__init__()
-        self.bits, self.axis = start.bits, start.axis
+        self.values, self.axis = start.values, start.axis
         self.start = start.steps_N.float().unsqueeze(start.axis)
         self.growth = nn.Parameter(torch.zeros_like(self.start))
-        self.limit, self.dtype = largest_integer(start.bits), start.steps_N.dtype
+        self.dtype = start.steps_N.dtype
 
     def steps(self) -> Tensor:
         """The trained steps as they will be stored."""
@@ -50,12 +49,15 @@ class _TrainableGrid(nn.Module):
 
     def forward(self, entries: Tensor) -> Tensor:
         """The numbers that entries in units of the steps stand for."""
-        return _straight_through(entries.clamp(-self.limit, self.limit), torch.round) * self.steps()
+        return (
+            _straight_through(entries.clamp(-self.values.largest, self.values.largest), self.values.nearest)
+            * self.steps()
+        )
 
     def found(self, entries_RF: Tensor, mask_RF: Tensor) -> Grid:
-        """The integers next to the entries, 0 outside the mask, and the steps."""
-        integers_RF = entries_RF.clamp(-self.limit, self.limit).round() * mask_RF
-        return Grid(integers_RF.to(torch.int8), self.steps().flatten().to(self.dtype), self.bits, self.axis)
+        """The numbers of the grid next to the entries, 0 outside the mask, and the steps."""
+        codes_RF = self.values.encode(self.values.nearest(entries_RF) * mask_RF)
+        return Grid(codes_RF, self.steps().flatten().to(self.dtype), self.values, self.axis)
 
 
 def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -80,9 +82,9 @@ class _TrainableLinear(nn.Module):
 
     def set_grid(self, start: Grid) -> None:
         self.grid = _TrainableGrid(start)
-        integers_RF = start.integers_RF.float()
-        rest_RF = 0.0 if start.wanted_RF is None else (start.wanted_RF - integers_RF).clamp(-EDGE, EDGE)
-        self.entries_RF.data = integers_RF + rest_RF
+        numbers_RF = start.numbers().float()
+        rest_RF = 0.0 if start.wanted_RF is None else (start.wanted_RF - numbers_RF).clamp(-EDGE, EDGE)
+        self.entries_RF.data = numbers_RF + rest_RF
 
     def factor(self) -> Tensor:
         """The factor as it would be stored, 0 outside the mask."""
@@ -161,12 +163,11 @@ class TrainableGroup:
         N:M runs along the reduction: the rank for ``up`` layers, the columns for ``down`` layers.
         """
         scores = [layer.factor().abs() for layer in self.layers]
-        if self.config.nm is None:
+        pattern = self.config.format
+        if pattern.density is None:
             return unstructured_masks(scores, sparsity=sparsity, scope=self.scope)
-        n, m = self.config.nm
-        kept = max(n, round((1 - sparsity) * m))
         return [
-            nm_mask(score, n=kept, m=m, dim=layer.role.reduction)
+            pattern.choose_fixed(score, axis=layer.role.reduction, density=1 - sparsity)
             for score, layer in zip(scores, self.layers, strict=True)
         ]
 
@@ -176,7 +177,7 @@ class TrainableGroup:
             layer.mask_RF = mask_RF
 
     def set_grids(self, grids: Sequence[Grid]) -> None:
-        """Train integers of some bits times the step of their stored row, and the steps in their type.
+        """Train numbers of a value format times the step of their stored row, and the steps in their type.
 
         Where a grid says what was rounded to its integers, they start that near to the next: those whose rounding was
         a close thing are the first to change.
