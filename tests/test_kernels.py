@@ -461,7 +461,7 @@ def test_stored_tensors_of_another_size_are_refused(fmt: str) -> None:
         if packed.scales_N is not None:
             broken += [replace(packed, scales_N=packed.scales_N[:-1])]
         if bits == 3:
-            broken += [replace(packed, bits=wrong) for wrong in (0, 1, 2, 4, 8, 9)]
+            broken += [replace(packed, value_format=wrong) for wrong in ("int2", "int4", "int8")]
             broken += [replace(packed, count=packed.count + 8)]
         for wrong in broken:
             with pytest.raises(BackendError):
