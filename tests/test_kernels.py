@@ -320,7 +320,7 @@ def test_gradients_of_the_operator(fmt: str, axis: int) -> None:
 def test_the_operator_compiles() -> None:
     packed = example("bitmask", (96, 160))
     x = inputs(6, 160, torch.float32)
-    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, 8, 0)
+    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, "float", 0)
     torch.library.opcheck(torch.ops.fips.packed_linear, sample, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -464,7 +464,7 @@ def test_stored_tensors_of_another_size_are_refused(fmt: str) -> None:
         if packed.scales_N is not None:
             broken += [replace(packed, scales_N=packed.scales_N[:-1])]
         if bits == 3:
-            broken += [replace(packed, bits=wrong) for wrong in (0, 1, 2, 4, 8, 9)]
+            broken += [replace(packed, value_format=wrong) for wrong in ("int2", "int4", "int8")]
             broken += [replace(packed, count=packed.count + 8)]
         for wrong in broken:
             with pytest.raises(BackendError):
