@@ -25,7 +25,6 @@ import fips
 from fips.calibration.heads import ScoredHead, draw_direction, read_heads
 from fips.calibration.moments import RunningVariance, collect_moments
 from fips.errors import BudgetError, ModelError, NoMatchError
-from fips.formats.values import values_named
 from fips.layers.linear import FactoredLinear, factored_layers
 from fips.methods.gptq import gptq
 from fips.methods.lowrank import shared_whitened_svd, whitened_svd

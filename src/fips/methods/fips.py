@@ -400,8 +400,7 @@ def _searches(
     pricing = _pricing(plan, config)
     group = GroupSearch(problems, reductions, pricing, plan.dtype)
     layers = [
-        GroupSearch([problem], [axis], pricing, plan.dtype)
-        for problem, axis in zip(problems, reductions, strict=True)
+        GroupSearch([problem], [axis], pricing, plan.dtype) for problem, axis in zip(problems, reductions, strict=True)
     ]
     return _Search(group, layers, moments, orders)
 
