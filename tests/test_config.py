@@ -35,7 +35,7 @@ from fips.recipes import load_recipe, recipe_names
         ({"budget": 0.5, "method": ["fips"]}, r"`method`: there is no"),
         (
             {"bits": 8.0, "method": "gptq", "reconstruction": {"steps": 1}},
-            r"`steps` of CalibrationConfig belongs to `method: fips` and `method: fips-paper`",
+            r"`reconstruction` belongs to `method: fips` and `method: fips-paper`",
         ),
         ({"budget": 0.5, "activation_bits": 8}, r"`activation_bits` goes with integer `values`"),
         ({"bits": 8.0, "activation_bits": 4}, r"`activation_bits`.*8"),
@@ -43,7 +43,7 @@ from fips.recipes import load_recipe, recipe_names
         ({"budget": 0.5, "method": "fips-paper", "sharing": "never"}, r"`sharing` belongs to `method: fips`"),
         ({"budget": 0.5, "method": "sparsegpt", "sparsity": 0.5}, r"`sparsity` belongs to `method: fips-paper`"),
         ({"budget": 0.5, "method": "wanda", "pattern": "2:4"}, r"`pattern` belongs to `method: fips` and"),
-        ({"budget": 0.5, "method": "wanda", "values": "auto"}, r"`values`.*'int4'.*got 'auto'"),
+        ({"budget": 0.5, "method": "wanda", "values": "auto"}, r"`values`.*unknown value format 'auto'.*int4"),
         (
             {"budget": 0.5, "sparsty": 1},
             r"unknown field `sparsty` of `method: fips`; did you mean `sparsity`\?.*known fields: .*sharing",
@@ -114,8 +114,8 @@ def test_defaults_follow_the_method() -> None:
     paper, ours = CompressionConfig(method="fips-paper", budget=0.5), CompressionConfig(bits=8.0)
     assert (paper.pattern, paper.schedule, paper.reconstruction.steps) == ("unstructured", "gmp", 600)
     assert (ours.method, ours.pattern, ours.schedule, ours.reconstruction.steps) == ("fips", "auto", "static", 0)
-    assert ours.value_kind == "auto"
-    assert CompressionConfig(budget=0.5).value_kind == "float"
+    assert [one.name for one in ours.value_choices] == ["int3", "int4", "int5", "int6", "int8"]
+    assert [one.name for one in CompressionConfig(budget=0.5).value_choices] == ["float"]
     assert CompressionConfig(bits=8.0, schedule="rigl").resolved_pattern == "unstructured"
 
 

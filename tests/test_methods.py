@@ -86,7 +86,7 @@ def test_a_toy_method_is_compared_under_its_names(toy: type[Rows]) -> None:
         kind="text", description={"sequence_length": 16}, num_samples=16, num_bytes=100, chunks=[[0], [1]],
         collate=lambda places: {**examples[places[0]], "labels": examples[places[0]]["input_ids"]},
     )  # fmt: skip
-    found = compare(model, lambda seed: examples, scored, methods=["toy+keep=0.25", "toy-half"], sizes=[0.5])
+    found = compare(model, lambda seed: examples, scored, methods=["toy+keep=0.25", "toy-half"], sizes=[8.0])
     quarter, half = found.runs
     assert quarter.relative_error is not None
     assert half.relative_error is not None
