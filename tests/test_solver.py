@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,15 +15,17 @@ from conftest import batches_for, tiny_model
 from torch import Tensor
 
 import fips
-import fips.methods.fips
+from fips.calibration.inputs import CalibrationData
 from fips.calibration.moments import collect_moments
+from fips.calibration.preserve import preserved
 from fips.errors import BudgetError
 from fips.formats.masks import nm_mask
 from fips.formats.packed import to_dense
 from fips.formats.values import integers as named_integers
 from fips.formats.values import values_named
 from fips.layers.linear import factored_layers
-from fips.methods.workbench import dense_matrix
+from fips.methods.fips import Fips, FipsConfig, stages
+from fips.methods.workbench import Workbench, dense_matrix
 from fips.models import group_layers, locate_layers
 from fips.solve.alternate import alternate, prune
 from fips.solve.basis import fit_basis, normalize
@@ -481,7 +484,7 @@ def test_reordered_neurons_leave_the_output_unchanged(family: str, monkeypatch: 
         orders.append(torch.randperm(masks[0].shape[1], generator=generator))
         return orders[-1]
 
-    monkeypatch.setattr(fips.methods.fips, "neighbour_order", shuffled)
+    monkeypatch.setattr(stages, "neighbour_order", shuffled)
     original = tiny_model(family)
     fips.compress(model, batches, fips.CompressionConfig(budget=1.0, pattern="block4"))
     site = locate_layers(original).sublayers[0].sites[0]
@@ -718,3 +721,27 @@ class TestTrainedGrid:
         wanted = (weight * integers).sum(1, keepdim=True) * steps_N.float().unsqueeze(1)
         assert torch.allclose(layer.grid.growth.grad, wanted, rtol=1e-4, atol=1e-4)
         assert torch.allclose(layer.entries_RF.grad, weight * steps_N.float().unsqueeze(1) * layer.mask_RF)
+
+
+def test_stages_run_by_hand_for_one_group_alone() -> None:
+    """What one group becomes does not hang on the others but by its size."""
+    model = tiny_model("llama")
+    batches = batches_for(model)
+    config = fips.CompressionConfig(bits=6.4, share_blocks=2, sharing="never")
+    assert isinstance(config, FipsConfig)
+    plan = fips.plan_compression(model, config)
+    data = CalibrationData(model, batches, seed=config.seed)
+    bench = Workbench(model, config, data, torch.device("cpu"), Fips(config).needs, config.metric.temperature)
+    with preserved(model):
+        curves, searches = [], []
+        for group in plan.groups:
+            searches.append(stages.open_search(bench, group, config, stages.measure(bench, config, [group])))
+            curves.append(stages.try_choices(searches[-1], group, config))
+        split = allocate([*itertools.chain(*curves)], sum(stages.group_share(group, config) for group in plan.groups))
+        last = split[-len(curves[-1]) :]
+        _, layers = stages.pack(stages.solve(bench, plan.groups[-1], config, searches[-1], last))
+    fips.compress(model, batches, config)
+    for name, layer in layers.items():
+        found = factored_layers(model)[name]
+        assert torch.equal(layer.values, found.values)
+        assert torch.equal(layer.scales, found.scales)
