@@ -186,7 +186,7 @@ def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> 
 
 
 def try_choices(search: Search, plan: GroupPlan, config: FipsConfig) -> list[list[Point]]:
-    """Stage: measured errors of one group, one curve for every layer, or one for all of them where they share a basis."""
+    """Stage: measured errors of a group, one curve for every layer, or one for all where they share a basis."""
     share, choices = group_share(plan, config), _choices(plan, config)
     shared = [choice._replace(shared=True) for choice in choices if choice.free]
     if config.sharing == "always" and len(plan.group.sites) > 1:
