@@ -36,7 +36,7 @@ def _sleep(_: Path) -> None:
 
 
 def _hoard(_: Path) -> None:
-    bytearray(b"x" * (64 << 20))
+    bytearray(b"x" * (256 << 20))
     raise fuzz_directories.fips.FipsError("what was asked for is too large")
 
 

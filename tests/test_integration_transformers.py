@@ -278,7 +278,7 @@ def test_the_model_card_says_first_how_to_load(saved: Path) -> None:
     assert "trust_remote_code=True" in first
     assert f'AutoModelForCausalLM.from_pretrained("{saved.name}")' in body
     report = json.loads((saved / "fips_report.json").read_text())
-    assert f"{report['mlp']['factored']['bytes']:,}" in card
+    assert f"{report['layers']['factored']['bytes']:,}" in card
     assert f"{report['results'][1]['relative_error_final']:.5f}" in card
 
 

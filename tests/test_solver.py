@@ -439,9 +439,9 @@ def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trai
 ) -> None:
     found: list[Any] = []
     made: list[TrainableGroup] = []
-    solve = fips.methods.solver._Search.solve
+    solve = stages.Search.solve
     monkeypatch.setattr(
-        fips.methods.solver._Search,
+        stages.Search,
         "solve",
         lambda *args: found.append(solve(*args)) or found[-1],  # type: ignore[func-returns-value]
     )
