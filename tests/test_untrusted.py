@@ -543,3 +543,13 @@ def test_weights_of_another_kind_are_no_packed_model(copy: Path) -> None:
     torch.save({"x": torch.zeros(1)}, copy / "pytorch_model.bin")
     (copy / WEIGHTS).unlink()
     refused(copy, r"pytorch_model\.bin` is no safetensors file", by="from_pretrained")
+
+
+@pytest.mark.parametrize("names", [5, {"a": 1}, "LlamaForCausalLM", [None]], ids=str)
+def test_architectures_that_are_no_list_of_names_are_refused_by_from_pretrained(names: object, tmp_path: Path) -> None:
+    place = shutil.copytree(Path(__file__).parent / "fixtures" / "format-1-bitmask", tmp_path / "model")
+    config = place / "config.json"
+    config.chmod(0o644)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": names}))
+    with pytest.raises(fips.FipsError, match=r"`architectures` in config\.json must be a list of class names"):
+        transformers.AutoModelForCausalLM.from_pretrained(place)
