@@ -75,3 +75,13 @@ def test_a_compressed_model_keeps_its_type(family: str, monkeypatch: pytest.Monk
     fips.save(model, tmp_path / "model")
     again = fips.load(tmp_path / "model")
     assert {value.dtype for value in again.parameters() if value.is_floating_point()} == {torch.bfloat16}
+
+
+def test_weights_that_lie_elsewhere_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bfloat16(monkeypatch)
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.lm_head = torch.nn.Linear(32, 64, device="meta", dtype=torch.bfloat16)
+    with in_native_types(model):
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        assert model.model.norm.weight.dtype == torch.float32
+    assert all(value.dtype == torch.bfloat16 for value in model.parameters())

@@ -52,11 +52,8 @@ def in_native_types(model: nn.Module) -> Iterator[None]:
     Every bfloat16 number is a float32 number, so only the rounding of what is computed from them is left out. Packed
     layers compute as they do anyway. Takes 4 bytes a parameter more.
     """
-    narrow = [tensor for tensor in _own_tensors(model) if tensor.dtype == torch.bfloat16]
-    stored = [tensor.data for tensor in narrow if not has_bfloat16(tensor.device)]
-    if not stored:
-        yield
-        return
+    narrow = [t for t in _own_tensors(model) if t.dtype == torch.bfloat16 and not has_bfloat16(t.device)]
+    stored = [tensor.data for tensor in narrow]
     try:
         for tensor in narrow:
             tensor.data = tensor.data.float()
