@@ -31,13 +31,13 @@ from fips.record import environment
 ROWS, COLUMNS, WARPS = 128, 4096, 4
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32"}
 CASES = [
-    *(("dense", bits) for bits in (3, 4, 5, 6, 8)),
+    *(("full", bits) for bits in (3, 4, 5, 6, 8)),
     *(("bitmask", bits) for bits in (4, 6, 8, 0)),
     *(("4:16", bits) for bits in (4, 8, 0)),
     ("2:4", 0),
     *(("block8", bits) for bits in (8, 0)),
 ]
-FEW_CASES = [("dense", 3), ("dense", 4), ("bitmask", 8), ("4:16", 0), ("block8", 0)]
+FEW_CASES = [("full", 3), ("full", 4), ("bitmask", 8), ("4:16", 0), ("block8", 0)]
 TOKENS = (16, 64)
 POINTERS = ("x_ptr", "values", "pattern", "starts", "table", "scales", "bias", "y_ptr", "dense", "counts", "sums")
 ALIGNED = (*POINTERS, "rows", "cols", "stride_t", "split_columns")
@@ -47,7 +47,7 @@ def example(fmt: str, bits: int) -> Packed:
     """Stored tensors of the right types; what is in them does not matter to a compiler."""
     values = torch.zeros(64, dtype=torch.bfloat16 if bits == 0 else torch.int8 if bits == 8 else torch.uint8)
     scales = torch.zeros(ROWS, dtype=torch.bfloat16) if bits else None
-    pattern = torch.zeros(0 if fmt == "dense" else 64, dtype=torch.uint8)
+    pattern = torch.zeros(0 if fmt == "full" else 64, dtype=torch.uint8)
     return Packed(
         values,
         pattern,

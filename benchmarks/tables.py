@@ -232,7 +232,8 @@ def solver_cost() -> str:
         up, down, sharing = (_seconds(row[part]) for part in ("up", "down", "sharing"))
         memory = [row[part]["solver_bytes"] for part in ("up", "down", "sharing") if "solver_bytes" in row[part]]
         most = f"{max(memory) / 1e9:.1f} GB" if memory else ""
-        rows.append([str(row["width"]), str(row["columns"]), up, down, sharing, f"{row['group_s']:,.0f} s", most])
+        hidden = row["hidden"] if "hidden" in row else row["columns"]  # the name in files of earlier versions
+        rows.append([str(row["width"]), str(hidden), up, down, sharing, f"{row['group_s']:,.0f} s", most])
     head = ["width", "hidden", "one `up` matrix", "one `down` matrix", "trial of sharing", "gated group of 4 blocks",
             "memory above the layers"]  # fmt: skip
     return markdown(head, rows)

@@ -78,18 +78,16 @@ class Recipe:
 
 
 RECIPES = {
-    "basis": Recipe("llama", (("bitmask", "float"), ("dense", "int8"), ("4:16", "int5")), rank=16),
+    "basis": Recipe("llama", (("bitmask", "float"), ("full", "int8"), ("4:16", "int5")), rank=16),
     "patterns": Recipe("llama", (("2:4", "float"), ("4:16", "int8"), ("1:2", "int4"), ("8:16", "float")), layers=2),
     "blocks": Recipe(
         "llama", (("block4", "float"), ("block8", "int8"), ("block8", "float"), ("block4", "int6")), layers=2
     ),
-    "narrow": Recipe(
-        "llama", (("bitmask", "int4"), ("dense", "int3"), ("bitmask", "int7"), ("dense", "int2")), layers=2
-    ),
-    "conv1d": Recipe("gpt2", (("bitmask", "float"), ("4:16", "int4"), ("dense", "int8")), layers=2),
-    "sharded": Recipe("llama", (("bitmask", "int8"), ("dense", "float")), shard=20_000),
-    "images": Recipe("vit", (("bitmask", "int8"), ("dense", "int4"))),
-    "shared-16-bit": Recipe("gemma3_text", (("bitmask", "float"), ("dense", "int6")), rank=16),
+    "narrow": Recipe("llama", (("bitmask", "int4"), ("full", "int3"), ("bitmask", "int7"), ("full", "int2")), layers=2),
+    "conv1d": Recipe("gpt2", (("bitmask", "float"), ("4:16", "int4"), ("full", "int8")), layers=2),
+    "sharded": Recipe("llama", (("bitmask", "int8"), ("full", "float")), shard=20_000),
+    "images": Recipe("vit", (("bitmask", "int8"), ("full", "int4"))),
+    "shared-16-bit": Recipe("gemma3_text", (("bitmask", "float"), ("full", "int6")), rank=16),
 }
 
 
@@ -113,7 +111,7 @@ def packed_model(recipe: Recipe) -> PreTrainedModel:
         dense = model.get_submodule(site.name)
         weight = dense.weight.detach().float()
         weight = weight.T if site.conv1d else weight
-        factor = weight.T if site.role == "up" else weight  # (width, columns)
+        factor = weight.T if site.role == "up" else weight  # (width, hidden)
         basis = None
         if recipe.rank is not None:
             basis = bases.setdefault(site.width, _random_basis(site.width, recipe.rank, dense.weight.dtype, generator))
@@ -138,7 +136,7 @@ def _random_mask(factor_RF: torch.Tensor, fmt: str, role: str, generator: torch.
     """A support that the format can hold, laid out as the factor is."""
     rows, cols = factor_RF.shape[::-1] if role == "up" else factor_RF.shape
     noise = torch.rand(rows, cols, generator=generator)
-    if fmt == "dense":
+    if fmt == "full":
         mask = torch.ones(rows, cols, dtype=torch.bool)
     elif ":" in fmt:
         n, m = map(int, fmt.split(":"))

@@ -169,7 +169,7 @@ def test_names_are_taken_once_and_known(toy: Wide) -> None:
 
 
 def test_every_backend_agrees_with_the_reference_where_it_supports() -> None:
-    for fmt in ("dense", "bitmask", "4:16", "block8"):
+    for fmt in ("full", "bitmask", "4:16", "block8"):
         packed, x = example(fmt, (24, 64)), inputs(3, 64, torch.float32)
         wanted = reference.multiply(x, packed).double()
         for backend in registry.backends():

@@ -79,8 +79,8 @@ def test_every_setting_has_the_predicted_size_and_loads_exactly(changes: dict[st
     for group in report.plan["groups"]:
         assert group["factored"]["parameters"] <= 0.6 * group["dense"]["parameters"]
     layers = factored_layers(model)
-    nonzeros = sum(layer.values.numel() for layer in layers.values())
-    assert nonzeros == sum(group["nonzeros"] for group in report.plan["groups"])
+    kept = sum(layer.values.numel() for layer in layers.values())
+    assert kept == sum(group["kept"] for group in report.plan["groups"])
     assert fips.save(model, tmp_path / "out") == report.plan["compressed_model"]["bytes"]
     loaded = fips.load(tmp_path / "out")
     assert torch.equal(logits_of(loaded, batches[1]), logits_of(model, batches[1]))
@@ -156,7 +156,7 @@ def test_the_loss_is_the_sum_of_block_errors_on_original_activations() -> None:
     kept = int(0.25 * factor.numel())
     factor = factor * (factor.abs() >= factor.abs().flatten().sort(descending=True).values[kept - 1])
     basis = torch.cat([u, torch.zeros(32, extra, dtype=torch.float64)], dim=1)
-    for site, part in zip(sites, factor.split([site.columns for site in sites], dim=1), strict=True):
+    for site, part in zip(sites, factor.split([site.hidden for site in sites], dim=1), strict=True):
         product = (basis @ part).float()
         layer = reference.get_submodule(site.name)
         layer.weight.data = product.T.contiguous() if site.role == "up" else product

@@ -189,7 +189,7 @@ def test_paper_recipes_plan_their_real_models(name: str) -> None:
     assert 0.499 < plan.factored.parameters / plan.dense.parameters <= 0.5
     itemsize = 2 if "gemma" in name or "llama" in name else 4
     assert plan.dense.bytes == plan.dense.parameters * itemsize
-    mask_bytes = sum(-(-group.rank * site.columns // 8) for group in plan.groups for site in group.group.sites)
+    mask_bytes = sum(-(-group.rank * site.hidden // 8) for group in plan.groups for site in group.group.sites)
     assert plan.factored.bytes == plan.factored.parameters * itemsize + mask_bytes
     assert plan.skipped == ()
 

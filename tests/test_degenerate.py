@@ -632,9 +632,9 @@ def test_the_smallest_size_named_is_accepted_and_leaves_no_matrix_empty(fields: 
     layers = factored_layers(model).values()
     assert len(layers) == 2
     if fields.get("sharing") == "always" or fields["method"] == "fips-paper":  # one threshold for all layers
-        assert sum(layer.nonzeros for layer in layers) >= sum(layer.columns for layer in layers)
+        assert sum(layer.kept for layer in layers) >= sum(layer.hidden for layer in layers)
     else:
-        assert all(layer.nonzeros >= max(layer.factor_shape) for layer in layers)
+        assert all(layer.kept >= max(layer.factor_shape) for layer in layers)
     stored = report.plan["layers"]
     if setting == "budget":
         assert stored["factored"]["parameters"] <= least * stored["dense"]["parameters"] + 1
@@ -649,7 +649,7 @@ def test_layers_that_are_sampled_keep_their_least_too(monkeypatch: pytest.Monkey
         fips.compress(model, inputs(), settings(bits=1e-3))
     least = float(str(error.value).rsplit(" ", 1)[1])
     fips.compress(model, inputs(), settings(bits=least))
-    assert all(layer.nonzeros >= max(layer.factor_shape) for layer in factored_layers(model).values())
+    assert all(layer.kept >= max(layer.factor_shape) for layer in factored_layers(model).values())
 
 
 @pytest.mark.parametrize("value", [0.02343750001, 0.1, 3e-5, 0.9996, 0.12345, 1.0])

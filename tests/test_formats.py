@@ -79,7 +79,7 @@ def test_a_toy_format_is_one_class(settings: dict[str, str], fmt: str, values: s
     loaded = fips.load(tmp_path / "out")
     layers = factored_layers(loaded)
     assert {layer.kind for layer in layers.values()} == {values}
-    assert fmt in {layer.fmt for layer in layers.values()} <= {fmt, "dense"}  # what is full needs no pattern
+    assert fmt in {layer.fmt for layer in layers.values()} <= {fmt, "full"}  # what is full needs no pattern
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batches[0]).logits, model(**batches[0]).logits)
         for name, layer in layers.items():
@@ -118,7 +118,7 @@ def table() -> ctypes.CDLL:
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["dense", "bitmask", "1:2", "2:4", "3:8", "4:16", "15:16", "block4", "block8"])
+@pytest.mark.parametrize("name", ["full", "bitmask", "1:2", "2:4", "3:8", "4:16", "15:16", "block4", "block8"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_the_compiled_table_has_pythons_patterns(name: str, axis: int) -> None:
     pattern = pattern_named(name)

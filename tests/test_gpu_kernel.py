@@ -83,12 +83,12 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         gpu.multiply(torch.zeros(3, 64, device=DEVICE), prepared, torch.zeros(23, device=DEVICE))
 
 
-@pytest.mark.parametrize("fmt", ["bitmask", "4:16", "block8", "dense"])
+@pytest.mark.parametrize("fmt", ["bitmask", "4:16", "block8", "full"])
 def test_damaged_tensors_are_refused(fmt: str) -> None:
     for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = moved(example(fmt, (24, 64), dtype=torch.int8, axis=axis))
         broken = [replace(packed, values_Z=packed.values_Z[:-8]), replace(packed, shape=(24, 128))]
-        if fmt != "dense":
+        if fmt != "full":
             broken.append(replace(packed, pattern=packed.pattern[:-1]))
         if fmt in ("bitmask", "block8"):
             broken.append(replace(packed, pattern=torch.full_like(packed.pattern, 255)))

@@ -28,7 +28,7 @@ from fips.kernels import cpu, ops, reference
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
 
-FORMATS = ["dense", "bitmask", "2:4", "1:4", "4:8", "2:8", "4:16", "8:16", "2:16", "1:2", "block4", "block8"]
+FORMATS = ["full", "bitmask", "2:4", "1:4", "4:8", "2:8", "4:16", "8:16", "2:16", "1:2", "block4", "block8"]
 SHAPES = [(1, 1), (13, 77), (5, 63), (8, 20), (65, 130), (31, 257), (40, 48), (33, 80), (7, 64), (300, 208)]
 TOLERANCE = {torch.float32: (5e-6, 3e-5), torch.float16: (2e-3, 2e-2), torch.bfloat16: (1e-2, 1e-1)}
 """Relative Frobenius error and worst element over RMS."""
@@ -48,7 +48,7 @@ def example(
         mask = torch.rand(shape, generator=generator) < 0.3
         if shape[0] > 3:
             mask[2], mask[3] = False, True  # an empty and a full row
-    elif fmt != "dense":
+    elif fmt != "full":
         mask = nm_mask(matrix.abs(), n=int(fmt.partition(":")[0]), m=int(fmt.partition(":")[2]), dim=1)
     scales = None
     if dtype == torch.int8:
@@ -190,7 +190,7 @@ def test_the_number_of_threads_changes_no_bit(values: torch.dtype, isa: str) -> 
 @needs_library
 @pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-@pytest.mark.parametrize("fmt", ["dense", "bitmask", "4:16", "block8"])
+@pytest.mark.parametrize("fmt", ["full", "bitmask", "4:16", "block8"])
 def test_long_rows_are_multiplied_in_parts(fmt: str, values: torch.dtype, isa: str) -> None:
     packed = example(fmt, (205, 2576), dtype=values)
     prepared = cpu.prepare(packed)
@@ -198,7 +198,7 @@ def test_long_rows_are_multiplied_in_parts(fmt: str, values: torch.dtype, isa: s
         for dtype in (torch.float32, torch.bfloat16):
             x = inputs(tokens, 2576, dtype)
             assert_close(cpu.multiply(x, prepared, isa=isa), exact(x, packed), TOLERANCE[dtype])
-    if values == torch.int8 and fmt in ("dense", "bitmask"):
+    if values == torch.int8 and fmt in ("full", "bitmask"):
         short = narrow(packed, 4)
         integers_Z = unpack_integers(short.values_Z, bits=4, count=short.count)
         wide = replace(short, values_Z=integers_Z, value_format="int8", count=0)
@@ -254,7 +254,7 @@ def test_zero_tokens_stay_zero_and_large_ones_are_kept() -> None:
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(64, 128), (13, 77), (5, 300), (1, 1)])
 def test_products_with_the_columns_of_a_dense_matrix(shape: tuple[int, int], values: torch.dtype, isa: str) -> None:
-    packed = example("dense", shape, dtype=values)
+    packed = example("full", shape, dtype=values)
     dense = to_dense(packed).double()
     for tokens in (1, 2, 3, 4):
         for dtype in TOLERANCE:
@@ -290,8 +290,8 @@ def test_what_has_no_kernel_is_said() -> None:
     three = Packed(torch.zeros(21), torch.zeros(3, dtype=torch.uint8), None, (1, 49), "3:7")
     here, compiled = torch.device("cpu"), cpu.CpuBackend()
     assert "pattern 3:7" in str(compiled.supports(three, here, torch.float32))
-    assert "inputs are torch.float64" in str(compiled.supports(example("dense", (4, 4)), here, torch.float64))
-    assert "on meta" in str(compiled.supports(example("dense", (4, 4)), torch.device("meta"), torch.float32))
+    assert "inputs are torch.float64" in str(compiled.supports(example("full", (4, 4)), here, torch.float64))
+    assert "on meta" in str(compiled.supports(example("full", (4, 4)), torch.device("meta"), torch.float32))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -341,7 +341,7 @@ def strange_tokens(cols: int, dtype: torch.dtype) -> Tensor:
 @needs_library
 @pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8, 5])
-@pytest.mark.parametrize("fmt", ["dense", "bitmask", "4:16", "block4", "block8"])
+@pytest.mark.parametrize("fmt", ["full", "bitmask", "4:16", "block4", "block8"])
 def test_nan_and_inf_come_out_as_from_a_dense_layer(fmt: str, values: torch.dtype | int, isa: str) -> None:
     for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = example(fmt, (72, 144), dtype=torch.int8 if isinstance(values, int) else values, axis=axis)
@@ -405,7 +405,7 @@ WRONG_INPUTS = [(3, 63), (3, 65), (3, 0), (3, 8), (64, 3), (3, 128), (2, 3, 1), 
 @needs_library
 @pytest.mark.parametrize("shape", WRONG_INPUTS)
 def test_inputs_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
-    packed, whole = example("bitmask", (40, 64)), example("dense", (64, 40))
+    packed, whole = example("bitmask", (40, 64)), example("full", (64, 40))
     prepared, x = cpu.prepare(packed), torch.zeros(shape)
     again = cpu.Repeat(torch.zeros(3, 64), prepared, None, None)
     calls = [
@@ -571,7 +571,7 @@ def test_the_library_believes_no_argument(fmt: str) -> None:
 @needs_library
 def test_the_library_checks_products_with_columns_and_starts_too() -> None:
     library = cpu._require()
-    prepared = cpu.prepare(example("dense", (64, 40)))
+    prepared = cpu.prepare(example("full", (64, 40)))
     for name, value in CALL_LIES:
         if name in ("isa", "path"):
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,21 +23,21 @@ from fips.models.sites import Role
 from fips.plan.footprint import LayerStorage, factored_footprint
 from fips.storage.layout import Layout, describe_layout
 
-WIDTH, COLUMNS, RANK = 12, 40, 16
-FORMATS = ["dense", "bitmask", "2:8", "block4", "block8"]
+WIDTH, HIDDEN, RANK = 12, 40, 16
+FORMATS = ["full", "bitmask", "2:8", "block4", "block8"]
 CASES = list(itertools.product(["up", "down"], FORMATS, ["float", "int8", "int5", "int2"], [True, False]))
 
 
-def mask_for(fmt: str, role: Role, rank: int, columns: int, seed: int = 0) -> Tensor:
+def mask_for(fmt: str, role: Role, rank: int, hidden: int, seed: int = 0) -> Tensor:
     """A support in canonical (R, F) shape with an empty stored row where the format allows one."""
     generator = torch.Generator().manual_seed(seed)
-    if fmt == "dense":
-        return torch.ones(rank, columns, dtype=torch.bool)
+    if fmt == "full":
+        return torch.ones(rank, hidden, dtype=torch.bool)
     if ":" in fmt:
         n, m = (int(part) for part in fmt.split(":"))
-        return nm_mask(torch.rand(rank, columns, generator=generator), n=n, m=m, dim=0 if role == "up" else 1)
+        return nm_mask(torch.rand(rank, hidden, generator=generator), n=n, m=m, dim=0 if role == "up" else 1)
     size = pattern_named(fmt).block
-    mask = (torch.rand(rank, columns // size, generator=generator) < 0.4).repeat_interleave(size, dim=1)
+    mask = (torch.rand(rank, hidden // size, generator=generator) < 0.4).repeat_interleave(size, dim=1)
     if role == "up":
         mask[:, :size] = False
     else:
@@ -45,12 +46,12 @@ def mask_for(fmt: str, role: Role, rank: int, columns: int, seed: int = 0) -> Te
 
 
 def make_layer(
-    role: Role, fmt: str, values: str, basis: SharedBasis | None, *, width: int = WIDTH, columns: int = COLUMNS
+    role: Role, fmt: str, values: str, basis: SharedBasis | None, *, width: int = WIDTH, hidden: int = HIDDEN
 ) -> tuple[FactoredLinear, Tensor]:
     """A layer and its (R, F) factor."""
     rank = width if basis is None else basis.weight.shape[1]
-    mask = mask_for(fmt, role, rank, columns)
-    factor = torch.randn(rank, columns, generator=torch.Generator().manual_seed(1)) * mask
+    mask = mask_for(fmt, role, rank, hidden)
+    factor = torch.randn(rank, hidden, generator=torch.Generator().manual_seed(1)) * mask
     return FactoredLinear.from_factor(basis, factor, mask, role=role, fmt=fmt, values=values), factor
 
 
@@ -72,7 +73,7 @@ def test_forward_equals_the_dense_product(role: Role, fmt: str, values: str, sha
     if values != "float":
         bits = int(values[3:])
         assert layer.values.dtype == (torch.int8 if bits == 8 else torch.uint8)
-        assert layer.values.numel() == -(-layer.nonzeros * bits // 8)
+        assert layer.values.numel() == -(-layer.kept * bits // 8)
         assert layer.scales.shape == (layer.factor_shape[0],)
         assert [name for name, _ in layer.named_parameters()] == ["bias"]
         row = stored.abs().amax(1, keepdim=True)
@@ -89,7 +90,7 @@ def test_forward_equals_the_dense_product(role: Role, fmt: str, values: str, sha
     assert (actual - expected).norm() / expected.norm() < 5e-6
     merged = weight_DF.T if role == "up" else weight_DF
     assert (layer.dense_weight().double() - merged).norm() / merged.norm() < 5e-6
-    assert layer.num_kept() == layer.nonzeros
+    assert layer.num_kept() == layer.kept
 
 
 def test_explicit_scales_are_kept_and_rounded_to_the_stored_type() -> None:
@@ -123,11 +124,11 @@ def test_integers_are_packed_as_they_are(role: str) -> None:
         FactoredLinear.from_integers(None, integers, mask, scales, role=role, fmt="bitmask", values="float")
 
 
-def test_hidden_columns_must_fill_the_blocks_and_a_width_must_be_known() -> None:
-    with pytest.raises(ConfigError, match="block8 needs a multiple of 8 hidden columns, got 20"):
-        FactoredLinear(None, role="up", columns=20, nonzeros=0, fmt="block8", width=8)
+def test_hidden_features_must_fill_the_blocks_and_a_width_must_be_known() -> None:
+    with pytest.raises(ConfigError, match="block8 needs a multiple of 8 hidden features, got 20"):
+        FactoredLinear(None, role="up", hidden=20, kept=0, fmt="block8", width=8)
     with pytest.raises(ConfigError, match="needs its `width`"):
-        FactoredLinear(None, role="up", columns=20, nonzeros=0)
+        FactoredLinear(None, role="up", hidden=20, kept=0)
 
 
 STORAGE = [
@@ -135,7 +136,7 @@ STORAGE = [
     LayerStorage(0, "block4", "float", shared=False),
     LayerStorage(0, "4:16", "int4", shared=False),
     LayerStorage(0, "block8", "int6"),
-    LayerStorage(0, "dense", "int3"),
+    LayerStorage(0, "full", "int3"),
     LayerStorage(0, "bitmask", "float", shared=False),
     LayerStorage(0, "block8", "float"),
     LayerStorage(0, "2:4", "float"),
@@ -151,7 +152,7 @@ def mixed_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, int]:
     storages = []
     for site, plan in zip(group.sites, STORAGE, strict=True):
         layer = replacement(site, plan, basis if plan.shared else None, dtype)
-        storages.append(LayerStorage(layer.nonzeros, plan.fmt, plan.values, plan.shared))
+        storages.append(LayerStorage(layer.kept, plan.fmt, plan.values, plan.shared))
         model.set_submodule(site.name, layer)
     setattr(basis_owner(model), BASES, nn.ModuleDict({group.name: basis}))
     itemsize = torch.empty(0, dtype=dtype).element_size()
@@ -160,8 +161,8 @@ def mixed_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, int]:
 
 def replacement(site: Site, plan: LayerStorage, basis: SharedBasis | None, dtype: torch.dtype) -> FactoredLinear:
     rank = site.width if basis is None else 24
-    mask = mask_for(plan.fmt, site.role, rank, site.columns)
-    factor = torch.randn(rank, site.columns, generator=torch.Generator().manual_seed(1)) * 0.1
+    mask = mask_for(plan.fmt, site.role, rank, site.hidden)
+    factor = torch.randn(rank, site.hidden, generator=torch.Generator().manual_seed(1)) * 0.1
     return FactoredLinear.from_factor(
         basis, factor, mask, role=site.role, fmt=plan.fmt, dtype=dtype, values=plan.values
     )
@@ -202,17 +203,21 @@ def test_only_used_bases_are_counted() -> None:
     assert (footprint.parameters, footprint.value_bytes, footprint.macs_per_token) == (63, 126, 63)
     assert footprint.pattern_bytes == 9 * 32 * 80 // 8
     joint = factored_footprint(group, rank=24, itemsize=2, layers=[LayerStorage(7)] * 9)
-    assert joint == factored_footprint(group, rank=24, itemsize=2, nonzeros=63, fmt="bitmask")
+    assert joint == factored_footprint(group, rank=24, itemsize=2, kept=63, fmt="bitmask")
 
 
 def test_a_layout_written_before_the_new_fields_still_parses_and_is_written_unchanged() -> None:
-    old = {
+    old: dict[str, Any] = {
         "quant_method": "fips", "format_version": 1, "bases": {"g0": {"width": 32, "rank": 24}},
         "layers": {"a": {"basis": "g0", "role": "up", "columns": 80, "nonzeros": 5, "format": "bitmask", "bias": False,
                          "conv1d": True}},
     }  # fmt: skip
     layout = Layout.parse(old, where="here")
     assert layout.layers["a"].values == "float"
+    assert layout.to_dict() == old
+    old["layers"]["a"].update(format="dense", nonzeros=24 * 80)
+    layout = Layout.parse(old, where="here")
+    assert layout.layers["a"].format == "full"  # a file has its own word for it
     assert layout.to_dict() == old
 
 
@@ -223,6 +228,10 @@ def test_a_layout_written_before_the_new_fields_still_parses_and_is_written_unch
         ({"basis": None}, "either `basis` or `width`"),
         ({"format": "block4", "columns": 81}, "does not fill the blocks of block4"),
         ({"values": "int9"}, "values"),
+        ({"format": "full"}, "unknown packed format 'full'; known: dense, bitmask"),
+        ({"format": "bitmsk"}, "did you mean 'bitmask'[?] known: dense, bitmask"),
+        ({"hidden": 80}, "hidden.*not permitted"),
+        ({"kept": 5}, "kept.*not permitted"),
     ],
 )
 def test_contradictory_layouts_are_refused(change: dict[str, object], message: str) -> None:
@@ -268,8 +277,8 @@ def test_a_model_of_packed_layers_alone_is_merged_into_the_type_of_its_weights(d
 
 def test_double_precision_is_kept_where_values_have_it() -> None:
     basis = make_basis().double()
-    mask = mask_for("bitmask", "up", RANK, COLUMNS)
-    factor = torch.randn(RANK, COLUMNS, dtype=torch.float64) * mask
+    mask = mask_for("bitmask", "up", RANK, HIDDEN)
+    factor = torch.randn(RANK, HIDDEN, dtype=torch.float64) * mask
     layer = FactoredLinear.from_factor(basis, factor, mask, role="up", fmt="bitmask")
     expected = factor.T @ basis.weight.detach().T
     assert layer.dense_weight().dtype == torch.float64

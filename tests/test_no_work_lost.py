@@ -767,7 +767,7 @@ def test_training_integers_says_once_what_stays(loaded: bool, tmp_path: Path, ca
     step(model)
     assert caplog.text.count("training leaves the integers and scales of 9 packed layers as they are") == 1
     assert "--values float" in caplog.text
-    kept = sum(layer.nonzeros for layer in factored_layers(model).values())
+    kept = sum(layer.kept for layer in factored_layers(model).values())
     assert f"{kept:,} of {kept + sum(p.numel() for p in model.parameters()):,} numbers" in caplog.text
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fips
 from fips.layers.linear import FactoredLinear, factored_layers
+from fips.record import CompressionReport
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DIRECTORIES = {"format-1-bitmask": 6, "format-1-nm": 4, "format-1-mixed": 9, "format-1-placeholders": 6,
@@ -45,9 +46,14 @@ def test_old_directories_load(name: str) -> None:
     assert (logits - expected["logits"]).norm() / expected["logits"].norm() < tolerance
 
 
-def test_old_reports_are_read_under_the_new_name_of_their_layers() -> None:
-    directory = FIXTURES / "format-1-bitmask"
-    report = fips.load(directory).fips_report
-    written = json.loads((directory / "fips_report.json").read_text())
+@pytest.mark.parametrize("name", ["format-1-bitmask", "format-1-nm", "format-1-placeholders"])
+def test_old_reports_are_read_under_the_names_of_now(name: str) -> None:
+    report = fips.load(FIXTURES / name).fips_report
+    written = json.loads((FIXTURES / name / "fips_report.json").read_text())
     assert report.plan["layers"] == written["mlp"]
     assert "mlp" not in report.to_dict()
+    for group, then in zip(report.plan["groups"], written["groups"], strict=True):
+        assert (group["hidden"], group["kept"]) == (then["columns"], then["nonzeros"])
+        assert not {"columns", "nonzeros"} & group.keys()
+    written["groups"][0]["format"] = "bitmask, dense"
+    assert CompressionReport.from_dict(written).plan["groups"][0]["format"] == "bitmask, full"

@@ -12,14 +12,14 @@ from fips.formats.masks import nm_mask
 from fips.formats.patterns import BlockAxis, pattern_named
 from fips.formats.values import integers, pack_integers, packed_length, unpack_integers
 
-FORMATS = ["dense", "bitmask", "2:4", "1:4", "4:16", "8:16", "2:16", "3:7", "16:32"]
+FORMATS = ["full", "bitmask", "2:4", "1:4", "4:16", "8:16", "2:16", "3:7", "16:32"]
 
 
 def example(fmt: str, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     m = int(fmt.partition(":")[2] or 11)
     matrix = torch.randn(13, 7 * m, generator=generator).to(dtype)
-    if fmt == "dense":
+    if fmt == "full":
         return matrix, torch.ones_like(matrix, dtype=torch.bool)
     if fmt == "bitmask":
         mask = torch.rand(matrix.shape, generator=generator) < 0.3
@@ -150,7 +150,7 @@ def test_gradients_reach_the_values_only() -> None:
     assert torch.equal(values.grad, weights[mask])
 
 
-@pytest.mark.parametrize("fmt", ["dense", "2:4"])
+@pytest.mark.parametrize("fmt", ["full", "2:4"])
 def test_a_mask_without_the_promised_structure_is_refused(fmt: str) -> None:
     mask = torch.zeros(2, 8, dtype=torch.bool)
     with pytest.raises(ValueError, match="mask"):

@@ -33,13 +33,13 @@ needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_r
 
 def make_layer(role: str = "up", *, basis: bool = True, dtype: torch.dtype = torch.float32) -> FactoredLinear:
     generator = torch.Generator().manual_seed(0)
-    width, rank, columns = 48, (32 if basis else 48), 96
+    width, rank, hidden = 48, (32 if basis else 48), 96
     shared = SharedBasis(width, rank) if basis else None
     if shared is not None:
         nn.init.orthogonal_(shared.weight, generator=generator)
         shared.to(dtype)
-    factor = torch.randn(rank, columns, generator=generator)
-    mask = torch.rand(rank, columns, generator=generator) < 0.4
+    factor = torch.randn(rank, hidden, generator=generator)
+    mask = torch.rand(rank, hidden, generator=generator) < 0.4
     layer = FactoredLinear.from_factor(shared, factor, mask, role=role, fmt="bitmask", dtype=dtype)  # type: ignore[arg-type]
     layer.bias = nn.Parameter(torch.randn(layer.out_features, generator=generator).to(dtype))
     return layer.eval()
@@ -275,7 +275,7 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_inputs_are_rounded_to_8_bits_only_where_asked(values: str, tokens: int) -> None:
     factor = torch.randn(128, 96, generator=torch.Generator().manual_seed(0))
     layer = FactoredLinear.from_factor(
-        None, factor, torch.ones_like(factor, dtype=torch.bool), role="up", fmt="dense", values=values
+        None, factor, torch.ones_like(factor, dtype=torch.bool), role="up", fmt="full", values=values
     )
     layer.runtime.policy = "packed"
     x = inputs(tokens, 128, torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fips.errors import BudgetError
 from fips.formats.masks import nm_mask, top_mask, top_masks
 from fips.methods.paper import grow_rank, rank_for_budget
-from fips.solve.patterns import num_nonzeros, prune_and_regrow, unstructured_masks
+from fips.solve.patterns import num_kept, prune_and_regrow, unstructured_masks
 from fips.solve.svd import shared_svd
 from fips.training.schedules import gmp_sparsity, rigl_fraction, update_steps
 
@@ -66,7 +66,7 @@ def test_growth_does_nothing_within_the_width() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "width", "columns", "sparsity", "rank"),
+    ("budget", "width", "hidden", "sparsity", "rank"),
     [
         (0.5, 768, 4 * 2 * 3072, 0.75, 1365),  # DeiT-B: floor(.5 * 768 * 24576 / (768 + .25 * 24576))
         (0.5, 2048, 4 * 3 * 8192, 0.75, 3780),  # Llama-3.2-1B
@@ -74,24 +74,24 @@ def test_growth_does_nothing_within_the_width() -> None:
         (0.25, 192, 6144, 0.5, 90),
     ],
 )
-def test_rank_follows_the_general_formula(budget: float, width: int, columns: int, sparsity: float, rank: int) -> None:
-    assert rank_for_budget(budget=budget, width=width, columns=columns, sparsity=sparsity) == rank
-    kept = rank * width + num_nonzeros(size=rank * columns, sparsity=sparsity)
-    one_more = (rank + 1) * (width + (1 - sparsity) * columns)
-    assert kept <= budget * width * columns < one_more
+def test_rank_follows_the_general_formula(budget: float, width: int, hidden: int, sparsity: float, rank: int) -> None:
+    assert rank_for_budget(budget=budget, width=width, hidden=hidden, sparsity=sparsity) == rank
+    kept = rank * width + num_kept(size=rank * hidden, sparsity=sparsity)
+    one_more = (rank + 1) * (width + (1 - sparsity) * hidden)
+    assert kept <= budget * width * hidden < one_more
 
 
 def test_rank_is_rounded_to_a_multiple() -> None:
-    assert rank_for_budget(budget=0.5, width=768, columns=24576, sparsity=0.75, multiple=16) == 1360
+    assert rank_for_budget(budget=0.5, width=768, hidden=24576, sparsity=0.75, multiple=16) == 1360
 
 
 def test_too_small_a_budget_names_the_smallest() -> None:
     with pytest.raises(
         BudgetError, match=r"below the cost of one basis vector.*smallest budget for it is 0\.0115"
     ) as e:
-        rank_for_budget(budget=0.001, width=100, columns=700, sparsity=0.0)
+        rank_for_budget(budget=0.001, width=100, hidden=700, sparsity=0.0)
     least = float(str(e.value).rsplit(" ", 1)[1])
-    assert rank_for_budget(budget=least, width=100, columns=700, sparsity=0.0) == 1
+    assert rank_for_budget(budget=least, width=100, hidden=700, sparsity=0.0) == 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 12])

@@ -642,9 +642,9 @@ def test_sharing_is_tried_on_some_columns_first(monkeypatch: pytest.MonkeyPatch)
     pricing = Pricing(value=2.0, basis_entry=2.0, row_scale=2.0)
     search = GroupSearch(problems(), (0, 1, 0, 1), pricing)
     small, share = search._some_columns()
-    assert small.columns == round(share * 4 * F) < 4 * F
+    assert small.hidden == round(share * 4 * F) < 4 * F
     assert small.overhead(Choice(True, "unstructured", "int8")) - 2 * D * D * share == pytest.approx(
-        2 * (small.columns / 2 + 2 * D)
+        2 * (small.hidden / 2 + 2 * D)
     )
     asked: list[Choice] = []
     monkeypatch.setattr(search, "solve", lambda choice, *_, **__: asked.append(choice))

@@ -43,7 +43,7 @@ def test_every_mlp_of_a_family_is_found(family: str) -> None:
     assert len(located.sublayers) == count
     first = located.sublayers[0]
     assert (first.kind, first.name, first.block) == (kind, name, block)
-    assert (first.sites[0].width, first.sites[0].columns) == shape
+    assert (first.sites[0].width, first.sites[0].hidden) == shape
     assert [site.role for site in first.sites] == (["up", "up", "down"] if kind == "gated" else ["up", "down"])
     for site in first.sites:
         layer = model.get_submodule(site.name)
@@ -79,7 +79,7 @@ def test_shared_experts_are_found_and_routed_ones_skipped() -> None:
         config = AutoConfig.for_model("qwen2_moe", **DECODER, **fields, mlp_only_layers=[0])
         model = AutoModelForCausalLM.from_config(config)
     located = locate_layers(model)
-    assert [sublayer.sites[0].columns for sublayer in located.sublayers] == [80, 24, 24]
+    assert [sublayer.sites[0].hidden for sublayer in located.sublayers] == [80, 24, 24]
     assert [item.name for item in located.skipped] == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
 
 
@@ -150,7 +150,7 @@ def test_groups_hold_consecutive_blocks_of_one_width() -> None:
     groups = group_layers(sublayers, share_blocks=3)
     assert [(group.width, len(group.blocks)) for group in groups] == [(16, 2), (32, 3), (32, 2)]
     assert [group.name for group in groups] == ["g0", "g1", "g2"]
-    assert groups[1].columns == 3 * 2 * 128
+    assert groups[1].hidden == 3 * 2 * 128
 
 
 def test_explicit_groups_count_over_all_blocks() -> None:
@@ -301,7 +301,7 @@ def test_a_matrix_and_its_stored_form_are_each_others_inverse() -> None:
     ):  # fmt: skip
         inputs, outputs = (5, 3) if site == Site.writer else (3, 5)
         place = site(Linear("layer", linear, inputs, outputs))
-        assert (place.width, place.columns, place.inputs, place.outputs) == (3, 5, inputs, outputs)
+        assert (place.width, place.hidden, place.inputs, place.outputs) == (3, 5, inputs, outputs)
         matrix_DF = place.matrix(linear.weight)
         assert matrix_DF.shape == (3, 5)
         x = torch.randn(2, inputs)
@@ -316,7 +316,7 @@ def test_a_matrix_and_its_stored_form_are_each_others_inverse() -> None:
 
 def test_an_unknown_role_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="unknown role 'sideways'; known: up, down"):
-        fips.FactoredLinear(None, role="sideways", columns=4, nonzeros=4, width=4)
+        fips.FactoredLinear(None, role="sideways", hidden=4, kept=4, width=4)
 
 
 def test_the_names_of_roles_are_compared_in_one_place_and_written_by_the_layout_of_files() -> None:

@@ -52,17 +52,17 @@ def _describe_sites(sublayer: Sublayer) -> str:
 
 
 def plan_table(groups: Sequence[GroupPlan]) -> Table:
-    """One line per group: width, columns of all matrices, rank, non-zeros, bytes before and after."""
+    """One line per group: width, hidden features of all matrices, rank, kept entries, bytes before and after."""
     title = f"Plan (factors stored as {groups[0].fmt}, {str(groups[0].dtype).removeprefix('torch.')})"
-    table = Table("group", "blocks", "d x P", "rank", "non-zeros", "bytes", "after", "kept", title=title)
+    table = Table("group", "blocks", "width x hidden", "rank", "kept", "bytes", "after", "share", title=title)
     table.title_justify = "left"
     for plan in groups:
         table.add_row(
             plan.group.name,
             _span(plan.group.blocks),
-            f"{plan.group.width}x{plan.group.columns}",
+            f"{plan.group.width}x{plan.group.hidden}",
             str(plan.rank),
-            f"{plan.nonzeros:,}" if plan.nonzeros < 1_000_000 else f"{plan.nonzeros / 1e6:.1f} M",
+            f"{plan.kept:,}" if plan.kept < 1_000_000 else f"{plan.kept / 1e6:.1f} M",
             format_bytes(plan.dense.bytes),
             format_bytes(plan.factored.bytes),
             f"{plan.factored.bytes / plan.dense.bytes:.1%}",
@@ -78,7 +78,7 @@ def _span(blocks: Sequence[str]) -> str:
 
 def size_table(plan: CompressionPlan) -> Table:
     """Parameters and bytes of the compressed layers and of the whole model, before and after."""
-    table = Table("", "parameters", "after", "kept", "bytes", "after", "kept", title="Size", title_justify="left")
+    table = Table("", "parameters", "after", "share", "bytes", "after", "share", title="Size", title_justify="left")
     rows = (
         ("layers", plan.dense.parameters, plan.factored.parameters, plan.dense.bytes, plan.factored.bytes),
         ("model", plan.model_parameters, plan.compressed_parameters, plan.model_bytes, plan.compressed_bytes),

@@ -63,8 +63,8 @@ def nm_mask(scores: Tensor, *, n: int, m: int, dim: int) -> Tensor:
     """Mask with exactly the ``n`` largest of every ``m`` consecutive scores along ``dim`` (a multiple of m)."""
     moved = scores.movedim(dim, -1)
     groups = moved.reshape(-1, m)
-    kept = groups.topk(n, dim=1, sorted=False).indices
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, kept, True)
+    chosen = groups.topk(n, dim=1, sorted=False).indices
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, chosen, True)
     return mask.view(moved.shape).movedim(-1, dim)
 
 

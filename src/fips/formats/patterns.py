@@ -3,7 +3,7 @@
 A packed matrix has shape (rows, cols) with the *reduction* along the columns, as the weight of a linear layer has:
 the factor of an ``up`` layer is stored transposed, (F, R), that of a ``down`` layer as it is, (R, F). The patterns:
 
-``dense``    all values, no pattern
+``full``     all values, no pattern
 ``bitmask``  1 bit per entry, row-major, least significant bit first
 ``N:M``      per group of M consecutive entries the rank of its N-subset in colexicographic order,
              ``ceil(log2(binomial(M, N)))`` bits each, bits packed like a bitmask: 4:16 costs 11 bits per 16 entries
@@ -29,9 +29,11 @@ from fips.errors import ConfigError
 from fips.formats.masks import block_masks, nm_mask, top_masks
 from fips.formats.registry import Registry
 
-__all__ = ["BITMASK", "DENSE", "PATTERNS", "BlockAxis", "Pattern", "pattern_for", "pattern_named"]
+__all__ = ["BITMASK", "FULL", "PATTERNS", "BlockAxis", "Pattern", "pattern_for", "pattern_in_file", "pattern_named"]
 
-DENSE, BITMASK = "dense", "bitmask"
+FULL, BITMASK = "full", "bitmask"
+FILE_NAMES = {FULL: "dense"}
+"""Words of files of layout version 1 that are not the name of the pattern."""
 BlockAxis = Literal[0, 1]
 
 
@@ -42,7 +44,7 @@ class Pattern:
     """
 
     known: ClassVar[tuple[str, ...]] = ()
-    """Names of the class, as files have them."""
+    """Names of the class."""
     group: int = 1
     """Entries under one code of the pattern."""
     group_bits: int = 1
@@ -64,6 +66,11 @@ class Pattern:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def file_name(self) -> str:
+        """What files of layout version 1 call it."""
+        return FILE_NAMES.get(self.name, self.name)
 
     @property
     def density(self) -> float | None:
@@ -136,8 +143,17 @@ PATTERNS: Registry[Pattern] = Registry("packed format")
 
 
 def pattern_named(name: str) -> Pattern:
-    """The pattern that a file calls so. Raises ``ConfigError`` for an unknown name."""
+    """The pattern of this name. Raises ``ConfigError`` for an unknown one."""
     return PATTERNS.named(name)
+
+
+def pattern_in_file(word: str) -> Pattern:
+    """The pattern that files of layout version 1 call so. Raises ``ConfigError`` for a word they do not have."""
+    names = {FILE_NAMES.get(name, name): name for name in PATTERNS.known()}
+    found = None if word in FILE_NAMES else PATTERNS.find(names.get(word, word))
+    if found is None:
+        raise PATTERNS.unknown(word, list(names))
+    return found
 
 
 def pattern_for(setting: str) -> Pattern:
@@ -151,8 +167,8 @@ def pattern_for(setting: str) -> Pattern:
 
 
 @PATTERNS.register
-class _Dense(Pattern):
-    known = (DENSE,)
+class _Full(Pattern):
+    known = (FULL,)
     group_bits, group_kept, choosable = 0, 1, False
 
     def code(self, block_axis: BlockAxis) -> int:
@@ -160,7 +176,7 @@ class _Dense(Pattern):
 
     def pack(self, matrix: Tensor, mask: Tensor, block_axis: BlockAxis = 1) -> tuple[Tensor, Tensor]:
         if not bool(mask.all()):
-            raise ValueError(f"format dense needs a full mask, got {int(mask.sum())} of {mask.numel()} entries")
+            raise ValueError(f"format {self.name} needs a full mask, got {int(mask.sum())} of {mask.numel()} entries")
         return matrix[mask], mask.new_empty(0, dtype=torch.uint8)
 
     def unpack(self, values: Tensor, pattern: Tensor, shape: tuple[int, int], block_axis: BlockAxis = 1) -> Tensor:
@@ -197,10 +213,10 @@ class _Blocks(Pattern):
         return block_masks(scores_RF, count=count, size=self.block)
 
     def pack(self, matrix: Tensor, mask: Tensor, block_axis: BlockAxis = 1) -> tuple[Tensor, Tensor]:
-        blocks, kept = self._to_blocks(matrix, block_axis), self._to_blocks(mask, block_axis)
-        if not torch.equal(kept.all(2), kept.any(2)):
+        blocks, mask = self._to_blocks(matrix, block_axis), self._to_blocks(mask, block_axis)
+        if not torch.equal(mask.all(2), mask.any(2)):
             raise ValueError(f"the mask splits a block of {self.block} neighbours along axis {block_axis}")
-        return blocks[kept.all(2)].flatten(), _pack_bits(kept.all(2).flatten())
+        return blocks[mask.all(2)].flatten(), _pack_bits(mask.all(2).flatten())
 
     def unpack(self, values: Tensor, pattern: Tensor, shape: tuple[int, int], block_axis: BlockAxis = 1) -> Tensor:
         mask = self._kept_blocks(pattern, shape, block_axis)

@@ -49,12 +49,22 @@ class Registry(Generic[Format]):
 
     def named(self, name: str) -> Format:
         """The format of a name, the same object every time. Raises ``ConfigError`` listing the known names."""
-        if name in self._found:
-            return self._found[name]
-        found = next((one for cls in self._classes if (one := cls.parse(name)) is not None), None)
+        found = self.find(name)
         if found is None:
-            near = difflib.get_close_matches(name, self.known(), n=1)
-            guess = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"unknown {self.kind} {name!r}; {guess}known: {', '.join(self.known())}")
-        self._found[name] = found
+            raise self.unknown(name, self.known())
         return found
+
+    def find(self, name: str) -> Format | None:
+        """The format of a name, None where no class has it."""
+        if name not in self._found:
+            found = next((one for cls in self._classes if (one := cls.parse(name)) is not None), None)
+            if found is None:
+                return None
+            self._found[name] = found
+        return self._found[name]
+
+    def unknown(self, name: str, known: list[str]) -> ConfigError:
+        """The error for a name that no format has."""
+        near = difflib.get_close_matches(name, known, n=1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        return ConfigError(f"unknown {self.kind} {name!r}; {guess}known: {', '.join(known)}")

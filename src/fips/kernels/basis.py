@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fips.formats.packed import Packed
+from fips.formats.patterns import FULL
 from fips.kernels import ops, registry
 from fips.kernels.backend import Backend, PreparedMatrix, say_once
 from fips.kernels.reference import check_inputs
@@ -27,7 +28,7 @@ class _Kernel(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, weight_DR: Tensor) -> _Kernel:
-        packed = Packed(weight_DR, weight_DR.new_empty(0), None, (weight_DR.shape[0], weight_DR.shape[1]), "dense")
+        packed = Packed(weight_DR, weight_DR.new_empty(0), None, (weight_DR.shape[0], weight_DR.shape[1]), FULL)
         dtypes, backends = (x.dtype, weight_DR.dtype), registry.backends()
         for backend in backends if weight_DR.is_contiguous() else ():
             few = backend.few_tokens(packed)

@@ -70,11 +70,11 @@ class Product:
         """Everything the speed depends on; tokens up to the next power of two."""
         packed, tokens = self.packed, max(1, x.shape[:-1].numel())
         rows, cols = packed.shape
-        kept = round(100 * packed.kept / (rows * cols))
+        percent = round(100 * packed.kept / (rows * cols))
         parts = (
             registry.choose(packed, x.device, x.dtype).name, f"{x.device.type}:{torch.get_num_threads()}",
             "in" if self.up else "out", f"{rows}x{cols}", packed.fmt,
-            f"{kept}%", packed.kind, "no basis" if self.basis_DR is None else self.basis_DR.shape[0],
+            f"{percent}%", packed.kind, "no basis" if self.basis_DR is None else self.basis_DR.shape[0],
             x.dtype, f"<={1 << (tokens - 1).bit_length()}",
         )  # fmt: skip
         return " ".join(str(part).removeprefix("torch.") for part in parts)

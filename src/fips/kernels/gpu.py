@@ -37,7 +37,7 @@ except ImportError as error:  # the reason is told when the kernel is asked for
 
 __all__ = ["TileLayout", "TritonBackend", "TritonMatrix", "available", "decode", "multiply", "prepare"]
 
-_DENSE, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
+_FULL, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
 ROWS, DECODED_ROWS = 64, 4
 """Of S, in one program that multiplies, or that writes them out."""
 TILE_COLUMNS, FEWEST_GROUPS = 128, 16
@@ -81,9 +81,9 @@ class TileLayout:
             raise BackendError(f"{unsupported_format(packed)}; use torch")
         if code == _NM:
             return cls(_NM, bits, unit, False, unit, pattern.group_bits, pattern.group_kept or 0)
-        if code == _DENSE:
+        if code == _FULL:
             group = 32 // math.gcd(bits, 32) if bits else 8
-            return cls(_DENSE, bits, group, bits > 0 and _in_words(packed.values_Z, cols * bits))
+            return cls(_FULL, bits, group, bits > 0 and _in_words(packed.values_Z, cols * bits))
         if code == _BLOCK_COLS:
             return cls(_BLOCK_COLS, bits, unit, False, unit)
         return cls(code, bits, 32, _in_words(packed.pattern, cols), unit)
@@ -91,7 +91,7 @@ class TileLayout:
     def read(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """Values and pattern in the units they are read in."""
         values, pattern = packed.values_Z, packed.pattern
-        if self.WORDS and self.FORMAT == _DENSE:
+        if self.WORDS and self.FORMAT == _FULL:
             return values.view(torch.int32), pattern
         return values, pattern.view(torch.int32) if self.WORDS else pattern
 
@@ -231,7 +231,7 @@ class TritonBackend(Backend):
     def supports(self, packed: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
         if not available():
             return f"Triton is not installed ({_missing}); `pip install fips[gpu]`"
-        if packed.layout.code(packed.block_axis) == _DENSE and packed.scales_N is None:
+        if packed.layout.code(packed.block_axis) == _FULL and packed.scales_N is None:
             return "a whole matrix of floats is a dense product"
         return kernel_refuses(packed, device, dtype, "cuda")
 
@@ -482,7 +482,7 @@ if triton is not None:
             inside = (n[:, None] < rows) & (k[None, :] < cols)
             at = (row * cols + k[None, :])[:, :, None] + j
             keep = inside[:, :, None] & (k[None, :, None] + j < cols)
-            kept = keep
+            present = keep
             if WORDS and FORMAT == 0:
                 words = (row * (cols // GROUP) + k[None, :] // GROUP) * (GROUP * BITS // 32)
                 place = words[:, :, None] + j * BITS // 32
@@ -500,8 +500,8 @@ if triton is not None:
                     pattern, table, row, k[None, :], inside, cols, pattern_bytes, first, stride, FORMAT, UNIT,
                     CODE_BITS, GROUP_KEPT, WORDS,
                 )  # fmt: skip
-                kept = keep & (((bits[:, :, None] >> j) & 1) != 0)
+                present = keep & (((bits[:, :, None] >> j) & 1) != 0)
                 before = _popcount(bits[:, :, None] & ((1 << j) - 1))
-                stored = _stored(values, place[:, :, None] + before * stride, kept, value_bytes, BITS)
-            entries = tl.where(kept, stored.to(tl.float32) * scale[:, None, None], 0.0)
+                stored = _stored(values, place[:, :, None] + before * stride, present, value_bytes, BITS)
+            entries = tl.where(present, stored.to(tl.float32) * scale[:, None, None], 0.0)
             tl.store(dense + at, entries.to(dense.dtype.element_ty), mask=keep)

@@ -1,6 +1,6 @@
 """The modules a compressed model runs: one shared basis per group, one packed factor per matrix.
 
-Shape legend: D width of the residual stream, F columns of one matrix, R rank of the basis.
+Shape legend: D width of the residual stream, F hidden features of one matrix, R rank of the basis.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class FactoredLinear(nn.Module):
 
     ``runtime`` chooses how the product is formed and says what that costs in memory; see ``fips.kernels.runtime``.
 
-    Raises ``ConfigError`` if neither basis nor width is given, or the columns do not fill the blocks of the format.
+    Raises ``ConfigError`` if neither basis nor width is given, or the hidden features do not fill the blocks of
+    the format.
     """
 
     pattern: Tensor
@@ -86,8 +87,8 @@ class FactoredLinear(nn.Module):
         basis: SharedBasis | None,
         *,
         role: str,
-        columns: int,
-        nonzeros: int,
+        hidden: int,
+        kept: int,
         fmt: str = BITMASK,
         bias: bool = False,
         dtype: torch.dtype | None = None,
@@ -99,27 +100,27 @@ class FactoredLinear(nn.Module):
         width, self.rank = _width_and_rank(basis, width)
         self.pattern_format, self.value_format = pattern_named(fmt), values_named(values)
         block = self.pattern_format.block
-        if columns % block:
-            raise ConfigError(f"format {fmt} needs a multiple of {block} hidden columns, got {columns}")
+        if hidden % block:
+            raise ConfigError(f"format {fmt} needs a multiple of {block} hidden features, got {hidden}")
         self.role = Role(role)
         self.reads_stream, self.block_axis = self.role.reads_stream, self.role.hidden_axis  # asked in every call
         self.fmt = fmt
         self.kind = values
         self.bits = self.value_format.bits
-        self.nonzeros = nonzeros
+        self.kept = kept
         self.conv1d = False
-        self.width, self.columns = width, columns
-        self.in_features, self.out_features = self.role.features(width, columns)
-        self.factor_shape = self.role.stored_shape(self.rank, columns)
+        self.width, self.hidden = width, hidden
+        self.in_features, self.out_features = self.role.features(width, hidden)
+        self.factor_shape = self.role.stored_shape(self.rank, hidden)
         if self.value_format.scaled:
-            stored = torch.empty(self.value_format.length(nonzeros), dtype=self.value_format.dtype)
+            stored = torch.empty(self.value_format.length(kept), dtype=self.value_format.dtype)
             self.register_buffer("values", stored)
             scales = self.value_format.num_scales(*self.factor_shape)
             self.register_buffer("scales", torch.empty(scales, dtype=dtype))
         else:
-            self.values = nn.Parameter(torch.empty(nonzeros, dtype=dtype))
+            self.values = nn.Parameter(torch.empty(kept, dtype=dtype))
         if self.pattern_format.group_bits:
-            size = self.pattern_format.nbytes(columns * self.rank)
+            size = self.pattern_format.nbytes(hidden * self.rank)
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
         self.register_buffer("weight", torch.empty(0, dtype=dtype))
@@ -148,8 +149,8 @@ class FactoredLinear(nn.Module):
         to_linear, to_factor = Role(role).to_linear, Role(role).to_factor
         matrix_NK, mask_NK = to_linear(factor_RF).detach(), to_linear(mask_RF)
         if not numbers.scaled:
-            layer, kept = cls._packed_on(basis, factor_RF.detach(), mask_RF, role=role, fmt=fmt, values=values)
-            layer.values = nn.Parameter(kept.to(dtype or kept.dtype))
+            layer, entries_Z = cls._packed_on(basis, factor_RF.detach(), mask_RF, role=role, fmt=fmt, values=values)
+            layer.values = nn.Parameter(entries_Z.to(dtype or entries_Z.dtype))
             return layer
         scales = numbers.scales(matrix_NK, mask_NK) if scales is None else scales.detach()
         scales = scales.to(dtype or matrix_NK.dtype)
@@ -178,9 +179,9 @@ class FactoredLinear(nn.Module):
         numbers = values_named(values)
         if not numbers.scaled:
             raise ConfigError(f"integers cannot be stored as `values: {values}`; use `from_factor`")
-        layer, kept = cls._packed_on(basis, integers_RF, mask_RF, role=role, fmt=fmt, values=values)
+        layer, entries_Z = cls._packed_on(basis, integers_RF, mask_RF, role=role, fmt=fmt, values=values)
         _check_scales(scales, numbers.num_scales(*layer.factor_shape))
-        layer.values, layer.scales = numbers.pack(kept), scales.detach()
+        layer.values, layer.scales = numbers.pack(entries_Z), scales.detach()
         return layer
 
     @classmethod
@@ -190,13 +191,13 @@ class FactoredLinear(nn.Module):
         """A layer with its pattern, and the entries kept, in their order."""
         side = Role(role)
         matrix_NK, mask_NK = side.to_linear(matrix_RF).contiguous(), side.to_linear(mask_RF).contiguous()
-        kept, pattern = pattern_named(fmt).pack(matrix_NK, mask_NK, side.hidden_axis)
-        rank, columns = matrix_RF.shape
+        entries_Z, pattern = pattern_named(fmt).pack(matrix_NK, mask_NK, side.hidden_axis)
+        rank, hidden = matrix_RF.shape
         width = None if basis else rank
-        layer = cls(basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=width, values=values)
+        layer = cls(basis, role=role, hidden=hidden, kept=entries_Z.numel(), fmt=fmt, width=width, values=values)
         if layer.pattern_format.group_bits:
             layer.pattern = pattern
-        return layer, kept
+        return layer, entries_Z
 
     @property
     def basis(self) -> SharedBasis | None:
@@ -210,7 +211,7 @@ class FactoredLinear(nn.Module):
         """The stored tensors of the factor, with what they mean."""
         pattern = self.pattern if self.pattern_format.group_bits else self.values.new_empty(0, dtype=torch.uint8)
         scales = self.scales if self.value_format.scaled else None
-        count = 0 if self.bits in (None, 8) else self.nonzeros
+        count = 0 if self.bits in (None, 8) else self.kept
         return Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, self.kind, count)
 
     def mask(self) -> Tensor:
@@ -257,10 +258,10 @@ class FactoredLinear(nn.Module):
         return registry.reasons(self.packed(), self.values.device, dtype or self.weight.dtype)
 
     def extra_repr(self) -> str:
-        kept = self.nonzeros / (self.factor_shape[0] * self.factor_shape[1])
+        density = self.kept / (self.factor_shape[0] * self.factor_shape[1])
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rank={'none' if self.basis is None else self.rank}, role={self.role}, kept={kept:.3f}, "
+            f"rank={'none' if self.basis is None else self.rank}, role={self.role}, density={density:.3f}, "
             f"pattern={'N:M ' + self.fmt if ':' in self.fmt else self.fmt}, values={self.kind}, "
             f"bias={self.bias is not None}"
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fips.config import InputsConfig
 from fips.errors import BudgetError
-from fips.formats.patterns import DENSE
+from fips.formats.patterns import FULL
 from fips.formats.values import Values, integers
 from fips.methods.layerwise import MatrixMethod, StoredMatrix
 from fips.methods.registry import register
@@ -50,7 +50,7 @@ class Gptq(MatrixMethod[GptqConfig]):
 
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """2 bits for every entry."""
-        size = group.width * group.columns
+        size = group.width * group.hidden
         return (size / 4 + _scale_bytes(group, dtype)) / (BYTES_PER_BIT * size)
 
     def store(self, weight_OI: Tensor, moment_II: Tensor | None, plan: GroupPlan) -> StoredMatrix:
@@ -58,10 +58,10 @@ class Gptq(MatrixMethod[GptqConfig]):
         values = integers(self._bits(plan))
         integers_OI, steps_O = gptq(weight_OI, moment_II, values=values, dtype=plan.dtype)
         kept_OI = torch.ones_like(integers_OI, dtype=torch.bool)
-        return StoredMatrix(integers_OI, kept_OI, DENSE, values.name, steps_O)
+        return StoredMatrix(integers_OI, kept_OI, FULL, values.name, steps_O)
 
     def _bits(self, plan: GroupPlan) -> int:
-        size = plan.group.width * plan.group.columns
+        size = plan.group.width * plan.group.hidden
         allowed = byte_target(plan.group, self.config) - _scale_bytes(plan.group, plan.dtype)
         bits = min(int(8 * allowed / size + EPS), 8)
         if bits < 2:

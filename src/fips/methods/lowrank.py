@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fips.config import CompressionConfig, InputsConfig
 from fips.errors import BudgetError
-from fips.formats.patterns import DENSE
+from fips.formats.patterns import FULL
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.layerwise import GroupwiseMethod
 from fips.methods.registry import register
@@ -58,7 +58,7 @@ class _LowRank(GroupwiseMethod[C]):
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """One vector for every matrix."""
         unit = 1.0 if self.config.budget is not None else itemsize(dtype) / BYTES_PER_BIT
-        return max(unit * (site.width + site.columns) / (site.width * site.columns) for site in group.sites)
+        return max(unit * (site.width + site.hidden) / (site.width * site.hidden) for site in group.sites)
 
     def teams(self, plan: GroupPlan) -> Iterator[list[Site]]:
         """Layers that share a basis."""
@@ -80,31 +80,31 @@ class _LowRank(GroupwiseMethod[C]):
         footprint = Footprint(0, 0, 0, 0)
         rank = 0
         for index, team in enumerate(self.teams(plan)):
-            columns = sum(site.columns for site in team)
-            rank = self._rank(plan, columns)
+            hidden = sum(site.hidden for site in team)
+            rank = self._rank(plan, hidden)
             weights_DF = [dense_matrix(bench.model, site).float() for site in team]
             basis_DR, factors_RF = self.factorize(weights_DF, team, moments, rank)
             basis = bases[f"{plan.group.name}_{index}"] = SharedBasis.of(basis_DR, plan.dtype)
             for site, factor_RF in zip(team, factors_RF, strict=True):
                 mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)
                 layers[site.name] = FactoredLinear.from_factor(
-                    basis, factor_RF, mask_RF, role=site.role, fmt=DENSE, dtype=plan.dtype
+                    basis, factor_RF, mask_RF, role=site.role, fmt=FULL, dtype=plan.dtype
                 )
-            footprint += _team_footprint(plan, rank, columns, len(team))
-        nonzeros = sum(layer.nonzeros for layer in layers.values())
-        made = replace(plan, rank=rank, nonzeros=nonzeros, fmt=DENSE, values="float", factored=footprint)
+            footprint += _team_footprint(plan, rank, hidden, len(team))
+        kept = sum(layer.kept for layer in layers.values())
+        made = replace(plan, rank=rank, kept=kept, fmt=FULL, values="float", factored=footprint)
         return CompressedGroup(made, bases, layers)
 
-    def _rank(self, plan: GroupPlan, columns: int) -> int:
+    def _rank(self, plan: GroupPlan, hidden: int) -> int:
         width = plan.group.width
         if self.config.budget:
-            allowed = self.config.budget * (width * columns)
+            allowed = self.config.budget * (width * hidden)
         else:
-            share = columns / plan.group.columns
+            share = hidden / plan.group.hidden
             allowed = byte_target(plan.group, self.config) * share / itemsize(plan.dtype)
-        rank = int(allowed / (width + columns) + EPS)
+        rank = int(allowed / (width + hidden) + EPS)
         if rank < 1:
-            raise BudgetError(f"not one vector of {width} + {columns} numbers fits; ask for more bytes")
+            raise BudgetError(f"not one vector of {width} + {hidden} numbers fits; ask for more bytes")
         return rank
 
 
@@ -142,9 +142,9 @@ class Svd(_LowRank[SvdConfig]):
         return basis_DR, [factor_RF]
 
 
-def _team_footprint(plan: GroupPlan, rank: int, columns: int, members: int) -> Footprint:
-    entries = rank * (plan.group.width + columns)
-    macs = rank * (members * plan.group.width + columns)
+def _team_footprint(plan: GroupPlan, rank: int, hidden: int, members: int) -> Footprint:
+    entries = rank * (plan.group.width + hidden)
+    macs = rank * (members * plan.group.width + hidden)
     return Footprint(entries, entries * itemsize(plan.dtype), 0, macs)
 
 

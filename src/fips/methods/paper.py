@@ -22,7 +22,7 @@ from torch import Tensor
 from fips.calibration.record import ActivationSpool
 from fips.config import ReconstructionConfig, SparseConfig
 from fips.errors import BudgetError
-from fips.formats.patterns import BITMASK, DENSE
+from fips.formats.patterns import BITMASK, FULL
 from fips.methods.registry import Method, register
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, measured, pack_group
 from fips.models import LayerGroup
@@ -31,7 +31,7 @@ from fips.plan.groups import GroupPlan, byte_target
 from fips.plan.least import BYTES_PER_BIT, EPS
 from fips.plan.plan import CompressionPlan
 from fips.plan.planner import check_inputs
-from fips.solve.patterns import num_nonzeros
+from fips.solve.patterns import num_kept
 from fips.solve.svd import shared_svd
 from fips.training.factors import TrainableGroup, swapped
 from fips.training.reconstruct import BlockError, Records, reconstruct_
@@ -102,24 +102,24 @@ class Paper(Method[PaperConfig]):
     def plan(self, blank: GroupPlan) -> GroupPlan:
         config, group = self.config, blank.group
         rank = self._rank(group, blank.dtype)
-        fmt = config.format.name if config.factor_sparsity > 0 else DENSE
-        sizes = [rank * site.columns for site in group.sites]
+        fmt = config.format.name if config.factor_sparsity > 0 else FULL
+        sizes = [rank * site.hidden for site in group.sites]
         if config.threshold_scope == "group":
             sizes = [sum(sizes)]
-        kept = sum(num_nonzeros(size=size, sparsity=config.factor_sparsity) for size in sizes)
-        factored = factored_footprint(group, rank=rank, nonzeros=kept, fmt=fmt, itemsize=itemsize(blank.dtype))
-        return replace(blank, rank=rank, nonzeros=kept, fmt=fmt, factored=factored)
+        kept = sum(num_kept(size=size, sparsity=config.factor_sparsity) for size in sizes)
+        factored = factored_footprint(group, rank=rank, kept=kept, fmt=fmt, itemsize=itemsize(blank.dtype))
+        return replace(blank, rank=rank, kept=kept, fmt=fmt, factored=factored)
 
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
-        """The smallest rank with an entry for every column of the factors."""
+        """The smallest rank with an entry for every hidden feature."""
         if self.config.nm is not None:
             least = self.config.nm[1]
         else:
             least = math.ceil(1 / (1 - self.config.factor_sparsity) - EPS)
         if self.config.budget is not None:
             density = 1 - self.config.factor_sparsity
-            return least * (group.width + density * group.columns) / (group.width * group.columns)
-        return least * self._vector_bytes(group, dtype) / (BYTES_PER_BIT * group.width * group.columns)
+            return least * (group.width + density * group.hidden) / (group.width * group.hidden)
+        return least * self._vector_bytes(group, dtype) / (BYTES_PER_BIT * group.width * group.hidden)
 
     def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
         """Every group on its own: record, factorize, train, pack."""
@@ -130,7 +130,7 @@ class Paper(Method[PaperConfig]):
         config, item = self.config, itemsize(dtype)
         layout = config.format
         pattern = layout.group_bits / layout.group / 8 if config.factor_sparsity > 0 else 0.0
-        return group.width * item + group.columns * ((1 - config.factor_sparsity) * item + pattern)
+        return group.width * item + group.hidden * ((1 - config.factor_sparsity) * item + pattern)
 
     def _rank(self, group: LayerGroup, dtype: torch.dtype) -> int:
         config = self.config
@@ -138,9 +138,9 @@ class Paper(Method[PaperConfig]):
         budget = config.budget
         if budget is None:
             rank = int(byte_target(group, config) / self._vector_bytes(group, dtype)) // multiple * multiple
-            budget = rank * (group.width + (1 - config.factor_sparsity) * group.columns) / (group.width * group.columns)
+            budget = rank * (group.width + (1 - config.factor_sparsity) * group.hidden) / (group.width * group.hidden)
         return rank_for_budget(
-            budget=budget, width=group.width, columns=group.columns, sparsity=config.factor_sparsity, multiple=multiple
+            budget=budget, width=group.width, hidden=group.hidden, sparsity=config.factor_sparsity, multiple=multiple
         )
 
 
@@ -164,24 +164,25 @@ def grow_rank(
     return grown_DR, [torch.cat([factor_RF, factor_RF[rows] / tau]) for factor_RF in factors_RF]
 
 
-def rank_for_budget(*, budget: float, width: int, columns: int, sparsity: float, multiple: int = 1) -> int:
+def rank_for_budget(*, budget: float, width: int, hidden: int, sparsity: float, multiple: int = 1) -> int:
     r"""Largest rank whose basis and factors fit a budget.
 
     .. math:: R = \left\lfloor \frac{b\, d\, P}{d + (1 - s) P} \right\rfloor
 
-    with budget ``b`` (fraction of the ``d P`` dense parameters), width ``d``, ``P`` columns of all matrices of the
-    group together and sparsity ``s`` of the factors, rounded down to a ``multiple``. The rank may exceed ``d``.
+    with budget ``b`` (fraction of the ``d P`` dense parameters), width ``d``, ``P`` hidden features of all
+    matrices of the group together and sparsity ``s`` of the factors, rounded down to a ``multiple``. The rank may
+    exceed ``d``.
 
     Raises ``BudgetError`` if not even ``multiple`` vectors fit.
     """
-    cost = width + (1 - sparsity) * columns
-    rank = int(budget * width * columns / cost + EPS) // multiple * multiple
+    cost = width + (1 - sparsity) * hidden
+    rank = int(budget * width * hidden / cost + EPS) // multiple * multiple
     if rank < 1:
-        least = multiple * cost / (width * columns)
+        least = multiple * cost / (width * hidden)
         vectors = "one basis vector" if multiple == 1 else f"{multiple} basis vectors"
         raise BudgetError(
-            f"`budget` {budget:g} is below the cost of {vectors} in a group of width {width} and {columns} columns; "
-            f"the smallest budget for it is {math.ceil(least * 1e4) / 1e4:g}"
+            f"`budget` {budget:g} is below the cost of {vectors} in a group of width {width} and {hidden} hidden "
+            f"features; the smallest budget for it is {math.ceil(least * 1e4) / 1e4:g}"
         )
     return rank
 

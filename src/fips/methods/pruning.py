@@ -74,7 +74,7 @@ class _Pruning(MatrixMethod[C]):
         return self.config.values
 
     def store(self, weight_OI: Tensor, moment_II: Tensor | None, plan: GroupPlan) -> StoredMatrix:
-        density = plan.nonzeros / (plan.group.width * plan.group.columns)
+        density = plan.kept / (plan.group.width * plan.group.hidden)
         return StoredMatrix(*self.prune(weight_OI, moment_II, density), values=self.values)
 
     @abstractmethod
@@ -164,5 +164,5 @@ def _inverse_factor(moment_II: Tensor, damping: float) -> Tensor:
 
 
 def _top_of_rows(scores_OI: Tensor, count: int) -> Tensor:
-    kept = scores_OI.topk(count, dim=1).indices
-    return torch.zeros_like(scores_OI, dtype=torch.bool).scatter_(1, kept, True)
+    chosen = scores_OI.topk(count, dim=1).indices
+    return torch.zeros_like(scores_OI, dtype=torch.bool).scatter_(1, chosen, True)

@@ -20,7 +20,7 @@ from fips.calibration.record import ActivationSpool, record_blocks
 from fips.calibration.survey import NO_GRADIENT, survey_layers
 from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
-from fips.formats.patterns import DENSE
+from fips.formats.patterns import FULL
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage
@@ -266,7 +266,7 @@ def pack_group(
     layers = {}
     for index, (site, bias, storage) in enumerate(zip(sites, biases, storages, strict=True)):
         mask_RF = found.masks_RF[index]
-        mask_RF = torch.ones_like(mask_RF) if storage.fmt == DENSE else mask_RF
+        mask_RF = torch.ones_like(mask_RF) if storage.fmt == FULL else mask_RF
         if found.grids is None:
             layer = FactoredLinear.from_factor(
                 basis, found.factors_RF[index], mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype

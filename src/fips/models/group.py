@@ -30,9 +30,9 @@ class LayerGroup:
         return tuple(site for sublayer in self.sublayers for site in sublayer.sites)
 
     @property
-    def columns(self) -> int:
-        """P: columns of all member matrices together."""
-        return sum(site.columns for site in self.sites)
+    def hidden(self) -> int:
+        """P: hidden features of all member matrices together."""
+        return sum(site.hidden for site in self.sites)
 
     def without(self, names: Container[str]) -> LayerGroup | None:
         """The group without some layers, the same one where it has none of them; None if nothing is left."""

@@ -3,8 +3,8 @@
 Every matrix is seen with the residual stream on axis 0, so that all of them fit one basis; a linear layer stores
 (outputs, inputs) instead. The two differ by a transposition for layers that read the stream.
 
-Shape legend: D width of the residual stream, F features on the other side, O outputs, I inputs, R rank (D without a
-basis).
+Shape legend: D width of the residual stream, F hidden features (those on the other side), O outputs, I inputs, R
+rank (D without a basis).
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Role(StrEnum):
         """(O, I) as (D, F), a stored factor as (R, F)."""
         return weight_OI.T if self.reads_stream else weight_OI
 
-    def stored_shape(self, rank: int, columns: int) -> tuple[int, int]:
+    def stored_shape(self, rank: int, hidden: int) -> tuple[int, int]:
         """Of a factor (R, F); the first number is that of its scales where values are integers."""
-        return (columns, rank) if self.reads_stream else (rank, columns)
+        return (hidden, rank) if self.reads_stream else (rank, hidden)
 
-    def features(self, width: int, columns: int) -> tuple[int, int]:
-        """``(inputs, outputs)`` of a layer between D = ``width`` and F = ``columns``."""
-        return (width, columns) if self.reads_stream else (columns, width)
+    def features(self, width: int, hidden: int) -> tuple[int, int]:
+        """``(inputs, outputs)`` of a layer between D = ``width`` and F = ``hidden``."""
+        return (width, hidden) if self.reads_stream else (hidden, width)
 
     def sides(self, of_inputs: T, of_outputs: T) -> tuple[T, T]:
         """What belongs to inputs and outputs as what belongs to the stream and to the other side."""
@@ -142,8 +142,8 @@ class Site:
         return self.role.sides(self.inputs, self.outputs)[0]
 
     @property
-    def columns(self) -> int:
-        """F: features on the other side."""
+    def hidden(self) -> int:
+        """F: hidden features, those on the other side."""
         return self.role.sides(self.inputs, self.outputs)[1]
 
     @property

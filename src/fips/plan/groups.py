@@ -23,7 +23,7 @@ class GroupPlan:
     group: LayerGroup
     rank: int
     """Vectors of the shared basis; 0 where the group shares none."""
-    nonzeros: int
+    kept: int
     """Kept factor entries of the whole group, exact."""
     fmt: str
     """Packed formats of its factors, see ``fips.formats.patterns``."""
@@ -37,17 +37,17 @@ class GroupPlan:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros in the factors."""
-        return 1 - self.nonzeros / ((self.rank or self.group.width) * self.group.columns)
+        return 1 - self.kept / ((self.rank or self.group.width) * self.group.hidden)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.group.name,
             "blocks": list(self.group.blocks),
             "width": self.group.width,
-            "columns": self.group.columns,
+            "hidden": self.group.hidden,
             "rank": self.rank,
             "sparsity": self.sparsity,
-            "nonzeros": self.nonzeros,
+            "kept": self.kept,
             "format": self.fmt,
             "values": self.values,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -67,7 +67,7 @@ def storage_dtype(config: CompressionConfig, weight_dtype: torch.dtype) -> torch
 def byte_target(group: LayerGroup, config: CompressionConfig) -> float:
     """Bytes that a group may take on average: ``bits`` for every weight."""
     assert config.bits is not None
-    return config.bits * BYTES_PER_BIT * group.width * group.columns
+    return config.bits * BYTES_PER_BIT * group.width * group.hidden
 
 
 def solved_plan(plan: GroupPlan, *, rank: int, layers: Sequence[LayerStorage]) -> GroupPlan:
@@ -76,7 +76,7 @@ def solved_plan(plan: GroupPlan, *, rank: int, layers: Sequence[LayerStorage]) -
     return replace(
         plan,
         rank=rank,
-        nonzeros=sum(layer.nonzeros for layer in layers),
+        kept=sum(layer.kept for layer in layers),
         fmt=", ".join(formats),
         values=", ".join(kinds),
         factored=factored_footprint(plan.group, rank=rank, itemsize=itemsize(plan.dtype), layers=layers),

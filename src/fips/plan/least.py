@@ -9,7 +9,7 @@ patterns, scales and bases that these need. Every method says how much that is (
 * ``fips-paper``: a rank r with :math:`(1 - s)\, r \ge 1`, or M vectors for N:M;
 * low rank: one vector for every matrix; ``gptq``: 2 bits for every entry.
 
-Legend: d width of the residual stream, p columns of one matrix, s sparsity.
+Legend: d width of the residual stream, p hidden features of one matrix, s sparsity.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def leave_dense(
     for group, smaller in zip(plan.groups, smaller_groups, strict=True):
         for site in group.group.sites:
             if site.name in reasons:
-                size = site.width * site.columns
+                size = site.width * site.hidden
                 weight = model.get_submodule(site.name).weight
                 assert isinstance(weight, torch.Tensor)
                 left.append(LeftDense(site.name, reasons[site.name], size, size * weight.element_size()))
@@ -172,7 +172,7 @@ def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) 
         GroupPlan(
             group=group,
             rank=0,
-            nonzeros=0,
+            kept=0,
             fmt=BITMASK,
             dtype=storage_dtype(config, weight_dtype),
             dense=dense_footprint(group, itemsize=itemsize(weight_dtype)),

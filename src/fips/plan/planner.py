@@ -55,7 +55,7 @@ class Planner(ABC, Generic[C]):
 
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """The smallest sensible ``budget`` or ``bits``, whichever is set, of one group; may exceed 1."""
-        size = group.width * group.columns
+        size = group.width * group.hidden
         kept = max(math.ceil(size * self.least_density(site) - EPS) for site in group.sites)
         if self.config.budget is not None:
             return kept / size
@@ -66,7 +66,7 @@ class Planner(ABC, Generic[C]):
 
     def least_density(self, site: Site) -> float:
         """Share of a layer's entries that is one for every row and every column."""
-        return 1 / min(site.width, site.columns)
+        return 1 / min(site.width, site.hidden)
 
 
 PLANNERS: dict[str, type[Planner[Any]]] = {}
@@ -87,15 +87,15 @@ def equal_layers(
     group: LayerGroup, config: CompressionConfig, dtype: torch.dtype, kind: str, *, fmt: str = BITMASK
 ) -> tuple[list[LayerStorage], bool]:
     """Layers of equal density with values of a kind, and whether they are within the size and not all but empty."""
-    size = group.width * group.columns
+    size = group.width * group.hidden
     empty = [LayerStorage(0, fmt, kind, shared=False) for _ in group.sites]
     overhead = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=empty).bytes
     value_bytes = values_named(kind).bits_of(itemsize(dtype)) / 8
     left = config.budget * size * value_bytes if config.budget else byte_target(group, config) - overhead
     kept = min(int(max(left, 0.0) / value_bytes + 1e-9), size)
     share, rest = divmod(kept, len(group.sites))
-    layers = [replace(layer, nonzeros=share + (index < rest)) for index, layer in enumerate(empty)]
-    return layers, kept >= sum(max(site.width, site.columns) for site in group.sites)
+    layers = [replace(layer, kept=share + (index < rest)) for index, layer in enumerate(empty)]
+    return layers, kept >= sum(max(site.width, site.hidden) for site in group.sites)
 
 
 def check_inputs(site: Site, pattern: Pattern) -> None:

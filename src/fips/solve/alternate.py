@@ -97,8 +97,8 @@ def _best_factors(
         shape = basis_DR.shape[1]
         starts = [problem.weight_DF.new_zeros(shape, problem.weight_DF.shape[1]) for problem in problems]
         return sparse_factors(problems, starts, choose)
-    kept = [refit(p, f, m) for p, f, m in zip(problems, best.factors_RF, best.masks_RF, strict=True)]
-    candidates = [sparse_factors(problems, best.factors_RF, choose), (kept, best.masks_RF)]
+    refitted = [refit(p, f, m) for p, f, m in zip(problems, best.factors_RF, best.masks_RF, strict=True)]
+    candidates = [sparse_factors(problems, best.factors_RF, choose), (refitted, best.masks_RF)]
     return min(candidates, key=lambda pair: _total(problems, basis_DR, pair[0]))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fips.formats.masks import top_mask, top_masks
 
-__all__ = ["num_nonzeros", "prune_and_regrow", "unstructured_masks"]
+__all__ = ["num_kept", "prune_and_regrow", "unstructured_masks"]
 
 Scope = Literal["group", "layer"]
 
@@ -20,9 +20,9 @@ def unstructured_masks(scores: Sequence[Tensor], *, sparsity: float, scope: Scop
     Keeps exactly ``floor((1 - sparsity) * size)`` entries of the whole group or of each tensor.
     """
     if scope == "layer":
-        return [top_mask(s, count=num_nonzeros(size=s.numel(), sparsity=sparsity)) for s in scores]
+        return [top_mask(s, count=num_kept(size=s.numel(), sparsity=sparsity)) for s in scores]
     total = sum(s.numel() for s in scores)
-    return top_masks(scores, count=num_nonzeros(size=total, sparsity=sparsity))
+    return top_masks(scores, count=num_kept(size=total, sparsity=sparsity))
 
 
 def prune_and_regrow(
@@ -52,6 +52,6 @@ def _exchange(
     return [a | b for a, b in zip(survivors, grown, strict=True)]
 
 
-def num_nonzeros(*, size: int, sparsity: float) -> int:
+def num_kept(*, size: int, sparsity: float) -> int:
     """Entries kept out of ``size``: ``floor((1 - sparsity) * size)``."""
     return int((1 - sparsity) * size + 1e-9 * max(size, 1))

@@ -9,7 +9,7 @@ An ``up`` layer reads the residual stream: L is the second moment of its inputs 
 outputs. For a ``down`` layer it is the other way round. This is the Kronecker-factored second-order change of the
 model's output, so that errors of different layers add up and compare.
 
-Shape legend: D width, F columns, R rank.
+Shape legend: D width, F hidden features, R rank.
 
 References: Martens & Grosse, arXiv 1503.05671 (the factored metric); Wang et al., arXiv 1905.05934 (pruning in it).
 """
@@ -92,18 +92,18 @@ class LayerProblem:
         worth = (self._weighted_DF * moved_DF).sum(axis)
         size = worth.numel()
         places = (torch.arange(count, device=worth.device) + 0.5) * (size / count)
-        kept = worth.argsort()[places.long()].sort().values
+        chosen = worth.argsort()[places.long()].sort().values
         small = copy.copy(self)
         if axis == 0:
-            small._right = self._right.part(kept)
-            small._weigh(self.weight_DF[:, kept])
+            small._right = self._right.part(chosen)
+            small._weigh(self.weight_DF[:, chosen])
         else:
-            small._left = self._left.part(kept)
-            small.left_DD = self.left_DD[kept][:, kept]
-            small._weigh(self.weight_DF[kept])
+            small._left = self._left.part(chosen)
+            small.left_DD = self.left_DD[chosen][:, chosen]
+            small._weigh(self.weight_DF[chosen])
         small._aim(small.left_DD)
         total = float(worth.sum())
-        return small, float(worth[kept].sum()) / total if total > 0 else count / size
+        return small, float(worth[chosen].sum()) / total if total > 0 else count / size
 
     @property
     def row_R(self) -> Tensor:
@@ -180,9 +180,9 @@ class _Side:
         runs = [slice(start, start + self._size) for start in range(0, len(self.scale), self._size)]
         return [_eigh(self.metric[run, run]) for run in runs]
 
-    def part(self, kept: Tensor) -> _Side:
+    def part(self, chosen: Tensor) -> _Side:
         """Of some places alone."""
-        return _Side(self.scale[kept], self.metric[kept][:, kept], self._size)
+        return _Side(self.scale[chosen], self.metric[chosen][:, chosen], self._size)
 
 
 def _root(diagonal: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ __all__ = ["neighbour_order"]
 
 
 def neighbour_order(masks_RF: Sequence[Tensor], *, size: int) -> Tensor:
-    """Permutation of the F columns that puts columns of similar support into runs of ``size`` (a power of two).
+    """Permutation of the F hidden neurons that puts those of similar support into runs of ``size`` (a power of two).
 
-    Pairs columns greedily by the number of rows both want, summed over the factors, then pairs of pairs, and so on.
-    Deterministic; the number of columns must be a multiple of ``size``.
+    Pairs neurons greedily by the number of rows both want, summed over the factors, then pairs of pairs, and so on.
+    Deterministic; F must be a multiple of ``size``.
     """
     wants_FS = torch.cat([mask.float() for mask in masks_RF]).T.contiguous()
     members_FK = torch.arange(wants_FS.shape[0], device=wants_FS.device).unsqueeze(1)

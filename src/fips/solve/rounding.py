@@ -40,7 +40,7 @@ class Grid:
     """In the type they are stored in."""
     values: Values
     axis: int
-    """The one that a step spans: 0 where the stored rows are the columns F, 1 where they are the rows R."""
+    """The one that a step spans: 0 where the stored rows are the hidden features F, 1 where they are the rank R."""
     wanted_RF: Tensor | None = None
     """What was rounded, in units of the steps."""
 
@@ -58,8 +58,8 @@ def round_factor(
 ) -> Grid:
     """A factor on a grid with steps in ``dtype``, for the basis the problem is prepared for.
 
-    ``axis`` is the one the layer sums along: 0 for ``up`` layers, whose stored rows are the columns F, 1 for ``down``
-    layers.
+    ``axis`` is the one the layer sums along: 0 for ``up`` layers, whose stored rows are the hidden features, 1 for
+    ``down`` layers.
     """
     scale_K, metric_KK = problem.axis(axis)
     matrix_NK, mask_NK = (factor_RF.T, mask_RF.T) if axis == 0 else (factor_RF, mask_RF)

@@ -131,7 +131,7 @@ class GroupSearch:
         self.problems, self.reductions, self.pricing = problems, tuple(reductions), pricing
         self.dtype = dtype
         self.width = problems[0].weight_DF.shape[0]
-        self.columns = sum(problem.weight_DF.shape[1] for problem in problems)
+        self.hidden = sum(problem.weight_DF.shape[1] for problem in problems)
         self.least = sum(max(problem.weight_DF.shape) for problem in problems)
         """Entries to keep at least, where that is free: one for every row and column on average."""
         self._solved: dict[tuple[Choice, float, int], Factorization] = {}
@@ -151,9 +151,9 @@ class GroupSearch:
         pattern = choice.layout
         if pattern.group_kept is None:
             return None
-        kept = pattern.group_kept * self.pricing.entry(choice.numbers)
-        entry = (kept + pattern.group_bits * self.pricing.pattern_bit) / pattern.group
-        return self.overhead(choice) + self.width * self.columns * entry
+        numbers = pattern.group_kept * self.pricing.entry(choice.numbers)
+        entry = (numbers + pattern.group_bits * self.pricing.pattern_bit) / pattern.group
+        return self.overhead(choice) + self.width * self.hidden * entry
 
     def least_bytes(self, choice: Choice) -> float:
         """The smallest size of a choice whose size is free: ``least`` entries with their pattern."""
@@ -164,11 +164,11 @@ class GroupSearch:
 
     def _pattern_bytes(self, choice: Choice) -> float:
         """Of all factors, of a choice whose size is free."""
-        return self.width * self.columns * self.pricing.pattern_bit * choice.layout.group_bits / choice.layout.group
+        return self.width * self.hidden * self.pricing.pattern_bit * choice.layout.group_bits / choice.layout.group
 
     def dense_bytes(self, choice: Choice) -> float:
         """The most a choice can take: all factors whole, without patterns."""
-        return self.overhead(choice) + self.width * self.columns * self.pricing.entry(choice.numbers)
+        return self.overhead(choice) + self.width * self.hidden * self.pricing.entry(choice.numbers)
 
     def expected(self, choice: Choice, size: float) -> float:
         """``expected_error`` of a choice at a size; infinite where it does not fit."""
@@ -180,7 +180,7 @@ class GroupSearch:
             return expected_error(1.0, choice.numbers)
         if size < self.least_bytes(choice) * (1 - 1e-9):
             return math.inf
-        entries = self.width * self.columns
+        entries = self.width * self.hidden
         left = size - self.overhead(choice) - self._pattern_bytes(choice)
         density = left / (entries * self.pricing.entry(choice.numbers))
         return expected_error(min(density, 1.0), choice.numbers) if density > 0 else math.inf
@@ -264,7 +264,7 @@ class GroupSearch:
     def _some_columns(self) -> tuple[GroupSearch, float]:
         """The search of some columns of every layer, a basis entry priced by their share, and this share."""
         share = max(
-            SAMPLE / min(problem.weight_DF.shape[1] for problem in self.problems), COLUMNS * self.width / self.columns
+            SAMPLE / min(problem.weight_DF.shape[1] for problem in self.problems), COLUMNS * self.width / self.hidden
         )
         if share >= 1:
             return self, 1.0
@@ -272,7 +272,7 @@ class GroupSearch:
         pricing = replace(self.pricing, basis_entry=share * self.pricing.basis_entry)
         small = GroupSearch(problems, self.reductions, pricing, self.dtype)
         small.least = 0
-        return small, small.columns / self.columns
+        return small, small.hidden / self.hidden
 
     def sharing_ratio(self, choice: Choice, size: float, known: float) -> float:
         """Error of a shared basis at a size relative to ``known``, that of pruning in the same bytes; infinite where

@@ -204,7 +204,7 @@ def _results(report: Mapping[str, Any]) -> str:
         ("bytes of the compressed layers", layers["dense"]["bytes"], layers["factored"]["bytes"]),
     ]
     lines = ["", "## Compression", "", f"Source: `{report.get('source') or 'a model in memory'}`", ""]
-    lines += ["| | before | after | kept |", "| --- | --- | --- | --- |"]
+    lines += ["| | before | after | share |", "| --- | --- | --- | --- |"]
     lines += [f"| {name} | {before:,} | {after:,} | {after / before:.1%} |" for name, before, after in rows]
     lines += ["", "| group | blocks | relative block error |", "| --- | --- | --- |"]
     lines += [

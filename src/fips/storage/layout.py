@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import CheckpointError
-from fips.formats.patterns import pattern_named
+from fips.formats.patterns import pattern_in_file, pattern_named
 from fips.formats.values import FLOAT, values_named
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
 from fips.models.sites import Role
@@ -20,7 +20,7 @@ __all__ = ["QUANT_METHOD", "Layout", "check_layers", "describe_layout", "install
 
 QUANT_METHOD = "fips"
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
-"""Rows or columns of a matrix."""
+"""Features on one side of a matrix."""
 
 
 class _Strict(BaseModel):
@@ -33,16 +33,17 @@ class BasisLayout(_Strict):
 
 
 class LayerLayout(_Strict):
-    """One factored layer. Fields with a default are written only where they differ from it."""
+    """One factored layer, made of the words that the file has. Fields equal to their default are not written."""
 
     basis: str | None = None
     """Name of its basis; None is the identity."""
     width: Size | None = None
     """Features on the side of the residual stream, given where no basis says it."""
     role: Literal["up", "down"]
-    columns: Size
-    nonzeros: int = Field(ge=0, lt=1 << 62)
+    hidden: Size = Field(alias="columns")
+    kept: int = Field(alias="nonzeros", ge=0, lt=1 << 62)
     format: str
+    """Name of its pattern, which files may call otherwise."""
     values: str = FLOAT
     activation_bits: Literal[8] | None = None
     """8 where kernels may round the inputs, see ``fips.kernels.runtime``."""
@@ -52,8 +53,11 @@ class LayerLayout(_Strict):
     @field_validator("format")
     @classmethod
     def _known(cls, value: str) -> str:
-        pattern_named(value)
-        return value
+        return pattern_in_file(value).name
+
+    @field_serializer("format")
+    def _in_file(self, value: str) -> str:
+        return pattern_named(value).file_name
 
     @field_validator("values")
     @classmethod
@@ -65,8 +69,8 @@ class LayerLayout(_Strict):
     def _fits(self) -> Self:
         if (self.basis is None) != (self.width is not None):
             raise ValueError("wants either `basis` or `width`")
-        if self.columns % pattern_named(self.format).block:
-            raise ValueError(f"`columns` {self.columns} does not fill the blocks of {self.format}")
+        if self.hidden % pattern_named(self.format).block:
+            raise ValueError(f"`columns` {self.hidden} does not fill the blocks of {self.format}")
         if self.activation_bits is not None and not values_named(self.values).scaled:
             raise ValueError("`activation_bits` is for integer `values`")
         return self
@@ -108,7 +112,7 @@ class Layout(_Strict):
     def features(self, entry: LayerLayout) -> tuple[int, int]:
         """``(inputs, outputs)`` of a layer."""
         width = self.width(entry)
-        return Role(entry.role).features(width, entry.columns)
+        return Role(entry.role).features(width, entry.hidden)
 
     @classmethod
     def parse(cls, fields: Any, *, where: str) -> Layout:
@@ -129,7 +133,7 @@ class Layout(_Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` holds."""
-        layers = {name: layer.model_dump(exclude_defaults=True) for name, layer in self.layers.items()}
+        layers = {name: layer.model_dump(by_alias=True, exclude_defaults=True) for name, layer in self.layers.items()}
         return {**self.model_dump(exclude={"layers"}), "layers": layers}
 
 
@@ -146,9 +150,9 @@ def describe_layout(model: nn.Module) -> Layout:
                 basis=None if layer.basis is None else names[id(layer.basis)],
                 width=layer.width if layer.basis is None else None,
                 role=layer.role.value,
-                columns=layer.columns,
-                nonzeros=layer.nonzeros,
-                format=layer.fmt,
+                columns=layer.hidden,
+                nonzeros=layer.kept,
+                format=layer.pattern_format.file_name,
                 values=layer.kind,
                 activation_bits=8 if layer.bits is not None and layer.runtime.activation_bits == 8 else None,
                 bias=layer.bias is not None,
@@ -192,8 +196,8 @@ def _empty_layer(entry: LayerLayout, basis: SharedBasis | None) -> FactoredLinea
     layer = FactoredLinear(
         basis,
         role=entry.role,
-        columns=entry.columns,
-        nonzeros=entry.nonzeros,
+        hidden=entry.hidden,
+        kept=entry.kept,
         fmt=entry.format,
         bias=entry.bias,
         width=entry.width,
@@ -208,11 +212,11 @@ def _empty_layer(entry: LayerLayout, basis: SharedBasis | None) -> FactoredLinea
 def _require_kept(name: str, entry: LayerLayout, rank: int) -> None:
     """Raise ``ValueError`` if the format keeps another number of entries than ``nonzeros`` says."""
     pattern = pattern_named(entry.format)
-    wanted = pattern.kept(entry.columns * rank)
-    if wanted is not None and entry.nonzeros != wanted:
-        raise ValueError(f"layer `{name}` has `nonzeros` {entry.nonzeros}, {entry.format} keeps {wanted}")
-    if entry.nonzeros > entry.columns * rank or entry.nonzeros % pattern.block:
-        raise ValueError(f"layer `{name}` has `nonzeros` {entry.nonzeros} of {entry.columns} x {rank} entries")
+    wanted = pattern.kept(entry.hidden * rank)
+    if wanted is not None and entry.kept != wanted:
+        raise ValueError(f"layer `{name}` has `nonzeros` {entry.kept}, {pattern.file_name} keeps {wanted}")
+    if entry.kept > entry.hidden * rank or entry.kept % pattern.block:
+        raise ValueError(f"layer `{name}` has `nonzeros` {entry.kept} of {entry.hidden} x {rank} entries")
 
 
 def _require_fit(name: str, dense: nn.Module, layout: Layout, entry: LayerLayout) -> None:
@@ -294,9 +298,9 @@ def check_layers(model: nn.Module) -> None:
     for name, layer in factored_layers(model).items():
         if layer.values.is_meta:
             continue
-        if layer.num_kept() != layer.nonzeros:
+        if layer.num_kept() != layer.kept:
             raise CheckpointError(
-                f"layer `{name}`: its pattern keeps {layer.num_kept()} entries, but it has {layer.nonzeros} values"
+                f"layer `{name}`: its pattern keeps {layer.num_kept()} entries, but it has {layer.kept} values"
             )
         used = layer.pattern_format.bits(layer.factor_shape[0] * layer.factor_shape[1]) % 8
         if used and int(layer.pattern[-1]) >> used:

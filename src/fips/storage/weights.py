@@ -192,12 +192,12 @@ def _packed_tensors(layout: Layout, entry: LayerLayout) -> dict[str, tuple[Seque
     rank, values, pattern = layout.rank(entry), values_named(entry.values), pattern_named(entry.format)
     tensors: dict[str, tuple[Sequence[torch.dtype], tuple[int, ...]]] = {}
     stored = FLOATS if values.dtype is None else (values.dtype,)
-    tensors["values"] = (stored, (values.length(entry.nonzeros),))
+    tensors["values"] = (stored, (values.length(entry.kept),))
     if values.scaled:
-        shape = Role(entry.role).stored_shape(rank, entry.columns)
+        shape = Role(entry.role).stored_shape(rank, entry.hidden)
         tensors["scales"] = (FLOATS, (values.num_scales(*shape),))
     if pattern.group_bits:
-        tensors["pattern"] = ((torch.uint8,), (pattern.nbytes(entry.columns * rank),))
+        tensors["pattern"] = ((torch.uint8,), (pattern.nbytes(entry.hidden * rank),))
     if entry.bias:
         tensors["bias"] = (FLOATS, (layout.features(entry)[1],))
     return tensors

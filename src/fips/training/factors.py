@@ -160,7 +160,7 @@ class TrainableGroup:
     def choose_masks(self, sparsity: float) -> list[Tensor]:
         """Supports of the largest magnitudes at a sparsity, in the pattern and scope of the settings.
 
-        N:M runs along the reduction: the rank for ``up`` layers, the columns for ``down`` layers.
+        N:M runs along the reduction: the rank for ``up`` layers, the hidden features for ``down`` layers.
         """
         scores = [layer.factor().abs() for layer in self.layers]
         pattern = self.config.format

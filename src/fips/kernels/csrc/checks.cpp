@@ -40,7 +40,7 @@ bool pattern_fits(const fips_matrix &a) {
 
 bool fips_format_is_known(const fips_matrix &a) {
   switch (a.format) {
-  case FIPS_DENSE:
+  case FIPS_FULL:
   case FIPS_BITMASK: return true;
   case FIPS_NM: return (a.m == 2 || a.m == 4 || a.m == 8 || a.m == 16) && a.n > 0 && a.n < a.m;
   case FIPS_BLOCK_ROWS:

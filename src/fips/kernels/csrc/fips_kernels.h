@@ -32,7 +32,7 @@ enum fips_type { FIPS_VALUES(FIPS_ROW) };
 #undef FIPS_ROW
 
 // Where the kept entries are; see fips/formats/patterns.py for the bytes.
-//   DENSE       everywhere
+//   FULL        everywhere
 //   BITMASK     one bit per entry, row-major, least significant first
 //   NM          colexicographic rank of the N-subset of every M columns; M in 2, 4, 8, 16
 //   BLOCK_ROWS  one bit per column for every `m` consecutive rows; the values of a block lie together
@@ -56,7 +56,7 @@ typedef struct {
   const uint8_t *pattern;    // packed pattern, `pattern_bytes` long
   int64_t num_values, value_bytes, pattern_bytes;
   const uint32_t *row_start; // index of the first value of every row (of its block for BLOCK_ROWS), from
-                             // fips_row_starts, `num_starts` = rows long; null for dense and N:M
+                             // fips_row_starts, `num_starts` = rows long; null for full and N:M
   const float *scales;       // one per row, multiplies the values, `num_scales` = rows long; null: 1
   int64_t num_starts, num_scales;
   int64_t value_bits;        // of I8 values: 8, or 2 to 7 for a stream of two's complement numbers, lowest bit first
@@ -92,7 +92,7 @@ FIPS_API int fips_multiply(const fips_matrix *matrix, const fips_call *call);
 FIPS_API int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y);
 // y = x S without bias, for a dense S of floats and at most four tokens: x has as many columns as S has rows.
 FIPS_API int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call);
-// Fill `row_start`, `length` = rows long (null and 0 for dense and N:M); returns the number of kept entries, which is
+// Fill `row_start`, `length` = rows long (null and 0 for full and N:M); returns the number of kept entries, which is
 // `num_values` unless the pattern is damaged, or a fips_status.
 FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);
 // Bytes that calls have taken for the time they last and threads keep for their next call: each at most

@@ -7,7 +7,7 @@
 // name, number, entries under one code, bits of a code, kept entries of a code (-1: the bits say it), reader, and the
 // side that whole groups fill (0: none)
 #define FIPS_PATTERNS(ROW)                                            \
-  ROW(DENSE, 0, 1, 0, 1, DenseReader, 0)                              \
+  ROW(FULL, 0, 1, 0, 1, FullReader, 0)                                \
   ROW(BITMASK, 1, 1, 1, -1, BitmaskReader, 0)                         \
   ROW(NM, 2, a.m, nm_code_bits(a.n, a.m), a.n, NmReader, a.cols)      \
   ROW(BLOCK_ROWS, 3, a.m, 1, -1, BlockRowsReader, a.rows)             \

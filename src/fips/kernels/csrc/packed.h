@@ -89,11 +89,11 @@ inline int nm_code_bits(int n, int m) {
 }
 
 // A reader knows the columns kept in a row (`mask`) and where its values lie (`start`, then every `stride`-th).
-struct DenseReader {
+struct FullReader {
   static constexpr bool contiguous = true;
   static constexpr int64_t stride() { return 1; }
   int64_t cols;
-  explicit DenseReader(const fips_matrix &a) : cols(a.cols) {}
+  explicit FullReader(const fips_matrix &a) : cols(a.cols) {}
   int64_t start(int64_t row) const { return row * cols; }
   FIPS_INLINE uint64_t mask(int64_t, int64_t k) const { return first_columns(cols - k); }
 };

@@ -77,10 +77,10 @@ class Fips(Method[FipsConfig]):
     def check(self, group: LayerGroup) -> None:
         pattern = self.config.format
         for site in group.sites:
-            if site.columns % pattern.block:
+            if site.hidden % pattern.block:
                 raise ConfigError(
                     f"`pattern` {self.config.pattern} needs hidden sizes that are a multiple of {pattern.block}, but "
-                    f"`{site.name}` has {site.columns}; use `pattern: unstructured`"
+                    f"`{site.name}` has {site.hidden}; use `pattern: unstructured`"
                 )
             check_inputs(site, pattern)
 
@@ -99,7 +99,7 @@ class Fips(Method[FipsConfig]):
             return equal_layers(group, config, dtype, kind, fmt=pattern.name)
         n, m = pattern.group_kept, pattern.group
         layers = [
-            LayerStorage(site.width * site.columns * n // m, pattern.name, kind, shared=False) for site in group.sites
+            LayerStorage(site.width * site.hidden * n // m, pattern.name, kind, shared=False) for site in group.sites
         ]
         spent = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=layers).bytes
         return layers, config.bits is None or spent <= byte_target(group, config)
@@ -110,8 +110,8 @@ class Fips(Method[FipsConfig]):
         least = {site: _least(site, self.config, item) for site in group.sites}
         if self.config.sharing == "always" and len(group.sites) > 1:
             basis = group.width**2 * (item if self.config.budget is None else 1)
-            return (basis + sum(least.values())) / (group.columns * group.width * unit)
-        return max(size / (site.columns * group.width * unit) for site, size in least.items())
+            return (basis + sum(least.values())) / (group.hidden * group.width * unit)
+        return max(size / (site.hidden * group.width * unit) for site, size in least.items())
 
     def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
         """Solve all groups, train them together if asked to, pack them and measure what they lost."""
@@ -194,8 +194,8 @@ def _chunks(groups: Sequence[GroupPlan], memory: int) -> Iterator[list[GroupPlan
 
 def _least(site: Site, config: FipsConfig, item: int) -> float:
     """The least that may be made of a matrix, without its basis: numbers or bytes."""
-    size, pattern = site.width * site.columns, config.format
-    kept = math.ceil(max(site.width, site.columns) / pattern.block) * pattern.block
+    size, pattern = site.width * site.hidden, config.format
+    kept = math.ceil(max(site.width, site.hidden) / pattern.block) * pattern.block
     if pattern.group_kept is not None:
         kept = size * pattern.group_kept // pattern.group
     if config.budget is not None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments
-from fips.formats.patterns import DENSE
+from fips.formats.patterns import FULL
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.fips.settings import FipsConfig
 from fips.methods.workbench import (
@@ -103,7 +103,7 @@ class Search:
 def open_search(bench: Workbench, plan: GroupPlan, config: FipsConfig, moments: Mapping[str, LayerMoments]) -> Search:
     """Stage: the problems of a group, hidden neurons in an order that suits the pattern."""
     sites = plan.group.sites
-    orders = [torch.arange(site.columns, device=bench.device) for site in sites]
+    orders = [torch.arange(site.hidden, device=bench.device) for site in sites]
     search = _searches(bench, plan, config, moments, orders)
     block = config.format.block
     if block > 1:
@@ -180,7 +180,7 @@ def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> 
             halves += masks_RF[site.name].split([part.features for part in site.parts], dim=1)
         order_F = neighbour_order(halves, size=block)
         orders += [
-            torch.cat([order_F + start for start in range(0, site.columns, len(order_F))]) for site in sublayer.sites
+            torch.cat([order_F + start for start in range(0, site.hidden, len(order_F))]) for site in sublayer.sites
         ]
     return orders
 
@@ -191,7 +191,7 @@ def try_choices(search: Search, plan: GroupPlan, config: FipsConfig) -> list[lis
     shared = [choice._replace(shared=True) for choice in choices if choice.free]
     if config.sharing == "always" and len(plan.group.sites) > 1:
         return [search.group.trials(shared, share)]
-    parts = [site.columns / plan.group.columns for site in plan.group.sites]
+    parts = [site.hidden / plan.group.hidden for site in plan.group.sites]
     alone = [one.trials(choices, part * share) for one, part in zip(search.layers, parts, strict=True)]
     if config.sharing != "auto" or len(plan.group.sites) < 2 or not shared:
         return alone
@@ -313,7 +313,7 @@ def _moved_bias(
 
 
 def _storage(mask_RF: Tensor, choice: Choice) -> LayerStorage:
-    fmt = DENSE if bool(mask_RF.all()) else choice.layout.name
+    fmt = FULL if bool(mask_RF.all()) else choice.layout.name
     return LayerStorage(int(mask_RF.sum()), fmt, choice.values, choice.shared)
 
 
@@ -322,7 +322,7 @@ def _choices(plan: GroupPlan, config: FipsConfig) -> list[Choice]:
     patterns = [config.resolved_pattern]
     if patterns == ["auto"]:
         patterns = ["unstructured"]
-        if plan.group.width % 16 == 0 and all(site.columns % 16 == 0 for site in plan.group.sites):
+        if plan.group.width % 16 == 0 and all(site.hidden % 16 == 0 for site in plan.group.sites):
             patterns += N16
     return [Choice(False, pattern, values.name) for pattern in patterns for values in config.value_choices]
 
@@ -332,7 +332,7 @@ def group_share(plan: GroupPlan, config: FipsConfig) -> float:
     if config.bits is not None:
         return byte_target(plan.group, config)
     assert config.budget is not None
-    return config.budget * plan.group.width * plan.group.columns
+    return config.budget * plan.group.width * plan.group.hidden
 
 
 def _pricing(plan: GroupPlan, config: FipsConfig) -> Pricing:
