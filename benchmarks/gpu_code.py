@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fips.formats.packed import Packed
-from fips.kernels import gpu
+from fips.kernels import triton_kernel
 from fips.record import environment
 
 ROWS, COLUMNS, WARPS = 128, 4096, 4
@@ -61,7 +61,7 @@ def example(fmt: str, bits: int) -> Packed:
 
 
 def pointers(packed: Packed) -> dict[str, torch.dtype]:
-    values, pattern = gpu.TileLayout.of(packed).read(packed)
+    values, pattern = triton_kernel.TileLayout.of(packed).read(packed)
     return {
         **dict.fromkeys(("x_ptr", "y_ptr", "scales", "bias", "dense"), torch.bfloat16),
         **dict.fromkeys(("starts", "table", "counts"), torch.int32),
@@ -89,15 +89,20 @@ def compiled(kernel: Any, packed: Packed, constants: dict[str, Any], capability:
 
 def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     """Name, kernel, constants and entries of S in one tile."""
-    layout, scaled = gpu.TileLayout.of(packed), packed.scales_N is not None
+    layout, scaled = triton_kernel.TileLayout.of(packed), packed.scales_N is not None
     common, tile = layout.constants(), layout.GROUP * layout.GROUPS
     for count in tokens:
         constants = {**common, "SCALED": scaled, "BIASED": True, "ALONE": True, "WIDE": False, "stride_k": 1}
-        constants |= {"BLOCK_T": count, "ROWS": gpu.ROWS}
-        yield f"multiply, {count} tokens", gpu._multiply_kernel, constants, gpu.ROWS * tile
-    yield "decode", gpu._decode_kernel, common | {"SCALED": scaled, "ROWS": gpu.DECODED_ROWS}, gpu.DECODED_ROWS * tile
+        constants |= {"BLOCK_T": count, "ROWS": triton_kernel.ROWS}
+        yield f"multiply, {count} tokens", triton_kernel._multiply_kernel, constants, triton_kernel.ROWS * tile
+    yield (
+        "decode",
+        triton_kernel._decode_kernel,
+        common | {"SCALED": scaled, "ROWS": triton_kernel.DECODED_ROWS},
+        triton_kernel.DECODED_ROWS * tile,
+    )
     if layout.counts:
-        yield "count", gpu._count_kernel, common | {"ROWS": gpu.ROWS}, gpu.ROWS * tile
+        yield "count", triton_kernel._count_kernel, common | {"ROWS": triton_kernel.ROWS}, triton_kernel.ROWS * tile
 
 
 def tool(name: str, binary: bytes, *options: str) -> str:

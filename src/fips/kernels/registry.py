@@ -8,7 +8,7 @@ from fips.errors import ConfigError
 from fips.formats.packed import Packed
 from fips.kernels.backend import Backend, Reference
 from fips.kernels.cpu import CpuBackend
-from fips.kernels.gpu import TritonBackend
+from fips.kernels.triton_kernel import TritonBackend
 
 __all__ = ["REFERENCE", "backends", "choose", "decoder", "reasons", "register", "unregister"]
 
