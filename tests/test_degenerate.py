@@ -159,8 +159,8 @@ def test_a_classifier_that_returns_a_bare_tensor_is_a_softmax() -> None:
 def test_directions_have_the_covariance_of_the_distribution(kind: Any) -> None:
     scores = torch.tensor([2.0, -1.0, 0.5, 0.0])
     head = ScoredHead(scores.expand(40000, 4), kind)
-    found_NC = draw_direction(head, 2.0, torch.Generator().manual_seed(0)).double()
-    covariance = found_NC.T @ found_NC / len(found_NC)
+    found_TV = draw_direction(head, 2.0, torch.Generator().manual_seed(0)).double()
+    covariance = found_TV.T @ found_TV / len(found_TV)
     soft, single = (scores.double() / 2).softmax(0), (scores.double() / 2).sigmoid()
     wanted = {
         "softmax": torch.diag(soft) - torch.outer(soft, soft),

@@ -324,7 +324,7 @@ def assert_padding_changes_nothing(
     assert expected.keys() == found.keys()
     for name in expected:
         assert found[name].weight == expected[name].weight, name
-        for part in ("inputs_DD", "mean_D", "gradients_OO"):
+        for part in ("inputs_II", "mean_I", "gradients_OO"):
             ours, theirs = getattr(found[name], part), getattr(expected[name], part)
             assert theirs.norm() > 0, (name, part)
             assert (ours - theirs).norm() <= 2e-5 * theirs.norm(), (name, part)

@@ -54,6 +54,7 @@ def test_old_reports_are_read_under_the_names_of_now(name: str) -> None:
     assert "mlp" not in report.to_dict()
     for group, then in zip(report.plan["groups"], written["groups"], strict=True):
         assert (group["hidden"], group["kept"]) == (then["columns"], then["nonzeros"])
-        assert not {"columns", "nonzeros"} & group.keys()
+        assert group["density"] == 1 - then["sparsity"]
+        assert not {"columns", "nonzeros", "sparsity"} & group.keys()
     written["groups"][0]["format"] = "bitmask, dense"
     assert CompressionReport.from_dict(written).plan["groups"][0]["format"] == "bitmask, full"

@@ -273,10 +273,10 @@ def test_moments_equal_a_direct_computation(family: str) -> None:
         if site.has_bias:
             second = second - torch.outer(mean, mean)
         moments = found[site.name]
-        torch.testing.assert_close(moments.mean_D, mean, atol=1e-5, rtol=1e-3)
-        torch.testing.assert_close(moments.inputs_DD, second, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(moments.mean_I, mean, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(moments.inputs_II, second, atol=1e-5, rtol=1e-3)
         torch.testing.assert_close(moments.gradients_OO, g.T @ g / 12, atol=1e-6, rtol=1e-3)
-        assert torch.equal(moments.inputs_DD, again[site.name].inputs_DD)
+        assert torch.equal(moments.inputs_II, again[site.name].inputs_II)
 
 
 def inputs_and_gradient(
@@ -314,7 +314,7 @@ def test_padding_counts_for_nothing() -> None:
         results.append(collect_moments(model, sites, padded, lambda m, b: m(**b), temperature=2.0, floor=0.4, seed=0))
     for site in sites:
         first, second = (result[site.name] for result in results)
-        torch.testing.assert_close(first.inputs_DD, second.inputs_DD)
+        torch.testing.assert_close(first.inputs_II, second.inputs_II)
         torch.testing.assert_close(first.gradients_OO, second.gradients_OO)
 
 

@@ -39,7 +39,7 @@ def compress(
 ) -> CompressionReport:
     r"""Compress the MLPs of ``model`` in place and report what was done.
 
-    Every matrix becomes :math:`W \approx B F` with a sparse factor and a basis shared by its group, or, where that is
+    Every matrix becomes :math:`W \approx B C` with a sparse factor and a basis shared by its group, or, where that is
     better for the bytes, a sparse matrix alone. How is up to ``config.method`` (``fips.methods``). The model is changed
     only after all groups are done: an error or an interrupt leaves it as it was. Layers that the batches never run or,
     for methods that take gradients, that have no influence on the model's output there are left dense; the size asked

@@ -139,7 +139,7 @@ class CompressionConfig(Settings):
     """`fips`: solver in the metric of the model's output, best structure per group for the bytes. Others, the paper's
     recipe among them, are in ``fips.methods``."""
     budget: float | None = Field(default=None, gt=0, le=1)
-    """Fraction of the parameters of the layers to keep: basis entries plus non-zeros of the factors."""
+    """Fraction of the parameters of the layers to keep: basis entries plus kept entries of the factors."""
     bits: float | None = Field(default=None, gt=0, le=16)
     """Stored bits per weight of the compressed layers, on average: values, patterns, scales and bases."""
     activation_bits: Literal[8] | None = None
@@ -267,7 +267,7 @@ class SparseConfig(CompressionConfig):
     """What methods share that prune factors to a pattern and can train them block by block."""
 
     pattern: str = "unstructured"
-    """`unstructured`, or `N:M`, N non-zeros in every M consecutive entries along the reduction."""
+    """`unstructured`, or `N:M`, N entries kept of every M consecutive ones along the reduction."""
     schedule: Literal["static", "gmp", "rigl"] = "static"
     """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow."""
     reconstruction: ReconstructionConfig = ReconstructionConfig()

@@ -127,6 +127,8 @@ def _renamed(group: dict[str, Any]) -> dict[str, Any]:
     """The plan of a group in a report of an earlier version, under the names of now."""
     names = {"columns": "hidden", "nonzeros": "kept"}
     found = {names.get(key, key): value for key, value in group.items()}
+    if "sparsity" in found:
+        found["density"] = 1 - found.pop("sparsity")
     words = found["format"].split(", ")
     return {**found, "format": ", ".join(FULL if word == FILE_NAMES[FULL] else word for word in words)}
 

@@ -16,7 +16,7 @@ moments only, with s = 1, from forward passes. No labels are used. Padding count
 moments of padded examples are those of the same examples one by one, without padding. Memory: the moments of the layers
 asked for, not the tokens. All sums are float32: products rounded to bfloat16 would not be positive semidefinite.
 
-Shape legend: N tokens of a batch, D inputs of a layer, O outputs.
+Shape legend: T tokens of a batch, I inputs of a layer, O outputs.
 
 Reference: Martens & Grosse, arXiv 1503.05671.
 """
@@ -47,8 +47,8 @@ CONSTANT = 1e-6
 class LayerMoments:
     """Running sums of one layer over tokens."""
 
-    inputs_DD: Tensor
-    mean_D: Tensor
+    inputs_II: Tensor
+    mean_I: Tensor
     """Weighted sum of the inputs until ``finish``, then their mean."""
     gradients_OO: Tensor
     """Empty where no gradients are measured."""
@@ -59,7 +59,7 @@ class LayerMoments:
     power_squares: float = 0.0
     """Sum of the squares of those."""
     centered: bool = False
-    """Whether ``inputs_DD`` is about the mean, after ``finish``."""
+    """Whether ``inputs_II`` is about the mean, after ``finish``."""
 
     @classmethod
     def empty(cls, site: Site, device: torch.device, *, gradients: bool = True) -> LayerMoments:
@@ -70,26 +70,26 @@ class LayerMoments:
             torch.zeros(outputs, outputs, device=device),
         )
 
-    def add_inputs(self, x_ND: Tensor, valid_N: Tensor | None) -> None:
+    def add_inputs(self, x_TI: Tensor, valid_T: Tensor | None) -> None:
         """One batch, all tokens alike."""
-        x_ND = x_ND if valid_N is None else x_ND[valid_N]
-        self.inputs_DD += x_ND.T @ x_ND
-        self.mean_D += x_ND.sum(0)
-        self.weight += len(x_ND)
+        x_TI = x_TI if valid_T is None else x_TI[valid_T]
+        self.inputs_II += x_TI.T @ x_TI
+        self.mean_I += x_TI.sum(0)
+        self.weight += len(x_TI)
 
-    def add(self, x_ND: Tensor, gradient_NO: Tensor, valid_N: Tensor | None, *, floor: float) -> None:
+    def add(self, x_TI: Tensor, gradient_TO: Tensor, valid_T: Tensor | None, *, floor: float) -> None:
         """One batch; ``floor`` is the share of the weight that all tokens get alike."""
-        if valid_N is not None:
-            x_ND, gradient_NO = x_ND[valid_N], gradient_NO[valid_N]
-        power_N = gradient_NO.square().sum(1)
-        weight_N = (1 - floor) * power_N / power_N.mean().clamp_min(torch.finfo(torch.float32).tiny) + floor
-        weighted_ND = x_ND * weight_N.unsqueeze(1)
-        self.inputs_DD += weighted_ND.T @ x_ND
-        self.gradients_OO += gradient_NO.T @ gradient_NO
-        self.mean_D += weighted_ND.sum(0)
-        self.weight += float(weight_N.sum())
-        self.power += float(power_N.sum(dtype=torch.float64))
-        self.power_squares += float(power_N.double().square().sum())
+        if valid_T is not None:
+            x_TI, gradient_TO = x_TI[valid_T], gradient_TO[valid_T]
+        power_T = gradient_TO.square().sum(1)
+        weight_T = (1 - floor) * power_T / power_T.mean().clamp_min(torch.finfo(torch.float32).tiny) + floor
+        weighted_TI = x_TI * weight_T.unsqueeze(1)
+        self.inputs_II += weighted_TI.T @ x_TI
+        self.gradients_OO += gradient_TO.T @ gradient_TO
+        self.mean_I += weighted_TI.sum(0)
+        self.weight += float(weight_T.sum())
+        self.power += float(power_T.sum(dtype=torch.float64))
+        self.power_squares += float(power_T.double().square().sum())
 
     @property
     def samples(self) -> float:
@@ -98,14 +98,14 @@ class LayerMoments:
 
     def finish(self, *, centered: bool, examples: int) -> None:
         """From sums to means; moments about the mean where ``centered``, unless the inputs were constant."""
-        self.inputs_DD /= self.weight
-        self.mean_D /= self.weight
+        self.inputs_II /= self.weight
+        self.mean_I /= self.weight
         self.gradients_OO /= examples
-        power = float(self.inputs_DD.diagonal().sum())
-        spread = power - float(self.mean_D.square().sum())
+        power = float(self.inputs_II.diagonal().sum())
+        spread = power - float(self.mean_I.square().sum())
         self.centered = centered and spread > CONSTANT * power
         if self.centered:
-            self.inputs_DD -= torch.outer(self.mean_D, self.mean_D)
+            self.inputs_II -= torch.outer(self.mean_I, self.mean_I)
 
 
 def moment_bytes(sites: Iterable[Site], *, gradients: bool = True) -> int:
@@ -171,7 +171,7 @@ def _real(device: torch.device) -> torch.device:
 
 
 def _is_finite(found: LayerMoments) -> bool:
-    return bool(found.inputs_DD.isfinite().all() and found.gradients_OO.isfinite().all())
+    return bool(found.inputs_II.isfinite().all() and found.gradients_OO.isfinite().all())
 
 
 class _Taps(AbstractContextManager["_Taps"]):
@@ -197,19 +197,19 @@ class _Taps(AbstractContextManager["_Taps"]):
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].detach()
-            valid_N = self.tokens.counted(args[0])
+            valid_T = self.tokens.counted(args[0])
             if floor is None:
                 with torch.autocast(_real(x.device).type, enabled=False):
-                    self.moments[name].add_inputs(x.reshape(-1, x.shape[-1]).float(), valid_N)
+                    self.moments[name].add_inputs(x.reshape(-1, x.shape[-1]).float(), valid_T)
                 return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
 
             def add(gradient: Tensor) -> None:
                 with torch.no_grad(), torch.autocast(_real(x.device).type, enabled=False):
-                    x_ND = x.reshape(-1, x.shape[-1]).float()
-                    gradient_NO = gradient.reshape(-1, gradient.shape[-1]).float()
-                    self.moments[name].add(x_ND, gradient_NO, valid_N, floor=floor)
+                    x_TI = x.reshape(-1, x.shape[-1]).float()
+                    gradient_TO = gradient.reshape(-1, gradient.shape[-1]).float()
+                    self.moments[name].add(x_TI, gradient_TO, valid_T, floor=floor)
 
             output.register_hook(add)
             return output

@@ -1,10 +1,10 @@
 """Which way a compressed layer computes, for each number of tokens: measured once on the machine it runs on.
 
-A layer ``y = x (B F)`` can be computed in several ways. Those of ``FRUGAL`` keep nothing but the packed tensors:
+A layer ``y = x (B C)`` can be computed in several ways. Those of ``FRUGAL`` keep nothing but the packed tensors:
 
 ``packed``   a backend reads the packed factor, see ``fips.kernels.registry``
 ``decode``   torch (on a GPU Triton) decodes the factor for the time of the call, then two dense products
-``merge``    torch forms B F for the time of the call: pays for long inputs when R is above D
+``merge``    torch forms B C for the time of the call: pays for long inputs when R is above D
 
 and one keeps a dense copy, which ``extra_bytes`` reports: ``merged``. It is used only where the policy allows it.
 

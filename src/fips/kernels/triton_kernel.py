@@ -9,7 +9,7 @@ at a time takes 66 to 84 (benchmarks/gpu_code.py counts them in what the compile
 ``decode`` writes S out whole, for inputs so long that the decoding does not count. Triton is optional
 (``pip install fips[gpu]``).
 
-Shape legend: T tokens, N stored rows (outputs), K stored columns (the reduction), G groups, S splits of the columns.
+Shape legend: T tokens, N stored rows (outputs), K stored columns (the reduction).
 """
 
 from __future__ import annotations
@@ -363,7 +363,7 @@ if triton is not None:
 
     @triton.jit
     def _product(total, weights, x_ptr, x_at, k, t_inside, cols, stride_k, WIDE: tl.constexpr) -> Any:
-        """The sums plus weights (N, G) of the columns ``k`` times these columns of the tokens."""
+        """The sums plus weights, (N, groups), of the columns ``k`` times these columns of the tokens."""
         x = tl.load(x_ptr + x_at + k[:, None] * stride_k, mask=t_inside & (k[:, None] < cols), other=0.0)
         weights = weights.to(tl.float32).to(x.dtype)
         if WIDE:

@@ -34,7 +34,7 @@ class Ways:
         self._merged = None
 
     def compute(self, choice: Choice, x: Tensor, layer: Product, activation_bits: int | None) -> Tensor:
-        """``x (B F)`` plus the bias; of an offloaded layer nothing is kept."""
+        """``x (B C)`` plus the bias; of an offloaded layer nothing is kept."""
 
         def packed(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
             if layer.offloaded or torch.compiler.is_compiling() or ops.needs_grad(x, packed.values_Z, bias):
@@ -70,7 +70,7 @@ class Ways:
 
     @torch.no_grad()
     def _merge(self, dtype: torch.dtype, layer: Product) -> Tensor:
-        """The (out, in) weight B F, formed in ``dtype`` with its usual accumulation."""
+        """The (out, in) weight B C, formed in ``dtype`` with its usual accumulation."""
         packed = layer.packed
         factor = to_dense(packed).to(dtype) if layer.offloaded else self._factor(packed, dtype)
         if layer.basis_DR is None:

@@ -57,9 +57,9 @@ class SharedBasis(nn.Module):
 
 
 class FactoredLinear(nn.Module):
-    r"""A linear layer :math:`W = B F` whose basis is shared and whose factor is sparse and packed.
+    r"""A linear layer :math:`W = B C` whose basis is shared and whose factor is sparse and packed.
 
-    ``up`` layers compute :math:`y = F^\top (B^\top x) + b`, ``down`` layers :math:`y = B (F x) + b`. The basis is
+    ``up`` layers compute :math:`y = C^\top (B^\top x) + b`, ``down`` layers :math:`y = B (C x) + b`. The basis is
     borrowed: the model owns it, so that it is saved, moved and trained once. ``basis=None`` is the identity, a plainly
     pruned layer; then ``width`` says what the basis would. See ``fips.formats.patterns`` for the formats.
 
@@ -223,7 +223,7 @@ class FactoredLinear(nn.Module):
         return int(self.mask().sum())
 
     def dense_weight(self) -> Tensor:
-        r"""The product :math:`B F` as the (out, in) weight of a plain linear layer.
+        r"""The product :math:`B C` as the (out, in) weight of a plain linear layer.
 
         Computed in float32 and not rounded to the type of values and scales; in float64 where they are that.
         """

@@ -57,8 +57,8 @@ class Gptq(MatrixMethod[GptqConfig]):
         assert moment_II is not None
         values = integers(self._bits(plan))
         integers_OI, steps_O = gptq(weight_OI, moment_II, values=values, dtype=plan.dtype)
-        kept_OI = torch.ones_like(integers_OI, dtype=torch.bool)
-        return StoredMatrix(integers_OI, kept_OI, FULL, values.name, steps_O)
+        mask_OI = torch.ones_like(integers_OI, dtype=torch.bool)
+        return StoredMatrix(integers_OI, mask_OI, FULL, values.name, steps_O)
 
     def _bits(self, plan: GroupPlan) -> int:
         size = plan.group.width * plan.group.hidden
@@ -85,6 +85,6 @@ def gptq(weight_OI: Tensor, moment_II: Tensor, *, values: Values, dtype: torch.d
     steps_O = row_steps(weight_OI, ones_I, values=values).to(dtype)
     scale_I = moment_II.diagonal().clamp_min(1e-6 * float(moment_II.diagonal().mean())).sqrt()
     metric_II = moment_II / torch.outer(scale_I, scale_I)
-    kept_OI = torch.ones_like(weight_OI, dtype=torch.bool)
-    integers_OI, _ = round_rows(weight_OI, kept_OI, metric_II, scale_I, steps_O.float(), values=values)
+    mask_OI = torch.ones_like(weight_OI, dtype=torch.bool)
+    integers_OI, _ = round_rows(weight_OI, mask_OI, metric_II, scale_I, steps_O.float(), values=values)
     return values.encode(integers_OI), steps_O

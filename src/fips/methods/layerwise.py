@@ -105,8 +105,8 @@ def _second_moments(bench: Workbench, name: str, sites: Sequence[Site]) -> dict[
 
 def _about_zero(moments: LayerMoments) -> Tensor:
     if not moments.centered:
-        return moments.inputs_DD
-    return moments.inputs_DD + torch.outer(moments.mean_D, moments.mean_D)
+        return moments.inputs_II
+    return moments.inputs_II + torch.outer(moments.mean_I, moments.mean_I)
 
 
 def _packed(found: StoredMatrix, site: Site, dtype: torch.dtype) -> FactoredLinear:

@@ -1,6 +1,6 @@
 r"""The recipe of the paper: SVD start, magnitude sparsity, joint block-wise AdamW.
 
-The matrices of a group side by side are factored as :math:`W \approx B F` with one basis B of a rank R and factors F of
+The matrices of a group side by side are factored as :math:`W \approx B C` with one basis B of a rank R and factors C of
 a fixed sparsity s; both then follow from the size. Basis and factors are trained together, block outputs on the
 original activations as the target, while the supports follow a schedule.
 
@@ -150,7 +150,7 @@ def grow_rank(
     r"""Extend a factorization to a larger rank without changing its product.
 
     Zero columns are appended to the basis and copies of the first factor rows, divided by ``tau``, to the factors:
-    :math:`B' = [B | 0]`, :math:`F' = [F; F_{:k} / \tau]`, so that :math:`B' F' = B F` and the new columns of B receive
+    :math:`B' = [B | 0]`, :math:`C' = [C; C_{:k} / \tau]`, so that :math:`B' C' = B C` and the new columns of B receive
     gradients from the first step. Rows are reused cyclically when more than R are added.
 
     The paper's tau is 32.
@@ -167,11 +167,11 @@ def grow_rank(
 def rank_for_budget(*, budget: float, width: int, hidden: int, sparsity: float, multiple: int = 1) -> int:
     r"""Largest rank whose basis and factors fit a budget.
 
-    .. math:: R = \left\lfloor \frac{b\, d\, P}{d + (1 - s) P} \right\rfloor
+    .. math:: R = \left\lfloor \frac{b\, D\, P}{D + (1 - s) P} \right\rfloor
 
-    with budget ``b`` (fraction of the ``d P`` dense parameters), width ``d``, ``P`` hidden features of all
+    with budget ``b`` (fraction of the ``D P`` dense parameters), width ``D``, ``P`` hidden features of all
     matrices of the group together and sparsity ``s`` of the factors, rounded down to a ``multiple``. The rank may
-    exceed ``d``.
+    exceed ``D``.
 
     Raises ``BudgetError`` if not even ``multiple`` vectors fit.
     """

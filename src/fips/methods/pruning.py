@@ -141,16 +141,16 @@ def sparsegpt(
     columns = weight_OI.shape[1]
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        part_OB, factor_BB = weight_OI[:, start:stop].clone(), upper_II[start:stop, start:stop]
-        keep_OB = top_mask(part_OB.square() / factor_BB.diagonal().square(), count=int(density * part_OB.numel() + 0.5))
-        errors_OB = torch.zeros_like(part_OB)
+        part_OJ, factor_JJ = weight_OI[:, start:stop].clone(), upper_II[start:stop, start:stop]
+        keep_OJ = top_mask(part_OJ.square() / factor_JJ.diagonal().square(), count=int(density * part_OJ.numel() + 0.5))
+        errors_OJ = torch.zeros_like(part_OJ)
         for column in range(stop - start):
-            kept_O = part_OB[:, column] * keep_OB[:, column]
-            errors_OB[:, column] = (part_OB[:, column] - kept_O) / factor_BB[column, column]
-            part_OB[:, column:] -= torch.outer(errors_OB[:, column], factor_BB[column, column:])
-            part_OB[:, column] = kept_O
-        weight_OI[:, start:stop], mask_OI[:, start:stop] = part_OB, keep_OB
-        weight_OI[:, stop:] -= errors_OB @ upper_II[start:stop, stop:]
+            left_O = part_OJ[:, column] * keep_OJ[:, column]
+            errors_OJ[:, column] = (part_OJ[:, column] - left_O) / factor_JJ[column, column]
+            part_OJ[:, column:] -= torch.outer(errors_OJ[:, column], factor_JJ[column, column:])
+            part_OJ[:, column] = left_O
+        weight_OI[:, start:stop], mask_OI[:, start:stop] = part_OJ, keep_OJ
+        weight_OI[:, stop:] -= errors_OJ @ upper_II[start:stop, stop:]
     return weight_OI.float() * mask_OI, mask_OI
 
 

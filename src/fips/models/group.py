@@ -22,7 +22,7 @@ class LayerGroup:
 
     @property
     def width(self) -> int:
-        """d, equal for all members."""
+        """D, equal for all members."""
         return self.sublayers[0].width
 
     @property

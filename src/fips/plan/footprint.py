@@ -20,11 +20,11 @@ class Footprint:
     """What the matrices of some layers take; biases are not counted, since compression leaves them."""
 
     parameters: int
-    """Stored numbers: dense entries, or basis entries plus non-zeros."""
+    """Stored numbers: dense entries, or basis entries plus kept entries of factors."""
     value_bytes: int
     """Bytes of those numbers."""
     pattern_bytes: int
-    """Bytes that say where the non-zeros are."""
+    """Bytes that say which entries are kept."""
     macs_per_token: int
     """Multiply-adds for one token."""
 
@@ -76,7 +76,7 @@ def factored_footprint(
     Either ``layers`` says how each site of the group is stored, in order, or ``kept`` is the number of floating
     values of all of them together in one format. ``itemsize`` is that of basis, floating values and scales. A basis
     that no layer uses takes nothing. Scales of integer values are bytes, not parameters. Multiply-adds: every matrix
-    applies its basis once and its non-zeros once, whatever the kernel spends on zeros.
+    applies its basis once and its kept entries once, whatever the kernel spends on zeros.
     """
     if layers is None:
         assert kept is not None

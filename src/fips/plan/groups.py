@@ -35,9 +35,9 @@ class GroupPlan:
     """Types of its values, see ``fips.formats.values``."""
 
     @property
-    def sparsity(self) -> float:
-        """Fraction of zeros in the factors."""
-        return 1 - self.kept / ((self.rank or self.group.width) * self.group.hidden)
+    def density(self) -> float:
+        """Share of the entries of the factors that is kept."""
+        return self.kept / ((self.rank or self.group.width) * self.group.hidden)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -46,7 +46,7 @@ class GroupPlan:
             "width": self.group.width,
             "hidden": self.group.hidden,
             "rank": self.rank,
-            "sparsity": self.sparsity,
+            "density": self.density,
             "kept": self.kept,
             "format": self.fmt,
             "values": self.values,

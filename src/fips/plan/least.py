@@ -3,13 +3,13 @@ r"""The smallest size that makes sense, so that no setting leaves a matrix all b
 Sensible is what keeps, on average, at least one entry for every row and every column of every matrix, besides the
 patterns, scales and bases that these need. Every method says how much that is (``Planner.smallest_size``):
 
-* pruning, ours and others': :math:`\max(d, p)` kept entries of a (d, p) matrix; where the density is the same in all
+* pruning, ours and others': :math:`\max(D, F)` kept entries of a (D, F) matrix; where the density is the same in all
   layers of a group, enough for the narrowest of them;
 * N:M: what the pattern keeps; its size is fixed;
-* ``fips-paper``: a rank r with :math:`(1 - s)\, r \ge 1`, or M vectors for N:M;
+* ``fips-paper``: a rank R with :math:`(1 - s)\, R \ge 1`, or M vectors for N:M;
 * low rank: one vector for every matrix; ``gptq``: 2 bits for every entry.
 
-Legend: d width of the residual stream, p hidden features of one matrix, s sparsity.
+Shape legend: D width of the residual stream, F hidden features of one matrix; s is the sparsity.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a model and a setting to what will be built: ranks, non-zeros, parameters and bytes. Needs no weights."""
+"""From a model and a setting to what will be built: ranks, kept entries, parameters and bytes. Needs no weights."""
 
 from __future__ import annotations
 

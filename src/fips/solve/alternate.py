@@ -1,4 +1,4 @@
-"""Rounds of F and B steps until the error stops falling."""
+"""Rounds of factor and basis steps until the error stops falling."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ and rounding column after column, each error spread over the columns still free 
 feedback whatever the metric of the other axis. Entries outside the support stay 0; what they would have taken up is an
 error like any other.
 
-Shape legend: N stored rows, K stored columns, C columns of one run.
+Shape legend: N stored rows, K stored columns, J columns of one run.
 
 Reference: Frantar et al., arXiv 2210.17323.
 """
@@ -100,17 +100,17 @@ def round_rows(
     columns = rest_NK.shape[1]
     for start in range(0, columns, RUN):
         run = slice(start, min(start + RUN, columns))
-        part_NC, factor_CC = rest_NK[:, run].clone(), upper_KK[run, run]
-        errors_NC = torch.empty_like(part_NC)
-        for place in range(part_NC.shape[1]):
+        part_NJ, factor_JJ = rest_NK[:, run].clone(), upper_KK[run, run]
+        errors_NJ = torch.empty_like(part_NJ)
+        for place in range(part_NJ.shape[1]):
             column = start + place
             grid_N = steps_N * scale_K[column]
-            wanted_NK[:, column] = _in_steps(part_NC[:, place], grid_N)
+            wanted_NK[:, column] = _in_steps(part_NJ[:, place], grid_N)
             found_N = values.nearest(wanted_NK[:, column]) * mask_NK[:, column]
-            errors_NC[:, place] = (part_NC[:, place] - found_N * grid_N) / factor_CC[place, place]
-            part_NC[:, place + 1 :] -= torch.outer(errors_NC[:, place], factor_CC[place, place + 1 :])
+            errors_NJ[:, place] = (part_NJ[:, place] - found_N * grid_N) / factor_JJ[place, place]
+            part_NJ[:, place + 1 :] -= torch.outer(errors_NJ[:, place], factor_JJ[place, place + 1 :])
             numbers_NK[:, column] = found_N
-        rest_NK[:, run.stop :] -= errors_NC @ upper_KK[run, run.stop :]
+        rest_NK[:, run.stop :] -= errors_NJ @ upper_KK[run, run.stop :]
     return numbers_NK, wanted_NK
 
 

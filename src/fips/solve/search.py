@@ -323,7 +323,7 @@ def allocate(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choi
     if spent > limit:
         raise BudgetError(
             f"the smallest structures tried take {spent:.0f} bytes, {total:.0f} are allowed; ask for more bytes or for "
-            "a pattern with fewer non-zeros"
+            "a pattern that keeps fewer entries"
         )
     ends = [hull[0] for hull in hulls]
     queue = [(_slope(hull, 0), index, 0) for index, hull in enumerate(hulls) if len(hull) > 1]

@@ -16,7 +16,7 @@ def shared_svd(weights_DF: Sequence[Tensor], *, rank: int) -> tuple[Tensor, list
     With :math:`[W_1 | \dots | W_m] = U S V^\top` returns ``basis_DR`` = first R columns of U and the factors
     ``factor_RF`` = :math:`U_R^\top W_i` (the blocks of :math:`S V^\top`), so that
 
-    .. math:: \sum_i \lVert W_i - B F_i \rVert_F^2 = \sum_{j > R} \sigma_j^2, \qquad B^\top B = I.
+    .. math:: \sum_i \lVert W_i - B C_i \rVert_F^2 = \sum_{j > R} \sigma_j^2, \qquad B^\top B = I.
 
     For R > D the rank is D. U comes from the eigenvectors of :math:`\sum_i W_i W_i^\top` in float64 (cost
     :math:`D^2 P + D^3`), results are float32. The largest-magnitude entry of every basis column is positive.

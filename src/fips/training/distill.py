@@ -117,9 +117,9 @@ class _Outputs(AbstractContextManager["_Outputs"]):
     def _hook(self, index: int) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             hidden = first_tensor(output)
-            counted_N = self.tokens.counted(hidden)
-            rows_ND = hidden.reshape(-1, hidden.shape[-1])
-            self.seen[index] = rows_ND if counted_N is None else rows_ND[counted_N]
+            counted_T = self.tokens.counted(hidden)
+            rows_TD = hidden.reshape(-1, hidden.shape[-1])
+            self.seen[index] = rows_TD if counted_T is None else rows_TD[counted_T]
 
         return hook
 
@@ -139,26 +139,26 @@ def _loss(
 
 
 def _head_loss(ours: ScoredHead, theirs: ScoredHead, temperature: float) -> Tensor:
-    y_NC, t_NC = (_scored(head.scores.float(), ours) for head in (ours, theirs))
+    y_TV, t_TV = (_scored(head.scores.float(), ours) for head in (ours, theirs))
     if ours.kind == "number":
-        return _relative(y_NC, t_NC)
+        return _relative(y_TV, t_TV)
     if ours.kind == "sigmoid":  # the softmax of a number beside 0
-        y_NC, t_NC = (torch.stack([z, torch.zeros_like(z)], -1).reshape(-1, 2) for z in (y_NC, t_NC))
-        return _divergence(y_NC, t_NC, temperature) * ours.scores.shape[-1]
-    return _divergence(y_NC, t_NC, temperature)
+        y_TV, t_TV = (torch.stack([z, torch.zeros_like(z)], -1).reshape(-1, 2) for z in (y_TV, t_TV))
+        return _divergence(y_TV, t_TV, temperature) * ours.scores.shape[-1]
+    return _divergence(y_TV, t_TV, temperature)
 
 
 def _scored(scores: Tensor, head: ScoredHead) -> Tensor:
-    """The rows (N, C) that count; what cannot be chosen never is."""
+    """The rows (T, V) that count, of tokens or of examples; what cannot be chosen never is."""
     if head.choices is not None:
         scores = scores.masked_fill(~head.choices, NEVER)
-    rows_NC = scores.reshape(-1, scores.shape[-1])
-    return rows_NC if head.counted is None else rows_NC[head.counted.flatten()]
+    rows_TV = scores.reshape(-1, scores.shape[-1])
+    return rows_TV if head.counted is None else rows_TV[head.counted.flatten()]
 
 
-def _divergence(logits_NC: Tensor, wanted_NC: Tensor, temperature: float) -> Tensor:
-    ours_NC, theirs_NC = logits_NC / temperature, wanted_NC / temperature
-    divergence = kl_div(ours_NC.log_softmax(-1), theirs_NC.log_softmax(-1), log_target=True, reduction="batchmean")
+def _divergence(logits_TV: Tensor, wanted_TV: Tensor, temperature: float) -> Tensor:
+    ours_TV, theirs_TV = logits_TV / temperature, wanted_TV / temperature
+    divergence = kl_div(ours_TV.log_softmax(-1), theirs_TV.log_softmax(-1), log_target=True, reduction="batchmean")
     return divergence * temperature**2
 
 

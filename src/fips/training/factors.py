@@ -1,6 +1,6 @@
 r"""Compressed layers while their numbers are being found: dense factors on a support, in place of the packed ones.
 
-A factor is free numbers, or integers on a grid: :math:`F_{rf} = s_n \lfloor u_{rf} \rceil` with one step
+A factor is free numbers, or integers on a grid: :math:`C_{rf} = s_n \lfloor u_{rf} \rceil` with one step
 :math:`s_n` per stored row n. Then both u, in units of the step, and s are trained; gradients pass the rounding as if it
 were not there.
 Reference: Bengio et al., arXiv 1308.3432 (straight-through estimator); Esser et al., arXiv 1902.08153 (trained steps).
@@ -66,7 +66,7 @@ def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Ten
 
 
 class _TrainableLinear(nn.Module):
-    """A factored layer: entries, mask, and the product B F formed once per step."""
+    """A factored layer: entries, mask, and the product B C formed once per step."""
 
     def __init__(self, basis_DR: nn.Parameter | None, factor_RF: Tensor, site: Site, bias: nn.Parameter | None) -> None:
         super().__init__()

@@ -52,11 +52,11 @@ def block_errors(
         squared, variance = 0.0, RunningVariance()
         for record in [record for record in records if name in record][:limit]:
             call = record[name]
-            target_ND = call.rows(spool.get(call.output).to(device).double())
+            target_TD = call.rows(spool.get(call.output).to(device).double())
             args, kwargs = call.arguments(spool, device)
-            output_ND = call.rows(first_tensor(block(*args, **kwargs)).double())
-            squared += (output_ND - target_ND).square().sum().item()
-            variance.add(target_ND)
+            output_TD = call.rows(first_tensor(block(*args, **kwargs)).double())
+            squared += (output_TD - target_TD).square().sum().item()
+            variance.add(target_TD)
         if variance.count:
             mse = squared / variance.count
             results.append(BlockError(name, mse, mse / variance.scale))
@@ -93,8 +93,8 @@ def reconstruct_(
                 continue
             call = records[index][name]
             args, kwargs = call.arguments(spool, device)
-            output_ND = call.rows(first_tensor(block(*args, **kwargs)).float())
-            part = torch.nn.functional.mse_loss(output_ND, call.rows(spool.get(call.output).to(device).float()))
+            output_TD = call.rows(first_tensor(block(*args, **kwargs)).float())
+            part = torch.nn.functional.mse_loss(output_TD, call.rows(spool.get(call.output).to(device).float()))
             part.backward()
             loss += part.detach()
         support.after(step)

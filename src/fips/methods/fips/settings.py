@@ -35,7 +35,7 @@ class FipsConfig(SparseConfig):
     """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
     bits as measured per layer. Default: `auto` with `bits`, else float."""
     pattern: str = "auto"
-    """`unstructured`; `N:M`, N non-zeros in every M consecutive entries along the reduction; `block4` or `block8`, one
+    """`unstructured`; `N:M`, N entries kept of every M consecutive ones along the reduction; `block4` or `block8`, one
     mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
     measured per group."""
     schedule: Literal["static", "gmp", "rigl"] = "static"

@@ -145,7 +145,7 @@ def site_problem(weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: 
 
     Without gradients it is the error of the layer's own outputs relative to their size.
     """
-    gradients_OO, inputs_II = _gradient_metric(moments), moments.inputs_DD
+    gradients_OO, inputs_II = _gradient_metric(moments), moments.inputs_II
     left_DD, right_FF = site.role.sides(inputs_II, gradients_OO)
     right_FF = right_FF[order_F][:, order_F]
     if moments.samples == 0:
@@ -308,8 +308,8 @@ def _moved_bias(
         return None
     error_DF = problem.weight_DF - (factor_RF if found.basis_DR is None else found.basis_DR @ factor_RF)
     if site.role.reads_stream:
-        return nn.Parameter((bias.detach()[order_F] + moments.mean_D @ error_DF).to(bias.dtype))
-    return nn.Parameter((bias.detach() + error_DF @ moments.mean_D[order_F]).to(bias.dtype))
+        return nn.Parameter((bias.detach()[order_F] + moments.mean_I @ error_DF).to(bias.dtype))
+    return nn.Parameter((bias.detach() + error_DF @ moments.mean_I[order_F]).to(bias.dtype))
 
 
 def _storage(mask_RF: Tensor, choice: Choice) -> LayerStorage:
