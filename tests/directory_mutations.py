@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fips.formats.patterns import pattern_named
+from fips.formats.patterns import pattern_in_file
 from fips.formats.values import packed_length, values_named
 
 WEIGHTS, INDEX, MANIFEST = "model.safetensors", "model.safetensors.index.json", "fips_manifest.json"
@@ -380,7 +380,7 @@ def rebuild_layer(rng: Random, directory: Path) -> str:
 
 def random_pattern(rng: Random, size: int, fmt: str) -> tuple[bytes, int]:
     """A pattern of a format and the entries it keeps; now and then N:M codes that stand for nothing."""
-    pattern = pattern_named(fmt)
+    pattern = pattern_in_file(fmt)
     length = pattern.nbytes(size)
     if fmt == "dense":
         return b"", size
