@@ -89,7 +89,7 @@ def test_every_setting_has_the_predicted_size_and_loads_exactly(changes: dict[st
 @pytest.mark.parametrize("schedule", ["static", "gmp", "rigl"])
 def test_every_schedule_ends_exactly_at_its_sparsity(schedule: str) -> None:
     model = tiny_model("vit")
-    fips.compress(model, batches_for(model), settings(schedule=schedule, sparsity=0.8, threshold="layer"))
+    fips.compress(model, batches_for(model), settings(schedule=schedule, sparsity=0.8, threshold_scope="layer"))
     for layer in factored_layers(model).values():
         size = layer.factor_shape[0] * layer.factor_shape[1]
         assert layer.values.numel() == int(0.2 * size + 1e-6)

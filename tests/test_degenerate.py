@@ -25,6 +25,7 @@ import fips
 from fips.calibration.heads import ScoredHead, draw_direction, read_heads
 from fips.calibration.moments import RunningVariance, collect_moments
 from fips.errors import BudgetError, ModelError, NoMatchError
+from fips.formats.values import integers
 from fips.layers.linear import FactoredLinear, factored_layers
 from fips.methods.gptq import gptq
 from fips.methods.lowrank import shared_whitened_svd, whitened_svd
@@ -486,9 +487,9 @@ def test_every_method_gives_finite_weights_on_degenerate_layers_and_data(method:
 def test_published_methods_take_any_moment(moment: Tensor) -> None:
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
     basis, (factor,) = shared_whitened_svd([weight.T.contiguous()], moment, rank=5)
-    integers, steps = gptq(weight, moment, bits=4, dtype=torch.float32)
+    codes, steps = gptq(weight, moment, values=integers(4), dtype=torch.float32)
     found = {
-        "gptq": integers * steps.unsqueeze(1),
+        "gptq": codes * steps.unsqueeze(1),
         "sparsegpt": sparsegpt(weight, moment, density=0.5)[0],
         "wanda": wanda(weight, moment, density=0.5)[0],
         "down": torch.matmul(*whitened_svd(weight, moment, reads_stream=False, rank=5)),
@@ -661,7 +662,7 @@ def test_where_even_everything_is_too_small_the_error_says_so() -> None:
     model = nn.Sequential(*(Block() for _ in range(2)))
     for block in model:
         block.norm, block.fc1, block.fc2 = nn.LayerNorm(1), nn.Linear(1, 2), nn.Linear(2, 1)
-    with pytest.raises(BudgetError, match="so is 1, the most there is"):
+    with pytest.raises(BudgetError, match="so is 16, the most there is"):
         fips.compress(model, [torch.randn(4, 1)], settings(method="svd", bits=16.0))
 
 

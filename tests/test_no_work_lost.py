@@ -408,13 +408,13 @@ def test_finished_runs_of_a_comparison_outlive_the_one_that_fails(
     capsys: Capture,
 ) -> None:
     def two_and_a_failure(*_: Any, on_run: Callable[[Run], None], **__: Any) -> None:
-        on_run(Run("svd", 0.5, 0, quality=1.0))
-        on_run(Run("svd", 0.6, 0, quality=2.0))
+        on_run(Run("svd", 8, 0, quality=1.0))
+        on_run(Run("svd", 9.6, 0, quality=2.0))
         raise fips.FipsError("the third is broken")
 
     monkeypatch.setattr(jobs, "compare", two_and_a_failure)
     command = ["compare", str(llama_directory), "--data", str(text), "--output", str(tmp_path / "out")]
-    assert main([*command, "--methods", "svd", "--bytes", "0.5,0.6,0.7", "--sequence-length", "16"]) == 1
+    assert main([*command, "--methods", "svd", "--bits", "8,9.6,11.2", "--sequence-length", "16"]) == 1
     assert "2 of 3 runs are in" in capsys.readouterr().err
     kept = json.loads((tmp_path / "out-unfinished" / "compare.json").read_text())
     assert [run["quality"] for run in kept["runs"]] == [1.0, 2.0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fips.errors import BudgetError
+from fips.formats import masks
 from fips.formats.masks import nm_mask, top_mask, top_masks
 from fips.methods.paper import grow_rank, rank_for_budget
 from fips.solve.patterns import num_kept, prune_and_regrow, unstructured_masks
@@ -109,18 +110,25 @@ def test_top_mask_keeps_exactly_the_largest_even_with_ties(count: int) -> None:
         ]
 
 
+@pytest.fixture(params=[0, masks.FEW], ids=["bins", "joined"], name="way")
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "FEW", request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
 @pytest.mark.parametrize("count", [1, 99, 700, 1499])
-def test_radix_selection_equals_sorting_over_several_tensors(count: int, scale: float) -> None:
+def test_selection_equals_sorting_over_several_tensors(count: int, scale: float) -> None:
     scores = [m.abs() * scale for m in matrices((20, 50), (1, 300), (40, 5))]
     flat = torch.cat([s.flatten() for s in scores])
     expected = torch.zeros(1500, dtype=torch.bool)
     expected[flat.argsort(descending=True)[:count]] = True
-    masks = top_masks(scores, count=count)
-    assert [m.shape for m in masks] == [s.shape for s in scores]
-    assert torch.equal(torch.cat([m.flatten() for m in masks]), expected)
+    found = top_masks(scores, count=count)
+    assert [m.shape for m in found] == [s.shape for s in scores]
+    assert torch.equal(torch.cat([m.flatten() for m in found]), expected)
 
 
+@pytest.mark.usefixtures("way")
 def test_negative_scores_are_never_kept_and_ties_go_to_the_first_tensor() -> None:
     scores = [torch.tensor([-1.0, 2.0, 0.0]), torch.tensor([2.0, -5.0, 2.0])]
     assert [m.tolist() for m in top_masks(scores, count=2)] == [[False, True, False], [True, False, False]]

@@ -21,6 +21,7 @@ from fips.calibration.preserve import preserved
 from fips.errors import BudgetError
 from fips.formats.masks import nm_mask
 from fips.formats.packed import to_dense
+from fips.formats.patterns import pattern_for
 from fips.formats.values import integers as named_integers
 from fips.formats.values import values_named
 from fips.layers.linear import factored_layers
@@ -454,10 +455,10 @@ def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trai
     layers = list(factored_layers(model).values())
     assert len(grids) == len(layers)
     for grid, layer in zip(grids, layers, strict=True):
-        assert grid.integers_RF.dtype == torch.int8
+        assert grid.codes_RF.dtype == torch.int8
         if not trained:
             packed = replace(layer.packed(), scales_N=torch.ones(layer.factor_shape[0]))
-            assert torch.equal(layer.role.to_factor(to_dense(packed)), grid.integers_RF.float())
+            assert torch.equal(layer.role.to_factor(to_dense(packed)), grid.codes_RF.float())
             assert torch.equal(layer.scales, grid.steps_N)
 
 
@@ -518,8 +519,8 @@ def test_rounding_stays_on_the_grid_and_support_and_feedback_pays(axis: int) -> 
         rounded, steps, wanted = grid.factor(), grid.steps_N, grid.wanted_RF
         assert steps.dtype == torch.bfloat16
         assert (rounded[~mask] == 0).all()
-        assert grid.integers_RF.dtype == torch.int8
-        assert grid.integers_RF.abs().max() <= 3
+        assert grid.codes_RF.dtype == torch.int8
+        assert grid.codes_RF.abs().max() <= 3
         step = steps.float().unsqueeze(axis)
         assert torch.equal(wanted.round().clamp(-3, 3) * mask * step, rounded)
         nearest = (factor / step).round().clamp(-3, 3) * step * mask
@@ -580,7 +581,7 @@ def test_a_byte_budget_is_kept_and_full_factors_lose_their_pattern() -> None:
     masks = rule(scores)
     assert bool(masks[0].all())  # without a pattern it takes 640 bytes, with one 720
     assert int(masks[1].sum()) + 640 / 8 <= 300 < int(masks[1].sum()) + 640 / 8 + 1
-    blocks = ByteBudget(total=500, value_bytes=1, block=4)(scores)
+    blocks = ByteBudget(total=500, value_bytes=1, pattern=pattern_for("block4"))(scores)
     assert all((mask.view(16, 10, 4).all(2) == mask.view(16, 10, 4).any(2)).all() for mask in blocks)
     with pytest.raises(BudgetError, match="patterns"):
         ByteBudget(total=100, value_bytes=1)(scores)
@@ -664,7 +665,7 @@ class TestTrainedGrid:
         steps_N = torch.rand(shape[1] if role == "up" else shape[0], generator=generator).add(0.1).bfloat16()
         integers = torch.randint(-7, 8, shape, generator=generator).to(torch.int8)
         factor = integers * steps_N.float().unsqueeze(0 if role == "up" else 1)
-        self.grid = Grid(integers, steps_N, bits, site.role.reduction)
+        self.grid = Grid(integers, steps_N, named_integers(bits), site.role.reduction)
         config = fips.CompressionConfig(bits=4.8)
         group = TrainableGroup(None, [factor], [site], [None], config, None)
         group.set_masks([integers != 0])
@@ -707,7 +708,7 @@ class TestTrainedGrid:
     def test_what_is_found_is_what_the_layer_computes(self, role: str) -> None:
         group, factor, steps_N = self.group(role)
         (grid,) = group.found().grids
-        assert torch.equal(grid.integers_RF, self.grid.integers_RF)
+        assert torch.equal(grid.codes_RF, self.grid.codes_RF)
         assert torch.equal(grid.steps_N, steps_N)
         assert torch.equal(grid.factor(), factor)
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 __all__ = ["block_masks", "nm_mask", "top_mask", "top_masks"]
 
+FEW = 1 << 16
+"""Up to so many scores are joined and searched at once."""
+
 
 def top_mask(scores: Tensor, *, count: int) -> Tensor:
     """Mask of the ``count`` largest scores; among equal ones the first in memory win, negative ones never do."""
@@ -16,11 +19,11 @@ def top_mask(scores: Tensor, *, count: int) -> Tensor:
 
 
 def top_masks(scores: Sequence[Tensor], *, count: int) -> list[Tensor]:
-    """Masks of the ``count`` largest scores over several tensors, without joining them; negative ones are never kept.
+    """Masks of the ``count`` largest scores over several tensors; negative ones are never kept.
 
-    The threshold is found by radix selection on the bits of float32, whose order is that of the non-negative numbers
-    they stand for, in two passes of 2^16 bins: exact, and no copy is larger than one tensor. Ties go to the first
-    tensors, and within one to the first in memory.
+    The threshold is found on the bits of float32, whose order is that of the non-negative numbers they stand for.
+    Large tensors are never joined: radix selection in two passes of 2^16 bins is exact, and no copy is larger than one
+    tensor. Ties go to the first tensors, and within one to the first in memory.
     """
     threshold, spare = _select(scores, count)
     masks = []
@@ -43,6 +46,8 @@ def _select(scores: Sequence[Tensor], count: int) -> tuple[int, int]:
     """``(threshold, spare)``: fewer than ``count`` entries lie above the threshold, ``spare`` more are wanted at it."""
     if count <= 0:
         return torch.iinfo(torch.int32).max, 0
+    if sum(score.numel() for score in scores) <= FEW:
+        return _select_few(scores, count)
     prefix, wanted = 0, count
     for shift, bins in ((16, 1 << 15), (0, 1 << 16)):
         histogram = torch.zeros(bins, dtype=torch.int64)
@@ -57,6 +62,16 @@ def _select(scores: Sequence[Tensor], count: int) -> tuple[int, int]:
         wanted -= int(at_least[digit] - histogram[digit])
         prefix = digit if shift else (prefix << 16) | digit
     return prefix, wanted
+
+
+def _select_few(scores: Sequence[Tensor], count: int) -> tuple[int, int]:
+    """What ``_select`` returns, where the bins would take longer than a copy of all scores."""
+    bits = torch.cat([_order_bits(score).flatten().cpu() for score in scores])
+    bits = bits[bits >= 0]
+    if len(bits) < count:
+        return -1, 0
+    threshold = int(bits.kthvalue(len(bits) - count + 1).values)
+    return threshold, count - int((bits > threshold).sum())
 
 
 def nm_mask(scores: Tensor, *, n: int, m: int, dim: int) -> Tensor:
