@@ -414,7 +414,7 @@ def test_finished_runs_of_a_comparison_outlive_the_one_that_fails(
 
     monkeypatch.setattr(jobs, "compare", two_and_a_failure)
     command = ["compare", str(llama_directory), "--data", str(text), "--output", str(tmp_path / "out")]
-    assert main([*command, "--methods", "svd", "--bytes", "0.5,0.6,0.7", "--sequence-length", "16"]) == 1
+    assert main([*command, "--methods", "svd", "--bits", "8,9.6,11.2", "--sequence-length", "16"]) == 1
     assert "2 of 3 runs are in" in capsys.readouterr().err
     kept = json.loads((tmp_path / "out-unfinished" / "compare.json").read_text())
     assert [run["quality"] for run in kept["runs"]] == [1.0, 2.0]

@@ -533,7 +533,7 @@ COMMANDS = {
                  "--sequence-length", "16", "--num-samples", "4"],
     "evaluate": ["evaluate", "DENSE", "--data", "TEXT", "--sequence-length", "16", "--num-samples", "4"],
     "evaluate packed": ["evaluate", "PACKED", "--data", "TEXT", "--sequence-length", "16", "--num-samples", "4"],
-    "compare": ["compare", "DENSE", "--data", "TEXT", "--output", "OUT", "--methods", "gptq", "--bytes", "0.6",
+    "compare": ["compare", "DENSE", "--data", "TEXT", "--output", "OUT", "--methods", "gptq", "--bits", "9.6",
                 "--sequence-length", "16", "--num-samples", "4"],
     "export": ["export", "PACKED", "--output", "OUT"],
     "bench": ["bench", "PACKED", "--against", "DENSE", "--batch", "1", "--prompt", "4", "--repeats", "2"],
