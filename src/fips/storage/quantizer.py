@@ -227,11 +227,14 @@ def read_report(directory: Path) -> CompressionReport | None:
 
 
 def _num_tensors(source: Path) -> int | None:
-    """Tensors of a directory, None for a hub id and for weights that are not there or not whole: others will say so."""
-    try:
-        return len(StoredWeights.of_directory(source).tensors) if source.is_dir() else None
-    except CheckpointError:
+    """Tensors of a directory, None for a hub id and for weights that are not there under these names.
+
+    Raises ``CheckpointError`` for those that are there and malformed: transformers, which reads them next, would raise
+    whatever it stumbles over.
+    """
+    if not any((source / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return None
+    return len(StoredWeights.of_directory(source).tensors)
 
 
 def _stored_tensors(files: Sequence[str], source: Path) -> Mapping[str, Stored]:

@@ -114,11 +114,14 @@ def weight_files(directory: Path) -> list[str]:
 
 def _weight_map(directory: Path) -> dict[str, str]:
     where = f"`{directory / WEIGHTS_INDEX}`"
-    places = read_json(directory / WEIGHTS_INDEX).get("weight_map")
+    index = read_json(directory / WEIGHTS_INDEX)
+    places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(
             f"{where}: `weight_map` wants an object of tensor names and files, got {str(places)[:60]}"
         )
+    if not isinstance(index.get("metadata"), dict):  # transformers reads it, be it empty
+        raise CheckpointError(f"{where}: `metadata` wants an object, got {str(index.get('metadata'))[:60]}")
     for name in places.values():
         file_inside(directory, name, where=f"{where}: `weight_map`")
         if not name.endswith(".safetensors"):
