@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -599,6 +600,49 @@ sys.exit(cli.main([]))
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, "interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_after_the_work_is_not_told_as_if_nothing_was_written(
+    packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def run(**_: Any) -> None:
+        fips.save(packed, tmp_path / "out")
+        raise end
+
+    monkeypatch.setattr("fips.cli.app", run)
+    for end in (Stopped(signal.SIGTERM), KeyboardInterrupt(), fips.FipsError("no table")):
+        main([])
+        cause = "error: no table" if isinstance(end, fips.FipsError) else "interrupted: "
+        err = capsys.readouterr().err
+        assert err.startswith(cause)
+        assert err.endswith(f"`{tmp_path / 'out'}` is complete\n")
+        shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr("fips.cli.app", lambda **_: (_ for _ in ()).throw(Stopped(signal.SIGTERM)))
+    assert main([]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"  # by this command
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["words", "json"])
+@pytest.mark.parametrize("place", ["/dev/full", "pipe"])
+def test_a_standard_output_that_takes_nothing_is_told_last(
+    packed: PreTrainedModel, tmp_path: Path, place: str, options: list[str]
+) -> None:
+    fips.save(packed, tmp_path / "packed")
+    if place == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(place, os.O_WRONLY)
+    command = [sys.executable, "-m", "fips.cli", "export", str(tmp_path / "packed"), "--output", str(tmp_path / "out")]
+    command += options
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 1
+    complete = f"error: cannot write to standard output: No space left on device; `{tmp_path / 'out'}` is complete"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert (complete in done.stderr) == (place != "pipe")
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_a_terminal_that_is_gone_does_not_cost_the_work(
