@@ -233,6 +233,7 @@ def test_a_full_output_directory_is_refused_before_the_model_is_read(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_an_interrupt_exits_cleanly_and_leaves_nothing(
     number: signal.Signals, vit_directory: Path, images: Path, tmp_path: Path

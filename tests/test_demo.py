@@ -54,6 +54,7 @@ def test_the_embedded_model_has_learned_python(tmp_path: Path) -> None:
     assert record["held_out_bits_per_byte"] < 1.5
 
 
+@pytest.mark.slow
 def test_the_demo_compresses_saves_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_module, "EVALUATION_WINDOWS", 4)
     recipe = demo_module.demo_recipe(bits=8.0)

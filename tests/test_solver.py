@@ -331,20 +331,24 @@ def test_the_solver_starts_closer_than_the_paper(family: str) -> None:
     assert error("fips") < 0.2 * error("fips-paper")
 
 
-@pytest.mark.parametrize("family", ["vit", "llama", "phi3", "gpt2"])
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"values": "float"},
+    {"values": "int4"},
+    {"sharing": "always"},
+    {"pattern": "block4"},
+    {"pattern": "4:16"},
+    {"reconstruction": {"steps": 4, "update_every": 1}, "precision": "float32", "schedule": "rigl"},
+    {"distill": {"steps": 3, "hidden_weight": 0.1}},
+    {"metric": {"memory": 1000, "propagate_errors": True}, "share_blocks": 1},
+]
+"""All with one family; with the others the default, and blocks, whose order differs where gate and up are fused."""
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"values": "float"},
-        {"values": "int4"},
-        {"sharing": "always"},
-        {"pattern": "block4"},
-        {"pattern": "4:16"},
-        {"reconstruction": {"steps": 4, "update_every": 1}, "precision": "float32", "schedule": "rigl"},
-        {"distill": {"steps": 3, "hidden_weight": 0.1}},
-        {"metric": {"memory": 1000, "propagate_errors": True}, "share_blocks": 1},
-    ],
+    ("family", "changes"),
+    [("llama", changes) for changes in SETTINGS]
+    + [(family, changes) for family in ("vit", "phi3", "gpt2") for changes in ({}, {"pattern": "block4"})],
     ids=str,
 )
 def test_every_setting_keeps_its_bytes_and_loads_exactly(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
