@@ -539,7 +539,9 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "bench" else ()) for name in COMMANDS]
+)
 def test_commands_run_repository_code_only_when_told(
     name: str, repository: Path, text: Path, tmp_path: Path, capsys: Capture, no_questions: None
 ) -> None:
