@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 import fips
 from fips.app.commands import evaluate_source
@@ -56,6 +57,11 @@ def test_the_embedded_model_has_learned_python(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_compresses_saves_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two of the blocks of the model and few data: the whole demo takes a minute or two."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "small")
+    load_processor(str(MODEL_DIRECTORY), "text").save_pretrained(tmp_path / "small")
+    monkeypatch.setattr(demo_module, "MODEL_DIRECTORY", tmp_path / "small")
     monkeypatch.setattr(demo_module, "EVALUATION_WINDOWS", 4)
     recipe = demo_module.demo_recipe(bits=8.0)
     assert recipe.data is not None
@@ -69,7 +75,7 @@ def test_the_demo_compresses_saves_and_reports(tmp_path: Path, monkeypatch: pyte
     assert result["file_bytes"]["after"] < 0.75 * result["file_bytes"]["before"]
     before, after = (result["bits_per_byte"][key]["bits_per_byte"] for key in ("before", "after"))
     assert abs(after - before) < 0.1
-    assert sum(t.numel() for t in fips.load(tmp_path / "out").state_dict().values()) > 1_000_000
+    assert sum(t.numel() for t in fips.load(tmp_path / "out").state_dict().values()) > 500_000
 
 
 def test_a_full_output_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

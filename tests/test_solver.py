@@ -378,6 +378,7 @@ def test_calibration_from_the_solver_lowers_the_error(family: str, schedule: str
     assert result["relative_error_final"] < result["relative_error_start"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "size", "rate"), [("float", 4.8, 1e-3), ("auto", 3.2, 3e-4), ("int4", 3.2, 3e-4)])
 @pytest.mark.parametrize("family", ["vit", "llama"])
 def test_distillation_moves_the_logits_towards_the_teacher(family: str, values: Any, size: float, rate: float) -> None:
