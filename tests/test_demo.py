@@ -45,6 +45,7 @@ def test_held_out_modules_never_calibrate() -> None:
     assert calibration_files(seed=1) != files
 
 
+@pytest.mark.slow
 def test_the_embedded_model_has_learned_python(tmp_path: Path) -> None:
     """Its training record holds bits per byte on the same modules of the interpreter it was trained with."""
     record = json.loads((MODEL_DIRECTORY / "training.json").read_text())

@@ -101,6 +101,7 @@ BAD: dict[str, Callable[[Path], Path]] = {
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("command", ["compress", "compare", "export", "demo"])
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
     case: str,
     command: str,
@@ -731,6 +732,7 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
             fitting.fitting_data(model, plan, config, data, device=place, chosen=False)
 
 
+@pytest.mark.slow
 def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:

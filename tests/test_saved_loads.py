@@ -94,6 +94,7 @@ MORE = {"albert": albert, "t5": t5, "clip": clip, "sentence encoder": sentence_e
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+@pytest.mark.slow
 def test_a_saved_model_loads_both_ways(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     if name in MORE:
