@@ -576,6 +576,7 @@ def test_a_model_compiled_in_place_runs_its_new_layers_afterwards() -> None:
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    accelerate.state.AcceleratorState._reset_state()  # one for the process, made by whoever came first
     return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
 
 
