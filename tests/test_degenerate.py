@@ -183,6 +183,7 @@ def test_a_span_is_never_at_padding() -> None:
 @pytest.mark.parametrize(
     ("labels", "problem"), [(1, None), (3, "regression"), (2, None), (5, "multi_label_classification")], ids=str
 )
+@pytest.mark.slow
 def test_heads_of_few_examples_have_gradients_and_are_not_far_behind_gptq(labels: int, problem: str | None) -> None:
     model = small(
         "llama", "LlamaForSequenceClassification", **DECODER, num_labels=labels, problem_type=problem
@@ -289,6 +290,7 @@ def test_a_tower_that_never_runs_is_left_dense_and_the_rest_goes_on(method: str,
     assert fips.CompressionReport.from_dict(report.to_dict()).to_dict() == report.to_dict()
 
 
+@pytest.mark.slow
 def test_layers_that_run_in_later_batches_only_are_compressed() -> None:
     class Sometimes(nn.Module):
         def __init__(self) -> None:
@@ -467,6 +469,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_method_gives_finite_weights_on_degenerate_layers_and_data(method: str) -> None:
     for damage, data in DEGENERATE:
         model = opt()
@@ -613,6 +616,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("setting", ["budget", "bits"])
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.slow
 def test_the_smallest_size_named_is_accepted_and_leaves_no_matrix_empty(fields: dict[str, Any], setting: str) -> None:
     if fields["method"] == "gptq" and setting == "budget":
         pytest.skip("gptq takes no budget")

@@ -6,7 +6,9 @@ import copy
 import errno
 import json
 import logging
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -44,6 +46,7 @@ from fips.storage import checkpoint
 
 Capture = pytest.CaptureFixture[str]
 Log = pytest.LogCaptureFixture
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,7 @@ BAD: dict[str, Callable[[Path], Path]] = {
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("command", ["compress", "compare", "export", "demo"])
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
     case: str,
     command: str,
@@ -146,20 +150,24 @@ def test_a_file_system_without_room_is_refused_with_both_numbers(
 
 
 def test_a_limit_of_file_sizes_is_found_before_the_work(tmp_path: Path) -> None:
-    script = f"""
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-from fips.files.output import Output
-from pathlib import Path
-Output(Path({str(tmp_path / "out")!r}), needed=15000).discard()
-try:
-    Output(Path({str(tmp_path / "out")!r}), needed=30000)
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "OutputError" in done.stdout
-    assert "20000 bytes" in done.stdout
+    here, there = FORK.Pipe()
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        Output(tmp_path / "out", needed=15000).discard()
+        try:
+            Output(tmp_path / "out", needed=30000)
+        except Exception as error:
+            there.send((type(error).__name__, str(error)))
+
+    process = FORK.Process(target=write)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert here.poll()
+    name, message = here.recv()
+    assert name == "OutputError"
+    assert "20000 bytes" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,16 +245,17 @@ def test_what_a_killed_run_left_is_named_and_removed(exists: bool, tmp_path: Pat
     place = tmp_path / "out"
     if exists:
         place.mkdir()
-    script = f"""
-import os, signal
-from pathlib import Path
-from fips.files.output import Output
-output = Output(Path({str(place)!r}))
-(output.scratch / "half.safetensors").write_text("x" * 1000)
-(output.scratch / "folder").mkdir()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+
+    def write_half() -> None:
+        output = Output(place)
+        (output.scratch / "half.safetensors").write_text("x" * 1000)
+        (output.scratch / "folder").mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = FORK.Process(target=write_half)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     with caplog.at_level(logging.WARNING), complete_directory(place) as scratch:
         assert list(scratch.iterdir()) == []
         (scratch / "a").write_text("x")
@@ -560,6 +569,7 @@ def test_a_signal_while_the_directory_gets_its_name_leaves_it_complete(
     fips.load(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_signal_in_the_middle_of_a_file_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     """Twice: the second arrives while the first is being cleaned up after."""
@@ -766,6 +776,7 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
             fitting.fitting_data(model, plan, config, data, device=place, chosen=False)
 
 
+@pytest.mark.slow
 def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
