@@ -1,4 +1,4 @@
-"""All methods on real models at equal stored bytes, without gradient steps unless a method says so.
+"""All methods on real models at equal stored bits, without gradient steps unless a method says so.
 
     python benchmarks/compare_methods.py vit --models ../shared/models --data ../shared/data --output benchmarks/results
 
@@ -89,10 +89,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
         done.append(run)
         partial = {"unfinished": True, "runs": [asdict(item) for item in done]}
         (args.output / f"compare-{args.name}{args.suffix}-partial.json").write_text(json.dumps(partial, indent=2))
-        print(run.seed, run.target_bytes, run.method, run.quality, run.relative_error, run.seconds, flush=True)
+        print(run.seed, run.bits, run.method, run.quality, run.relative_error, run.seconds, flush=True)
 
     return compare(
-        model, latest, scored, methods=args.methods.split(","), sizes=[float(part) for part in args.bytes.split(",")],
+        model, latest, scored, methods=args.methods.split(","), sizes=[float(part) for part in args.bits.split(",")],
         seeds=[int(part) for part in args.seeds.split(",")], on_run=on_run,
     )  # fmt: skip
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--bytes", default="0.6,0.5,0.4,0.3")
+    parser.add_argument("--bits", default="9.6,8,6.4,4.8")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--suffix", default="", help="added to the name of the result directory")
     args = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(args, Path(scratch))
     facts = {
-        "benchmark": f"methods at equal stored bytes, {args.name}",
+        "benchmark": f"methods at equal stored bits, {args.name}",
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "commit": commit,

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from fips.formats.packing import code_bits
 from fips.record import environment
 from fips.solve.problems import LayerProblem
 from fips.solve.search import COLUMNS, SAMPLE, Choice, GroupSearch, Pricing, allocate
@@ -32,7 +31,7 @@ WIDTHS = (512, 1024, 2048, 4096)
 MODELS = {"Llama-3.2-1B": (2048, 8192, 16), "Llama-3.1-8B": (4096, 14336, 32)}
 """Width, hidden width and blocks."""
 PATTERNS = ("unstructured", "2:16", "4:16", "8:16")
-CHOICES = [Choice(False, pattern, bits) for pattern in PATTERNS for bits in (3, 4, 5, 6, 8)]
+CHOICES = [Choice(False, pattern, f"int{bits}") for pattern in PATTERNS for bits in (3, 4, 5, 6, 8)]
 PRICING = Pricing(value=2.0, basis_entry=2.0, row_scale=2.0)
 PRUNINGS = 4
 """Trials of a layer that prune, at most: two widths of values at two sizes below all kept."""
@@ -44,34 +43,33 @@ def metric(size: int, generator: torch.Generator) -> torch.Tensor:
     return samples.T @ samples / (2 * size)
 
 
-def problem(width: int, columns: int, seed: int) -> LayerProblem:
+def problem(width: int, hidden: int, seed: int) -> LayerProblem:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(width, columns, generator=generator)
-    return LayerProblem(weight, metric(width, generator), metric(columns, generator))
+    weight = torch.randn(width, hidden, generator=generator)
+    return LayerProblem(weight, metric(width, generator), metric(hidden, generator))
 
 
 def search_of(problems: list[LayerProblem], axes: list[Any]) -> GroupSearch:
-    codes = {choice.pattern: code_bits(*choice.nm) for choice in CHOICES if choice.nm}
-    return GroupSearch(problems, axes, PRICING, codes, torch.bfloat16)
+    return GroupSearch(problems, axes, PRICING, torch.bfloat16)
 
 
-def sampled_columns(width: int, columns: int) -> int:
+def sampled_hidden(width: int, hidden: int) -> int:
     """Columns of every matrix that a shared basis is tried on."""
-    return min(columns, max(SAMPLE, math.ceil(COLUMNS * width / (3 * BLOCKS))))
+    return min(hidden, max(SAMPLE, math.ceil(COLUMNS * width / (3 * BLOCKS))))
 
 
 def measure(part: str, width: int) -> dict[str, Any]:
     """Seconds and bytes of one layer, or of the trial of a shared basis, in this process."""
-    columns = int(RATIO * width)
+    hidden = int(RATIO * width)
     if part == "sharing":
         axes = [0, 0, 1] * BLOCKS
-        columns = sampled_columns(width, columns)
-        search = search_of([problem(width, columns, seed) for seed in range(len(axes))], axes)
+        hidden = sampled_hidden(width, hidden)
+        search = search_of([problem(width, hidden, seed) for seed in range(len(axes))], axes)
         before, started = peak(), time.perf_counter()
-        search.first_ratio(Choice(True, "unstructured", 5), BYTES * 2 * width * search.columns)
+        search.first_ratio(Choice(True, "unstructured", "int5"), BYTES * 2 * width * search.hidden)
         return {"seconds": time.perf_counter() - started, "peak_bytes": peak(), "solver_bytes": peak() - before}
-    search = search_of([problem(width, columns, 0)], [0 if part == "up" else 1])
-    size = BYTES * 2 * width * columns
+    search = search_of([problem(width, hidden, 0)], [0 if part == "up" else 1])
+    size = BYTES * 2 * width * hidden
     before, started = peak(), time.perf_counter()
     points = search.trials(CHOICES, size)
     search.forget()
@@ -93,20 +91,20 @@ def peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def pruning(width: int, columns: int) -> float:
+def pruning(width: int, hidden: int) -> float:
     """Floating-point operations of one pruning and its refit."""
-    return 2.0 * width * columns * (width + columns) * (2 * ITERATIONS + REFIT)
+    return 2.0 * width * hidden * (width + hidden) * (2 * ITERATIONS + REFIT)
 
 
-def operations(part: str, width: int, columns: int) -> float:
+def operations(part: str, width: int, hidden: int) -> float:
     """Of all trials of a layer, its final solve and its decompositions; or of the trial of a shared basis."""
     if part == "sharing":
-        less = sampled_columns(width, columns)
+        less = sampled_hidden(width, hidden)
         return 3 * BLOCKS * (3 * pruning(width, less) + 9.0 * (less**3 + width**3))
-    sample = (width, min(SAMPLE, columns)) if part == "up" else (min(SAMPLE, width), columns)
-    decompose = 9.0 * (columns**3 + width**3 + sum(min(side, SAMPLE) ** 3 for side in sample))
+    sample = (width, min(SAMPLE, hidden)) if part == "up" else (min(SAMPLE, width), hidden)
+    decompose = 9.0 * (hidden**3 + width**3 + sum(min(side, SAMPLE) ** 3 for side in sample))
     rounding = (PRUNINGS + 3) * (max(sample) ** 3 + 2.0 * sample[0] * sample[1] * max(sample))
-    return decompose + PRUNINGS * pruning(*sample) + pruning(width, columns) + rounding
+    return decompose + PRUNINGS * pruning(*sample) + pruning(width, hidden) + rounding
 
 
 def main() -> None:
@@ -121,24 +119,24 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     for width in WIDTHS:
-        columns = int(RATIO * width)
-        row: dict[str, Any] = {"width": width, "columns": columns}
+        hidden = int(RATIO * width)
+        row: dict[str, Any] = {"width": width, "hidden": hidden}
         for part in PARTS:
             if width <= (args.sharing_limit if part == "sharing" else args.limit):
                 command = [sys.executable, __file__, "--output", str(args.output), "--one", part, str(width)]
                 row[part] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             else:
-                row[part] = {"seconds": extrapolated(rows, part, width, columns), "extrapolated": True}
+                row[part] = {"seconds": extrapolated(rows, part, width, hidden), "extrapolated": True}
         row["group_s"] = BLOCKS * (2 * row["up"]["seconds"] + row["down"]["seconds"]) + row["sharing"]["seconds"]
         rows.append(row)
         print(row, flush=True)
     models = {}
-    for name, (width, columns, blocks) in MODELS.items():
+    for name, (width, hidden, blocks) in MODELS.items():
         counts = {"up": 2 * blocks, "down": blocks, "sharing": blocks / BLOCKS}
         models[name] = {
-            "operations": sum(count * operations(part, width, columns) for part, count in counts.items()),
+            "operations": sum(count * operations(part, width, hidden) for part, count in counts.items()),
             "seconds_on_this_cpu_extrapolated": sum(
-                count * extrapolated(rows, part, width, columns) for part, count in counts.items()
+                count * extrapolated(rows, part, width, hidden) for part, count in counts.items()
             ),
         }
     result = {
@@ -151,11 +149,11 @@ def main() -> None:
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def extrapolated(rows: list[dict[str, Any]], part: str, width: int, columns: int) -> float:
+def extrapolated(rows: list[dict[str, Any]], part: str, width: int, hidden: int) -> float:
     """Seconds of a part at another size, from the nearest size at or below it that was run, else the largest."""
     known = [row for row in rows if not row[part].get("extrapolated")]
     last = max((row for row in known if row["width"] <= width), key=lambda row: float(row["width"]))
-    share = operations(part, width, columns) / operations(part, last["width"], last["columns"])
+    share = operations(part, width, hidden) / operations(part, last["width"], last["hidden"])
     return float(last[part]["seconds"] * share)
 
 

@@ -33,14 +33,14 @@ def measure(name: str, size: float, models: Path, data: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         source, calibration, _ = settings(name, models, data, scratch)
-        recipe = Recipe(compression=CompressionConfig(target_bytes=size), data=calibration)
+        recipe = Recipe(compression=CompressionConfig(bits=size), data=calibration)
         done = compress_to_directory(source, recipe, scratch / "compressed")
         return {
             "model": name,
-            "target_bytes": size,
+            "bits": size,
             "file_bytes": {"before": tensor_files(Path(source)), "after": tensor_files(scratch / "compressed")},
             "seconds": round(done.report.seconds, 1),
-            "mlp": done.report.to_dict()["mlp"],
+            "mlp": done.report.to_dict()["layers"],
         }
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=("vit", "demo", "stories260k", "tinystories-656k"))
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--bytes", default="0.3")
+    parser.add_argument("--bits", default="4.8")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -62,7 +62,7 @@ def main() -> None:
         "results": [],
     }
     for name in args.names:
-        for size in args.bytes.split(","):
+        for size in args.bits.split(","):
             result["results"].append(measure(name, float(size), args.models, args.data))
             args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(result["results"][-1]), flush=True)

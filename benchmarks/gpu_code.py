@@ -24,20 +24,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fips.kernels import gpu
-from fips.kernels.reference import Packed
+from fips.formats.packed import Packed
+from fips.kernels import triton_kernel
 from fips.record import environment
 
 ROWS, COLUMNS, WARPS = 128, 4096, 4
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32"}
 CASES = [
-    *(("dense", bits) for bits in (3, 4, 5, 6, 8)),
+    *(("full", bits) for bits in (3, 4, 5, 6, 8)),
     *(("bitmask", bits) for bits in (4, 6, 8, 0)),
     *(("4:16", bits) for bits in (4, 8, 0)),
     ("2:4", 0),
     *(("block8", bits) for bits in (8, 0)),
 ]
-FEW_CASES = [("dense", 3), ("dense", 4), ("bitmask", 8), ("4:16", 0), ("block8", 0)]
+FEW_CASES = [("full", 3), ("full", 4), ("bitmask", 8), ("4:16", 0), ("block8", 0)]
 TOKENS = (16, 64)
 POINTERS = ("x_ptr", "values", "pattern", "starts", "table", "scales", "bias", "y_ptr", "dense", "counts", "sums")
 ALIGNED = (*POINTERS, "rows", "cols", "stride_t", "split_columns")
@@ -47,12 +47,21 @@ def example(fmt: str, bits: int) -> Packed:
     """Stored tensors of the right types; what is in them does not matter to a compiler."""
     values = torch.zeros(64, dtype=torch.bfloat16 if bits == 0 else torch.int8 if bits == 8 else torch.uint8)
     scales = torch.zeros(ROWS, dtype=torch.bfloat16) if bits else None
-    pattern = torch.zeros(0 if fmt == "dense" else 64, dtype=torch.uint8)
-    return Packed(values, pattern, scales, (ROWS, COLUMNS), fmt, 0 if fmt == "block8" else 1, bits or 8, 64)
+    pattern = torch.zeros(0 if fmt == "full" else 64, dtype=torch.uint8)
+    return Packed(
+        values,
+        pattern,
+        scales,
+        (ROWS, COLUMNS),
+        fmt,
+        0 if fmt == "block8" else 1,
+        f"int{bits}" if bits else "float",
+        64,
+    )
 
 
 def pointers(packed: Packed) -> dict[str, torch.dtype]:
-    values, pattern = gpu.Layout.of(packed).read(packed)
+    values, pattern = triton_kernel.TileLayout.of(packed).read(packed)
     return {
         **dict.fromkeys(("x_ptr", "y_ptr", "scales", "bias", "dense"), torch.bfloat16),
         **dict.fromkeys(("starts", "table", "counts"), torch.int32),
@@ -80,15 +89,20 @@ def compiled(kernel: Any, packed: Packed, constants: dict[str, Any], capability:
 
 def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     """Name, kernel, constants and entries of S in one tile."""
-    layout, scaled = gpu.Layout.of(packed), packed.scales_N is not None
+    layout, scaled = triton_kernel.TileLayout.of(packed), packed.scales_N is not None
     common, tile = layout.constants(), layout.GROUP * layout.GROUPS
     for count in tokens:
         constants = {**common, "SCALED": scaled, "BIASED": True, "ALONE": True, "WIDE": False, "stride_k": 1}
-        constants |= {"BLOCK_T": count, "ROWS": gpu.ROWS}
-        yield f"multiply, {count} tokens", gpu._multiply_kernel, constants, gpu.ROWS * tile
-    yield "decode", gpu._decode_kernel, common | {"SCALED": scaled, "ROWS": gpu.DECODED_ROWS}, gpu.DECODED_ROWS * tile
+        constants |= {"BLOCK_T": count, "ROWS": triton_kernel.ROWS}
+        yield f"multiply, {count} tokens", triton_kernel._multiply_kernel, constants, triton_kernel.ROWS * tile
+    yield (
+        "decode",
+        triton_kernel._decode_kernel,
+        common | {"SCALED": scaled, "ROWS": triton_kernel.DECODED_ROWS},
+        triton_kernel.DECODED_ROWS * tile,
+    )
     if layout.counts:
-        yield "count", gpu._count_kernel, common | {"ROWS": gpu.ROWS}, gpu.ROWS * tile
+        yield "count", triton_kernel._count_kernel, common | {"ROWS": triton_kernel.ROWS}, triton_kernel.ROWS * tile
 
 
 def tool(name: str, binary: bytes, *options: str) -> str:

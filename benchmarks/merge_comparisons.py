@@ -28,8 +28,8 @@ def main() -> None:
     for part in parts:
         for fields in part.pop("runs"):
             run = Run(**{**fields, "formats": tuple(fields["formats"])})
-            runs[run.method, run.target_bytes, run.seed] = run
-    ordered = sorted(runs.values(), key=lambda run: (-run.target_bytes, run.seed))
+            runs[run.method, run.bits, run.seed] = run
+    ordered = sorted(runs.values(), key=lambda run: (-run.bits, run.seed))
     methods = list(dict.fromkeys(run.method for run in ordered))
     ordered.sort(key=lambda run: methods.index(run.method))
     merged = Comparison(first["metric"], first["higher_is_better"], first["original"], tuple(ordered))

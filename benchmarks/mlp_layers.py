@@ -32,42 +32,42 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fips.formats.packing import BITMASK, DENSE, ValueKind, parse_nm
+from fips.formats.patterns import BITMASK, FULL, pattern_named
 from fips.kernels import cpu
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.record import environment
 
 SHAPES = {"deit": (768, 3072, (1, 16, 197)), "llama": (2048, 8192, (1, 16, 512))}
-# name: rank over width (None: no basis), format, kept fraction, values
-Kind = tuple[float | None, str, float, ValueKind]
+# name: rank over width (None: no basis), format, density, values
+Kind = tuple[float | None, str, float, str]
 KINDS: dict[str, dict[str, Kind]] = {
     "0.25-0.30": {
-        "int4, all kept": (None, DENSE, 1.0, "int4"),
+        "int4, all kept": (None, FULL, 1.0, "int4"),
         "pruned, int6": (None, BITMASK, 0.6, "int6"),
         "pruned, int8": (None, BITMASK, 0.44, "int8"),
         "pruned, bf16": (None, BITMASK, 0.22, "float"),
         "pruned 4:16, bf16": (None, "4:16", 0.25, "float"),
         "basis r=0.47d, bf16": (0.47, BITMASK, 0.5, "float"),
-        "basis r=0.47d, int8 all kept": (0.47, DENSE, 1.0, "int8"),
+        "basis r=0.47d, int8 all kept": (0.47, FULL, 1.0, "int8"),
         "basis r=0.33d, bf16": (0.33, BITMASK, 0.7, "float"),
     },
     "0.50-0.55": {
-        "int8, all kept": (None, DENSE, 1.0, "int8"),
+        "int8, all kept": (None, FULL, 1.0, "int8"),
         "pruned, bf16": (None, BITMASK, 0.47, "float"),
         "pruned, int8": (None, BITMASK, 0.9, "int8"),
         "basis r=0.75d, bf16": (0.75, BITMASK, 0.63, "float"),
-        "basis r=0.94d, int8 all kept": (0.94, DENSE, 1.0, "int8"),
+        "basis r=0.94d, int8 all kept": (0.94, FULL, 1.0, "int8"),
     },
 }
 GROUP = 12
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def make_layers(width: int, columns: int, kind: Kind, *, role: str, copies: int) -> list[FactoredLinear]:
-    ratio, fmt, kept, values = kind
+def make_layers(width: int, hidden: int, kind: Kind, *, role: str, copies: int) -> list[FactoredLinear]:
+    ratio, fmt, density, values = kind
     rank = width if ratio is None else round(ratio * width / 64) * 64
-    factor = torch.randn(rank, columns)
-    mask = _mask(factor if role == "down" else factor.T, fmt, kept)
+    factor = torch.randn(rank, hidden)
+    mask = _mask(factor if role == "down" else factor.T, fmt, density)
     mask = mask if role == "down" else mask.T
     layers: list[FactoredLinear] = []
     basis: SharedBasis | None = None
@@ -82,7 +82,7 @@ def make_layers(width: int, columns: int, kind: Kind, *, role: str, copies: int)
             )
         else:
             layer = FactoredLinear(
-                basis, role=role, columns=columns, nonzeros=first.nonzeros, fmt=fmt, dtype=torch.bfloat16,
+                basis, role=role, hidden=hidden, kept=first.kept, fmt=fmt, dtype=torch.bfloat16,
                 width=width if basis is None else None, values=first.kind,
             )  # fmt: skip
             layer.load_state_dict(first.state_dict())
@@ -91,12 +91,12 @@ def make_layers(width: int, columns: int, kind: Kind, *, role: str, copies: int)
     return layers
 
 
-def _mask(matrix: Tensor, fmt: str, kept: float) -> Tensor:
-    nm = parse_nm(fmt)
-    if nm is not None:
-        order = torch.rand(matrix.numel() // nm[1], nm[1]).argsort(1)
-        return (order < nm[0]).view(matrix.shape)
-    return torch.ones_like(matrix, dtype=torch.bool) if fmt == DENSE else torch.rand(matrix.shape) < kept
+def _mask(matrix: Tensor, fmt: str, density: float) -> Tensor:
+    pattern = pattern_named(fmt)
+    if pattern.group_kept is not None and fmt != FULL:
+        order = torch.rand(matrix.numel() // pattern.group, pattern.group).argsort(1)
+        return (order < pattern.group_kept).view(matrix.shape)
+    return torch.ones_like(matrix, dtype=torch.bool) if fmt == FULL else torch.rand(matrix.shape) < density
 
 
 def cycle(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> Callable[[int], Tensor]:
@@ -142,15 +142,15 @@ def limits(dtype: torch.dtype) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure(shape: str, *, copies: int, seconds: float, float32_only: bool) -> list[dict[str, object]]:
-    width, columns, token_counts = SHAPES[shape]
+    width, hidden, token_counts = SHAPES[shape]
     rows = []
     for role in ("up", "down"):
-        out, inner = (columns, width) if role == "up" else (width, columns)
+        out, inner = (hidden, width) if role == "up" else (width, hidden)
         dense = [torch.randn(out, inner, dtype=torch.bfloat16) for _ in range(copies)]
         wide = [weight.float() for weight in dense[: copies // 2]]
         for level, kinds in KINDS.items():
             for name, kind in kinds.items():
-                layers = make_layers(width, columns, kind, role=role, copies=copies)
+                layers = make_layers(width, hidden, kind, role=role, copies=copies)
                 rounded = rounding(layers) if kind[3] != "float" else []
                 for tokens in token_counts:
                     x = torch.randn(tokens, inner)
@@ -199,8 +199,8 @@ def main() -> None:
     parser.add_argument("--float32-only", action="store_true", help="float32 tokens, and no dense bfloat16 layers")
     args = parser.parse_args()
     torch.manual_seed(0)
-    width, columns, _ = SHAPES[args.shape]
-    copies = max(4, args.megabytes * 10**6 // (width * columns * 2))
+    width, hidden, _ = SHAPES[args.shape]
+    copies = max(4, args.megabytes * 10**6 // (width * hidden * 2))
     dtype = torch.float32 if args.float32_only else torch.bfloat16
     best = limits(dtype)
     rows = measure(args.shape, copies=copies, seconds=args.seconds, float32_only=args.float32_only)
@@ -213,7 +213,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "commit": commit,
         "environment": {**environment(torch.device("cpu")), "kernels": list(cpu.isa_names())},
-        "shape": {"width": width, "columns": columns, "copies": copies},
+        "shape": {"width": width, "hidden": hidden, "copies": copies},
         "limits": best,
         "results": rows,
     }

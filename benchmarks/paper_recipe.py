@@ -76,7 +76,7 @@ def measure(job: dict[str, Any], budget: float, seed: int) -> dict[str, Any]:
         "seed": seed,
         "evaluation": evaluation,
         "file_bytes": size,
-        "mlp": record["mlp"],
+        "mlp": record["layers"],
         "seconds": record["seconds"],
         "peak_memory_bytes": record["peak_memory_bytes"],
         "groups": record["results"],

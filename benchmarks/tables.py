@@ -67,6 +67,16 @@ def quality(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
+def asked(run: dict[str, Any]) -> float:
+    """The size asked for as a fraction of 16 bits, as older results have it."""
+    return float(run["bits"] / REFERENCE_BITS if "bits" in run else run["target_bytes"])
+
+
+def stored(run: dict[str, Any]) -> float:
+    """The size measured, likewise."""
+    return float(run["stored_bits"] / REFERENCE_BITS if "stored_bits" in run else run["stored_bytes"])
+
+
 class Comparison:
     """The runs of one ``fips compare``, by method and size asked for."""
 
@@ -75,14 +85,14 @@ class Comparison:
         self.original: float = self.fields["original"]
 
     def runs(self, method: str, size: float) -> list[dict[str, Any]]:
-        return [run for run in self.fields["runs"] if (run["method"], run["target_bytes"]) == (method, size)]
+        return [run for run in self.fields["runs"] if (run["method"], asked(run)) == (method, size)]
 
     def quality(self, method: str, size: float) -> float | None:
         runs = self.runs(method, size)
         return median(run["quality"] for run in runs) if runs else None
 
     def bits(self, method: str, size: float) -> float:
-        return REFERENCE_BITS * float(median(run["stored_bytes"] for run in self.runs(method, size)))
+        return REFERENCE_BITS * float(median(stored(run) for run in self.runs(method, size)))
 
     def cell(self, method: str, size: float, digits: int, *, always: bool = False) -> str:
         """The quality, and the bits in brackets where they are not those asked for."""
@@ -101,7 +111,7 @@ def file_sizes(name: str) -> dict[str, int]:
         wanted = f"{labels[name]}, stored MLP bytes 0.30 of 16-bit dense"
         found = next(run for run in load("end-to-end-zen4")["results"] if run["directory"] == wanted)
         return {"before": found["file_bytes"]["dense"], "after": found["file_bytes"]["compressed"]}
-    sizes = next(run for run in load("file-sizes")["results"] if (run["model"], run["target_bytes"]) == (name, 0.3))
+    sizes = next(run for run in load("file-sizes")["results"] if (run["model"], asked(run)) == (name, 0.3))
     return dict(sizes["file_bytes"])
 
 
@@ -132,7 +142,7 @@ def overview() -> str:
 
 def comparison(name: str) -> str:
     found, digits = Comparison(name), DIGITS[name]
-    sizes = sorted({run["target_bytes"] for run in found.fields["runs"]} - {0.35}, reverse=True)
+    sizes = sorted({asked(run) for run in found.fields["runs"]} - {0.35}, reverse=True)
     rows = [[label, *(found.cell(method, size, digits) for size in sizes)] for method, label in METHODS.items()]
     head = f"{MODELS[name]} (original {quality(found.original, digits)})"
     return markdown(
@@ -222,7 +232,8 @@ def solver_cost() -> str:
         up, down, sharing = (_seconds(row[part]) for part in ("up", "down", "sharing"))
         memory = [row[part]["solver_bytes"] for part in ("up", "down", "sharing") if "solver_bytes" in row[part]]
         most = f"{max(memory) / 1e9:.1f} GB" if memory else ""
-        rows.append([str(row["width"]), str(row["columns"]), up, down, sharing, f"{row['group_s']:,.0f} s", most])
+        hidden = row["hidden"] if "hidden" in row else row["columns"]  # the name in files of earlier versions
+        rows.append([str(row["width"]), str(hidden), up, down, sharing, f"{row['group_s']:,.0f} s", most])
     head = ["width", "hidden", "one `up` matrix", "one `down` matrix", "trial of sharing", "gated group of 4 blocks",
             "memory above the layers"]  # fmt: skip
     return markdown(head, rows)

@@ -21,9 +21,9 @@ from typing import Any
 from paper_recipe import fips, image_job
 
 JOBS: dict[str, list[str]] = {
-    "fips, target_bytes 0.3": ["--target-bytes", "0.3", "--num-samples", "1024"],
+    "fips, 4.8 bits": ["--bits", "4.8", "--num-samples", "1024"],
     "fips-paper, budget 0.5 (0.61 of the bytes)": ["--recipe", "paper", "--budget", "0.5"],
-    "fips, target_bytes 0.5": ["--target-bytes", "0.5", "--num-samples", "1024"],
+    "fips, 8 bits": ["--bits", "8.0", "--num-samples", "1024"],
 }
 
 
@@ -57,7 +57,7 @@ def main() -> None:
                 "relative_error": sum(errors) / len(errors),
                 "relative_error_start": sum(group["relative_error_start"] for group in done["results"]) / len(errors),
                 "headline": quality["headline"],
-                "mlp": done["mlp"],
+                "mlp": done["layers"],
                 "environment": done["environment"],
             }
         )

@@ -13,7 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fips.formats.packing import code_bits, packed_length, parse_nm, pattern_bytes, value_bits
+from fips.formats.patterns import pattern_in_file
+from fips.formats.values import packed_length, values_named
 
 WEIGHTS, INDEX, MANIFEST = "model.safetensors", "model.safetensors.index.json", "fips_manifest.json"
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -362,7 +363,7 @@ def rebuild_layer(rng: Random, directory: Path) -> str:
     entry["nonzeros"] = max(0, kept + rng.choice([0, 0, 0, 0, 0, 0, 1, -1, 8, -8, 1000]))
     for key in ("values", "pattern", "scales"):
         tensors.entries.pop(f"{name}.{key}", None)
-    bits = value_bits(entry["values"])
+    bits = values_named(entry["values"]).bits
     if bits is None:
         dtype = rng.choice(["F32", "BF16", "F16", "F64"])
         tensors.entries[f"{name}.values"] = (dtype, [entry["nonzeros"]], b"\x3c" * entry["nonzeros"] * SIZES[dtype])
@@ -379,16 +380,16 @@ def rebuild_layer(rng: Random, directory: Path) -> str:
 
 def random_pattern(rng: Random, size: int, fmt: str) -> tuple[bytes, int]:
     """A pattern of a format and the entries it keeps; now and then N:M codes that stand for nothing."""
-    nm = parse_nm(fmt)
-    length = pattern_bytes(size=size, fmt=fmt)
+    pattern = pattern_in_file(fmt)
+    length = pattern.nbytes(size)
     if fmt == "dense":
         return b"", size
-    if nm is not None:
-        groups, bits = size // nm[1], code_bits(*nm)
-        codes = [rng.randrange(math.comb(nm[1], nm[0])) for _ in range(groups)]
+    if pattern.group_kept is not None:
+        groups, bits = size // pattern.group, pattern.group_bits
+        codes = [rng.randrange(math.comb(pattern.group, pattern.group_kept)) for _ in range(groups)]
         stream = sum(code << (at * bits) for at, code in enumerate(codes))
         random = rng.random() < 0.2
-        return rng.randbytes(length) if random else stream.to_bytes(length, "little"), groups * nm[0]
+        return rng.randbytes(length) if random else stream.to_bytes(length, "little"), groups * pattern.group_kept
     block = int(fmt.removeprefix("block")) if fmt.startswith("block") else 1
     count = -(-size // block)
     bits_ = rng.getrandbits(count) if rng.random() < 0.8 else rng.getrandbits(8 * length)

@@ -20,6 +20,7 @@ With the library built with ``-DFIPS_SANITIZE=address``, reads and writes out of
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import json
@@ -53,13 +54,14 @@ from transformers import PreTrainedModel
 
 import fips
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
-from fips.models import locate_mlps
+from fips.models import locate_layers
 from fips.storage.layout import describe_layout, replace_linear
 
 STORED = Path(__file__).parent / "fixtures"
 HANG_S = 20.0
 MEMORY_BYTES = 256 << 20
 CASES_OF_A_WORKER = 200
+LIBC = ctypes.CDLL(None)
 Loader = Callable[[Path], PreTrainedModel]
 
 
@@ -71,25 +73,23 @@ class Recipe:
     """A tiny model packed in some formats, layer after layer; no compression, the values are those of the weights."""
 
     family: str
-    storages: tuple[tuple[str, fips.layers.linear.ValueKind], ...]
+    storages: tuple[tuple[str, str], ...]
     rank: int | None = None
     shard: str | int = "5GB"
     layers: int = 1
 
 
 RECIPES = {
-    "basis": Recipe("llama", (("bitmask", "float"), ("dense", "int8"), ("4:16", "int5")), rank=16),
+    "basis": Recipe("llama", (("bitmask", "float"), ("full", "int8"), ("4:16", "int5")), rank=16),
     "patterns": Recipe("llama", (("2:4", "float"), ("4:16", "int8"), ("1:2", "int4"), ("8:16", "float")), layers=2),
     "blocks": Recipe(
         "llama", (("block4", "float"), ("block8", "int8"), ("block8", "float"), ("block4", "int6")), layers=2
     ),
-    "narrow": Recipe(
-        "llama", (("bitmask", "int4"), ("dense", "int3"), ("bitmask", "int7"), ("dense", "int2")), layers=2
-    ),
-    "conv1d": Recipe("gpt2", (("bitmask", "float"), ("4:16", "int4"), ("dense", "int8")), layers=2),
-    "sharded": Recipe("llama", (("bitmask", "int8"), ("dense", "float")), shard=20_000),
-    "images": Recipe("vit", (("bitmask", "int8"), ("dense", "int4"))),
-    "shared-16-bit": Recipe("gemma3_text", (("bitmask", "float"), ("dense", "int6")), rank=16),
+    "narrow": Recipe("llama", (("bitmask", "int4"), ("full", "int3"), ("bitmask", "int7"), ("full", "int2")), layers=2),
+    "conv1d": Recipe("gpt2", (("bitmask", "float"), ("4:16", "int4"), ("full", "int8")), layers=2),
+    "sharded": Recipe("llama", (("bitmask", "int8"), ("full", "float")), shard=20_000),
+    "images": Recipe("vit", (("bitmask", "int8"), ("full", "int4"))),
+    "shared-16-bit": Recipe("gemma3_text", (("bitmask", "float"), ("full", "int6")), rank=16),
 }
 
 
@@ -108,12 +108,12 @@ def packed_model(recipe: Recipe) -> PreTrainedModel:
     if recipe.family.startswith("gemma"):
         model.to(torch.bfloat16)
     bases: dict[int, SharedBasis] = {}
-    sites = [site for mlp in locate_mlps(model).mlps for site in mlp.sites]
+    sites = [site for sublayer in locate_layers(model).sublayers for site in sublayer.sites]
     for index, site in enumerate(sites):
         dense = model.get_submodule(site.name)
         weight = dense.weight.detach().float()
         weight = weight.T if site.conv1d else weight
-        factor = weight.T if site.role == "up" else weight  # (width, columns)
+        factor = weight.T if site.role == "up" else weight  # (width, hidden)
         basis = None
         if recipe.rank is not None:
             basis = bases.setdefault(site.width, _random_basis(site.width, recipe.rank, dense.weight.dtype, generator))
@@ -138,7 +138,7 @@ def _random_mask(factor_RF: torch.Tensor, fmt: str, role: str, generator: torch.
     """A support that the format can hold, laid out as the factor is."""
     rows, cols = factor_RF.shape[::-1] if role == "up" else factor_RF.shape
     noise = torch.rand(rows, cols, generator=generator)
-    if fmt == "dense":
+    if fmt == "full":
         mask = torch.ones(rows, cols, dtype=torch.bool)
     elif ":" in fmt:
         n, m = map(int, fmt.split(":"))
@@ -293,7 +293,12 @@ def vars_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def _reset_peak() -> int:
-    """Forget the most memory held so far (Linux); returns what is held now."""
+    """Forget the most memory held so far (Linux); returns what is held now.
+
+    First what was freed goes back to the system: used again, it would not be seen to grow.
+    """
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _peak()
 

@@ -13,7 +13,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "fips"
 
 ROOMS = [
-    *("version", "errors", "signals", "optional", "config", "formats", "files", "kernels", "solve", "models", "layers"),
+    *("version", "errors", "signals", "optional", "formats", "config", "files", "kernels", "solve", "models", "layers"),
     *("plan", "calibration", "training", "record", "storage", "methods", "compress", "memory", "fips", "data"),
     *("evaluate", "integrations", "app", "recipes", "demo", "cli", "lm_eval"),
 ]

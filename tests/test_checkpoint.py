@@ -82,9 +82,13 @@ def test_types_survive(tmp_path: Path) -> None:
     tiny_model("gemma3_text").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     model = load_dense(str(tmp_path / "dense"))
     assert model.dtype == torch.bfloat16
-    calibration = {"steps": 2}
+    reconstruction = {"steps": 2}
     batches = batches_for(model)
-    fips.compress(model, batches, fips.CompressionConfig(method="fips-paper", budget=0.5, calibration=calibration))
+    fips.compress(
+        model,
+        batches,
+        fips.CompressionConfig(method="fips-paper", budget=0.5, reconstruction=reconstruction, precision="float32"),
+    )
     fips.save(model, tmp_path / "out")
     loaded = fips.load(tmp_path / "out")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
@@ -154,7 +158,7 @@ def test_a_wrong_layout_is_refused(copy: Path, change: Callable[[dict[str, Any]]
 
 def test_rounded_inputs_travel_with_the_model(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    fips.compress(model, batches_for(model), fips.CompressionConfig(target_bytes=0.4, activation_bits=8))
+    fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.4, activation_bits=8))
     fips.save(model, tmp_path / "model")
     layers = factored_layers(fips.load(tmp_path / "model"))
     stored = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["layers"]

@@ -76,12 +76,12 @@ def test_inspect_lists_layers_and_changes_nothing(vit_directory: Path, capsys: C
     before = {path: path.stat().st_mtime_ns for path in vit_directory.iterdir()}
     assert main(["inspect", str(vit_directory)]) == 0
     out = capsys.readouterr().out
-    for word in ("vit.layers.0.mlp", "fc1 (up", "g0", "MLPs", "model"):
+    for word in ("vit.layers.0.mlp", "fc1 (up", "g0", "layers", "model"):
         assert word in out
-    assert main(["inspect", str(vit_directory), "--json", "--budget", "0.25", "--group-size", "2"]) == 0
+    assert main(["inspect", str(vit_directory), "--json", "--budget", "0.25", "--share-blocks", "2"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [group["blocks"] for group in plan["groups"]] == [["vit.layers.0", "vit.layers.1"], ["vit.layers.2"]]
-    assert plan["mlp"]["factored"]["parameters"] <= 0.25 * plan["mlp"]["dense"]["parameters"]
+    assert plan["layers"]["factored"]["parameters"] <= 0.25 * plan["layers"]["dense"]["parameters"]
     assert before == {path: path.stat().st_mtime_ns for path in vit_directory.iterdir()}
 
 
@@ -95,7 +95,7 @@ def test_compress_and_evaluate_images(vit_directory: Path, images: Path, tmp_pat
     assert record["source"] == str(vit_directory)
     assert {"preprocessor_config.json", "config.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
     recipe = fips.Recipe.load(out / "fips_recipe.yaml")
-    assert recipe.compression.calibration.steps == 3
+    assert recipe.compression.reconstruction.steps == 3
     assert recipe.compression.budget == 0.5
     for source in (vit_directory, out):
         assert main(["evaluate", str(source), "--data", str(images), "--json"]) == 0
@@ -120,6 +120,7 @@ def test_compress_and_evaluate_text(llama_directory: Path, text: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["paper-deit-b", "paper-llama-3.1-8b"])
+@pytest.mark.slow
 def test_dry_run_plans_a_recipe_without_weights_or_data(name: str, capsys: Capture) -> None:
     assert main(["compress", "--recipe", name, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -128,21 +129,22 @@ def test_dry_run_plans_a_recipe_without_weights_or_data(name: str, capsys: Captu
     assert "25.0%" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_writes_table_json_and_plot(vit_directory: Path, images: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "compared"
-    methods = "fips,no-sharing+values=float,fips-paper+calibration.steps=2,sparsegpt,wanda,svd-llm,basis-sharing"
+    methods = "fips,no-sharing+values=float,fips-paper+reconstruction.steps=2,sparsegpt,wanda,svd-llm,basis-sharing"
     command = ["compare", str(vit_directory), "--data", str(images), "--output", str(out), "--methods", methods]
-    assert main([*command, "--bytes", "0.05,0.5", "--seeds", "0,1", "--num-samples", "8", "--batch-size", "4"]) == 0
+    assert main([*command, "--bits", "0.8,8", "--seeds", "0,1", "--num-samples", "8", "--batch-size", "4"]) == 0
     assert "does not fit" in capsys.readouterr().out
     result = json.loads((out / "compare.json").read_text())
     assert result["metric"] == "top1_percent"
     assert len(result["runs"]) == 7 * 2 * 2
     for run in result["runs"]:
         assert (run["quality"] is None) == (run["failure"] is not None)
-        assert run["stored_bytes"] is None or run["stored_bytes"] <= run["target_bytes"]
-    assert {run["method"] for run in result["runs"] if run["target_bytes"] == 0.5 and run["failure"]} == set()
-    ours = [run["stored_bytes"] for run in result["runs"] if (run["method"], run["target_bytes"]) == ("fips", 0.5)]
-    assert min(ours) > 0.45  # layers kept whole have the size of their bits
+        assert run["stored_bits"] is None or run["stored_bits"] <= run["bits"]
+    assert {run["method"] for run in result["runs"] if run["bits"] == 8 and run["failure"]} == set()
+    ours = [run["stored_bits"] for run in result["runs"] if (run["method"], run["bits"]) == ("fips", 8)]
+    assert min(ours) > 7.2  # layers kept whole have the size of their bits
     assert f"| fips | {sum(ours) / 2:.3f} |" in (out / "compare.md").read_text()
 
 
@@ -162,13 +164,13 @@ BAD_INPUT: dict[str, Case] = {
         ["compress", "VIT", "--data", "IMAGES", "--budget", "0.001", "--method", "fips-paper"], 2, "smallest `budget`"
     ),
     "bytes below the patterns": (
-        ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.01"], 2, "the smallest `target_bytes`"
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "0.16"], 2, "the smallest `bits`"
     ),
-    "budget and bytes": (
-        ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.5", "--budget", "0.5"], 2, "got both"
+    "budget and bits": (
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "8.0", "--budget", "0.5"], 2, "got both"
     ),
     "strange group": (
-        ["compress", "VIT", "--data", "IMAGES", "--target-bytes", "0.5", "--group", "some"], 2, "`--group` wants"
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "8.0", "--group", "some"], 2, "`--group` wants"
     ),
     "unknown method to compare": (
         ["compare", "VIT", "--data", "IMAGES", "--output", "OUT", "--methods", "fips,magic"], 2, "`method`"
@@ -233,6 +235,7 @@ def test_a_full_output_directory_is_refused_before_the_model_is_read(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_an_interrupt_exits_cleanly_and_leaves_nothing(
     number: signal.Signals, vit_directory: Path, images: Path, tmp_path: Path
@@ -257,7 +260,7 @@ def test_an_interrupt_exits_cleanly_and_leaves_nothing(
     )
     assert process.stderr is not None
     seen = b""
-    while b"calibrate" not in seen:
+    while b"reconstruct" not in seen:
         line = process.stderr.readline()
         assert line, seen.decode()
         seen += line

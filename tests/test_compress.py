@@ -13,18 +13,20 @@ from transformers import PreTrainedModel
 
 import fips
 from fips.compress import ProgressEvent
-from fips.formats.packing import unpack_mask
+from fips.formats.patterns import pattern_named
 from fips.layers.linear import factored_layers
 from fips.methods.workbench import dense_matrix
-from fips.models import group_mlps, locate_mlps
+from fips.models import group_layers, locate_layers
 from fips.plan.footprint import state_bytes
 from fips.training.factors import TrainableGroup
-from fips.training.reconstruct import calibrate_
+from fips.training.reconstruct import reconstruct_
 
 
 def settings(**changes: Any) -> fips.CompressionConfig:
-    calibration = {"steps": 12, "update_every": 3, "learning_rate": 3e-3, "precision": "float32"}
-    return fips.CompressionConfig(**{"method": "fips-paper", "budget": 0.6, "calibration": calibration, **changes})
+    reconstruction = {"steps": 12, "update_every": 3, "learning_rate": 3e-3}
+    return fips.CompressionConfig(
+        **{"method": "fips-paper", "budget": 0.6, "reconstruction": reconstruction, "precision": "float32", **changes}
+    )
 
 
 def logits_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -33,6 +35,7 @@ def logits_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_compress_save_load_merge(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     batches = batches_for(model)
@@ -60,16 +63,17 @@ def test_compress_save_load_merge(family: str, tmp_path: Path) -> None:
         {"pattern": "4:16"},
         {"pattern": "2:4", "schedule": "static"},
         {"schedule": "rigl"},
-        {"threshold": "layer"},
+        {"threshold_scope": "layer"},
         {"sparsity": 0.0},
         {"factor_dtype": "bfloat16"},
-        {"group_size": 1},
+        {"share_blocks": 1},
         {"groups": [[0, 2]]},
         {"targets": ["self_attn.o_proj", "down_proj"]},
-        {"calibration": {"steps": 0}},
+        {"reconstruction": {"steps": 0}},
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_every_setting_has_the_predicted_size_and_loads_exactly(changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model("llama")
     batches = batches_for(model)
@@ -77,8 +81,8 @@ def test_every_setting_has_the_predicted_size_and_loads_exactly(changes: dict[st
     for group in report.plan["groups"]:
         assert group["factored"]["parameters"] <= 0.6 * group["dense"]["parameters"]
     layers = factored_layers(model)
-    nonzeros = sum(layer.values.numel() for layer in layers.values())
-    assert nonzeros == sum(group["nonzeros"] for group in report.plan["groups"])
+    kept = sum(layer.values.numel() for layer in layers.values())
+    assert kept == sum(group["kept"] for group in report.plan["groups"])
     assert fips.save(model, tmp_path / "out") == report.plan["compressed_model"]["bytes"]
     loaded = fips.load(tmp_path / "out")
     assert torch.equal(logits_of(loaded, batches[1]), logits_of(model, batches[1]))
@@ -87,11 +91,13 @@ def test_every_setting_has_the_predicted_size_and_loads_exactly(changes: dict[st
 @pytest.mark.parametrize("schedule", ["static", "gmp", "rigl"])
 def test_every_schedule_ends_exactly_at_its_sparsity(schedule: str) -> None:
     model = tiny_model("vit")
-    fips.compress(model, batches_for(model), settings(schedule=schedule, sparsity=0.8, threshold="layer"))
+    fips.compress(model, batches_for(model), settings(schedule=schedule, sparsity=0.8, threshold_scope="layer"))
     for layer in factored_layers(model).values():
         size = layer.factor_shape[0] * layer.factor_shape[1]
         assert layer.values.numel() == int(0.2 * size + 1e-6)
-        assert int(unpack_mask(layer.pattern, shape=layer.factor_shape, fmt=layer.fmt).sum()) == layer.values.numel()
+        assert (
+            int(pattern_named(layer.fmt).unpack_mask(layer.pattern, layer.factor_shape).sum()) == layer.values.numel()
+        )
 
 
 def test_nm_holds_along_the_reduction_of_both_roles() -> None:
@@ -109,12 +115,12 @@ def test_matrices_that_share_a_subspace_are_reproduced() -> None:
     model = tiny_model("vit")
     batches = batches_for(model)
     subspace = torch.linalg.qr(torch.randn(32, 20, generator=torch.Generator().manual_seed(3))).Q
-    for site in (site for mlp in locate_mlps(model).mlps for site in mlp.sites):
+    for site in (site for sublayer in locate_layers(model).sublayers for site in sublayer.sites):
         weight = model.get_submodule(site.name).weight
         projected = subspace @ (subspace.T @ dense_matrix(model, site))
         weight.data = projected.T.contiguous() if site.role == "up" else projected
     expected = logits_of(model, batches[0])
-    config = settings(budget=1.0, sparsity=0.0, calibration={"steps": 0, "precision": "float32"})
+    config = settings(budget=1.0, sparsity=0.0, reconstruction={"steps": 0}, precision="float32")
     report = fips.compress(model, batches, config)
     assert report.plan["groups"][0]["rank"] == 30
     torch.testing.assert_close(logits_of(model, batches[0]), expected, atol=1e-6, rtol=1e-4)
@@ -122,8 +128,10 @@ def test_matrices_that_share_a_subspace_are_reproduced() -> None:
 
 def test_calibration_lowers_the_block_error() -> None:
     model = tiny_model("vit")
-    calibration = {"steps": 60, "update_every": 10, "learning_rate": 5e-3, "precision": "float32"}
-    report = fips.compress(model, batches_for(model), settings(calibration=calibration, schedule="rigl"))
+    reconstruction = {"steps": 60, "update_every": 10, "learning_rate": 5e-3}
+    report = fips.compress(
+        model, batches_for(model), settings(reconstruction=reconstruction, precision="float32", schedule="rigl")
+    )
     result = report.groups[0]
     assert result["relative_error_final"] < 0.5 * result["relative_error_start"]
     assert result["loss_last_step"] < result["loss_first_step"]
@@ -133,7 +141,7 @@ def test_the_loss_is_the_sum_of_block_errors_on_original_activations() -> None:
     """First step against an independent computation: dense blocks with W replaced by B (F * mask)."""
     model = tiny_model("vit")
     batch = batches_for(model, count=1)
-    config = settings(schedule="static", calibration={"steps": 1, "precision": "float32"})
+    config = settings(schedule="static", reconstruction={"steps": 1}, precision="float32")
     reference = tiny_model("vit")
     states: list[Tensor] = []
     hooks = [b.register_forward_pre_hook(lambda _, args: states.append(args[0])) for b in reference.vit.layers]
@@ -141,7 +149,7 @@ def test_the_loss_is_the_sum_of_block_errors_on_original_activations() -> None:
     logits_of(reference, batch[0])
     for hook in hooks:
         hook.remove()
-    sites = [site for mlp in locate_mlps(reference).mlps for site in mlp.sites]
+    sites = [site for sublayer in locate_layers(reference).sublayers for site in sublayer.sites]
     weights = [dense_matrix(reference, site).double() for site in sites]
     u, s, vh = torch.linalg.svd(torch.cat(weights, dim=1), full_matrices=False)
     rank = int(0.6 * 32 * 480 / (32 + 0.25 * 480))
@@ -150,7 +158,7 @@ def test_the_loss_is_the_sum_of_block_errors_on_original_activations() -> None:
     kept = int(0.25 * factor.numel())
     factor = factor * (factor.abs() >= factor.abs().flatten().sort(descending=True).values[kept - 1])
     basis = torch.cat([u, torch.zeros(32, extra, dtype=torch.float64)], dim=1)
-    for site, part in zip(sites, factor.split([site.columns for site in sites], dim=1), strict=True):
+    for site, part in zip(sites, factor.split([site.hidden for site in sites], dim=1), strict=True):
         product = (basis @ part).float()
         layer = reference.get_submodule(site.name)
         layer.weight.data = product.T.contiguous() if site.role == "up" else product
@@ -174,7 +182,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
 def test_the_memory_bound_does_not_change_the_result() -> None:
     def values(limit: int) -> tuple[list[Tensor], int]:
         model = tiny_model("llama")
-        config = settings(calibration={"steps": 6, "activation_memory": limit, "precision": "float32"})
+        config = settings(reconstruction={"steps": 6}, activation_memory=limit, precision="float32")
         report = fips.compress(model, batches_for(model), config)
         return [layer.values.detach() for layer in factored_layers(model).values()], report.activation_file_bytes
 
@@ -206,7 +214,7 @@ def test_training_mode_and_cache_setting_come_back() -> None:
     assert all(layer.training for layer in factored_layers(model).values())
 
 
-@pytest.mark.parametrize("stage", ["record", "calibrate"])
+@pytest.mark.parametrize("stage", ["record", "reconstruct"])
 def test_an_interrupt_leaves_the_model_as_it_was(stage: str) -> None:
     model, original = tiny_model("vit"), tiny_model("vit")
     batches = batches_for(model)
@@ -216,7 +224,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(stage: str) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fips.compress(model, batches, settings(group_size=1), progress=interrupt)
+        fips.compress(model, batches, settings(share_blocks=1), progress=interrupt)
     assert factored_layers(model) == {}
     assert model.state_dict().keys() == original.state_dict().keys()
     assert torch.equal(logits_of(model, batches[0]), logits_of(original, batches[0]))
@@ -227,7 +235,7 @@ def test_progress_reports_every_step() -> None:
     model = tiny_model("vit")
     events: list[ProgressEvent] = []
     fips.compress(model, batches_for(model), settings(), progress=events.append)
-    steps = [event for event in events if event.stage == "calibrate"]
+    steps = [event for event in events if event.stage == "reconstruct"]
     assert [event.done for event in steps] == list(range(1, 13))
     assert all(event.total == 12 and event.loss is not None for event in steps)
     assert [event.done for event in events if event.stage == "record"][-1] == 4
@@ -268,13 +276,13 @@ def test_tensor_batches_work_for_plain_modules() -> None:
 def test_calibrating_a_group_moves_the_basis_jointly() -> None:
     """One basis, all factors: every parameter of the group gets a gradient step, the dense weights none."""
     model = tiny_model("vit")
-    groups = group_mlps(locate_mlps(model).mlps)
+    groups = group_layers(locate_layers(model).sublayers)
     weights = [dense_matrix(model, site) for site in groups[0].sites]
     from fips.calibration.record import ActivationSpool, record_blocks
     from fips.solve.svd import shared_svd
     from fips.training.factors import swapped
 
-    config = settings(schedule="static", sparsity=0.5, calibration={"steps": 1, "precision": "float32"})
+    config = settings(schedule="static", sparsity=0.5, reconstruction={"steps": 1}, precision="float32")
     basis, factors = shared_svd(weights, rank=20)
     group = TrainableGroup(basis, factors, groups[0].sites, [None] * len(weights), config, 0.5)
     blocks = {name: model.get_submodule(name) for name in groups[0].blocks}
@@ -282,7 +290,7 @@ def test_calibrating_a_group_moves_the_basis_jointly() -> None:
     with ActivationSpool(1 << 30) as spool:
         records = record_blocks(model, blocks, batches_for(model, count=1), spool, lambda m, b: m(**b))
         with swapped(model, group.modules):
-            losses = calibrate_(group, blocks, records, spool, torch.device("cpu"))
+            losses = reconstruct_(group, blocks, records, spool, torch.device("cpu"))
     assert len(losses) == 1
     assert not torch.equal(group.basis_DR.detach(), basis)
     for layer, factor in zip(group.layers, factors, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from typing import Any
 
@@ -11,6 +13,7 @@ from fips.app.commands import plan_source
 from fips.app.tables import format_bytes
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.errors import ConfigError
+from fips.methods.gptq import GptqConfig
 from fips.recipes import load_recipe, recipe_names
 
 
@@ -19,31 +22,39 @@ from fips.recipes import load_recipe, recipe_names
     [
         ({"budget": 0}, r"`budget`.*greater than 0, got 0"),
         ({"budget": 1.5}, r"`budget`.*less than or equal to 1, got 1.5"),
-        ({}, r"either `budget` .* or `target_bytes` .*, got neither"),
-        ({"budget": 0.5, "target_bytes": 0.5}, r"got both"),
-        ({"budget": 0.5, "sparsity": 0.5}, r"`sparsity` belongs to `method: fips-paper`"),
+        ({}, r"either `budget` .* or `bits` .*, got neither"),
+        ({"budget": 0.5, "bits": 8.0}, r"got both"),
+        ({"budget": 0.5, "sparsity": 0.5}, r"`sparsity` belongs to `method: fips-paper`, not to `method: fips`"),
         ({"budget": 0.5, "schedule": "gmp"}, r"starts from dense factors"),
         ({"budget": 0.5, "schedule": "rigl", "pattern": "block4"}, r"needs `pattern: unstructured`"),
         (
             {"budget": 0.5, "method": "svd", "values": "int8"},
-            r"`values: int8` needs `method: fips` or pruning, got `svd`",
+            r"`values` belongs to `method: fips` and .*`method: wanda`.*, not to `method: svd`",
+        ),
+        ({"budget": 0.5, "method": "magnitud"}, r"`method`: there is no `magnitud`; did you mean `magnitude`\?.*gptq"),
+        ({"budget": 0.5, "method": ["fips"]}, r"`method`: there is no"),
+        (
+            {"bits": 8.0, "method": "gptq", "reconstruction": {"steps": 1}},
+            r"`reconstruction` belongs to `method: fips` and `method: fips-paper`",
         ),
         ({"budget": 0.5, "activation_bits": 8}, r"`activation_bits` goes with integer `values`"),
-        ({"target_bytes": 0.5, "activation_bits": 4}, r"`activation_bits`.*8"),
-        ({"budget": 0.5, "method": "wanda", "distill": {"steps": 3}}, r"`distill` needs `method: fips`"),
-        ({"budget": 0.5, "method": "fips-paper", "sharing": "never"}, r"`sharing: never` needs `method: fips`"),
-        ({"budget": 0.5, "method": "sparsegpt", "sparsity": 0.5}, r"takes neither `pattern` nor `sparsity`"),
+        ({"bits": 8.0, "activation_bits": 4}, r"`activation_bits`.*8"),
+        ({"budget": 0.5, "method": "wanda", "distill": {"steps": 3}}, r"`distill` belongs to `method: fips`"),
+        ({"budget": 0.5, "method": "fips-paper", "sharing": "never"}, r"`sharing` belongs to `method: fips`"),
+        ({"budget": 0.5, "method": "sparsegpt", "sparsity": 0.5}, r"`sparsity` belongs to `method: fips-paper`"),
+        ({"budget": 0.5, "method": "wanda", "pattern": "2:4"}, r"`pattern` belongs to `method: fips` and"),
+        ({"budget": 0.5, "method": "wanda", "values": "auto"}, r"`values`.*unknown value format 'auto'.*int4"),
         (
             {"budget": 0.5, "sparsty": 1},
-            r"unknown field `sparsty`.*did you mean `sparsity`\?.*known fields: .*threshold",
+            r"unknown field `sparsty` of `method: fips`; did you mean `sparsity`\?.*known fields: .*sharing",
         ),
         (
-            {"budget": 0.5, "calibration": {"step": 1}},
-            r"unknown field `step` in CalibrationConfig; did you mean `steps`",
+            {"budget": 0.5, "reconstruction": {"step": 1}},
+            r"unknown field `step` in ReconstructionConfig; did you mean `steps`",
         ),
         ({"budget": 0.5, "pattern": "4-16"}, r"`pattern`"),
         ({"budget": 0.5, "pattern": "8:4"}, r"0 < N < M"),
-        ({"budget": 0.5, "pattern": "4:16", "sparsity": 0.5}, r"contradicts `pattern`"),
+        ({"budget": 0.5, "method": "fips-paper", "pattern": "4:16", "sparsity": 0.5}, r"contradicts `pattern`"),
         ({"budget": 0.5, "pattern": "4:16", "schedule": "rigl"}, r"needs `pattern: unstructured`"),
     ],
 )
@@ -62,6 +73,37 @@ def test_settings_are_frozen_and_replaced_with_validation() -> None:
         config.replace(budget=7)
 
 
+def test_settings_are_of_the_class_of_their_method() -> None:
+    for config in (CompressionConfig(bits=4.8, method="gptq"), GptqConfig(bits=4.8)):
+        assert type(config) is GptqConfig
+        assert config.method == "gptq"
+        assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
+    with pytest.raises(ConfigError, match="`method`"):
+        GptqConfig(bits=4.8, method="wanda")
+    text = "compression: {method: gptq, bits: 4.8, metric: {memory: 1GiB}}"
+    recipe = Recipe.from_yaml(text, name="r")
+    assert type(recipe.compression) is GptqConfig
+    assert Recipe.from_yaml(recipe.to_yaml(), name="r") == recipe
+
+
+def test_another_method_takes_over_the_settings_that_it_has_too() -> None:
+    fields = {
+        "sharing": "never",
+        "seed": 3,
+        "metric": {"memory": 5, "token_floor": 0.1},
+        "reconstruction": {"steps": 2},
+    }
+    config = CompressionConfig(bits=6.4, **fields)
+    other = config.replace(method="gptq")
+    assert type(other) is GptqConfig
+    assert (other.bits, other.seed, other.metric.memory) == (6.4, 3, 5)
+    paper = config.replace(method="fips-paper")
+    assert (paper.reconstruction.steps, paper.reconstruction.learning_rate) == (2, 4e-4)
+    assert config.replace(seed=4).sharing == "never"
+    with pytest.raises(ConfigError, match=r"`sharing` belongs to `method: fips`, not to `method: gptq`"):
+        config.replace(method="gptq", sharing="always")
+
+
 def test_sparsity_follows_the_pattern() -> None:
     assert CompressionConfig(method="fips-paper", budget=0.5).factor_sparsity == 0.75
     assert CompressionConfig(method="fips-paper", budget=0.5, pattern="2:4").factor_sparsity == 0.5
@@ -69,11 +111,12 @@ def test_sparsity_follows_the_pattern() -> None:
 
 
 def test_defaults_follow_the_method() -> None:
-    paper, ours = CompressionConfig(method="fips-paper", budget=0.5), CompressionConfig(target_bytes=0.5)
-    assert (paper.resolved_pattern, paper.calibration_steps, paper.value_kind) == ("unstructured", 600, "float")
-    assert (ours.method, ours.resolved_pattern, ours.calibration_steps, ours.value_kind) == ("fips", "auto", 0, "auto")
-    assert CompressionConfig(budget=0.5).value_kind == "float"
-    assert CompressionConfig(target_bytes=0.5, schedule="rigl").resolved_pattern == "unstructured"
+    paper, ours = CompressionConfig(method="fips-paper", budget=0.5), CompressionConfig(bits=8.0)
+    assert (paper.pattern, paper.schedule, paper.reconstruction.steps) == ("unstructured", "gmp", 600)
+    assert (ours.method, ours.pattern, ours.schedule, ours.reconstruction.steps) == ("fips", "auto", "static", 0)
+    assert [one.name for one in ours.value_choices] == ["int3", "int4", "int5", "int6", "int8"]
+    assert [one.name for one in CompressionConfig(budget=0.5).value_choices] == ["float"]
+    assert CompressionConfig(bits=8.0, schedule="rigl").resolved_pattern == "unstructured"
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -86,7 +129,7 @@ def test_a_recipe_survives_its_yaml(name: str) -> None:
     ("text", "message"),
     [
         ("compression: {budget: 0.5}\nmodle: x", r"recipe `r`: unknown field `modle` in Recipe; did you mean `model`"),
-        ("compression: {budget: 0.5, stepz: 1}", r"recipe `r`: unknown field `stepz` in CompressionConfig"),
+        ("compression: {budget: 0.5, stepz: 1}", r"recipe `r`: unknown field `stepz` of `method: fips`"),
         ("compression: [", r"recipe `r` is not valid YAML"),
         ("- 1", r"recipe `r` must be a mapping"),
     ],
@@ -95,6 +138,19 @@ def test_wrong_recipes_name_the_recipe_and_the_field(text: str, message: str) ->
     with pytest.raises(ConfigError, match=message) as error:
         Recipe.from_yaml(text, name="r")
     assert "\n" not in str(error.value)
+
+
+def test_recipes_that_earlier_versions_wrote_are_read() -> None:
+    """They hold the settings of all methods."""
+    text = (
+        "compression: {budget: 0.6, method: fips-paper, sharing: auto, metric: {temperature: 2.0}, growth_tau: 16.0,"
+        " distill: {steps: 0}, threshold: layer, ignore: [], calibration: {steps: 3, precision: float32}, seed: 1}"
+    )
+    wanted = CompressionConfig(
+        budget=0.6, method="fips-paper", growth_tau=16.0, threshold_scope="layer", seed=1,
+        reconstruction={"steps": 3}, precision="float32",
+    )  # fmt: skip
+    assert Recipe.from_yaml(text, name="r").compression == wanted
 
 
 def test_an_unknown_recipe_shows_the_closest() -> None:
@@ -133,7 +189,7 @@ def test_paper_recipes_plan_their_real_models(name: str) -> None:
     assert 0.499 < plan.factored.parameters / plan.dense.parameters <= 0.5
     itemsize = 2 if "gemma" in name or "llama" in name else 4
     assert plan.dense.bytes == plan.dense.parameters * itemsize
-    mask_bytes = sum(-(-group.rank * site.columns // 8) for group in plan.groups for site in group.group.sites)
+    mask_bytes = sum(-(-group.rank * site.hidden // 8) for group in plan.groups for site in group.group.sites)
     assert plan.factored.bytes == plan.factored.parameters * itemsize + mask_bytes
     assert plan.skipped == ()
 

@@ -6,8 +6,6 @@ import ast
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +15,8 @@ import typer.main
 
 from fips import FactoredLinear
 from fips.cli import app
-from fips.formats.packing import pack, pack_integers
+from fips.formats.patterns import pattern_named
+from fips.formats.values import pack_integers
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "fips"
@@ -142,7 +141,10 @@ def test_the_readme_example_uses_what_exists() -> None:
     assert [pair for pair in taken if not hasattr(scope[pair[0]], pair[1])] == []
 
 
-def test_the_readme_example_runs_on_fewer_tokens(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_readme_example_runs_on_fewer_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As it is shown, but on one block of the model and 512 tokens, so that it takes seconds."""
     (code,) = blocks(ROOT / "README.md", "python")
     quick = code.replace(":8192]", ":512]").replace("from_pretrained(MODEL_DIRECTORY", "from_pretrained(SMALL")
@@ -156,9 +158,9 @@ def test_the_readme_example_runs_on_fewer_tokens(tmp_path: Path) -> None:
         "AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, num_hidden_layers=1).save_pretrained(SMALL)\n"
         "AutoTokenizer.from_pretrained(MODEL_DIRECTORY).save_pretrained(SMALL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", prepare + quick], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"loss \d+\.\d{3} -> \d+\.\d{3}\n", done.stdout)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(prepare + quick, "README.md", "exec"), {})
+    assert re.fullmatch(r"loss \d+\.\d{3} -> \d+\.\d{3}\n", capsys.readouterr().out)
     assert (tmp_path / "smaller" / "model.safetensors").is_file()
 
 
@@ -179,7 +181,7 @@ def test_the_worked_example_is_what_is_packed() -> None:
     integers, mask, shown = worked_example()
     scales = torch.tensor([0.5, 0.0, 0.25, 2.0], dtype=torch.bfloat16)
     assert integers.shape == (4, 8)
-    kept, pattern = pack(integers, mask, fmt="bitmask")
+    kept, pattern = pattern_named("bitmask").pack(integers, mask)
     packed = {"values": pack_integers(kept, bits=4), "pattern": pattern, "scales": scales}
     assert {name: hexadecimal(tensor) for name, tensor in packed.items()} == shown
     matrix = integers.float() * scales.float().unsqueeze(1)

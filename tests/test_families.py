@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import fips
 from fips.layers.linear import factored_layers
-from fips.models import locate_mlps
+from fips.models import locate_layers
 
 IMAGES: dict[str, Any] = {**SMALL, "image_size": 32, "patch_size": 8, "num_labels": 10}
 ENCODER_DECODER = {"d_model": 32, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
@@ -41,7 +41,7 @@ class FamilyTests:
     def run(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, int]:
         """The compressed model, its directory and the predicted bytes."""
         model = self.model()
-        config = quick_settings(budget=0.6, group_size=2)
+        config = quick_settings(budget=0.6, share_blocks=2)
         report = fips.compress(model, [self.inputs(model, seed) for seed in range(2)], config)
         path = tmp_path_factory.mktemp(self.family) / "model"
         assert fips.save(model, path) == report.plan["compressed_model"]["bytes"]
@@ -107,8 +107,10 @@ class FamilyTests:
         original = self.model()
         original.save_pretrained(tmp_path / "original")
         model = type(original).from_pretrained(tmp_path / "original")
-        calibration = {"steps": 0, "precision": "float32"}
-        config = fips.CompressionConfig(method="fips-paper", budget=0.6, calibration=calibration)
+        reconstruction = {"steps": 0}
+        config = fips.CompressionConfig(
+            method="fips-paper", budget=0.6, reconstruction=reconstruction, precision="float32"
+        )
         fips.compress(model, [self.inputs(model, 0)], config)
         expected = self.outputs(model)
         model.save_pretrained(tmp_path / "packed")
@@ -159,4 +161,4 @@ def test_mixtral_experts_are_skipped_with_the_reason() -> None:
     with pytest.raises(fips.FipsError, match=r"`model\.layers\.0\.mlp\.experts`: 4 experts fused in tensors of shape"):
         fips.compress(model, [], fips.CompressionConfig(method="fips-paper", budget=0.5))
     with pytest.raises(fips.FipsError, match="no MLP to compress"):
-        locate_mlps(model)
+        locate_layers(model)

@@ -20,11 +20,11 @@ from dataclasses import replace
 from test_kernels import FORMATS, TOLERANCE, assert_close, exact, example, inputs, narrow
 
 from fips.errors import BackendError, ShapeError
-from fips.formats.packing import BLOCKS
-from fips.kernels import gpu, ops
-from fips.kernels.reference import Packed, in_place, to_dense
+from fips.formats.packed import Packed, in_place, to_dense
+from fips.formats.patterns import pattern_named
+from fips.kernels import triton_kernel
 from fips.layers.linear import FactoredLinear, SharedBasis
-from fips.models.locate import Role
+from fips.models.sites import Role
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,26 +37,29 @@ def moved(packed: Packed) -> Packed:
 
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.slow
 def test_the_triton_kernel_agrees_with_float64(fmt: str, values: torch.dtype) -> None:
-    for axis in (0, 1) if fmt in BLOCKS else (1,):
+    for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = example(fmt, (72, 144), dtype=values, axis=axis)
-        prepared = gpu.prepare(moved(packed))
+        prepared = triton_kernel.prepare(moved(packed))
         for dtype, tokens in ((torch.float32, 1), (torch.bfloat16, 17), (torch.float16, 3)):
             x, bias = inputs(tokens, 144, dtype), inputs(1, 72, dtype)[0]
-            y = gpu.multiply(x.to(DEVICE), prepared, bias.to(DEVICE)).cpu()
+            y = triton_kernel.multiply(x.to(DEVICE), prepared, bias.to(DEVICE)).cpu()
             # values are brought to the type of x before the product
             held = Packed(packed.values_Z.to(dtype).double() if values != torch.int8 else packed.values_Z,
-                          packed.pattern, packed.scales_N, packed.shape, packed.fmt, packed.block_axis)  # fmt: skip
+                          packed.pattern, packed.scales_N, packed.shape, packed.fmt, packed.block_axis,
+                          packed.value_format)  # fmt: skip
             assert_close(y, exact(x, held, bias), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.slow
 def test_narrow_integers_are_cut_out_of_their_bytes(fmt: str, bits: int) -> None:
     packed = narrow(example(fmt, (72, 144), dtype=torch.int8), bits)
     assert in_place(packed).abs().amax() > 0
     x = inputs(5, 144, torch.float32)
-    y = gpu.multiply(x.to(DEVICE), gpu.prepare(moved(packed))).cpu()
+    y = triton_kernel.multiply(x.to(DEVICE), triton_kernel.prepare(moved(packed))).cpu()
     assert packed.scales_N is not None
     assert_close(
         y, x.double() @ to_dense(replace(packed, scales_N=packed.scales_N.double())).T, TOLERANCE[torch.float32]
@@ -66,34 +69,34 @@ def test_narrow_integers_are_cut_out_of_their_bytes(fmt: str, bits: int) -> None
 @pytest.mark.parametrize("shape", [(1, 1), (13, 77), (65, 130)])
 def test_odd_shapes_and_strides(shape: tuple[int, int]) -> None:
     packed = example("bitmask", shape)
-    prepared = gpu.prepare(moved(packed))
+    prepared = triton_kernel.prepare(moved(packed))
     x = inputs(10, 2 * shape[1], torch.float32).view(5, 2, -1)[..., ::2]
-    y = gpu.multiply(x.to(DEVICE), prepared).cpu()
+    y = triton_kernel.multiply(x.to(DEVICE), prepared).cpu()
     assert y.shape == (5, 2, shape[0])
     assert_close(y, exact(x, packed), TOLERANCE[torch.float32])
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
-    prepared = gpu.prepare(moved(example("bitmask", (24, 64))))
+    prepared = triton_kernel.prepare(moved(example("bitmask", (24, 64))))
     for shape in ((3, 63), (3, 128), (3, 32), (64, 3), ()):
         with pytest.raises(ShapeError, match="do not fit 64 features"):
-            gpu.multiply(torch.zeros(shape, device=DEVICE), prepared)
+            triton_kernel.multiply(torch.zeros(shape, device=DEVICE), prepared)
     with pytest.raises(ShapeError, match="does not fit 24 outputs"):
-        gpu.multiply(torch.zeros(3, 64, device=DEVICE), prepared, torch.zeros(23, device=DEVICE))
+        triton_kernel.multiply(torch.zeros(3, 64, device=DEVICE), prepared, torch.zeros(23, device=DEVICE))
 
 
-@pytest.mark.parametrize("fmt", ["bitmask", "4:16", "block8", "dense"])
+@pytest.mark.parametrize("fmt", ["bitmask", "4:16", "block8", "full"])
 def test_damaged_tensors_are_refused(fmt: str) -> None:
-    for axis in (0, 1) if fmt in BLOCKS else (1,):
+    for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = moved(example(fmt, (24, 64), dtype=torch.int8, axis=axis))
         broken = [replace(packed, values_Z=packed.values_Z[:-8]), replace(packed, shape=(24, 128))]
-        if fmt != "dense":
+        if fmt != "full":
             broken.append(replace(packed, pattern=packed.pattern[:-1]))
         if fmt in ("bitmask", "block8"):
             broken.append(replace(packed, pattern=torch.full_like(packed.pattern, 255)))
         for wrong in broken:
             with pytest.raises(BackendError, match=r"values|pattern|hold"):
-                gpu.prepare(wrong)
+                triton_kernel.prepare(wrong)
 
 
 def test_a_token_with_nan_or_inf_hurts_itself_alone() -> None:
@@ -101,7 +104,7 @@ def test_a_token_with_nan_or_inf_hurts_itself_alone() -> None:
         packed = example("bitmask", (24, 64), dtype=dtype)
         x = inputs(5, 64, torch.float32)
         x[1, 5], x[3, 7] = float("nan"), float("inf")
-        y = gpu.multiply(x.to(DEVICE), gpu.prepare(moved(packed))).cpu()
+        y = triton_kernel.multiply(x.to(DEVICE), triton_kernel.prepare(moved(packed))).cpu()
         dense = torch.nn.functional.linear(x, to_dense(packed))
         assert torch.equal(y.isfinite(), dense.isfinite())
         assert torch.equal(y.isnan(), dense.isnan())
@@ -109,24 +112,23 @@ def test_a_token_with_nan_or_inf_hurts_itself_alone() -> None:
 
 @pytest.mark.parametrize("bits", [0, 3])
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.slow
 def test_splits_of_the_columns_add_up_and_decode_exactly(fmt: str, bits: int) -> None:
-    for axis in (0, 1) if fmt in BLOCKS else (1,):
+    for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = example(fmt, (24, 544), dtype=torch.int8 if bits else torch.bfloat16, axis=axis)
         packed = narrow(packed, bits) if bits else packed
         x, bias = inputs(2, 544, torch.float32), inputs(1, 24, torch.float32)[0]
-        prepared = gpu.prepare(moved(packed), splits=2)
+        prepared = triton_kernel.prepare(moved(packed), splits=2)
         assert prepared.splits == 2
-        y, dense = gpu.multiply(x.to(DEVICE), prepared, bias.to(DEVICE)).cpu(), to_dense(packed)
+        y, dense = triton_kernel.multiply(x.to(DEVICE), prepared, bias.to(DEVICE)).cpu(), to_dense(packed)
         assert_close(y, x.double() @ dense.double().T + bias.double(), TOLERANCE[torch.float32])
-        assert torch.equal(gpu.decode(prepared, torch.float32).cpu(), dense.float())
+        assert torch.equal(triton_kernel.decode(prepared, torch.float32).cpu(), dense.float())
 
 
 @pytest.mark.parametrize("role", ["up", "down"])
 @pytest.mark.parametrize("way", ["packed", "decode", "merge", "merged"])
 def test_a_layer_takes_them_in_every_way(way: str, role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "supports", lambda x, packed: True)
-    monkeypatch.setattr(ops, "decodes", lambda packed: True)
-    monkeypatch.setattr(ops, "prepare", gpu.prepare)
+    monkeypatch.setattr(triton_kernel.TritonBackend, "supports", lambda *_: None)  # on a CPU Triton's interpreter runs
     generator = torch.Generator().manual_seed(0)
     basis = SharedBasis.of(torch.randn(40, 32, generator=generator), torch.float32)
     factor_RF = torch.randn(32, 48, generator=generator)
@@ -136,10 +138,12 @@ def test_a_layer_takes_them_in_every_way(way: str, role: Role, monkeypatch: pyte
     x = inputs(3, layer.in_features, torch.float32).to(DEVICE)
     with torch.no_grad():
         y = layer(x)
-    assert isinstance(layer.runtime._prepared, gpu.Prepared)
+    assert layer.runtime._ways._prepared is not None
+    assert isinstance(layer.runtime._ways._prepared[1], triton_kernel.TritonMatrix)
     assert_close(y.cpu(), (x.double() @ layer.dense_weight().double().T).cpu(), TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 def test_it_compiles_for_a_gpu_without_one(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "gpu_code.py"
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

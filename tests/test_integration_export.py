@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import batches_for, quick_settings, tiny_model
+from fresh import python
 from PIL import Image
 from test_nn import mixed_llama
 from torch import Tensor
@@ -19,7 +20,7 @@ from transformers import ViTImageProcessor
 
 import fips
 from fips.cli import main
-from fips.formats.packing import pattern_bytes
+from fips.formats.patterns import pattern_named
 from fips.layers.linear import factored_layers
 
 IDS = torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(5))
@@ -30,7 +31,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("export")
     for family in ("llama", "vit"):
         model = tiny_model(family)
-        fips.compress(model, batches_for(model), quick_settings(group_size=2))
+        fips.compress(model, batches_for(model), quick_settings(share_blocks=2))
         processor = ViTImageProcessor(size={"height": 32, "width": 32}) if family == "vit" else None
         fips.save(model, root / family, processor=processor)
     mixed, _ = mixed_llama()
@@ -61,8 +62,7 @@ def test_dense_export_loads_without_fips(directories: dict[str, Path], tmp_path:
         "P.from_pretrained(sys.argv[1]); assert 'fips' not in sys.modules;"
         "torch.save(m(torch.ones(1, 3, 32, 32)).logits.detach(), sys.argv[2])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "dense"), str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = python(code, tmp_path / "dense", tmp_path / "logits.pt")
     assert done.returncode == 0, done.stderr
     expected = outputs_of(fips.load(directories["vit"]), pixel_values=torch.ones(1, 3, 32, 32))
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-6, rtol=1e-4)
@@ -87,9 +87,17 @@ def test_wrong_use_is_one_line(
 class TestOnnx:
     """Against torch, in ONNX Runtime."""
 
-    onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
-    runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    script = pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    pytestmark: ClassVar = [
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")),
+            reason="the extra onnx is not installed",
+        ),
+    ]
+
+    @pytest.fixture(autouse=True)
+    def _import(self) -> None:
+        self.onnx, self.runtime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))
 
     def run(self, path: Path, **inputs: Tensor) -> Tensor:
         session = self.runtime.InferenceSession(str(path))
@@ -141,7 +149,7 @@ class TestOnnx:
             size = layer.factor_shape[0] * layer.factor_shape[1]
             if layer.values.numel() < size:
                 assert not [dims for dims, _ in constants if dims in (layer.factor_shape, layer.factor_shape[::-1])]
-            assert (pattern_bytes(size=size, fmt="bitmask"),) in [dims for dims, _ in constants]
+            assert (pattern_named("bitmask").nbytes(size),) in [dims for dims, _ in constants]
 
     def test_the_runtime_decodes_once_when_it_loads(self, exported: dict[str, Path], tmp_path: Path) -> None:
         options = self.runtime.SessionOptions()

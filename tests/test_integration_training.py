@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def packed(family: str, **changes: Any) -> PreTrainedModel:
     model = tiny_model(family)
-    fips.compress(model, batches_for(model), quick_settings(**{"group_size": 2, **changes}))
+    fips.compress(model, batches_for(model), quick_settings(**{"share_blocks": 2, **changes}))
     return model
 
 
@@ -113,7 +115,14 @@ def test_gradients_of_values_and_basis_are_those_of_the_dense_product() -> None:
 class TestLora:
     """peft on packed layers."""
 
-    peft = pytest.importorskip("peft", reason="the extra peft is not installed")
+    pytestmark: ClassVar = [
+        pytest.mark.slow,
+        pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra peft is not installed"),
+    ]
+
+    @pytest.fixture(autouse=True)
+    def _import(self) -> None:
+        self.peft = importlib.import_module("peft")
 
     def adapted(self, model: PreTrainedModel, targets: list[str], **options: Any) -> Any:
         import fips.layers.lora  # noqa: F401

@@ -6,8 +6,6 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import batches_for, quick_settings, tiny_model
+from fresh import python
 from safetensors.torch import load_file, save_file
 from test_nn import mixed_llama
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ def logits_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compressed Llama in two groups."""
     model = tiny_model("llama")
-    fips.compress(model, batches_for(model), quick_settings(group_size=2))
+    fips.compress(model, batches_for(model), quick_settings(share_blocks=2))
     path = tmp_path_factory.mktemp("saved") / "llama"
     fips.save(model, path)
     return path
@@ -53,12 +52,6 @@ def expected(saved: Path) -> Tensor:
 @pytest.fixture
 def loaded(saved: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(saved)
-
-
-def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, in which only ``code`` decides what is imported."""
-    command = [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_from_pretrained_gives_the_saved_model_bit_for_bit(loaded: PreTrainedModel, expected: Tensor) -> None:
@@ -278,7 +271,7 @@ def test_the_model_card_says_first_how_to_load(saved: Path) -> None:
     assert "trust_remote_code=True" in first
     assert f'AutoModelForCausalLM.from_pretrained("{saved.name}")' in body
     report = json.loads((saved / "fips_report.json").read_text())
-    assert f"{report['mlp']['factored']['bytes']:,}" in card
+    assert f"{report['layers']['factored']['bytes']:,}" in card
     assert f"{report['results'][1]['relative_error_final']:.5f}" in card
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,29 +15,29 @@ from torch import Tensor, nn
 
 import fips
 from fips.errors import CheckpointError, ConfigError
-from fips.formats.packing import BLOCKS
-from fips.layers.linear import BASES, FactoredLinear, SharedBasis, ValueKind, basis_owner, factored_layers
-from fips.models import LinearSite, group_mlps, locate_mlps
-from fips.models.locate import Role
+from fips.formats.masks import nm_mask
+from fips.formats.patterns import pattern_named
+from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
+from fips.models import Site, group_layers, locate_layers
+from fips.models.sites import Role
 from fips.plan.footprint import LayerStorage, factored_footprint
-from fips.solve.patterns import nm_mask
 from fips.storage.layout import Layout, describe_layout
 
-WIDTH, COLUMNS, RANK = 12, 40, 16
-FORMATS = ["dense", "bitmask", "2:8", "block4", "block8"]
+WIDTH, HIDDEN, RANK = 12, 40, 16
+FORMATS = ["full", "bitmask", "2:8", "block4", "block8"]
 CASES = list(itertools.product(["up", "down"], FORMATS, ["float", "int8", "int5", "int2"], [True, False]))
 
 
-def mask_for(fmt: str, role: Role, rank: int, columns: int, seed: int = 0) -> Tensor:
+def mask_for(fmt: str, role: Role, rank: int, hidden: int, seed: int = 0) -> Tensor:
     """A support in canonical (R, F) shape with an empty stored row where the format allows one."""
     generator = torch.Generator().manual_seed(seed)
-    if fmt == "dense":
-        return torch.ones(rank, columns, dtype=torch.bool)
+    if fmt == "full":
+        return torch.ones(rank, hidden, dtype=torch.bool)
     if ":" in fmt:
         n, m = (int(part) for part in fmt.split(":"))
-        return nm_mask(torch.rand(rank, columns, generator=generator), n=n, m=m, dim=0 if role == "up" else 1)
-    size = BLOCKS.get(fmt, 1)
-    mask = (torch.rand(rank, columns // size, generator=generator) < 0.4).repeat_interleave(size, dim=1)
+        return nm_mask(torch.rand(rank, hidden, generator=generator), n=n, m=m, dim=0 if role == "up" else 1)
+    size = pattern_named(fmt).block
+    mask = (torch.rand(rank, hidden // size, generator=generator) < 0.4).repeat_interleave(size, dim=1)
     if role == "up":
         mask[:, :size] = False
     else:
@@ -45,12 +46,12 @@ def mask_for(fmt: str, role: Role, rank: int, columns: int, seed: int = 0) -> Te
 
 
 def make_layer(
-    role: Role, fmt: str, values: ValueKind, basis: SharedBasis | None, *, width: int = WIDTH, columns: int = COLUMNS
+    role: Role, fmt: str, values: str, basis: SharedBasis | None, *, width: int = WIDTH, hidden: int = HIDDEN
 ) -> tuple[FactoredLinear, Tensor]:
     """A layer and its (R, F) factor."""
     rank = width if basis is None else basis.weight.shape[1]
-    mask = mask_for(fmt, role, rank, columns)
-    factor = torch.randn(rank, columns, generator=torch.Generator().manual_seed(1)) * mask
+    mask = mask_for(fmt, role, rank, hidden)
+    factor = torch.randn(rank, hidden, generator=torch.Generator().manual_seed(1)) * mask
     return FactoredLinear.from_factor(basis, factor, mask, role=role, fmt=fmt, values=values), factor
 
 
@@ -61,7 +62,7 @@ def make_basis(width: int = WIDTH, rank: int = RANK) -> SharedBasis:
 
 
 @pytest.mark.parametrize(("role", "fmt", "values", "shared"), CASES)
-def test_forward_equals_the_dense_product(role: Role, fmt: str, values: ValueKind, shared: bool) -> None:
+def test_forward_equals_the_dense_product(role: Role, fmt: str, values: str, shared: bool) -> None:
     if fmt == "2:8" and role == "up" and not shared:
         pytest.skip("a width of 12 is no multiple of 8")
     basis = make_basis() if shared else None
@@ -72,7 +73,7 @@ def test_forward_equals_the_dense_product(role: Role, fmt: str, values: ValueKin
     if values != "float":
         bits = int(values[3:])
         assert layer.values.dtype == (torch.int8 if bits == 8 else torch.uint8)
-        assert layer.values.numel() == -(-layer.nonzeros * bits // 8)
+        assert layer.values.numel() == -(-layer.kept * bits // 8)
         assert layer.scales.shape == (layer.factor_shape[0],)
         assert [name for name, _ in layer.named_parameters()] == ["bias"]
         row = stored.abs().amax(1, keepdim=True)
@@ -89,7 +90,7 @@ def test_forward_equals_the_dense_product(role: Role, fmt: str, values: ValueKin
     assert (actual - expected).norm() / expected.norm() < 5e-6
     merged = weight_DF.T if role == "up" else weight_DF
     assert (layer.dense_weight().double() - merged).norm() / merged.norm() < 5e-6
-    assert layer.num_kept() == layer.nonzeros
+    assert layer.num_kept() == layer.kept
 
 
 def test_explicit_scales_are_kept_and_rounded_to_the_stored_type() -> None:
@@ -107,11 +108,27 @@ def test_explicit_scales_are_kept_and_rounded_to_the_stored_type() -> None:
         FactoredLinear.from_factor(None, factor, mask, role="down", fmt="bitmask", values="int8", scales=scales[:1])
 
 
-def test_hidden_columns_must_fill_the_blocks_and_a_width_must_be_known() -> None:
-    with pytest.raises(ConfigError, match="block8 needs a multiple of 8 hidden columns, got 20"):
-        FactoredLinear(None, role="up", columns=20, nonzeros=0, fmt="block8", width=8)
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_integers_are_packed_as_they_are(role: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-7, 8, (6, 10), generator=generator).to(torch.int8)
+    mask = torch.rand(6, 10, generator=generator) < 0.5
+    scales = torch.rand(10 if role == "up" else 6, generator=generator).bfloat16()
+    layer = FactoredLinear.from_integers(None, integers, mask, scales, role=role, fmt="bitmask", values="int4")
+    wanted = integers * mask * scales.float().unsqueeze(0 if role == "up" else 1)
+    assert torch.equal(layer.factor(), wanted.T if role == "up" else wanted)
+    assert torch.equal(layer.scales, scales)
+    with pytest.raises(ConfigError, match="numbers, one per row, got"):
+        FactoredLinear.from_integers(None, integers, mask, scales[:1], role=role, fmt="bitmask", values="int4")
+    with pytest.raises(ConfigError, match="cannot be stored as `values: float`"):
+        FactoredLinear.from_integers(None, integers, mask, scales, role=role, fmt="bitmask", values="float")
+
+
+def test_hidden_features_must_fill_the_blocks_and_a_width_must_be_known() -> None:
+    with pytest.raises(ConfigError, match="block8 needs a multiple of 8 hidden features, got 20"):
+        FactoredLinear(None, role="up", hidden=20, kept=0, fmt="block8", width=8)
     with pytest.raises(ConfigError, match="needs its `width`"):
-        FactoredLinear(None, role="up", columns=20, nonzeros=0)
+        FactoredLinear(None, role="up", hidden=20, kept=0)
 
 
 STORAGE = [
@@ -119,7 +136,7 @@ STORAGE = [
     LayerStorage(0, "block4", "float", shared=False),
     LayerStorage(0, "4:16", "int4", shared=False),
     LayerStorage(0, "block8", "int6"),
-    LayerStorage(0, "dense", "int3"),
+    LayerStorage(0, "full", "int3"),
     LayerStorage(0, "bitmask", "float", shared=False),
     LayerStorage(0, "block8", "float"),
     LayerStorage(0, "2:4", "float"),
@@ -130,22 +147,22 @@ STORAGE = [
 def mixed_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, int]:
     """A Llama whose nine matrices are each stored in another way, and the predicted bytes of those matrices."""
     model = tiny_model("llama").to(dtype)
-    (group,) = group_mlps(locate_mlps(model).mlps)
+    (group,) = group_layers(locate_layers(model).sublayers)
     basis = make_basis(32, 24).to(dtype)
     storages = []
     for site, plan in zip(group.sites, STORAGE, strict=True):
         layer = replacement(site, plan, basis if plan.shared else None, dtype)
-        storages.append(LayerStorage(layer.nonzeros, plan.fmt, plan.values, plan.shared))
+        storages.append(LayerStorage(layer.kept, plan.fmt, plan.values, plan.shared))
         model.set_submodule(site.name, layer)
     setattr(basis_owner(model), BASES, nn.ModuleDict({group.name: basis}))
     itemsize = torch.empty(0, dtype=dtype).element_size()
     return model, factored_footprint(group, rank=24, itemsize=itemsize, layers=storages).bytes
 
 
-def replacement(site: LinearSite, plan: LayerStorage, basis: SharedBasis | None, dtype: torch.dtype) -> FactoredLinear:
+def replacement(site: Site, plan: LayerStorage, basis: SharedBasis | None, dtype: torch.dtype) -> FactoredLinear:
     rank = site.width if basis is None else 24
-    mask = mask_for(plan.fmt, site.role, rank, site.columns)
-    factor = torch.randn(rank, site.columns, generator=torch.Generator().manual_seed(1)) * 0.1
+    mask = mask_for(plan.fmt, site.role, rank, site.hidden)
+    factor = torch.randn(rank, site.hidden, generator=torch.Generator().manual_seed(1)) * 0.1
     return FactoredLinear.from_factor(
         basis, factor, mask, role=site.role, fmt=plan.fmt, dtype=dtype, values=plan.values
     )
@@ -180,23 +197,27 @@ def test_mixed_layers_are_saved_in_the_predicted_bytes_and_load_exactly(dtype: t
 
 def test_only_used_bases_are_counted() -> None:
     model = tiny_model("llama")
-    (group,) = group_mlps(locate_mlps(model).mlps)
+    (group,) = group_layers(locate_layers(model).sublayers)
     alone = [LayerStorage(7, shared=False)] * 9
     footprint = factored_footprint(group, rank=24, itemsize=2, layers=alone)
     assert (footprint.parameters, footprint.value_bytes, footprint.macs_per_token) == (63, 126, 63)
     assert footprint.pattern_bytes == 9 * 32 * 80 // 8
     joint = factored_footprint(group, rank=24, itemsize=2, layers=[LayerStorage(7)] * 9)
-    assert joint == factored_footprint(group, rank=24, itemsize=2, nonzeros=63, fmt="bitmask")
+    assert joint == factored_footprint(group, rank=24, itemsize=2, kept=63, fmt="bitmask")
 
 
 def test_a_layout_written_before_the_new_fields_still_parses_and_is_written_unchanged() -> None:
-    old = {
+    old: dict[str, Any] = {
         "quant_method": "fips", "format_version": 1, "bases": {"g0": {"width": 32, "rank": 24}},
         "layers": {"a": {"basis": "g0", "role": "up", "columns": 80, "nonzeros": 5, "format": "bitmask", "bias": False,
                          "conv1d": True}},
     }  # fmt: skip
     layout = Layout.parse(old, where="here")
     assert layout.layers["a"].values == "float"
+    assert layout.to_dict() == old
+    old["layers"]["a"].update(format="dense", nonzeros=24 * 80)
+    layout = Layout.parse(old, where="here")
+    assert layout.layers["a"].format == "full"  # a file has its own word for it
     assert layout.to_dict() == old
 
 
@@ -207,6 +228,10 @@ def test_a_layout_written_before_the_new_fields_still_parses_and_is_written_unch
         ({"basis": None}, "either `basis` or `width`"),
         ({"format": "block4", "columns": 81}, "does not fill the blocks of block4"),
         ({"values": "int9"}, "values"),
+        ({"format": "full"}, "unknown packed format 'full'; known: dense, bitmask"),
+        ({"format": "bitmsk"}, "did you mean 'bitmask'[?] known: dense, bitmask"),
+        ({"hidden": 80}, "hidden.*not permitted"),
+        ({"kept": 5}, "kept.*not permitted"),
     ],
 )
 def test_contradictory_layouts_are_refused(change: dict[str, object], message: str) -> None:
@@ -252,8 +277,8 @@ def test_a_model_of_packed_layers_alone_is_merged_into_the_type_of_its_weights(d
 
 def test_double_precision_is_kept_where_values_have_it() -> None:
     basis = make_basis().double()
-    mask = mask_for("bitmask", "up", RANK, COLUMNS)
-    factor = torch.randn(RANK, COLUMNS, dtype=torch.float64) * mask
+    mask = mask_for("bitmask", "up", RANK, HIDDEN)
+    factor = torch.randn(RANK, HIDDEN, dtype=torch.float64) * mask
     layer = FactoredLinear.from_factor(basis, factor, mask, role="up", fmt="bitmask")
     expected = factor.T @ basis.weight.detach().T
     assert layer.dense_weight().dtype == torch.float64

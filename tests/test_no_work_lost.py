@@ -6,7 +6,10 @@ import copy
 import errno
 import json
 import logging
+import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,10 +34,10 @@ from fips.config import CompressionConfig, DataConfig
 from fips.errors import BackendError, ConfigError, OutputError, ShapeError
 from fips.files.manifest import MANIFEST, complete_directory, require_free
 from fips.files.output import SCRATCH, Output
-from fips.kernels import cpu
-from fips.kernels import runtime as runtime_module
+from fips.kernels import backend, cpu
 from fips.layers.linear import FactoredLinear, factored_layers
 from fips.memory import MemoryNeed, available_memory, calibration_memory
+from fips.methods.registry import method_of
 from fips.methods.workbench import Workbench
 from fips.models.transformers import build_empty
 from fips.plan.plan import plan_compression
@@ -43,6 +46,7 @@ from fips.storage import checkpoint
 
 Capture = pytest.CaptureFixture[str]
 Log = pytest.LogCaptureFixture
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def packed() -> PreTrainedModel:
 def integers(family: str = "llama") -> PreTrainedModel:
     """A small model of 8-bit values."""
     model = tiny_model(family)
-    fips.compress(model, batches_for(model), CompressionConfig(method="magnitude", target_bytes=0.5, values="int8"))
+    fips.compress(model, batches_for(model), CompressionConfig(method="magnitude", bits=8.0, values="int8"))
     return model
 
 
@@ -98,6 +102,7 @@ BAD: dict[str, Callable[[Path], Path]] = {
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("command", ["compress", "compare", "export", "demo"])
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
     case: str,
     command: str,
@@ -117,7 +122,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
     before = sorted(tmp_path.rglob("*"))
     data = [str(llama_directory), "--data", str(text), "--sequence-length", "16"]
     arguments = {
-        "compress": [*data, "--target-bytes", "0.5"],
+        "compress": [*data, "--bits", "8.0"],
         "compare": data,
         "export": [str(tmp_path / "packed")],
         "demo": [],
@@ -145,20 +150,24 @@ def test_a_file_system_without_room_is_refused_with_both_numbers(
 
 
 def test_a_limit_of_file_sizes_is_found_before_the_work(tmp_path: Path) -> None:
-    script = f"""
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-from fips.files.output import Output
-from pathlib import Path
-Output(Path({str(tmp_path / "out")!r}), needed=15000).discard()
-try:
-    Output(Path({str(tmp_path / "out")!r}), needed=30000)
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "OutputError" in done.stdout
-    assert "20000 bytes" in done.stdout
+    here, there = FORK.Pipe()
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        Output(tmp_path / "out", needed=15000).discard()
+        try:
+            Output(tmp_path / "out", needed=30000)
+        except Exception as error:
+            there.send((type(error).__name__, str(error)))
+
+    process = FORK.Process(target=write)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert here.poll()
+    name, message = here.recv()
+    assert name == "OutputError"
+    assert "20000 bytes" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,16 +245,17 @@ def test_what_a_killed_run_left_is_named_and_removed(exists: bool, tmp_path: Pat
     place = tmp_path / "out"
     if exists:
         place.mkdir()
-    script = f"""
-import os, signal
-from pathlib import Path
-from fips.files.output import Output
-output = Output(Path({str(place)!r}))
-(output.scratch / "half.safetensors").write_text("x" * 1000)
-(output.scratch / "folder").mkdir()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+
+    def write_half() -> None:
+        output = Output(place)
+        (output.scratch / "half.safetensors").write_text("x" * 1000)
+        (output.scratch / "folder").mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = FORK.Process(target=write_half)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     with caplog.at_level(logging.WARNING), complete_directory(place) as scratch:
         assert list(scratch.iterdir()) == []
         (scratch / "a").write_text("x")
@@ -349,7 +359,7 @@ def test_generation_settings_that_transformers_refuses_are_written(tmp_path: Pat
 
 def compress_command(model: Path, data: Path, output: Path) -> list[str]:
     return [
-        "compress", str(model), "--data", str(data), "--method", "magnitude", "--target-bytes", "0.6", "--output",
+        "compress", str(model), "--data", str(data), "--method", "magnitude", "--bits", "9.6", "--output",
         str(output), "--sequence-length", "16", "--num-samples", "8", "--batch-size", "4",
     ]  # fmt: skip
 
@@ -408,13 +418,13 @@ def test_finished_runs_of_a_comparison_outlive_the_one_that_fails(
     capsys: Capture,
 ) -> None:
     def two_and_a_failure(*_: Any, on_run: Callable[[Run], None], **__: Any) -> None:
-        on_run(Run("svd", 0.5, 0, quality=1.0))
-        on_run(Run("svd", 0.6, 0, quality=2.0))
+        on_run(Run("svd", 8, 0, quality=1.0))
+        on_run(Run("svd", 9.6, 0, quality=2.0))
         raise fips.FipsError("the third is broken")
 
     monkeypatch.setattr(jobs, "compare", two_and_a_failure)
     command = ["compare", str(llama_directory), "--data", str(text), "--output", str(tmp_path / "out")]
-    assert main([*command, "--methods", "svd", "--bytes", "0.5,0.6,0.7", "--sequence-length", "16"]) == 1
+    assert main([*command, "--methods", "svd", "--bits", "8,9.6,11.2", "--sequence-length", "16"]) == 1
     assert "2 of 3 runs are in" in capsys.readouterr().err
     kept = json.loads((tmp_path / "out-unfinished" / "compare.json").read_text())
     assert [run["quality"] for run in kept["runs"]] == [1.0, 2.0]
@@ -426,9 +436,9 @@ def test_finished_runs_of_a_comparison_outlive_the_one_that_fails(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"target_bytes": 0.5},
-        {"target_bytes": 0.5, "method": "wanda"},
-        {"budget": 0.5, "method": "fips-paper", "calibration": {"steps": 2}},
+        {"bits": 8.0},
+        {"bits": 8.0, "method": "wanda"},
+        {"budget": 0.5, "method": "fips-paper", "reconstruction": {"steps": 2}},
     ],
     ids=lambda settings: str(settings.get("method", "fips")),
 )
@@ -470,7 +480,7 @@ def failing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise BackendError("this library only pretends")
 
-    runtime_module._say_once.cache_clear()
+    backend.say_once.cache_clear()
     monkeypatch.setenv("FIPS_RUNTIME", "packed")
     for name in ("multiply", "multiply_columns"):
         monkeypatch.setattr(cpu, name, fail)
@@ -559,6 +569,7 @@ def test_a_signal_while_the_directory_gets_its_name_leaves_it_complete(
     fips.load(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_signal_in_the_middle_of_a_file_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     """Twice: the second arrives while the first is being cleaned up after."""
@@ -601,6 +612,49 @@ sys.exit(cli.main([]))
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_signal_after_the_work_is_not_told_as_if_nothing_was_written(
+    packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def run(**_: Any) -> None:
+        fips.save(packed, tmp_path / "out")
+        raise end
+
+    monkeypatch.setattr("fips.cli.app", run)
+    for end in (Stopped(signal.SIGTERM), KeyboardInterrupt(), fips.FipsError("no table")):
+        main([])
+        cause = "error: no table" if isinstance(end, fips.FipsError) else "interrupted: "
+        err = capsys.readouterr().err
+        assert err.startswith(cause)
+        assert err.endswith(f"`{tmp_path / 'out'}` is complete\n")
+        shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr("fips.cli.app", lambda **_: (_ for _ in ()).throw(Stopped(signal.SIGTERM)))
+    assert main([]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"  # by this command
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["words", "json"])
+@pytest.mark.parametrize("place", ["/dev/full", "pipe"])
+def test_a_standard_output_that_takes_nothing_is_told_last(
+    packed: PreTrainedModel, tmp_path: Path, place: str, options: list[str]
+) -> None:
+    fips.save(packed, tmp_path / "packed")
+    if place == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(place, os.O_WRONLY)
+    command = [sys.executable, "-m", "fips.cli", "export", str(tmp_path / "packed"), "--output", str(tmp_path / "out")]
+    command += options
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 1
+    complete = f"error: cannot write to standard output: No space left on device; `{tmp_path / 'out'}` is complete"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert (complete in done.stderr) == (place != "pipe")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_a_terminal_that_is_gone_does_not_cost_the_work(
     llama_directory: Path,  # noqa: F811
     text: Path,  # noqa: F811
@@ -628,7 +682,7 @@ def text_examples(length: int) -> Callable[[int], dict[str, torch.Tensor]]:
 def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same counter around a run on the CPU sees what the estimate says."""
     model = tiny_model(family)
-    config = CompressionConfig(target_bytes=0.5, calibration={"precision": "float32"})
+    config = CompressionConfig(bits=8.0, precision="float32")
     plan = plan_compression(model, config)
     batch = batches_for(model, count=1, batch=8)[0]
     empty = build_empty(model.config)
@@ -639,8 +693,10 @@ def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch
     model.config.use_cache = False
     known = [*model.parameters(), *model.buffers(), *batch.values()]
     with memory_module._Counted(known) as counted:
-        sites = memory_module._at_work(plan, config)
-        Workbench(model, config, [batch, batch], torch.device("cpu")).moments("all", sites, floor=0.4)
+        method = method_of(config)
+        sites = memory_module._at_work(plan, method)
+        bench = Workbench(model, config, [batch, batch], torch.device("cpu"), method.needs)
+        bench.moments("all", sites, floor=0.4)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     assert need.total(8) == pytest.approx(counted.peak + stored, rel=0.05)
 
@@ -648,7 +704,7 @@ def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch
 def test_memory_grows_with_the_text_and_not_with_its_square() -> None:
     """Fused attention holds no scores."""
     model = build_empty(tiny_model("llama").config)
-    config = CompressionConfig(target_bytes=0.5)
+    config = CompressionConfig(bits=8.0)
     plan = plan_compression(model, config)
     needs = [calibration_memory(model, plan, config, text_examples(n), device=torch.device("cpu")) for n in (512, 1024)]
     assert needs[0] is not None
@@ -681,7 +737,7 @@ def test_a_batch_size_that_cannot_fit_is_refused_with_the_one_that_does(
     readers: list[str],
     capsys: Capture,
 ) -> None:
-    command = ["compress", str(llama_directory), "--data", str(text), "--target-bytes", "0.5", "--output"]
+    command = ["compress", str(llama_directory), "--data", str(text), "--bits", "8.0", "--output"]
     assert main([*command, str(tmp_path / "out"), "--batch-size", "32", *dry]) == 2
     err = capsys.readouterr().err
     assert "`batch_size` 32 does not fit" in err
@@ -710,7 +766,7 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
 ) -> None:
     monkeypatch.setattr(fitting, "available_memory", lambda _: 1000)
     model = build_empty(tiny_model("llama").config)
-    config, data = CompressionConfig(target_bytes=0.5), DataConfig(source="x", sequence_length=16)
+    config, data = CompressionConfig(bits=8.0), DataConfig(source="x", sequence_length=16)
     plan, place = plan_compression(model, config), torch.device("cpu")
     if planned:
         assert fitting.fitting_data(model, plan, config, data, device=place, chosen=False, only_planned=True) is data
@@ -720,13 +776,14 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
             fitting.fitting_data(model, plan, config, data, device=place, chosen=False)
 
 
+@pytest.mark.slow
 def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
     monkeypatch.setattr(fitting, "available_memory", lambda _: 64 * 10**9)
     architecture = fips.recipes.load_recipe("paper-llama-3.2-1b").architecture
     (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
-    command = ["compress", str(tmp_path), "--target-bytes", "0.35", "--dry-run", "--data", str(tmp_path / "x.txt")]
+    command = ["compress", str(tmp_path), "--bits", "5.6", "--dry-run", "--data", str(tmp_path / "x.txt")]
     assert main([*command, "--batch-size", "32"]) == 2
     assert "texts of 2048 tokens need about" in capsys.readouterr().err
     assert main([*command, "--batch-size", "1"]) == 0
@@ -765,7 +822,7 @@ def test_training_integers_says_once_what_stays(loaded: bool, tmp_path: Path, ca
     step(model)
     assert caplog.text.count("training leaves the integers and scales of 9 packed layers as they are") == 1
     assert "--values float" in caplog.text
-    kept = sum(layer.nonzeros for layer in factored_layers(model).values())
+    kept = sum(layer.kept for layer in factored_layers(model).values())
     assert f"{kept:,} of {kept + sum(p.numel() for p in model.parameters()):,} numbers" in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import fips
 from fips.layers.linear import FactoredLinear, factored_layers
+from fips.record import CompressionReport
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DIRECTORIES = {"format-1-bitmask": 6, "format-1-nm": 4, "format-1-mixed": 9, "format-1-placeholders": 6,
@@ -42,3 +44,17 @@ def test_old_directories_load(name: str) -> None:
         logits = model(expected["input_ids"]).logits.float()
     tolerance = 2e-2 if model.dtype == torch.bfloat16 else 1e-5
     assert (logits - expected["logits"]).norm() / expected["logits"].norm() < tolerance
+
+
+@pytest.mark.parametrize("name", ["format-1-bitmask", "format-1-nm", "format-1-placeholders"])
+def test_old_reports_are_read_under_the_names_of_now(name: str) -> None:
+    report = fips.load(FIXTURES / name).fips_report
+    written = json.loads((FIXTURES / name / "fips_report.json").read_text())
+    assert report.plan["layers"] == written["mlp"]
+    assert "mlp" not in report.to_dict()
+    for group, then in zip(report.plan["groups"], written["groups"], strict=True):
+        assert (group["hidden"], group["kept"]) == (then["columns"], then["nonzeros"])
+        assert group["density"] == 1 - then["sparsity"]
+        assert not {"columns", "nonzeros", "sparsity"} & group.keys()
+    written["groups"][0]["format"] = "bitmask, dense"
+    assert CompressionReport.from_dict(written).plan["groups"][0]["format"] == "bitmask, full"

@@ -59,12 +59,13 @@ def test_an_error_puts_the_weights_back(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.slow
 def test_a_compressed_model_keeps_its_type(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same integers as those of the float32 model; biases, which are moved by the solver, are bfloat16 again."""
     without_bfloat16(monkeypatch)
     model = tiny_model(family).to(torch.bfloat16)
     wide = copy.deepcopy(model).float()
-    settings = fips.CompressionConfig(target_bytes=0.4)
+    settings = fips.CompressionConfig(bits=6.4)
     for one in (model, wide):
         fips.compress(one, batches_for(one), settings)
     assert {value.dtype for value in model.parameters() if value.is_floating_point()} == {torch.bfloat16}

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 import fips
 from fips.errors import BackendError, ConfigError, ShapeError
-from fips.formats.packing import ValueKind, pack
-from fips.kernels import cpu, reference, runtime, timings
+from fips.formats.packed import in_place
+from fips.formats.patterns import pattern_named
+from fips.kernels import cpu, runtime, timings
 from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
 from fips.layers.linear import FactoredLinear, SharedBasis, factored_layers
 
@@ -32,13 +33,13 @@ needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_r
 
 def make_layer(role: str = "up", *, basis: bool = True, dtype: torch.dtype = torch.float32) -> FactoredLinear:
     generator = torch.Generator().manual_seed(0)
-    width, rank, columns = 48, (32 if basis else 48), 96
+    width, rank, hidden = 48, (32 if basis else 48), 96
     shared = SharedBasis(width, rank) if basis else None
     if shared is not None:
         nn.init.orthogonal_(shared.weight, generator=generator)
         shared.to(dtype)
-    factor = torch.randn(rank, columns, generator=generator)
-    mask = torch.rand(rank, columns, generator=generator) < 0.4
+    factor = torch.randn(rank, hidden, generator=generator)
+    mask = torch.rand(rank, hidden, generator=generator) < 0.4
     layer = FactoredLinear.from_factor(shared, factor, mask, role=role, fmt="bitmask", dtype=dtype)  # type: ignore[arg-type]
     layer.bias = nn.Parameter(torch.randn(layer.out_features, generator=generator).to(dtype))
     return layer.eval()
@@ -196,7 +197,7 @@ def test_repeated_calls_follow_their_layer(role: str, basis: bool) -> None:
         assert layer.bias is not None
         layer.bias.data = layer.bias.data + 1
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
-        layer.pattern.copy_(pack(layer.factor(), layer.mask().flip(0), fmt="bitmask")[1])
+        layer.pattern.copy_(pattern_named("bitmask").pack(layer.factor(), layer.mask().flip(0))[1])
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
         assert layer(x.bfloat16()).dtype == torch.bfloat16
     layer(x).sum().backward()  # the shorter way records no gradients and must not be taken
@@ -271,10 +272,10 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @needs_library
 @pytest.mark.parametrize("values", ["int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_inputs_are_rounded_to_8_bits_only_where_asked(values: ValueKind, tokens: int) -> None:
+def test_inputs_are_rounded_to_8_bits_only_where_asked(values: str, tokens: int) -> None:
     factor = torch.randn(128, 96, generator=torch.Generator().manual_seed(0))
     layer = FactoredLinear.from_factor(
-        None, factor, torch.ones_like(factor, dtype=torch.bool), role="up", fmt="dense", values=values
+        None, factor, torch.ones_like(factor, dtype=torch.bool), role="up", fmt="full", values=values
     )
     layer.runtime.policy = "packed"
     x = inputs(tokens, 128, torch.float32)
@@ -387,7 +388,7 @@ def test_a_basis_refuses_other_widths() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("values", ["float", "int8", "int4"])
-def test_a_token_with_nan_or_inf_hurts_itself_alone_in_every_way(values: ValueKind, policy: str) -> None:
+def test_a_token_with_nan_or_inf_hurts_itself_alone_in_every_way(values: str, policy: str) -> None:
     generator = torch.Generator().manual_seed(0)
     factor, mask = torch.randn(96, 64, generator=generator), torch.rand(96, 64, generator=generator) < 0.4
     layer = FactoredLinear.from_factor(None, factor, mask, role="up", fmt="bitmask", values=values)
@@ -560,7 +561,7 @@ def test_settings_that_are_no_setting_are_refused(name: str, value: str, monkeyp
 @pytest.mark.parametrize("values", ["float", "int8", "int4"])
 @pytest.mark.parametrize("basis", [True, False])
 def test_ways_differ_by_the_rounding_of_float32_whatever_the_type_of_the_stored_numbers(
-    basis: bool, values: ValueKind
+    basis: bool, values: str
 ) -> None:
     """Integers times scales are not rounded to the type of the scales, nor to that of the file."""
     generator = torch.Generator().manual_seed(0)
@@ -571,7 +572,7 @@ def test_ways_differ_by_the_rounding_of_float32_whatever_the_type_of_the_stored_
         dtype=torch.bfloat16, values=values,
     )  # fmt: skip
     stored = layer.packed()
-    wide = reference.in_place(stored).double()
+    wide = in_place(stored).double()
     exact_NK = wide if stored.scales_N is None else wide * stored.scales_N.double().unsqueeze(1)
     weight = exact_NK if shared is None else exact_NK @ shared.weight.detach().double().T
     assert_close(layer.dense_weight().detach(), weight, TOLERANCE[torch.float32])

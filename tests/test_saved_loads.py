@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 import shutil
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, SMALL, batches_for, quick_settings, tiny_model
-from peft import LoraConfig, inject_adapter_in_model
+from fresh import python
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -95,6 +94,7 @@ MORE = {"albert": albert, "t5": t5, "clip": clip, "sentence encoder": sentence_e
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+@pytest.mark.slow
 def test_a_saved_model_loads_both_ways(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     if name in MORE:
@@ -210,7 +210,8 @@ def patch(module: Any) -> None:
 
 
 def adapter(model: Any, target: str) -> None:
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=[target], init_lora_weights=False), model)
+    peft = pytest.importorskip("peft", reason="the extra peft is not installed")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False), model)
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -316,7 +317,7 @@ def inputs() -> list[Tensor]:
 
 
 def plain_settings(**changes: Any) -> fips.CompressionConfig:
-    return fips.CompressionConfig(**{"target_bytes": 0.6, "method": "gptq", **changes})
+    return fips.CompressionConfig(**{"bits": 9.6, "method": "gptq", **changes})
 
 
 @pytest.mark.parametrize(
@@ -351,7 +352,7 @@ def test_a_module_registered_twice_is_compressed_once_and_stays_one() -> None:
     torch.manual_seed(0)
     model = Tiny(share=True).eval()
     dense = copy.deepcopy(model)
-    report = fips.compress(model, inputs(), plain_settings(target_bytes=0.55))
+    report = fips.compress(model, inputs(), plain_settings(bits=8.8))
     assert model.layers[2].mlp is model.layers[0].mlp
     assert sorted(factored_layers(model)) == [f"layers.{n}.mlp.{side}" for n in (0, 1) for side in ("down", "up")]
     assert "compressed there" in {item["name"]: item["reason"] for item in report.plan["skipped"]}["layers.2.mlp"]
@@ -509,8 +510,7 @@ def test_code_travels_with_packed_weights(looped: bool, way: str, tmp_path: Path
         "m = A.from_pretrained(sys.argv[1], trust_remote_code=True);"
         "torch.save(m(torch.tensor(eval(sys.argv[2]))).logits.detach(), sys.argv[3])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "again"), str(IDS.tolist()), str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = python(code, tmp_path / "again", IDS.tolist(), tmp_path / "logits.pt")
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
@@ -528,19 +528,21 @@ def test_a_merged_model_of_repository_code_needs_nothing_of_fips(repository: Pat
 
 COMMANDS = {
     "inspect": ["inspect", "DENSE"],
-    "plan": ["compress", "DENSE", "--dry-run", "--target-bytes", "0.6"],
-    "compress": ["compress", "DENSE", "--data", "TEXT", "--output", "OUT", "--target-bytes", "0.6", "--method", "gptq",
+    "plan": ["compress", "DENSE", "--dry-run", "--bits", "9.6"],
+    "compress": ["compress", "DENSE", "--data", "TEXT", "--output", "OUT", "--bits", "9.6", "--method", "gptq",
                  "--sequence-length", "16", "--num-samples", "4"],
     "evaluate": ["evaluate", "DENSE", "--data", "TEXT", "--sequence-length", "16", "--num-samples", "4"],
     "evaluate packed": ["evaluate", "PACKED", "--data", "TEXT", "--sequence-length", "16", "--num-samples", "4"],
-    "compare": ["compare", "DENSE", "--data", "TEXT", "--output", "OUT", "--methods", "gptq", "--bytes", "0.6",
+    "compare": ["compare", "DENSE", "--data", "TEXT", "--output", "OUT", "--methods", "gptq", "--bits", "9.6",
                 "--sequence-length", "16", "--num-samples", "4"],
     "export": ["export", "PACKED", "--output", "OUT"],
     "bench": ["bench", "PACKED", "--against", "DENSE", "--batch", "1", "--prompt", "4", "--repeats", "2"],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "bench" else ()) for name in COMMANDS]
+)
 def test_commands_run_repository_code_only_when_told(
     name: str, repository: Path, text: Path, tmp_path: Path, capsys: Capture, no_questions: None
 ) -> None:
@@ -889,7 +891,7 @@ def test_models_that_need_two_inputs_are_refused_by_commands(
     options = ["--data", str(text), "--sequence-length", "16", "--num-samples", "4"]
     for command in (
         ["evaluate", str(tmp_path / "dense"), *options],
-        ["compress", str(tmp_path / "dense"), *options, "--target-bytes", "0.6", "--output", str(tmp_path / "out")],
+        ["compress", str(tmp_path / "dense"), *options, "--bits", "9.6", "--output", str(tmp_path / "out")],
     ):
         capsys.readouterr()
         assert main(command) == 1

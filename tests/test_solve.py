@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fips.errors import BudgetError
-from fips.solve.patterns import nm_mask, prune_and_regrow, top_mask, top_masks, unstructured_masks
-from fips.solve.rank import num_nonzeros, rank_for_budget
-from fips.solve.svd import grow_rank, shared_svd
+from fips.formats import masks
+from fips.formats.masks import nm_mask, top_mask, top_masks
+from fips.methods.paper import grow_rank, rank_for_budget
+from fips.solve.patterns import num_kept, prune_and_regrow, unstructured_masks
+from fips.solve.svd import shared_svd
 from fips.training.schedules import gmp_sparsity, rigl_fraction, update_steps
 
 
@@ -65,7 +67,7 @@ def test_growth_does_nothing_within_the_width() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "width", "columns", "sparsity", "rank"),
+    ("budget", "width", "hidden", "sparsity", "rank"),
     [
         (0.5, 768, 4 * 2 * 3072, 0.75, 1365),  # DeiT-B: floor(.5 * 768 * 24576 / (768 + .25 * 24576))
         (0.5, 2048, 4 * 3 * 8192, 0.75, 3780),  # Llama-3.2-1B
@@ -73,24 +75,24 @@ def test_growth_does_nothing_within_the_width() -> None:
         (0.25, 192, 6144, 0.5, 90),
     ],
 )
-def test_rank_follows_the_general_formula(budget: float, width: int, columns: int, sparsity: float, rank: int) -> None:
-    assert rank_for_budget(budget=budget, width=width, columns=columns, sparsity=sparsity) == rank
-    kept = rank * width + num_nonzeros(size=rank * columns, sparsity=sparsity)
-    one_more = (rank + 1) * (width + (1 - sparsity) * columns)
-    assert kept <= budget * width * columns < one_more
+def test_rank_follows_the_general_formula(budget: float, width: int, hidden: int, sparsity: float, rank: int) -> None:
+    assert rank_for_budget(budget=budget, width=width, hidden=hidden, sparsity=sparsity) == rank
+    kept = rank * width + num_kept(size=rank * hidden, sparsity=sparsity)
+    one_more = (rank + 1) * (width + (1 - sparsity) * hidden)
+    assert kept <= budget * width * hidden < one_more
 
 
 def test_rank_is_rounded_to_a_multiple() -> None:
-    assert rank_for_budget(budget=0.5, width=768, columns=24576, sparsity=0.75, multiple=16) == 1360
+    assert rank_for_budget(budget=0.5, width=768, hidden=24576, sparsity=0.75, multiple=16) == 1360
 
 
 def test_too_small_a_budget_names_the_smallest() -> None:
     with pytest.raises(
         BudgetError, match=r"below the cost of one basis vector.*smallest budget for it is 0\.0115"
     ) as e:
-        rank_for_budget(budget=0.001, width=100, columns=700, sparsity=0.0)
+        rank_for_budget(budget=0.001, width=100, hidden=700, sparsity=0.0)
     least = float(str(e.value).rsplit(" ", 1)[1])
-    assert rank_for_budget(budget=least, width=100, columns=700, sparsity=0.0) == 1
+    assert rank_for_budget(budget=least, width=100, hidden=700, sparsity=0.0) == 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 12])
@@ -108,18 +110,25 @@ def test_top_mask_keeps_exactly_the_largest_even_with_ties(count: int) -> None:
         ]
 
 
+@pytest.fixture(params=[0, masks.FEW], ids=["bins", "joined"], name="way")
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "FEW", request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
 @pytest.mark.parametrize("count", [1, 99, 700, 1499])
-def test_radix_selection_equals_sorting_over_several_tensors(count: int, scale: float) -> None:
+def test_selection_equals_sorting_over_several_tensors(count: int, scale: float) -> None:
     scores = [m.abs() * scale for m in matrices((20, 50), (1, 300), (40, 5))]
     flat = torch.cat([s.flatten() for s in scores])
     expected = torch.zeros(1500, dtype=torch.bool)
     expected[flat.argsort(descending=True)[:count]] = True
-    masks = top_masks(scores, count=count)
-    assert [m.shape for m in masks] == [s.shape for s in scores]
-    assert torch.equal(torch.cat([m.flatten() for m in masks]), expected)
+    found = top_masks(scores, count=count)
+    assert [m.shape for m in found] == [s.shape for s in scores]
+    assert torch.equal(torch.cat([m.flatten() for m in found]), expected)
 
 
+@pytest.mark.usefixtures("way")
 def test_negative_scores_are_never_kept_and_ties_go_to_the_first_tensor() -> None:
     scores = [torch.tensor([-1.0, 2.0, 0.0]), torch.tensor([2.0, -5.0, 2.0])]
     assert [m.tolist() for m in top_masks(scores, count=2)] == [[False, True, False], [True, False, False]]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import DECODER, SMALL, tiny_model
+from conftest import DECODER, SMALL, batches_for, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.pytorch_utils import Conv1D
 
+import fips
 from fips.errors import ConfigError, NoMatchError
-from fips.models import group_mlps, locate_mlps
+from fips.layers.linear import factored_layers
+from fips.models import Part, Site, group_layers, locate_layers
+from fips.models.sites import Linear
 
 EXPECTED = {
     "llama": (3, "gated", "model.layers.0.mlp", "model.layers.0", (32, 80)),
@@ -31,24 +39,26 @@ EXPECTED = {
 def test_every_mlp_of_a_family_is_found(family: str) -> None:
     count, kind, name, block, shape = EXPECTED[family]
     model = tiny_model(family)
-    located = locate_mlps(model)
-    assert len(located.mlps) == count
-    first = located.mlps[0]
+    located = locate_layers(model)
+    assert len(located.sublayers) == count
+    first = located.sublayers[0]
     assert (first.kind, first.name, first.block) == (kind, name, block)
-    assert (first.sites[0].width, first.sites[0].columns) == shape
+    assert (first.sites[0].width, first.sites[0].hidden) == shape
     assert [site.role for site in first.sites] == (["up", "up", "down"] if kind == "gated" else ["up", "down"])
     for site in first.sites:
         layer = model.get_submodule(site.name)
         assert tuple(layer.weight.shape) == site.weight_shape
         assert site.has_bias == (getattr(layer, "bias", None) is not None)
     attention = ("attn", "attention.q", "q_proj", "query")
-    assert not [site.name for mlp in located.mlps for site in mlp.sites if any(a in site.name for a in attention)]
+    assert not [
+        site.name for sublayer in located.sublayers for site in sublayer.sites if any(a in site.name for a in attention)
+    ]
 
 
 def test_encoder_and_decoder_are_both_found_and_never_share() -> None:
     fields = {"d_model": 32, "d_ff": 80, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **fields, feed_forward_proj="gated-gelu"))
-    groups = group_mlps(locate_mlps(model).mlps)
+    groups = group_layers(locate_layers(model).sublayers)
     assert [group.blocks for group in groups] == [
         ("encoder.block.0", "encoder.block.1"),
         ("decoder.block.0", "decoder.block.1"),
@@ -60,7 +70,7 @@ def test_fused_experts_are_listed_with_the_reason() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **DECODER, num_local_experts=4))
     with pytest.raises(NoMatchError, match=r"4 experts fused in tensors of shape"):
-        locate_mlps(model)
+        locate_layers(model)
 
 
 def test_shared_experts_are_found_and_routed_ones_skipped() -> None:
@@ -68,13 +78,13 @@ def test_shared_experts_are_found_and_routed_ones_skipped() -> None:
     with torch.device("meta"):
         config = AutoConfig.for_model("qwen2_moe", **DECODER, **fields, mlp_only_layers=[0])
         model = AutoModelForCausalLM.from_config(config)
-    located = locate_mlps(model)
-    assert [mlp.sites[0].columns for mlp in located.mlps] == [80, 24, 24]
+    located = locate_layers(model)
+    assert [sublayer.sites[0].hidden for sublayer in located.sublayers] == [80, 24, 24]
     assert [item.name for item in located.skipped] == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
 
 
 def test_an_mlp_outside_a_block_is_skipped_with_the_reason() -> None:
-    located = locate_mlps(AutoModel.from_config(AutoConfig.for_model("siglip_vision_model", **SMALL)))
+    located = locate_layers(AutoModel.from_config(AutoConfig.for_model("siglip_vision_model", **SMALL)))
     assert [(item.name, item.reason) for item in located.skipped] == [("head.mlp", "it is not inside a repeated block")]
 
 
@@ -93,8 +103,8 @@ class MixtureBlock(nn.Module):
 
 
 def test_experts_in_a_list_are_skipped_and_the_dense_mlp_beside_them_is_found() -> None:
-    located = locate_mlps(nn.ModuleDict({"layers": nn.ModuleList([MixtureBlock(), MixtureBlock()])}))
-    assert [mlp.name for mlp in located.mlps] == ["layers.0.mlp", "layers.1.mlp"]
+    located = locate_layers(nn.ModuleDict({"layers": nn.ModuleList([MixtureBlock(), MixtureBlock()])}))
+    assert [sublayer.name for sublayer in located.sublayers] == ["layers.0.mlp", "layers.1.mlp"]
     assert [item.name for item in located.skipped] == [
         f"layers.{block}.experts.{expert}" for block in (0, 1) for expert in (0, 1)
     ]
@@ -106,13 +116,13 @@ def test_custom_linear_classes_are_skipped() -> None:
 
     block = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": Quantized(16, 48), "fc2": nn.Linear(48, 16)})})
     with pytest.raises(NoMatchError, match="its layers are `Quantized`"):
-        locate_mlps(nn.ModuleDict({"layers": nn.ModuleList([block])}))
+        locate_layers(nn.ModuleDict({"layers": nn.ModuleList([block])}))
 
 
 def test_targets_replace_the_search_and_may_name_attention() -> None:
     model = tiny_model("llama")
-    located = locate_mlps(model, targets=["q_proj", "self_attn.o_proj", "layers.1.mlp"])
-    names = [site.name.removeprefix("model.layers.") for mlp in located.mlps for site in mlp.sites]
+    located = locate_layers(model, targets=["q_proj", "self_attn.o_proj", "layers.1.mlp"])
+    names = [site.name.removeprefix("model.layers.") for sublayer in located.sublayers for site in sublayer.sites]
     assert sorted(names) == sorted(
         [f"{i}.self_attn.{p}_proj" for i in range(3) for p in "qo"]
         + [f"1.mlp.{p}_proj" for p in ("gate", "up", "down")]
@@ -123,29 +133,29 @@ def test_a_target_that_matches_nothing_shows_the_closest_names() -> None:
     with pytest.raises(
         NoMatchError, match=r"`targets` pattern `mlp\.gate_prj` matched none.*`model\.layers\.0\.mlp\.gate_proj`"
     ):
-        locate_mlps(tiny_model("llama"), targets=["mlp.gate_prj"])
+        locate_layers(tiny_model("llama"), targets=["mlp.gate_prj"])
     with pytest.raises(NoMatchError, match="`ignore` pattern"):
-        locate_mlps(tiny_model("llama"), ignore=["layers.9.mlp"])
+        locate_layers(tiny_model("llama"), ignore=["layers.9.mlp"])
 
 
 @pytest.mark.parametrize("pattern", ["model.layers.1.mlp", "layers.1.mlp", "*.layers.1.*", r"re:layers\.1\."])
 def test_ignore_leaves_layers_alone_and_says_so(pattern: str) -> None:
-    located = locate_mlps(tiny_model("llama"), ignore=[pattern])
-    assert [mlp.name for mlp in located.mlps] == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    located = locate_layers(tiny_model("llama"), ignore=[pattern])
+    assert [sublayer.name for sublayer in located.sublayers] == ["model.layers.0.mlp", "model.layers.2.mlp"]
     assert [(item.name, item.reason) for item in located.skipped] == [("model.layers.1.mlp", "matched by `ignore`")]
 
 
 def test_groups_hold_consecutive_blocks_of_one_width() -> None:
-    mlps = locate_mlps(tiny_model("swin", depths=[2, 5])).mlps
-    groups = group_mlps(mlps, group_size=3)
+    sublayers = locate_layers(tiny_model("swin", depths=[2, 5])).sublayers
+    groups = group_layers(sublayers, share_blocks=3)
     assert [(group.width, len(group.blocks)) for group in groups] == [(16, 2), (32, 3), (32, 2)]
     assert [group.name for group in groups] == ["g0", "g1", "g2"]
-    assert groups[1].columns == 3 * 2 * 128
+    assert groups[1].hidden == 3 * 2 * 128
 
 
 def test_explicit_groups_count_over_all_blocks() -> None:
-    mlps = locate_mlps(tiny_model("swin")).mlps
-    groups = group_mlps(mlps, groups=[[0, 1], [3]])
+    sublayers = locate_layers(tiny_model("swin")).sublayers
+    groups = group_layers(sublayers, groups=[[0, 1], [3]])
     assert [group.blocks for group in groups] == [
         ("swin.encoder.layers.0.blocks.0", "swin.encoder.layers.0.blocks.1"),
         ("swin.encoder.layers.1.blocks.1",),
@@ -159,4 +169,166 @@ def test_explicit_groups_count_over_all_blocks() -> None:
 )  # fmt: skip
 def test_wrong_groups_are_refused(groups: list[list[int]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        group_mlps(locate_mlps(tiny_model("swin")).mlps, groups=groups)
+        group_layers(locate_layers(tiny_model("swin")).sublayers, groups=groups)
+
+
+def described(family: str, *targets: str, **changes: object) -> dict[str, tuple[str, str, str]]:
+    """Role, what is read and what is written of the first block's layers, by the last part of their names."""
+    model = tiny_model(family, **changes)
+    sites = [site for sublayer in locate_layers(model, targets=targets).sublayers[:1] for site in sublayer.sites]
+    for site in sites:
+        assert tuple(model.get_submodule(site.name).weight.shape) == site.weight_shape
+        assert site.width == 32
+    read, written = (
+        [" ".join(f"{part.space} {part.features}" for part in getattr(site, side)) for site in sites]
+        for side in ("reads", "writes")
+    )
+    names = [".".join(site.name.split(".")[-2:]) for site in sites]
+    return dict(zip(names, zip((str(site.role) for site in sites), read, written, strict=True), strict=True))
+
+
+def readers(prefix: str, names: str, queries: int, keys: int) -> dict[str, tuple[str, str, str]]:
+    spaces = zip(names.split(), ("queries", "keys", "values"), (queries, keys, keys), strict=True)
+    return {f"{prefix}.{name}": ("up", "residual 32", f"{space} {size}") for name, space, size in spaces}
+
+
+ATTENTION = {
+    "llama": {
+        **readers("self_attn", "q_proj k_proj v_proj", 32, 16), "self_attn.o_proj": ("down", "heads 32", "residual 32"),
+    },
+    "qwen3": {
+        **readers("self_attn", "q_proj k_proj v_proj", 64, 32), "self_attn.o_proj": ("down", "heads 64", "residual 32"),
+    },
+    "opt": {
+        **readers("self_attn", "q_proj k_proj v_proj", 32, 32),
+        "self_attn.out_proj": ("down", "heads 32", "residual 32"),
+    },
+    "vit": {
+        **readers("attention", "q_proj k_proj v_proj", 32, 32), "attention.o_proj": ("down", "heads 32", "residual 32"),
+    },
+    "bert": {
+        **readers("self", "query key value", 32, 32), "output.dense": ("down", "heads 32", "residual 32"),
+    },
+    "gpt2": {
+        "attn.c_attn": ("up", "residual 32", "queries 32 keys 32 values 32"),
+        "attn.c_proj": ("down", "heads 32", "residual 32"),
+    },
+    "phi3": {
+        "self_attn.qkv_proj": ("up", "residual 32", "queries 32 keys 16 values 16"),
+        "self_attn.o_proj": ("down", "heads 32", "residual 32"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_attention_reads_the_residual_stream_and_its_output_projection_writes_it(family: str) -> None:
+    assert described(family, r"re:attn\.|attention\.") == ATTENTION[family]
+
+
+def test_the_layers_of_an_mlp_read_and_write_the_stream_and_its_neurons() -> None:
+    assert described("llama", "*.mlp.*") == {
+        "mlp.gate_proj": ("up", "residual 32", "hidden 80"),
+        "mlp.up_proj": ("up", "residual 32", "hidden 80"),
+        "mlp.down_proj": ("down", "hidden 80", "residual 32"),
+    }
+    assert described("phi3", "*.mlp.*")["mlp.gate_up_proj"] == ("up", "residual 32", "hidden 80 hidden 80")
+
+
+class OtherAttention(nn.Module):
+    """Square layers under names that nobody uses, in a block without an MLP."""
+
+    def __init__(self, names: str = "alpha beta gamma") -> None:
+        super().__init__()
+        self.num_heads = 2
+        for name in names.split():
+            setattr(self, name, nn.Linear(16, 16))
+
+
+def blocks_of(attention: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mixer": attention})])})
+
+
+def roles_of(model: nn.Module) -> str:
+    return " ".join(
+        str(site.role) for sublayer in locate_layers(model, targets=["*"]).sublayers for site in sublayer.sites
+    )
+
+
+def test_under_unknown_names_the_last_layer_of_an_attention_module_writes() -> None:
+    assert roles_of(blocks_of(OtherAttention())) == "up up down"
+    assert roles_of(blocks_of(OtherAttention("alpha out_proj q_proj"))) == "up down up"
+    lone = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mixer": nn.Linear(16, 16)})])})
+    assert roles_of(lone) == "up"  # outside of attention nothing tells
+
+
+def test_queries_keys_and_values_mixed_head_by_head_are_not_split() -> None:
+    attention = OtherAttention("")
+    attention.query_key_value, attention.dense = nn.Linear(16, 48), nn.Linear(16, 16)
+    (sublayer,) = locate_layers(blocks_of(attention), targets=["*"]).sublayers
+    assert [site.parts for site in sublayer.sites] == [(Part("heads", 48),), (Part("heads", 16),)]
+
+
+def test_a_layer_between_two_inner_spaces_is_refused() -> None:
+    attention = OtherAttention("q_a_proj k_proj v_proj o_proj")
+    attention.q_b_proj = nn.Linear(8, 24)
+    with pytest.raises(
+        NoMatchError, match=r"q_b_proj` \(8 -> 24\), which neither reads nor writes the residual stream"
+    ):
+        locate_layers(blocks_of(attention), targets=["*"])
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", "fips"), ("llama", "gptq"), ("gpt2", "gptq")]
+    + [(family, "fips-paper") for family in ("llama", "gpt2", "bert", "vit", "phi3", "qwen3")],
+)
+@pytest.mark.slow
+def test_attention_is_compressed_saved_and_loaded_through_targets(family: str, method: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    batches = batches_for(model)
+    size = {"budget": 0.5, "sharing": "always"} if method == "fips" else {"bits": 6.4}
+    quick = {"reconstruction": {"steps": 2}, "precision": "float32"} if method == "fips-paper" else {}
+    settings = fips.CompressionConfig(method=method, targets=[r"re:attn\.|attention\."], **size, **quick)
+    fips.compress(model, batches, settings)
+    roles = {".".join(name.split(".")[-2:]): str(layer.role) for name, layer in factored_layers(model).items()}
+    assert roles == {name: role for name, (role, _, _) in ATTENTION[family].items()}
+    with torch.no_grad():
+        expected = model(**batches[0])[0]
+    fips.save(model, tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(fips.load(tmp_path / "m")(**batches[0])[0], expected)
+
+
+def test_a_matrix_and_its_stored_form_are_each_others_inverse() -> None:
+    for linear, site in (
+        (nn.Linear(3, 5), Site.reader), (nn.Linear(5, 3), Site.writer), (Conv1D(5, 3), Site.reader),
+    ):  # fmt: skip
+        inputs, outputs = (5, 3) if site == Site.writer else (3, 5)
+        place = site(Linear("layer", linear, inputs, outputs))
+        assert (place.width, place.hidden, place.inputs, place.outputs) == (3, 5, inputs, outputs)
+        matrix_DF = place.matrix(linear.weight)
+        assert matrix_DF.shape == (3, 5)
+        x = torch.randn(2, inputs)
+        wanted = linear(x) - linear.bias
+        stored = place.role.to_linear(matrix_DF)
+        assert stored.shape == place.role.stored_shape(3, 5) == (outputs, inputs)
+        assert torch.allclose(x @ stored.T, wanted, atol=1e-6)
+        assert torch.equal(place.role.to_factor(stored), matrix_DF)
+        assert matrix_DF.sum(place.role.reduction).shape == (outputs,)
+        assert stored.shape[place.role.hidden_axis] == 5
+
+
+def test_an_unknown_role_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown role 'sideways'; known: up, down"):
+        fips.FactoredLinear(None, role="sideways", hidden=4, kept=4, width=4)
+
+
+def test_the_names_of_roles_are_compared_in_one_place_and_written_by_the_layout_of_files() -> None:
+    source = Path(fips.__file__).parent
+    found = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        for node in ast.walk(ast.parse(re.sub(r"__slots__ = .*", "", path.read_text())))
+        if isinstance(node, ast.Constant) and node.value in ("up", "down")
+    }
+    assert found == {"models/sites.py", "storage/layout.py"}

@@ -107,7 +107,8 @@ def refused(path: Path, match: str, *, by: str = "unverified") -> None:
 @pytest.mark.parametrize("name", ["config.json", MANIFEST, INDEX])
 def test_json_is_read_strictly(sharded: Path, name: str, content: bytes, message: str) -> None:
     (sharded / name).write_bytes(content)
-    refused(sharded, rf"{name}`.*{message}", by="load" if name == MANIFEST else "unverified")
+    for loader in {MANIFEST: ["load"], INDEX: ["unverified", "from_pretrained"]}.get(name, ["unverified"]):
+        refused(sharded, rf"{name}`.*{message}", by=loader)
 
 
 def test_nan_in_a_setting_is_named(copy: Path) -> None:
@@ -365,13 +366,27 @@ def test_header_keys_that_are_there_twice_are_refused(copy: Path) -> None:
     refused(copy, rf"the header of `.*{WEIGHTS}`.*'{name}' is there twice|not a safetensors file")
 
 
-def test_overlapping_tensors_are_refused(copy: Path) -> None:
+@pytest.mark.parametrize("loader", ["unverified", "from_pretrained"])
+def test_overlapping_tensors_are_refused(copy: Path, loader: str) -> None:
     def overlap(header: Any) -> None:
         names = [n for n in header if n.endswith("proj.weight") and ".self_attn." in n]
         header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
 
     header_of(copy, overlap)
-    refused(copy, f"`.*{WEIGHTS}` is cut short or not a safetensors file")
+    refused(copy, f"`.*{WEIGHTS}` is cut short or not a safetensors file", by=loader)
+
+
+@pytest.mark.parametrize("loader", ["unverified", "from_pretrained"])
+@pytest.mark.parametrize("content", [b"", bytes(7), b"\xff" * 64, struct.pack("<Q", 2) + b"[]"], ids=str)
+def test_weights_that_are_no_safetensors_are_refused(copy: Path, content: bytes, loader: str) -> None:
+    (copy / WEIGHTS).write_bytes(content)
+    refused(copy, WEIGHTS, by=loader)
+
+
+@pytest.mark.parametrize("loader", ["unverified", "from_pretrained"])
+def test_weights_that_are_cut_short_are_refused(copy: Path, loader: str) -> None:
+    os.truncate(copy / WEIGHTS, (copy / WEIGHTS).stat().st_size // 2)
+    refused(copy, f"`.*{WEIGHTS}` is cut short", by=loader)
 
 
 # ------------------------------------------------------------------------------------------------ names of files
@@ -395,21 +410,29 @@ def test_overlapping_tensors_are_refused(copy: Path) -> None:
         ({"a": "x" * 3000}, "names the file"),
     ],
 )
-@pytest.mark.parametrize("verify", [True, False])
-def test_an_index_names_files_of_its_directory(sharded: Path, places: Any, message: str, verify: bool) -> None:
+@pytest.mark.parametrize("loader", list(LOADERS))
+def test_an_index_names_files_of_its_directory(sharded: Path, places: Any, message: str, loader: str) -> None:
     edit(sharded / INDEX, lambda content: content.update(weight_map=places))
     renew_manifest(sharded)
-    refused(sharded, message, by="load" if verify else "unverified")
+    refused(sharded, message, by=loader)
 
 
-def test_an_index_tells_the_truth(sharded: Path) -> None:
+@pytest.mark.parametrize("loader", ["unverified", "from_pretrained"])
+@pytest.mark.parametrize("change", [{"metadata": [1]}, {"metadata": None}, {}], ids=str)
+def test_an_index_has_what_transformers_reads(sharded: Path, change: dict[str, Any], loader: str) -> None:
+    edit(sharded / INDEX, lambda content: (content.pop("metadata"), content.update(change)))
+    refused(sharded, rf"{INDEX}`: `metadata` wants an object", by=loader)
+
+
+@pytest.mark.parametrize("loader", ["unverified", "from_pretrained"])
+def test_an_index_tells_the_truth(sharded: Path, loader: str) -> None:
     def turn(content: Any) -> None:
         places = content["weight_map"]
         names = sorted(places, key=places.get)
         places[names[0]], places[names[-1]] = places[names[-1]], places[names[0]]
 
     edit(sharded / INDEX, turn)
-    refused(sharded, rf"{INDEX}`: `weight_map` has tensor `.*` in '.*', `.*` holds it")
+    refused(sharded, rf"{INDEX}`: `weight_map` has tensor `.*` in '.*', `.*` holds it", by=loader)
 
 
 @pytest.mark.parametrize("loader", list(LOADERS))

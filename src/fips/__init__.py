@@ -6,7 +6,7 @@ model = fips.load("smaller")
 """
 
 from fips.compress import compress
-from fips.config import CalibrationConfig, CompressionConfig, DataConfig, Recipe
+from fips.config import CompressionConfig, DataConfig, Recipe, ReconstructionConfig
 from fips.errors import FipsError
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.layers.merge import merge
@@ -16,13 +16,13 @@ from fips.storage.checkpoint import load, save
 from fips.version import __version__
 
 __all__ = [
-    "CalibrationConfig",
     "CompressionConfig",
     "CompressionReport",
     "DataConfig",
     "FactoredLinear",
     "FipsError",
     "Recipe",
+    "ReconstructionConfig",
     "SharedBasis",
     "__version__",
     "compress",

@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage or setting, 128 + n ended by sig
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fips.errors import ConfigError, FipsError
-from fips.signals import Stopped, stoppable
+from fips.signals import FINISHED, Stopped, stoppable
 
 app = typer.Typer(
     name="fips",
@@ -28,7 +29,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-stdout = Console()
+
+
+class Results(Console):
+    """Standard output. That it takes nothing more (a full disk, a closed pipe) costs no work: ``main`` says so last."""
+
+    failure: OSError | None = None
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with self._taking():
+            super().print(*objects, **options)
+
+    def write(self, text: str) -> None:
+        """The text as it is."""
+        with self._taking():
+            self.file.write(text)
+            self.file.flush()
+
+    @contextmanager
+    def _taking(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or error
+            with suppress(OSError, ValueError):  # what is left in its buffer would fail again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that rich is handling, instead of ending the process
+
+
+stdout = Results()
 stderr = Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.", show_default=False)]
@@ -42,11 +73,11 @@ Dtype = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's repository.")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name or YAML file; options override it.")]
-Budget = Annotated[float | None, typer.Option(help="Fraction of the MLP parameters to keep.")]
-TargetBytes = Annotated[float | None, typer.Option(help="Stored MLP bytes to keep, relative to 16-bit dense.")]
+Budget = Annotated[float | None, typer.Option(help="Fraction of the layers' parameters to keep.")]
+Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the layers, patterns and scales included.")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the factors.")]
 Pattern = Annotated[str | None, typer.Option(help="auto, unstructured, N:M such as 4:16, block4 or block8.")]
-GroupSize = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
+ShareBlocks = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
 Groups = Annotated[str | None, typer.Option(help="Explicit groups of block indices, such as `0-3,4-7,8-11`.")]
 Targets = Annotated[
     list[str] | None, typer.Option(help="Layers to compress: name, suffix, glob or re:... (repeatable).")
@@ -67,20 +98,20 @@ def inspect(
     model: ModelArgument,
     recipe: RecipeOption = None,
     budget: Budget = None,
-    target_bytes: TargetBytes = None,
+    bits: Bits = None,
     sparsity: Sparsity = None,
     pattern: Pattern = None,
-    group_size: GroupSize = None,
+    share_blocks: ShareBlocks = None,
     groups: Groups = None,
     targets: Targets = None,
     ignore: Ignore = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """List every MLP found, its layers, group, rank, parameters and bytes; changes nothing and reads no weights."""
+    """List the layers found, their groups, ranks, parameters and bytes; changes nothing and reads no weights."""
     from fips.app.commands import plan_source
 
-    setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_size=0.5)
+    setting = _recipe(recipe, compression=_given(locals(), COMPRESSION), default_size=8.0)
     _, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
     _print_plan(plan, as_json=as_json, with_layers=True)
 
@@ -90,7 +121,7 @@ def compress(
     model: OptionalModel = None,
     data: Data = None,
     budget: Budget = None,
-    target_bytes: TargetBytes = None,
+    bits: Bits = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write; absent or empty.")] = None,
     recipe: RecipeOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.")] = False,
@@ -108,13 +139,13 @@ def compress(
         int | None, typer.Option(metavar="STEPS", help="End-to-end steps with the original as teacher.")
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="static, gmp or rigl.")] = None,
-    threshold: Annotated[str | None, typer.Option(help="One threshold per `group` or per `layer`.")] = None,
-    group_size: GroupSize = None,
+    threshold_scope: Annotated[str | None, typer.Option(help="One threshold per `group` or per `layer`.")] = None,
+    share_blocks: ShareBlocks = None,
     groups: Groups = None,
     targets: Targets = None,
     ignore: Ignore = None,
     factor_dtype: Annotated[str | None, typer.Option(help="Storage type: float32, bfloat16 or float16.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Calibration steps per group.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of block-wise reconstruction per group.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="Calibration arithmetic: auto, float32, bfloat16.")] = None,
     activation_memory: Annotated[str | None, typer.Option(help="RAM for recorded activations, such as 2GiB.")] = None,
@@ -130,14 +161,14 @@ def compress(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Compress the MLPs of a model and write a directory that `fips.load` reads."""
+    """Compress layers of a model, by default its MLPs, and write a directory that `fips.load` reads."""
     from fips.app.commands import compress_to_directory, plan_batches, plan_source
 
     options = locals()
     setting = _recipe(
         recipe,
         compression=_given(options, COMPRESSION),
-        calibration=_given(options, CALIBRATION),
+        reconstruction=_given(options, RECONSTRUCTION),
         data=_data_fields(options),
     )
     if dry_run:
@@ -229,11 +260,14 @@ def compare(
     data: Annotated[str, typer.Option(help="Calibration data, as for `fips compress`.")],
     output: Annotated[Path, typer.Option(help="Directory for compare.json, compare.md and compare.svg.")],
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100.")
-    ] = "fips,no-sharing,fips-paper,gptq,sparsegpt,wanda,magnitude,svd-llm,basis-sharing,svd",
+        str | None,
+        typer.Option(
+            help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100. Default: all."
+        ),
+    ] = None,
     sizes: Annotated[
-        str, typer.Option("--bytes", help="Stored MLP bytes relative to 16-bit dense.")
-    ] = "0.3,0.4,0.5,0.6",
+        str, typer.Option("--bits", help="Stored bits per weight of the layers, with commas between them.")
+    ] = "4,4.8,6.4,8",
     seeds: Annotated[str, typer.Option(help="Seeds of calibration samples and solvers.")] = "0",
     eval_data: Annotated[str | None, typer.Option(help="Data to score on; default: --data.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
@@ -249,7 +283,7 @@ def compare(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Compare methods at equal stored bytes: quality, block error, size and time of each."""
+    """Compare methods at equal stored bits: quality, block error, size and time of each."""
     from fips.app.commands import compare_source
     from fips.app.tables import comparison_table
     from fips.config import DataConfig
@@ -258,8 +292,8 @@ def compare(
     scored = {**fields, "source": eval_data or data, "split": eval_split, "num_samples": eval_samples}
     with _counter("compare") as progress:
         result = compare_source(
-            model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(","),
-            sizes=_numbers("--bytes", sizes, float), seeds=_numbers("--seeds", seeds, int), dtype=dtype,
+            model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(",") if methods else None,
+            sizes=_numbers("--bits", sizes, float), seeds=_numbers("--seeds", seeds, int), dtype=dtype,
             device=device, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     _print_json(result.to_dict()) if as_json else stdout.print(comparison_table(result))
@@ -302,7 +336,7 @@ def recipes(as_json: Json = False) -> None:
     table = Table("recipe", "model", "keeps", "description")
     for name, entry in entries.items():
         setting = entry.compression
-        size = f"{setting.budget:g} parameters" if setting.budget else f"{setting.target_bytes:g} bytes"
+        size = f"{setting.budget:g} parameters" if setting.budget else f"{setting.bits:g} bits"
         table.add_row(name, entry.model or "any", size, entry.description)
     stdout.print(table)
 
@@ -310,7 +344,9 @@ def recipes(as_json: Json = False) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")] = Path("fips-demo"),
-    target_bytes: Annotated[float, typer.Option(help="Stored MLP bytes to keep, relative to 16-bit dense.")] = 0.3,
+    bits: Annotated[
+        float, typer.Option(help="Stored bits per weight of the layers, patterns and scales included.")
+    ] = 4.8,
     as_json: Json = False,
 ) -> None:
     """Compress the embedded byte-level Llama on your interpreter's standard library; no network, under 3 minutes."""
@@ -318,14 +354,15 @@ def demo(
 
     console = stderr if as_json else stdout
     with _progress_bars() as progress:
-        result = run_demo(output, target_bytes=target_bytes, console=console, progress=progress)
+        result = run_demo(output, bits=bits, console=console, progress=progress)
     if as_json:
         _print_json(result)
 
 
-COMPRESSION = ("budget", "target_bytes", "method", "values", "sparsity", "pattern", "schedule", "threshold",
-               "group_size", "groups", "targets", "ignore", "factor_dtype", "activation_bits", "seed")  # fmt: skip
-CALIBRATION = ("steps", "learning_rate", "precision", "activation_memory")
+COMPRESSION = ("budget", "bits", "method", "values", "sparsity", "pattern", "schedule", "threshold_scope",
+               "share_blocks", "groups", "targets", "ignore", "factor_dtype", "activation_bits", "precision",
+               "activation_memory", "seed")  # fmt: skip
+RECONSTRUCTION = ("steps", "learning_rate")
 DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
 
 
@@ -346,7 +383,7 @@ def _parse_group(text: str) -> dict[str, Any]:
         return {"sharing": "auto" if text == "auto" else "never"}
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"`--group` wants `auto`, `none` or a number of blocks, got {text!r}")
-    return {"sharing": "always", "group_size": int(text)}
+    return {"sharing": "always", "share_blocks": int(text)}
 
 
 def _numbers(option: str, text: str, kind: Any) -> list[Any]:
@@ -380,31 +417,34 @@ def _recipe(
     name: str | None,
     *,
     compression: dict[str, Any],
-    calibration: dict[str, Any] | None = None,
+    reconstruction: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     default_size: float | None = None,
 ) -> Any:
     """The recipe asked for, or the method's own, with the options given on the command line in its place."""
-    from fips.config import DataConfig, Recipe
+    from fips.config import DEFAULT_METHOD, DataConfig, Recipe, settings_of
     from fips.recipes import load_recipe
 
-    base = load_recipe(name or ("paper" if compression.get("method") == "fips-paper" else "fips"))
-    sized = "budget" in compression or "target_bytes" in compression
+    base = load_recipe(name or settings_of(compression.get("method", DEFAULT_METHOD)).recipe)
+    sized = "budget" in compression or "bits" in compression
     if name is None and not sized:
         if default_size is None:
             raise ConfigError(
-                "no size: give --target-bytes (stored MLP bytes), --budget (fraction of MLP parameters) or --recipe"
+                "no size: give --bits (stored bits per weight), --budget (fraction of parameters) or --recipe"
             )
-        compression = {**compression, "target_bytes": default_size}
+        compression = {**compression, "bits": default_size}
     if sized or name is None:
-        compression = {"budget": None, "target_bytes": None, **compression}
-    if "pattern" in compression and "sparsity" not in compression:
-        compression = {**compression, "sparsity": None}
-    if "group_size" in compression and "groups" not in compression:
+        compression = {"budget": None, "bits": None, **compression}
+    method = settings_of(compression.get("method", base.compression.method))
+    if "pattern" in compression and "sparsity" in method.model_fields:
+        compression = {"sparsity": None, **compression}
+    if "share_blocks" in compression and "groups" not in compression:
         compression = {**compression, "groups": None}
-    if calibration:
-        compression = {**compression, "calibration": base.compression.calibration.replace(**calibration)}
     settings = base.compression.replace(**compression)
+    if reconstruction:
+        before = getattr(settings, "reconstruction", None)  # methods without one say whose it is
+        fields = reconstruction if before is None else before.replace(**reconstruction)
+        settings = settings.replace(reconstruction=fields)
     if not data:
         return Recipe(**{**_fields(base), "compression": settings})
     known = (
@@ -420,17 +460,17 @@ def _fields(settings: Any) -> dict[str, Any]:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False) -> None:
-    from fips.app.tables import mlp_table, plan_table, size_table, skipped_lines
+    from fips.app.tables import layer_table, plan_table, size_table, skipped_lines
 
     if as_json:
         _print_json(plan.to_dict())
         return
     if with_layers:
-        stdout.print(mlp_table(plan))
+        stdout.print(layer_table(plan))
     stdout.print(plan_table(plan.groups))
     stdout.print(size_table(plan))
     for line in skipped_lines(plan):
@@ -559,19 +599,22 @@ def _counter(label: str) -> Iterator[Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; errors become one line on stderr and an exit code."""
+    stdout.failure = None
     try:
         with stoppable():
             result = app(args=argv, standalone_mode=False)
+        if stdout.failure is not None:
+            if not isinstance(stdout.failure, BrokenPipeError):  # a reader that has seen enough needs no words
+                reason = f"cannot write to standard output: {stdout.failure.strerror}"
+                _say(f"error: {'; '.join([reason, *FINISHED])}")
+            return 1
         return result if isinstance(result, int) else 0
     except FipsError as error:
-        _say(f"error: {_with_notes(error)}")
+        _say(f"error: {'; '.join([str(error), *_notes(error)])}")
         return error.exit_code
-    except Stopped as stopped:
-        _say(f"interrupted: {_with_notes(stopped) if _notes(stopped) else 'nothing was written'}")
-        return stopped.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted: nothing was written")
-        return 128 + signal.SIGINT
+    except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
+        _say(f"interrupted: {'; '.join(_notes(stopped)) or 'nothing was written'}")
+        return stopped.exit_code if isinstance(stopped, Stopped) else 128 + signal.SIGINT
     except Exception as error:
         show = getattr(error, "show", None)  # usage errors of the option parser print themselves
         if show is None:
@@ -581,12 +624,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _notes(error: BaseException) -> list[str]:
-    return getattr(error, "__notes__", [])
-
-
-def _with_notes(error: BaseException) -> str:
-    """What an error says and what was added to it on its way, in one line."""
-    return "; ".join([*([] if isinstance(error, Stopped) else [str(error)]), *_notes(error)])
+    """What was added to an error on its way, and what was finished before it."""
+    return list(dict.fromkeys([*getattr(error, "__notes__", []), *FINISHED]))
 
 
 def _say(line: str) -> None:

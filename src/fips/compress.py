@@ -16,9 +16,7 @@ from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward,
 from fips.config import CompressionConfig
 from fips.errors import ConfigError
 from fips.layers.linear import BASES, basis_owner
-from fips.methods.baseline import compress_by_baseline
-from fips.methods.paper import compress_by_paper
-from fips.methods.solver import compress_by_solver
+from fips.methods.registry import method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
@@ -29,8 +27,6 @@ from fips.storage.quantizer import attach
 from fips.storage.reload import check_reloadable
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
-
-METHODS = {"fips": compress_by_solver, "fips-paper": compress_by_paper}
 
 
 def compress(
@@ -43,12 +39,11 @@ def compress(
 ) -> CompressionReport:
     r"""Compress the MLPs of ``model`` in place and report what was done.
 
-    Every matrix becomes :math:`W \approx B F` with a sparse factor and a basis shared by its group, or, where that is
-    better for the bytes, a sparse matrix alone. ``fips`` solves for both in the metric of the model's output and
-    chooses structure and size of every group by measured error; ``fips-paper`` starts from an SVD, prunes by magnitude
-    and trains block by block. The model is changed only after all groups are done: an error or an interrupt leaves it
-    as it was. Layers that the batches never run, or that have no influence on the model's output there, are left dense;
-    the size asked for is that of the others, and the report lists both.
+    Every matrix becomes :math:`W \approx B C` with a sparse factor and a basis shared by its group, or, where that is
+    better for the bytes, a sparse matrix alone. How is up to ``config.method`` (``fips.methods``). The model is changed
+    only after all groups are done: an error or an interrupt leaves it as it was. Layers that the batches never run or,
+    for methods that take gradients, that have no influence on the model's output there are left dense; the size asked
+    for is that of the others, and the report lists both.
 
     ``batches`` is iterated a few times; its items are dicts for ``model(**batch)`` (``labels`` are ignored) or
     tensors for ``model(batch)``. Peak memory is the model, the moments of the groups at work (``metric.memory``), one
@@ -65,6 +60,7 @@ def compress(
     if not isinstance(config, CompressionConfig):
         hint = "use its `.compression`" if hasattr(config, "compression") else "write `CompressionConfig(...)`"
         raise ConfigError(f"`config` must be a `CompressionConfig`, got `{type(config).__name__}`; {hint}")
+    method = method_of(config)
     model = unwrap(model)
     check_model(model)
     device = next(model.parameters()).device
@@ -77,12 +73,12 @@ def compress(
         check_reloadable(model, [site.name for site in sites])
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()
-        bench = Workbench(model, config, data, device, progress, moments)
+        bench = Workbench(model, config, data, device, method.needs, method.temperature, progress, moments)
         with preserved(model), in_native_types(model):
             bench.try_batch()
-            with autocast_for(config.calibration.precision, device):
+            with autocast_for(config.precision, device):
                 plan = leave_dense(plan, model, config, bench.survey(sites))
-                groups = METHODS.get(config.method, compress_by_baseline)(bench, plan)
+                groups = method.compress(bench, plan)
         for group in groups:
             require_finite_layers(group.layers, group.bases, method=config.method)
         _install(model, groups, activation_bits=config.activation_bits)
@@ -97,7 +93,7 @@ def compress(
             notes=bench.notes,
             environment={
                 **(measured("hardware and versions", lambda: environment(device)) or {}),
-                "precision": resolve_precision(config.calibration.precision, device),
+                "precision": resolve_precision(config.precision, device),
             },
         )
     model.fips_report = report  # type: ignore[assignment]

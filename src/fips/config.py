@@ -1,31 +1,46 @@
 """Settings: frozen, validated when they are made, unknown names refused with the known ones listed.
 
-``CompressionConfig`` is everything that decides *how* a model is compressed; ``DataConfig`` says on which data;
-``Recipe`` joins both to the model they were made for and is what the YAML files under ``recipes/`` hold.
+``CompressionConfig`` is everything that decides *how* a model is compressed: here what methods share, the rest
+beside each method; ``DataConfig`` says on which data; ``Recipe`` joins both to the model they were made for and is what
+the YAML files under ``recipes/`` hold.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fips.errors import ConfigError
+from fips.formats.patterns import Pattern, pattern_for
 
-__all__ = ["CalibrationConfig", "CompressionConfig", "DataConfig", "DistillConfig", "MetricConfig", "Recipe"]
+__all__ = [
+    "SETTINGS",
+    "CompressionConfig",
+    "DataConfig",
+    "InputsConfig",
+    "Recipe",
+    "ReconstructionConfig",
+    "Settings",
+    "SparseConfig",
+    "settings_of",
+]
 
 FactorDtype = Literal["float32", "bfloat16", "float16"]
-Method = Literal["fips", "fips-paper", "gptq", "magnitude", "wanda", "sparsegpt", "svd", "svd-llm", "basis-sharing"]
-Values = Literal["auto", "float", "int8", "int7", "int6", "int5", "int4", "int3", "int2"]
-DEFAULT_SPARSITY = 0.75
-PRUNERS = ("magnitude", "wanda", "sparsegpt")
-AUTO_BITS = (3, 4, 5, 6, 8)
-"""Widths that `values: auto` chooses among."""
-BASELINES = ("gptq", *PRUNERS, "svd", "svd-llm", "basis-sharing")
+DEFAULT_METHOD = "fips"
 
 
 class Settings(BaseModel):
@@ -43,18 +58,25 @@ class Settings(BaseModel):
         """A copy with some fields changed, validated again."""
         return type(self)(**{**self.model_dump(exclude_unset=True), **fields})
 
+    @classmethod
+    def unknown_field(cls, name: str) -> str:
+        """What to say about a field that these settings do not have."""
+        owners = [method for method, owner in SETTINGS.items() if any(name in inner for inner in _nested(owner, cls))]
+        if owners:
+            return f"`{name}` of {cls.__name__} belongs to {_methods(owners)}"
+        known = sorted(cls.model_fields)
+        return f"unknown field `{name}` in {cls.__name__}; {_guess(name, known)}known fields: {', '.join(known)}"
+
 
 def _explain(error: ValidationError, owner: type[Settings]) -> str:
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = sorted(owner.model_fields)
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            guess = f"did you mean `{near[0]}`? " if near else ""
-            lines.append(f"unknown field `{name}` in {owner.__name__}; {guess}known fields: {', '.join(known)}")
+            lines.append(owner.unknown_field(name))
         elif item["type"] == "value_error":
-            lines.append(f"{item['msg'].removeprefix('Value error, ')}")
+            where = f"`{name}`: " if isinstance(item["input"], str) else ""
+            lines.append(f"{where}{item['msg'].removeprefix('Value error, ')}")
         elif item["type"] == "missing":
             lines.append(f"`{name}` is required in {owner.__name__}")
         else:
@@ -62,14 +84,29 @@ def _explain(error: ValidationError, owner: type[Settings]) -> str:
     return "; ".join(lines)
 
 
-class CalibrationConfig(Settings):
+def _guess(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean `{near[0]}`? " if near else ""
+
+
+def _methods(names: Iterable[str]) -> str:
+    return " and ".join(f"`method: {name}`" for name in names)
+
+
+def _nested(owner: type[Settings], kind: type[Settings]) -> Iterator[Mapping[str, Any]]:
+    """The fields of settings of some kind within settings."""
+    for field in owner.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, kind):
+            yield field.annotation.model_fields
+
+
+class ReconstructionConfig(Settings):
     """Joint block-wise reconstruction: AdamW with a cosine schedule on the original activations."""
 
-    steps: int | None = Field(default=None, ge=0)
-    """Optimizer steps per group; 0 keeps the closed-form start (then pruning is static). Default: 600 for
-    `fips-paper`, 0 for `fips`."""
-    learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of AdamW. Default: 4e-4 for `fips-paper`, 1e-4 for `fips`."""
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps per group; 0 keeps the closed-form start (then pruning is static)."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of AdamW."""
     min_learning_rate: float = Field(default=1e-5, ge=0)
     """Where the cosine schedule ends."""
     weight_decay: float = Field(default=0.05, ge=0)
@@ -82,192 +119,180 @@ class CalibrationConfig(Settings):
     """Sparsity at which gradual pruning starts; at most the final one is used."""
     regrow_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the support that RigL replaces at its first update (cosine decay to 0)."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the calibration passes; `auto` is bfloat16 where the hardware multiplies it natively."""
-    activation_memory: ByteSize = ByteSize(1 << 30)
-    """Upper bound for recorded activations in RAM, per group; what exceeds it goes to a temporary file."""
 
 
-class MetricConfig(Settings):
-    """What an error costs: the second-order change of the model's output (`method: fips`)."""
+class InputMetricConfig(Settings):
+    """How the inputs of layers are measured."""
 
-    temperature: float = Field(default=2.0, gt=0)
-    """Temperature of the softmax whose change counts; 1 is the KL divergence, large values treat logits alike."""
-    token_floor: float = Field(default=0.4, ge=0, le=1)
-    """Share of the weight that all tokens get alike; the rest goes by what a token does to the output."""
-    propagate_errors: bool = False
-    """Measure every group behind the compressed groups before it instead of behind the original ones."""
     memory: ByteSize = ByteSize(4 << 30)
     """Bound for the moments held at a time; at least one group is. Less means more passes over the data."""
 
 
-class DistillConfig(Settings):
-    """End-to-end training of the compressed layers with the original model as teacher; no labels."""
-
-    steps: int = Field(default=0, ge=0)
-    """Optimizer steps; 0 leaves it out."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate of AdamW, linear warm-up over a tenth of the steps, then cosine to 0."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Temperature of both softmaxes in the KL divergence."""
-    hidden_weight: float = Field(default=0.0, ge=0)
-    """Weight of the mean relative squared error of the block outputs, beside 1 for the logits."""
-
-
 class CompressionConfig(Settings):
-    """How to compress: size, method, grouping and calibration. One of `budget` and `target_bytes` is required."""
+    """How to compress: the method, and what all methods share. One of `budget` and `bits` is required.
 
+    ``CompressionConfig(method="gptq", ...)`` makes settings of the class that belongs to the method and takes the
+    fields of that class too; they are listed where the method is, in ``fips.methods``.
+    """
+
+    method: str = DEFAULT_METHOD
+    """`fips`: solver in the metric of the model's output, best structure per group for the bytes. Others, the paper's
+    recipe among them, are in ``fips.methods``."""
     budget: float | None = Field(default=None, gt=0, le=1)
-    """Fraction of the MLP parameters to keep: basis entries plus non-zeros of the factors."""
-    target_bytes: float | None = Field(default=None, gt=0, le=1)
-    """Stored bytes of the MLPs (values, patterns, scales, bases) as a fraction of the dense ones in a 16-bit type."""
-    method: Method = "fips"
-    """`fips`: solver in the metric of the model's output, best structure per group for the bytes.
-    `fips-paper`: SVD start, magnitude sparsity, block-wise AdamW (arXiv 2411.09816).
-    Others to compare with, see ``fips.baselines``."""
-    sharing: Literal["auto", "always", "never"] = "auto"
-    """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning); `fips`
-    only, the paper's recipe always shares."""
-    values: Values | None = None
-    """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
-    bits as measured per layer. Default: `auto` for `fips` with `target_bytes`, else float."""
+    """Fraction of the parameters of the layers to keep: basis entries plus kept entries of the factors."""
+    bits: float | None = Field(default=None, gt=0, le=16)
+    """Stored bits per weight of the compressed layers, on average: values, patterns, scales and bases."""
     activation_bits: Literal[8] | None = None
     """8: kernels may round the inputs of layers with integer values to 8 bits, one scale per token; written with the
     model. Faster for many tokens; results differ a little. Default: inputs as exact as their type."""
-    metric: MetricConfig = MetricConfig()
-    distill: DistillConfig = DistillConfig()
-    sparsity: float | None = Field(default=None, ge=0, lt=1)
-    """Fraction of zeros in the factors of `fips-paper`; default 1 - N/M when `pattern` is N:M, else 0.75. `fips` fills
-    its bytes instead."""
-    pattern: str | None = Field(default=None, pattern=r"^(auto|unstructured|block4|block8|[1-9]\d?:[1-9]\d?)$")
-    """`unstructured`; `N:M`, N non-zeros in every M consecutive entries along the reduction; `block4` or `block8`, one
-    mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
-    measured per group. Default: `auto` for `fips`, `unstructured` for `fips-paper`."""
-    threshold: Literal["group", "layer"] = "group"
-    """One magnitude threshold over all factors of a group, or one per layer."""
-    schedule: Literal["static", "gmp", "rigl"] | None = None
-    """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow; default
-    `gmp` for `fips-paper`, `static` for `fips` (whose solver has found a support before)."""
-    group_size: int = Field(default=4, ge=1)
+    share_blocks: int = Field(default=4, ge=1)
     """Consecutive blocks of equal width that share a basis."""
     groups: tuple[tuple[int, ...], ...] | None = None
-    """Explicit groups of block indices, counted over all blocks found; overrides `group_size`."""
+    """Explicit groups of block indices, counted over all blocks found; overrides `share_blocks`."""
     targets: tuple[str, ...] | None = None
     """Layers to compress instead of those found: names, suffixes, globs, or `re:` patterns."""
     ignore: tuple[str, ...] = ()
     """Layers to leave alone, same syntax."""
-    growth_tau: float = Field(default=32.0, gt=0)
-    """Rows added when the rank exceeds the width are copies of the first rows divided by this."""
     factor_dtype: FactorDtype | None = None
     """Storage type of bases, floating values and scales. Default: that of the weights, but 16 bits (bfloat16 for
-    float32 weights) with `target_bytes`."""
-    calibration: CalibrationConfig = CalibrationConfig()
+    float32 weights) with `bits`."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of passes over the data; `auto` is bfloat16 where the hardware multiplies it natively."""
+    activation_memory: ByteSize = ByteSize(1 << 30)
+    """Upper bound for recorded activations in RAM, per group; what exceeds it goes to a temporary file."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order in which calibration batches are drawn."""
 
+    recipe: ClassVar[str] = "fips"
+    """Name of the recipe that the command line starts from."""
+
+    def __new__(cls, **fields: Any) -> Self:
+        found: type[Any] = settings_of(fields.get("method", DEFAULT_METHOD)) if cls is CompressionConfig else cls
+        instance: Self = object.__new__(found)
+        return instance
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.budget is None) == (self.target_bytes is None):
+        if (self.budget is None) == (self.bits is None):
             given = "both" if self.budget is not None else "neither"
-            raise ValueError(f"give either `budget` (parameters) or `target_bytes` (stored bytes), got {given}")
-        if self.nm is not None:
-            self._check_nm(*self.nm)
-        if self.activation_bits is not None and self.value_kind == "float":
+            raise ValueError(
+                f"give either `budget` (fraction of parameters) or `bits` (stored bits per weight), got {given}"
+            )
+        if self.activation_bits is not None and not self.has_integers:
             raise ValueError("`activation_bits` goes with integer `values`, got `values: float`")
-        self._check_fips() if self.method == "fips" else self._check_other()
+        self.check()
         return self
 
-    def _check_nm(self, n: int, m: int) -> None:
-        if not 0 < n < m <= 32:
-            raise ValueError(f"`pattern` N:M needs 0 < N < M <= 32, got {self.pattern!r}")
-        if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
-            raise ValueError(
-                f"`sparsity` {self.sparsity} contradicts `pattern` {self.pattern!r} (sparsity {1 - n / m:g}); "
-                "give only one of them"
-            )
-        if self.support_schedule == "rigl":
+    def check(self) -> None:
+        """Raise ``ValueError`` for fields of the method that contradict each other."""
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether the method stores integers."""
+        return False
+
+    def replace(self, **fields: Any) -> Self:
+        """A copy with some fields changed, validated again.
+
+        With another ``method``, settings made before that it does not have are dropped.
+        """
+        method = fields.get("method", self.method)
+        kept = _known(self.model_dump(exclude_unset=True), settings_of(method))
+        replaced: Self = CompressionConfig(**{**kept, "method": method, **fields})  # type: ignore[assignment]
+        return replaced
+
+    @classmethod
+    def from_record(cls, fields: Mapping[str, Any]) -> CompressionConfig:
+        """Settings from a report. Those of earlier versions hold the fields of all methods, null for a default."""
+        return CompressionConfig(**_known(_renamed(fields), settings_of(fields.get("method", DEFAULT_METHOD))))
+
+    @classmethod
+    def unknown_field(cls, name: str) -> str:
+        method = cls.model_fields["method"].default
+        owners = [other for other, owner in SETTINGS.items() if name in owner.model_fields]
+        if owners:
+            return f"`{name}` belongs to {_methods(owners)}, not to `method: {method}`"
+        known = sorted(cls.model_fields)
+        everywhere = [*known, *(field for owner in SETTINGS.values() for field in owner.model_fields)]
+        return (
+            f"unknown field `{name}` of `method: {method}`; {_guess(name, everywhere)}known fields: {', '.join(known)}"
+        )
+
+
+SETTINGS: dict[str, type[CompressionConfig]] = {}
+"""The settings of every method by its name, entered by ``fips.methods.registry.register``."""
+
+
+def settings_of(method: str) -> type[CompressionConfig]:
+    """The class of a method's settings; raises ``ConfigError`` for a name that no method has."""
+    if not isinstance(method, str) or method not in SETTINGS:
+        guess = _guess(str(method), SETTINGS)
+        raise ConfigError(f"`method`: there is no `{method}`; {guess}known methods: {', '.join(SETTINGS)}")
+    return SETTINGS[method]
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of reports and recipes of earlier versions under the names of now."""
+    found = dict(fields)
+    if found.get("target_bytes") is not None:  # a fraction of 16 bits
+        found["bits"] = 16 * found.pop("target_bytes")
+    for old, new in (("group_size", "share_blocks"), ("threshold", "threshold_scope")):
+        if old in found:
+            found[new] = found.pop(old)
+    calibration = dict(found.pop("calibration", None) or {})
+    moved = {name: calibration.pop(name) for name in ("precision", "activation_memory") if name in calibration}
+    return {**found, **moved, **({"reconstruction": calibration} if calibration else {})}
+
+
+def _known(fields: Mapping[str, Any], owner: type[Settings]) -> dict[str, Any]:
+    """Those fields, but for null, that a class of settings has, within nested settings too."""
+    found = {}
+    for name, value in fields.items():
+        field = owner.model_fields.get(name)
+        if field is None or value is None:
+            continue
+        inner = field.annotation
+        nested = isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Settings)
+        found[name] = _known(value, inner) if nested else value  # type: ignore[arg-type]
+    return found
+
+
+class InputsConfig(CompressionConfig):
+    """What methods share that measure the inputs of layers."""
+
+    metric: InputMetricConfig = InputMetricConfig()
+
+
+class SparseConfig(CompressionConfig):
+    """What methods share that prune factors to a pattern and can train them block by block."""
+
+    pattern: str = "unstructured"
+    """`unstructured`, or `N:M`, N entries kept of every M consecutive ones along the reduction."""
+    schedule: Literal["static", "gmp", "rigl"] = "static"
+    """How the support changes while training: not, by gradual magnitude pruning, or by prune-and-regrow."""
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str) -> str:
+        if pattern != "auto":
+            pattern_for(pattern)
+        return pattern
+
+    def check(self) -> None:
+        if self.nm is not None and self.schedule == "rigl":
             raise ValueError("`schedule: rigl` needs `pattern: unstructured`; N:M works with `static` and `gmp`")
 
-    def _check_other(self) -> None:
-        if self.pattern in ("auto", "block4", "block8"):
-            raise ValueError(f"`pattern: {self.pattern}` needs `method: fips`, got `{self.method}`")
-        if self.sharing != "auto":
-            raise ValueError(f"`sharing: {self.sharing}` needs `method: fips`, got `{self.method}`")
-        if self.values == "auto" or (self.value_kind != "float" and self.method not in PRUNERS):
-            wanted = "`method: fips`" if self.values == "auto" else "`method: fips` or pruning"
-            raise ValueError(f"`values: {self.values}` needs {wanted}, got `{self.method}`")
-        if self.distill.steps:
-            raise ValueError(f"`distill` needs `method: fips`, got `{self.method}`")
-        if self.method == "gptq" and self.target_bytes is None:
-            raise ValueError("`method: gptq` keeps all parameters in fewer bits: give `target_bytes`, not `budget`")
-        if self.method in BASELINES and (self.nm is not None or self.sparsity is not None):
-            raise ValueError(
-                f"`method: {self.method}` takes neither `pattern` nor `sparsity`; its size follows the bytes"
-            )
-
-    def _check_fips(self) -> None:
-        if self.sharing == "always" and self.nm is not None:
-            raise ValueError(
-                "`sharing: always` needs a pattern of free size, got N:M; leave `pattern` or `sharing` out"
-            )
-        if self.values == "auto" and self.target_bytes is None:
-            raise ValueError("`values: auto` weighs bits against bytes: give `target_bytes`, not `budget`")
-        if self.schedule == "gmp":
-            raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
-        if self.sparsity is not None and self.nm is None:
-            raise ValueError(
-                "`sparsity` belongs to `method: fips-paper`; `fips` fills the bytes or parameters asked for"
-            )
-        if self.schedule == "rigl" and self.resolved_pattern not in ("auto", "unstructured"):
-            raise ValueError(f"`schedule: rigl` needs `pattern: unstructured`, got {self.pattern!r}")
-
     @property
-    def support_schedule(self) -> Literal["static", "gmp", "rigl"]:
-        """``schedule``, or its default for the method."""
-        if self.schedule is not None:
-            return self.schedule
-        return "gmp" if self.method == "fips-paper" else "static"
-
-    @property
-    def calibration_steps(self) -> int:
-        """``calibration.steps``, or its default for the method."""
-        if self.calibration.steps is not None:
-            return self.calibration.steps
-        return 600 if self.method == "fips-paper" else 0
-
-    @property
-    def calibration_rate(self) -> float:
-        """``calibration.learning_rate``, or its default for the method."""
-        return self.calibration.learning_rate or (4e-4 if self.method == "fips-paper" else 1e-4)
-
-    @property
-    def resolved_pattern(self) -> str:
-        """``pattern``, or its default for the method and schedule."""
-        if self.pattern is not None:
-            return self.pattern
-        return "auto" if self.method == "fips" and self.schedule != "rigl" else "unstructured"
-
-    @property
-    def value_kind(self) -> Values:
-        """``values``, or its default for the method."""
-        if self.values is not None:
-            return self.values
-        return "auto" if self.method == "fips" and self.target_bytes is not None else "float"
+    def format(self) -> Pattern:
+        """The pattern asked for; any entries where it is to be measured."""
+        return pattern_for("unstructured" if self.pattern == "auto" else self.pattern)
 
     @property
     def nm(self) -> tuple[int, int] | None:
-        """``(N, M)`` of an N:M pattern, None otherwise."""
-        if self.pattern is None or ":" not in self.pattern:
-            return None
-        n, m = self.pattern.split(":")
-        return int(n), int(m)
-
-    @property
-    def factor_sparsity(self) -> float:
-        """The fraction of zeros the factors of `fips-paper` end with."""
-        if self.nm is not None:
-            return 1 - self.nm[0] / self.nm[1]
-        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        """``(N, M)`` of a pattern that keeps N of every M entries, None of one that leaves it free."""
+        kept = self.format.group_kept
+        return None if kept is None else (kept, self.format.group)
 
 
 class DataConfig(Settings):
@@ -299,8 +324,15 @@ class Recipe(Settings):
     """Hub id or directory the recipe was made for; a MODEL argument overrides it."""
     architecture: dict[str, Any] | None = None
     """Configuration of that model, so that `--dry-run` can plan without the hub."""
-    compression: CompressionConfig
+    compression: SerializeAsAny[CompressionConfig]
     data: DataConfig | None = None
+
+    @field_validator("compression", mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, fields: Any) -> Any:
+        """Earlier versions wrote the fields of all methods beside a compressed model."""
+        everything = isinstance(fields, Mapping) and {"sharing", "growth_tau"} <= fields.keys()
+        return CompressionConfig.from_record(fields) if everything else fields
 
     @classmethod
     def from_yaml(cls, text: str, *, name: str) -> Recipe:

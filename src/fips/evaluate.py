@@ -196,11 +196,11 @@ def _check_class_count(batches: Batches, count: int) -> None:
 def _evaluate_images(model: nn.Module, batches: Batches, place: _Place, progress: Progress | None) -> ImageResult:
     top1 = top5 = count = 0
     for batch in _counted(batches, len(batches), progress):
-        logits_BK = _logits(model(place(batch["pixel_values"]))).float()
-        _check_class_count(batches, logits_BK.shape[-1])
-        if not logits_BK.isfinite().all():
+        logits_EV = _logits(model(place(batch["pixel_values"]))).float()
+        _check_class_count(batches, logits_EV.shape[-1])
+        if not logits_EV.isfinite().all():
             raise ModelError("the model returned logits that are not finite; try `dtype=float32`, or check its weights")
-        best = logits_BK.topk(min(5, logits_BK.shape[-1]), dim=-1).indices
+        best = logits_EV.topk(min(5, logits_EV.shape[-1]), dim=-1).indices
         hits = best == place(batch["labels"])[:, None]
         top1 += int(hits[:, 0].sum())
         top5 += int(hits.sum())
@@ -230,8 +230,8 @@ def _evaluate_text(model: nn.Module, batches: Batches, place: _Place, progress: 
     for batch in _counted(batches, len(batches), progress):
         _check_vocabulary(model, batch["input_ids"])
         for rows in _passes(model, batch):
-            logits_BWV = _logits(model(**{name: place(rows[name]) for name in rows if name != "labels"}))
-            total += _nll_sum(logits_BWV, place(rows["labels"]))
+            logits_ETV = _logits(model(**{name: place(rows[name]) for name in rows if name != "labels"}))
+            total += _nll_sum(logits_ETV, place(rows["labels"]))
             count += int((rows["labels"][:, 1:] != IGNORED_LABEL).sum())
     if not math.isfinite(total):
         raise ModelError("the model returned logits that are not finite; try `dtype=float32`, or check its weights")
@@ -252,8 +252,8 @@ def _vocabulary_size(model: nn.Module) -> int | None:
     return size
 
 
-def _check_vocabulary(model: nn.Module, input_ids_BW: Tensor) -> None:
-    size, largest = _vocabulary_size(model), int(input_ids_BW.max())
+def _check_vocabulary(model: nn.Module, input_ids_ET: Tensor) -> None:
+    size, largest = _vocabulary_size(model), int(input_ids_ET.max())
     if size is not None and largest >= size:
         raise DataError(
             f"got token {largest}, the model knows {size} tokens; use the tokenizer that belongs to the model"
@@ -261,20 +261,20 @@ def _check_vocabulary(model: nn.Module, input_ids_BW: Tensor) -> None:
 
 
 def _passes(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Slices of a batch along B whose logits stay below ``MAX_LOGITS`` (one row at least)."""
+    """Slices of a batch whose logits stay below ``MAX_LOGITS`` (one row at least)."""
     num_rows, length = batch["input_ids"].shape
     step = max(1, MAX_LOGITS // (length * (_vocabulary_size(model) or 1)))
     for start in range(0, num_rows, step):
         yield {name: value[start : start + step] for name, value in batch.items()}
 
 
-def _nll_sum(logits_BWV: Tensor, labels_BW: Tensor) -> float:
-    r"""Sum of :math:`-\ln \mathrm{softmax}(\text{logits}_{b,w})_{\text{labels}_{b,w+1}}` over scored positions.
+def _nll_sum(logits_ETV: Tensor, labels_ET: Tensor) -> float:
+    r"""Sum of :math:`-\ln \mathrm{softmax}(\text{logits}_{e,t})_{\text{labels}_{e,t+1}}` over scored positions.
 
     Log-probabilities in float32, the sum in float64, ``MAX_LOSS_LOGITS`` logits at a time.
     """
-    targets = nn.functional.pad(labels_BW[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
-    logits = logits_BWV.flatten(0, 1)
+    targets = nn.functional.pad(labels_ET[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+    logits = logits_ETV.flatten(0, 1)
     step = max(1, MAX_LOSS_LOGITS // logits.shape[-1])
     total = 0.0
     for start in range(0, len(targets), step):

@@ -27,8 +27,9 @@ from fips.calibration.inputs import CalibrationData
 from fips.calibration.moments import moment_bytes
 from fips.calibration.precision import has_bfloat16, resolve_precision
 from fips.config import CompressionConfig
-from fips.methods.workbench import Workbench
-from fips.models import LinearSite
+from fips.methods.registry import Method, method_of
+from fips.methods.workbench import Needs, Workbench
+from fips.models import Site
 from fips.plan.plan import CompressionPlan
 
 __all__ = ["MemoryNeed", "available_memory", "calibration_memory"]
@@ -38,7 +39,6 @@ log = logging.getLogger("fips.memory")
 ROOM = 1.5
 """What real runs on a CPU took at most, relative to the estimate: 1.4 to 1.5 of it where all tensors are of less than
 32 MB, 1.1 to 1.2 with larger ones, 1.02 where the heap gives every piece back."""
-WITHOUT_MOMENTS = ("fips-paper", "magnitude", "svd")
 TRAINED_BYTES = 32
 """Bytes that distillation holds for every entry of an MLP: entry, gradient, two means of Adam, and what rounds it."""
 Examples = Callable[[int], Any]
@@ -74,7 +74,7 @@ def calibration_memory(
     """
     twin = copy.deepcopy(model)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in twin.parameters())
-    if resolve_precision(config.calibration.precision, device) == "bfloat16" and _dtype(twin) == torch.float32:
+    if resolve_precision(config.precision, device) == "bfloat16" and _dtype(twin) == torch.float32:
         twin.to(torch.bfloat16)  # activations are, and so are copies of the weights that the backward pass keeps
         stored += stored // 2
     elif _dtype(twin) == torch.bfloat16 and not has_bfloat16(device):
@@ -87,7 +87,7 @@ def calibration_memory(
     except Exception as error:
         log.debug("no estimate of memory for %s: %s", type(model).__name__, error)
         return None
-    trained = TRAINED_BYTES * plan.dense.parameters if config.distill.steps else 0
+    trained = TRAINED_BYTES * plan.dense.parameters if method_of(config).trains_model else 0
     return MemoryNeed(stored + trained + max(0, 2 * one - two), max(0, two - one))
 
 
@@ -114,33 +114,35 @@ def _without_cache(model: nn.Module) -> None:
 def _peak(model: nn.Module, plan: CompressionPlan, config: CompressionConfig, batch: Any) -> int:
     """Most bytes of tensors at a time, but for the parameters, while one batch is measured."""
     data = CalibrationData(model, [batch, batch], seed=config.seed)
-    bench = Workbench(model, config, data, torch.device("meta"))
+    method = method_of(config)
+    bench = Workbench(model, config, data, torch.device("meta"), method.needs)
     sites = [site for group in plan.groups for site in group.group.sites]
     known = [*model.parameters(), *model.buffers(), *tree_leaves(batch)]
     with _Attention(), _Counted(known) as counted:
-        if config.method not in WITHOUT_MOMENTS:
-            bench.moments("memory", _at_work(plan, config), floor=config.metric.token_floor)
+        if Needs.INPUTS in method.needs:
+            bench.moments("memory", _at_work(plan, method))
             return int(counted.peak)
         base = getattr(model, "base_model", model)  # recording stops before the head
         with torch.no_grad():
             for one in bench.batches:
                 bench.run(base, one)
-        if config.calibration_steps == 0:
+        if not method.trains_blocks:
             return int(counted.peak)
         blocks = len({site.name.rpartition(".")[0] for site in sites})
         return int(counted.peak) + _graph_bytes(bench, base, sites, batch) // blocks  # blocks are trained one by one
 
 
-def _at_work(plan: CompressionPlan, config: CompressionConfig) -> list[LinearSite]:
+def _at_work(plan: CompressionPlan, method: Method[Any]) -> list[Site]:
     """The layers whose moments are held at a time: all that the bound allows, at least one group."""
     groups = [list(group.group.sites) for group in plan.groups]
     everything = [site for sites in groups for site in sites]
-    if 2 * moment_bytes(everything) <= config.metric.memory:
+    gradients = Needs.GRADIENTS in method.needs
+    if 2 * moment_bytes(everything, gradients=gradients) <= method.moment_memory:
         return everything
-    return max(groups, key=moment_bytes)
+    return max(groups, key=lambda sites: moment_bytes(sites, gradients=gradients))
 
 
-def _graph_bytes(bench: Workbench, base: nn.Module, sites: Sequence[LinearSite], batch: Any) -> int:
+def _graph_bytes(bench: Workbench, base: nn.Module, sites: Sequence[Site], batch: Any) -> int:
     """What the backward pass through all blocks keeps."""
 
     def follow(_: nn.Module, __: Any, output: Tensor) -> Tensor:

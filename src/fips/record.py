@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from fips.config import CompressionConfig
+from fips.formats.patterns import FILE_NAMES, FULL
 from fips.training.reconstruct import BlockError
 
 __all__ = ["REPORT_FILE", "CompressionReport", "GroupResult", "environment", "peak_memory_bytes"]
@@ -99,9 +100,12 @@ class CompressionReport:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        plan_keys = ("model", "compressed_model", "mlp", "groups", "skipped")
+        plan_keys = ("model", "compressed_model", "layers", "groups", "skipped")
+        if "mlp" in fields:  # what reports called the layers while only MLPs were compressed
+            fields = {**fields, "layers": fields["mlp"]}
+        fields = {**fields, "groups": [_renamed(group) for group in fields["groups"]]}
         return cls(
-            config=CompressionConfig(**fields["config"]),
+            config=CompressionConfig.from_record(fields["config"]),
             plan={key: fields[key] for key in plan_keys} | {key: fields[key] for key in LATER_KEYS if key in fields},
             groups=fields["results"],
             notes=fields.get("notes", []),
@@ -117,6 +121,16 @@ class CompressionReport:
                 )
             },
         )
+
+
+def _renamed(group: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a group in a report of an earlier version, under the names of now."""
+    names = {"columns": "hidden", "nonzeros": "kept"}
+    found = {names.get(key, key): value for key, value in group.items()}
+    if "sparsity" in found:
+        found["density"] = 1 - found.pop("sparsity")
+    words = found["format"].split(", ")
+    return {**found, "format": ", ".join(FULL if word == FILE_NAMES[FULL] else word for word in words)}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

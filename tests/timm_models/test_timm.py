@@ -45,7 +45,7 @@ def pixels(seed: int = 0) -> Tensor:
 
 def settings(**changes: Any) -> fips.CompressionConfig:
     return fips.CompressionConfig(
-        **{"method": "fips-paper", "budget": 0.5, "calibration": {"steps": 2, "precision": "float32"}, **changes}
+        **{"method": "fips-paper", "budget": 0.5, "reconstruction": {"steps": 2}, "precision": "float32", **changes}
     )
 
 

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from fips.models.transformers import context_length, load_dense, model_kind
 from fips.record import environment, peak_memory_bytes
 from fips.storage.checkpoint import is_compressed, load
 
-__all__ = ["BATCHES", "PROMPTS", "bench", "load_any", "runtime_report", "set_policy"]
+__all__ = ["BATCHES", "PROMPTS", "backend_report", "bench", "load_any", "runtime_report", "set_policy"]
 
 BATCHES = (1, 8, 64)
 PROMPTS = (1, 128, 1024)
@@ -75,6 +76,7 @@ def bench(
         "seed": seed,
         "cases": results,
         "runtime": runtime_report(compressed),
+        "backends": backend_report(compressed),
         "file_bytes": {"dense": _file_bytes(against), "compressed": _file_bytes(directory)},
         "peak_memory_bytes": {
             "dense": _peak_of(against, policy, trust_remote_code) if memory and against else None,
@@ -100,6 +102,15 @@ def runtime_report(model: PreTrainedModel) -> dict[str, int]:
         "extra_bytes": sum(layer.runtime.extra_bytes for layer in layers),
         "dense_bytes": sum(layer.in_features * layer.out_features * itemsize for layer in layers),
     }
+
+
+def backend_report(model: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """For every backend the number of packed layers that it multiplies by (``yes``), and that it does not, with why."""
+    report: dict[str, Counter[str]] = {}
+    for layer in factored_layers(model).values():
+        for name, answer in layer.backends().items():
+            report.setdefault(name, Counter())[answer] += 1
+    return {name: dict(answers) for name, answers in report.items()}
 
 
 def load_any(source: str, trust_remote_code: bool = False) -> PreTrainedModel:

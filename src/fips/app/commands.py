@@ -36,6 +36,7 @@ from fips.files.output import Output, require_empty
 from fips.integrations.lm_eval import run_tasks
 from fips.integrations.onnx import export_onnx
 from fips.layers.merge import merge
+from fips.methods.registry import aliases
 from fips.models.timm import PixelBatches, is_timm_model
 from fips.models.transformers import (
     build_empty,
@@ -214,7 +215,7 @@ def compare_source(
     evaluation: DataConfig,
     output: Path,
     *,
-    methods: Sequence[str],
+    methods: Sequence[str] | None,
     sizes: Sequence[float],
     seeds: Sequence[int],
     dtype: str = "auto",
@@ -222,11 +223,12 @@ def compare_source(
     trust_remote_code: bool = False,
     progress: Any = None,
 ) -> Comparison:
-    """Compare methods on a model and write table, JSON and plot to a directory that is absent or empty."""
+    """Compare methods (None: all) on a model and write table, JSON and plot to a directory that is absent or empty."""
     require_empty(output)
     place = pick_device(device)
+    methods = methods or list(aliases())
     for method in methods:
-        method_config(method, target_bytes=sizes[0], seed=0)
+        method_config(method, bits=sizes[0], seed=0)
     dtype = resolve_dtype(dtype)
     empty = empty_model(source, compressed=False, trust_remote_code=trust_remote_code)
     facts = {
@@ -270,7 +272,7 @@ def _fitting_comparison(
 ) -> DataConfig:
     """Batches that fit whichever of the methods needs most."""
     chosen = "batch_size" in data.model_fields_set
-    configs = [method_config(method, target_bytes=size, seed=0) for method in methods]
+    configs = [method_config(method, bits=size, seed=0) for method in methods]
     for config in {config.method: config for config in configs}.values():
         with suppress(BudgetError):
             data = fitting_data(model, plan_compression(model, config), config, data, device=device, chosen=chosen)

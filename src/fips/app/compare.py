@@ -20,12 +20,12 @@ from fips.config import CompressionConfig
 from fips.data import Batches
 from fips.errors import BudgetError, ConfigError
 from fips.evaluate import EvaluationResult, evaluate
+from fips.methods.registry import aliases
 from fips.methods.workbench import MomentCache
 
 __all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
 
 log = logging.getLogger("fips.app.compare")
-ALIASES = {"no-sharing": "fips+sharing=never"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Run:
     """One method at one size with one seed."""
 
     method: str
-    target_bytes: float
+    bits: float
     seed: int
-    stored_bytes: float | None = None
-    """Stored bytes of the MLPs relative to dense ones in 16 bits, measured; None where the method could not run."""
+    stored_bits: float | None = None
+    """Stored bits per weight of the layers, measured; None where the method could not run."""
     quality: float | None = None
     relative_error: float | None = None
     """Mean over blocks of the squared error of their output relative to its variance, on original inputs."""
@@ -66,13 +66,13 @@ class Comparison:
         """One row per method and size: medians over seeds, and the spread of the quality."""
         found = []
         for method in dict.fromkeys(run.method for run in self.runs):
-            for size in sorted({run.target_bytes for run in self.runs if run.method == method}):
-                runs = [run for run in self.runs if (run.method, run.target_bytes) == (method, size)]
+            for size in sorted({run.bits for run in self.runs if run.method == method}):
+                runs = [run for run in self.runs if (run.method, run.bits) == (method, size)]
                 good = [run for run in runs if run.quality is not None]
-                row: dict[str, Any] = {"method": method, "target_bytes": size, "seeds": len(good)}
+                row: dict[str, Any] = {"method": method, "bits": size, "seeds": len(good)}
                 if not good:
                     row["failure"] = runs[0].failure
-                for name in ("stored_bytes", "quality", "relative_error", "seconds"):
+                for name in ("stored_bits", "quality", "relative_error", "seconds"):
                     known = [getattr(run, name) for run in good if getattr(run, name) is not None]
                     row[name] = stats.median(known) if known else None
                 qualities = [run.quality for run in good if run.quality is not None]
@@ -81,13 +81,14 @@ class Comparison:
         return found
 
 
-def method_config(text: str, *, target_bytes: float, seed: int) -> CompressionConfig:
+def method_config(text: str, *, bits: float, seed: int) -> CompressionConfig:
     """Settings of ``name`` or ``name+field=value+section.field=value``, such as ``fips+distill.steps=100``.
 
-    ``no-sharing`` is our solver without a shared basis. Raises ``ConfigError`` for what is not a setting.
+    ``name`` is that of a method or of some settings of one, as ``no-sharing`` for our solver without a shared basis.
+    Raises ``ConfigError`` for what is not a setting.
     """
-    name, *changes = ALIASES.get(text.split("+")[0], text.split("+")[0]).split("+") + text.split("+")[1:]
-    fields: dict[str, Any] = {"method": name, "target_bytes": target_bytes, "seed": seed}
+    name, *changes = text.split("+")
+    fields = {**aliases().get(name, {"method": name}), "bits": bits, "seed": seed}
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:
@@ -116,10 +117,7 @@ def compare(
     ``ConfigError`` before any work if a method is unknown.
     """
     jobs = [
-        (method, method_config(method, target_bytes=size, seed=seed))
-        for seed in seeds
-        for method in methods
-        for size in sizes
+        (method, method_config(method, bits=size, seed=seed)) for seed in seeds for method in methods for size in sizes
     ]
     original = evaluate(model, evaluation)
     runs = []
@@ -140,20 +138,20 @@ def _run(
     evaluation: Batches,
     moments: MomentCache,
 ) -> Run:
-    assert config.target_bytes is not None
+    assert config.bits is not None
     candidate = copy.deepcopy(model)
     try:
         report = compress(candidate, calibration, config, moments=moments)
     except BudgetError as error:
-        return Run(method, config.target_bytes, config.seed, failure=str(error))
+        return Run(method, config.bits, config.seed, failure=str(error))
     result: EvaluationResult = evaluate(candidate, evaluation)
-    mlp = report.plan["mlp"]
+    layers = report.plan["layers"]
     groups = report.groups
     return Run(
         method=method,
-        target_bytes=config.target_bytes,
+        bits=config.bits,
         seed=config.seed,
-        stored_bytes=mlp["factored"]["bytes"] / (2 * mlp["dense"]["parameters"]),
+        stored_bits=8 * layers["factored"]["bytes"] / layers["dense"]["parameters"],
         quality=result.headline.value,
         relative_error=_mean([group["relative_error_final"] for group in groups]),
         relative_error_start=_mean([group["relative_error_start"] for group in groups]),
@@ -187,19 +185,19 @@ def write_comparison(comparison: Comparison, directory: Path, *, facts: dict[str
 
 def _markdown(comparison: Comparison) -> str:
     lines = [
-        f"Original: {comparison.metric} {comparison.original:.4g}. Bytes: MLPs as stored, relative to 16-bit dense.",
+        f"Original: {comparison.metric} {comparison.original:.4g}. Bits: stored bits per weight of the layers.",
         "",
-        f"| method | bytes | {comparison.metric} | spread | block error | time |",
+        f"| method | bits | {comparison.metric} | spread | block error | time |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in comparison.rows():
         if row["quality"] is None:
-            lines.append(f"| {row['method']} | {row['target_bytes']:g} | does not fit | | | |")
+            lines.append(f"| {row['method']} | {row['bits']:g} | does not fit | | | |")
             continue
         spread = "" if row["spread"] is None else f"{row['spread']:.3g}"
         error = "" if row["relative_error"] is None else f"{row['relative_error']:.4g}"
         lines.append(
-            f"| {row['method']} | {row['stored_bytes']:.3f} | {row['quality']:.4g} | {spread} | "
+            f"| {row['method']} | {row['stored_bits']:.3f} | {row['quality']:.4g} | {spread} | "
             f"{error} | {row['seconds']:.0f} s |"
         )
     return "\n".join(lines) + "\n"

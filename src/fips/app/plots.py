@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 def quality_plot(
     rows: Sequence[Mapping[str, Any]], path: Path, *, metric: str, original: float, higher_is_better: bool
 ) -> bool:
-    """Quality against stored bytes, a line per method; False, and one line of log, without matplotlib."""
+    """Quality against stored bits per weight, a line per method; False, and one line of log, without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -25,11 +25,11 @@ def quality_plot(
     axes = figure.subplots()
     for method in dict.fromkeys(row["method"] for row in rows):
         points = [row for row in rows if row["method"] == method and row["quality"] is not None]
-        axes.plot([row["stored_bytes"] for row in points], [row["quality"] for row in points], marker="o", label=method)
+        axes.plot([row["stored_bits"] for row in points], [row["quality"] for row in points], marker="o", label=method)
     axes.axhline(original, color="black", linewidth=0.8, linestyle="--", label="original")
     if not higher_is_better:
         axes.set_yscale("log")
-    axes.set_xlabel("stored bytes of the MLPs, relative to 16-bit dense")
+    axes.set_xlabel("stored bits per weight of the compressed layers")
     axes.set_ylabel(metric)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)

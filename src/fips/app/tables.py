@@ -7,15 +7,16 @@ from typing import Any
 
 from rich.table import Table
 
-from fips.models import Mlp
-from fips.plan.plan import CompressionPlan, GroupPlan
+from fips.models import Sublayer
+from fips.plan.groups import GroupPlan
+from fips.plan.plan import CompressionPlan
 from fips.record import CompressionReport
 
 __all__ = [
     "comparison_table",
     "format_bytes",
+    "layer_table",
     "left_dense_lines",
-    "mlp_table",
     "plan_table",
     "result_table",
     "size_table",
@@ -34,36 +35,34 @@ def format_bytes(count: int) -> str:
     raise AssertionError("unreachable")
 
 
-def mlp_table(plan: CompressionPlan) -> Table:
-    """Every MLP: its layers with roles and shapes, and the group it is in."""
-    table = Table("group", "MLP", "kind", "layers (role: in x out)", title="MLPs found", title_justify="left")
+def layer_table(plan: CompressionPlan) -> Table:
+    """All layers that will be compressed, with roles and shapes, by the MLP or block and the group they are in."""
+    table = Table("group", "part of", "kind", "layers (role: in x out)", title="Layers found", title_justify="left")
     for group in plan.groups:
-        for mlp in group.group.mlps:
-            table.add_row(group.group.name, mlp.name, mlp.kind, _describe_sites(mlp))
+        for sublayer in group.group.sublayers:
+            table.add_row(group.group.name, sublayer.name, sublayer.kind, _describe_sites(sublayer))
     return table
 
 
-def _describe_sites(mlp: Mlp) -> str:
-    parts = []
-    for site in mlp.sites:
-        inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
-        name = site.name.removeprefix(f"{mlp.name}.")
-        parts.append(f"{name} ({site.role}: {inputs} x {outputs})")
-    return ", ".join(parts)
+def _describe_sites(sublayer: Sublayer) -> str:
+    return ", ".join(
+        f"{site.name.removeprefix(f'{sublayer.name}.')} ({site.role}: {site.inputs} x {site.outputs})"
+        for site in sublayer.sites
+    )
 
 
 def plan_table(groups: Sequence[GroupPlan]) -> Table:
-    """One line per group: width, columns of all matrices, rank, non-zeros, bytes before and after."""
+    """One line per group: width, hidden features of all matrices, rank, kept entries, bytes before and after."""
     title = f"Plan (factors stored as {groups[0].fmt}, {str(groups[0].dtype).removeprefix('torch.')})"
-    table = Table("group", "blocks", "d x P", "rank", "non-zeros", "bytes", "after", "kept", title=title)
+    table = Table("group", "blocks", "width x hidden", "rank", "kept", "bytes", "after", "share", title=title)
     table.title_justify = "left"
     for plan in groups:
         table.add_row(
             plan.group.name,
             _span(plan.group.blocks),
-            f"{plan.group.width}x{plan.group.columns}",
+            f"{plan.group.width}x{plan.group.hidden}",
             str(plan.rank),
-            f"{plan.nonzeros:,}" if plan.nonzeros < 1_000_000 else f"{plan.nonzeros / 1e6:.1f} M",
+            f"{plan.kept:,}" if plan.kept < 1_000_000 else f"{plan.kept / 1e6:.1f} M",
             format_bytes(plan.dense.bytes),
             format_bytes(plan.factored.bytes),
             f"{plan.factored.bytes / plan.dense.bytes:.1%}",
@@ -78,10 +77,10 @@ def _span(blocks: Sequence[str]) -> str:
 
 
 def size_table(plan: CompressionPlan) -> Table:
-    """Parameters and bytes of the compressed MLPs and of the whole model, before and after."""
-    table = Table("", "parameters", "after", "kept", "bytes", "after", "kept", title="Size", title_justify="left")
+    """Parameters and bytes of the compressed layers and of the whole model, before and after."""
+    table = Table("", "parameters", "after", "share", "bytes", "after", "share", title="Size", title_justify="left")
     rows = (
-        ("MLPs", plan.dense.parameters, plan.factored.parameters, plan.dense.bytes, plan.factored.bytes),
+        ("layers", plan.dense.parameters, plan.factored.parameters, plan.dense.bytes, plan.factored.bytes),
         ("model", plan.model_parameters, plan.compressed_parameters, plan.model_bytes, plan.compressed_bytes),
     )
     for name, parameters, parameters_after, size, size_after in rows:
@@ -133,9 +132,9 @@ def left_dense_lines(plan: dict[str, Any]) -> list[str]:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"left dense {shown}: {reason}")
     if lines:
-        mlp = plan["mlp"]["factored"]["bytes"]
+        size = plan["layers"]["factored"]["bytes"]
         lines.append(
-            f"the size asked for is that of the compressed layers ({format_bytes(mlp)}); those left dense take "
+            f"the size asked for is that of the compressed layers ({format_bytes(size)}); those left dense take "
             f"{format_bytes(left['bytes'])} more"
         )
     return lines
@@ -144,14 +143,14 @@ def left_dense_lines(plan: dict[str, Any]) -> list[str]:
 def comparison_table(comparison: Any) -> Table:
     """One row per method and size, the original's quality in the title."""
     title = f"{comparison.metric} of the original: {comparison.original:.4g}"
-    table = Table("method", "bytes", comparison.metric, "block error", "time", title=title, title_justify="left")
+    table = Table("method", "bits", comparison.metric, "block error", "time", title=title, title_justify="left")
     for row in comparison.rows():
         if row["quality"] is None:
-            table.add_row(row["method"], f"{row['target_bytes']:g}", "does not fit", "", "")
+            table.add_row(row["method"], f"{row['bits']:g}", "does not fit", "", "")
             continue
         table.add_row(
             row["method"],
-            f"{row['stored_bytes']:.3f}",
+            f"{row['stored_bits']:.2f}",
             f"{row['quality']:.4g}",
             _number(row["relative_error"], ".4g"),
             f"{row['seconds']:.0f} s",

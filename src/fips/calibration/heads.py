@@ -7,24 +7,24 @@ a wrong metric everywhere. ``read_heads`` answers from the fields of the output 
 output                                                 distribution
 ====================================================== ================================================================
 ``logits`` of 2 entries or more                        softmax over the last axis
-``logits`` (N, C, H, W): segmentation                  softmax over C for every pixel; C = 1: sigmoid
-``logits`` (N, H, W) of an image segmentation          sigmoid for every pixel
+``logits`` (E, V, height, width): segmentation         softmax over V for every pixel; V = 1: sigmoid
+``logits`` (E, height, width) of an image segmentation sigmoid for every pixel
 ``logits``, ``problem_type: multi_label_...``          sigmoid for every label
 ``logits``, ``problem_type: regression``, or one entry numbers: reward models, rerankers, regression
 ``logits`` of pixels that were hidden (MAE)            numbers
-``logits`` (N, T), one for every token (ELECTRA)       sigmoid for every token
+``logits`` (E, T), one for every token (ELECTRA)       sigmoid for every token
 ``logits`` beside ``pred_boxes``, focal loss, OWL-ViT  sigmoid for every class
 ``start_logits``, ``end_logits``: question answering   softmax over the tokens
 other fields ending in ``logits`` that are known       see ``LOGITS``
 boxes, depth, reconstructions, forecasts               numbers
 ``*_embeds``: CLIP and its like                        numbers, the embeddings of every tower
-tensor (N, C) of a classifier with ``num_classes`` = C softmax over the last axis (timm)
+tensor (E, V) of a classifier with ``num_classes`` = V softmax over the last axis (timm)
 anything else                                          numbers: the first tensor, such as the last hidden states
 ====================================================== ================================================================
 
 Numbers are normal with variance 1 whatever their size: every direction counts alike, squared error.
 
-Shape legend: N examples, T tokens, C classes, labels or features, H and W pixels.
+Shape legend: E examples, T tokens, V classes or labels.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ EMBEDDINGS = ("_embeds", "_embeddings")
 PIXELS = ("ViTMAEForPreTrainingOutput", "HieraForPreTrainingOutput", "VideoMAEForPreTrainingOutput")
 """Outputs whose ``logits`` are pixels."""
 FLAGS = ("ElectraForPreTrainingOutput",)
-"""Outputs whose ``logits`` (N, T) say yes or no for every token."""
+"""Outputs whose ``logits`` (E, T) say yes or no for every token."""
 FOCAL = ("focal_alpha", "focal_loss_alpha")
 """Settings of detectors that score every class by itself."""
 
@@ -137,7 +137,7 @@ def _is_detector_by_class(output: Mapping[str, Any], config: Any) -> bool:
 
 
 def _by_pixel(scores: Tensor, kind: HeadKind, *, over_tokens: bool = False) -> ScoredHead:
-    """Of (N, C, H, W) the axis C is the one to choose along."""
+    """Of (E, V, height, width) the axis V is the one to choose along."""
     return ScoredHead(scores.movedim(1, -1) if scores.dim() == 4 else scores, kind, over_tokens)
 
 

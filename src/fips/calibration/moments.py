@@ -11,11 +11,12 @@ bias that can absorb the mean error, :math:`\mu = 0`.
 :math:`\ell = \langle v, \mathrm{logits} \rangle` for one random v per example or token with covariance
 :math:`\mathrm{diag}(q) - q q^\top`, q the model's softmax at a temperature: then :math:`E[\delta\delta^\top]` is
 the Gauss-Newton matrix of the KL divergence from the original's outputs. Outputs that are no softmax have the
-covariance of what they are instead (``fips.calibration.heads``). No labels are used. Padding counts nowhere: the
+covariance of what they are instead (``fips.calibration.heads``). Methods that need no gradients get the first of the
+moments only, with s = 1, from forward passes. No labels are used. Padding counts nowhere: the
 moments of padded examples are those of the same examples one by one, without padding. Memory: the moments of the layers
 asked for, not the tokens. All sums are float32: products rounded to bfloat16 would not be positive semidefinite.
 
-Shape legend: N tokens of a batch, D inputs of a layer, O outputs.
+Shape legend: T tokens of a batch, I inputs of a layer, O outputs.
 
 Reference: Martens & Grosse, arXiv 1503.05671.
 """
@@ -30,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fips.calibration.heads import draw_direction
+from fips.calibration.heads import ScoredHead, draw_direction
 from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.finite import overflow_error
 
 __all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
@@ -46,10 +47,11 @@ CONSTANT = 1e-6
 class LayerMoments:
     """Running sums of one layer over tokens."""
 
-    inputs_DD: Tensor
-    mean_D: Tensor
+    inputs_II: Tensor
+    mean_I: Tensor
     """Weighted sum of the inputs until ``finish``, then their mean."""
     gradients_OO: Tensor
+    """Empty where no gradients are measured."""
     weight: float = 0.0
     examples: int = 0
     power: float = 0.0
@@ -57,30 +59,37 @@ class LayerMoments:
     power_squares: float = 0.0
     """Sum of the squares of those."""
     centered: bool = False
-    """Whether ``inputs_DD`` is about the mean, after ``finish``."""
+    """Whether ``inputs_II`` is about the mean, after ``finish``."""
 
     @classmethod
-    def empty(cls, site: LinearSite, device: torch.device) -> LayerMoments:
-        inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
+    def empty(cls, site: Site, device: torch.device, *, gradients: bool = True) -> LayerMoments:
+        outputs = site.outputs * gradients
         return cls(
-            torch.zeros(inputs, inputs, device=device),
-            torch.zeros(inputs, device=device),
+            torch.zeros(site.inputs, site.inputs, device=device),
+            torch.zeros(site.inputs, device=device),
             torch.zeros(outputs, outputs, device=device),
         )
 
-    def add(self, x_ND: Tensor, gradient_NO: Tensor, valid_N: Tensor | None, *, floor: float) -> None:
+    def add_inputs(self, x_TI: Tensor, valid_T: Tensor | None) -> None:
+        """One batch, all tokens alike."""
+        x_TI = x_TI if valid_T is None else x_TI[valid_T]
+        self.inputs_II += x_TI.T @ x_TI
+        self.mean_I += x_TI.sum(0)
+        self.weight += len(x_TI)
+
+    def add(self, x_TI: Tensor, gradient_TO: Tensor, valid_T: Tensor | None, *, floor: float) -> None:
         """One batch; ``floor`` is the share of the weight that all tokens get alike."""
-        if valid_N is not None:
-            x_ND, gradient_NO = x_ND[valid_N], gradient_NO[valid_N]
-        power_N = gradient_NO.square().sum(1)
-        weight_N = (1 - floor) * power_N / power_N.mean().clamp_min(torch.finfo(torch.float32).tiny) + floor
-        weighted_ND = x_ND * weight_N.unsqueeze(1)
-        self.inputs_DD += weighted_ND.T @ x_ND
-        self.gradients_OO += gradient_NO.T @ gradient_NO
-        self.mean_D += weighted_ND.sum(0)
-        self.weight += float(weight_N.sum())
-        self.power += float(power_N.sum(dtype=torch.float64))
-        self.power_squares += float(power_N.double().square().sum())
+        if valid_T is not None:
+            x_TI, gradient_TO = x_TI[valid_T], gradient_TO[valid_T]
+        power_T = gradient_TO.square().sum(1)
+        weight_T = (1 - floor) * power_T / power_T.mean().clamp_min(torch.finfo(torch.float32).tiny) + floor
+        weighted_TI = x_TI * weight_T.unsqueeze(1)
+        self.inputs_II += weighted_TI.T @ x_TI
+        self.gradients_OO += gradient_TO.T @ gradient_TO
+        self.mean_I += weighted_TI.sum(0)
+        self.weight += float(weight_T.sum())
+        self.power += float(power_T.sum(dtype=torch.float64))
+        self.power_squares += float(power_T.double().square().sum())
 
     @property
     def samples(self) -> float:
@@ -89,46 +98,46 @@ class LayerMoments:
 
     def finish(self, *, centered: bool, examples: int) -> None:
         """From sums to means; moments about the mean where ``centered``, unless the inputs were constant."""
-        self.inputs_DD /= self.weight
-        self.mean_D /= self.weight
+        self.inputs_II /= self.weight
+        self.mean_I /= self.weight
         self.gradients_OO /= examples
-        power = float(self.inputs_DD.diagonal().sum())
-        spread = power - float(self.mean_D.square().sum())
+        power = float(self.inputs_II.diagonal().sum())
+        spread = power - float(self.mean_I.square().sum())
         self.centered = centered and spread > CONSTANT * power
         if self.centered:
-            self.inputs_DD -= torch.outer(self.mean_D, self.mean_D)
+            self.inputs_II -= torch.outer(self.mean_I, self.mean_I)
 
 
-def moment_bytes(sites: Iterable[LinearSite]) -> int:
+def moment_bytes(sites: Iterable[Site], *, gradients: bool = True) -> int:
     """Memory that the moments of some layers take."""
-    return sum(4 * (site.width**2 + site.columns**2) for site in sites)
+    return sum(4 * (site.inputs**2 + gradients * site.outputs**2) for site in sites)
 
 
 def collect_moments(
     model: nn.Module,
-    sites: Sequence[LinearSite],
+    sites: Sequence[Site],
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any],
     *,
     temperature: float,
     floor: float,
     seed: int,
+    gradients: bool = True,
 ) -> dict[str, LayerMoments]:
     """Moments of the layers named by ``sites``; ``run(model, batch)`` returns the model's output.
 
-    The model's parameters must not require gradients. Raises ``DataError`` if there is no batch or if a layer never
+    Without ``gradients`` there is no backward pass, and temperature, floor and seed mean nothing. The model's
+    parameters must not require gradients. Raises ``DataError`` if there is no batch or if a layer never
     runs or reaches the output, ``ModelError`` if what it saw is not finite.
     """
     device = next(model.parameters()).device
-    moments = {site.name: LayerMoments.empty(site, device) for site in sites}
+    moments = {site.name: LayerMoments.empty(site, device, gradients=gradients) for site in sites}
     generator = torch.Generator(_real(device)).manual_seed(seed)
     examples = 0
-    with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
+    with _Taps(model, sites, moments, floor if gradients else None) as taps, torch.set_grad_enabled(gradients):
         for batch in batches:
             heads = taps.tokens.heads(run(model, batch))
-            directions = [draw_direction(head, temperature, generator) for head in heads]
-            parts = [(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]
-            loss = torch.stack(parts).sum()
+            loss = _random_loss(heads, temperature, generator) if gradients else heads[0].scores.detach().sum()
             if not loss.is_meta and bool(loss.isnan()) and any(bool(head.scores.isnan().any()) for head in heads):
                 raise overflow_error(model, batch, run, where="the model's output is not finite")
             if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
@@ -138,14 +147,22 @@ def collect_moments(
         found = moments[site.name]
         if found.weight == 0:
             raise DataError(
-                f"layer `{site.name}` never ran on the {examples} calibration examples, or did not reach "
-                "the model's output; leave it out with `ignore`"
+                f"layer `{site.name}` never ran on the {examples} calibration examples"
+                + (", or did not reach the model's output" if gradients else "")
+                + "; leave it out with `ignore`"
             )
         if not _is_finite(found):
-            where = f"activations or gradients of `{site.name}`, or their squares, are not finite"
+            where = (
+                f"activations{' or gradients' if gradients else ''} of `{site.name}`, or their squares, are not finite"
+            )
             raise overflow_error(model, batch, run, where=where)
         found.finish(centered=site.has_bias, examples=examples)
     return moments
+
+
+def _random_loss(heads: Sequence[ScoredHead], temperature: float, generator: torch.Generator) -> Tensor:
+    directions = [draw_direction(head, temperature, generator) for head in heads]
+    return torch.stack([(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]).sum()
 
 
 def _real(device: torch.device) -> torch.device:
@@ -154,14 +171,17 @@ def _real(device: torch.device) -> torch.device:
 
 
 def _is_finite(found: LayerMoments) -> bool:
-    return bool(found.inputs_DD.isfinite().all() and found.gradients_OO.isfinite().all())
+    return bool(found.inputs_II.isfinite().all() and found.gradients_OO.isfinite().all())
 
 
 class _Taps(AbstractContextManager["_Taps"]):
-    """Hooks that add inputs and output gradients of layers to their moments as the backward pass reaches them."""
+    """Hooks that add inputs and output gradients of layers to their moments as the backward pass reaches them.
+
+    Without a ``floor`` they add the inputs in the forward pass.
+    """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[LinearSite], moments: dict[str, LayerMoments], floor: float
+        self, model: nn.Module, sites: Sequence[Site], moments: dict[str, LayerMoments], floor: float | None
     ) -> None:
         self.moments, self.floor = moments, floor
         self._handles = [model.get_submodule(site.name).register_forward_hook(self._hook(site.name)) for site in sites]
@@ -173,17 +193,23 @@ class _Taps(AbstractContextManager["_Taps"]):
             handle.remove()
 
     def _hook(self, name: str) -> Any:
+        floor = self.floor
+
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].detach()
-            valid_N = self.tokens.counted(args[0])
+            valid_T = self.tokens.counted(args[0])
+            if floor is None:
+                with torch.autocast(_real(x.device).type, enabled=False):
+                    self.moments[name].add_inputs(x.reshape(-1, x.shape[-1]).float(), valid_T)
+                return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
 
             def add(gradient: Tensor) -> None:
                 with torch.no_grad(), torch.autocast(_real(x.device).type, enabled=False):
-                    x_ND = x.reshape(-1, x.shape[-1]).float()
-                    gradient_NO = gradient.reshape(-1, gradient.shape[-1]).float()
-                    self.moments[name].add(x_ND, gradient_NO, valid_N, floor=self.floor)
+                    x_TI = x.reshape(-1, x.shape[-1]).float()
+                    gradient_TO = gradient.reshape(-1, gradient.shape[-1]).float()
+                    self.moments[name].add(x_TI, gradient_TO, valid_T, floor=floor)
 
             output.register_hook(add)
             return output

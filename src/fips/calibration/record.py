@@ -88,9 +88,9 @@ class BlockCall:
         return _map_leaves(self.args, load), _map_leaves(self.kwargs, load)
 
     def rows(self, output: Tensor) -> Tensor:
-        """The rows (N, D) of the block's output that count, or of another output in its place."""
-        rows_ND = output.reshape(-1, output.shape[-1])
-        return rows_ND if self.counted is None else rows_ND[self.counted.to(output.device)]
+        """The rows (T, D) of the block's output that count, or of another output in its place."""
+        rows_TD = output.reshape(-1, output.shape[-1])
+        return rows_TD if self.counted is None else rows_TD[self.counted.to(output.device)]
 
 
 @dataclass(slots=True)

@@ -4,12 +4,14 @@ One pass over the batches, cut short as soon as every layer has been seen to cou
 batch. What a layer lacks is the reason to leave it as it is, dense:
 
 * it never runs: the image tower of a model that is given text alone;
-* its output does not reach the model's: the last block of a tower whose last but one is read;
-* it only ever reads zeros, or no gradient but zeros reaches it: behind dead units or a projector of zeros. Nothing
-  says what an error of it costs.
+* where errors are measured by gradients, its output does not reach the model's: the last block of a tower whose last
+  but one is read;
+* there too, it only ever reads zeros, or no gradient but zeros reaches it: behind dead units or a projector of zeros.
+  Nothing says what an error of it costs.
 
 If NO layer gets a gradient, the reason is the model's output (a head of zeros, probabilities that are exactly 0 and
-1): then all layers are kept and errors are measured at their own outputs instead.
+1): then all layers are kept and errors are measured at their own outputs instead. Methods that measure no gradients
+compress whatever runs; their survey has no backward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from fips.calibration.heads import draw_direction, read_heads
 from fips.errors import DataError
-from fips.models import LinearSite
+from fips.models import Site
 from fips.plan.finite import overflow_error
 
 __all__ = ["NO_GRADIENT", "Survey", "survey_layers"]
@@ -64,20 +66,19 @@ class Survey:
 
 def survey_layers(
     model: nn.Module,
-    sites: Sequence[LinearSite],
+    sites: Sequence[Site],
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any],
     *,
-    reach: bool,
-    influence: bool,
+    gradients: bool,
     temperature: float,
     seed: int,
 ) -> Survey:
     """Pass the batches through the model until every layer has been seen to count.
 
-    ``reach`` asks for gradients too, and ``influence`` that they and the inputs are not all zero. The model's
-    parameters must not require gradients. Raises ``ModelError`` or ``DataError`` if a batch gives an output of NaN,
-    ``DataError`` if there is no batch.
+    ``gradients`` asks that gradients reach the layers, and that they and the inputs are not all zero; without, a layer
+    counts that runs. The model's parameters must not require gradients. Raises ``ModelError`` or ``DataError`` if a
+    batch gives an output of NaN, ``DataError`` if there is no batch.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -85,17 +86,17 @@ def survey_layers(
     some = False
     with ExitStack() as stack:
         for site in sites:
-            hook = _watch(seen[site.name], gradients=reach)
+            hook = _watch(seen[site.name], gradients=gradients)
             stack.callback(model.get_submodule(site.name).register_forward_hook(hook).remove)
         for batch in batches:
             some = True
-            _pass(model, batch, run, temperature, generator, gradients=reach)
-            if all(_counts(one, reach=reach, influence=influence) for one in seen.values()):
+            _pass(model, batch, run, temperature, generator, gradients=gradients)
+            if all(_reason(one, gradients=gradients, blind=False) is None for one in seen.values()):
                 return Survey()
     if not some:
         raise DataError("the calibration data has no batch; give at least one")
-    blind = influence and not any(one.moved for one in seen.values())
-    reasons = {name: _reason(one, reach=reach, influence=influence, blind=blind) for name, one in seen.items()}
+    blind = gradients and not any(one.moved for one in seen.values())
+    reasons = {name: _reason(one, gradients=gradients, blind=blind) for name, one in seen.items()}
     return Survey({name: reason for name, reason in reasons.items() if reason is not None}, blind)
 
 
@@ -121,18 +122,16 @@ def _pass(
             total.backward()
 
 
-def _counts(one: _Seen, *, reach: bool, influence: bool) -> bool:
-    return _reason(one, reach=reach, influence=influence, blind=False) is None
-
-
-def _reason(one: _Seen, *, reach: bool, influence: bool, blind: bool) -> str | None:
+def _reason(one: _Seen, *, gradients: bool, blind: bool) -> str | None:
     if not one.ran:
         return NEVER
-    if reach and not one.reached:
+    if not gradients:
+        return None
+    if not one.reached:
         return UNREACHED
-    if influence and not one.fed:
+    if not one.fed:
         return ZEROS
-    return NO_INFLUENCE if influence and not blind and not one.moved else None
+    return NO_INFLUENCE if not blind and not one.moved else None
 
 
 def _watch(one: _Seen, *, gradients: bool) -> Any:

@@ -8,14 +8,14 @@ layer (``TokenTracker``):
   mask says that all do. Masks of more axes count only where no 2-D mask is known: a token counts if some query may
   see it and it sees something itself.
 * A module that takes none keeps the mask of the module around it as long as its input is still made of those tokens:
-  (B, T, ...), (T, B, ...), or within a module that was given (B, T, D) also (B * T, ...). Inside any other, such as
+  (E, T, ...), (T, E, ...), or within a module that was given (E, T, D) also (E * T, ...). Inside any other, such as
   the image tower of a model that reads text too, all tokens count.
 * What cross attention reads (the very tensor that a module around it was given as encoder states, keys and values)
   counts by the mask that came with that tensor.
 
 Padding on the left or right is the same. Packed sequences (``position_ids`` that start again) have no padding.
 
-Shape legend: B examples, T tokens, D features, Q queries, K keys.
+Shape legend: E examples, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Call:
 
     mask: Tensor | None = None
     hidden: bool = False
-    """Whether the module, or one around it with the same mask, was given (B, T, D) features."""
+    """Whether the module, or one around it with the same mask, was given (E, T, D) features."""
     contexts: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
     def rows(self, x: Tensor) -> Tensor | None:
@@ -224,7 +224,7 @@ def _kept(mask: Tensor) -> Tensor:
 
 
 def _seen(mask: Tensor) -> Tensor:
-    """(B, ..., Q, K) to (B, K): keys that some query sees and, where every key is a query too, that see something."""
+    """(E, ..., queries, keys) to (E, keys): those some query sees and, where every key is a query too, that see any."""
     allowed = _kept(mask)
     if allowed.dim() > 3:
         allowed = allowed.flatten(1, -3).any(1)

@@ -116,8 +116,8 @@ def _tokenize(texts: Iterable[str], tokenizer: Any, *, count_bytes: bool, enough
             batch, add_special_tokens=False, return_offsets_mapping=offsets, verbose=False
         )  # verbose=False: texts longer than the model's context are cut into windows here
         for index, (text, tokens) in enumerate(zip(batch, encoded["input_ids"], strict=True)):
-            num_bytes_N = _bytes_per_token(text, len(tokens), encoded["offset_mapping"][index] if offsets else None)
-            documents.append(_Document(torch.tensor(tokens, dtype=torch.int64), num_bytes_N))
+            num_bytes_T = _bytes_per_token(text, len(tokens), encoded["offset_mapping"][index] if offsets else None)
+            documents.append(_Document(torch.tensor(tokens, dtype=torch.int64), num_bytes_T))
             total += len(tokens)
         if enough is not None and total >= enough:
             break
@@ -147,12 +147,12 @@ def _scored_windows(documents: Iterable[_Document], length: int, bos: int | None
     """
     windows = []
     for document in documents:
-        tokens_N = document.tokens
-        for start in range(0 if bos is not None else 1, len(tokens_N), length - 1):
+        tokens_T = document.tokens
+        for start in range(0 if bos is not None else 1, len(tokens_T), length - 1):
             stop = start + length - 1
-            context = tokens_N[start - 1 : start] if bos is None else torch.tensor([bos])
+            context = tokens_T[start - 1 : start] if bos is None else torch.tensor([bos])
             num_bytes = int(document.num_bytes[start:stop].sum())
-            windows.append(_Window(torch.cat([context, tokens_N[start:stop]]), num_bytes))
+            windows.append(_Window(torch.cat([context, tokens_T[start:stop]]), num_bytes))
     return windows
 
 
@@ -219,14 +219,14 @@ def _collate_windows(
     windows: Sequence[_Window], padding: int, scored: bool, indices: Sequence[int]
 ) -> dict[str, Tensor]:
     tokens = [windows[index].tokens for index in indices]
-    lengths_B1 = torch.tensor([[len(window)] for window in tokens])
-    input_ids_BW = pad_sequence(tokens, batch_first=True, padding_value=padding)
-    batch = {"input_ids": input_ids_BW}
+    lengths_E1 = torch.tensor([[len(window)] for window in tokens])
+    input_ids_ET = pad_sequence(tokens, batch_first=True, padding_value=padding)
+    batch = {"input_ids": input_ids_ET}
     if not scored:
         return batch
-    mask_BW = torch.arange(input_ids_BW.shape[1]) < lengths_B1
-    batch["labels"] = input_ids_BW.masked_fill(~mask_BW, IGNORED_LABEL)
+    mask_ET = torch.arange(input_ids_ET.shape[1]) < lengths_E1
+    batch["labels"] = input_ids_ET.masked_fill(~mask_ET, IGNORED_LABEL)
     batch["labels"][:, 0] = IGNORED_LABEL
-    if not mask_BW.all():
-        batch["attention_mask"] = mask_BW.long()
+    if not mask_ET.all():
+        batch["attention_mask"] = mask_ET.long()
     return batch

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fips.app.commands import compress_to_directory, evaluate_source, plan_source
-from fips.app.tables import format_bytes, mlp_table, plan_table, result_table
+from fips.app.tables import format_bytes, layer_table, plan_table, result_table
 from fips.compress import Progress
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.demo.corpus import calibration_files, copy_files, held_out_files
@@ -26,23 +26,21 @@ WINDOW = 512
 EVALUATION_WINDOWS = 256
 
 
-def demo_recipe(*, target_bytes: float) -> Recipe:
+def demo_recipe(*, bits: float) -> Recipe:
     """The shipped ``demo`` recipe at a size."""
     recipe = load_recipe("demo")
-    fields = {**recipe.compression.model_dump(exclude_unset=True), "target_bytes": target_bytes}
+    fields = {**recipe.compression.model_dump(exclude_unset=True), "bits": bits}
     return recipe.model_copy(update={"compression": CompressionConfig(**fields)})
 
 
-def run_demo(
-    output: Path, *, target_bytes: float, console: Console, progress: Progress | None = None
-) -> dict[str, Any]:
+def run_demo(output: Path, *, bits: float, console: Console, progress: Progress | None = None) -> dict[str, Any]:
     """Compress the embedded model into ``output`` and print each step; returns the figures as a JSON-able dict."""
     started = time.perf_counter()
-    recipe = demo_recipe(target_bytes=target_bytes)
+    recipe = demo_recipe(bits=bits)
     require_free(output)
     source = str(MODEL_DIRECTORY)
     _, plan = plan_source(source, recipe)
-    console.print(mlp_table(plan))
+    console.print(layer_table(plan))
     console.print(plan_table(plan.groups))
     with tempfile.TemporaryDirectory(prefix="fips-demo-") as scratch:
         held_out = copy_files(held_out_files(), Path(scratch) / "held-out")

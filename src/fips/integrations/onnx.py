@@ -20,8 +20,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from fips.errors import ModelError
-from fips.formats.packing import BITMASK, pack
-from fips.kernels.reference import in_place
+from fips.formats.packed import in_place, to_dense
+from fips.formats.patterns import BITMASK, pattern_named
 from fips.layers.linear import FactoredLinear, factored_layers, replace_everywhere
 from fips.optional import require
 
@@ -91,13 +91,16 @@ class _DecodedLinear(nn.Module):
     def __init__(self, layer: FactoredLinear) -> None:
         super().__init__()
         self._borrowed = (layer.basis,)
-        self._up, self._shape = layer.role == "up", layer.factor_shape
+        self._up, self._shape = layer.reads_stream, layer.factor_shape
         self.bias = layer.bias
         self.weight = torch.empty(0)
-        values, pattern = pack(in_place(layer.packed()).detach(), layer.mask(), fmt=BITMASK)
+        plain = layer.value_format.plain  # others are decoded here: the graph multiplies by scales and no more
+        packed = layer.packed()
+        matrix = in_place(packed) if plain else to_dense(packed)
+        values, pattern = pattern_named(BITMASK).pack(matrix.detach(), layer.mask())
         self.register_buffer("values", values)
         self.register_buffer("pattern", pattern)
-        if layer.bits is not None:
+        if layer.value_format.scaled and plain:
             self.register_buffer("scales", layer.scales)
 
     def _factor(self) -> Tensor:

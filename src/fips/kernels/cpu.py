@@ -16,17 +16,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fips.errors import BackendError, ConfigError
-from fips.formats.packing import BITMASK, BLOCKS, DENSE, parse_nm
-from fips.kernels.reference import Packed, check_inputs, check_packed
+from fips.formats.packed import Packed, check_packed
+from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
+from fips.kernels.reference import check_inputs
+from fips.kernels.validity import Snapshot
 
 __all__ = [
     "PATHS",
-    "Prepared",
+    "CpuBackend",
+    "CpuMatrix",
     "Repeat",
     "available",
     "free_scratch",
@@ -35,20 +39,17 @@ __all__ = [
     "multiply_columns",
     "prepare",
     "scratch_bytes",
-    "supports",
     "unavailable_reason",
 ]
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 4
+ABI = 5
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 3}
 """uint8 are packed integers of less than 8 bits."""
-_FORMATS = {DENSE: 0, BITMASK: 1}
-_NM, _BLOCK_ROWS, _BLOCK_COLS = 2, 3, 4
 _INVALID, _NO_MEMORY = -2, -3
 
 
@@ -70,17 +71,16 @@ class _Call(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Prepared:
-    """A packed matrix with what the kernels need besides its stored tensors; borrows those, owns ``extra_bytes``."""
+class CpuMatrix(PreparedMatrix):
+    """Borrows the stored tensors; owns the index of every row's first value and float32 scales."""
 
     def __init__(self, packed: Packed) -> None:
         check_packed(packed)
-        self.packed = packed
-        self.key = _key(packed)
+        super().__init__(packed)
         self.row_start: Tensor | None = None
         with _as_memory_error():
             self.scales = None if packed.scales_N is None else packed.scales_N.detach().float().contiguous()
-            if packed.fmt == BITMASK or packed.fmt in BLOCKS:
+            if packed.layout.group_kept is None:
                 self.row_start = torch.empty(packed.shape[0], dtype=torch.int32)
         self.struct = _describe(packed, self.scales)
         self._count()
@@ -106,20 +106,6 @@ class Prepared:
         copied = self.scales is not None and stored is not None and self.scales.data_ptr() != stored.data_ptr()
         rows = self.packed.shape[0]
         return 4 * rows * (int(copied) + int(self.row_start is not None))
-
-    def is_current(self, packed: Packed) -> bool:
-        """Whether ``packed`` still lies where this was prepared for, with the same pattern and scales."""
-        return self.key == _key(packed)
-
-
-def _key(packed: Packed) -> tuple[int, ...]:
-    read_anew = (packed.values_Z.data_ptr(), packed.values_Z.nbytes)
-    if packed.fmt == DENSE and packed.scales_N is None:
-        return read_anew
-    tensors = (packed.pattern,) if packed.scales_N is None else (packed.pattern, packed.scales_N)
-    versions = (0 if tensor.is_inference() else tensor._version for tensor in tensors)
-    places = (number for tensor in tensors for number in (tensor.data_ptr(), tensor.nbytes))
-    return (*read_anew, *places, *versions)
 
 
 @contextmanager
@@ -190,34 +176,18 @@ def free_scratch() -> int:
     return int(_require().fips_free_scratch()) if available() else 0
 
 
-def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
-    """Whether the kernels can multiply by this matrix."""
-    nm = parse_nm(packed.fmt)
-    return (
-        available()
-        and packed.values_Z.device.type == "cpu"
-        and packed.values_Z.dtype in TYPES
-        and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and (packed.values_Z.is_floating_point() or packed.shape[1] <= 65536)
-        and packed.kept < 2**31
-        and packed.shape[0] > 0
-        and packed.shape[1] > 0
-        and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))
-    )
-
-
-def prepare(packed: Packed) -> Prepared:
+def prepare(packed: Packed) -> CpuMatrix:
     """What ``multiply`` needs, once per matrix.
 
     Raises ``BackendError`` without a library or for damaged tensors, ``MemoryError`` where there is no room.
     """
     _require()
-    return Prepared(packed)
+    return CpuMatrix(packed)
 
 
 def multiply(
     x_TK: Tensor,
-    prepared: Prepared,
+    prepared: CpuMatrix,
     bias_N: Tensor | None = None,
     *,
     path: str = "auto",
@@ -259,16 +229,13 @@ class Repeat:
     MOST = 64
     """Tokens beyond which a product takes so long that its call does not count."""
 
-    def __init__(self, x: Tensor, prepared: Prepared, bias: Tensor | None, activation_bits: int | None) -> None:
+    def __init__(self, x: Tensor, prepared: CpuMatrix, bias: Tensor | None, activation_bits: int | None) -> None:
         packed = prepared.packed
         self.prepared, self.bias, self.activation_bits = prepared, bias, activation_bits
         self.shape, self.dtype, self.threads = x.shape, x.dtype, torch.get_num_threads()
         self.out = (*x.shape[:-1], packed.shape[0])
         check_inputs(x, packed.shape[1], bias, packed.shape[0])
-        read_anew = [t for t in (packed.values_Z, bias) if t is not None]
-        self.watched: list[tuple[Tensor, int, int, int | None]]
-        self.watched = [(t, t.data_ptr(), t.nbytes, None) for t in read_anew]
-        self.watched += [_watch(t) for t in (packed.pattern, packed.scales_N) if t is not None]
+        self._seen = Snapshot(places=(packed.values_Z, bias), contents=(packed.pattern, packed.scales_N))
         self.call = _call(x, _new(x, self.out), bias, None, PATHS["auto"], activation_bits)
         self.arguments = (prepared.reference, ctypes.byref(self.call))
         self.run = _require().fips_multiply_again
@@ -281,12 +248,7 @@ class Repeat:
 
     def holds(self) -> bool:
         """Whether the matrix and the bias still lie where they did, unchanged where it matters."""
-        for tensor, place, size, version in self.watched:
-            if tensor.data_ptr() != place or tensor.nbytes != size:
-                return False
-            if version is not None and tensor._version != version:
-                return False
-        return torch.get_num_threads() == self.threads
+        return self._seen.holds() and torch.get_num_threads() == self.threads
 
     def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         if x.dtype is not self.dtype or x.shape != self.shape or not x.is_contiguous():
@@ -301,11 +263,7 @@ class Repeat:
         return y
 
 
-def _watch(tensor: Tensor) -> tuple[Tensor, int, int, int | None]:
-    return tensor, tensor.data_ptr(), tensor.nbytes, None if tensor.is_inference() else tensor._version
-
-
-def multiply_columns(x_TN: Tensor, prepared: Prepared, *, isa: str | None = None) -> Tensor:
+def multiply_columns(x_TN: Tensor, prepared: CpuMatrix, *, isa: str | None = None) -> Tensor:
     """``x S`` for a dense S and at most four tokens: S is read once, in memory order; no autograd.
 
     Raises as ``multiply`` does.
@@ -349,20 +307,16 @@ def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int,
 
 
 def _describe(packed: Packed, scales: Tensor | None) -> _Matrix:
-    nm = parse_nm(packed.fmt)
-    if nm is not None:
-        code, n, m = _NM, *nm
-    elif packed.fmt in BLOCKS:
-        code, n, m = (_BLOCK_ROWS if packed.block_axis == 0 else _BLOCK_COLS), 0, BLOCKS[packed.fmt]
-    else:
-        code, n, m = _FORMATS[packed.fmt], 0, 0
-    values, pattern = packed.values_Z.detach(), packed.pattern
+    layout, values, pattern = packed.layout, packed.values_Z.detach(), packed.pattern
+    code = layout.code(packed.block_axis)
+    if code is None or not packed.numbers.compiled:
+        raise BackendError(f"{unsupported_format(packed)}; use torch")
     if values.dtype not in TYPES or not all(t.is_cpu for t in (values, pattern, *([] if scales is None else [scales]))):
         raise BackendError(f"no CPU kernel for values {values.dtype} on {values.device}; use torch")
     return _Matrix(
-        *packed.shape, code, TYPES[values.dtype], n, m, values.data_ptr(), pattern.data_ptr(), packed.kept,
-        values.nbytes, pattern.numel(), None, None if scales is None else scales.data_ptr(), 0,
-        0 if scales is None else scales.numel(), packed.bits,
+        *packed.shape, code, TYPES[values.dtype], layout.group_kept or 0, layout.group, values.data_ptr(),
+        pattern.data_ptr(), packed.kept, values.nbytes, pattern.numel(), None,
+        None if scales is None else scales.data_ptr(), 0, 0 if scales is None else scales.numel(), packed.bits or 8,
     )  # fmt: skip
 
 
@@ -414,3 +368,38 @@ def _installed() -> Iterator[Path]:
         for name in ("libfips_kernels.so", "libfips_kernels.dylib", "fips_kernels.dll"):
             if (Path(folder) / name).is_file():
                 yield Path(folder) / name
+
+
+class CpuBackend(Backend):
+    """The compiled kernels."""
+
+    name = "cpu"
+    repeats_up_to = Repeat.MOST
+
+    def supports(self, packed: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
+        if not available():
+            return _reason
+        if packed.values_Z.dtype not in TYPES:
+            return f"values are {packed.values_Z.dtype}; known: floats of 16 and 32 bits, integers of 2 to 8"
+        if not packed.values_Z.is_floating_point() and packed.shape[1] > 65536:
+            return f"rows of {packed.shape[1]} integers; at most 65536 are summed"
+        return kernel_refuses(packed, device, dtype, "cpu")
+
+    def prepare(self, packed: Packed) -> CpuMatrix:
+        return prepare(packed)
+
+    def multiply(
+        self, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, *, activation_bits: int | None = None
+    ) -> Tensor:
+        return multiply(x, cast(CpuMatrix, prepared), bias, activation_bits=activation_bits)
+
+    def repeat(
+        self, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, activation_bits: int | None
+    ) -> Repeat | None:
+        return Repeat(x, cast(CpuMatrix, prepared), bias, activation_bits) if Repeat.suits(x, bias) else None
+
+    def few_tokens(self, packed: Packed) -> int:
+        return 4 if packed.values_Z.dtype in (torch.float32, torch.bfloat16) else 0
+
+    def multiply_columns(self, x: Tensor, prepared: PreparedMatrix) -> Tensor:
+        return multiply_columns(x, cast(CpuMatrix, prepared))

@@ -1,4 +1,4 @@
-"""The packed product as a torch operator: gradients, ``torch.compile``, CPU and GPU behind one name."""
+"""The packed product as a torch operator: gradients, ``torch.compile``, all backends behind one name."""
 
 from __future__ import annotations
 
@@ -7,66 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fips.kernels import cpu, gpu, reference
-from fips.kernels.reference import Packed
+from fips.formats.packed import Packed
+from fips.kernels import reference, registry
 
-__all__ = [
-    "Prepared",
-    "decode",
-    "decodes",
-    "is_plain",
-    "multiply",
-    "needs_grad",
-    "packed_linear",
-    "prepare",
-    "supports",
-    "traceable",
-]
-
-Prepared = cpu.Prepared | gpu.Prepared
+__all__ = ["is_plain", "needs_grad", "packed_linear", "traceable"]
 
 
 def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """``x S^T + bias`` by the kernel of the device, differentiable in ``x``, floating values and bias."""
+    """``x S^T + bias`` by the first backend that takes it, differentiable in ``x``, floating values and bias."""
     y: Tensor = torch.ops.fips.packed_linear(
         x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis,
-        packed.bits, packed.count,
+        packed.value_format, packed.count,
     )  # fmt: skip
     return y
 
 
-def prepare(packed: Packed) -> Prepared:
-    """What ``multiply`` needs, for the device of the matrix."""
-    return gpu.prepare(packed) if packed.values_Z.device.type == "cuda" else cpu.prepare(packed)
-
-
-def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None, *, activation_bits: int | None = None) -> Tensor:
-    """``x S^T + bias`` by the kernel of the device; no autograd. ``activation_bits``: see ``cpu.multiply``."""
-    if isinstance(prepared, gpu.Prepared):
-        return gpu.multiply(x, prepared, bias)
-    return cpu.multiply(x, prepared, bias, activation_bits=activation_bits)
-
-
-def supports(x: Tensor, packed: Packed) -> bool:
-    """Whether a kernel for this device, these types and this format exists."""
-    return gpu.supports(packed, x.dtype) if x.device.type == "cuda" else cpu.supports(packed, x.dtype)
-
-
-def decodes(packed: Packed) -> bool:
-    """Whether ``decode`` has a kernel for this matrix; torch's own operations decode the others."""
-    values = packed.values_Z
-    return values.is_cuda and is_plain(values) and not needs_grad(values) and gpu.supports(packed, torch.float32)
-
-
-def decode(prepared: Prepared, dtype: torch.dtype) -> Tensor:
-    """A matrix that ``decodes``, as a dense one; no autograd."""
-    assert isinstance(prepared, gpu.Prepared)
-    return gpu.decode(prepared, dtype)
-
-
 def traceable(x: Tensor, packed: Packed) -> bool:
     """Whether the operator may stand in a traced graph: not in exported ones, which must run without fips."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and supports(x, packed)
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return registry.choose(packed, x.device, x.dtype) is not registry.REFERENCE
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -92,13 +52,12 @@ def _packed_linear(
     shape: list[int],
     fmt: str,
     block_axis: int,
-    bits: int,
+    value_format: str,
     count: int,
 ) -> Tensor:
-    packed = _packed(values, pattern, scales, shape, fmt, block_axis, bits, count)
-    if not supports(x, packed):
-        return reference.multiply(x, packed, bias)
-    return multiply(x, prepare(packed), bias)
+    packed = _packed(values, pattern, scales, shape, fmt, block_axis, value_format, count)
+    backend = registry.choose(packed, x.device, x.dtype)
+    return backend.multiply(x, backend.prepare(packed), bias)
 
 
 @_packed_linear.register_fake
@@ -130,8 +89,8 @@ def _packed(
     shape: list[int],
     fmt: str,
     block_axis: int,
-    bits: int,
+    value_format: str,
     count: int,
 ) -> Packed:
     rows, cols = shape
-    return Packed(values, pattern, scales, (rows, cols), fmt, 0 if block_axis == 0 else 1, bits, count)
+    return Packed(values, pattern, scales, (rows, cols), fmt, 0 if block_axis == 0 else 1, value_format, count)

@@ -40,7 +40,7 @@ def _look(model: nn.Module, _: Any) -> None:
     surprising = [layer for name, layer in factored_layers(model).items() if _is_surprising(model, name, layer, added)]
     if not surprising:
         return
-    fixed = sum(layer.nonzeros for layer in surprising)
+    fixed = sum(layer.kept for layer in surprising)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.warning(
         "training leaves the integers and scales of %d packed layers as they are: %s of %s numbers (%.0f %%). "

@@ -1,6 +1,6 @@
 """The modules a compressed model runs: one shared basis per group, one packed factor per matrix.
 
-Shape legend: D width of the residual stream, F columns of one matrix, R rank of the basis.
+Shape legend: D width of the residual stream, F hidden features of one matrix, R rank of the basis.
 """
 
 from __future__ import annotations
@@ -11,31 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from fips.errors import ConfigError
-from fips.formats.packing import (
-    BITMASK,
-    DENSE,
-    BlockAxis,
-    ValueKind,
-    block_size,
-    pack,
-    pack_integers,
-    packed_length,
-    parse_nm,
-    pattern_bytes,
-    quantize_rows,
-    row_scales,
-    unpack_mask,
-    value_bits,
-)
-from fips.kernels.reference import Packed, to_dense
-from fips.kernels.runtime import BasisRuntime, LayerRuntime, Product
-from fips.models.locate import Role
+from fips.formats.packed import Packed, to_dense
+from fips.formats.patterns import BITMASK, pattern_named
+from fips.formats.values import FLOAT, values_named
+from fips.kernels import registry
+from fips.kernels.basis import BasisRuntime
+from fips.kernels.call import Product
+from fips.kernels.runtime import LayerRuntime
+from fips.models.sites import Role
 
 __all__ = [
     "BASES",
     "FactoredLinear",
     "SharedBasis",
-    "ValueKind",
     "basis_owner",
     "factored_layers",
     "replace_everywhere",
@@ -69,11 +57,11 @@ class SharedBasis(nn.Module):
 
 
 class FactoredLinear(nn.Module):
-    r"""A linear layer :math:`W = B F` whose basis is shared and whose factor is sparse and packed.
+    r"""A linear layer :math:`W = B C` whose basis is shared and whose factor is sparse and packed.
 
-    ``up`` layers compute :math:`y = F^\top (B^\top x) + b`, ``down`` layers :math:`y = B (F x) + b`. The basis is
+    ``up`` layers compute :math:`y = C^\top (B^\top x) + b`, ``down`` layers :math:`y = B (C x) + b`. The basis is
     borrowed: the model owns it, so that it is saved, moved and trained once. ``basis=None`` is the identity, a plainly
-    pruned layer; then ``width`` says what the basis would. See ``fips.formats.packing`` for the formats.
+    pruned layer; then ``width`` says what the basis would. See ``fips.formats.patterns`` for the formats.
 
     ``values`` is a parameter, so training changes the kept entries and never the support. With integer ``values``
     (``"int8"`` to ``"int2"``) it is a buffer and so is ``scales`` (one per stored row, in a floating type): training
@@ -85,7 +73,8 @@ class FactoredLinear(nn.Module):
 
     ``runtime`` chooses how the product is formed and says what that costs in memory; see ``fips.kernels.runtime``.
 
-    Raises ``ConfigError`` if neither basis nor width is given, or the columns do not fill the blocks of the format.
+    Raises ``ConfigError`` if neither basis nor width is given, or the hidden features do not fill the blocks of
+    the format.
     """
 
     pattern: Tensor
@@ -97,36 +86,41 @@ class FactoredLinear(nn.Module):
         self,
         basis: SharedBasis | None,
         *,
-        role: Role,
-        columns: int,
-        nonzeros: int,
+        role: str,
+        hidden: int,
+        kept: int,
         fmt: str = BITMASK,
         bias: bool = False,
         dtype: torch.dtype | None = None,
         width: int | None = None,
-        values: ValueKind = "float",
+        values: str = FLOAT,
     ) -> None:
         super().__init__()
         self._borrowed = (basis,)
         width, self.rank = _width_and_rank(basis, width)
-        if columns % block_size(fmt):
-            raise ConfigError(f"format {fmt} needs a multiple of {block_size(fmt)} hidden columns, got {columns}")
-        self.role: Role = role
+        self.pattern_format, self.value_format = pattern_named(fmt), values_named(values)
+        block = self.pattern_format.block
+        if hidden % block:
+            raise ConfigError(f"format {fmt} needs a multiple of {block} hidden features, got {hidden}")
+        self.role = Role(role)
+        self.reads_stream, self.block_axis = self.role.reads_stream, self.role.hidden_axis  # asked in every call
         self.fmt = fmt
-        self.kind: ValueKind = values
-        self.bits = value_bits(values)
-        self.nonzeros = nonzeros
+        self.kind = values
+        self.bits = self.value_format.bits
+        self.kept = kept
         self.conv1d = False
-        self.in_features, self.out_features = (width, columns) if role == "up" else (columns, width)
-        self.factor_shape = (columns, self.rank) if role == "up" else (self.rank, columns)
-        if self.bits is not None:
-            dtype_ = torch.int8 if self.bits == 8 else torch.uint8
-            self.register_buffer("values", torch.empty(packed_length(nonzeros, self.bits), dtype=dtype_))
-            self.register_buffer("scales", torch.empty(self.factor_shape[0], dtype=dtype))
+        self.width, self.hidden = width, hidden
+        self.in_features, self.out_features = self.role.features(width, hidden)
+        self.factor_shape = self.role.stored_shape(self.rank, hidden)
+        if self.value_format.scaled:
+            stored = torch.empty(self.value_format.length(kept), dtype=self.value_format.dtype)
+            self.register_buffer("values", stored)
+            scales = self.value_format.num_scales(*self.factor_shape)
+            self.register_buffer("scales", torch.empty(scales, dtype=dtype))
         else:
-            self.values = nn.Parameter(torch.empty(nonzeros, dtype=dtype))
-        if fmt != DENSE:
-            size = pattern_bytes(size=columns * self.rank, fmt=fmt)
+            self.values = nn.Parameter(torch.empty(kept, dtype=dtype))
+        if self.pattern_format.group_bits:
+            size = self.pattern_format.nbytes(hidden * self.rank)
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
         self.register_buffer("weight", torch.empty(0, dtype=dtype))
@@ -139,10 +133,10 @@ class FactoredLinear(nn.Module):
         factor_RF: Tensor,
         mask_RF: Tensor,
         *,
-        role: Role,
+        role: str,
         fmt: str,
         dtype: torch.dtype | None = None,
-        values: ValueKind = "float",
+        values: str = FLOAT,
         scales: Tensor | None = None,
     ) -> Self:
         """Pack a dense factor on its support; the bias is set by the caller. Without a basis R is the width.
@@ -151,46 +145,63 @@ class FactoredLinear(nn.Module):
         ``scales``, one for each of the F rows of a transposed ``up`` factor or of the R rows of a ``down`` factor;
         without them every row's largest magnitude becomes the largest integer.
         """
-        bits = value_bits(values)
-        rank, columns = factor_RF.shape
-        matrix, mask = (factor_RF.T, mask_RF.T) if role == "up" else (factor_RF, mask_RF)
-        matrix, mask = matrix.detach().contiguous(), mask.contiguous()
-        if bits is not None:
-            scales = (row_scales(matrix, mask, bits=bits) if scales is None else scales.detach()).to(
-                dtype or matrix.dtype
-            )
-            if scales.shape != matrix.shape[:1]:
-                raise ConfigError(f"`scales` wants {matrix.shape[0]} numbers, one per row, got {tuple(scales.shape)}")
-            matrix = quantize_rows(matrix, scales, bits=bits)
-        kept, pattern = pack(matrix, mask, fmt=fmt, block_axis=_block_axis(role))
-        layer = cls(
-            basis, role=role, columns=columns, nonzeros=kept.numel(), fmt=fmt, width=None if basis else rank,
-            values=values,
-        )  # fmt: skip
-        if scales is not None and bits is not None:
-            layer.values, layer.scales = pack_integers(kept, bits=bits), scales
-        else:
-            layer.values = nn.Parameter(kept.to(dtype or kept.dtype))
-        if fmt != DENSE:
-            layer.pattern = pattern
+        numbers = values_named(values)
+        to_linear, to_factor = Role(role).to_linear, Role(role).to_factor
+        matrix_NK, mask_NK = to_linear(factor_RF).detach(), to_linear(mask_RF)
+        if not numbers.scaled:
+            layer, entries_Z = cls._packed_on(basis, factor_RF.detach(), mask_RF, role=role, fmt=fmt, values=values)
+            layer.values = nn.Parameter(entries_Z.to(dtype or entries_Z.dtype))
+            return layer
+        scales = numbers.scales(matrix_NK, mask_NK) if scales is None else scales.detach()
+        scales = scales.to(dtype or matrix_NK.dtype)
+        rows, cols = matrix_NK.shape
+        _check_scales(scales, numbers.num_scales(rows, cols))
+        integers_RF = to_factor(numbers.quantize(matrix_NK, scales))
+        return cls.from_integers(basis, integers_RF, mask_RF, scales, role=role, fmt=fmt, values=values)
+
+    @classmethod
+    def from_integers(
+        cls,
+        basis: SharedBasis | None,
+        integers_RF: Tensor,
+        mask_RF: Tensor,
+        scales: Tensor,
+        *,
+        role: str,
+        fmt: str,
+        values: str,
+    ) -> Self:
+        """Pack integers (int8, within the bits of ``values``), or the codes of another grid, on their support.
+
+        ``scales``, in the type they are stored in, are what the integers of every stored row are multiplied by, as in
+        ``from_factor``. Raises ``ConfigError`` for another number of them, or if ``values`` are floating.
+        """
+        numbers = values_named(values)
+        if not numbers.scaled:
+            raise ConfigError(f"integers cannot be stored as `values: {values}`; use `from_factor`")
+        layer, entries_Z = cls._packed_on(basis, integers_RF, mask_RF, role=role, fmt=fmt, values=values)
+        _check_scales(scales, numbers.num_scales(*layer.factor_shape))
+        layer.values, layer.scales = numbers.pack(entries_Z), scales.detach()
         return layer
+
+    @classmethod
+    def _packed_on(
+        cls, basis: SharedBasis | None, matrix_RF: Tensor, mask_RF: Tensor, *, role: str, fmt: str, values: str
+    ) -> tuple[Self, Tensor]:
+        """A layer with its pattern, and the entries kept, in their order."""
+        side = Role(role)
+        matrix_NK, mask_NK = side.to_linear(matrix_RF).contiguous(), side.to_linear(mask_RF).contiguous()
+        entries_Z, pattern = pattern_named(fmt).pack(matrix_NK, mask_NK, side.hidden_axis)
+        rank, hidden = matrix_RF.shape
+        width = None if basis else rank
+        layer = cls(basis, role=role, hidden=hidden, kept=entries_Z.numel(), fmt=fmt, width=width, values=values)
+        if layer.pattern_format.group_bits:
+            layer.pattern = pattern
+        return layer, entries_Z
 
     @property
     def basis(self) -> SharedBasis | None:
         return self._borrowed[0]
-
-    @property
-    def block_axis(self) -> BlockAxis:
-        """Axis of the stored matrix that runs over hidden columns, along which blocks lie."""
-        return _block_axis(self.role)
-
-    @property
-    def width(self) -> int:
-        return self.in_features if self.role == "up" else self.out_features
-
-    @property
-    def columns(self) -> int:
-        return self.out_features if self.role == "up" else self.in_features
 
     def factor(self) -> Tensor:
         """The factor as a dense matrix of shape (F, R) for ``up`` and (R, F) for ``down`` layers."""
@@ -198,22 +209,21 @@ class FactoredLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The stored tensors of the factor, with what they mean."""
-        pattern = self.values.new_empty(0, dtype=torch.uint8) if self.fmt == DENSE else self.pattern
-        if self.bits is None:
-            return Packed(self.values, pattern, None, self.factor_shape, self.fmt, self.block_axis)
-        count = self.nonzeros if self.bits < 8 else 0
-        return Packed(self.values, pattern, self.scales, self.factor_shape, self.fmt, self.block_axis, self.bits, count)
+        pattern = self.pattern if self.pattern_format.group_bits else self.values.new_empty(0, dtype=torch.uint8)
+        scales = self.scales if self.value_format.scaled else None
+        count = 0 if self.bits in (None, 8) else self.kept
+        return Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, self.kind, count)
 
     def mask(self) -> Tensor:
         """The support of ``factor()``."""
-        return unpack_mask(self.packed().pattern, shape=self.factor_shape, fmt=self.fmt, block_axis=self.block_axis)
+        return self.pattern_format.unpack_mask(self.packed().pattern, self.factor_shape, self.block_axis)
 
     def num_kept(self) -> int:
         """Entries the pattern keeps; equals the number of values unless the layer was damaged."""
         return int(self.mask().sum())
 
     def dense_weight(self) -> Tensor:
-        r"""The product :math:`B F` as the (out, in) weight of a plain linear layer.
+        r"""The product :math:`B C` as the (out, in) weight of a plain linear layer.
 
         Computed in float32 and not rounded to the type of values and scales; in float64 where they are that.
         """
@@ -222,7 +232,7 @@ class FactoredLinear(nn.Module):
         if self.basis is None:
             return factor
         basis_DR = self.basis.weight.to(factor.dtype)
-        return factor @ basis_DR.T if self.role == "up" else basis_DR @ factor
+        return factor @ basis_DR.T if self.reads_stream else basis_DR @ factor
 
     def forward(self, x: Tensor) -> Tensor:
         return self.runtime.forward(x, self._parts(), self.product)
@@ -239,16 +249,20 @@ class FactoredLinear(nn.Module):
         basis = self.basis
         weight = None if basis is None else basis.weight
         return Product(
-            self.packed(), up=self.role == "up", features=(self.in_features, self.out_features), bias=self.bias,
+            self.packed(), up=self.reads_stream, features=(self.in_features, self.out_features), bias=self.bias,
             basis=basis, basis_DR=weight, offloaded=_offloaded(self),
         )  # fmt: skip
 
+    def backends(self, dtype: torch.dtype | None = None) -> dict[str, str]:
+        """Every backend by name: ``yes``, or why it does not multiply inputs of a type (its own) by the factor."""
+        return registry.reasons(self.packed(), self.values.device, dtype or self.weight.dtype)
+
     def extra_repr(self) -> str:
-        kept = self.nonzeros / (self.factor_shape[0] * self.factor_shape[1])
+        density = self.kept / (self.factor_shape[0] * self.factor_shape[1])
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rank={'none' if self.basis is None else self.rank}, role={self.role}, kept={kept:.3f}, "
-            f"pattern={'N:M ' + self.fmt if parse_nm(self.fmt) else self.fmt}, values={self.kind}, "
+            f"rank={'none' if self.basis is None else self.rank}, role={self.role}, density={density:.3f}, "
+            f"pattern={'N:M ' + self.fmt if ':' in self.fmt else self.fmt}, values={self.kind}, "
             f"bias={self.bias is not None}"
         )
 
@@ -259,6 +273,11 @@ def _offloaded(module: nn.Module) -> bool:
     return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
 
+def _check_scales(scales: Tensor, wanted: int) -> None:
+    if tuple(scales.shape) != (wanted,):
+        raise ConfigError(f"`scales` wants {wanted} numbers, one per row, got {tuple(scales.shape)}")
+
+
 def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, int]:
     """``(D, R)``; without a basis R is D."""
     if basis is not None:
@@ -266,10 +285,6 @@ def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, 
     if width is None:
         raise ConfigError("a layer without a basis needs its `width`")
     return width, width
-
-
-def _block_axis(role: Role) -> BlockAxis:
-    return 0 if role == "up" else 1
 
 
 def basis_owner(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ __all__ = ["dense_layer", "drop_unused_bases", "merge"]
 
 @torch.no_grad()
 def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every factored layer by a dense one with weight B F, in place; returns the model.
+    """Replace every factored layer by a dense one with weight B C, in place; returns the model.
 
     The result needs nothing from fips and computes the same function up to rounding. Products are formed in float32
     (float64 where values or scales are that) and rounded once, to ``dtype``, by default the type of the model's other
@@ -99,7 +99,7 @@ def _other_dtype(model: nn.Module, layers: Mapping[str, FactoredLinear]) -> torc
 def dense_layer(
     layer: FactoredLinear, dtype: torch.dtype, *, weight: Tensor | None = None, bias: nn.Parameter | None = None
 ) -> nn.Module:
-    """The plain layer in whose place ``layer`` stands, with weight B F or another (out, in) weight and bias."""
+    """The plain layer in whose place ``layer`` stands, with weight B C or another (out, in) weight and bias."""
     weight = (layer.dense_weight() if weight is None else weight).detach().to(dtype)
     bias = layer.bias if bias is None else bias
     if bias is not None and bias.dtype != dtype:  # stored in a narrower type; a dense layer wants one for both

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Flag, auto
 from typing import Any, TypeVar
 
 import torch
@@ -19,18 +20,20 @@ from fips.calibration.record import ActivationSpool, record_blocks
 from fips.calibration.survey import NO_GRADIENT, survey_layers
 from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
-from fips.formats.packing import DENSE
+from fips.formats.patterns import FULL
 from fips.layers.linear import FactoredLinear, SharedBasis
-from fips.models import LayerGroup, LinearSite
+from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage
-from fips.plan.plan import GroupPlan
-from fips.training.factors import TrainableGroup, swapped
+from fips.plan.groups import GroupPlan
+from fips.solve.alternate import Factorization
+from fips.training.factors import swapped
 from fips.training.reconstruct import BlockError, Records, block_errors
 
 __all__ = [
     "MAX_ERROR_BATCHES",
     "CompressedGroup",
     "MomentCache",
+    "Needs",
     "Progress",
     "ProgressEvent",
     "Workbench",
@@ -43,15 +46,25 @@ log = logging.getLogger("fips.methods")
 T = TypeVar("T")
 
 MAX_ERROR_BATCHES = 16
-UNMEASURED = ("magnitude", "svd", "fips-paper")
-"""Methods that take no moments of layers: what runs can be compressed."""
+
+
+class Needs(Flag):
+    """What a method wants to know of the model at work. Only that is measured."""
+
+    NOTHING = 0
+    INPUTS = auto()
+    """Second moments of what layers read: forward passes."""
+    GRADIENTS = auto()
+    """Those of the gradients of what they write too: a backward pass for every forward pass."""
+    ACTIVATIONS = auto()
+    """What blocks read and return on all batches; on a few, for the errors in the report, they are always recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressEvent:
     """One step of work: ``done`` of ``total`` steps of a stage, the last loss.
 
-    Stages: ``measure``, ``solve``, ``record``, ``calibrate``, ``distill``.
+    Stages: ``measure``, ``solve``, ``record``, ``reconstruct``, ``distill``.
     """
 
     stage: str
@@ -62,8 +75,8 @@ class ProgressEvent:
 
 
 Progress = Callable[[ProgressEvent], None]
-MomentCache = dict[tuple[tuple[str, ...], float, float, int, str], dict[str, LayerMoments]]
-"""Moments by layers, temperature, floor, seed and a digest of the data, for several compressions of one model."""
+MomentCache = dict[tuple[Any, ...], dict[str, LayerMoments]]
+"""Moments by layers, how they are measured and a digest of the data, for several compressions of one model."""
 
 
 @dataclass(slots=True)
@@ -74,20 +87,23 @@ class CompressedGroup:
     bases: dict[str, SharedBasis]
     """By the name they are registered under."""
     layers: dict[str, FactoredLinear]
-    start: tuple[BlockError, ...]
-    final: tuple[BlockError, ...]
-    losses: tuple[float, ...]
-    seconds: float
+    start: tuple[BlockError, ...] = ()
+    final: tuple[BlockError, ...] = ()
+    losses: tuple[float, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class Workbench:
-    """One model, its calibration batches and the settings of one compression."""
+    """One model, its calibration batches, and what one compression may measure on them."""
 
     model: nn.Module
     config: CompressionConfig
     batches: CalibrationData
     device: torch.device
+    needs: Needs
+    temperature: float = 1.0
+    """Of the softmax whose change gradients are of."""
     progress: Progress | None = None
     cache: MomentCache | None = None
     file_bytes: int = 0
@@ -100,12 +116,14 @@ class Workbench:
         self.notes.append(text)
         log.warning("%s", text)
 
-    def survey(self, sites: Sequence[LinearSite]) -> dict[str, str]:
-        """Layers that the calibration data says nothing about, to be left dense, with the reason."""
-        method, metric = self.config.method, self.config.metric
+    def survey(self, sites: Sequence[Site]) -> dict[str, str]:
+        """Layers that the calibration data says nothing about, to be left dense, with the reason.
+
+        At most one forward pass a batch, and a backward pass where gradients are needed.
+        """
         found = survey_layers(
-            self.model, sites, self.batches, self.run, reach=method not in UNMEASURED, influence=method == "fips",
-            temperature=metric.temperature, seed=self.config.seed,
+            self.model, sites, self.batches, self.run, gradients=Needs.GRADIENTS in self.needs,
+            temperature=self.temperature, seed=self.config.seed,
         )  # fmt: skip
         for name, reason in found.left.items():
             log.warning("`%s` is left dense: %s", name, reason)
@@ -113,19 +131,24 @@ class Workbench:
             self.note(NO_GRADIENT)
         return found.left
 
-    def moments(self, name: str, sites: Sequence[LinearSite], *, floor: float) -> dict[str, LayerMoments]:
-        """What the layers read and how much what they write matters, in the model as it is."""
-        metric, seed = self.config.metric, self.config.seed
-        cache = None if metric.propagate_errors else self.cache
-        key = (
-            tuple(site.name for site in sites), metric.temperature, floor, seed,
-            "" if cache is None else self.batches.key(),
-        )  # fmt: skip
+    def moments(
+        self, name: str, sites: Sequence[Site], *, floor: float = 1.0, changed: bool = False
+    ) -> dict[str, LayerMoments]:
+        """What the layers read and, if needed, how much what they write matters, in the model as it is.
+
+        ``floor`` is the share of the weight that all tokens get alike. ``changed`` says that some layers are compressed
+        already, so that nothing kept from before is of use.
+        """
+        assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
+        gradients = Needs.GRADIENTS in self.needs
+        cache = None if changed else self.cache
+        how = (self.temperature, floor, self.config.seed) if gradients else ()
+        key = (tuple(site.name for site in sites), *how, "" if cache is None else self.batches.key())
         if cache is not None and key in cache:
             return cache[key]
         found = collect_moments(
-            self.model, sites, self.counted("measure", name), self.run, temperature=metric.temperature, floor=floor,
-            seed=seed,
+            self.model, sites, self.counted("measure", name), self.run, temperature=self.temperature, floor=floor,
+            seed=self.config.seed, gradients=gradients,
         )  # fmt: skip
         if cache is not None:
             cache[key] = found
@@ -161,7 +184,8 @@ class Workbench:
     def recorded(self, group: LayerGroup, *, limit: int | None = None) -> Iterator[tuple[Records, ActivationSpool]]:
         """Inputs and outputs of the group's blocks in the model as it is, for the first ``limit`` batches that run
         them."""
-        with ActivationSpool(self.config.calibration.activation_memory) as spool:
+        assert limit is not None or Needs.ACTIVATIONS in self.needs, "a method must declare that it needs activations"
+        with ActivationSpool(self.config.activation_memory) as spool:
             batches = self.counted("record", group.name, limit=limit)
             with torch.no_grad():
                 records = record_blocks(self.model, self.blocks(group), batches, spool, self.run, limit=limit)
@@ -205,10 +229,10 @@ class Workbench:
         if self.progress is not None:
             self.progress(ProgressEvent(stage, group, done, total, loss))
 
-    def weights(self, sites: Sequence[LinearSite]) -> list[Tensor]:
+    def weights(self, sites: Sequence[Site]) -> list[Tensor]:
         return [dense_matrix(self.model, site) for site in sites]
 
-    def bias(self, site: LinearSite) -> nn.Parameter | None:
+    def bias(self, site: Site) -> nn.Parameter | None:
         found = getattr(self.model.get_submodule(site.name), "bias", None)
         assert found is None or isinstance(found, nn.Parameter)
         return found
@@ -223,27 +247,35 @@ def measured(what: str, measure: Callable[[], T]) -> T | None:
         return None
 
 
-def dense_matrix(model: nn.Module, site: LinearSite) -> Tensor:
+def dense_matrix(model: nn.Module, site: Site) -> Tensor:
     """Weight of a dense layer as (D, F): the residual stream on axis 0."""
     weight = model.get_submodule(site.name).weight
     assert isinstance(weight, Tensor)
-    return weight.detach() if (site.role == "down") != site.conv1d else weight.detach().T
+    return site.matrix(weight.detach())
 
 
 def pack_group(
-    group: TrainableGroup, plan: GroupPlan, storages: Sequence[LayerStorage]
+    found: Factorization,
+    sites: Sequence[Site],
+    biases: Sequence[nn.Parameter | None],
+    plan: GroupPlan,
+    storages: Sequence[LayerStorage],
 ) -> tuple[dict[str, SharedBasis], dict[str, FactoredLinear]]:
     """The basis, if there is one, and the modules that stand in for the dense layers, by name."""
-    basis = None
-    if group.basis_DR is not None:
-        basis = SharedBasis.of(group.basis_DR, plan.dtype)
+    basis = None if found.basis_DR is None else SharedBasis.of(found.basis_DR, plan.dtype)
     layers = {}
-    for site, source, bias, storage in zip(group.sites, group.layers, group.biases, storages, strict=True):
-        mask_RF = torch.ones_like(source.mask_RF) if storage.fmt == DENSE else source.mask_RF
-        layer = FactoredLinear.from_factor(
-            basis, source.factor().detach(), mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype,
-            values=storage.values, scales=None if source.grid is None else source.grid.steps().detach().flatten(),
-        )  # fmt: skip
+    for index, (site, bias, storage) in enumerate(zip(sites, biases, storages, strict=True)):
+        mask_RF = found.masks_RF[index]
+        mask_RF = torch.ones_like(mask_RF) if storage.fmt == FULL else mask_RF
+        if found.grids is None:
+            layer = FactoredLinear.from_factor(
+                basis, found.factors_RF[index], mask_RF, role=site.role, fmt=storage.fmt, dtype=plan.dtype
+            )
+        else:
+            grid = found.grids[index]
+            layer = FactoredLinear.from_integers(
+                basis, grid.codes_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values
+            )
         layer.bias = bias
         layer.conv1d = site.conv1d
         layers[site.name] = layer

@@ -1,7 +1,19 @@
 """What is in a model and how it is built: where its MLPs are, which share a basis, whose classes make it. No maths."""
 
-from fips.models.group import LayerGroup, group_mlps
-from fips.models.locate import LinearSite, Located, Mlp, Role, Skipped, locate_mlps
+from fips.models.group import LayerGroup, group_layers
+from fips.models.locate import Located, Skipped, Sublayer, locate_layers
 from fips.models.names import matches
+from fips.models.sites import Part, Role, Site
 
-__all__ = ["LayerGroup", "LinearSite", "Located", "Mlp", "Role", "Skipped", "group_mlps", "locate_mlps", "matches"]
+__all__ = [
+    "LayerGroup",
+    "Located",
+    "Part",
+    "Role",
+    "Site",
+    "Skipped",
+    "Sublayer",
+    "group_layers",
+    "locate_layers",
+    "matches",
+]  # fmt: skip

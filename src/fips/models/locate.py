@@ -10,53 +10,31 @@ A *block* is the innermost ancestor that is an element of a homogeneous ``Module
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import NoMatchError
+from fips.models.attention import attention_around, attention_site, is_attention
 from fips.models.names import matches, require_matches
+from fips.models.sites import Linear, Site
 
-__all__ = ["LinearSite", "Located", "Mlp", "Role", "Skipped", "locate_mlps"]
-
-Role = Literal["up", "down"]
-_ATTENTION_MARKS = ("num_heads", "num_attention_heads", "head_dim", "n_heads", "num_key_value_groups")
+__all__ = ["Located", "Skipped", "Sublayer", "locate_layers"]
 
 
 @dataclass(frozen=True, slots=True)
-class LinearSite:
-    """One linear layer of an MLP, seen as a matrix with the residual stream on axis 0."""
-
-    name: str
-    role: Role
-    """``up`` reads the residual stream (fc1, gate, up), ``down`` writes it (fc2, down)."""
-    width: int
-    """d: features on the side of the residual stream."""
-    columns: int
-    """p: features on the hidden side."""
-    conv1d: bool
-    """Stored as ``(in, out)`` like GPT-2's Conv1D instead of ``(out, in)``."""
-    has_bias: bool
-
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """Shape of the stored dense weight."""
-        as_up = (self.columns, self.width)
-        return as_up if (self.role == "up") != self.conv1d else (self.width, self.columns)
-
-
-@dataclass(frozen=True, slots=True)
-class Mlp:
-    """The linear layers of one MLP and the block they belong to."""
+class Sublayer:
+    """The linear layers of one MLP, or those of a block that ``targets`` names, and the block they belong to."""
 
     name: str
     block: str
     block_list: str
     kind: Literal["plain", "gated", "fused-gated", "custom"]
-    sites: tuple[LinearSite, ...]
+    sites: tuple[Site, ...]
 
     @property
     def width(self) -> int:
@@ -73,18 +51,11 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    mlps: tuple[Mlp, ...]
+    sublayers: tuple[Sublayer, ...]
     skipped: tuple[Skipped, ...]
 
 
-class _Linear(NamedTuple):
-    name: str
-    module: nn.Module
-    inputs: int
-    outputs: int
-
-
-def locate_mlps(model: nn.Module, *, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> Located:
+def locate_layers(model: nn.Module, *, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> Located:
     """Every MLP inside a repeated block, in module order, and what was passed over with the reason.
 
     ``targets`` replaces the search: all linear layers inside blocks whose name, or whose MLP's name, fits a pattern
@@ -92,18 +63,18 @@ def locate_mlps(model: nn.Module, *, targets: Sequence[str] | None = None, ignor
 
     Raises ``NoMatchError`` if a pattern fits nothing or nothing is left.
     """
-    found: list[Mlp] = []
+    found: list[Sublayer] = []
     skipped: list[Skipped] = [*_fused_experts(model)]
     _scan(model, "", model, found, skipped)
     every = {linear.name: linear for linear in _linears(model)}
     found = list(_once(found, every, skipped))
-    names = list(every) + [mlp.name for mlp in found]
+    names = list(every) + [sublayer.name for sublayer in found]
     if targets is not None:
         require_matches("targets", targets, names)
         found = _select_targets(model, found, every, targets)
     require_matches("ignore", ignore, names)
-    kept = [mlp for mlp in found if not _ignored(mlp, ignore)]
-    skipped += [Skipped(mlp.name, "matched by `ignore`") for mlp in found if _ignored(mlp, ignore)]
+    kept = [sublayer for sublayer in found if not _ignored(sublayer, ignore)]
+    skipped += [Skipped(sublayer.name, "matched by `ignore`") for sublayer in found if _ignored(sublayer, ignore)]
     if not kept:
         reasons = "; ".join(f"`{item.name}`: {item.reason}" for item in skipped[:3])
         raise NoMatchError(
@@ -114,39 +85,41 @@ def locate_mlps(model: nn.Module, *, targets: Sequence[str] | None = None, ignor
     return Located(tuple(kept), tuple(skipped))
 
 
-def _once(found: Sequence[Mlp], every: Mapping[str, _Linear], skipped: list[Skipped]) -> Iterator[Mlp]:
+def _once(found: Sequence[Sublayer], every: Mapping[str, Linear], skipped: list[Skipped]) -> Iterator[Sublayer]:
     """MLPs without those that hold layers registered before under another name, which are the same layers."""
-    for mlp in found:
-        again = next((site.name for site in mlp.sites if site.name not in every), None)
+    for sublayer in found:
+        again = next((site.name for site in sublayer.sites if site.name not in every), None)
         if again is None:
-            yield mlp
+            yield sublayer
         else:
-            skipped.append(Skipped(mlp.name, f"`{again}` is a layer of an earlier MLP too, and is compressed there"))
+            skipped.append(
+                Skipped(sublayer.name, f"`{again}` is a layer of an earlier MLP too, and is compressed there")
+            )
 
 
-def _ignored(mlp: Mlp, ignore: Sequence[str]) -> bool:
-    return matches(mlp.name, ignore) or any(matches(site.name, ignore) for site in mlp.sites)
+def _ignored(sublayer: Sublayer, ignore: Sequence[str]) -> bool:
+    return matches(sublayer.name, ignore) or any(matches(site.name, ignore) for site in sublayer.sites)
 
 
-def _as_linear(name: str, module: nn.Module) -> _Linear | None:
+def _as_linear(name: str, module: nn.Module) -> Linear | None:
     if isinstance(module, nn.Linear):
-        return _Linear(name, module, module.in_features, module.out_features)
+        return Linear(name, module, module.in_features, module.out_features)
     if isinstance(module, Conv1D):
-        return _Linear(name, module, module.nx, module.nf)
+        return Linear(name, module, module.nx, module.nf)
     return None
 
 
-def _linears(model: nn.Module) -> Iterator[_Linear]:
+def _linears(model: nn.Module) -> Iterator[Linear]:
     for name, module in model.named_modules():
         linear = _as_linear(name, module)
         if linear is not None:
             yield linear
 
 
-def _scan(module: nn.Module, name: str, root: nn.Module, found: list[Mlp], skipped: list[Skipped]) -> list[_Linear]:
+def _scan(module: nn.Module, name: str, root: nn.Module, found: list[Sublayer], skipped: list[Skipped]) -> list[Linear]:
     """Collect MLPs below ``module``; return its linear layers that are still free to pair with a sibling's."""
-    own: list[_Linear] = []
-    loose: list[_Linear] = []
+    own: list[Linear] = []
+    loose: list[Linear] = []
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
         linear = _as_linear(path, child)
@@ -159,17 +132,10 @@ def _scan(module: nn.Module, name: str, root: nn.Module, found: list[Mlp], skipp
                 loose += below
     for candidates in (loose, own, [linear for linear in loose if linear.inputs != linear.outputs]):
         pairing = _pair(candidates, _norm_width(module))
-        if pairing is not None and not _is_attention(module, name):
+        if pairing is not None and not is_attention(module, name):
             _accept(name, pairing, root, found, skipped)
             return []
     return loose
-
-
-def _is_attention(module: nn.Module, name: str) -> bool:
-    """Containers that carry head counts are attention, unless they are whole blocks (elements of a list)."""
-    if name.rpartition(".")[2].isdigit():
-        return False
-    return any(hasattr(module, mark) for mark in _ATTENTION_MARKS)
 
 
 def _norm_width(module: nn.Module) -> int | None:
@@ -179,46 +145,35 @@ def _norm_width(module: nn.Module) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def _pair(linears: Sequence[_Linear], norm_width: int | None) -> tuple[str, list[tuple[_Linear, Role]]] | None:
+def _pair(linears: Sequence[Linear], norm_width: int | None) -> tuple[str, list[Site]] | None:
+    """The kind of MLP that some layers form, and its sites; None if they form none."""
     if len(linears) == 2:
         up, down = linears
         if norm_width is not None and up.inputs != norm_width and down.inputs == norm_width:
             up, down = down, up
         if (up.inputs, up.outputs) == (down.outputs, down.inputs):
-            return "plain", [(up, "up"), (down, "down")]
+            return "plain", [Site.reader(up), Site.writer(down)]
         if up.inputs == down.outputs and up.outputs == 2 * down.inputs:
-            return "fused-gated", [(up, "up"), (down, "down")]
+            return "fused-gated", [Site.reader(up, parts=2), Site.writer(down)]
     if len(linears) == 3:
         for index in (2, 1, 0):
             down = linears[index]
             ups = [linear for position, linear in enumerate(linears) if position != index]
             if all((up.inputs, up.outputs) == (down.outputs, down.inputs) for up in ups):
-                return "gated", [(ups[0], "up"), (ups[1], "up"), (down, "down")]
+                return "gated", [*(Site.reader(up) for up in ups), Site.writer(down)]
     return None
-
-
-def _site(linear: _Linear, role: Role) -> LinearSite:
-    width, columns = (linear.inputs, linear.outputs) if role == "up" else (linear.outputs, linear.inputs)
-    return LinearSite(
-        name=linear.name,
-        role=role,
-        width=width,
-        columns=columns,
-        conv1d=isinstance(linear.module, Conv1D),
-        has_bias=getattr(linear.module, "bias", None) is not None,
-    )
 
 
 def _accept(
     name: str,
-    pairing: tuple[str, list[tuple[_Linear, Role]]],
+    pairing: tuple[str, list[Site]],
     root: nn.Module,
-    found: list[Mlp],
+    found: list[Sublayer],
     skipped: list[Skipped],
 ) -> None:
-    kind, members = pairing
-    odd = next((reason for linear, _ in members if (reason := _odd(linear.module)) is not None), None)
-    block = _block_of(root, members[0][0].name)
+    kind, sites = pairing
+    odd = next((reason for site in sites if (reason := _odd(root.get_submodule(site.name))) is not None), None)
+    block = _block_of(root, sites[0].name)
     if odd is not None:
         skipped.append(Skipped(name, f"its layers are {odd}, not plain linear layers"))
     elif block is None:
@@ -226,8 +181,7 @@ def _accept(
     elif _is_expert(root, name, block):
         skipped.append(Skipped(name, "it is one expert of a mixture; only dense MLPs are compressed"))
     else:
-        sites = tuple(_site(linear, role) for linear, role in members)
-        found.append(Mlp(name, block[0], block[1], kind, sites))  # type: ignore[arg-type]
+        found.append(Sublayer(name, block[0], block[1], kind, tuple(sites)))  # type: ignore[arg-type]
 
 
 def _odd(module: nn.Module) -> str | None:
@@ -283,11 +237,11 @@ def _fused_experts(model: nn.Module) -> Iterator[Skipped]:
 
 
 def _select_targets(
-    model: nn.Module, found: Sequence[Mlp], every: dict[str, _Linear], targets: Sequence[str]
-) -> list[Mlp]:
-    """One ``Mlp`` per block with the layers that fit ``targets``; roles of unknown layers follow the block's width."""
-    known = {site.name: (site, mlp) for mlp in found for site in mlp.sites}
-    chosen: dict[str, list[LinearSite]] = {}
+    model: nn.Module, found: Sequence[Sublayer], every: dict[str, Linear], targets: Sequence[str]
+) -> list[Sublayer]:
+    """One ``Sublayer`` per block with the layers that fit ``targets``."""
+    known = {site.name: (site, sublayer) for sublayer in found for site in sublayer.sites}
+    chosen: dict[str, list[Site]] = {}
     lists: dict[str, str] = {}
     for name, linear in every.items():
         site_mlp = known.get(name)
@@ -299,22 +253,38 @@ def _select_targets(
         odd = _odd(linear.module)
         if odd is not None:
             raise NoMatchError(f"`targets` matched `{name}`, which is {odd}, not a plain linear layer; leave it out")
-        site = site_mlp[0] if site_mlp is not None else _site_by_width(linear, block[0], model, known)
+        site = site_mlp[0] if site_mlp is not None else _other_site(linear, block[0], model, known, every)
         chosen.setdefault(block[0], []).append(site)
         lists[block[0]] = block[1]
-    return [Mlp(block, block, lists[block], "custom", tuple(sites)) for block, sites in chosen.items()]
+    return [Sublayer(block, block, lists[block], "custom", tuple(sites)) for block, sites in chosen.items()]
 
 
-def _site_by_width(
-    linear: _Linear, block: str, model: nn.Module, known: dict[str, tuple[LinearSite, Mlp]]
-) -> LinearSite:
-    widths = {site.width for site, mlp in known.values() if mlp.block == block}
+def _other_site(
+    linear: Linear, block: str, model: nn.Module, known: dict[str, tuple[Site, Sublayer]], every: Mapping[str, Linear]
+) -> Site:
+    """A layer of no MLP: by the rule of ``fips.models.attention``, elsewhere by the side that has the block's width.
+
+    Elsewhere both sides may have it, or the width may be unknown: such a layer is taken to read the stream.
+    """
+    widths = {site.width for site, sublayer in known.values() if sublayer.block == block}
     width = widths.pop() if widths else _norm_width(model.get_submodule(block))
-    if width is None or linear.inputs == width:
-        return _site(linear, "up")
-    if linear.outputs == width:
-        return _site(linear, "down")
-    raise NoMatchError(
-        f"`targets` matched `{linear.name}` ({linear.inputs} -> {linear.outputs}), neither side of which is the "
-        f"width {width} of its block"
-    )
+    attention = attention_around(model, block, linear.name)
+    site = None
+    if attention is not None:
+        members = [other for name, other in every.items() if name.startswith(f"{attention}.")]
+        site = attention_site(linear, members, width or _width_of(members))
+    elif width is None or linear.inputs == width:
+        site = Site.reader(linear)
+    elif linear.outputs == width:
+        site = Site.writer(linear)
+    if site is None:
+        raise NoMatchError(
+            f"`targets` matched `{linear.name}` ({linear.inputs} -> {linear.outputs}), which neither reads nor writes "
+            f"the residual stream, {width} wide in its block; leave it out"
+        )
+    return site
+
+
+def _width_of(members: Sequence[Linear]) -> int:
+    """Width of the residual stream as the layers of an attention module have it: most of them read it."""
+    return Counter(member.inputs for member in members).most_common(1)[0][0]

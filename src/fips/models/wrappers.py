@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.errors import ModelError
-from fips.models import LinearSite
+from fips.models import Site
 
 __all__ = ["check_layers", "check_model", "unwrap"]
 
@@ -133,7 +133,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_layers(model: nn.Module, sites: Iterable[LinearSite]) -> None:
+def check_layers(model: nn.Module, sites: Iterable[Site]) -> None:
     """Raise ``ModelError`` for a layer that another one cannot stand in for.
 
     These are layers whose weight has no plain floating-point type, or whose parent reads the weight by itself.

@@ -8,22 +8,23 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from fips.formats.packing import BITMASK, ValueKind, packed_length, pattern_bytes, value_bits
-from fips.models import LayerGroup, LinearSite
+from fips.formats.patterns import BITMASK, pattern_named
+from fips.formats.values import FLOAT, values_named
+from fips.models import LayerGroup, Site
 
 __all__ = ["Footprint", "LayerStorage", "dense_footprint", "factored_footprint", "named_state", "state_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What the matrices of some MLPs take; biases are not counted, since compression leaves them."""
+    """What the matrices of some layers take; biases are not counted, since compression leaves them."""
 
     parameters: int
-    """Stored numbers: dense entries, or basis entries plus non-zeros."""
+    """Stored numbers: dense entries, or basis entries plus kept entries of factors."""
     value_bytes: int
     """Bytes of those numbers."""
     pattern_bytes: int
-    """Bytes that say where the non-zeros are."""
+    """Bytes that say which entries are kept."""
     macs_per_token: int
     """Multiply-adds for one token."""
 
@@ -44,7 +45,7 @@ class Footprint:
 
 def dense_footprint(group: LayerGroup, *, itemsize: int) -> Footprint:
     """The matrices of a group as plain dense weights."""
-    size = group.width * group.columns
+    size = group.width * group.hidden
     return Footprint(parameters=size, value_bytes=size * itemsize, pattern_bytes=0, macs_per_token=size)
 
 
@@ -52,11 +53,11 @@ def dense_footprint(group: LayerGroup, *, itemsize: int) -> Footprint:
 class LayerStorage:
     """How one matrix is stored."""
 
-    nonzeros: int
+    kept: int
     """Kept entries of its factor."""
     fmt: str = BITMASK
-    """Packed format, see ``fips.formats.packing``."""
-    values: ValueKind = "float"
+    """Packed format, see ``fips.formats.patterns``."""
+    values: str = FLOAT
     shared: bool = True
     """Whether it uses the basis of its group; False is the identity basis, plain pruning."""
 
@@ -66,43 +67,40 @@ def factored_footprint(
     *,
     rank: int,
     itemsize: int,
-    nonzeros: int | None = None,
+    kept: int | None = None,
     fmt: str = BITMASK,
     layers: Sequence[LayerStorage] | None = None,
 ) -> Footprint:
     """The matrices of a group as one basis and packed factors: exactly the bytes of the tensors in the file.
 
-    Either ``layers`` says how each site of the group is stored, in order, or ``nonzeros`` is the number of floating
+    Either ``layers`` says how each site of the group is stored, in order, or ``kept`` is the number of floating
     values of all of them together in one format. ``itemsize`` is that of basis, floating values and scales. A basis
     that no layer uses takes nothing. Scales of integer values are bytes, not parameters. Multiply-adds: every matrix
-    applies its basis once and its non-zeros once, whatever the kernel spends on zeros.
+    applies its basis once and its kept entries once, whatever the kernel spends on zeros.
     """
     if layers is None:
-        assert nonzeros is not None
+        assert kept is not None
         rest = [LayerStorage(0, fmt)] * (len(group.sites) - 1)
-        layers = [LayerStorage(nonzeros, fmt), *rest]
+        layers = [LayerStorage(kept, fmt), *rest]
     shared = sum(layer.shared for layer in layers)
     basis = group.width * rank
     owned = basis if shared else 0
-    kept = sum(layer.nonzeros for layer in layers)
+    entries = sum(layer.kept for layer in layers)
     parts = [_layer_bytes(site, layer, rank, itemsize) for site, layer in zip(group.sites, layers, strict=True)]
     return Footprint(
-        parameters=owned + kept,
+        parameters=owned + entries,
         value_bytes=owned * itemsize + sum(values for values, _ in parts),
         pattern_bytes=sum(pattern for _, pattern in parts),
-        macs_per_token=shared * basis + kept,
+        macs_per_token=shared * basis + entries,
     )
 
 
-def _layer_bytes(site: LinearSite, layer: LayerStorage, rank: int, itemsize: int) -> tuple[int, int]:
+def _layer_bytes(site: Site, layer: LayerStorage, rank: int, itemsize: int) -> tuple[int, int]:
     """``(values and scales, pattern)`` of one matrix."""
     rank = rank if layer.shared else site.width
-    pattern = pattern_bytes(size=rank * site.columns, fmt=layer.fmt)
-    bits = value_bits(layer.values)
-    if bits is None:
-        return layer.nonzeros * itemsize, pattern
-    rows = site.columns if site.role == "up" else rank
-    return packed_length(layer.nonzeros, bits) + rows * itemsize, pattern
+    pattern, values = pattern_named(layer.fmt).nbytes(rank * site.hidden), values_named(layer.values)
+    rows, cols = site.role.stored_shape(rank, site.hidden)
+    return values.nbytes(layer.kept, itemsize) + values.num_scales(rows, cols) * itemsize, pattern
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:

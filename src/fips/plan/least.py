@@ -1,59 +1,46 @@
 r"""The smallest size that makes sense, so that no setting leaves a matrix all but empty.
 
 Sensible is what keeps, on average, at least one entry for every row and every column of every matrix, besides the
-patterns, scales and bases that these need:
+patterns, scales and bases that these need. Every method says how much that is (``Planner.smallest_size``):
 
-* pruning, ours and others': :math:`\max(d, p)` kept entries of a (d, p) matrix; where the density is the same in all
+* pruning, ours and others': :math:`\max(D, F)` kept entries of a (D, F) matrix; where the density is the same in all
   layers of a group, enough for the narrowest of them;
 * N:M: what the pattern keeps; its size is fixed;
-* ``fips-paper``: a rank r with :math:`(1 - s)\, r \ge 1`, or M vectors for N:M;
+* ``fips-paper``: a rank R with :math:`(1 - s)\, R \ge 1`, or M vectors for N:M;
 * low rank: one vector for every matrix; ``gptq``: 2 bits for every entry.
 
-Legend: d width of the residual stream, p columns of one matrix, s sparsity.
+Shape legend: D width of the residual stream, F hidden features of one matrix; s is the sparsity.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
-import torch
-
-from fips.config import AUTO_BITS, PRUNERS, CompressionConfig
+from fips.config import CompressionConfig
 from fips.errors import BudgetError
-from fips.formats.packing import block_size, code_bits, value_bits
-from fips.models import LayerGroup, LinearSite
-from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 
-__all__ = [
-    "REFERENCE_ITEMSIZE",
-    "least_rank",
-    "paper_pattern_rate",
-    "require_sensible_size",
-    "round_up",
-    "smallest_size",
-]
+__all__ = ["BYTES_PER_BIT", "EPS", "require_sensible_size", "round_up"]
 
-REFERENCE_ITEMSIZE = 2
-"""Sizes are compared with dense matrices in a 16-bit type, whatever type a checkpoint happens to use."""
-_EPS = 1e-9
+BYTES_PER_BIT = 1 / 8
+EPS = 1e-9
 
 
-def require_sensible_size(groups: Iterable[tuple[LayerGroup, torch.dtype]], config: CompressionConfig) -> None:
+def require_sensible_size(sizes: Mapping[str, float], config: CompressionConfig) -> None:
     """Raise ``BudgetError`` with the smallest size to use if the one asked for leaves a matrix all but empty.
 
-    ``groups`` come with the storage type of their bases, floating values and scales.
+    ``sizes`` are the smallest sensible ones of all groups by name.
     """
-    name, value = ("budget", config.budget) if config.budget is not None else ("target_bytes", config.target_bytes)
+    by_budget = config.budget is not None
+    name, value, most = ("budget", config.budget, 1) if by_budget else ("bits", config.bits, 16)
     assert value is not None
-    sizes = {group.name: smallest_size(group, config, dtype) for group, dtype in groups}
     worst = max(sizes, key=lambda key: sizes[key])
     least = sizes[worst]
-    if value >= least * (1 - _EPS):
+    if value >= least * (1 - EPS):
         return
     start = f"`{name}` {value:g} is too small for group {worst}: less than an entry for every row and column"
-    if float(round_up(least)) > 1:
-        raise BudgetError(f"{start}, and so is 1, the most there is; leave its layers out with `ignore`")
+    if float(round_up(least)) > most:
+        raise BudgetError(f"{start}, and so is {most}, the most there is; leave its layers out with `ignore`")
     raise BudgetError(
         f"{start} would be left of a matrix; the smallest `{name}` for these settings is {round_up(least)}"
     )
@@ -62,93 +49,7 @@ def require_sensible_size(groups: Iterable[tuple[LayerGroup, torch.dtype]], conf
 def round_up(value: float) -> str:
     """A number with three digits that is not below ``value``."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    steps = math.ceil(value / unit - _EPS)
+    steps = math.ceil(value / unit - EPS)
     while float(f"{steps * unit:.3g}") < value:
         steps += 1
     return f"{steps * unit:.3g}"
-
-
-def smallest_size(group: LayerGroup, config: CompressionConfig, dtype: torch.dtype) -> float:
-    """The smallest sensible ``budget`` or ``target_bytes``, whichever is set, of one group; may exceed 1."""
-    if config.method == "fips":
-        return _solver(group, config, itemsize(dtype))
-    if config.method == "fips-paper":
-        return _paper(group, config, itemsize(dtype))
-    if config.method in PRUNERS:
-        return _pruner(group, config, itemsize(dtype))
-    if config.method == "gptq":
-        size, rows = group.width * group.columns, sum(_rows(site) for site in group.sites)
-        return (size / 4 + rows * itemsize(dtype)) / (REFERENCE_ITEMSIZE * size)
-    unit = 1.0 if config.budget is not None else itemsize(dtype) / REFERENCE_ITEMSIZE
-    return max(unit * (site.width + site.columns) / (site.width * site.columns) for site in group.sites)
-
-
-def least_rank(config: CompressionConfig) -> int:
-    """The smallest rank of ``fips-paper`` with an entry for every column of its factors."""
-    if config.nm is not None:
-        return config.nm[1]
-    return math.ceil(1 / (1 - config.factor_sparsity) - _EPS)
-
-
-def _rows(site: LinearSite) -> int:
-    """Stored rows of a layer without a basis, each with a scale where values are integers."""
-    return site.columns if site.role == "up" else site.width
-
-
-def _solver(group: LayerGroup, config: CompressionConfig, item: int) -> float:
-    if config.sharing == "always" and len(group.sites) > 1:
-        basis = group.width**2 * (item if config.budget is None else 1)
-        return (basis + sum(_solved(site, config, item) for site in group.sites)) / _dense(group.columns, group, config)
-    return max(_solved(site, config, item) / _dense(site.columns, group, config) for site in group.sites)
-
-
-def _dense(columns: int, group: LayerGroup, config: CompressionConfig) -> int:
-    """What sizes are fractions of: numbers or bytes of columns of a group."""
-    return columns * group.width * (REFERENCE_ITEMSIZE if config.budget is None else 1)
-
-
-def _solved(site: LinearSite, config: CompressionConfig, item: int) -> float:
-    """The least that the solver may make of a matrix, without its basis: numbers or bytes."""
-    size, block = site.width * site.columns, block_size(config.resolved_pattern)
-    kept = math.ceil(max(site.width, site.columns) / block) * block
-    if config.nm is not None:
-        kept = size * config.nm[0] // config.nm[1]
-    if config.budget is not None:
-        return kept
-    bits = min(AUTO_BITS) if config.value_kind == "auto" else value_bits(config.value_kind)
-    values = kept * item if bits is None else kept * bits / 8 + _rows(site) * item + (bits < 8)
-    pattern = size / block if config.nm is None else size // config.nm[1] * code_bits(*config.nm)
-    return values + pattern / 8
-
-
-def _paper(group: LayerGroup, config: CompressionConfig, item: int) -> float:
-    density = 1 - config.factor_sparsity
-    if config.budget is not None:
-        return least_rank(config) * (group.width + density * group.columns) / (group.width * group.columns)
-    cost = group.width * item + group.columns * (density * item + paper_pattern_rate(config))
-    return least_rank(config) * cost / (REFERENCE_ITEMSIZE * group.width * group.columns)
-
-
-def paper_pattern_rate(config: CompressionConfig) -> float:
-    """Bytes of pattern per factor entry of ``fips-paper``."""
-    if config.nm is not None:
-        return code_bits(*config.nm) / config.nm[1] / 8
-    return 1 / 8 if config.factor_sparsity > 0 else 0.0
-
-
-def _pruner(group: LayerGroup, config: CompressionConfig, item: int) -> float:
-    size = group.width * group.columns
-    kept = max(math.ceil(size * _density(site, config.method) - _EPS) for site in group.sites)
-    if config.budget is not None:
-        return kept / size
-    kind = config.value_kind
-    assert kind != "auto"
-    empty = [LayerStorage(0, values=kind, shared=False) for _ in group.sites]
-    overhead = factored_footprint(group, rank=0, itemsize=item, layers=empty).bytes
-    return (kept * (value_bits(kind) or 8 * item) / 8 + overhead) / (REFERENCE_ITEMSIZE * size)
-
-
-def _density(site: LinearSite, method: str) -> float:
-    """Share of a layer's entries that is one for every row and column; Wanda keeps whole numbers in every row."""
-    inputs, outputs = (site.width, site.columns) if site.role == "up" else (site.columns, site.width)
-    return math.ceil(inputs / outputs) / inputs if method == "wanda" else 1 / min(inputs, outputs)

@@ -1,4 +1,4 @@
-"""Rounds of F and B steps until the error stops falling."""
+"""Rounds of factor and basis steps until the error stops falling."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fips.formats.values import Values
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import MaskChooser, refit, sparse_factors
 from fips.solve.problems import LayerProblem
-from fips.solve.rounding import round_factor
+from fips.solve.rounding import Grid, round_factor
 
 __all__ = ["Factorization", "alternate", "keep_all", "prune", "rounded"]
 
@@ -25,10 +26,8 @@ class Factorization:
     masks_RF: list[Tensor]
     losses: list[float]
     """Sum of the losses, one per round."""
-    steps: list[Tensor] | None = None
-    """Where the factors are on grids: the step of every stored row of each."""
-    wanted_RF: list[Tensor] | None = None
-    """Beside ``steps``: what was rounded to the factors, in units of the steps."""
+    grids: list[Grid] | None = None
+    """Where the values are integers: those, with their steps; ``factors_RF`` are the numbers they stand for."""
 
 
 def prune(problems: Sequence[LayerProblem], choose: MaskChooser) -> Factorization:
@@ -46,22 +45,20 @@ def keep_all(problems: Sequence[LayerProblem]) -> Factorization:
 
 
 def rounded(
-    problems: Sequence[LayerProblem], found: Factorization, axes: Sequence[int], *, bits: int, dtype: torch.dtype
+    problems: Sequence[LayerProblem], found: Factorization, axes: Sequence[int], *, values: Values, dtype: torch.dtype
 ) -> Factorization:
     """The same supports with values on grids; a shared basis is fitted anew to the rounded factors.
 
     ``axes`` are those along which the layers sum, see ``round_factor``; ``dtype`` is that of the steps.
     """
-    factors, steps, wanted = [], [], []
+    grids = []
     for problem, factor, mask, axis in zip(problems, found.factors_RF, found.masks_RF, axes, strict=True):
         problem.prepare(found.basis_DR)
-        factor_RF, steps_N, wanted_RF = round_factor(problem, factor, mask, axis=axis, bits=bits, dtype=dtype)
-        factors.append(factor_RF)
-        steps.append(steps_N)
-        wanted.append(wanted_RF)
+        grids.append(round_factor(problem, factor, mask, axis=axis, values=values, dtype=dtype))
+    factors = [grid.factor() for grid in grids]
     basis_DR = None if found.basis_DR is None else fit_basis(problems, found.basis_DR, factors)
     losses = [*found.losses, _total(problems, basis_DR, factors)]
-    return Factorization(basis_DR, factors, found.masks_RF, losses, steps, wanted)
+    return Factorization(basis_DR, factors, found.masks_RF, losses, grids)
 
 
 def alternate(
@@ -100,8 +97,8 @@ def _best_factors(
         shape = basis_DR.shape[1]
         starts = [problem.weight_DF.new_zeros(shape, problem.weight_DF.shape[1]) for problem in problems]
         return sparse_factors(problems, starts, choose)
-    kept = [refit(p, f, m) for p, f, m in zip(problems, best.factors_RF, best.masks_RF, strict=True)]
-    candidates = [sparse_factors(problems, best.factors_RF, choose), (kept, best.masks_RF)]
+    refitted = [refit(p, f, m) for p, f, m in zip(problems, best.factors_RF, best.masks_RF, strict=True)]
+    candidates = [sparse_factors(problems, best.factors_RF, choose), (refitted, best.masks_RF)]
     return min(candidates, key=lambda pair: _total(problems, basis_DR, pair[0]))
 
 

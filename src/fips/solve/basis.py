@@ -1,4 +1,4 @@
-"""The B step: the shared basis for fixed factors, by conjugate gradients."""
+"""The basis step: the shared basis for fixed factors, by conjugate gradients."""
 
 from __future__ import annotations
 

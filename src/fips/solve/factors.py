@@ -1,4 +1,4 @@
-"""The F step: sparse factors for a fixed basis, by ADMM and an exact refit on the support found."""
+"""The factor step: sparse factors for a fixed basis, by ADMM and an exact refit on the support found."""
 
 from __future__ import annotations
 

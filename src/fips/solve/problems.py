@@ -1,15 +1,15 @@
 r"""The quadratic error of one matrix in the metric of its own activations, and the parts a solver needs of it.
 
-For a layer with weight W (d, p), whose side of the residual stream has the metric L and whose hidden side has the
-metric R,
+For a layer with weight W (D, F), basis B and factor C, whose side of the residual stream has the metric :math:`M_D` and
+whose hidden side has the metric :math:`M_F`,
 
-.. math:: \ell(B, F) = \mathrm{tr}\left(L\, (W - BF)\, R\, (W - BF)^\top\right).
+.. math:: \ell(B, C) = \mathrm{tr}\left(M_D\, (W - BC)\, M_F\, (W - BC)^\top\right).
 
-An ``up`` layer reads the residual stream: L is the second moment of its inputs and R that of the gradients at its
-outputs. For a ``down`` layer it is the other way round. This is the Kronecker-factored second-order change of the
-model's output, so that errors of different layers add up and compare.
+An ``up`` layer reads the residual stream: :math:`M_D` is the second moment of its inputs and :math:`M_F` that of the
+gradients at its outputs. For a ``down`` layer it is the other way round. This is the Kronecker-factored second-order
+change of the model's output, so that errors of different layers add up and compare.
 
-Shape legend: D width, F columns, R rank.
+Shape legend: D width, F hidden features, R rank, J features of one run.
 
 References: Martens & Grosse, arXiv 1503.05671 (the factored metric); Wang et al., arXiv 1905.05934 (pruning in it).
 """
@@ -35,8 +35,8 @@ WIDE_ITERATIONS = 30
 class LayerProblem:
     r"""Error of one matrix as a function of the basis and its factor, prepared for one basis at a time.
 
-    All parts work on *scaled* factors :math:`X_{kj} = s_k F_{kj} c_j` in which every entry has curvature 1:
-    :math:`c_j^2 = R_{jj}`, :math:`s_k^2 = (B^\top L B)_{kk}`. Then the loss is a constant plus
+    All parts work on *scaled* factors :math:`X_{kj} = s_k C_{kj} c_j` in which every entry has curvature 1:
+    :math:`c_j^2 = (M_F)_{jj}`, :math:`s_k^2 = (B^\top M_D B)_{kk}`. Then the loss is a constant plus
     :math:`\langle X, A(X) \rangle - 2 \langle X, T \rangle` with ``apply`` for A and ``target_RF`` for T, and a squared
     scaled entry says, up to correlations, what it is worth.
 
@@ -92,18 +92,18 @@ class LayerProblem:
         worth = (self._weighted_DF * moved_DF).sum(axis)
         size = worth.numel()
         places = (torch.arange(count, device=worth.device) + 0.5) * (size / count)
-        kept = worth.argsort()[places.long()].sort().values
+        chosen = worth.argsort()[places.long()].sort().values
         small = copy.copy(self)
         if axis == 0:
-            small._right = self._right.part(kept)
-            small._weigh(self.weight_DF[:, kept])
+            small._right = self._right.part(chosen)
+            small._weigh(self.weight_DF[:, chosen])
         else:
-            small._left = self._left.part(kept)
-            small.left_DD = self.left_DD[kept][:, kept]
-            small._weigh(self.weight_DF[kept])
+            small._left = self._left.part(chosen)
+            small.left_DD = self.left_DD[chosen][:, chosen]
+            small._weigh(self.weight_DF[chosen])
         small._aim(small.left_DD)
         total = float(worth.sum())
-        return small, float(worth[kept].sum()) / total if total > 0 else count / size
+        return small, float(worth[chosen].sum()) / total if total > 0 else count / size
 
     @property
     def row_R(self) -> Tensor:
@@ -148,10 +148,10 @@ class LayerProblem:
         ((values_R, vectors_RR),) = self._left.eigen
         rotated_RF = vectors_RR.T @ wanted_RF
         parts, start = [], 0
-        for values_C, vectors_CC in self._right.eigen:
-            part_RC = rotated_RF[:, start : start + len(values_C)] @ vectors_CC
-            parts.append((part_RC / (torch.outer(values_R, values_C) + rho)) @ vectors_CC.T)
-            start += len(values_C)
+        for values_J, vectors_JJ in self._right.eigen:
+            part_RJ = rotated_RF[:, start : start + len(values_J)] @ vectors_JJ
+            parts.append((part_RJ / (torch.outer(values_R, values_J) + rho)) @ vectors_JJ.T)
+            start += len(values_J)
         return vectors_RR @ torch.cat(parts, dim=1)
 
     def loss(self, basis_DR: Tensor | None, factor_RF: Tensor) -> float:
@@ -180,9 +180,9 @@ class _Side:
         runs = [slice(start, start + self._size) for start in range(0, len(self.scale), self._size)]
         return [_eigh(self.metric[run, run]) for run in runs]
 
-    def part(self, kept: Tensor) -> _Side:
+    def part(self, chosen: Tensor) -> _Side:
         """Of some places alone."""
-        return _Side(self.scale[kept], self.metric[kept][:, kept], self._size)
+        return _Side(self.scale[chosen], self.metric[chosen][:, chosen], self._size)
 
 
 def _root(diagonal: Tensor) -> Tensor:

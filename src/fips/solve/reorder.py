@@ -15,18 +15,18 @@ __all__ = ["neighbour_order"]
 
 
 def neighbour_order(masks_RF: Sequence[Tensor], *, size: int) -> Tensor:
-    """Permutation of the F columns that puts columns of similar support into runs of ``size`` (a power of two).
+    """Permutation of the F hidden neurons that puts those of similar support into runs of ``size`` (a power of two).
 
-    Pairs columns greedily by the number of rows both want, summed over the factors, then pairs of pairs, and so on.
-    Deterministic; the number of columns must be a multiple of ``size``.
+    Pairs neurons greedily by the number of rows both want, summed over the factors, then pairs of pairs, and so on.
+    Deterministic; F must be a multiple of ``size``.
     """
-    wants_FS = torch.cat([mask.float() for mask in masks_RF]).T.contiguous()
-    members_FK = torch.arange(wants_FS.shape[0], device=wants_FS.device).unsqueeze(1)
-    while members_FK.shape[1] < size:
-        first, second = _pair(wants_FS @ wants_FS.T)
-        members_FK = torch.cat([members_FK[first], members_FK[second]], dim=1)
-        wants_FS = wants_FS[first] + wants_FS[second]
-    return members_FK.flatten()
+    wants = torch.cat([mask.float() for mask in masks_RF]).T.contiguous()  # a row for every run found so far
+    members = torch.arange(wants.shape[0], device=wants.device).unsqueeze(1)
+    while members.shape[1] < size:
+        first, second = _pair(wants @ wants.T)
+        members = torch.cat([members[first], members[second]], dim=1)
+        wants = wants[first] + wants[second]
+    return members.flatten()
 
 
 def _pair(overlap_FF: Tensor) -> tuple[Tensor, Tensor]:

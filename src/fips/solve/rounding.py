@@ -8,51 +8,77 @@ and rounding column after column, each error spread over the columns still free 
 feedback whatever the metric of the other axis. Entries outside the support stay 0; what they would have taken up is an
 error like any other.
 
-Shape legend: N stored rows, K stored columns, C columns of one run.
+Shape legend: N stored rows, K stored columns, J columns of one run.
 
 Reference: Frantar et al., arXiv 2210.17323.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from fips.formats.values import Values
 from fips.solve.problems import LayerProblem, damped_inverse_root
 
-__all__ = ["round_factor", "round_rows", "row_steps"]
+__all__ = ["Grid", "round_factor", "round_rows", "row_steps"]
 
 RATIOS = tuple(1.0 - 0.04 * index for index in range(16))
 """Clipped maxima tried for every row, relative to its largest magnitude."""
 RUN = 128
 
 
-def round_factor(
-    problem: LayerProblem, factor_RF: Tensor, mask_RF: Tensor, *, axis: int, bits: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A factor on the grid, the step of every stored row in ``dtype``, and what was rounded in units of the steps, for
-    the basis the problem is prepared for.
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A factor as numbers of a value format times one step per stored row, as it is stored."""
 
-    ``axis`` is the one the layer sums along: 0 for ``up`` layers, whose stored rows are the columns F, 1 for ``down``
-    layers.
+    codes_RF: Tensor
+    """int8, 0 outside the support; of integers they are the numbers themselves."""
+    steps_N: Tensor
+    """In the type they are stored in."""
+    values: Values
+    axis: int
+    """The one that a step spans: 0 where the stored rows are the hidden features F, 1 where they are the rank R."""
+    wanted_RF: Tensor | None = None
+    """What was rounded, in units of the steps."""
+
+    def factor(self) -> Tensor:
+        """The factor (R, F), float32."""
+        return self.numbers() * self.steps_N.float().unsqueeze(self.axis)
+
+    def numbers(self) -> Tensor:
+        """The factor in units of its steps."""
+        return self.values.decode(self.codes_RF)
+
+
+def round_factor(
+    problem: LayerProblem, factor_RF: Tensor, mask_RF: Tensor, *, axis: int, values: Values, dtype: torch.dtype
+) -> Grid:
+    """A factor on a grid with steps in ``dtype``, for the basis the problem is prepared for.
+
+    ``axis`` is the one the layer sums along: 0 for ``up`` layers, whose stored rows are the hidden features, 1 for
+    ``down`` layers.
     """
     scale_K, metric_KK = problem.axis(axis)
     matrix_NK, mask_NK = (factor_RF.T, mask_RF.T) if axis == 0 else (factor_RF, mask_RF)
-    steps_N = row_steps(matrix_NK, scale_K.square(), bits=bits).to(dtype)
-    integers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), bits=bits)
-    rounded_NK = integers_NK * steps_N.float().unsqueeze(1)
-    rounded_RF, wanted_RF = ((m.T.contiguous() if axis == 0 else m) for m in (rounded_NK, wanted_NK))
-    return rounded_RF, steps_N, wanted_RF
+    steps_N = row_steps(matrix_NK, scale_K.square(), values=values).to(dtype)
+    numbers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), values=values)
+    codes_RF, wanted_RF = (
+        matrix.T.contiguous() if axis == 0 else matrix for matrix in (values.encode(numbers_NK), wanted_NK)
+    )
+    return Grid(codes_RF, steps_N, values, axis, wanted_RF)
 
 
-def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
+def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, values: Values) -> Tensor:
     """Step per row with the least rounding error, columns weighted by ``weight_K``, among a few clipped maxima."""
-    peaks_N = matrix_NK.abs().amax(1) / _limit(bits)
+    peaks_N = matrix_NK.abs().amax(1) / values.largest
     best_N = torch.full_like(peaks_N, torch.inf)
     steps_N = peaks_N
     for ratio in RATIOS:
         tried_N1 = (peaks_N * ratio).unsqueeze(1)
-        error_NK = matrix_NK - _nearest(_in_steps(matrix_NK, tried_N1), bits=bits) * tried_N1
+        error_NK = matrix_NK - values.nearest(_in_steps(matrix_NK, tried_N1)) * tried_N1
         loss_N = (error_NK.square() * weight_K).sum(1)
         better_N = loss_N < best_N
         best_N = torch.where(better_N, loss_N, best_N)
@@ -61,44 +87,33 @@ def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, bits: int) -> Tensor:
 
 
 def round_rows(
-    matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps_N: Tensor, *, bits: int
+    matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps_N: Tensor, *, values: Values
 ) -> tuple[Tensor, Tensor]:
-    """Integers that stand for the matrix on the grids of its rows, 0 outside the mask, with error feedback; and the
-    numbers that were rounded to them.
+    """Numbers that stand for the matrix on the grids of its rows, 0 outside the mask, with error feedback; and the
+    what was rounded to them.
 
     The metric of columns is ``metric_KK`` between columns multiplied by ``scale_K``.
     """
     upper_KK = damped_inverse_root(metric_KK)
     rest_NK = matrix_NK * scale_K
-    integers_NK, wanted_NK = torch.empty_like(rest_NK), torch.empty_like(rest_NK)
+    numbers_NK, wanted_NK = torch.empty_like(rest_NK), torch.empty_like(rest_NK)
     columns = rest_NK.shape[1]
     for start in range(0, columns, RUN):
         run = slice(start, min(start + RUN, columns))
-        part_NC, factor_CC = rest_NK[:, run].clone(), upper_KK[run, run]
-        errors_NC = torch.empty_like(part_NC)
-        for place in range(part_NC.shape[1]):
+        part_NJ, factor_JJ = rest_NK[:, run].clone(), upper_KK[run, run]
+        errors_NJ = torch.empty_like(part_NJ)
+        for place in range(part_NJ.shape[1]):
             column = start + place
             grid_N = steps_N * scale_K[column]
-            wanted_NK[:, column] = _in_steps(part_NC[:, place], grid_N)
-            found_N = _nearest(wanted_NK[:, column], bits=bits) * mask_NK[:, column]
-            errors_NC[:, place] = (part_NC[:, place] - found_N * grid_N) / factor_CC[place, place]
-            part_NC[:, place + 1 :] -= torch.outer(errors_NC[:, place], factor_CC[place, place + 1 :])
-            integers_NK[:, column] = found_N
-        rest_NK[:, run.stop :] -= errors_NC @ upper_KK[run, run.stop :]
-    return integers_NK, wanted_NK
+            wanted_NK[:, column] = _in_steps(part_NJ[:, place], grid_N)
+            found_N = values.nearest(wanted_NK[:, column]) * mask_NK[:, column]
+            errors_NJ[:, place] = (part_NJ[:, place] - found_N * grid_N) / factor_JJ[place, place]
+            part_NJ[:, place + 1 :] -= torch.outer(errors_NJ[:, place], factor_JJ[place, place + 1 :])
+            numbers_NK[:, column] = found_N
+        rest_NK[:, run.stop :] -= errors_NJ @ upper_KK[run, run.stop :]
+    return numbers_NK, wanted_NK
 
 
 def _in_steps(values: Tensor, steps: Tensor) -> Tensor:
     """Values in units of steps; 0 where the step is 0."""
     return torch.where(steps == 0, 0.0, values / steps)
-
-
-def _nearest(values: Tensor, *, bits: int) -> Tensor:
-    """The nearest integers of some bits."""
-    limit = _limit(bits)
-    return values.round().clamp(-limit, limit)
-
-
-def _limit(bits: int) -> int:
-    """Largest integer of a symmetric grid: 7 for 4 bits."""
-    return (1 << (bits - 1)) - 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 
 from fips.errors import BudgetError
+from fips.formats.patterns import Pattern, pattern_for
+from fips.formats.values import FLOAT, Values, values_named
 from fips.solve.alternate import Factorization, alternate, keep_all, prune, rounded
 from fips.solve.problems import LayerProblem
 from fips.solve.supports import ByteBudget, FixedPattern, Reduction, SupportRule
@@ -53,20 +55,24 @@ class Choice(NamedTuple):
     shared: bool
     """Whether their matrices share a basis of full rank."""
     pattern: str
-    """``unstructured``, ``block4``, ``block8`` or N:M."""
-    bits: int | None = None
-    """Of integer values; None for floating ones."""
+    """As settings name it: ``unstructured``, ``block4``, ``block8``, N:M."""
+    values: str = FLOAT
+    """Name of its value format."""
 
     @property
-    def nm(self) -> tuple[int, int] | None:
-        """``(N, M)`` of an N:M pattern, whose size is fixed; None of the others."""
-        n, colon, m = self.pattern.partition(":")
-        return (int(n), int(m)) if colon else None
+    def layout(self) -> Pattern:
+        """What the pattern means."""
+        return pattern_for(self.pattern)
 
     @property
-    def block(self) -> int:
-        """Neighbours under one bit of the pattern."""
-        return int(self.pattern.removeprefix("block")) if self.pattern.startswith("block") else 1
+    def numbers(self) -> Values:
+        """What the values mean."""
+        return values_named(self.values)
+
+    @property
+    def free(self) -> bool:
+        """Whether the pattern leaves open how many entries are kept, and with them the size."""
+        return self.layout.density is None
 
 
 class Point(NamedTuple):
@@ -90,31 +96,29 @@ class Pricing:
     value_bit: float = 1 / 8
     """One bit of a kept integer."""
 
-    def entry(self, bits: int | None) -> float:
+    def entry(self, values: Values) -> float:
         """One kept entry."""
-        return self.value if bits is None else bits * self.value_bit
+        return self.value if values.bits is None else values.bits * self.value_bit
 
 
-ROUNDING = {2: 0.119, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.00104, 7: 0.0003, 8: 0.00009, None: 0.0}
-"""Squared error of the best uniform grid of some bits for a normal variable of variance 1."""
 ROUNDING_KEPT, PRUNING_KEPT = 0.3, 0.05
 """Shares of the plain errors that error feedback and refitting left where it was measured (ViT-Tiny)."""
 
 
-def expected_error(density: float, bits: int | None) -> float:
+def expected_error(density: float, values: Values) -> float:
     """Rough error of a matrix, relative to that of no matrix at all: entries normal, the smallest removed."""
     if density >= 1:
-        return ROUNDING_KEPT * ROUNDING[bits]
+        return ROUNDING_KEPT * values.rounding_error
     cut = math.sqrt(2) * _inverse_erf(1 - density)
     removed = (1 - density) - cut * math.sqrt(2 / math.pi) * math.exp(-cut * cut / 2)
-    return PRUNING_KEPT * removed + ROUNDING_KEPT * ROUNDING[bits] * (1 - removed)
+    return PRUNING_KEPT * removed + ROUNDING_KEPT * values.rounding_error * (1 - removed)
 
 
 class GroupSearch:
     """The problems of some layers, solved together, under all choices that their shapes allow.
 
-    ``reductions`` is the axis of every factor along which layers sum and N:M patterns run; ``code_bits`` the bits of an
-    N:M pattern per M entries, by pattern; ``dtype`` the type that steps of integers are stored in.
+    ``reductions`` is the axis of every factor along which layers sum and N:M patterns run; ``dtype`` the type that
+    steps of integers are stored in.
     """
 
     def __init__(
@@ -122,57 +126,64 @@ class GroupSearch:
         problems: Sequence[LayerProblem],
         reductions: Sequence[Reduction],
         pricing: Pricing,
-        code_bits: Mapping[str, int],
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.problems, self.reductions, self.pricing = problems, tuple(reductions), pricing
-        self.code_bits, self.dtype = code_bits, dtype
+        self.dtype = dtype
         self.width = problems[0].weight_DF.shape[0]
-        self.columns = sum(problem.weight_DF.shape[1] for problem in problems)
+        self.hidden = sum(problem.weight_DF.shape[1] for problem in problems)
         self.least = sum(max(problem.weight_DF.shape) for problem in problems)
         """Entries to keep at least, where that is free: one for every row and column on average."""
         self._solved: dict[tuple[Choice, float, int], Factorization] = {}
 
     def overhead(self, choice: Choice) -> float:
         """Bytes besides values and patterns: basis, scales and what whole bytes round up."""
-        rows = sum(
-            problem.weight_DF.shape[1] if axis == 0 else self.width
+        numbers = choice.numbers
+        scales = sum(
+            numbers.num_scales(problem.weight_DF.shape[1 - axis], problem.weight_DF.shape[axis])
             for problem, axis in zip(self.problems, self.reductions, strict=True)
         )
-        ends = len(self.problems) if self.pricing.pattern_bit and choice.bits not in (None, 8) else 0
-        return ends + self.pricing.row_scale * rows + choice.shared * self.width**2 * self.pricing.basis_entry
+        ends = len(self.problems) if self.pricing.pattern_bit and (numbers.bits or 0) % 8 else 0
+        return ends + self.pricing.row_scale * scales + choice.shared * self.width**2 * self.pricing.basis_entry
 
     def fixed_bytes(self, choice: Choice) -> float | None:
-        """The size of an N:M choice, which its pattern decides; None for the others."""
-        if choice.nm is None:
+        """The size of a choice whose pattern decides it; None for the others."""
+        pattern = choice.layout
+        if pattern.group_kept is None:
             return None
-        n, m = choice.nm
-        entry = (n * self.pricing.entry(choice.bits) + self.code_bits[choice.pattern] * self.pricing.pattern_bit) / m
-        return self.overhead(choice) + self.width * self.columns * entry
+        numbers = pattern.group_kept * self.pricing.entry(choice.numbers)
+        entry = (numbers + pattern.group_bits * self.pricing.pattern_bit) / pattern.group
+        return self.overhead(choice) + self.width * self.hidden * entry
 
     def least_bytes(self, choice: Choice) -> float:
         """The smallest size of a choice whose size is free: ``least`` entries with their pattern."""
-        kept = -(-self.least // choice.block) * choice.block
-        pattern = self.width * self.columns * self.pricing.pattern_bit / choice.block
-        return self.overhead(choice) + pattern + kept * self.pricing.entry(choice.bits)
+        block = choice.layout.block
+        kept = -(-self.least // block) * block
+        pattern = self._pattern_bytes(choice)
+        return self.overhead(choice) + pattern + kept * self.pricing.entry(choice.numbers)
+
+    def _pattern_bytes(self, choice: Choice) -> float:
+        """Of all factors, of a choice whose size is free."""
+        return self.width * self.hidden * self.pricing.pattern_bit * choice.layout.group_bits / choice.layout.group
 
     def dense_bytes(self, choice: Choice) -> float:
         """The most a choice can take: all factors whole, without patterns."""
-        return self.overhead(choice) + self.width * self.columns * self.pricing.entry(choice.bits)
+        return self.overhead(choice) + self.width * self.hidden * self.pricing.entry(choice.numbers)
 
     def expected(self, choice: Choice, size: float) -> float:
         """``expected_error`` of a choice at a size; infinite where it does not fit."""
         fixed = self.fixed_bytes(choice)
-        if choice.nm is not None and fixed is not None:
-            return expected_error(choice.nm[0] / choice.nm[1], choice.bits) if size >= fixed else math.inf
+        density = choice.layout.density
+        if density is not None and fixed is not None:
+            return expected_error(density, choice.numbers) if size >= fixed else math.inf
         if self._keeps_all(choice, size):
-            return expected_error(1.0, choice.bits)
+            return expected_error(1.0, choice.numbers)
         if size < self.least_bytes(choice) * (1 - 1e-9):
             return math.inf
-        entries = self.width * self.columns
-        left = size - self.overhead(choice) - entries * self.pricing.pattern_bit / choice.block
-        density = left / (entries * self.pricing.entry(choice.bits))
-        return expected_error(min(density, 1.0), choice.bits) if density > 0 else math.inf
+        entries = self.width * self.hidden
+        left = size - self.overhead(choice) - self._pattern_bytes(choice)
+        density = left / (entries * self.pricing.entry(choice.numbers))
+        return expected_error(min(density, 1.0), choice.numbers) if density > 0 else math.inf
 
     def solve(self, choice: Choice, size: float, *, rounds: int = ROUNDS) -> Factorization:
         """The best factorization of a structure within ``size`` bytes. Raises ``BudgetError`` if it cannot fit."""
@@ -180,13 +191,13 @@ class GroupSearch:
         key = (choice, size, rounds if choice.shared else 0)
         if key not in self._solved:
             found = self._solve(choice, size, rounds)
-            if choice.bits is not None:
-                found = rounded(self.problems, found, self.reductions, bits=choice.bits, dtype=self.dtype)
+            if choice.numbers.scaled:
+                found = rounded(self.problems, found, self.reductions, values=choice.numbers, dtype=self.dtype)
             self._solved[key] = found
         return self._solved[key]
 
     def _solve(self, choice: Choice, size: float, rounds: int) -> Factorization:
-        if choice.nm is None and not self._keeps_all(choice, size) and size < self.least_bytes(choice) * (1 - 1e-9):
+        if choice.free and not self._keeps_all(choice, size) and size < self.least_bytes(choice) * (1 - 1e-9):
             raise BudgetError(
                 f"{size:.0f} bytes leave less than one entry for every row and column beside patterns and scales; ask "
                 f"for {self.least_bytes(choice):.0f} or more"
@@ -209,18 +220,18 @@ class GroupSearch:
         Of the choices whose size is free the ``PROMISING`` best are tried at a few sizes; sizes that a choice fixes,
         of N:M and of whole factors, where they lie around the share and promise as much.
         """
-        free = [choice for choice in choices if choice.nm is None]
+        free = [choice for choice in choices if choice.free]
         free = sorted(free, key=lambda choice: self.expected(choice, size))[:PROMISING]
         wanted = {(choice, min(factor * size, self.dense_bytes(choice))) for choice in free for factor in SIZES}
         for choice in choices:
-            fixed = self.dense_bytes(choice) if choice.nm is None else self.fixed_bytes(choice)
+            fixed = self.dense_bytes(choice) if choice.free else self.fixed_bytes(choice)
             assert fixed is not None
             known = min((self.expected(other, fixed) for other in free), default=math.inf)
             near = min(SIZES) <= fixed / size <= 2 * max(SIZES) and self.expected(choice, fixed) <= 1.2 * known
             if near or not free:
                 wanted.add((choice, fixed))
         rows = [problem.weight_DF.shape[1 - axis] for problem, axis in zip(self.problems, self.reductions, strict=True)]
-        if len(rows) > 1 or rows[0] <= SAMPLE or any(choice.block > 1 for choice in choices):
+        if len(rows) > 1 or rows[0] <= SAMPLE or any(choice.layout.block > 1 for choice in choices):
             return self._measured(sorted(wanted))
         return self._estimated(sorted(wanted))
 
@@ -237,7 +248,7 @@ class GroupSearch:
         """Points of a single layer, from the errors of ``SAMPLE`` of its stored rows."""
         (problem,), (axis,) = self.problems, self.reductions
         part, share = problem.sample(axis, SAMPLE)
-        small = GroupSearch([part], [axis], self.pricing, self.code_bits, self.dtype)
+        small = GroupSearch([part], [axis], self.pricing, self.dtype)
         small.least = 0  # the whole layer decides what fits
         sizes = [(choice, bytes_) for choice, bytes_ in sizes if self.expected(choice, bytes_) < math.inf]
         rows = SAMPLE / problem.weight_DF.shape[1 - axis]
@@ -248,20 +259,20 @@ class GroupSearch:
         return points
 
     def _keeps_all(self, choice: Choice, size: float) -> bool:
-        return choice.nm is None and size >= self.dense_bytes(choice) * (1 - 1e-9)
+        return choice.free and size >= self.dense_bytes(choice) * (1 - 1e-9)
 
     def _some_columns(self) -> tuple[GroupSearch, float]:
         """The search of some columns of every layer, a basis entry priced by their share, and this share."""
         share = max(
-            SAMPLE / min(problem.weight_DF.shape[1] for problem in self.problems), COLUMNS * self.width / self.columns
+            SAMPLE / min(problem.weight_DF.shape[1] for problem in self.problems), COLUMNS * self.width / self.hidden
         )
         if share >= 1:
             return self, 1.0
         problems = [problem.sample(0, round(share * problem.weight_DF.shape[1]))[0] for problem in self.problems]
         pricing = replace(self.pricing, basis_entry=share * self.pricing.basis_entry)
-        small = GroupSearch(problems, self.reductions, pricing, self.code_bits, self.dtype)
+        small = GroupSearch(problems, self.reductions, pricing, self.dtype)
         small.least = 0
-        return small, small.columns / self.columns
+        return small, small.hidden / self.hidden
 
     def sharing_ratio(self, choice: Choice, size: float, known: float) -> float:
         """Error of a shared basis at a size relative to ``known``, that of pruning in the same bytes; infinite where
@@ -285,9 +296,9 @@ class GroupSearch:
         return self.solve(choice, size, rounds=TRIAL_ROUNDS).losses[-1] / pruned if pruned > 0 else math.inf
 
     def _rule(self, choice: Choice, left: float) -> SupportRule:
-        if choice.nm is not None:
-            return FixedPattern(*choice.nm, self.reductions)
-        return ByteBudget(left, self.pricing.entry(choice.bits), self.pricing.pattern_bit, choice.block)
+        if not choice.free:
+            return FixedPattern(choice.layout, self.reductions)
+        return ByteBudget(left, self.pricing.entry(choice.numbers), self.pricing.pattern_bit, choice.layout)
 
 
 def expected_total(trials: Sequence[Sequence[Point]], size: float) -> float:
@@ -312,7 +323,7 @@ def allocate(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choi
     if spent > limit:
         raise BudgetError(
             f"the smallest structures tried take {spent:.0f} bytes, {total:.0f} are allowed; ask for more bytes or for "
-            "a pattern with fewer non-zeros"
+            "a pattern that keeps fewer entries"
         )
     ends = [hull[0] for hull in hulls]
     queue = [(_slope(hull, 0), index, 0) for index, hull in enumerate(hulls) if len(hull) > 1]
@@ -352,8 +363,8 @@ def _with_spare(trials: Sequence[Sequence[Point]], ends: Sequence[Point], spare:
     free = [
         index
         for index, (points, end) in enumerate(zip(trials, ends, strict=True))
-        if end.choice.nm is None and any(point.choice == end.choice and point.bytes > end.bytes for point in points)
-    ] or [index for index, end in enumerate(ends) if end.choice.nm is None]
+        if end.choice.free and any(point.choice == end.choice and point.bytes > end.bytes for point in points)
+    ] or [index for index, end in enumerate(ends) if end.choice.free]
     part = spare / max(len(free), 1)
     return [(end.choice, end.bytes + (part if index in free else 0.0)) for index, end in enumerate(ends)]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fips.errors import BudgetError
-from fips.solve.patterns import block_masks, nm_mask, top_masks
+from fips.formats.patterns import BITMASK, Pattern, pattern_named
 
 __all__ = ["ByteBudget", "FixedPattern", "SupportRule"]
 
@@ -23,7 +23,7 @@ class ByteBudget:
     """Keep the entries worth most, under one threshold for all factors, within a number of bytes.
 
     A factor so full that its pattern costs more than its zeros save is kept whole, without a pattern, and the bytes
-    this frees go to the others. With ``block`` 4 or 8 that many neighbouring columns share one bit.
+    this frees go to the others. ``pattern`` says which entries may be chosen.
     """
 
     total: float
@@ -31,7 +31,7 @@ class ByteBudget:
     value_bytes: float
     pattern_bytes: float = 1 / 8
     """Bytes per bit of the pattern; 0 counts numbers only."""
-    block: int = 1
+    pattern: Pattern = field(default_factory=lambda: pattern_named(BITMASK))
 
     def __call__(self, scores_RF: Sequence[Tensor]) -> list[Tensor]:
         whole: set[int] = set()
@@ -59,12 +59,10 @@ class ByteBudget:
 
     def _sparse(self, scores_RF: Sequence[Tensor], left: float) -> list[Tensor]:
         count = int(left / self.value_bytes + 1e-9)
-        if self.block == 1:
-            return top_masks(scores_RF, count=count)
-        return block_masks(scores_RF, count=count, size=self.block)
+        return self.pattern.choose(scores_RF, count)
 
     def _pattern(self, score_RF: Tensor) -> float:
-        return self.pattern_bytes * -(-score_RF.numel() // self.block)
+        return self.pattern_bytes * self.pattern.bits(score_RF.numel())
 
     def _is_full(self, mask_RF: Tensor) -> bool:
         return int(mask_RF.sum()) * self.value_bytes + self._pattern(mask_RF) >= mask_RF.numel() * self.value_bytes
@@ -72,15 +70,14 @@ class ByteBudget:
 
 @dataclass(frozen=True, slots=True)
 class FixedPattern:
-    """Exactly N of every M neighbours along the reduction; the size follows from the pattern."""
+    """What a pattern keeps along the reduction; the size follows from it."""
 
-    n: int
-    m: int
+    pattern: Pattern
     reductions: tuple[Reduction, ...]
 
     def __call__(self, scores_RF: Sequence[Tensor]) -> list[Tensor]:
         parts = zip(scores_RF, self.reductions, strict=True)
-        return [nm_mask(score, n=self.n, m=self.m, dim=axis) for score, axis in parts]
+        return [self.pattern.choose_fixed(score, axis=axis) for score, axis in parts]
 
 
 SupportRule = ByteBudget | FixedPattern

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["grow_rank", "shared_svd"]
+__all__ = ["shared_svd"]
 
 
 def shared_svd(weights_DF: Sequence[Tensor], *, rank: int) -> tuple[Tensor, list[Tensor]]:
@@ -16,7 +16,7 @@ def shared_svd(weights_DF: Sequence[Tensor], *, rank: int) -> tuple[Tensor, list
     With :math:`[W_1 | \dots | W_m] = U S V^\top` returns ``basis_DR`` = first R columns of U and the factors
     ``factor_RF`` = :math:`U_R^\top W_i` (the blocks of :math:`S V^\top`), so that
 
-    .. math:: \sum_i \lVert W_i - B F_i \rVert_F^2 = \sum_{j > R} \sigma_j^2, \qquad B^\top B = I.
+    .. math:: \sum_i \lVert W_i - B C_i \rVert_F^2 = \sum_{j > R} \sigma_j^2, \qquad B^\top B = I.
 
     For R > D the rank is D. U comes from the eigenvectors of :math:`\sum_i W_i W_i^\top` in float64 (cost
     :math:`D^2 P + D^3`), results are float32. The largest-magnitude entry of every basis column is positive.
@@ -34,23 +34,3 @@ def shared_svd(weights_DF: Sequence[Tensor], *, rank: int) -> tuple[Tensor, list
     basis_DR = basis_DR * torch.where(peaks_R < 0, -1.0, 1.0)
     factors_RF = [(basis_DR.T @ weight_DF.double()).float() for weight_DF in weights_DF]
     return basis_DR.float(), factors_RF
-
-
-def grow_rank(
-    basis_DR: Tensor, factors_RF: Sequence[Tensor], *, rank: int, tau: float = 32.0
-) -> tuple[Tensor, list[Tensor]]:
-    r"""Extend a factorization to a larger rank without changing its product.
-
-    Zero columns are appended to the basis and copies of the first factor rows, divided by ``tau``, to the factors:
-    :math:`B' = [B | 0]`, :math:`F' = [F; F_{:k} / \tau]`, so that :math:`B' F' = B F` and the new columns of B receive
-    gradients from the first step. Rows are reused cyclically when more than R are added.
-
-    Reference: arXiv 2411.09816, section 3 (tau = 32).
-    """
-    current = basis_DR.shape[1]
-    extra = rank - current
-    if extra <= 0:
-        return basis_DR, list(factors_RF)
-    rows = torch.arange(extra, device=basis_DR.device) % current
-    grown_DR = torch.cat([basis_DR, basis_DR.new_zeros(basis_DR.shape[0], extra)], dim=1)
-    return grown_DR, [torch.cat([factor_RF, factor_RF[rows] / tau]) for factor_RF in factors_RF]

@@ -197,14 +197,14 @@ def _number(value: float | None) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> str:
-    mlp, config = report["mlp"], report["config"]
+    layers, config = report["layers"], report["config"]
     rows = [
         ("parameters of the model", report["model"]["parameters"], report["compressed_model"]["parameters"]),
         ("bytes of the model", report["model"]["bytes"], report["compressed_model"]["bytes"]),
-        ("bytes of the compressed MLPs", mlp["dense"]["bytes"], mlp["factored"]["bytes"]),
+        ("bytes of the compressed layers", layers["dense"]["bytes"], layers["factored"]["bytes"]),
     ]
     lines = ["", "## Compression", "", f"Source: `{report.get('source') or 'a model in memory'}`", ""]
-    lines += ["| | before | after | kept |", "| --- | --- | --- | --- |"]
+    lines += ["| | before | after | share |", "| --- | --- | --- | --- |"]
     lines += [f"| {name} | {before:,} | {after:,} | {after / before:.1%} |" for name, before, after in rows]
     lines += ["", "| group | blocks | relative block error |", "| --- | --- | --- |"]
     lines += [

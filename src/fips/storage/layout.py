@@ -6,27 +6,21 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import CheckpointError
-from fips.formats.packing import (
-    DENSE,
-    ValueKind,
-    block_size,
-    parse_nm,
-    pattern_bits,
-    value_bits,
-    values_kept,
-)
+from fips.formats.patterns import pattern_in_file, pattern_named
+from fips.formats.values import FLOAT, values_named
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
+from fips.models.sites import Role
 
 __all__ = ["QUANT_METHOD", "Layout", "check_layers", "describe_layout", "install_layout", "replace_linear"]
 
 QUANT_METHOD = "fips"
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
-"""Rows or columns of a matrix."""
+"""Features on one side of a matrix."""
 
 
 class _Strict(BaseModel):
@@ -39,17 +33,18 @@ class BasisLayout(_Strict):
 
 
 class LayerLayout(_Strict):
-    """One factored layer. Fields with a default are written only where they differ from it."""
+    """One factored layer, made of the words that the file has. Fields equal to their default are not written."""
 
     basis: str | None = None
     """Name of its basis; None is the identity."""
     width: Size | None = None
     """Features on the side of the residual stream, given where no basis says it."""
     role: Literal["up", "down"]
-    columns: Size
-    nonzeros: int = Field(ge=0, lt=1 << 62)
+    hidden: Size = Field(alias="columns")
+    kept: int = Field(alias="nonzeros", ge=0, lt=1 << 62)
     format: str
-    values: ValueKind = "float"
+    """Name of its pattern, which files may call otherwise."""
+    values: str = FLOAT
     activation_bits: Literal[8] | None = None
     """8 where kernels may round the inputs, see ``fips.kernels.runtime``."""
     bias: bool
@@ -58,16 +53,25 @@ class LayerLayout(_Strict):
     @field_validator("format")
     @classmethod
     def _known(cls, value: str) -> str:
-        parse_nm(value)
+        return pattern_in_file(value).name
+
+    @field_serializer("format")
+    def _in_file(self, value: str) -> str:
+        return pattern_named(value).file_name
+
+    @field_validator("values")
+    @classmethod
+    def _known_values(cls, value: str) -> str:
+        values_named(value)
         return value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if (self.basis is None) != (self.width is not None):
             raise ValueError("wants either `basis` or `width`")
-        if self.columns % block_size(self.format):
-            raise ValueError(f"`columns` {self.columns} does not fill the blocks of {self.format}")
-        if self.activation_bits is not None and value_bits(self.values) is None:
+        if self.hidden % pattern_named(self.format).block:
+            raise ValueError(f"`columns` {self.hidden} does not fill the blocks of {self.format}")
+        if self.activation_bits is not None and not values_named(self.values).scaled:
             raise ValueError("`activation_bits` is for integer `values`")
         return self
 
@@ -108,7 +112,7 @@ class Layout(_Strict):
     def features(self, entry: LayerLayout) -> tuple[int, int]:
         """``(inputs, outputs)`` of a layer."""
         width = self.width(entry)
-        return (width, entry.columns) if entry.role == "up" else (entry.columns, width)
+        return Role(entry.role).features(width, entry.hidden)
 
     @classmethod
     def parse(cls, fields: Any, *, where: str) -> Layout:
@@ -129,7 +133,7 @@ class Layout(_Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` holds."""
-        layers = {name: layer.model_dump(exclude_defaults=True) for name, layer in self.layers.items()}
+        layers = {name: layer.model_dump(by_alias=True, exclude_defaults=True) for name, layer in self.layers.items()}
         return {**self.model_dump(exclude={"layers"}), "layers": layers}
 
 
@@ -145,10 +149,10 @@ def describe_layout(model: nn.Module) -> Layout:
             name: LayerLayout(
                 basis=None if layer.basis is None else names[id(layer.basis)],
                 width=layer.width if layer.basis is None else None,
-                role=layer.role,
-                columns=layer.columns,
-                nonzeros=layer.nonzeros,
-                format=layer.fmt,
+                role=layer.role.value,
+                columns=layer.hidden,
+                nonzeros=layer.kept,
+                format=layer.pattern_format.file_name,
                 values=layer.kind,
                 activation_bits=8 if layer.bits is not None and layer.runtime.activation_bits == 8 else None,
                 bias=layer.bias is not None,
@@ -192,8 +196,8 @@ def _empty_layer(entry: LayerLayout, basis: SharedBasis | None) -> FactoredLinea
     layer = FactoredLinear(
         basis,
         role=entry.role,
-        columns=entry.columns,
-        nonzeros=entry.nonzeros,
+        hidden=entry.hidden,
+        kept=entry.kept,
         fmt=entry.format,
         bias=entry.bias,
         width=entry.width,
@@ -207,11 +211,12 @@ def _empty_layer(entry: LayerLayout, basis: SharedBasis | None) -> FactoredLinea
 
 def _require_kept(name: str, entry: LayerLayout, rank: int) -> None:
     """Raise ``ValueError`` if the format keeps another number of entries than ``nonzeros`` says."""
-    wanted = values_kept(size=entry.columns * rank, fmt=entry.format)
-    if wanted is not None and entry.nonzeros != wanted:
-        raise ValueError(f"layer `{name}` has `nonzeros` {entry.nonzeros}, {entry.format} keeps {wanted}")
-    if entry.nonzeros > entry.columns * rank or entry.nonzeros % block_size(entry.format):
-        raise ValueError(f"layer `{name}` has `nonzeros` {entry.nonzeros} of {entry.columns} x {rank} entries")
+    pattern = pattern_named(entry.format)
+    wanted = pattern.kept(entry.hidden * rank)
+    if wanted is not None and entry.kept != wanted:
+        raise ValueError(f"layer `{name}` has `nonzeros` {entry.kept}, {pattern.file_name} keeps {wanted}")
+    if entry.kept > entry.hidden * rank or entry.kept % pattern.block:
+        raise ValueError(f"layer `{name}` has `nonzeros` {entry.kept} of {entry.hidden} x {rank} entries")
 
 
 def _require_fit(name: str, dense: nn.Module, layout: Layout, entry: LayerLayout) -> None:
@@ -293,12 +298,12 @@ def check_layers(model: nn.Module) -> None:
     for name, layer in factored_layers(model).items():
         if layer.values.is_meta:
             continue
-        if layer.num_kept() != layer.nonzeros:
+        if layer.num_kept() != layer.kept:
             raise CheckpointError(
-                f"layer `{name}`: its pattern keeps {layer.num_kept()} entries, but it has {layer.nonzeros} values"
+                f"layer `{name}`: its pattern keeps {layer.num_kept()} entries, but it has {layer.kept} values"
             )
-        used = pattern_bits(size=layer.factor_shape[0] * layer.factor_shape[1], fmt=layer.fmt) % 8
-        if layer.fmt != DENSE and used and int(layer.pattern[-1]) >> used:
+        used = layer.pattern_format.bits(layer.factor_shape[0] * layer.factor_shape[1]) % 8
+        if used and int(layer.pattern[-1]) >> used:
             raise CheckpointError(f"layer `{name}`: its pattern has bits behind its end; copy the directory again")
 
 

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fips.errors import CheckpointError
+from fips.errors import CheckpointError, ConfigError
 from fips.files.manifest import MANIFEST, read_json, write_json
 from fips.files.untrusted import file_inside
 from fips.layers.fixed import watch_training
@@ -220,18 +220,21 @@ def read_report(directory: Path) -> CompressionReport | None:
         with naming(path, "no report"):
             report = CompressionReport.from_dict(read_json(file_inside(directory, REPORT_FILE, where=f"`{directory}`")))
             model_card("model", architecture=None, report=report.to_dict())  # all that is made of it later
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:  # the latter for a method that is not known here
         log.warning("the report is left out: %s", error)
         return None
     return report
 
 
 def _num_tensors(source: Path) -> int | None:
-    """Tensors of a directory, None for a hub id and for weights that are not there or not whole: others will say so."""
-    try:
-        return len(StoredWeights.of_directory(source).tensors) if source.is_dir() else None
-    except CheckpointError:
+    """Tensors of a directory, None for a hub id and for weights that are not there under these names.
+
+    Raises ``CheckpointError`` for those that are there and malformed: transformers, which reads them next, would raise
+    whatever it stumbles over.
+    """
+    if not any((source / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return None
+    return len(StoredWeights.of_directory(source).tensors)
 
 
 def _stored_tensors(files: Sequence[str], source: Path) -> Mapping[str, Stored]:

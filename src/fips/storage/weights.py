@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from fips.errors import CheckpointError
 from fips.files.manifest import read_json
 from fips.files.untrusted import MAX_JSON_BYTES, file_inside, parse_object
-from fips.formats.packing import DENSE, packed_length, pattern_bytes, value_bits
+from fips.formats.patterns import pattern_named
+from fips.formats.values import values_named
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis
+from fips.models.sites import Role
 from fips.storage.layout import LayerLayout, Layout
 
 __all__ = [
@@ -112,11 +114,14 @@ def weight_files(directory: Path) -> list[str]:
 
 def _weight_map(directory: Path) -> dict[str, str]:
     where = f"`{directory / WEIGHTS_INDEX}`"
-    places = read_json(directory / WEIGHTS_INDEX).get("weight_map")
+    index = read_json(directory / WEIGHTS_INDEX)
+    places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(
             f"{where}: `weight_map` wants an object of tensor names and files, got {str(places)[:60]}"
         )
+    if not isinstance(index.get("metadata"), dict):  # transformers reads it, be it empty
+        raise CheckpointError(f"{where}: `metadata` wants an object, got {str(index.get('metadata'))[:60]}")
     for name in places.values():
         file_inside(directory, name, where=f"{where}: `weight_map`")
         if not name.endswith(".safetensors"):
@@ -187,16 +192,15 @@ def require(name: str, stored: Stored | None, dtypes: Sequence[torch.dtype], sha
 
 def _packed_tensors(layout: Layout, entry: LayerLayout) -> dict[str, tuple[Sequence[torch.dtype], tuple[int, ...]]]:
     """Types and shape of every tensor of a packed layer, the placeholder left out."""
-    rank, bits = layout.rank(entry), value_bits(entry.values)
+    rank, values, pattern = layout.rank(entry), values_named(entry.values), pattern_named(entry.format)
     tensors: dict[str, tuple[Sequence[torch.dtype], tuple[int, ...]]] = {}
-    if bits is None:
-        tensors["values"] = (FLOATS, (entry.nonzeros,))
-    else:
-        stored = torch.int8 if bits == 8 else torch.uint8
-        tensors["values"] = ((stored,), (packed_length(entry.nonzeros, bits),))
-        tensors["scales"] = (FLOATS, (entry.columns if entry.role == "up" else rank,))
-    if entry.format != DENSE:
-        tensors["pattern"] = ((torch.uint8,), (pattern_bytes(size=entry.columns * rank, fmt=entry.format),))
+    stored = FLOATS if values.dtype is None else (values.dtype,)
+    tensors["values"] = (stored, (values.length(entry.kept),))
+    if values.scaled:
+        shape = Role(entry.role).stored_shape(rank, entry.hidden)
+        tensors["scales"] = (FLOATS, (values.num_scales(*shape),))
+    if pattern.group_bits:
+        tensors["pattern"] = ((torch.uint8,), (pattern.nbytes(entry.hidden * rank),))
     if entry.bias:
         tensors["bias"] = (FLOATS, (layout.features(entry)[1],))
     return tensors

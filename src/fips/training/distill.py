@@ -14,17 +14,32 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from fips.calibration.heads import ScoredHead, first_tensor
 from fips.calibration.tokens import TokenTracker
-from fips.config import CompressionConfig, DistillConfig
+from fips.config import Settings
 from fips.errors import DataError
 from fips.training.factors import TrainableGroup, swapped
 from fips.training.schedules import cosine
 
-__all__ = ["distill_"]
+__all__ = ["DistillConfig", "distill_"]
+
+
+class DistillConfig(Settings):
+    """End-to-end training of the compressed layers with the original model as teacher; no labels."""
+
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps; 0 leaves it out."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of AdamW, linear warm-up over a tenth of the steps, then cosine to 0."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of both softmaxes in the KL divergence."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean relative squared error of the block outputs, beside 1 for the logits."""
+
 
 WARMUP = 0.1
 NEVER = -1e9
@@ -36,7 +51,7 @@ def distill_(
     groups: Sequence[TrainableGroup],
     blocks: Sequence[nn.Module],
     batches: Iterable[Any],
-    config: CompressionConfig,
+    settings: DistillConfig,
     run: Callable[[nn.Module, Any], Any],
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
@@ -46,7 +61,6 @@ def distill_(
     layers in place, the student the same model with those of the groups. ``blocks`` are those whose outputs count
     with ``hidden_weight``.
     """
-    settings = config.distill
     rates = [part for group in groups for part in group.learning_rates(settings.learning_rate)]
     optimizer = torch.optim.AdamW(rates)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
@@ -103,9 +117,9 @@ class _Outputs(AbstractContextManager["_Outputs"]):
     def _hook(self, index: int) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             hidden = first_tensor(output)
-            counted_N = self.tokens.counted(hidden)
-            rows_ND = hidden.reshape(-1, hidden.shape[-1])
-            self.seen[index] = rows_ND if counted_N is None else rows_ND[counted_N]
+            counted_T = self.tokens.counted(hidden)
+            rows_TD = hidden.reshape(-1, hidden.shape[-1])
+            self.seen[index] = rows_TD if counted_T is None else rows_TD[counted_T]
 
         return hook
 
@@ -125,26 +139,26 @@ def _loss(
 
 
 def _head_loss(ours: ScoredHead, theirs: ScoredHead, temperature: float) -> Tensor:
-    y_NC, t_NC = (_scored(head.scores.float(), ours) for head in (ours, theirs))
+    y_TV, t_TV = (_scored(head.scores.float(), ours) for head in (ours, theirs))
     if ours.kind == "number":
-        return _relative(y_NC, t_NC)
+        return _relative(y_TV, t_TV)
     if ours.kind == "sigmoid":  # the softmax of a number beside 0
-        y_NC, t_NC = (torch.stack([z, torch.zeros_like(z)], -1).reshape(-1, 2) for z in (y_NC, t_NC))
-        return _divergence(y_NC, t_NC, temperature) * ours.scores.shape[-1]
-    return _divergence(y_NC, t_NC, temperature)
+        y_TV, t_TV = (torch.stack([z, torch.zeros_like(z)], -1).reshape(-1, 2) for z in (y_TV, t_TV))
+        return _divergence(y_TV, t_TV, temperature) * ours.scores.shape[-1]
+    return _divergence(y_TV, t_TV, temperature)
 
 
 def _scored(scores: Tensor, head: ScoredHead) -> Tensor:
-    """The rows (N, C) that count; what cannot be chosen never is."""
+    """The rows (T, V) that count, of tokens or of examples; what cannot be chosen never is."""
     if head.choices is not None:
         scores = scores.masked_fill(~head.choices, NEVER)
-    rows_NC = scores.reshape(-1, scores.shape[-1])
-    return rows_NC if head.counted is None else rows_NC[head.counted.flatten()]
+    rows_TV = scores.reshape(-1, scores.shape[-1])
+    return rows_TV if head.counted is None else rows_TV[head.counted.flatten()]
 
 
-def _divergence(logits_NC: Tensor, wanted_NC: Tensor, temperature: float) -> Tensor:
-    ours_NC, theirs_NC = logits_NC / temperature, wanted_NC / temperature
-    divergence = kl_div(ours_NC.log_softmax(-1), theirs_NC.log_softmax(-1), log_target=True, reduction="batchmean")
+def _divergence(logits_TV: Tensor, wanted_TV: Tensor, temperature: float) -> Tensor:
+    ours_TV, theirs_TV = logits_TV / temperature, wanted_TV / temperature
+    divergence = kl_div(ours_TV.log_softmax(-1), theirs_TV.log_softmax(-1), log_target=True, reduction="batchmean")
     return divergence * temperature**2
 
 

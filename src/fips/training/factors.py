@@ -1,6 +1,6 @@
 r"""Compressed layers while their numbers are being found: dense factors on a support, in place of the packed ones.
 
-A factor is free numbers, or integers on a grid: :math:`F_{rf} = s_n \lfloor u_{rf} \rceil` with one step
+A factor is free numbers, or integers on a grid: :math:`C_{rf} = s_n \lfloor u_{rf} \rceil` with one step
 :math:`s_n` per stored row n. Then both u, in units of the step, and s are trained; gradients pass the rounding as if it
 were not there.
 Reference: Bengio et al., arXiv 1308.3432 (straight-through estimator); Esser et al., arXiv 1902.08153 (trained steps).
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fips.config import CompressionConfig
-from fips.formats.packing import largest_integer
-from fips.models import LinearSite
-from fips.solve.patterns import nm_mask, prune_and_regrow, unstructured_masks
+from fips.config import SparseConfig
+from fips.models import Site
+from fips.solve.alternate import Factorization
+from fips.solve.patterns import prune_and_regrow, unstructured_masks
+from fips.solve.rounding import Grid
 
 __all__ = ["TrainableGroup", "swapped"]
 
@@ -32,14 +33,15 @@ STEP_RATE = 30.0
 """Learning rate of a step, as a share of it, relative to that of free numbers."""
 
 
-class _Grid(nn.Module):
-    """Multiples of one step per stored row, by integers of some bits; steps are stored in the type given."""
+class _TrainableGrid(nn.Module):
+    """Multiples of one step per stored row, by numbers of a value format; steps stay in the type they are stored in."""
 
-    def __init__(self, steps: Tensor, bits: int) -> None:
+    def __init__(self, start: Grid) -> None:
         super().__init__()
-        self.start = steps.float()
+        self.values, self.axis = start.values, start.axis
+        self.start = start.steps_N.float().unsqueeze(start.axis)
         self.growth = nn.Parameter(torch.zeros_like(self.start))
-        self.limit, self.dtype = largest_integer(bits), steps.dtype
+        self.dtype = start.steps_N.dtype
 
     def steps(self) -> Tensor:
         """The trained steps as they will be stored."""
@@ -47,11 +49,15 @@ class _Grid(nn.Module):
 
     def forward(self, entries: Tensor) -> Tensor:
         """The numbers that entries in units of the steps stand for."""
-        return _straight_through(entries.clamp(-self.limit, self.limit), torch.round) * self.steps()
+        return (
+            _straight_through(entries.clamp(-self.values.largest, self.values.largest), self.values.nearest)
+            * self.steps()
+        )
 
-    def entries(self, numbers: Tensor) -> Tensor:
-        """The numbers in units of the steps."""
-        return torch.where(self.start == 0, 0.0, numbers / self.start)
+    def found(self, entries_RF: Tensor, mask_RF: Tensor) -> Grid:
+        """The numbers of the grid next to the entries, 0 outside the mask, and the steps."""
+        codes_RF = self.values.encode(self.values.nearest(entries_RF) * mask_RF)
+        return Grid(codes_RF, self.steps().flatten().to(self.dtype), self.values, self.axis)
 
 
 def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -60,27 +66,25 @@ def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Ten
 
 
 class _TrainableLinear(nn.Module):
-    """A factored layer: entries, mask, and the product B F formed once per step."""
+    """A factored layer: entries, mask, and the product B C formed once per step."""
 
-    def __init__(
-        self, basis_DR: nn.Parameter | None, factor_RF: Tensor, site: LinearSite, bias: nn.Parameter | None
-    ) -> None:
+    def __init__(self, basis_DR: nn.Parameter | None, factor_RF: Tensor, site: Site, bias: nn.Parameter | None) -> None:
         super().__init__()
         self._borrowed = (basis_DR, bias)
         self.entries_RF = nn.Parameter(factor_RF)
         """The factor, in units of its steps where it is on a grid; entries outside the mask mean nothing."""
         self.mask_RF = torch.ones_like(factor_RF, dtype=torch.bool)
-        self.grid: _Grid | None = None
-        self.up = site.role == "up"
+        self.grid: _TrainableGrid | None = None
+        self.role = site.role
         self.weight = torch.empty(0, dtype=torch.int8)  # T5 asks for it, and casts its input to any other type
         self.want_dense_gradient = False
         self.dense_gradient_RF: Tensor | None = None
 
-    def set_grid(self, steps_N: Tensor, bits: int, wanted_RF: Tensor | None) -> None:
-        self.grid = _Grid(steps_N.unsqueeze(0 if self.up else 1), bits)
-        integers_RF = self.grid.entries(self.entries_RF.data)
-        rest_RF = 0.0 if wanted_RF is None else (wanted_RF - integers_RF).clamp(-EDGE, EDGE)
-        self.entries_RF.data = integers_RF + rest_RF
+    def set_grid(self, start: Grid) -> None:
+        self.grid = _TrainableGrid(start)
+        numbers_RF = start.numbers().float()
+        rest_RF = 0.0 if start.wanted_RF is None else (start.wanted_RF - numbers_RF).clamp(-EDGE, EDGE)
+        self.entries_RF.data = numbers_RF + rest_RF
 
     def factor(self) -> Tensor:
         """The factor as it would be stored, 0 outside the mask."""
@@ -92,7 +96,7 @@ class _TrainableLinear(nn.Module):
         if self.want_dense_gradient and factor_RF.requires_grad:
             factor_RF.register_hook(self._keep_gradient)
         weight_DF = (factor_RF if basis_DR is None else basis_DR @ factor_RF).to(x.dtype)
-        return linear(x, weight_DF.T if self.up else weight_DF, None if bias is None else bias.to(x.dtype))
+        return linear(x, self.role.to_linear(weight_DF), None if bias is None else bias.to(x.dtype))
 
     def _keep_gradient(self, gradient_RF: Tensor) -> None:
         self.dense_gradient_RF = gradient_RF.detach()
@@ -101,19 +105,22 @@ class _TrainableLinear(nn.Module):
 class TrainableGroup:
     """Basis (None: the identity), factors and masks of one group while they are being found.
 
-    ``sparsity`` is where pruning by magnitude ends; with None the supports are those set by ``set_masks``.
+    ``sparsity`` is where pruning by magnitude ends; with None the supports are those set by ``set_masks``. ``scope``
+    says whether one threshold holds for all factors of the group or one for each.
     """
 
     def __init__(
         self,
         basis_DR: Tensor | None,
         factors_RF: Sequence[Tensor],
-        sites: Sequence[LinearSite],
+        sites: Sequence[Site],
         biases: Sequence[nn.Parameter | None],
-        config: CompressionConfig,
+        config: SparseConfig,
         sparsity: float | None,
+        scope: Literal["group", "layer"] = "layer",
     ) -> None:
         self.config = config
+        self.scope = scope
         self.sparsity = sparsity
         self.sites = tuple(sites)
         self.biases = tuple(biases)
@@ -153,15 +160,14 @@ class TrainableGroup:
     def choose_masks(self, sparsity: float) -> list[Tensor]:
         """Supports of the largest magnitudes at a sparsity, in the pattern and scope of the settings.
 
-        N:M runs along the reduction: the rank for ``up`` layers, the columns for ``down`` layers.
+        N:M runs along the reduction: the rank for ``up`` layers, the hidden features for ``down`` layers.
         """
         scores = [layer.factor().abs() for layer in self.layers]
-        if self.config.nm is None:
-            return unstructured_masks(scores, sparsity=sparsity, scope=self.config.threshold)
-        n, m = self.config.nm
-        kept = max(n, round((1 - sparsity) * m))
+        pattern = self.config.format
+        if pattern.density is None:
+            return unstructured_masks(scores, sparsity=sparsity, scope=self.scope)
         return [
-            nm_mask(score, n=kept, m=m, dim=0 if layer.up else 1)
+            pattern.choose_fixed(score, axis=layer.role.reduction, density=1 - sparsity)
             for score, layer in zip(scores, self.layers, strict=True)
         ]
 
@@ -170,17 +176,21 @@ class TrainableGroup:
         for layer, mask_RF in zip(self.layers, masks, strict=True):
             layer.mask_RF = mask_RF
 
-    def set_grids(
-        self, steps: Sequence[Tensor], bits: Sequence[int], wanted_RF: Sequence[Tensor | None] | None = None
-    ) -> None:
-        """Train integers of some bits times the step of their stored row, and the steps in their type.
+    def set_grids(self, grids: Sequence[Grid]) -> None:
+        """Train numbers of a value format times the step of their stored row, and the steps in their type.
 
-        With ``wanted_RF``, what was rounded to the integers, in steps, integers start that near to the next: those
-        whose rounding was a close thing are the first to change.
+        Where a grid says what was rounded to its integers, they start that near to the next: those whose rounding was
+        a close thing are the first to change.
         """
-        starts = wanted_RF or [None] * len(self.layers)
-        for layer, steps_N, width, wanted in zip(self.layers, steps, bits, starts, strict=True):
-            layer.set_grid(steps_N, width, wanted)
+        for layer, start in zip(self.layers, grids, strict=True):
+            layer.set_grid(start)
+
+    @torch.no_grad()
+    def found(self) -> Factorization:
+        """What training has made of the group, as a solver would return it."""
+        basis_DR = None if self.basis_DR is None else self.basis_DR.detach()
+        grids = [layer.grid.found(layer.entries_RF, layer.mask_RF) for layer in self.layers if layer.grid is not None]
+        return Factorization(basis_DR, [layer.factor() for layer in self.layers], self.masks, [], grids or None)
 
     def prune(self, sparsity: float) -> None:
         """Keep the largest magnitudes at a sparsity and zero the rest for good."""
@@ -198,7 +208,7 @@ class TrainableGroup:
             magnitudes=[layer.factor() for layer in self.layers],
             gradients=[gradient for gradient in gradients if gradient is not None],
             fraction=fraction,
-            scope=self.config.threshold if self.sparsity is not None else "layer",
+            scope=self.scope,
         )
         for layer, before, after in zip(self.layers, old, masks, strict=True):
             state = optimizer.state.get(layer.entries_RF, {})

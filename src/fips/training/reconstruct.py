@@ -19,7 +19,7 @@ from fips.calibration.record import ActivationSpool, BlockCall
 from fips.training.factors import TrainableGroup
 from fips.training.schedules import cosine, gmp_sparsity, rigl_fraction, update_steps
 
-__all__ = ["BlockError", "block_errors", "calibrate_"]
+__all__ = ["BlockError", "block_errors", "reconstruct_"]
 
 Records = Sequence[Mapping[str, BlockCall]]
 
@@ -52,18 +52,18 @@ def block_errors(
         squared, variance = 0.0, RunningVariance()
         for record in [record for record in records if name in record][:limit]:
             call = record[name]
-            target_ND = call.rows(spool.get(call.output).to(device).double())
+            target_TD = call.rows(spool.get(call.output).to(device).double())
             args, kwargs = call.arguments(spool, device)
-            output_ND = call.rows(first_tensor(block(*args, **kwargs)).double())
-            squared += (output_ND - target_ND).square().sum().item()
-            variance.add(target_ND)
+            output_TD = call.rows(first_tensor(block(*args, **kwargs)).double())
+            squared += (output_TD - target_TD).square().sum().item()
+            variance.add(target_TD)
         if variance.count:
             mse = squared / variance.count
             results.append(BlockError(name, mse, mse / variance.scale))
     return results
 
 
-def calibrate_(
+def reconstruct_(
     group: TrainableGroup,
     blocks: Mapping[str, nn.Module],
     records: Records,
@@ -74,10 +74,10 @@ def calibrate_(
     """Train a group whose layers are already swapped into ``blocks``; returns the loss of every step.
 
     One step takes one recorded batch; batches come in a seeded random order, reshuffled every pass. The support
-    follows ``config.support_schedule`` and has its final sparsity from ``update_end`` of the steps on.
+    follows ``config.schedule`` and has its final sparsity from ``update_end`` of the steps on.
     """
-    settings, steps = group.config.calibration, group.config.calibration_steps
-    rate = group.config.calibration_rate
+    settings = group.config.reconstruction
+    steps, rate = settings.steps, settings.learning_rate
     optimizer = torch.optim.AdamW(group.learning_rates(rate, weight_decay=settings.weight_decay))
     last = min(settings.min_learning_rate / rate, 1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -93,8 +93,8 @@ def calibrate_(
                 continue
             call = records[index][name]
             args, kwargs = call.arguments(spool, device)
-            output_ND = call.rows(first_tensor(block(*args, **kwargs)).float())
-            part = torch.nn.functional.mse_loss(output_ND, call.rows(spool.get(call.output).to(device).float()))
+            output_TD = call.rows(first_tensor(block(*args, **kwargs)).float())
+            part = torch.nn.functional.mse_loss(output_TD, call.rows(spool.get(call.output).to(device).float()))
             part.backward()
             loss += part.detach()
         support.after(step)
@@ -117,12 +117,11 @@ class _Support:
     """Applies the sparsity schedule: pruning before a step, RigL after its backward pass."""
 
     def __init__(self, group: TrainableGroup, optimizer: torch.optim.Optimizer) -> None:
-        settings = group.config.calibration
+        settings = group.config.reconstruction
         self.group, self.optimizer = group, optimizer
-        self.schedule = group.config.support_schedule
+        self.schedule = group.config.schedule
         self.final = group.sparsity
-        steps = group.config.calibration_steps
-        self.updates = update_steps(steps=steps, every=settings.update_every, end=settings.update_end)
+        self.updates = update_steps(steps=settings.steps, every=settings.update_every, end=settings.update_end)
         self.initial = min(settings.initial_sparsity, self.final or 0.0)
         self.fraction = settings.regrow_fraction
 

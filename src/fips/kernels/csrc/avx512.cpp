@@ -42,7 +42,7 @@ bool direct_path(const fips_matrix &a, const fips_call &c) {
   case FIPS_F16: return direct_path<HalfDot>(a, c);
   case FIPS_I8:
     if (a.value_bits == 8) return byte_path<ByteDot<1>, ByteDot<2>, ByteDot<3>>(a, c);
-    if (a.format == FIPS_DENSE)
+    if (a.format == FIPS_FULL)
       return byte_path<NarrowDot<1, NarrowCursor>, NarrowDot<2, NarrowCursor>, NarrowDot<3, NarrowCursor>>(a, c);
     return byte_path<NarrowDot<1, KeptCursor>, NarrowDot<2, KeptCursor>, NarrowDot<3, KeptCursor>>(a, c);
   default: return direct_path<BrainDot>(a, c);

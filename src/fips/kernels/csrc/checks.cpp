@@ -13,15 +13,14 @@ bool is_there(const void *data, int64_t length) { return length >= 0 && (data !=
 int64_t bytes_of_bits(int64_t bits) { return (bits + 7) / 8; }
 
 int64_t value_bytes(const fips_matrix &a) {
-  if (a.value_type == FIPS_I8) return bytes_of_bits(a.num_values * a.value_bits);
-  return a.num_values * (a.value_type == FIPS_F32 ? 4 : 2);
+  return bytes_of_bits(a.num_values * (a.value_type == FIPS_I8 ? a.value_bits : value_type_bits(a.value_type)));
 }
 
-bool has_starts(const fips_matrix &a) { return a.format != FIPS_DENSE && a.format != FIPS_NM; }
+bool has_starts(const fips_matrix &a) { return pattern_sizes(a).kept < 0; }
 
 // Values are there, as many as their type and count say.
 bool values_fit(const fips_matrix &a) {
-  if (a.value_type < FIPS_F32 || a.value_type > FIPS_I8) return false;
+  if (!value_type_bits(a.value_type)) return false;
   if (a.value_bits < 2 || a.value_bits > 8 || (a.value_bits < 8 && a.value_type != FIPS_I8)) return false;
   if (a.num_values < 0 || a.num_values > a.rows * a.cols) return false;
   if (has_starts(a) && a.num_values > int64_t(UINT32_MAX)) return false;
@@ -30,27 +29,18 @@ bool values_fit(const fips_matrix &a) {
 
 // The pattern is as long as its format says for this shape, and so are the values where the shape says that too.
 bool pattern_fits(const fips_matrix &a) {
-  const int64_t size = a.rows * a.cols;
-  if (!is_there(a.pattern, a.pattern_bytes)) return false;
-  switch (a.format) {
-  case FIPS_DENSE: return a.pattern_bytes == 0 && a.num_values == size;
-  case FIPS_BITMASK: return a.pattern_bytes == bytes_of_bits(size);
-  case FIPS_NM: {
-    const int64_t groups = size / a.m;
-    return a.cols % a.m == 0 && a.num_values == groups * a.n &&
-           a.pattern_bytes == bytes_of_bits(groups * nm_code_bits(a.n, a.m));
-  }
-  case FIPS_BLOCK_ROWS:
-  case FIPS_BLOCK_COLS:
-    return (a.format == FIPS_BLOCK_ROWS ? a.rows : a.cols) % a.m == 0 && a.num_values % a.m == 0 &&
-           a.pattern_bytes == bytes_of_bits(size / a.m);
-  default: return false;
-  }
+  const PatternSizes sizes = pattern_sizes(a);
+  const int64_t groups = a.rows * a.cols / sizes.group;
+  if (!is_there(a.pattern, a.pattern_bytes) || sizes.side % sizes.group) return false;
+  if (sizes.kept < 0 ? a.num_values % sizes.group != 0 : a.num_values != groups * sizes.kept) return false;
+  return a.pattern_bytes == bytes_of_bits(groups * sizes.bits);
 }
 
-bool format_is_known(const fips_matrix &a) {
+} // namespace
+
+bool fips_format_is_known(const fips_matrix &a) {
   switch (a.format) {
-  case FIPS_DENSE:
+  case FIPS_FULL:
   case FIPS_BITMASK: return true;
   case FIPS_NM: return (a.m == 2 || a.m == 4 || a.m == 8 || a.m == 16) && a.n > 0 && a.n < a.m;
   case FIPS_BLOCK_ROWS:
@@ -58,6 +48,8 @@ bool format_is_known(const fips_matrix &a) {
   default: return false;
   }
 }
+
+namespace {
 
 // `tokens` lines of `columns` elements, `stride` apart, within `length` elements.
 bool lines_fit(const void *data, int64_t length, int64_t tokens, int64_t stride, int64_t columns) {
@@ -76,7 +68,7 @@ template <class Reader> bool row_fits(const fips_matrix &a, const Reader &reader
 int fips_check_matrix(const fips_matrix &a) {
   if (a.rows < 0 || a.cols <= 0 || a.rows > kMostSide || a.cols > kMostSide) return FIPS_INVALID;
   if (a.rows * a.cols > kMostEntries) return FIPS_INVALID;
-  if (!format_is_known(a)) return FIPS_UNSUPPORTED;
+  if (!fips_format_is_known(a)) return FIPS_UNSUPPORTED;
   if (!values_fit(a) || !pattern_fits(a)) return FIPS_INVALID;
   if (!is_there(a.scales, a.num_scales) || a.num_scales != (a.scales ? a.rows : 0)) return FIPS_INVALID;
   return a.value_type == FIPS_I8 && a.cols > kMostByteColumns ? FIPS_UNSUPPORTED : 0;

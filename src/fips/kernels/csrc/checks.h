@@ -2,6 +2,8 @@
 #pragma once
 #include "fips_kernels.h"
 
+// Whether there is a reader for the format, N and M.
+bool fips_format_is_known(const fips_matrix &matrix);
 // All but the starts of rows: sizes against lengths, in constant time.
 int fips_check_matrix(const fips_matrix &matrix);
 // Whether no row reads values that are not there, whatever the pattern and the starts say.

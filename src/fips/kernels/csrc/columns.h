@@ -56,7 +56,7 @@ template <class V, int T, class Values> void columns_path(const fips_matrix &a, 
 }
 
 template <class V> bool columns_path(const fips_matrix &a, const fips_call &c) {
-  if (a.format != FIPS_DENSE || a.value_type == FIPS_I8 || c.tokens > 4) return false;
+  if (a.format != FIPS_FULL || a.value_type == FIPS_I8 || c.tokens > 4) return false;
   float *x = scratch<float>(Scratch::tokens, c.tokens * a.rows);
   for (int64_t t = 0; t < c.tokens; ++t)
     for (int64_t k = 0; k < a.rows; ++k) x[t * a.rows + k] = load_float(c.x, c.x_type, t * c.x_stride + k);

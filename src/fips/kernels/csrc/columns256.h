@@ -88,7 +88,7 @@ struct NarrowCursor {
 template <class Reader, class Cursor, class Body>
 FIPS_INLINE void read_columns(const Reader &reader, int64_t row, int64_t k, Cursor &cursor, Body &&body) {
   uint64_t mask = reader.mask(row, k);
-  if (std::is_same_v<Reader, DenseReader> && mask == ~uint64_t(0)) {
+  if (std::is_same_v<Reader, FullReader> && mask == ~uint64_t(0)) {
     for (int64_t j = 0; j < 64; j += 8, cursor.skip(8)) body(j, cursor.read());
     return;
   }

@@ -275,8 +275,8 @@ template <class Dot, int T> bool direct_path(const fips_matrix &a, const fips_ca
     for (int64_t row = 0; row < a.rows; ++row) direct_row<Dot, T>(a, c, reader, row, x, padded, tokens);
   };
   if constexpr (!Dot::Cursor::whole) return with_reader(a, all_rows);
-  if (a.format != FIPS_DENSE) return false;
-  all_rows(DenseReader(a));
+  if (a.format != FIPS_FULL) return false;
+  all_rows(FullReader(a));
   return true;
 }
 

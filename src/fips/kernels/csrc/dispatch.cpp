@@ -1,4 +1,5 @@
 // What the machine can do, which variant runs, and the tables they share.
+#include <cstddef>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -240,6 +241,67 @@ extern "C" {
 
 int fips_abi(void) { return FIPS_ABI; }
 
+int fips_pattern(int32_t format, int32_t n, int32_t m, int32_t row[3]) {
+  fips_matrix a = {};
+  a.format = format;
+  a.n = n;
+  a.m = m;
+  if (!row) return FIPS_INVALID;
+  if (!fips_format_is_known(a)) return FIPS_UNSUPPORTED;
+  const PatternSizes sizes = pattern_sizes(a);
+  row[0] = int32_t(sizes.group);
+  row[1] = int32_t(sizes.bits);
+  row[2] = int32_t(sizes.kept);
+  return 0;
+}
+
+int fips_value_bits(int32_t value_type) {
+  const int bits = value_type_bits(value_type);
+  return bits ? bits : int(FIPS_UNSUPPORTED);
+}
+
+int64_t fips_layout(int64_t *numbers, int64_t length) {
+  const int64_t found[] = {
+      int64_t(sizeof(fips_matrix)),
+      int64_t(offsetof(fips_matrix, rows)),
+      int64_t(offsetof(fips_matrix, cols)),
+      int64_t(offsetof(fips_matrix, format)),
+      int64_t(offsetof(fips_matrix, value_type)),
+      int64_t(offsetof(fips_matrix, n)),
+      int64_t(offsetof(fips_matrix, m)),
+      int64_t(offsetof(fips_matrix, values)),
+      int64_t(offsetof(fips_matrix, pattern)),
+      int64_t(offsetof(fips_matrix, num_values)),
+      int64_t(offsetof(fips_matrix, value_bytes)),
+      int64_t(offsetof(fips_matrix, pattern_bytes)),
+      int64_t(offsetof(fips_matrix, row_start)),
+      int64_t(offsetof(fips_matrix, scales)),
+      int64_t(offsetof(fips_matrix, num_starts)),
+      int64_t(offsetof(fips_matrix, num_scales)),
+      int64_t(offsetof(fips_matrix, value_bits)),
+      int64_t(sizeof(fips_call)),
+      int64_t(offsetof(fips_call, x)),
+      int64_t(offsetof(fips_call, y)),
+      int64_t(offsetof(fips_call, bias)),
+      int64_t(offsetof(fips_call, tokens)),
+      int64_t(offsetof(fips_call, x_columns)),
+      int64_t(offsetof(fips_call, y_columns)),
+      int64_t(offsetof(fips_call, x_stride)),
+      int64_t(offsetof(fips_call, y_stride)),
+      int64_t(offsetof(fips_call, x_length)),
+      int64_t(offsetof(fips_call, y_length)),
+      int64_t(offsetof(fips_call, bias_length)),
+      int64_t(offsetof(fips_call, x_type)),
+      int64_t(offsetof(fips_call, threads)),
+      int64_t(offsetof(fips_call, isa)),
+      int64_t(offsetof(fips_call, path)),
+      int64_t(offsetof(fips_call, activation_bits)),
+  };
+  const int64_t count = int64_t(sizeof(found) / sizeof(*found));
+  for (int64_t i = 0; numbers && i < length && i < count; ++i) numbers[i] = found[i];
+  return count;
+}
+
 int fips_isa_level(void) {
   static const int level = detect();
   return level;
@@ -276,7 +338,7 @@ int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t 
   if (!matrix) return FIPS_INVALID;
   const int status = fips_check_matrix(*matrix);
   if (status) return status;
-  const bool wanted = matrix->format != FIPS_DENSE && matrix->format != FIPS_NM;
+  const bool wanted = pattern_sizes(*matrix).kept < 0;
   if (length != (wanted ? matrix->rows : 0) || (length && !row_start)) return FIPS_INVALID;
   fips_matrix a = *matrix;
   a.row_start = row_start; // the readers keep the pointer; only masks are read here

@@ -6,6 +6,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "formats.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -16,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 4 };
+enum { FIPS_ABI = 5 };
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
 enum fips_status {
@@ -25,16 +27,19 @@ enum fips_status {
   FIPS_NO_MEMORY = -3
 };
 
-enum fips_type { FIPS_F32 = 0, FIPS_BF16 = 1, FIPS_F16 = 2, FIPS_I8 = 3 };
+#define FIPS_ROW(name, number, type, bits, reader) FIPS_##name = number,
+enum fips_type { FIPS_VALUES(FIPS_ROW) };
+#undef FIPS_ROW
 
-// Where the kept entries are; see fips/formats/packing.py for the bytes.
-enum fips_format {
-  FIPS_DENSE = 0,      // everywhere
-  FIPS_BITMASK = 1,    // one bit per entry, row-major, least significant first
-  FIPS_NM = 2,         // colexicographic rank of the N-subset of every M columns; M in 2, 4, 8, 16
-  FIPS_BLOCK_ROWS = 3, // one bit per column for every `m` consecutive rows; the values of a block lie together
-  FIPS_BLOCK_COLS = 4  // one bit per `m` consecutive columns of every row
-};
+// Where the kept entries are; see fips/formats/patterns.py for the bytes.
+//   FULL        everywhere
+//   BITMASK     one bit per entry, row-major, least significant first
+//   NM          colexicographic rank of the N-subset of every M columns; M in 2, 4, 8, 16
+//   BLOCK_ROWS  one bit per column for every `m` consecutive rows; the values of a block lie together
+//   BLOCK_COLS  one bit per `m` consecutive columns of every row
+#define FIPS_ROW(name, number, group, bits, kept, reader, side) FIPS_##name = number,
+enum fips_format { FIPS_PATTERNS(FIPS_ROW) };
+#undef FIPS_ROW
 
 // Instruction sets, each a superset of the one before. A call may ask for less than the machine has.
 enum fips_isa { FIPS_PORTABLE = 0, FIPS_AVX2 = 1, FIPS_AVX512 = 2, FIPS_AVX512_BF16 = 3, FIPS_AMX = 4 };
@@ -51,7 +56,7 @@ typedef struct {
   const uint8_t *pattern;    // packed pattern, `pattern_bytes` long
   int64_t num_values, value_bytes, pattern_bytes;
   const uint32_t *row_start; // index of the first value of every row (of its block for BLOCK_ROWS), from
-                             // fips_row_starts, `num_starts` = rows long; null for dense and N:M
+                             // fips_row_starts, `num_starts` = rows long; null for full and N:M
   const float *scales;       // one per row, multiplies the values, `num_scales` = rows long; null: 1
   int64_t num_starts, num_scales;
   int64_t value_bits;        // of I8 values: 8, or 2 to 7 for a stream of two's complement numbers, lowest bit first
@@ -70,6 +75,14 @@ typedef struct {
 } fips_call;
 
 FIPS_API int fips_abi(void);
+// The row of the table of formats for a pattern: entries under one code, bits of a code, kept entries of a code or -1.
+// Returns 0 or a fips_status.
+FIPS_API int fips_pattern(int32_t format, int32_t n, int32_t m, int32_t row[3]);
+// Bits of a value of a fips_type in memory, or a fips_status.
+FIPS_API int fips_value_bits(int32_t value_type);
+// Size of fips_matrix, the offsets of its fields in order, the same of fips_call; returns how many numbers these are
+// and writes as many as `length`.
+FIPS_API int64_t fips_layout(int64_t *numbers, int64_t length);
 // Best instruction set of this machine among those compiled in.
 FIPS_API int fips_isa_level(void);
 // y = x S^T + bias. Returns 0 or a fips_status. A token with NaN or Inf in it gives what a dense matrix with zeros in the
@@ -79,7 +92,7 @@ FIPS_API int fips_multiply(const fips_matrix *matrix, const fips_call *call);
 FIPS_API int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y);
 // y = x S without bias, for a dense S of floats and at most four tokens: x has as many columns as S has rows.
 FIPS_API int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call);
-// Fill `row_start`, `length` = rows long (null and 0 for dense and N:M); returns the number of kept entries, which is
+// Fill `row_start`, `length` = rows long (null and 0 for full and N:M); returns the number of kept entries, which is
 // `num_values` unless the pattern is damaged, or a fips_status.
 FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);
 // Bytes that calls have taken for the time they last and threads keep for their next call: each at most

@@ -89,11 +89,11 @@ inline int nm_code_bits(int n, int m) {
 }
 
 // A reader knows the columns kept in a row (`mask`) and where its values lie (`start`, then every `stride`-th).
-struct DenseReader {
+struct FullReader {
   static constexpr bool contiguous = true;
   static constexpr int64_t stride() { return 1; }
   int64_t cols;
-  explicit DenseReader(const fips_matrix &a) : cols(a.cols) {}
+  explicit FullReader(const fips_matrix &a) : cols(a.cols) {}
   int64_t start(int64_t row) const { return row * cols; }
   FIPS_INLINE uint64_t mask(int64_t, int64_t k) const { return first_columns(cols - k); }
 };
@@ -182,14 +182,28 @@ struct BlockColsReader {
 
 // Call `body` with the reader of a matrix; false for an unknown format.
 template <class Body> bool with_reader(const fips_matrix &a, Body &&body) {
+#define FIPS_ROW(name, number, group, bits, kept, reader, side) \
+  case FIPS_##name: body(reader(a)); return true;
   switch (a.format) {
-  case FIPS_DENSE: body(DenseReader(a)); return true;
-  case FIPS_BITMASK: body(BitmaskReader(a)); return true;
-  case FIPS_NM: body(NmReader(a)); return true;
-  case FIPS_BLOCK_ROWS: body(BlockRowsReader(a)); return true;
-  case FIPS_BLOCK_COLS: body(BlockColsReader(a)); return true;
+    FIPS_PATTERNS(FIPS_ROW)
   default: return false;
   }
+#undef FIPS_ROW
+}
+
+// What a code of the pattern stands for, and the side of the matrix that whole groups fill.
+struct PatternSizes {
+  int64_t group, bits, kept, side;
+};
+
+inline PatternSizes pattern_sizes(const fips_matrix &a) { // of a known format
+#define FIPS_ROW(name, number, group, bits, kept, reader, side) \
+  case FIPS_##name: return {group, bits, kept, side};
+  switch (a.format) {
+    FIPS_PATTERNS(FIPS_ROW)
+  default: return {1, 0, 0, 0};
+  }
+#undef FIPS_ROW
 }
 
 FIPS_INLINE float bf16_to_float(uint16_t bits) {
@@ -282,14 +296,29 @@ struct I8Values {
   FIPS_INLINE static float get(int8_t v) { return float(v); }
 };
 
+#define FIPS_ROW(name, number, memory, bits, reader) \
+  static_assert(sizeof(memory) * 8 == bits && sizeof(reader::type) == sizeof(memory), "the table of formats is wrong");
+FIPS_VALUES(FIPS_ROW)
+#undef FIPS_ROW
+
 template <class Body> bool with_values(const fips_matrix &a, Body &&body) {
+#define FIPS_ROW(name, number, memory, bits, reader) \
+  case FIPS_##name: body(reader()); return true;
   switch (a.value_type) {
-  case FIPS_F32: body(F32Values()); return true;
-  case FIPS_BF16: body(BF16Values()); return true;
-  case FIPS_F16: body(F16Values()); return true;
-  case FIPS_I8: body(I8Values()); return true;
+    FIPS_VALUES(FIPS_ROW)
   default: return false;
   }
+#undef FIPS_ROW
+}
+
+inline int value_type_bits(int type) { // in memory; 0 for an unknown type
+#define FIPS_ROW(name, number, memory, bits, reader) \
+  case FIPS_##name: return bits;
+  switch (type) {
+    FIPS_VALUES(FIPS_ROW)
+  default: return 0;
+  }
+#undef FIPS_ROW
 }
 
 // Fixed point beside int8 values: x ~ scale * (the number whose signed digits to base 256 are the planes).

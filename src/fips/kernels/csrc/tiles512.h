@@ -203,7 +203,7 @@ private:
 
   int64_t decode_row(int64_t r, int64_t k0, int64_t k1, uint8_t *to) { // returns how many bytes of values it read
     if constexpr (std::is_same_v<Values, NarrowValues>) {
-      constexpr bool whole = std::is_same_v<Reader, DenseReader>;
+      constexpr bool whole = std::is_same_v<Reader, FullReader>;
       std::conditional_t<whole, NarrowCursor, KeptCursor> v(a_, next_[r]);
       int64_t kept = whole ? k1 - k0 : 0;
       for (int64_t k = k0; k < k1; k += 64) { // beyond the last column x is 0, whatever is read there
@@ -216,7 +216,7 @@ private:
     } else {
       const auto *all = static_cast<const typename Values::type *>(a_.values), *begin = all + next_[r], *v = begin;
       for (int64_t k = k0; k < k1; k += 64, to += 64 / Kind<Values>::step * 64) {
-        if constexpr (std::is_same_v<Reader, DenseReader> && int64_t(sizeof *v) * Kind<Values>::step == 64) {
+        if constexpr (std::is_same_v<Reader, FullReader> && int64_t(sizeof *v) * Kind<Values>::step == 64) {
           if (k + 64 <= k1) { // as they are
             for (size_t i = 0; i < sizeof *v; ++i)
               _mm512_store_si512(to + 64 * i, _mm512_loadu_si512(reinterpret_cast<const char *>(v) + 64 * i));

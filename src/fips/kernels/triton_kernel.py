@@ -9,22 +9,24 @@ at a time takes 66 to 84 (benchmarks/gpu_code.py counts them in what the compile
 ``decode`` writes S out whole, for inputs so long that the decoding does not count. Triton is optional
 (``pip install fips[gpu]``).
 
-Shape legend: T tokens, N stored rows (outputs), K stored columns (the reduction), G groups, S splits of the columns.
+Shape legend: T tokens, N stored rows (outputs), K stored columns (the reduction).
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fips.errors import BackendError
-from fips.formats.packing import BITMASK, BLOCKS, DENSE, code_bits, parse_nm
-from fips.kernels.reference import Packed, check_inputs, check_packed
+from fips.formats.packed import Packed, check_packed
+from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
+from fips.kernels.reference import check_inputs
 
 try:
     import triton
@@ -33,9 +35,9 @@ except ImportError as error:  # the reason is told when the kernel is asked for
     triton = None
     _missing = str(error)
 
-__all__ = ["Prepared", "available", "decode", "multiply", "prepare", "supports"]
+__all__ = ["TileLayout", "TritonBackend", "TritonMatrix", "available", "decode", "multiply", "prepare"]
 
-_DENSE, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
+_FULL, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
 ROWS, DECODED_ROWS = 64, 4
 """Of S, in one program that multiplies, or that writes them out."""
 TILE_COLUMNS, FEWEST_GROUPS = 128, 16
@@ -44,7 +46,7 @@ MOST_TOKENS, MOST_SPLITS, PROGRAMS = 128, 8, 4
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TileLayout:
     """How the kernels read a packed matrix: their constants."""
 
     FORMAT: int
@@ -71,25 +73,25 @@ class Layout:
         return self.FORMAT in (_BITMASK, _BLOCK_ROWS, _BLOCK_COLS)
 
     @classmethod
-    def of(cls, packed: Packed) -> Layout:
+    def of(cls, packed: Packed) -> TileLayout:
         cols = packed.shape[1]
-        nm, bits = parse_nm(packed.fmt), 0 if packed.scales_N is None else packed.bits
-        if nm is not None:
-            return cls(_NM, bits, nm[1], False, nm[1], code_bits(*nm), nm[0])
-        if packed.fmt == DENSE:
+        pattern, bits = packed.layout, packed.bits
+        code, unit = pattern.code(packed.block_axis), pattern.group
+        if code is None or not packed.numbers.compiled:
+            raise BackendError(f"{unsupported_format(packed)}; use torch")
+        if code == _NM:
+            return cls(_NM, bits, unit, False, unit, pattern.group_bits, pattern.group_kept or 0)
+        if code == _FULL:
             group = 32 // math.gcd(bits, 32) if bits else 8
-            return cls(_DENSE, bits, group, bits > 0 and _in_words(packed.values_Z, cols * bits))
-        if packed.fmt in BLOCKS and packed.block_axis == 1:
-            return cls(_BLOCK_COLS, bits, BLOCKS[packed.fmt], False, BLOCKS[packed.fmt])
-        words = _in_words(packed.pattern, cols)
-        if packed.fmt == BITMASK:
-            return cls(_BITMASK, bits, 32, words)
-        return cls(_BLOCK_ROWS, bits, 32, words, BLOCKS[packed.fmt])
+            return cls(_FULL, bits, group, bits > 0 and _in_words(packed.values_Z, cols * bits))
+        if code == _BLOCK_COLS:
+            return cls(_BLOCK_COLS, bits, unit, False, unit)
+        return cls(code, bits, 32, _in_words(packed.pattern, cols), unit)
 
     def read(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """Values and pattern in the units they are read in."""
         values, pattern = packed.values_Z, packed.pattern
-        if self.WORDS and self.FORMAT == _DENSE:
+        if self.WORDS and self.FORMAT == _FULL:
             return values.view(torch.int32), pattern
         return values, pattern.view(torch.int32) if self.WORDS else pattern
 
@@ -99,7 +101,7 @@ class Layout:
         return {name: getattr(self, name) for name in names}
 
 
-class Prepared:
+class TritonMatrix(PreparedMatrix):
     """A packed matrix with its layout and the places of the first values of its rows.
 
     ``splits`` parts of the columns are multiplied side by side where rows alone are too few for the device.
@@ -107,13 +109,16 @@ class Prepared:
 
     def __init__(self, packed: Packed, *, splits: int | None = None) -> None:
         check_packed(packed)
-        self.packed = packed
-        self.key = _key(packed)
-        self.layout = layout = Layout.of(packed)
+        super().__init__(packed)
+        self.layout = layout = TileLayout.of(packed)
         rows, cols = packed.shape
         device = packed.values_Z.device
-        nm = parse_nm(packed.fmt)
-        self.table = torch.zeros(1, dtype=torch.int32, device=device) if nm is None else _code_table(*nm, device)
+        coded = layout.FORMAT == _NM
+        self.table = (
+            _code_table(layout.GROUP_KEPT, layout.UNIT, device)
+            if coded
+            else torch.zeros(1, dtype=torch.int32, device=device)
+        )
         self.values, pattern = layout.read(packed)
         self.pattern = pattern if pattern.numel() else self.table
         tile = layout.GROUP * layout.GROUPS
@@ -144,16 +149,6 @@ class Prepared:
         """Memory beyond the stored tensors."""
         return 4 * (self.table.numel() + (self.starts.numel() if self.layout.counts else 0))
 
-    def is_current(self, packed: Packed) -> bool:
-        """Whether ``packed`` still lies where this was prepared for, with the same pattern."""
-        return self.key == _key(packed)
-
-
-def _key(packed: Packed) -> tuple[int, ...]:
-    pattern, values = packed.pattern, packed.values_Z
-    version = 0 if pattern.is_inference() else pattern._version
-    return values.data_ptr(), values.nbytes, pattern.data_ptr(), pattern.nbytes, version
-
 
 def _in_words(stream: Tensor, row_bits: int) -> bool:
     """Whether every row begins with a whole 32-bit word."""
@@ -170,32 +165,17 @@ def available() -> bool:
     return triton is not None
 
 
-def supports(packed: Packed, x_dtype: torch.dtype) -> bool:
-    """Whether the kernels can multiply by this matrix on a GPU; by a whole matrix of floats torch does."""
-    nm = parse_nm(packed.fmt)
-    return (
-        available()
-        and packed.values_Z.device.type == "cuda"
-        and x_dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and packed.kept < 2**31
-        and packed.shape[0] > 0
-        and packed.shape[1] > 0
-        and (packed.fmt != DENSE or packed.scales_N is not None)
-        and (nm is None or (nm[1] in (2, 4, 8, 16) and packed.shape[1] % nm[1] == 0))
-    )
-
-
-def prepare(packed: Packed, *, splits: int | None = None) -> Prepared:
+def prepare(packed: Packed, *, splits: int | None = None) -> TritonMatrix:
     """What ``multiply`` and ``decode`` need, once per matrix.
 
     Raises ``BackendError`` without Triton or for damaged tensors.
     """
     if triton is None:
         raise BackendError(f"Triton is not installed ({_missing}); `pip install fips[gpu]`")
-    return Prepared(packed, splits=splits)
+    return TritonMatrix(packed, splits=splits)
 
 
-def multiply(x_TK: Tensor, prepared: Prepared, bias_N: Tensor | None = None) -> Tensor:
+def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None) -> Tensor:
     r""":math:`y = x S^\top + b` in the type of ``x``; sums in float32; no autograd.
 
     Raises ``ShapeError`` for inputs or a bias of another size.
@@ -228,7 +208,7 @@ def multiply(x_TK: Tensor, prepared: Prepared, bias_N: Tensor | None = None) -> 
     return y.view(*x_TK.shape[:-1], rows)
 
 
-def decode(prepared: Prepared, dtype: torch.dtype) -> Tensor:
+def decode(prepared: TritonMatrix, dtype: torch.dtype) -> Tensor:
     """S as a dense (N, K) matrix; integers are multiplied by their scales in float32."""
     packed = prepared.packed
     rows, cols = packed.shape
@@ -242,12 +222,45 @@ def decode(prepared: Prepared, dtype: torch.dtype) -> Tensor:
     return dense
 
 
+class TritonBackend(Backend):
+    """The Triton kernels; torch itself multiplies by whole matrices of floats."""
+
+    name = "triton"
+    decodes = True
+
+    def supports(self, packed: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
+        if not available():
+            return f"Triton is not installed ({_missing}); `pip install fips[gpu]`"
+        if packed.layout.code(packed.block_axis) == _FULL and packed.scales_N is None:
+            return "a whole matrix of floats is a dense product"
+        return kernel_refuses(packed, device, dtype, "cuda")
+
+    def prepare(self, packed: Packed) -> TritonMatrix:
+        with _on_device_of(packed.values_Z):
+            return prepare(packed)
+
+    def multiply(
+        self, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, *, activation_bits: int | None = None
+    ) -> Tensor:
+        with _on_device_of(x):
+            return multiply(x, cast(TritonMatrix, prepared), bias)
+
+    def decode(self, prepared: PreparedMatrix, dtype: torch.dtype) -> Tensor:
+        with _on_device_of(prepared.packed.values_Z):
+            return decode(cast(TritonMatrix, prepared), dtype)
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 @cache
 def _code_table(n: int, m: int, device: torch.device) -> Tensor:
     """The M-bit mask of every code of an N:M format, in code order; of numbers that are no code, 0."""
     masks = sorted(mask for mask in range(1 << m) if mask.bit_count() == n)  # colexicographic order of the subsets
     assert len(masks) == math.comb(m, n)
-    masks += [0] * ((1 << code_bits(n, m)) - len(masks))
+    masks += [0] * ((1 << (len(masks) - 1).bit_length()) - len(masks))
     return torch.tensor(masks, dtype=torch.int32, device=device)
 
 
@@ -350,7 +363,7 @@ if triton is not None:
 
     @triton.jit
     def _product(total, weights, x_ptr, x_at, k, t_inside, cols, stride_k, WIDE: tl.constexpr) -> Any:
-        """The sums plus weights (N, G) of the columns ``k`` times these columns of the tokens."""
+        """The sums plus weights, (N, groups), of the columns ``k`` times these columns of the tokens."""
         x = tl.load(x_ptr + x_at + k[:, None] * stride_k, mask=t_inside & (k[:, None] < cols), other=0.0)
         weights = weights.to(tl.float32).to(x.dtype)
         if WIDE:
@@ -469,7 +482,7 @@ if triton is not None:
             inside = (n[:, None] < rows) & (k[None, :] < cols)
             at = (row * cols + k[None, :])[:, :, None] + j
             keep = inside[:, :, None] & (k[None, :, None] + j < cols)
-            kept = keep
+            present = keep
             if WORDS and FORMAT == 0:
                 words = (row * (cols // GROUP) + k[None, :] // GROUP) * (GROUP * BITS // 32)
                 place = words[:, :, None] + j * BITS // 32
@@ -487,8 +500,8 @@ if triton is not None:
                     pattern, table, row, k[None, :], inside, cols, pattern_bytes, first, stride, FORMAT, UNIT,
                     CODE_BITS, GROUP_KEPT, WORDS,
                 )  # fmt: skip
-                kept = keep & (((bits[:, :, None] >> j) & 1) != 0)
+                present = keep & (((bits[:, :, None] >> j) & 1) != 0)
                 before = _popcount(bits[:, :, None] & ((1 << j) - 1))
-                stored = _stored(values, place[:, :, None] + before * stride, kept, value_bytes, BITS)
-            entries = tl.where(kept, stored.to(tl.float32) * scale[:, None, None], 0.0)
+                stored = _stored(values, place[:, :, None] + before * stride, present, value_bytes, BITS)
+            entries = tl.where(present, stored.to(tl.float32) * scale[:, None, None], 0.0)
             tl.store(dense + at, entries.to(dense.dtype.element_ty), mask=keep)

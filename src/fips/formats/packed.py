@@ -1,0 +1,106 @@
+"""A packed matrix: stored values, a packed pattern, scales, and what they mean.
+
+Shape legend: N stored rows (outputs), K stored columns (the reduction), Z kept entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fips.errors import BackendError
+from fips.formats.patterns import BlockAxis, Pattern, pattern_named
+from fips.formats.values import FLOAT, Values, values_named
+
+__all__ = ["Packed", "check_packed", "in_place", "to_dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed matrix S of shape (N, K): a pattern of ``fips.formats.patterns``, values of ``fips.formats.values``."""
+
+    values_Z: Tensor
+    pattern: Tensor
+    """Packed pattern; empty where it costs no bits."""
+    scales_N: Tensor | None
+    """Per row, beside integer values."""
+    shape: tuple[int, int]
+    fmt: str
+    """Name of the pattern."""
+    block_axis: BlockAxis = 1
+    value_format: str = FLOAT
+    """Name of the value format."""
+    count: int = 0
+    """Kept entries, where the number of stored values does not say it: of integers of less than 8 bits."""
+
+    @property
+    def layout(self) -> Pattern:
+        """What the pattern means."""
+        return pattern_named(self.fmt)
+
+    @property
+    def numbers(self) -> Values:
+        """What the values mean."""
+        return values_named(self.value_format)
+
+    @property
+    def bits(self) -> int:
+        """Of integer values; 0 for floating ones."""
+        return self.numbers.bits or 0
+
+    @property
+    def kept(self) -> int:
+        """Kept entries."""
+        return self.count or self.values_Z.numel()
+
+    @property
+    def kind(self) -> str:
+        """Type of the values: ``float32``, ``int8``, ``int4``, ..."""
+        return self.value_format if self.numbers.scaled else str(self.values_Z.dtype).removeprefix("torch.")
+
+    def nbytes(self) -> int:
+        """Bytes of everything stored."""
+        parts = (self.values_Z, self.pattern, self.scales_N)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+def check_packed(packed: Packed) -> None:
+    """Raise ``BackendError`` unless the stored tensors are as long as the shape and the format say; reads none."""
+    rows, cols = packed.shape
+    pattern, numbers, size = packed.layout, packed.numbers, rows * cols
+    whole = size if pattern.group_kept is not None else packed.shape[packed.block_axis]
+    if rows < 0 or cols < 1 or whole % pattern.group:
+        raise BackendError(f"a matrix of shape {packed.shape} cannot be packed as {packed.fmt}")
+    count, fixed = packed.kept, pattern.kept(size)
+    if count > size or count % pattern.block or (fixed is not None and count != fixed):
+        raise BackendError(f"{packed.fmt} of shape {packed.shape} cannot hold {count} values")
+    for name, tensor, wanted in (
+        ("values", packed.values_Z, numbers.length(count)),
+        ("pattern", packed.pattern, pattern.nbytes(size)),
+        ("scales", packed.scales_N, numbers.num_scales(rows, cols)),
+    ):
+        if tensor is not None and (tensor.numel() != wanted or not tensor.is_contiguous()):
+            raise BackendError(
+                f"{name} of a matrix of shape {packed.shape} in format {packed.fmt}: want {wanted} numbers side by "
+                f"side, got {tuple(tensor.shape)}; load the checkpoint again"
+            )
+    stored = packed.values_Z.dtype
+    patterned = packed.pattern.numel() == 0 or packed.pattern.dtype == torch.uint8
+    if not patterned or (numbers.dtype is not None and stored != numbers.dtype):
+        raise BackendError(
+            f"patterns are bytes (uint8) and {packed.kind} values {numbers.dtype}, got {packed.pattern.dtype}, {stored}"
+        )
+
+
+def in_place(packed: Packed) -> Tensor:
+    """The stored values in their places (N, K); integers as int8, without their scales."""
+    values_Z = packed.numbers.unpack(packed.values_Z, packed.kept)
+    return packed.layout.unpack(values_Z, packed.pattern, packed.shape, packed.block_axis)
+
+
+def to_dense(packed: Packed) -> Tensor:
+    """S as a dense matrix: in the type of its values, or of integers in float32 (float64 beside such scales)."""
+    stored = in_place(packed)
+    return stored if packed.scales_N is None else packed.numbers.dequantize(stored, packed.scales_N)

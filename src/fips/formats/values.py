@@ -1,0 +1,211 @@
+"""How kept entries are stored: in a floating type, or as integers of some bits with scales.
+
+Integers of 2 to 8 bits stand for ``value * scale[row]``, one scale per stored row, symmetric: 4 bits are [-7, 7].
+``int8`` values are stored as they are, narrower ones as a stream of two's complement numbers, least significant bit
+first: 8 values of b bits fill b bytes.
+
+A further value format is a subclass of ``Values`` with ``VALUES.register`` above it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from fips.formats.registry import Registry
+
+__all__ = [
+    "FLOAT",
+    "VALUES",
+    "Values",
+    "automatic_values",
+    "integers",
+    "pack_integers",
+    "packed_length",
+    "unpack_integers",
+    "values_named",
+]
+
+FLOAT = "float"
+
+
+class Values:
+    """Numbers on a grid: a code per entry, as int8 while it is not packed, times the scale of its row.
+
+    A kept entry of row n is ``decode(code) * scale_n``; the code 0 stands for 0. Subclasses say what differs.
+    """
+
+    known: ClassVar[tuple[str, ...]] = ()
+    """Names of the class, as files and settings have them."""
+    bits: int | None = 8
+    """Of one stored value; None where the floating type of the tensor says it. Values with bits have scales."""
+    scale_group: int | None = None
+    """Entries along the sum under one scale; None: the whole row."""
+    largest: float = 127
+    """Largest number of the grid, in units of the scale."""
+    rounding_error: float = 0.0
+    """Expected squared error of the best such grid for a normal variable of variance 1."""
+    automatic: bool = False
+    """Whether ``values: auto`` tries it."""
+    compiled: bool = False
+    """Whether the compiled kernels read it."""
+    plain: bool = True
+    """Whether codes are the numbers themselves, so that decoding is a product with the scales."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        """The format of this name, None where it belongs to another class."""
+        return cls(name) if name in cls.known else None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether scales belong to the values."""
+        return self.bits is not None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the stored tensor; None: a floating type."""
+        return torch.int8 if self.bits == 8 else torch.uint8
+
+    def length(self, count: int) -> int:
+        """Numbers of the stored tensor for ``count`` values."""
+        return packed_length(count, self.bits or 8)
+
+    def bits_of(self, itemsize: int) -> int:
+        """Bits of one value beside numbers of a floating type of ``itemsize`` bytes."""
+        return self.bits or 8 * itemsize
+
+    def nbytes(self, count: int, itemsize: int) -> int:
+        """Bytes of ``count`` values, scales left out; ``itemsize`` is that of the floating type."""
+        return self.length(count)
+
+    def num_scales(self, rows: int, cols: int) -> int:
+        """Scales of a matrix that is summed along its columns."""
+        return rows * (1 if self.scale_group is None else -(-cols // self.scale_group))
+
+    def nearest(self, steps: Tensor) -> Tensor:
+        """The numbers of the grid nearest to some in units of their scale."""
+        return steps.round().clamp(-self.largest, self.largest)
+
+    def scales(self, matrix: Tensor, mask: Tensor) -> Tensor:
+        """Scale per row that maps its largest kept magnitude to ``largest``; 0 for a row that keeps nothing."""
+        return (matrix * mask).abs().amax(1) / self.largest
+
+    def quantize(self, matrix: Tensor, scales: Tensor) -> Tensor:
+        """Codes of the nearest numbers of the grid, int8; rows of scale 0 become 0."""
+        scales_1 = scales.to(matrix.dtype).unsqueeze(1)
+        return self.encode(self.nearest(torch.where(scales_1 == 0, torch.zeros_like(matrix), matrix / scales_1)))
+
+    def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """``decode(codes[i, j]) * scales[i]`` in float32, or in the type of the scales if that is wider."""
+        wide = scales.to(torch.promote_types(scales.dtype, torch.float32))
+        return self.decode(codes).to(wide.dtype) * wide.unsqueeze(1)
+
+    def encode(self, numbers: Tensor) -> Tensor:
+        """Codes of numbers of the grid, int8."""
+        return numbers.to(torch.int8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Numbers of the grid that codes stand for."""
+        return codes
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """A flat tensor of codes as it is stored."""
+        return pack_integers(codes, bits=self.bits or 8)
+
+    def unpack(self, stored: Tensor, count: int) -> Tensor:
+        """The first ``count`` codes of a stored tensor. Exact inverse of ``pack``."""
+        return unpack_integers(stored, bits=self.bits or 8, count=count)
+
+
+VALUES: Registry[Values] = Registry("value format")
+
+
+def values_named(name: str) -> Values:
+    """The value format of a name. Raises ``ConfigError`` for an unknown one."""
+    return VALUES.named(name)
+
+
+@VALUES.register
+class _Floats(Values):
+    known = (FLOAT,)
+    bits, compiled = None, True
+
+    @property
+    def dtype(self) -> None:
+        return None
+
+    def length(self, count: int) -> int:
+        return count
+
+    def nbytes(self, count: int, itemsize: int) -> int:
+        return count * itemsize
+
+    def num_scales(self, rows: int, cols: int) -> int:
+        return 0
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def unpack(self, stored: Tensor, count: int) -> Tensor:
+        return stored
+
+
+@VALUES.register
+class _Integers(Values):
+    known = ("int8", "int7", "int6", "int5", "int4", "int3", "int2")
+    compiled = True
+    bits: int
+    _ERRORS: ClassVar = {2: 0.119, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.00104, 7: 0.0003, 8: 0.00009}
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.bits = int(name.removeprefix("int"))
+        self.largest = (1 << (self.bits - 1)) - 1
+        self.rounding_error = self._ERRORS[self.bits]
+        self.automatic = self.bits in (3, 4, 5, 6, 8)
+
+
+def integers(bits: int) -> Values:
+    """The integers of 2 to 8 bits. Raises ``ConfigError`` for other widths."""
+    return VALUES.named(f"int{bits}")
+
+
+def automatic_values() -> list[Values]:
+    """What ``values: auto`` chooses among, fewest bits first."""
+    found = [values_named(name) for name in VALUES.known()]
+    return sorted((one for one in found if one.automatic), key=lambda one: one.bits or 0)
+
+
+def packed_length(count: int, bits: int) -> int:
+    """Bytes of ``count`` packed integers."""
+    return (count * bits + 7) // 8
+
+
+def pack_integers(values: Tensor, *, bits: int) -> Tensor:
+    """A flat int8 tensor as a stream of ``bits`` per value, uint8; for 8 bits as it is."""
+    if bits == 8:
+        return values
+    eights = torch.nn.functional.pad(values.long() & ((1 << bits) - 1), (0, -values.numel() % 8)).view(-1, 8)
+    words = (eights << bits * torch.arange(8, device=values.device)).sum(1, keepdim=True)
+    bytes_ = words >> 8 * torch.arange(bits, device=values.device) & 255
+    return bytes_.to(torch.uint8).flatten()[: packed_length(values.numel(), bits)]
+
+
+def unpack_integers(packed: Tensor, *, bits: int, count: int) -> Tensor:
+    """The first ``count`` integers of a stream, int8. Exact inverse of ``pack_integers``."""
+    if bits == 8:
+        return packed
+    bytes_ = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).long()
+    words = (bytes_ << 8 * torch.arange(bits, device=packed.device)).sum(1, keepdim=True)
+    fields = words >> bits * torch.arange(8, device=packed.device) & ((1 << bits) - 1)
+    sign = 1 << (bits - 1)
+    return ((fields ^ sign) - sign).to(torch.int8).flatten()[:count]

@@ -1,0 +1,86 @@
+"""The ways to compute a product of a layer, with what they keep of it; ``fips.kernels.runtime`` says what they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fips.formats.packed import Packed, to_dense
+from fips.kernels import ops, reference, registry
+from fips.kernels.backend import Backend, PreparedMatrix
+from fips.kernels.call import Product
+from fips.kernels.select import Choice
+from fips.kernels.validity import Snapshot
+
+__all__ = ["Ways"]
+
+
+class Ways:
+    """Computes in the way that is asked for. Threads may share it: what is kept is replaced as a whole."""
+
+    def __init__(self) -> None:
+        self._prepared: tuple[Backend, PreparedMatrix] | None = None
+        self._merged: tuple[torch.dtype, Snapshot, Tensor] | None = None
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory held beyond the stored tensors."""
+        merged, prepared = self._merged, self._prepared
+        return (0 if merged is None else merged[2].nbytes) + (0 if prepared is None else prepared[1].extra_bytes)
+
+    def forget_merged(self) -> None:
+        """Give a dense copy back."""
+        self._merged = None
+
+    def compute(self, choice: Choice, x: Tensor, layer: Product, activation_bits: int | None) -> Tensor:
+        """``x (B C)`` plus the bias; of an offloaded layer nothing is kept."""
+
+        def packed(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+            if layer.offloaded or torch.compiler.is_compiling() or ops.needs_grad(x, packed.values_Z, bias):
+                return ops.packed_linear(x, packed, bias)
+            prepared = self.prepared(packed, choice.backend)
+            return choice.backend.multiply(x, prepared, bias, activation_bits=activation_bits)
+
+        if choice.way in ("merge", "merged"):
+            weight = self._merged_weight(x.dtype, layer) if choice.way == "merged" else self._merge(x.dtype, layer)
+            return linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
+        if choice.way == "packed":
+            return layer.through_factor(x, packed)
+        return layer.through_factor(x, reference.multiply if layer.offloaded else self._decoded)
+
+    def prepared(self, packed: Packed, backend: Backend) -> PreparedMatrix:
+        """What a backend needs besides the stored tensors, made anew where they changed."""
+        kept = self._prepared  # read once: another thread may put its own there
+        if kept is None or kept[0] is not backend or not kept[1].is_current(packed):
+            kept = self._prepared = backend, backend.prepare(packed)
+        return kept[1]
+
+    def _decoded(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        return linear(x, self._factor(packed, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def _factor(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """The factor as a dense matrix, for the time of a call. Not for offloaded tensors: what is prepared is kept."""
+        values = packed.values_Z
+        if not torch.compiler.is_compiling() and ops.is_plain(values) and not ops.needs_grad(values):
+            backend = registry.decoder(packed)
+            if backend is not None:
+                return backend.decode(self.prepared(packed, backend), dtype)
+        return to_dense(packed).to(dtype)
+
+    @torch.no_grad()
+    def _merge(self, dtype: torch.dtype, layer: Product) -> Tensor:
+        """The (out, in) weight B C, formed in ``dtype`` with its usual accumulation."""
+        packed = layer.packed
+        factor = to_dense(packed).to(dtype) if layer.offloaded else self._factor(packed, dtype)
+        if layer.basis_DR is None:
+            return factor
+        basis = layer.basis_DR.to(dtype)
+        return factor @ basis.T if layer.up else basis @ factor
+
+    def _merged_weight(self, dtype: torch.dtype, layer: Product) -> Tensor:
+        seen = Snapshot(contents=layer.tensors())
+        merged = self._merged
+        if merged is None or merged[0] != dtype or not merged[1].equals(seen):
+            merged = self._merged = dtype, seen, self._merge(dtype, layer)
+        return merged[2]

@@ -1,0 +1,209 @@
+"""The default method: plans, and runs the stages over all groups."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import ClassVar
+
+import torch
+
+from fips.calibration.moments import moment_bytes
+from fips.errors import ConfigError
+from fips.methods.fips.settings import FipsConfig
+from fips.methods.fips.stages import (
+    Search,
+    Solved,
+    Split,
+    finish,
+    group_share,
+    measure,
+    open_search,
+    pack,
+    solve,
+    train,
+    try_choices,
+)
+from fips.methods.registry import Method, register
+from fips.methods.workbench import (
+    CompressedGroup,
+    Needs,
+    Workbench,
+)
+from fips.models import LayerGroup, Site
+from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
+from fips.plan.groups import GroupPlan, byte_target, solved_plan
+from fips.plan.least import BYTES_PER_BIT
+from fips.plan.plan import CompressionPlan
+from fips.plan.planner import check_inputs, equal_layers
+from fips.solve.search import Point, allocate
+from fips.training.distill import distill_
+from fips.training.factors import swapped
+
+__all__ = ["Fips"]
+
+
+@register
+class Fips(Method[FipsConfig]):
+    settings = FipsConfig
+    aliases: ClassVar = {"no-sharing": {"sharing": "never"}}
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.INPUTS | Needs.GRADIENTS | (Needs.ACTIVATIONS if self.trains_blocks else Needs.NOTHING)
+
+    @property
+    def temperature(self) -> float:
+        return self.config.metric.temperature
+
+    @property
+    def moment_memory(self) -> int:
+        return int(self.config.metric.memory)
+
+    @property
+    def trains_blocks(self) -> bool:
+        return self.config.reconstruction.steps > 0
+
+    @property
+    def trains_model(self) -> bool:
+        return self.config.distill.steps > 0
+
+    @property
+    def moves_neurons(self) -> bool:
+        return self.config.format.block > 1
+
+    def check(self, group: LayerGroup) -> None:
+        pattern = self.config.format
+        for site in group.sites:
+            if site.hidden % pattern.block:
+                raise ConfigError(
+                    f"`pattern` {self.config.pattern} needs hidden sizes that are a multiple of {pattern.block}, but "
+                    f"`{site.name}` has {site.hidden}; use `pattern: unstructured`"
+                )
+            check_inputs(site, pattern)
+
+    def plan(self, blank: GroupPlan) -> GroupPlan:
+        """Equal shares for all groups, no sharing, the widest values that fit where the width is to be measured."""
+        for values in reversed(self.config.value_choices):
+            layers, fits = self._equal_layers(blank.group, blank.dtype, values.name)
+            if fits:
+                break
+        return solved_plan(blank, rank=0, layers=layers)
+
+    def _equal_layers(self, group: LayerGroup, dtype: torch.dtype, kind: str) -> tuple[list[LayerStorage], bool]:
+        config = self.config
+        pattern = config.format
+        if pattern.group_kept is None:
+            return equal_layers(group, config, dtype, kind, fmt=pattern.name)
+        n, m = pattern.group_kept, pattern.group
+        layers = [
+            LayerStorage(site.width * site.hidden * n // m, pattern.name, kind, shared=False) for site in group.sites
+        ]
+        spent = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=layers).bytes
+        return layers, config.bits is None or spent <= byte_target(group, config)
+
+    def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
+        """A shared basis if there must be one, and an entry for every row and column of every matrix."""
+        item, unit = itemsize(dtype), BYTES_PER_BIT if self.config.budget is None else 1
+        least = {site: _least(site, self.config, item) for site in group.sites}
+        if self.config.sharing == "always" and len(group.sites) > 1:
+            basis = group.width**2 * (item if self.config.budget is None else 1)
+            return (basis + sum(least.values())) / (group.hidden * group.width * unit)
+        return max(size / (site.hidden * group.width * unit) for site, size in least.items())
+
+    def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
+        """Solve all groups, train them together if asked to, pack them and measure what they lost."""
+        config = self.config
+        solved = _solve_groups(bench, plan, config)
+        if config.distill.steps:
+            blocks = [block for item in solved for block in bench.blocks(item.plan.group).values()]
+            losses = distill_(
+                bench.model, [item.trainable for item in solved if item.trainable is not None], blocks,
+                bench.batches, config.distill, bench.run,
+                lambda step, loss: bench.report("distill", "all", step + 1, config.distill.steps, loss),
+            )  # fmt: skip
+            for item in solved:
+                item.losses += losses
+        packed = [pack(item) for item in solved]  # before anything else can fail
+        return [finish(bench, item, *done) for item, done in zip(solved, packed, strict=True)]
+
+
+def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[Solved]:
+    """Every group with the structure and size that the measured errors ask for."""
+    metric = config.metric
+    chunks = list(_chunks(plan.groups, 0 if metric.propagate_errors else metric.memory))  # each behind the one before
+    chosen, searches = _choose(bench, plan, config, chunks)
+    found: list[Solved] = []
+    with ExitStack() as installed:
+        for chunk in chunks:
+            if not searches:
+                moments = measure(bench, config, chunk)
+            for group in chunk:
+                started = time.perf_counter()
+                search = searches.pop(group.group.name, None) or open_search(bench, group, config, moments)
+                item = solve(bench, group, config, search, chosen[group.group.name])
+                train(bench, item, config)
+                item.seconds = time.perf_counter() - started
+                found.append(item)
+                if metric.propagate_errors:
+                    installed.enter_context(swapped(bench.model, item.modules(bench.model)))
+    return found
+
+
+def _choose(
+    bench: Workbench, plan: CompressionPlan, config: FipsConfig, chunks: Sequence[Sequence[GroupPlan]]
+) -> tuple[dict[str, Split], dict[str, Search]]:
+    """Structure and bytes of every group by name, and the searches where all of them are still in memory."""
+    units: list[list[Point]] = []
+    sizes: dict[str, int] = {}
+    searches: dict[str, Search] = {}
+    for chunk in chunks:
+        moments = measure(bench, config, chunk)
+        searches.clear()
+        for group in chunk:
+            search = open_search(bench, group, config, moments)
+            with torch.autocast(bench.device.type, enabled=False):
+                found = try_choices(search, group, config)
+            search.forget()
+            units += found
+            searches[group.group.name] = search
+            sizes[group.group.name] = len(found)
+            bench.report("solve", "trials", len(sizes), len(plan.groups))
+    split = iter(allocate(units, sum(group_share(group, config) for group in plan.groups)))
+    chosen: dict[str, Split] = {name: [next(split) for _ in range(count)] for name, count in sizes.items()}
+    keep = len(chunks) == 1 and not config.metric.propagate_errors
+    return chosen, searches if keep else {}
+
+
+def _chunks(groups: Sequence[GroupPlan], memory: int) -> Iterator[list[GroupPlan]]:
+    """Runs of groups whose moments fit into a number of bytes; at least one group each."""
+    chunk: list[GroupPlan] = []
+    used = 0
+    for group in groups:
+        need = 2 * moment_bytes(group.group.sites)  # the moments and the problems made of them
+        if chunk and used + need > memory:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(group)
+        used += need
+    if chunk:
+        yield chunk
+
+
+def _least(site: Site, config: FipsConfig, item: int) -> float:
+    """The least that may be made of a matrix, without its basis: numbers or bytes."""
+    size, pattern = site.width * site.hidden, config.format
+    kept = math.ceil(max(site.width, site.hidden) / pattern.block) * pattern.block
+    if pattern.group_kept is not None:
+        kept = size * pattern.group_kept // pattern.group
+    if config.budget is not None:
+        return kept
+    numbers = config.value_choices[0]
+    values: float = kept * item
+    if numbers.bits is not None:
+        scales = numbers.num_scales(site.outputs, site.inputs)
+        values = kept * numbers.bits / 8 + scales * item + (numbers.bits % 8 > 0)
+    bits = size / pattern.group * pattern.group_bits if pattern.density is None else pattern.bits(size)
+    return values + bits / 8

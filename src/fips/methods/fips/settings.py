@@ -1,0 +1,81 @@
+"""What may be asked of the default method."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from fips.config import InputMetricConfig, SparseConfig
+from fips.formats.patterns import Pattern, pattern_for
+from fips.formats.values import FLOAT, Values, automatic_values, values_named
+from fips.training.distill import DistillConfig
+
+__all__ = ["FipsConfig", "MetricConfig"]
+
+
+class MetricConfig(InputMetricConfig):
+    """What an error costs: the second-order change of the model's output."""
+
+    temperature: float = Field(default=2.0, gt=0)
+    """Temperature of the softmax whose change counts; 1 is the KL divergence, large values treat logits alike."""
+    token_floor: float = Field(default=0.4, ge=0, le=1)
+    """Share of the weight that all tokens get alike; the rest goes by what a token does to the output."""
+    propagate_errors: bool = False
+    """Measure every group behind the compressed groups before it instead of behind the original ones."""
+
+
+class FipsConfig(SparseConfig):
+    """What each group may become, the metric, and training afterwards; structure and sparsity follow from the size."""
+
+    method: Literal["fips"] = "fips"
+    sharing: Literal["auto", "always", "never"] = "auto"
+    """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning)."""
+    values: str | None = None
+    """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
+    bits as measured per layer. Default: `auto` with `bits`, else float."""
+    pattern: str = "auto"
+    """`unstructured`; `N:M`, N entries kept of every M consecutive ones along the reduction; `block4` or `block8`, one
+    mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
+    measured per group."""
+    schedule: Literal["static", "gmp", "rigl"] = "static"
+    """Whether the support that was found stays (`static`) or changes while training (`rigl`)."""
+    metric: MetricConfig = MetricConfig()
+    distill: DistillConfig = DistillConfig()
+
+    def check(self) -> None:
+        super().check()
+        if self.sharing == "always" and self.nm is not None:
+            raise ValueError(
+                "`sharing: always` needs a pattern of free size, got N:M; leave `pattern` or `sharing` out"
+            )
+        if self.values == "auto" and self.bits is None:
+            raise ValueError("`values: auto` weighs bits against bytes: give `bits`, not `budget`")
+        if self.schedule == "gmp":
+            raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
+        if self.schedule == "rigl" and self.pattern not in ("auto", "unstructured"):
+            raise ValueError(f"`schedule: rigl` needs `pattern: unstructured`, got {self.pattern!r}")
+
+    @field_validator("values")
+    @classmethod
+    def _known_values(cls, values: str | None) -> str | None:
+        return values if values in (None, "auto") else values_named(values).name
+
+    @property
+    def has_integers(self) -> bool:
+        return self.value_choices[0].scaled
+
+    @property
+    def value_choices(self) -> list[Values]:
+        """The value formats that a layer may get, fewest bits first; by default `auto` where bytes are counted."""
+        found = self.values or ("auto" if self.bits is not None else FLOAT)
+        return automatic_values() if found == "auto" else [values_named(found)]
+
+    @property
+    def resolved_pattern(self) -> str:
+        """``pattern``, where supports that change need a free one."""
+        return "unstructured" if self.schedule == "rigl" else self.pattern
+
+    @property
+    def format(self) -> Pattern:
+        return pattern_for("unstructured" if self.resolved_pattern == "auto" else self.resolved_pattern)

@@ -1,0 +1,342 @@
+"""The stages of the default method. Each is a function of what the stages before it gave, for one group at a time.
+
+===============  ==================================================  ===============================================
+stage            from                                                gives
+===============  ==================================================  ===============================================
+``measure``      layers of some groups, the batches                  second moments by layer
+``open_search``  moments, the weights of a group                     its problems, ready to be solved
+``try_choices``  a search                                            measured errors of structures at a few sizes
+``allocate``     those of all groups (``fips.solve.search``)         structure and bytes of every layer
+``solve``        a search, structure and bytes                       supports, integers, basis, biases
+``train``        what was solved, block inputs and outputs           the same after steps, if any are asked for
+``pack``         what was solved or trained                          layers in the bytes they will be stored in
+``finish``       packed layers                                       a finished group with its block errors
+===============  ==================================================  ===============================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fips.calibration.moments import LayerMoments
+from fips.formats.patterns import FULL
+from fips.layers.linear import FactoredLinear, SharedBasis
+from fips.methods.fips.settings import FipsConfig
+from fips.methods.workbench import (
+    MAX_ERROR_BATCHES,
+    CompressedGroup,
+    Workbench,
+    dense_matrix,
+    measured,
+    pack_group,
+)
+from fips.models import Site
+from fips.plan.footprint import LayerStorage, itemsize
+from fips.plan.groups import GroupPlan, byte_target, solved_plan
+from fips.solve.alternate import Factorization
+from fips.solve.problems import LayerProblem
+from fips.solve.reorder import neighbour_order
+from fips.solve.search import SIZES, WORTH_SHARING, Choice, GroupSearch, Point, Pricing, expected_total
+from fips.solve.supports import Reduction
+from fips.training.factors import TrainableGroup, swapped
+from fips.training.reconstruct import BlockError, reconstruct_
+
+__all__ = [
+    *("Packed", "Search", "Solved", "Split"),
+    *("finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve", "train", "try_choices"),
+]
+
+ENOUGH = 2
+"""Gradients per output of a layer from which their second moment is taken as it is. With 24 and 128 examples, 80
+outputs and a head of two classes mixing made the error of the logits 8 and 3 times smaller."""
+N16 = ("2:16", "4:16", "8:16")
+
+Packed = tuple[dict[str, SharedBasis], dict[str, FactoredLinear]]
+Split = Sequence[tuple[Choice, float]]
+"""Structure and bytes of a group: of all its layers together where they share a basis, else of each."""
+
+
+def measure(bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan]) -> dict[str, LayerMoments]:
+    """Stage: second moments of what the layers of some groups read and of the gradients of what they write."""
+    sites = [site for group in groups for site in group.group.sites]
+    name = groups[0].group.name if len(groups) == 1 else "all"
+    metric = config.metric
+    return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
+
+
+@dataclass(slots=True)
+class Search:
+    """The searches of one group, with what is needed to go back from their columns to the model's."""
+
+    group: GroupSearch
+    layers: list[GroupSearch]
+    """One for every site."""
+    moments: Mapping[str, LayerMoments]
+    orders: list[Tensor]
+    """For every site the original column at every place."""
+
+    def solve(self, split: Split) -> tuple[list[Choice], Factorization]:
+        """The factors of all sites, and the choice of each."""
+        if len(split) == 1 and len(self.layers) > 1:
+            return [split[0][0]] * len(self.layers), self.group.solve(*split[0])
+        found = [layer.solve(*one) for layer, one in zip(self.layers, split, strict=True)]
+        grids = [grid for one in found for grid in one.grids or ()]
+        return [choice for choice, _ in split], Factorization(
+            None,
+            [factor for one in found for factor in one.factors_RF],
+            [mask for one in found for mask in one.masks_RF],
+            [sum(one.losses[-1] for one in found)],
+            grids or None,
+        )
+
+    def forget(self) -> None:
+        """Drop solved factorizations; the problems stay."""
+        for search in (self.group, *self.layers):
+            search.forget()
+
+
+def open_search(bench: Workbench, plan: GroupPlan, config: FipsConfig, moments: Mapping[str, LayerMoments]) -> Search:
+    """Stage: the problems of a group, hidden neurons in an order that suits the pattern."""
+    sites = plan.group.sites
+    orders = [torch.arange(site.hidden, device=bench.device) for site in sites]
+    search = _searches(bench, plan, config, moments, orders)
+    block = config.format.block
+    if block > 1:
+        with torch.autocast(bench.device.type, enabled=False):
+            free = Choice(False, "unstructured", config.value_choices[-1].name)
+            size = max(
+                group_share(plan, config), search.group.least_bytes(free)
+            )  # its pattern costs more than that of blocks
+            masks = search.group.solve(free, size).masks_RF
+        orders = _neighbours(plan, dict(zip([site.name for site in sites], masks, strict=True)), block)
+        search = _searches(bench, plan, config, moments, orders)
+    return search
+
+
+def _searches(
+    bench: Workbench,
+    plan: GroupPlan,
+    config: FipsConfig,
+    moments: Mapping[str, LayerMoments],
+    orders: list[Tensor],
+) -> Search:
+    sites = plan.group.sites
+    with torch.autocast(bench.device.type, enabled=False):
+        problems = [
+            site_problem(weight_DF.float()[:, order], site, moments[site.name], order)
+            for weight_DF, site, order in zip(bench.weights(sites), sites, orders, strict=True)
+        ]
+    reductions: list[Reduction] = [site.role.reduction for site in sites]
+    pricing = _pricing(plan, config)
+    group = GroupSearch(problems, reductions, pricing, plan.dtype)
+    layers = [
+        GroupSearch([problem], [axis], pricing, plan.dtype) for problem, axis in zip(problems, reductions, strict=True)
+    ]
+    return Search(group, layers, moments, orders)
+
+
+def site_problem(weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
+    """The error of one layer in the metric of the output, hidden neurons in the order given.
+
+    Without gradients it is the error of the layer's own outputs relative to their size.
+    """
+    gradients_OO, inputs_II = _gradient_metric(moments), moments.inputs_II
+    left_DD, right_FF = site.role.sides(inputs_II, gradients_OO)
+    right_FF = right_FF[order_F][:, order_F]
+    if moments.samples == 0:
+        outputs = float(((left_DD @ weight_DF @ right_FF) * weight_DF).sum())
+        left_DD = left_DD / outputs if outputs > 0 else left_DD
+    return LayerProblem(weight_DF, left_DD, right_FF)
+
+
+def _gradient_metric(moments: LayerMoments) -> Tensor:
+    """The moment of the gradients, mixed with the identity where there are too few of them to tell all directions.
+
+    A few gradients span a few directions, and errors in all others would be free: of a classifier's last block, only
+    one token of every example has a gradient. With n of them and O outputs the share of the identity falls from 1 to 0
+    at n = 2 O.
+    """
+    gradients_OO = moments.gradients_OO
+    size = len(gradients_OO)
+    share = max(0.0, 1 - moments.samples / (ENOUGH * size))
+    if share == 0:
+        return gradients_OO
+    mean = gradients_OO.diagonal().mean() if moments.samples > 0 else gradients_OO.new_ones(())
+    identity_OO = torch.eye(size, dtype=gradients_OO.dtype, device=gradients_OO.device)
+    return (1 - share) * gradients_OO + share * mean * identity_OO
+
+
+def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> list[Tensor]:
+    """One order per MLP, the same for all its matrices; the halves of a fused gate and up alike."""
+    orders = []
+    for sublayer in plan.group.sublayers:
+        halves = []
+        for site in sublayer.sites:
+            halves += masks_RF[site.name].split([part.features for part in site.parts], dim=1)
+        order_F = neighbour_order(halves, size=block)
+        orders += [
+            torch.cat([order_F + start for start in range(0, site.hidden, len(order_F))]) for site in sublayer.sites
+        ]
+    return orders
+
+
+def try_choices(search: Search, plan: GroupPlan, config: FipsConfig) -> list[list[Point]]:
+    """Stage: measured errors of a group, one curve for every layer, or one for all where they share a basis."""
+    share, choices = group_share(plan, config), _choices(plan, config)
+    shared = [choice._replace(shared=True) for choice in choices if choice.free]
+    if config.sharing == "always" and len(plan.group.sites) > 1:
+        return [search.group.trials(shared, share)]
+    parts = [site.hidden / plan.group.hidden for site in plan.group.sites]
+    alone = [one.trials(choices, part * share) for one, part in zip(search.layers, parts, strict=True)]
+    if config.sharing != "auto" or len(plan.group.sites) < 2 or not shared:
+        return alone
+    best = min(shared, key=lambda choice: search.group.expected(choice, share))
+    ratio = search.group.sharing_ratio(best, share, expected_total(alone, share))
+    if ratio >= WORTH_SHARING:
+        return alone
+    sizes = [factor * share for factor in SIZES if search.group.expected(best, factor * share) < math.inf]
+    return [[Point(best, size, ratio * expected_total(alone, size)) for size in sizes]]
+
+
+@dataclass(slots=True)
+class Solved:
+    """A group between solving and packing."""
+
+    plan: GroupPlan
+    storages: list[LayerStorage]
+    found: Factorization
+    biases: list[nn.Parameter | None]
+    trainable: TrainableGroup | None = None
+    """Where something is trained."""
+    start: tuple[BlockError, ...] = ()
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Layers that compute what was solved, before anything is packed, for a model that still has its own."""
+        if self.trainable is not None:
+            return self.trainable.modules
+        sites, basis_DR = self.plan.group.sites, self.found.basis_DR
+        weights_DF = [factor if basis_DR is None else basis_DR @ factor for factor in self.found.factors_RF]
+        return {
+            site.name: _linear(site.role.to_linear(weight_DF.to(dense_matrix(model, site).dtype)), bias)
+            for site, weight_DF, bias in zip(sites, weights_DF, self.biases, strict=True)
+        }
+
+
+def _linear(weight_OI: Tensor, bias: nn.Parameter | None) -> nn.Module:
+    layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    layer.register_parameter("bias", bias)
+    return layer
+
+
+def solve(bench: Workbench, plan: GroupPlan, config: FipsConfig, search: Search, split: Split) -> Solved:
+    """Stage: supports, numbers, basis and moved biases of a group at a structure and size."""
+    sites = plan.group.sites
+    with torch.autocast(bench.device.type, enabled=False):
+        choices, found = search.solve(split)
+    storages = [_storage(mask, choice) for mask, choice in zip(found.masks_RF, choices, strict=True)]
+    rank = 0 if found.basis_DR is None else found.basis_DR.shape[1]
+    plan = solved_plan(plan, rank=rank, layers=storages)
+    biases = [
+        _moved_bias(bench, site, problem, factor, found, search.moments[site.name], order)
+        for site, problem, factor, order in zip(
+            sites, search.group.problems, found.factors_RF, search.orders, strict=True
+        )
+    ]
+    search.forget()
+    return Solved(plan, storages, found, biases)
+
+
+def train(bench: Workbench, item: Solved, config: FipsConfig) -> None:
+    """Stage: train a group block by block, if steps are asked for, and measure its errors before them."""
+    if not config.reconstruction.steps and not config.distill.steps:
+        return
+    plan, found = item.plan, item.found
+    group = TrainableGroup(found.basis_DR, found.factors_RF, plan.group.sites, item.biases, config, None)
+    group.set_masks(found.masks_RF)
+    if found.grids is not None:
+        group.set_grids(found.grids)
+    item.trainable = group
+    limit = None if config.reconstruction.steps else MAX_ERROR_BATCHES
+    with bench.recorded(plan.group, limit=limit) as (records, spool):
+        start = measured(
+            f"the block errors of group {plan.group.name} before training",
+            lambda: bench.errors_with(plan.group, group.modules, records, spool),
+        )
+        item.start = start or ()
+        with swapped(bench.model, group.modules):
+            steps = config.reconstruction.steps
+            item.losses = reconstruct_(
+                group, bench.blocks(plan.group), records, spool, bench.device,
+                lambda step, loss: bench.report("reconstruct", plan.group.name, step + 1, steps, loss),
+            )  # fmt: skip
+
+
+def pack(item: Solved) -> Packed:
+    """Stage: bases and layers of a group, by name, in the bytes they will be stored in."""
+    found = item.found if item.trainable is None else item.trainable.found()
+    return pack_group(found, item.plan.group.sites, item.biases, item.plan, item.storages)
+
+
+def finish(
+    bench: Workbench, item: Solved, bases: dict[str, SharedBasis], layers: dict[str, FactoredLinear]
+) -> CompressedGroup:
+    """Stage: the group with what it lost."""
+    final = bench.final_errors(item.plan.group, layers)
+    return CompressedGroup(item.plan, bases, layers, item.start or final, final, tuple(item.losses), item.seconds)
+
+
+def _moved_bias(
+    bench: Workbench,
+    site: Site,
+    problem: LayerProblem,
+    factor_RF: Tensor,
+    found: Factorization,
+    moments: LayerMoments,
+    order_F: Tensor,
+) -> nn.Parameter | None:
+    """A layer's bias plus the mean of what its new matrix loses, in the order of its neurons."""
+    bias = bench.bias(site)
+    if bias is None:
+        return None
+    error_DF = problem.weight_DF - (factor_RF if found.basis_DR is None else found.basis_DR @ factor_RF)
+    if site.role.reads_stream:
+        return nn.Parameter((bias.detach()[order_F] + moments.mean_I @ error_DF).to(bias.dtype))
+    return nn.Parameter((bias.detach() + error_DF @ moments.mean_I[order_F]).to(bias.dtype))
+
+
+def _storage(mask_RF: Tensor, choice: Choice) -> LayerStorage:
+    fmt = FULL if bool(mask_RF.all()) else choice.layout.name
+    return LayerStorage(int(mask_RF.sum()), fmt, choice.values, choice.shared)
+
+
+def _choices(plan: GroupPlan, config: FipsConfig) -> list[Choice]:
+    """What a layer of the group may become without sharing."""
+    patterns = [config.resolved_pattern]
+    if patterns == ["auto"]:
+        patterns = ["unstructured"]
+        if plan.group.width % 16 == 0 and all(site.hidden % 16 == 0 for site in plan.group.sites):
+            patterns += N16
+    return [Choice(False, pattern, values.name) for pattern in patterns for values in config.value_choices]
+
+
+def group_share(plan: GroupPlan, config: FipsConfig) -> float:
+    """Bytes, or numbers where the setting counts numbers, of an equal split."""
+    if config.bits is not None:
+        return byte_target(plan.group, config)
+    assert config.budget is not None
+    return config.budget * plan.group.width * plan.group.hidden
+
+
+def _pricing(plan: GroupPlan, config: FipsConfig) -> Pricing:
+    if config.bits is None:
+        return Pricing(value=1.0, basis_entry=1.0, pattern_bit=0.0, value_bit=1 / (config.value_choices[0].bits or 1))
+    size = itemsize(plan.dtype)
+    return Pricing(value=size, basis_entry=size, row_scale=size if config.has_integers else 0.0)

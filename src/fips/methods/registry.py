@@ -1,0 +1,84 @@
+"""All methods by name. A method is one file of this package: its maths, its settings, what it needs, how it proceeds.
+
+``register`` makes it known: to ``CompressionConfig(method=...)``, recipes, the command line and ``fips compare``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar, cast
+
+from fips.config import SETTINGS, CompressionConfig
+from fips.errors import ConfigError
+from fips.methods.workbench import CompressedGroup, Needs, Workbench
+from fips.plan.plan import CompressionPlan
+from fips.plan.planner import PLANNERS, C, Planner, planner_of
+
+__all__ = ["Method", "aliases", "method_of", "register"]
+
+
+class Method(Planner[C]):
+    """One way to compress a model, with its settings ``config``; see ``Planner`` for how it plans."""
+
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Names for some of its settings, to compare with."""
+
+    @property
+    def needs(self) -> Needs:
+        """What is measured for it."""
+        return Needs.NOTHING
+
+    @property
+    def temperature(self) -> float:
+        """Of the softmax whose change it takes gradients of."""
+        return 1.0
+
+    @property
+    def moment_memory(self) -> int:
+        """Bytes of moments that it holds at a time, if it needs them; at least those of one group are held."""
+        return 0
+
+    @property
+    def trains_blocks(self) -> bool:
+        """Whether it trains block by block."""
+        return False
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether it trains the model as a whole."""
+        return False
+
+    @abstractmethod
+    def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
+        """The layers of every group of the plan; the model stays as it is."""
+
+
+M = TypeVar("M", bound=type[Method[Any]])
+
+
+def register(method: M) -> M:
+    """Make a method known under the default ``method`` of its settings.
+
+    Raises ``ConfigError`` if that name is taken.
+    """
+    name = method.settings.model_fields["method"].default
+    if name in PLANNERS:
+        raise ConfigError(f"there is a `method: {name}` already, {PLANNERS[name].__qualname__}; take another name")
+    SETTINGS[name] = method.settings
+    PLANNERS[name] = method
+    return method
+
+
+def method_of(config: CompressionConfig) -> Method[Any]:
+    """The method that settings ask for; raises ``ConfigError`` if there is none."""
+    return cast(Method[Any], planner_of(config))
+
+
+def aliases() -> dict[str, dict[str, Any]]:
+    """Settings by every name that one can compare: those of methods, and those that methods give to some settings."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, method in PLANNERS.items():
+        found[name] = {"method": name}
+        found |= {alias: {"method": name, **fields} for alias, fields in getattr(method, "aliases", {}).items()}
+    return found
