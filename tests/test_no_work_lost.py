@@ -570,7 +570,7 @@ def test_a_signal_while_the_directory_gets_its_name_leaves_it_complete(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_signal_in_the_middle_of_a_file_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     """Twice: the second arrives while the first is being cleaned up after."""
     script = f"""
@@ -632,8 +632,8 @@ def test_a_signal_after_the_work_is_not_told_as_if_nothing_was_written(
     assert capsys.readouterr().err == "interrupted: nothing was written\n"  # by this command
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["words", "json"])
-@pytest.mark.parametrize("place", ["/dev/full", "pipe"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "options"), [("/dev/full", []), ("pipe", ["--json"])])
 def test_a_standard_output_that_takes_nothing_is_told_last(
     packed: PreTrainedModel, tmp_path: Path, place: str, options: list[str]
 ) -> None:
