@@ -106,6 +106,7 @@ def test_compress_and_evaluate_images(vit_directory: Path, images: Path, tmp_pat
     assert "top1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compress_and_evaluate_text(llama_directory: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "small"
     command = ["compress", str(llama_directory), "--data", str(text), "--budget", "0.5", "--output", str(out)]

@@ -203,6 +203,7 @@ def test_heads_of_few_examples_have_gradients_and_are_not_far_behind_gptq(labels
     assert errors["fips"] < 0.5 * errors["magnitude"]
 
 
+@pytest.mark.slow
 def test_question_answering_is_measured_without_its_padding() -> None:
     model = small("bert", "BertForQuestionAnswering", **SMALL, vocab_size=64)
     ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -231,6 +232,7 @@ def clip_batches(size: int, count: int = 3) -> list[dict[str, Tensor]]:
     ]
 
 
+@pytest.mark.slow
 def test_both_towers_count_even_with_one_example_at_a_time() -> None:
     model, original, batches = clip(), clip(), clip_batches(1)
     report = fips.compress(model, batches, settings(sharing="never"))

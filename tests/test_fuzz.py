@@ -54,6 +54,7 @@ def _stumble(_: Path) -> None:
         (_stumble, "foreign: KeyError at test_fuzz.py:"),
     ],
 )
+@pytest.mark.slow
 def test_a_fault_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: Callable[[Path], None], name: str
 ) -> None:

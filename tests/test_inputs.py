@@ -526,6 +526,7 @@ def compiled(model: PreTrainedModel) -> Any:
 
 
 @pytest.mark.parametrize("wrap", [compiled, nn.DataParallel], ids=["compile", "data parallel"])
+@pytest.mark.slow
 def test_wrappers_are_taken_off_and_the_model_inside_is_saved(wrap: Any, tmp_path: Path) -> None:
     model = tiny_model("llama")
     wrapper, batches = wrap(model), batches_for(model)
@@ -587,6 +588,7 @@ def with_compiled_forward(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("wrap", [prepared, with_compiled_forward])
+@pytest.mark.slow
 def test_a_forward_put_over_the_models_own_is_passed_by_and_stays(wrap: Any) -> None:
     """``Accelerator.prepare`` adds autocast, in which moments would be products of bfloat16."""
     model, expected = wrap(tiny_model("llama")), tiny_model("llama")

@@ -54,6 +54,7 @@ def outputs_of(model: Any, **inputs: Tensor) -> Tensor:
         return model(**inputs).logits
 
 
+@pytest.mark.slow
 def test_dense_export_loads_without_fips(directories: dict[str, Path], tmp_path: Path) -> None:
     assert main(["export", str(directories["vit"]), "--output", str(tmp_path / "dense")]) == 0
     code = (

@@ -65,6 +65,7 @@ def logits_of(model: Any) -> Tensor:
         return model(input_ids=IDS[:2]).logits
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_everything_and_keeps_the_support(tmp_path: Path) -> None:
     fips.save(packed("gpt2"), tmp_path / "start")  # gpt2 has biases
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")

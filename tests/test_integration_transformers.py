@@ -234,6 +234,7 @@ if sys.argv[5:]:
 """
 
 
+@pytest.mark.slow
 def test_remote_code_needs_no_import_of_fips(saved: Path, expected: Tensor, tmp_path: Path) -> None:
     output, again = tmp_path / "logits.pt", tmp_path / "again"
     assert "import fips" not in WITHOUT_FIPS

@@ -487,6 +487,7 @@ def packed_repository(repository: Path, path: Path, *, way: str = "fips.save") -
 
 @pytest.mark.parametrize("way", ["fips.save", "save_pretrained"])
 @pytest.mark.parametrize("looped", [False, True], ids=["", "looped"])
+@pytest.mark.slow
 def test_code_travels_with_packed_weights(looped: bool, way: str, tmp_path: Path) -> None:
     repository = write_repository(tmp_path / "repository", looped=looped)
     model, path = packed_repository(repository, tmp_path / "packed", way=way)

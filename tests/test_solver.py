@@ -211,6 +211,7 @@ def test_the_weighted_solution_beats_magnitude_pruning_of_the_svd() -> None:
     assert total(items, found.basis_DR, found.factors_RF) < 0.5 * magnitude
 
 
+@pytest.mark.slow
 def test_a_planted_sparse_factorization_is_recovered() -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
@@ -472,6 +473,7 @@ def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trai
             assert torch.equal(layer.scales, grid.steps_N)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model() -> None:
     states = []
     for _ in range(2):
@@ -561,6 +563,7 @@ def test_what_is_expected_of_a_choice_falls_with_bytes_and_bits() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_width_of_the_values_follows_the_bytes() -> None:
     kinds = []
     for size in (4.0, 8.0):
@@ -734,6 +737,7 @@ class TestTrainedGrid:
         assert torch.allclose(layer.entries_RF.grad, weight * steps_N.float().unsqueeze(1) * layer.mask_RF)
 
 
+@pytest.mark.slow
 def test_stages_run_by_hand_for_one_group_alone() -> None:
     """What one group becomes does not hang on the others but by its size."""
     model = tiny_model("llama")
