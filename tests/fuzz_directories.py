@@ -5,7 +5,8 @@ once from the packed bytes and once decoded. Forked workers do it, so that crash
 
 * a crash, 20 seconds without an answer, 256 MiB more than before, an exception that is none of ours
 * another model accepted by ``fips.load`` with its default ``verify=True`` though its manifest was not made to agree
-* an exception that transformers raises after the model was built, which is when our code looks at the files
+* an exception that transformers raises after the model was built, if ``config.json`` still says that it is ours: our
+  code has looked at the files by then
 
 Counts go to stdout as JSON, with every fault and how to see it again (``--only INDEX``); the exit status is 1 if there
 is one. Exceptions of ``from_pretrained`` that transformers raises without any of our code are counted by name.
@@ -225,22 +226,28 @@ def attempt(loader: str, path: Path, known: set[str], expected: str, *, agrees: 
         memory = any(word in str(error) for word in ("MemoryError", "allocate memory"))
         return Outcome("allocation refused" if memory else type(error).__name__, memory, str(error))
     except Exception as error:
-        return _foreign(loader, stage, error)
+        return _foreign(loader, stage, error, path)
     if loader == "load" and not (same or agrees):
         return Outcome("another model accepted", True)
     return Outcome("same model" if same else "another model")
 
 
-def _foreign(loader: str, stage: str, error: Exception) -> Outcome:
+def _foreign(loader: str, stage: str, error: Exception, path: Path) -> Outcome:
     frames = traceback.extract_tb(error.__traceback__)
     ours = any(Path(fips.__file__).parent in Path(frame.filename).parents for frame in frames)
     last = frames[-1]
     where = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno} while {stage}"
-    built = any(frame.name in AFTER_BUILDING for frame in frames)
+    built = any(frame.name in AFTER_BUILDING for frame in frames) and _says_fips(path)
     if loader == "from_pretrained" and not (ours or built) and stage == "load":
         return Outcome(f"of transformers: {where}", text=str(error)[:200])
     head = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-6:]))
     return Outcome(f"foreign: {where}", True, f"{str(error)[:200]} [{head}]")
+
+
+def _says_fips(path: Path) -> bool:
+    """Whether the configuration names our method: transformers passes over others and never calls us."""
+    fields = json.loads((path / "config.json").read_text()).get("quantization_config")
+    return isinstance(fields, dict) and fields.get("quant_method") == "fips"
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
