@@ -311,6 +311,23 @@ class _Reader:
             raise DataError(f"`attention_mask` of {where} hides every token of example {int(empty[0])}; leave it out")
 
 
+def first_examples(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """Batches of the first ``count`` examples; a batch that cannot be cut is given whole."""
+    for batch in batches:
+        tensors = [leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor)]
+        size = len(tensors[0]) if tensors and tensors[0].dim() else 0
+        alike = size and all(tensor.dim() and len(tensor) == size for tensor in tensors)
+        if not alike or size <= count:
+            yield batch
+        elif isinstance(batch, Tensor):
+            yield batch[:count]
+        else:
+            yield {name: value[:count] if isinstance(value, Tensor) else value for name, value in batch.items()}
+        count -= max(size, 1)
+        if count <= 0:
+            return
+
+
 def place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Tensors of a batch, however deep, on a device, floating ones in a type, none with a history of gradients."""
     if isinstance(value, Tensor):

@@ -24,20 +24,20 @@ Reference: Martens & Grosse, arXiv 1503.05671.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fips.calibration.heads import ScoredHead, draw_direction
+from fips.calibration.heads import ScoredHead, draw_direction, read_heads
 from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
 from fips.models import Site
 from fips.plan.finite import overflow_error
 
-__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
+__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "collect_powers", "moment_bytes"]
 
 CONSTANT = 1e-6
 """Variance of inputs, relative to their mean square, below which they are constants with rounding errors."""
@@ -58,6 +58,8 @@ class LayerMoments:
     """Sum of the squared lengths of the gradients."""
     power_squares: float = 0.0
     """Sum of the squares of those."""
+    power_O: Tensor | None = None
+    """Mean over examples of the squared gradients at every output, where only those are measured."""
     centered: bool = False
     """Whether ``inputs_II`` is about the mean, after ``finish``."""
 
@@ -215,6 +217,49 @@ class _Taps(AbstractContextManager["_Taps"]):
             return output
 
         return hook
+
+
+def collect_powers(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any],
+    *,
+    temperature: float,
+    seed: int,
+) -> dict[str, Tensor]:
+    r"""Mean over examples of :math:`\sum_t \delta_{to}^2` for every output o (O,) of the layers named by ``sites``.
+
+    An error of an output costs as much on average, whatever its tokens. A few examples tell it: it is no matrix.
+    """
+    device = next(model.parameters()).device
+    powers = {site.name: torch.zeros(site.outputs, device=device) for site in sites}
+    generator = torch.Generator(_real(device)).manual_seed(seed)
+    examples = 0
+    with ExitStack() as stack, torch.enable_grad():
+        for site in sites:
+            stack.callback(model.get_submodule(site.name).register_forward_hook(_power_hook(powers[site.name])).remove)
+        for batch in batches:
+            heads = read_heads(run(model, batch), model)
+            loss = _random_loss(heads, temperature, generator)
+            if loss.requires_grad:
+                loss.backward()
+            examples += heads[0].scores.shape[0]
+    return {name: power_O / max(examples, 1) for name, power_O in powers.items()}
+
+
+def _power_hook(power_O: Tensor) -> Any:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            output = output.detach().requires_grad_(True)
+
+        def add(gradient: Tensor) -> None:
+            power_O.add_(gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0))
+
+        output.register_hook(add)
+        return output
+
+    return hook
 
 
 class RunningVariance:

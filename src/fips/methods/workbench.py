@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.heads import first_tensor
-from fips.calibration.inputs import CalibrationData, place
-from fips.calibration.moments import LayerMoments, collect_moments
+from fips.calibration.inputs import CalibrationData, first_examples, place
+from fips.calibration.moments import LayerMoments, collect_moments, collect_powers
 from fips.calibration.preserve import RandomState
 from fips.calibration.record import ActivationSpool, record_blocks
 from fips.calibration.survey import NO_GRADIENT, survey_layers
@@ -132,15 +132,15 @@ class Workbench:
         return found.left
 
     def moments(
-        self, name: str, sites: Sequence[Site], *, floor: float = 1.0, changed: bool = False
+        self, name: str, sites: Sequence[Site], *, floor: float = 1.0, changed: bool = False, gradients: bool = True
     ) -> dict[str, LayerMoments]:
         """What the layers read and, if needed, how much what they write matters, in the model as it is.
 
         ``floor`` is the share of the weight that all tokens get alike. ``changed`` says that some layers are compressed
-        already, so that nothing kept from before is of use.
+        already, so that nothing kept from before is of use. ``gradients=False`` leaves them out though they are needed.
         """
         assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
-        gradients = Needs.GRADIENTS in self.needs
+        gradients = gradients and Needs.GRADIENTS in self.needs
         cache = None if changed else self.cache
         how = (self.temperature, floor, self.config.seed) if gradients else ()
         key = (tuple(site.name for site in sites), *how, "" if cache is None else self.batches.key())
@@ -153,6 +153,14 @@ class Workbench:
         if cache is not None:
             cache[key] = found
         return found
+
+    def powers(self, sites: Sequence[Site], examples: int) -> dict[str, Tensor]:
+        """How much what the layers write matters, from the first ``examples`` of the data."""
+        assert Needs.GRADIENTS in self.needs, "a method that asks for gradients must declare that it needs them"
+        return collect_powers(
+            self.model, sites, first_examples(self.batches, examples), self.run, temperature=self.temperature,
+            seed=self.config.seed,
+        )  # fmt: skip
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for one batch, on its device and in its type.

@@ -38,7 +38,8 @@ from fips.plan.groups import GroupPlan, byte_target, solved_plan
 from fips.plan.least import BYTES_PER_BIT
 from fips.plan.plan import CompressionPlan
 from fips.plan.planner import check_inputs, equal_layers
-from fips.solve.search import Point, allocate
+from fips.solve.allocate import allocate
+from fips.solve.structures import Point
 from fips.training.distill import distill_
 from fips.training.factors import swapped
 

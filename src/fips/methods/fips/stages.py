@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,13 @@ from fips.methods.workbench import (
 from fips.models import Site
 from fips.plan.footprint import LayerStorage, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
+from fips.solve.allocate import expected_total
 from fips.solve.alternate import Factorization
+from fips.solve.oneshot import OneShot
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
-from fips.solve.search import SIZES, WORTH_SHARING, Choice, GroupSearch, Point, Pricing, expected_total
+from fips.solve.search import WORTH_SHARING, GroupSearch
+from fips.solve.structures import SIZES, Choice, Point, Pricing, Structures
 from fips.solve.supports import Reduction
 from fips.training.factors import TrainableGroup, swapped
 from fips.training.reconstruct import BlockError, reconstruct_
@@ -66,16 +69,22 @@ def measure(bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan]) -
     sites = [site for group in groups for site in group.group.sites]
     name = groups[0].group.name if len(groups) == 1 else "all"
     metric = config.metric
-    return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
+    if not config.one_shot:
+        return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
+    found = bench.moments(name, sites, changed=metric.propagate_errors, gradients=False)
+    powers = bench.powers(sites, metric.gradient_examples)
+    return {name: replace(moments, power_O=powers[name]) for name, moments in found.items()}
 
 
 @dataclass(slots=True)
 class Search:
     """The searches of one group, with what is needed to go back from their columns to the model's."""
 
-    group: GroupSearch
-    layers: list[GroupSearch]
+    weights_DF: list[Tensor]
+    layers: Sequence[Structures]
     """One for every site."""
+    group: GroupSearch | None
+    """All of them with a basis that they share, where that is looked at."""
     moments: Mapping[str, LayerMoments]
     orders: list[Tensor]
     """For every site the original column at every place."""
@@ -83,6 +92,7 @@ class Search:
     def solve(self, split: Split) -> tuple[list[Choice], Factorization]:
         """The factors of all sites, and the choice of each."""
         if len(split) == 1 and len(self.layers) > 1:
+            assert self.group is not None
             return [split[0][0]] * len(self.layers), self.group.solve(*split[0])
         found = [layer.solve(*one) for layer, one in zip(self.layers, split, strict=True)]
         grids = [grid for one in found for grid in one.grids or ()]
@@ -96,7 +106,7 @@ class Search:
 
     def forget(self) -> None:
         """Drop solved factorizations; the problems stay."""
-        for search in (self.group, *self.layers):
+        for search in (*self.layers, *([] if self.group is None else [self.group])):
             search.forget()
 
 
@@ -108,14 +118,22 @@ def open_search(bench: Workbench, plan: GroupPlan, config: FipsConfig, moments: 
     block = config.format.block
     if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
-            free = Choice(False, "unstructured", config.value_choices[-1].name)
-            size = max(
-                group_share(plan, config), search.group.least_bytes(free)
-            )  # its pattern costs more than that of blocks
-            masks = search.group.solve(free, size).masks_RF
+            masks = _free_masks(search, plan, config)
         orders = _neighbours(plan, dict(zip([site.name for site in sites], masks, strict=True)), block)
         search = _searches(bench, plan, config, moments, orders)
     return search
+
+
+def _free_masks(search: Search, plan: GroupPlan, config: FipsConfig) -> list[Tensor]:
+    """Supports of any entries at the size of the group; its pattern costs more than that of blocks."""
+    free, share = Choice(False, "unstructured", config.value_choices[-1].name), group_share(plan, config)
+    if search.group is not None:
+        return search.group.solve(free, max(share, search.group.least_bytes(free))).masks_RF
+    parts = [layer.hidden / plan.group.hidden * share for layer in search.layers]
+    found = [
+        layer.solve(free, max(part, layer.least_bytes(free))) for layer, part in zip(search.layers, parts, strict=True)
+    ]
+    return [mask for one in found for mask in one.masks_RF]
 
 
 def _searches(
@@ -127,9 +145,18 @@ def _searches(
 ) -> Search:
     sites = plan.group.sites
     with torch.autocast(bench.device.type, enabled=False):
+        weights_DF = [
+            weight_DF.float()[:, order] for weight_DF, order in zip(bench.weights(sites), orders, strict=True)
+        ]
+        if config.one_shot:
+            shots = [
+                _one_shot(weight_DF, site, moments[site.name], order, _pricing(plan, config), plan.dtype)
+                for weight_DF, site, order in zip(weights_DF, sites, orders, strict=True)
+            ]
+            return Search(weights_DF, shots, None, moments, orders)
         problems = [
-            site_problem(weight_DF.float()[:, order], site, moments[site.name], order)
-            for weight_DF, site, order in zip(bench.weights(sites), sites, orders, strict=True)
+            site_problem(weight_DF, site, moments[site.name], order)
+            for weight_DF, site, order in zip(weights_DF, sites, orders, strict=True)
         ]
     reductions: list[Reduction] = [site.role.reduction for site in sites]
     pricing = _pricing(plan, config)
@@ -137,7 +164,24 @@ def _searches(
     layers = [
         GroupSearch([problem], [axis], pricing, plan.dtype) for problem, axis in zip(problems, reductions, strict=True)
     ]
-    return Search(group, layers, moments, orders)
+    return Search(weights_DF, layers, group, moments, orders)
+
+
+def _one_shot(
+    weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: Tensor, pricing: Pricing, dtype: torch.dtype
+) -> OneShot:
+    """One layer in the metric of its inputs, hidden neurons in the order given."""
+    moment_II, power_O = moments.inputs_II, moments.power_O
+    assert power_O is not None
+    if not bool(power_O.any()):  # errors count by themselves, relative to what the layer writes
+        weight_OI = site.role.to_linear(weight_DF)
+        outputs = float(((weight_OI @ moment_II) * weight_OI).sum())
+        power_O = torch.full_like(power_O, 1 / outputs if outputs > 0 else 1.0)
+    if site.role.reads_stream:
+        power_O = power_O[order_F]
+    else:
+        moment_II = moment_II[order_F][:, order_F]
+    return OneShot(weight_DF, moment_II, power_O, site.role.reduction, pricing, dtype)
 
 
 def site_problem(weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
@@ -188,18 +232,21 @@ def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> 
 def try_choices(search: Search, plan: GroupPlan, config: FipsConfig) -> list[list[Point]]:
     """Stage: measured errors of a group, one curve for every layer, or one for all where they share a basis."""
     share, choices = group_share(plan, config), _choices(plan, config)
+    parts = [site.hidden / plan.group.hidden for site in plan.group.sites]
+    group = search.group
+    if group is None:
+        return [one.trials(choices, part * share) for one, part in zip(search.layers, parts, strict=True)]
     shared = [choice._replace(shared=True) for choice in choices if choice.free]
     if config.sharing == "always" and len(plan.group.sites) > 1:
-        return [search.group.trials(shared, share)]
-    parts = [site.hidden / plan.group.hidden for site in plan.group.sites]
+        return [group.trials(shared, share)]
     alone = [one.trials(choices, part * share) for one, part in zip(search.layers, parts, strict=True)]
     if config.sharing != "auto" or len(plan.group.sites) < 2 or not shared:
         return alone
-    best = min(shared, key=lambda choice: search.group.expected(choice, share))
-    ratio = search.group.sharing_ratio(best, share, expected_total(alone, share))
+    best = min(shared, key=lambda choice: group.expected(choice, share))
+    ratio = group.sharing_ratio(best, share, expected_total(alone, share))
     if ratio >= WORTH_SHARING:
         return alone
-    sizes = [factor * share for factor in SIZES if search.group.expected(best, factor * share) < math.inf]
+    sizes = [factor * share for factor in SIZES if group.expected(best, factor * share) < math.inf]
     return [[Point(best, size, ratio * expected_total(alone, size)) for size in sizes]]
 
 
@@ -245,9 +292,9 @@ def solve(bench: Workbench, plan: GroupPlan, config: FipsConfig, search: Search,
     rank = 0 if found.basis_DR is None else found.basis_DR.shape[1]
     plan = solved_plan(plan, rank=rank, layers=storages)
     biases = [
-        _moved_bias(bench, site, problem, factor, found, search.moments[site.name], order)
-        for site, problem, factor, order in zip(
-            sites, search.group.problems, found.factors_RF, search.orders, strict=True
+        _moved_bias(bench, site, weight_DF, factor, found, search.moments[site.name], order)
+        for site, weight_DF, factor, order in zip(
+            sites, search.weights_DF, found.factors_RF, search.orders, strict=True
         )
     ]
     search.forget()
@@ -296,7 +343,7 @@ def finish(
 def _moved_bias(
     bench: Workbench,
     site: Site,
-    problem: LayerProblem,
+    weight_DF: Tensor,
     factor_RF: Tensor,
     found: Factorization,
     moments: LayerMoments,
@@ -306,7 +353,7 @@ def _moved_bias(
     bias = bench.bias(site)
     if bias is None:
         return None
-    error_DF = problem.weight_DF - (factor_RF if found.basis_DR is None else found.basis_DR @ factor_RF)
+    error_DF = weight_DF - (factor_RF if found.basis_DR is None else found.basis_DR @ factor_RF)
     if site.role.reads_stream:
         return nn.Parameter((bias.detach()[order_F] + moments.mean_I @ error_DF).to(bias.dtype))
     return nn.Parameter((bias.detach() + error_DF @ moments.mean_I[order_F]).to(bias.dtype))
