@@ -114,6 +114,7 @@ def layer_of(outputs: int, features: int) -> FactoredLinear:
     return FactoredLinear.from_factor(None, factor, mask, role="up", fmt="bitmask").eval()
 
 
+@pytest.mark.slow
 def test_gradients_and_traced_graphs_use_it_too(toy: Wide) -> None:
     layer, x = layer_of(64, 32), inputs(3, 32, torch.float32)
     wanted = x.double() @ layer.dense_weight().double().T

@@ -17,6 +17,7 @@ from fips.storage.checkpoint import load
 TEXT = Path(__file__).parent / "fixtures" / "format-1-mixed"
 
 
+@pytest.mark.slow
 def test_a_language_model_is_timed_on_prompts_and_single_tokens() -> None:
     result = bench(str(TEXT), batches=(1, 3), prompts=(1, 8), repeats=3)
     assert list(result["cases"]) == ["prompt of 1", "prompt of 8", "next token, batch 1", "next token, batch 3"]
@@ -30,10 +31,18 @@ def test_a_language_model_is_timed_on_prompts_and_single_tokens() -> None:
     assert result["file_bytes"]["compressed"] == (TEXT / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_the_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(TEXT), "--repeats", "3", "--json"]) == 0
+    command = [
+        "bench",
+        str(TEXT),
+        "--repeats",
+        "3",
+        *["--batch", "1", "--batch", "8", "--prompt", "1", "--prompt", "16"],
+    ]
+    assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["policy"] == "auto"
-    assert main(["bench", str(TEXT), "--repeats", "3", "--policy", "decode"]) == 0
+    assert main([*command, "--policy", "decode"]) == 0
     out = capsys.readouterr().out
     assert "next token, batch 8" in out
     assert "peak memory" in out

@@ -156,6 +156,7 @@ def test_a_wrong_layout_is_refused(copy: Path, change: Callable[[dict[str, Any]]
         fips.load(copy, verify=False)
 
 
+@pytest.mark.slow
 def test_rounded_inputs_travel_with_the_model(tmp_path: Path) -> None:
     model = tiny_model("llama")
     fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.4, activation_bits=8))

@@ -106,6 +106,7 @@ def test_compress_and_evaluate_images(vit_directory: Path, images: Path, tmp_pat
     assert "top1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compress_and_evaluate_text(llama_directory: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "small"
     command = ["compress", str(llama_directory), "--data", str(text), "--budget", "0.5", "--output", str(out)]
@@ -120,6 +121,7 @@ def test_compress_and_evaluate_text(llama_directory: Path, text: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["paper-deit-b", "paper-llama-3.1-8b"])
+@pytest.mark.slow
 def test_dry_run_plans_a_recipe_without_weights_or_data(name: str, capsys: Capture) -> None:
     assert main(["compress", "--recipe", name, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -128,6 +130,7 @@ def test_dry_run_plans_a_recipe_without_weights_or_data(name: str, capsys: Captu
     assert "25.0%" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_writes_table_json_and_plot(vit_directory: Path, images: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "compared"
     methods = "fips,no-sharing+values=float,fips-paper+reconstruction.steps=2,sparsegpt,wanda,svd-llm,basis-sharing"
@@ -233,6 +236,7 @@ def test_a_full_output_directory_is_refused_before_the_model_is_read(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_an_interrupt_exits_cleanly_and_leaves_nothing(
     number: signal.Signals, vit_directory: Path, images: Path, tmp_path: Path

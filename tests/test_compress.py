@@ -35,6 +35,7 @@ def logits_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_compress_save_load_merge(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     batches = batches_for(model)
@@ -72,6 +73,7 @@ def test_compress_save_load_merge(family: str, tmp_path: Path) -> None:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_every_setting_has_the_predicted_size_and_loads_exactly(changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model("llama")
     batches = batches_for(model)

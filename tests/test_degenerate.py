@@ -183,6 +183,7 @@ def test_a_span_is_never_at_padding() -> None:
 @pytest.mark.parametrize(
     ("labels", "problem"), [(1, None), (3, "regression"), (2, None), (5, "multi_label_classification")], ids=str
 )
+@pytest.mark.slow
 def test_heads_of_few_examples_have_gradients_and_are_not_far_behind_gptq(labels: int, problem: str | None) -> None:
     model = small(
         "llama", "LlamaForSequenceClassification", **DECODER, num_labels=labels, problem_type=problem
@@ -202,6 +203,7 @@ def test_heads_of_few_examples_have_gradients_and_are_not_far_behind_gptq(labels
     assert errors["fips"] < 0.5 * errors["magnitude"]
 
 
+@pytest.mark.slow
 def test_question_answering_is_measured_without_its_padding() -> None:
     model = small("bert", "BertForQuestionAnswering", **SMALL, vocab_size=64)
     ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -230,6 +232,7 @@ def clip_batches(size: int, count: int = 3) -> list[dict[str, Tensor]]:
     ]
 
 
+@pytest.mark.slow
 def test_both_towers_count_even_with_one_example_at_a_time() -> None:
     model, original, batches = clip(), clip(), clip_batches(1)
     report = fips.compress(model, batches, settings(sharing="never"))
@@ -289,6 +292,7 @@ def test_a_tower_that_never_runs_is_left_dense_and_the_rest_goes_on(method: str,
     assert fips.CompressionReport.from_dict(report.to_dict()).to_dict() == report.to_dict()
 
 
+@pytest.mark.slow
 def test_layers_that_run_in_later_batches_only_are_compressed() -> None:
     class Sometimes(nn.Module):
         def __init__(self) -> None:
@@ -467,6 +471,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_method_gives_finite_weights_on_degenerate_layers_and_data(method: str) -> None:
     for damage, data in DEGENERATE:
         model = opt()
@@ -613,6 +618,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("setting", ["budget", "bits"])
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.slow
 def test_the_smallest_size_named_is_accepted_and_leaves_no_matrix_empty(fields: dict[str, Any], setting: str) -> None:
     if fields["method"] == "gptq" and setting == "budget":
         pytest.skip("gptq takes no budget")

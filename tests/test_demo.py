@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 import fips
 from fips.app.commands import evaluate_source
@@ -44,6 +45,7 @@ def test_held_out_modules_never_calibrate() -> None:
     assert calibration_files(seed=1) != files
 
 
+@pytest.mark.slow
 def test_the_embedded_model_has_learned_python(tmp_path: Path) -> None:
     """Its training record holds bits per byte on the same modules of the interpreter it was trained with."""
     record = json.loads((MODEL_DIRECTORY / "training.json").read_text())
@@ -54,7 +56,13 @@ def test_the_embedded_model_has_learned_python(tmp_path: Path) -> None:
     assert record["held_out_bits_per_byte"] < 1.5
 
 
+@pytest.mark.slow
 def test_the_demo_compresses_saves_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two of the blocks of the model and few data: the whole demo takes a minute or two."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "small")
+    load_processor(str(MODEL_DIRECTORY), "text").save_pretrained(tmp_path / "small")
+    monkeypatch.setattr(demo_module, "MODEL_DIRECTORY", tmp_path / "small")
     monkeypatch.setattr(demo_module, "EVALUATION_WINDOWS", 4)
     recipe = demo_module.demo_recipe(bits=8.0)
     assert recipe.data is not None
@@ -68,7 +76,7 @@ def test_the_demo_compresses_saves_and_reports(tmp_path: Path, monkeypatch: pyte
     assert result["file_bytes"]["after"] < 0.75 * result["file_bytes"]["before"]
     before, after = (result["bits_per_byte"][key]["bits_per_byte"] for key in ("before", "after"))
     assert abs(after - before) < 0.1
-    assert sum(t.numel() for t in fips.load(tmp_path / "out").state_dict().values()) > 1_000_000
+    assert sum(t.numel() for t in fips.load(tmp_path / "out").state_dict().values()) > 500_000
 
 
 def test_a_full_output_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

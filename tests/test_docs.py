@@ -6,8 +6,6 @@ import ast
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -143,7 +141,10 @@ def test_the_readme_example_uses_what_exists() -> None:
     assert [pair for pair in taken if not hasattr(scope[pair[0]], pair[1])] == []
 
 
-def test_the_readme_example_runs_on_fewer_tokens(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_readme_example_runs_on_fewer_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As it is shown, but on one block of the model and 512 tokens, so that it takes seconds."""
     (code,) = blocks(ROOT / "README.md", "python")
     quick = code.replace(":8192]", ":512]").replace("from_pretrained(MODEL_DIRECTORY", "from_pretrained(SMALL")
@@ -157,9 +158,9 @@ def test_the_readme_example_runs_on_fewer_tokens(tmp_path: Path) -> None:
         "AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, num_hidden_layers=1).save_pretrained(SMALL)\n"
         "AutoTokenizer.from_pretrained(MODEL_DIRECTORY).save_pretrained(SMALL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", prepare + quick], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"loss \d+\.\d{3} -> \d+\.\d{3}\n", done.stdout)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(prepare + quick, "README.md", "exec"), {})
+    assert re.fullmatch(r"loss \d+\.\d{3} -> \d+\.\d{3}\n", capsys.readouterr().out)
     assert (tmp_path / "smaller" / "model.safetensors").is_file()
 
 

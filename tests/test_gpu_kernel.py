@@ -37,6 +37,7 @@ def moved(packed: Packed) -> Packed:
 
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.slow
 def test_the_triton_kernel_agrees_with_float64(fmt: str, values: torch.dtype) -> None:
     for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = example(fmt, (72, 144), dtype=values, axis=axis)
@@ -53,6 +54,7 @@ def test_the_triton_kernel_agrees_with_float64(fmt: str, values: torch.dtype) ->
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.slow
 def test_narrow_integers_are_cut_out_of_their_bytes(fmt: str, bits: int) -> None:
     packed = narrow(example(fmt, (72, 144), dtype=torch.int8), bits)
     assert in_place(packed).abs().amax() > 0
@@ -110,6 +112,7 @@ def test_a_token_with_nan_or_inf_hurts_itself_alone() -> None:
 
 @pytest.mark.parametrize("bits", [0, 3])
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.slow
 def test_splits_of_the_columns_add_up_and_decode_exactly(fmt: str, bits: int) -> None:
     for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
         packed = example(fmt, (24, 544), dtype=torch.int8 if bits else torch.bfloat16, axis=axis)
@@ -140,6 +143,7 @@ def test_a_layer_takes_them_in_every_way(way: str, role: Role, monkeypatch: pyte
     assert_close(y.cpu(), (x.double() @ layer.dense_weight().double().T).cpu(), TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 def test_it_compiles_for_a_gpu_without_one(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "gpu_code.py"
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -498,6 +498,7 @@ def test_flattened_tokens_keep_their_mask_and_other_rows_get_none() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"distill": {"steps": 2, "hidden_weight": 1.0}}], ids=["solve", "distill"])
 @pytest.mark.parametrize("architecture", ["BertForQuestionAnswering", "BertForTokenClassification"])
+@pytest.mark.slow
 def test_what_padding_holds_changes_no_error_and_no_step(architecture: str, changes: dict[str, Any]) -> None:
     """Token ids at padded places are arbitrary: block errors, reconstruction and distillation must not see them."""
     reports = []
@@ -525,6 +526,7 @@ def compiled(model: PreTrainedModel) -> Any:
 
 
 @pytest.mark.parametrize("wrap", [compiled, nn.DataParallel], ids=["compile", "data parallel"])
+@pytest.mark.slow
 def test_wrappers_are_taken_off_and_the_model_inside_is_saved(wrap: Any, tmp_path: Path) -> None:
     model = tiny_model("llama")
     wrapper, batches = wrap(model), batches_for(model)
@@ -560,6 +562,7 @@ def test_one_data_parallel_process_is_unwrapped_and_one_of_several_refused(tmp_p
         fips.compress(DistributedDataParallel(), [{"input_ids": ids}], gptq())
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place_runs_its_new_layers_afterwards() -> None:
     model, plain = tiny_model("llama"), tiny_model("llama")
     batches = batches_for(model)
@@ -574,6 +577,7 @@ def test_a_model_compiled_in_place_runs_its_new_layers_afterwards() -> None:
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    accelerate.state.AcceleratorState._reset_state()  # one for the process, made by whoever came first
     return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
 
 
@@ -584,6 +588,7 @@ def with_compiled_forward(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("wrap", [prepared, with_compiled_forward])
+@pytest.mark.slow
 def test_a_forward_put_over_the_models_own_is_passed_by_and_stays(wrap: Any) -> None:
     """``Accelerator.prepare`` adds autocast, in which moments would be products of bfloat16."""
     model, expected = wrap(tiny_model("llama")), tiny_model("llama")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import batches_for, quick_settings, tiny_model
+from fresh import python
 from PIL import Image
 from test_nn import mixed_llama
 from torch import Tensor
@@ -53,6 +54,7 @@ def outputs_of(model: Any, **inputs: Tensor) -> Tensor:
         return model(**inputs).logits
 
 
+@pytest.mark.slow
 def test_dense_export_loads_without_fips(directories: dict[str, Path], tmp_path: Path) -> None:
     assert main(["export", str(directories["vit"]), "--output", str(tmp_path / "dense")]) == 0
     code = (
@@ -61,8 +63,7 @@ def test_dense_export_loads_without_fips(directories: dict[str, Path], tmp_path:
         "P.from_pretrained(sys.argv[1]); assert 'fips' not in sys.modules;"
         "torch.save(m(torch.ones(1, 3, 32, 32)).logits.detach(), sys.argv[2])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "dense"), str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = python(code, tmp_path / "dense", tmp_path / "logits.pt")
     assert done.returncode == 0, done.stderr
     expected = outputs_of(fips.load(directories["vit"]), pixel_values=torch.ones(1, 3, 32, 32))
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-6, rtol=1e-4)
@@ -87,9 +88,17 @@ def test_wrong_use_is_one_line(
 class TestOnnx:
     """Against torch, in ONNX Runtime."""
 
-    onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
-    runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    script = pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    pytestmark: ClassVar = [
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")),
+            reason="the extra onnx is not installed",
+        ),
+    ]
+
+    @pytest.fixture(autouse=True)
+    def _import(self) -> None:
+        self.onnx, self.runtime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))
 
     def run(self, path: Path, **inputs: Tensor) -> Tensor:
         session = self.runtime.InferenceSession(str(path))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +21,10 @@ from transformers import PreTrainedTokenizerFast
 import fips
 from fips.cli import main
 
-pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval is not installed"),
+]
 
 WORDS = [f"w{index}" for index in range(3, 64)]
 TASK = """
@@ -89,6 +96,14 @@ def accuracy(directory: Path) -> float:
     return hits / len(questions())
 
 
+@pytest.fixture
+def _local_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the thousands of tasks that lm-eval brings takes most of a minute each time."""
+    tasks = importlib.import_module("lm_eval.tasks")
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+
+
+@pytest.mark.usefixtures("_local_tasks_only")
 def test_in_process_through_the_command_line(
     directory: Path, tasks: Path, accuracy: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,33 +116,39 @@ def test_in_process_through_the_command_line(
     assert "local_words" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "command", [["-m", "fips.lm_eval"], ["-m", "lm_eval"]], ids=["python -m fips.lm_eval", "stock command"]
-)
-def test_the_harness_command_gives_the_same_number(
-    directory: Path, tasks: Path, accuracy: float, tmp_path: Path, command: list[str]
-) -> None:
-    trust = [] if command[1] == "fips.lm_eval" else ["trust_remote_code=True"]
-    arguments = ",".join([f"pretrained={directory}", *trust])
-    options = [
-        "--device",
-        "cpu",
-        "--tasks",
-        "local_words",
-        "--include_path",
-        str(tasks),
-        "--output_path",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [sys.executable, *command, "--model", "hf", "--model_args", arguments, *options],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+def harness_options(model: str, tasks: Path, results: Path) -> list[str]:
+    return [
+        "--model", "hf", "--model_args", model, "--device", "cpu", "--tasks", "local_words",
+        "--include_path", str(tasks), "--output_path", str(results),
+    ]  # fmt: skip
+
+
+def written_accuracy(results: Path) -> float:
+    (written,) = results.rglob("results_*.json")
+    return float(json.loads(written.read_text())["results"]["local_words"]["acc,none"])
+
+
+def test_the_stock_command_gives_the_same_number(directory: Path, tasks: Path, accuracy: float, tmp_path: Path) -> None:
+    """A process that does not know fips before it reads the directory."""
+    options = harness_options(f"pretrained={directory},trust_remote_code=True", tasks, tmp_path)
+    command = [sys.executable, "-m", "lm_eval", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    (written,) = tmp_path.rglob("results_*.json")
-    assert json.loads(written.read_text())["results"]["local_words"]["acc,none"] == pytest.approx(accuracy)
+    assert written_accuracy(tmp_path) == pytest.approx(accuracy)
 
 
+def test_our_module_gives_the_same_number(
+    directory: Path, tasks: Path, accuracy: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``python -m fips.lm_eval``, here."""
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *harness_options(f"pretrained={directory}", tasks, tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("fips.lm_eval", run_name="__main__")
+    assert not ended.value.code
+    assert written_accuracy(tmp_path) == pytest.approx(accuracy)
+
+
+@pytest.mark.usefixtures("_local_tasks_only")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

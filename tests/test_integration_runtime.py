@@ -108,6 +108,7 @@ def test_generation_with_cache_and_batches_equals_generation_without(directories
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.slow
 def test_export_gives_the_same_outputs(directories: dict[str, Path], source: str, strict: bool) -> None:
     model = fips.load(directories[source])
     model.config.use_cache = False
@@ -117,12 +118,13 @@ def test_export_gives_the_same_outputs(directories: dict[str, Path], source: str
     assert len(owned) == len(model.model.fips_bases)
 
 
+@pytest.mark.slow
 def test_compile_captures_the_whole_graph() -> None:
-    """One block, so that the compiler is quick; gradients too."""
+    """One block; gradients too. What is captured matters here, not the code that torch makes of it."""
     model = tiny_model("llama", num_hidden_layers=1)
     fips.compress(model, batches_for(model), quick_settings())
     model.config.use_cache = False
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = model(IDS).logits
     actual = compiled(IDS).logits
     assert (actual - expected).norm() / expected.norm() < 1e-5

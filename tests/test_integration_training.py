@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -63,6 +65,7 @@ def logits_of(model: Any) -> Tensor:
         return model(input_ids=IDS[:2]).logits
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_everything_and_keeps_the_support(tmp_path: Path) -> None:
     fips.save(packed("gpt2"), tmp_path / "start")  # gpt2 has biases
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
@@ -113,7 +116,14 @@ def test_gradients_of_values_and_basis_are_those_of_the_dense_product() -> None:
 class TestLora:
     """peft on packed layers."""
 
-    peft = pytest.importorskip("peft", reason="the extra peft is not installed")
+    pytestmark: ClassVar = [
+        pytest.mark.slow,
+        pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra peft is not installed"),
+    ]
+
+    @pytest.fixture(autouse=True)
+    def _import(self) -> None:
+        self.peft = importlib.import_module("peft")
 
     def adapted(self, model: PreTrainedModel, targets: list[str], **options: Any) -> Any:
         import fips.layers.lora  # noqa: F401

@@ -6,8 +6,6 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import batches_for, quick_settings, tiny_model
+from fresh import python
 from safetensors.torch import load_file, save_file
 from test_nn import mixed_llama
 from torch import Tensor, nn
@@ -53,12 +52,6 @@ def expected(saved: Path) -> Tensor:
 @pytest.fixture
 def loaded(saved: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(saved)
-
-
-def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, in which only ``code`` decides what is imported."""
-    command = [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_from_pretrained_gives_the_saved_model_bit_for_bit(loaded: PreTrainedModel, expected: Tensor) -> None:
@@ -241,6 +234,7 @@ if sys.argv[5:]:
 """
 
 
+@pytest.mark.slow
 def test_remote_code_needs_no_import_of_fips(saved: Path, expected: Tensor, tmp_path: Path) -> None:
     output, again = tmp_path / "logits.pt", tmp_path / "again"
     assert "import fips" not in WITHOUT_FIPS

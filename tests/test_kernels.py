@@ -94,6 +94,7 @@ def fits(fmt: str, shape: tuple[int, int], axis: int) -> bool:
 @pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.slow
 def test_every_path_agrees_with_float64(fmt: str, values: torch.dtype, isa: str) -> None:
     blocked = [(fmt, 0) for fmt in ("block4", "block8")]  # the values of a row do not lie together
     for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
@@ -126,6 +127,7 @@ def narrow(packed: Packed, bits: int) -> Packed:
 @pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize("bits", range(2, 8))
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.slow
 def test_integers_of_few_bits_agree_with_float64(fmt: str, bits: int, isa: str) -> None:
     for shape in ((96, 160), *SHAPES):
         if not fits(fmt, shape, 1):
@@ -147,6 +149,7 @@ def test_integers_of_few_bits_agree_with_float64(fmt: str, bits: int, isa: str) 
 @pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.slow
 def test_odd_shapes(fmt: str, shape: tuple[int, int], isa: str) -> None:
     for values in (torch.float32, torch.bfloat16, torch.int8):
         for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
@@ -191,6 +194,7 @@ def test_the_number_of_threads_changes_no_bit(values: torch.dtype, isa: str) -> 
 @pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("fmt", ["full", "bitmask", "4:16", "block8"])
+@pytest.mark.slow
 def test_long_rows_are_multiplied_in_parts(fmt: str, values: torch.dtype, isa: str) -> None:
     packed = example(fmt, (205, 2576), dtype=values)
     prepared = cpu.prepare(packed)
@@ -609,37 +613,50 @@ def test_starts_that_lead_beyond_the_values_are_refused(isa: str) -> None:
 
 
 MEMORY_SCRIPT = """
-import resource, sys
+import os, resource
 import torch
 from fips.kernels import cpu
 from test_kernels import example, narrow
 torch.set_num_threads(1)
-packed = example("bitmask", (32, 4096), dtype=torch.int8)
-prepared = cpu.prepare(narrow(packed, 4) if sys.argv[1] == "int4" else packed)
-x = torch.zeros(4096, 4096)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (int(sys.argv[2]) << 20),) * 2)
-try:
-    cpu.multiply(x, prepared)
-    print("done", cpu.scratch_bytes())
-except MemoryError as error:
-    print("MemoryError", error)
-print(cpu.multiply(x[:1], prepared).shape)  # and goes on
+
+def multiply(values, megabytes):
+    packed = example("bitmask", (32, 4096), dtype=torch.int8)
+    prepared = cpu.prepare(narrow(packed, 4) if values == "int4" else packed)
+    x = torch.zeros(4096, 4096)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
+    try:
+        cpu.multiply(x, prepared)
+        result = "done"
+    except MemoryError as error:
+        result = f"MemoryError {error}"
+    print(values, megabytes, result, "then", *cpu.multiply(x[:1], prepared).shape, flush=True)
+
+for values in ("int8", "int4"):
+    for megabytes in (4, 30):
+        pid = os.fork()  # every case has a limit of its own
+        if pid == 0:
+            multiply(values, megabytes)
+            os._exit(0)
+        os.waitpid(pid, 0)
 """
 
 
 @needs_library
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as Linux has them")
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer needs address space itself")
-@pytest.mark.parametrize("values", ["int8", "int4"])
-def test_no_memory_is_a_memory_error_and_little_is_needed(values: str) -> None:
+@pytest.mark.slow
+def test_no_memory_is_a_memory_error_and_little_is_needed() -> None:
     """The inputs are 64 MiB, and once were laid out anew as a whole."""
-    for megabytes, outcome in ((4, "MemoryError no memory"), (30, "done ")):
-        command = [sys.executable, "-c", MEMORY_SCRIPT, values, str(megabytes)]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.startswith(outcome), done.stdout
-        assert done.stdout.endswith("torch.Size([1, 32])\n")
+    command = [sys.executable, "-c", MEMORY_SCRIPT]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    outcomes = ("4 MemoryError no memory", "30 done")
+    wanted = [f"{values} {outcome}" for values in ("int8", "int4") for outcome in outcomes]
+    for line, start in zip(lines, wanted, strict=True):
+        assert line.startswith(start), line
+        assert line.endswith(" then 1 32")
 
 
 @needs_library

@@ -6,7 +6,10 @@ import copy
 import errno
 import json
 import logging
+import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +46,7 @@ from fips.storage import checkpoint
 
 Capture = pytest.CaptureFixture[str]
 Log = pytest.LogCaptureFixture
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,7 @@ BAD: dict[str, Callable[[Path], Path]] = {
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("command", ["compress", "compare", "export", "demo"])
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
     case: str,
     command: str,
@@ -145,20 +150,24 @@ def test_a_file_system_without_room_is_refused_with_both_numbers(
 
 
 def test_a_limit_of_file_sizes_is_found_before_the_work(tmp_path: Path) -> None:
-    script = f"""
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-from fips.files.output import Output
-from pathlib import Path
-Output(Path({str(tmp_path / "out")!r}), needed=15000).discard()
-try:
-    Output(Path({str(tmp_path / "out")!r}), needed=30000)
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "OutputError" in done.stdout
-    assert "20000 bytes" in done.stdout
+    here, there = FORK.Pipe()
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        Output(tmp_path / "out", needed=15000).discard()
+        try:
+            Output(tmp_path / "out", needed=30000)
+        except Exception as error:
+            there.send((type(error).__name__, str(error)))
+
+    process = FORK.Process(target=write)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert here.poll()
+    name, message = here.recv()
+    assert name == "OutputError"
+    assert "20000 bytes" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,16 +245,17 @@ def test_what_a_killed_run_left_is_named_and_removed(exists: bool, tmp_path: Pat
     place = tmp_path / "out"
     if exists:
         place.mkdir()
-    script = f"""
-import os, signal
-from pathlib import Path
-from fips.files.output import Output
-output = Output(Path({str(place)!r}))
-(output.scratch / "half.safetensors").write_text("x" * 1000)
-(output.scratch / "folder").mkdir()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+
+    def write_half() -> None:
+        output = Output(place)
+        (output.scratch / "half.safetensors").write_text("x" * 1000)
+        (output.scratch / "folder").mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = FORK.Process(target=write_half)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     with caplog.at_level(logging.WARNING), complete_directory(place) as scratch:
         assert list(scratch.iterdir()) == []
         (scratch / "a").write_text("x")
@@ -559,7 +569,8 @@ def test_a_signal_while_the_directory_gets_its_name_leaves_it_complete(
     fips.load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_signal_in_the_middle_of_a_file_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     """Twice: the second arrives while the first is being cleaned up after."""
     script = f"""
@@ -599,6 +610,49 @@ sys.exit(cli.main([]))
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, "interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_after_the_work_is_not_told_as_if_nothing_was_written(
+    packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def run(**_: Any) -> None:
+        fips.save(packed, tmp_path / "out")
+        raise end
+
+    monkeypatch.setattr("fips.cli.app", run)
+    for end in (Stopped(signal.SIGTERM), KeyboardInterrupt(), fips.FipsError("no table")):
+        main([])
+        cause = "error: no table" if isinstance(end, fips.FipsError) else "interrupted: "
+        err = capsys.readouterr().err
+        assert err.startswith(cause)
+        assert err.endswith(f"`{tmp_path / 'out'}` is complete\n")
+        shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr("fips.cli.app", lambda **_: (_ for _ in ()).throw(Stopped(signal.SIGTERM)))
+    assert main([]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"  # by this command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "options"), [("/dev/full", []), ("pipe", ["--json"])])
+def test_a_standard_output_that_takes_nothing_is_told_last(
+    packed: PreTrainedModel, tmp_path: Path, place: str, options: list[str]
+) -> None:
+    fips.save(packed, tmp_path / "packed")
+    if place == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(place, os.O_WRONLY)
+    command = [sys.executable, "-m", "fips.cli", "export", str(tmp_path / "packed"), "--output", str(tmp_path / "out")]
+    command += options
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 1
+    complete = f"error: cannot write to standard output: No space left on device; `{tmp_path / 'out'}` is complete"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert (complete in done.stderr) == (place != "pipe")
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_a_terminal_that_is_gone_does_not_cost_the_work(
@@ -722,6 +776,7 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
             fitting.fitting_data(model, plan, config, data, device=place, chosen=False)
 
 
+@pytest.mark.slow
 def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -59,6 +59,7 @@ def test_an_error_puts_the_weights_back(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.slow
 def test_a_compressed_model_keeps_its_type(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same integers as those of the float32 model; biases, which are moved by the solver, are bfloat16 again."""
     without_bfloat16(monkeypatch)

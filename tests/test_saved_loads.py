@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 import shutil
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, SMALL, batches_for, quick_settings, tiny_model
-from peft import LoraConfig, inject_adapter_in_model
+from fresh import python
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -95,6 +94,7 @@ MORE = {"albert": albert, "t5": t5, "clip": clip, "sentence encoder": sentence_e
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+@pytest.mark.slow
 def test_a_saved_model_loads_both_ways(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     if name in MORE:
@@ -210,7 +210,8 @@ def patch(module: Any) -> None:
 
 
 def adapter(model: Any, target: str) -> None:
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=[target], init_lora_weights=False), model)
+    peft = pytest.importorskip("peft", reason="the extra peft is not installed")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False), model)
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -486,6 +487,7 @@ def packed_repository(repository: Path, path: Path, *, way: str = "fips.save") -
 
 @pytest.mark.parametrize("way", ["fips.save", "save_pretrained"])
 @pytest.mark.parametrize("looped", [False, True], ids=["", "looped"])
+@pytest.mark.slow
 def test_code_travels_with_packed_weights(looped: bool, way: str, tmp_path: Path) -> None:
     repository = write_repository(tmp_path / "repository", looped=looped)
     model, path = packed_repository(repository, tmp_path / "packed", way=way)
@@ -509,8 +511,7 @@ def test_code_travels_with_packed_weights(looped: bool, way: str, tmp_path: Path
         "m = A.from_pretrained(sys.argv[1], trust_remote_code=True);"
         "torch.save(m(torch.tensor(eval(sys.argv[2]))).logits.detach(), sys.argv[3])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "again"), str(IDS.tolist()), str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = python(code, tmp_path / "again", IDS.tolist(), tmp_path / "logits.pt")
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
@@ -540,7 +541,9 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "bench" else ()) for name in COMMANDS]
+)
 def test_commands_run_repository_code_only_when_told(
     name: str, repository: Path, text: Path, tmp_path: Path, capsys: Capture, no_questions: None
 ) -> None:

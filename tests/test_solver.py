@@ -211,6 +211,7 @@ def test_the_weighted_solution_beats_magnitude_pruning_of_the_svd() -> None:
     assert total(items, found.basis_DR, found.factors_RF) < 0.5 * magnitude
 
 
+@pytest.mark.slow
 def test_a_planted_sparse_factorization_is_recovered() -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
@@ -320,6 +321,7 @@ def test_padding_counts_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "llama", "gpt2", "swin"])
+@pytest.mark.slow
 def test_the_solver_starts_closer_than_the_paper(family: str) -> None:
     def error(method: str) -> float:
         model = tiny_model(family)
@@ -331,22 +333,27 @@ def test_the_solver_starts_closer_than_the_paper(family: str) -> None:
     assert error("fips") < 0.2 * error("fips-paper")
 
 
-@pytest.mark.parametrize("family", ["vit", "llama", "phi3", "gpt2"])
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"values": "float"},
+    {"values": "int4"},
+    {"sharing": "always"},
+    {"pattern": "block4"},
+    {"pattern": "4:16"},
+    {"reconstruction": {"steps": 4, "update_every": 1}, "precision": "float32", "schedule": "rigl"},
+    {"distill": {"steps": 3, "hidden_weight": 0.1}},
+    {"metric": {"memory": 1000, "propagate_errors": True}, "share_blocks": 1},
+]
+"""All with one family; with the others the default, and blocks, whose order differs where gate and up are fused."""
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"values": "float"},
-        {"values": "int4"},
-        {"sharing": "always"},
-        {"pattern": "block4"},
-        {"pattern": "4:16"},
-        {"reconstruction": {"steps": 4, "update_every": 1}, "precision": "float32", "schedule": "rigl"},
-        {"distill": {"steps": 3, "hidden_weight": 0.1}},
-        {"metric": {"memory": 1000, "propagate_errors": True}, "share_blocks": 1},
-    ],
+    ("family", "changes"),
+    [("llama", changes) for changes in SETTINGS]
+    + [(family, changes) for family in ("vit", "phi3", "gpt2") for changes in ({}, {"pattern": "block4"})],
     ids=str,
 )
+@pytest.mark.slow
 def test_every_setting_keeps_its_bytes_and_loads_exactly(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(family)
     batches = batches_for(model)
@@ -364,6 +371,7 @@ def test_every_setting_keeps_its_bytes_and_loads_exactly(family: str, changes: d
 
 @pytest.mark.parametrize("schedule", ["static", "rigl"])
 @pytest.mark.parametrize("family", ["vit", "llama"])
+@pytest.mark.slow
 def test_calibration_from_the_solver_lowers_the_error(family: str, schedule: str) -> None:
     model = tiny_model(family)
     reconstruction = {"steps": 40, "update_every": 10}
@@ -374,6 +382,7 @@ def test_calibration_from_the_solver_lowers_the_error(family: str, schedule: str
     assert result["relative_error_final"] < result["relative_error_start"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "size", "rate"), [("float", 4.8, 1e-3), ("auto", 3.2, 3e-4), ("int4", 3.2, 3e-4)])
 @pytest.mark.parametrize("family", ["vit", "llama"])
 def test_distillation_moves_the_logits_towards_the_teacher(family: str, values: Any, size: float, rate: float) -> None:
@@ -416,6 +425,7 @@ def test_biases_take_up_the_mean_error() -> None:
     assert not torch.allclose(model.get_submodule(name).dense_weight(), weight.T, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_propagated_errors_reach_the_later_groups_only() -> None:
     states = []
     for propagate in (False, True):
@@ -435,6 +445,7 @@ def test_propagated_errors_reach_the_later_groups_only() -> None:
         ({"distill": {"steps": 1}}, True), ({"reconstruction": {"steps": 1}, "precision": "float32"}, True),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trainable(
     settings: dict[str, Any], trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -462,6 +473,7 @@ def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trai
             assert torch.equal(layer.scales, grid.steps_N)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model() -> None:
     states = []
     for _ in range(2):
@@ -551,6 +563,7 @@ def test_what_is_expected_of_a_choice_falls_with_bytes_and_bits() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_width_of_the_values_follows_the_bytes() -> None:
     kinds = []
     for size in (4.0, 8.0):
@@ -724,6 +737,7 @@ class TestTrainedGrid:
         assert torch.allclose(layer.entries_RF.grad, weight * steps_N.float().unsqueeze(1) * layer.mask_RF)
 
 
+@pytest.mark.slow
 def test_stages_run_by_hand_for_one_group_alone() -> None:
     """What one group becomes does not hang on the others but by its size."""
     model = tiny_model("llama")

@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage or setting, 128 + n ended by sig
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fips.errors import ConfigError, FipsError
-from fips.signals import Stopped, stoppable
+from fips.signals import FINISHED, Stopped, stoppable
 
 app = typer.Typer(
     name="fips",
@@ -28,7 +29,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-stdout = Console()
+
+
+class Results(Console):
+    """Standard output. That it takes nothing more (a full disk, a closed pipe) costs no work: ``main`` says so last."""
+
+    failure: OSError | None = None
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with self._taking():
+            super().print(*objects, **options)
+
+    def write(self, text: str) -> None:
+        """The text as it is."""
+        with self._taking():
+            self.file.write(text)
+            self.file.flush()
+
+    @contextmanager
+    def _taking(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or error
+            with suppress(OSError, ValueError):  # what is left in its buffer would fail again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that rich is handling, instead of ending the process
+
+
+stdout = Results()
 stderr = Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.", show_default=False)]
@@ -429,7 +460,7 @@ def _fields(settings: Any) -> dict[str, Any]:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False) -> None:
@@ -568,19 +599,22 @@ def _counter(label: str) -> Iterator[Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; errors become one line on stderr and an exit code."""
+    stdout.failure = None
     try:
         with stoppable():
             result = app(args=argv, standalone_mode=False)
+        if stdout.failure is not None:
+            if not isinstance(stdout.failure, BrokenPipeError):  # a reader that has seen enough needs no words
+                reason = f"cannot write to standard output: {stdout.failure.strerror}"
+                _say(f"error: {'; '.join([reason, *FINISHED])}")
+            return 1
         return result if isinstance(result, int) else 0
     except FipsError as error:
-        _say(f"error: {_with_notes(error)}")
+        _say(f"error: {'; '.join([str(error), *_notes(error)])}")
         return error.exit_code
-    except Stopped as stopped:
-        _say(f"interrupted: {_with_notes(stopped) if _notes(stopped) else 'nothing was written'}")
-        return stopped.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted: nothing was written")
-        return 128 + signal.SIGINT
+    except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
+        _say(f"interrupted: {'; '.join(_notes(stopped)) or 'nothing was written'}")
+        return stopped.exit_code if isinstance(stopped, Stopped) else 128 + signal.SIGINT
     except Exception as error:
         show = getattr(error, "show", None)  # usage errors of the option parser print themselves
         if show is None:
@@ -590,12 +624,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _notes(error: BaseException) -> list[str]:
-    return getattr(error, "__notes__", [])
-
-
-def _with_notes(error: BaseException) -> str:
-    """What an error says and what was added to it on its way, in one line."""
-    return "; ".join([*([] if isinstance(error, Stopped) else [str(error)]), *_notes(error)])
+    """What was added to an error on its way, and what was finished before it."""
+    return list(dict.fromkeys([*getattr(error, "__notes__", []), *FINISHED]))
 
 
 def _say(line: str) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Stopped", "stoppable", "uninterrupted"]
+__all__ = ["FINISHED", "Stopped", "stoppable", "uninterrupted"]
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+FINISHED: deque[str] = deque(maxlen=10)
+"""What the command has finished so far, in words: true however it ends."""
 
 
 class Stopped(BaseException):
@@ -30,6 +34,7 @@ def stoppable() -> Iterator[None]:
     signal reaches, nothing changes.
     """
     owner, seen = os.getpid(), False
+    FINISHED.clear()
 
     def stop(number: int, _: FrameType | None) -> None:
         nonlocal seen

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fips.errors import FipsError, OutputError
-from fips.signals import uninterrupted
+from fips.signals import FINISHED, uninterrupted
 
 __all__ = ["MANIFEST", "Output", "complete_directory", "require_empty", "require_free"]
 
@@ -105,8 +105,11 @@ class Output(AbstractContextManager["Output"]):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._complete and error is not None:
-            error.add_note(f"`{self.directory}` is complete")
+            error.add_note(self._is_complete())
         self.discard()
+
+    def _is_complete(self) -> str:
+        return f"`{self.directory}` is complete"
 
     def commit(self) -> None:
         """Make the directory appear, complete.
@@ -123,6 +126,7 @@ class Output(AbstractContextManager["Output"]):
             else:
                 self.scratch.rename(self._place)
             self._complete = True
+            FINISHED.append(self._is_complete())
             self._release()
         with suppress(OSError):
             _flush(self._place.parent)
