@@ -73,7 +73,10 @@ def compress(
         check_reloadable(model, [site.name for site in sites])
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()
-        bench = Workbench(model, config, data, device, method.needs, method.temperature, progress, moments)
+        bench = Workbench(
+            model, config, data, device, method.needs, method.temperature, progress, cache=moments,
+            influence_examples=method.influence_examples,
+        )  # fmt: skip
         with preserved(model), in_native_types(model):
             bench.try_batch()
             with autocast_for(config.precision, device):

@@ -33,12 +33,14 @@ from transformers.utils.generic import find_labels
 from fips.calibration.preserve import RandomState
 from fips.errors import DataError
 
-__all__ = ["CalibrationData", "place"]
+__all__ = ["CalibrationData", "few_examples", "place"]
 
 log = logging.getLogger(__name__)
 
 ROWS = 16
 """Examples of one batch where a ``TensorDataset`` is given without a loader."""
+SHORT = 2048
+"""Tokens of a small batch."""
 WANTED = "wanted an iterable of batches, each a dict of tensors or a tensor"
 _LABELS = ("labels", "label", "label_ids")
 _CACHED = ("past_key_values", "cache_params")
@@ -311,21 +313,29 @@ class _Reader:
             raise DataError(f"`attention_mask` of {where} hides every token of example {int(empty[0])}; leave it out")
 
 
-def first_examples(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """Batches of the first ``count`` examples; a batch that cannot be cut is given whole."""
+def few_examples(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """The first ``count`` examples a few at a time, then whole batches from where they end.
+
+    A few are 8, or fewer where those would be more than ``SHORT`` tokens. A batch that cannot be cut is given whole.
+    """
     for batch in batches:
         tensors = [leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor)]
         size = len(tensors[0]) if tensors and tensors[0].dim() else 0
-        alike = size and all(tensor.dim() and len(tensor) == size for tensor in tensors)
-        if not alike or size <= count:
+        alike = size > 0 and all(tensor.dim() and len(tensor) == size for tensor in tensors)
+        if not alike or count <= 0:
             yield batch
-        elif isinstance(batch, Tensor):
-            yield batch[:count]
         else:
-            yield {name: value[:count] if isinstance(value, Tensor) else value for name, value in batch.items()}
+            tokens = max((tensor[0].numel() for tensor in tensors if not tensor.is_floating_point()), default=1)
+            step, wanted = max(1, min(8, SHORT // max(tokens, 1))), min(count, size)
+            cuts = [slice(at, min(at + step, wanted)) for at in range(0, wanted, step)]
+            yield from (_cut(batch, part) for part in [*cuts, *([slice(wanted, size)] if size > wanted else [])])
         count -= max(size, 1)
-        if count <= 0:
-            return
+
+
+def _cut(batch: Any, part: slice) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[part]
+    return {name: value[part] if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

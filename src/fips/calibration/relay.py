@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -81,6 +82,26 @@ class Relay:
                     self._run(self.model, batch)
                 step.end()
         self.done += len(names)
+
+    def whole(self, batches: Iterable[Any]) -> None:
+        """All blocks in one step, after which nothing is kept; of a chain a pass ends after the last block."""
+        order: list[str] = []
+        with ExitStack() as stack:
+            for name in self.blocks:
+                hook = self.model.get_submodule(name).register_forward_pre_hook(
+                    lambda *_, name=name: order.append(name)
+                )
+                stack.callback(hook.remove)
+            iterator = iter(batches)
+            for batch in islice(iterator, 1):
+                self._run(self.model, batch)
+            if self.blocks and order == self.blocks:
+                last = self.model.get_submodule(self.blocks[-1])
+                stack.callback(last.register_forward_hook(_stop).remove)
+            for batch in iterator:
+                with suppress(_Stop):
+                    self._run(self.model, batch)
+        self.done = len(self.blocks)
 
     def finish(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The model's outputs, once all blocks are done: the code behind them runs alone."""
@@ -168,6 +189,10 @@ class _Step:
                 raise _Stop
 
         return after
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
 
 
 def _shape(leaf: Any) -> Any:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.heads import first_tensor
-from fips.calibration.inputs import CalibrationData, first_examples, place
-from fips.calibration.moments import LayerMoments, collect_moments, collect_powers
+from fips.calibration.influence import Influence, collect_influence
+from fips.calibration.inputs import CalibrationData, few_examples, place
+from fips.calibration.moments import LayerMoments, collect_moments
 from fips.calibration.preserve import RandomState
 from fips.calibration.record import ActivationSpool, record_blocks
-from fips.calibration.survey import NO_GRADIENT, survey_layers
+from fips.calibration.survey import NO_GRADIENT, survey_influence, survey_layers
+from fips.calibration.sweep import Sweep
 from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
 from fips.formats.patterns import FULL
@@ -56,6 +58,8 @@ class Needs(Flag):
     """Second moments of what layers read: forward passes."""
     GRADIENTS = auto()
     """Those of the gradients of what they write too: a backward pass for every forward pass."""
+    INFLUENCE = auto()
+    """How much each output and input counts: backward passes of a few examples."""
     ACTIVATIONS = auto()
     """What blocks read and return on all batches; on a few, for the errors in the report, they are always recorded."""
 
@@ -105,6 +109,10 @@ class Workbench:
     temperature: float = 1.0
     """Of the softmax whose change gradients are of."""
     progress: Progress | None = None
+    influence_examples: int = 0
+    """From which the influence of layers is measured, where it is needed."""
+    influence: dict[str, Influence] = field(default_factory=dict)
+    """By layer, after ``survey``."""
     cache: MomentCache | None = None
     file_bytes: int = 0
     """Most bytes of activations that were in a temporary file at once."""
@@ -121,10 +129,17 @@ class Workbench:
 
         At most one forward pass a batch, and a backward pass where gradients are needed.
         """
-        found = survey_layers(
-            self.model, sites, self.batches, self.run, gradients=Needs.GRADIENTS in self.needs,
-            temperature=self.temperature, seed=self.config.seed,
-        )  # fmt: skip
+        if Needs.INFLUENCE in self.needs:
+            self.influence = collect_influence(
+                self.model, sites, few_examples(self.batches, self.influence_examples), self.run,
+                examples=self.influence_examples, temperature=self.temperature, seed=self.config.seed,
+            )  # fmt: skip
+            found = survey_influence(self.influence)
+        else:
+            found = survey_layers(
+                self.model, sites, self.batches, self.run, gradients=Needs.GRADIENTS in self.needs,
+                temperature=self.temperature, seed=self.config.seed,
+            )  # fmt: skip
         for name, reason in found.left.items():
             log.warning("`%s` is left dense: %s", name, reason)
         if found.blind and len(found.left) < len(sites):
@@ -132,35 +147,59 @@ class Workbench:
         return found.left
 
     def moments(
-        self, name: str, sites: Sequence[Site], *, floor: float = 1.0, changed: bool = False, gradients: bool = True
+        self, name: str, sites: Sequence[Site], *, floor: float = 1.0, changed: bool = False
     ) -> dict[str, LayerMoments]:
-        """What the layers read and, if needed, how much what they write matters, in the model as it is.
+        """What the layers read and how much what they write matters, in the model as it is.
 
         ``floor`` is the share of the weight that all tokens get alike. ``changed`` says that some layers are compressed
-        already, so that nothing kept from before is of use. ``gradients=False`` leaves them out though they are needed.
+        already, so that nothing kept from before is of use.
         """
-        assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
-        gradients = gradients and Needs.GRADIENTS in self.needs
-        cache = None if changed else self.cache
-        how = (self.temperature, floor, self.config.seed) if gradients else ()
-        key = (tuple(site.name for site in sites), *how, "" if cache is None else self.batches.key())
-        if cache is not None and key in cache:
-            return cache[key]
-        found = collect_moments(
-            self.model, sites, self.counted("measure", name), self.run, temperature=self.temperature, floor=floor,
-            seed=self.config.seed, gradients=gradients,
-        )  # fmt: skip
-        if cache is not None:
-            cache[key] = found
-        return found
-
-    def powers(self, sites: Sequence[Site], examples: int) -> dict[str, Tensor]:
-        """How much what the layers write matters, from the first ``examples`` of the data."""
         assert Needs.GRADIENTS in self.needs, "a method that asks for gradients must declare that it needs them"
-        return collect_powers(
-            self.model, sites, first_examples(self.batches, examples), self.run, temperature=self.temperature,
+        how = (self.temperature, floor, self.config.seed)
+        return self.cached(sites, how, changed=changed, measure=lambda: collect_moments(
+            self.model, sites, self.counted("measure", name), self.run, temperature=self.temperature, floor=floor,
             seed=self.config.seed,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+    def cached(
+        self,
+        sites: Sequence[Site],
+        how: tuple[Any, ...],
+        measure: Callable[[], dict[str, LayerMoments]],
+        *,
+        changed: bool = False,
+    ) -> dict[str, LayerMoments]:
+        """Moments that were kept from another compression of the model on the same data, or those measured now."""
+        cache = None if changed else self.cache
+        if cache is None:
+            return measure()
+        key = (tuple(site.name for site in sites), *how, self.batches.key())
+        if key not in cache:
+            cache[key] = measure()
+        return cache[key]
+
+    def input_moments(self, name: str, sites: Sequence[Site]) -> dict[str, LayerMoments]:
+        """Second moments of what the layers read, all tokens alike."""
+
+        def measure() -> dict[str, LayerMoments]:
+            with self.sweep([], name) as sweep:
+                return sweep.step(0, sites).moments
+
+        return self.cached(sites, ("inputs",), measure)
+
+    @contextmanager
+    def sweep(self, blocks: Sequence[str], name: str = "all", *, recorded: int = 0) -> Iterator[Sweep]:
+        """A pass over the data, a few of the blocks, in the order in which they run, at a time."""
+        assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
+        with (
+            ActivationSpool(self.config.activation_memory) as spool,
+            Sweep(
+                self.model, blocks, lambda: self.counted("measure", name), len(self.batches), self.run, spool,
+                self.device, recorded=recorded,
+            ) as found,
+        ):  # fmt: skip
+            yield found
+            self.file_bytes = max(self.file_bytes, spool.file_bytes)
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for one batch, on its device and in its type.

@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Chooser", "inverse_root", "with_feedback"]
+__all__ = ["Chooser", "diagonal", "inverse_root", "with_feedback"]
 
 RUN, SHORT = 128, 16
 """Columns whose errors are spread together over all behind them, and over those of their own run."""
@@ -33,7 +33,13 @@ Chooser = Callable[[Tensor, int], Tensor]
 
 
 def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
-    """U for the moment plus ``damping`` times its mean diagonal; on failure damping grows tenfold until it succeeds."""
+    """U for the moment plus ``damping`` times its mean diagonal; on failure damping grows tenfold until it succeeds.
+
+    Of a moment given as its diagonal (K,), the diagonal of U.
+    """
+    if moment_KK.dim() == 1:
+        tiny = torch.finfo(moment_KK.dtype).tiny
+        return (moment_KK + damping * moment_KK.mean()).clamp_min(tiny).rsqrt()
     mean = moment_KK.diagonal().mean().clamp_min(torch.finfo(moment_KK.dtype).tiny)
     while True:
         damped_KK = moment_KK.clone()
@@ -49,6 +55,11 @@ def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
         damping = max(10 * damping, 1e-6)
 
 
+def diagonal(upper_KK: Tensor) -> Tensor:
+    """Of U, or U itself where it is given as its diagonal (K,)."""
+    return upper_KK if upper_KK.dim() == 1 else upper_KK.diagonal()
+
+
 def with_feedback(
     matrix_NK: Tensor,
     upper_KK: Tensor,
@@ -59,12 +70,19 @@ def with_feedback(
 ) -> tuple[Tensor, Tensor | None]:
     """A matrix of numbers that ``nearest`` gives and of zeros where ``choose`` keeps nothing, and the mask of the kept.
 
-    ``nearest`` is applied to single columns (N,) and says what they become. Without ``choose`` all entries are kept and
-    the mask is None.
+    ``nearest`` is applied to columns (N,) and says what they become. Without ``choose`` all entries are kept and the
+    mask is None. In a metric without correlations, ``upper_KK`` its diagonal (K,), no column can make up for another.
     """
     rest_KN = matrix_NK.T.contiguous().clone()
     mask_KN = None if choose is None else torch.empty(rest_KN.shape, dtype=torch.bool, device=rest_KN.device)
-    roots_K = upper_KK.diagonal()
+    roots_K = diagonal(upper_KK)
+    if upper_KK.dim() == 1:
+        if choose is not None and mask_KN is not None:
+            costs_KN = (rest_KN / roots_K.unsqueeze(1)).square()
+            for start in range(0, len(rest_KN), run_length):
+                mask_KN[start : start + run_length] = choose(costs_KN[start : start + run_length], start)
+            rest_KN *= mask_KN
+        return nearest(rest_KN).T, None if mask_KN is None else mask_KN.T
     for start in range(0, len(rest_KN), run_length):
         run = slice(start, min(start + run_length, len(rest_KN)))
         part_JN, errors_JN = rest_KN[run], torch.empty_like(rest_KN[run])

@@ -21,8 +21,8 @@ from fips.errors import BudgetError
 from fips.formats.patterns import Pattern
 from fips.formats.values import Values
 from fips.solve.alternate import Factorization
-from fips.solve.feedback import RUN, Chooser, inverse_root, with_feedback
-from fips.solve.moments import usable_moment
+from fips.solve.feedback import RUN, Chooser, diagonal, inverse_root, with_feedback
+from fips.solve.moments import usable_diagonal, usable_moment
 from fips.solve.rounding import Grid, row_steps
 from fips.solve.structures import Choice, Point, Pricing, Structures
 from fips.solve.supports import Reduction
@@ -36,13 +36,16 @@ ROW_SHARE = 0.5
 """Share of a row's weight that follows its gradients; the rest is the same for all rows of a layer."""
 SAMPLE = 256
 """Stored rows that stand for all of them when structures are tried; rows do not touch each other's errors."""
+TRIED = 3
+"""Structures of free size that are compared within the bytes of a layer."""
 
 
 class OneShot(Structures):
     """The structures of a layer with weight (D, F); ``axis`` is the one it sums along.
 
-    ``moment_II`` is that of its inputs, ``power_O`` the mean square of the gradient at each output, summed over the
-    tokens of an example; ``dtype`` the type that steps of integers are stored in.
+    ``moment_II`` is that of its inputs, or its diagonal (I,) where correlations are not known: then no error is made up
+    for. ``power_O`` is the mean square of the gradient at each output, summed over the tokens of an example; ``dtype``
+    the type that steps of integers are stored in.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class OneShot(Structures):
         self.axis: Reduction = axis
         self.dtype = dtype
         self.matrix_NK = weight_DF.T if axis == 0 else weight_DF
-        self.moment_KK = usable_moment(moment_II)
+        self.moment_KK = usable_diagonal(moment_II) if moment_II.dim() == 1 else usable_moment(moment_II)
         self.weight_N = ROW_SHARE * power_O + (1 - ROW_SHARE) * power_O.mean()
         self._upper_KK: Tensor | None = None
 
@@ -91,16 +94,24 @@ class OneShot(Structures):
 
     def loss(self, found_NK: Tensor) -> float:
         """The second-order change of the model's output."""
-        error_NK = self.matrix_NK - found_NK
-        costs_N = ((error_NK @ self.moment_KK) * error_NK).sum(1)
+        costs_N = self._costs(self.matrix_NK - found_NK)
         return max(float((costs_N * self.weight_N).sum(dtype=torch.float64)), 0.0)
+
+    def _costs(self, error_NK: Tensor) -> Tensor:
+        """Of the errors of every row (N,), its weight left out."""
+        weighted_NK = error_NK * self.moment_KK if self.moment_KK.dim() == 1 else error_NK @ self.moment_KK
+        return (weighted_NK * error_NK).sum(1)
 
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Keeping all is cheap to try and is tried at every width; pruning where it is promising."""
         whole = {(choice, self.dense_bytes(choice)) for choice in choices if choice.free}
+        return self._tried(sorted({*whole, *self.wanted(choices, size)}))
+
+    def _tried(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
+        """What ``SAMPLE`` rows leave at those sizes that fit."""
         small, share = self._sample()
         points: list[Point] = []
-        for choice, bytes_ in sorted({*whole, *self.wanted(choices, size)}):
+        for choice, bytes_ in sizes:
             if self.expected(choice, bytes_) == math.inf:
                 continue
             less = small.overhead(choice) + small.hidden * small.width / (self.hidden * self.width) * (
@@ -110,12 +121,26 @@ class OneShot(Structures):
                 points.append(Point(choice, bytes_, small.solve(choice, less).losses[-1] / share))
         return points
 
+    def within(self, choices: Sequence[Choice], size: float) -> tuple[Choice, float]:
+        """The best of the promising structures that fit into ``size`` bytes, and what it takes of them.
+
+        Raises ``BudgetError`` if none fits.
+        """
+        free = sorted((one for one in choices if one.free), key=lambda one: self.expected(one, size))[:TRIED]
+        sizes = [(one, min(size, self.dense_bytes(one))) for one in free]
+        sizes += [(one, fixed) for one in choices if (fixed := self.fixed_bytes(one)) is not None and fixed <= size]
+        points = self._tried(sizes) if len(sizes) > 1 else [Point(*one, 0.0) for one in sizes]
+        if not points:
+            raise BudgetError(f"{size:.0f} bytes are too few for any structure; ask for more bytes")
+        best = min(points, key=lambda point: point.loss)
+        return best.choice, best.bytes
+
     def _sample(self) -> tuple[Self, float]:
         """The problem of ``SAMPLE`` rows, spread evenly over what rows weigh, and their share of the weight."""
         rows = len(self.matrix_NK)
         if rows <= SAMPLE:
             return self, 1.0
-        worth_N = ((self.matrix_NK @ self.moment_KK) * self.matrix_NK).sum(1) * self.weight_N
+        worth_N = self._costs(self.matrix_NK) * self.weight_N
         places = (torch.arange(SAMPLE, device=worth_N.device) + 0.5) * (rows / SAMPLE)
         kept = worth_N.argsort()[places.long()].sort().values
         upper_KK = self.upper_KK
@@ -137,11 +162,11 @@ class OneShot(Structures):
             return None
         matrix_NK = self.matrix_NK
         if choose is not None:
-            roots_K = self.upper_KK.diagonal()
+            roots_K = diagonal(self.upper_KK)
             costs_KN = (matrix_NK / roots_K).square().T
             masks = [choose(part, index * run_length) for index, part in enumerate(costs_KN.split(run_length))]
             matrix_NK = matrix_NK * torch.cat(masks).T
-        return row_steps(matrix_NK, self.moment_KK.diagonal(), values=values).to(self.dtype)
+        return row_steps(matrix_NK, diagonal(self.moment_KK), values=values).to(self.dtype)
 
     def _chooser(self, choice: Choice, size: float) -> Chooser:
         """Entries to keep of each run of columns.
@@ -162,7 +187,7 @@ class OneShot(Structures):
             return lambda costs_JN, _: back(pattern.choose_fixed(weighted(costs_JN), axis=axis))
         left = size - self.overhead(choice) - self._pattern_bytes(choice)
         kept = int(left / self.pricing.entry(choice.numbers) + 1e-9)
-        costs_KN = (self.matrix_NK / self.upper_KK.diagonal()).square().T
+        costs_KN = (self.matrix_NK / diagonal(self.upper_KK)).square().T
         (first_RF,) = pattern.choose([weighted(costs_KN)], min(kept, costs_KN.numel()))
         run_length = _run_length(pattern)
         counts = [int(part.sum()) for part in back(first_RF).split(run_length)]
@@ -178,7 +203,8 @@ def _nearest(values: Values, steps_N: Tensor | None) -> Callable[[Tensor], Tenso
     if steps_N is None:
         return lambda column_N: column_N
     wide_N = steps_N.float()
-    return lambda column_N: values.nearest(_in_steps(column_N, wide_N)) * wide_N
+    inverse_N = torch.where(wide_N == 0, 0.0, 1 / wide_N)
+    return lambda column_N: values.nearest(column_N * inverse_N) * wide_N
 
 
 def _in_steps(values: Tensor, steps: Tensor) -> Tensor:

@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
-from fips.calibration.moments import moment_bytes
+from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.errors import ConfigError
 from fips.methods.fips.settings import FipsConfig
 from fips.methods.fips.stages import (
     Search,
     Solved,
     Split,
+    allot,
     finish,
     group_share,
     measure,
     open_search,
     pack,
     solve,
+    structures,
     train,
     try_choices,
 )
 from fips.methods.registry import Method, register
+from fips.methods.sweep import PackedLayer, solve_blocks
 from fips.methods.workbench import (
     CompressedGroup,
     Needs,
     Workbench,
 )
 from fips.models import LayerGroup, Site
+from fips.models.locate import Sublayer
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
 from fips.plan.least import BYTES_PER_BIT
@@ -53,7 +58,12 @@ class Fips(Method[FipsConfig]):
 
     @property
     def needs(self) -> Needs:
-        return Needs.INPUTS | Needs.GRADIENTS | (Needs.ACTIVATIONS if self.trains_blocks else Needs.NOTHING)
+        metric = Needs.INPUTS | (Needs.INFLUENCE if self.config.one_shot else Needs.GRADIENTS)
+        return metric | (Needs.ACTIVATIONS if self.trains_blocks else Needs.NOTHING)
+
+    @property
+    def influence_examples(self) -> int:
+        return self.config.metric.gradient_examples
 
     @property
     def temperature(self) -> float:
@@ -117,6 +127,8 @@ class Fips(Method[FipsConfig]):
     def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
         """Solve all groups, train them together if asked to, pack them and measure what they lost."""
         config = self.config
+        if config.one_shot and not (self.trains_blocks or self.trains_model):
+            return _in_one_pass(bench, plan, config)
         solved = _solve_groups(bench, plan, config)
         if config.distill.steps:
             blocks = [block for item in solved for block in bench.blocks(item.plan.group).values()]
@@ -131,11 +143,34 @@ class Fips(Method[FipsConfig]):
         return [finish(bench, item, *done) for item, done in zip(solved, packed, strict=True)]
 
 
+def _in_one_pass(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[CompressedGroup]:
+    """Every MLP by itself, with the structure that is best for the bytes it was allotted."""
+    sizes = allot(bench, plan, config)
+
+    def solve_one(
+        group: GroupPlan, sublayer: Sublayer, moments: Mapping[str, LayerMoments]
+    ) -> Mapping[str, PackedLayer]:
+        part = replace(group, group=LayerGroup(group.group.name, (sublayer,)))
+        search = open_search(bench, part, config, moments)
+        item = solve(bench, part, config, search, structures(search, part, config, sizes))
+        _, layers = pack(item)
+        storages = dict(zip([site.name for site in sublayer.sites], item.storages, strict=True))
+        return {name: PackedLayer(layer, storages[name]) for name, layer in layers.items()}
+
+    return solve_blocks(bench, plan, solve_one, memory=config.metric.memory)
+
+
 def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[Solved]:
     """Every group with the structure and size that the measured errors ask for."""
     metric = config.metric
     chunks = list(_chunks(plan.groups, 0 if metric.propagate_errors else metric.memory))  # each behind the one before
-    chosen, searches = _choose(bench, plan, config, chunks)
+    sizes: dict[str, float] = {}
+    chosen: dict[str, Split] = {}
+    searches: dict[str, Search] = {}
+    if config.one_shot:
+        sizes = allot(bench, plan, config)
+    else:
+        chosen, searches = _choose(bench, plan, config, chunks)
     found: list[Solved] = []
     with ExitStack() as installed:
         for chunk in chunks:
@@ -143,8 +178,10 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
                 moments = measure(bench, config, chunk)
             for group in chunk:
                 started = time.perf_counter()
-                search = searches.pop(group.group.name, None) or open_search(bench, group, config, moments)
-                item = solve(bench, group, config, search, chosen[group.group.name])
+                name = group.group.name
+                search = searches.pop(name, None) or open_search(bench, group, config, moments)
+                split = structures(search, group, config, sizes) if config.one_shot else chosen[name]
+                item = solve(bench, group, config, search, split)
                 train(bench, item, config)
                 item.seconds = time.perf_counter() - started
                 found.append(item)

@@ -3,10 +3,12 @@
 ===============  ==================================================  ===============================================
 stage            from                                                gives
 ===============  ==================================================  ===============================================
+``allot``        the influence of all layers                         bytes of every layer (``effort: default``)
 ``measure``      layers of some groups, the batches                  second moments by layer
 ``open_search``  moments, the weights of a group                     its problems, ready to be solved
+``structures``   a search, the bytes of its layers                   their structures
 ``try_choices``  a search                                            measured errors of structures at a few sizes
-``allocate``     those of all groups (``fips.solve.search``)         structure and bytes of every layer
+``allocate``     those of all groups (``fips.solve.allocate``)       structure and bytes of every layer
 ``solve``        a search, structure and bytes                       supports, integers, basis, biases
 ``train``        what was solved, block inputs and outputs           the same after steps, if any are asked for
 ``pack``         what was solved or trained                          layers in the bytes they will be stored in
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +40,22 @@ from fips.methods.workbench import (
 from fips.models import Site
 from fips.plan.footprint import LayerStorage, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
-from fips.solve.allocate import expected_total
+from fips.plan.plan import CompressionPlan
+from fips.solve.allocate import allocate, expected_total
 from fips.solve.alternate import Factorization
 from fips.solve.oneshot import OneShot
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
 from fips.solve.search import WORTH_SHARING, GroupSearch
-from fips.solve.structures import SIZES, Choice, Point, Pricing, Structures
+from fips.solve.structures import SIZES, Choice, Point, Pricing
 from fips.solve.supports import Reduction
 from fips.training.factors import TrainableGroup, swapped
 from fips.training.reconstruct import BlockError, reconstruct_
 
 __all__ = [
     *("Packed", "Search", "Solved", "Split"),
-    *("finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve", "train", "try_choices"),
+    *("allot", "finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve", "structures"),
+    *("train", "try_choices"),
 ]
 
 ENOUGH = 2
@@ -68,12 +72,10 @@ def measure(bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan]) -
     """Stage: second moments of what the layers of some groups read and of the gradients of what they write."""
     sites = [site for group in groups for site in group.group.sites]
     name = groups[0].group.name if len(groups) == 1 else "all"
+    if config.one_shot:
+        return bench.input_moments(name, sites)
     metric = config.metric
-    if not config.one_shot:
-        return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
-    found = bench.moments(name, sites, changed=metric.propagate_errors, gradients=False)
-    powers = bench.powers(sites, metric.gradient_examples)
-    return {name: replace(moments, power_O=powers[name]) for name, moments in found.items()}
+    return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
 
 
 @dataclass(slots=True)
@@ -81,13 +83,18 @@ class Search:
     """The searches of one group, with what is needed to go back from their columns to the model's."""
 
     weights_DF: list[Tensor]
-    layers: Sequence[Structures]
+    layers: Sequence[GroupSearch | OneShot]
     """One for every site."""
     group: GroupSearch | None
     """All of them with a basis that they share, where that is looked at."""
     moments: Mapping[str, LayerMoments]
     orders: list[Tensor]
     """For every site the original column at every place."""
+
+    @property
+    def shots(self) -> list[OneShot]:
+        """Of layers that are solved in one pass each."""
+        return [layer for layer in self.layers if isinstance(layer, OneShot)]
 
     def solve(self, split: Split) -> tuple[list[Choice], Factorization]:
         """The factors of all sites, and the choice of each."""
@@ -150,7 +157,9 @@ def _searches(
         ]
         if config.one_shot:
             shots = [
-                _one_shot(weight_DF, site, moments[site.name], order, _pricing(plan, config), plan.dtype)
+                _one_shot(
+                    bench, weight_DF, site, moments[site.name].inputs_II, order, _pricing(plan, config), plan.dtype
+                )
                 for weight_DF, site, order in zip(weights_DF, sites, orders, strict=True)
             ]
             return Search(weights_DF, shots, None, moments, orders)
@@ -168,20 +177,51 @@ def _searches(
 
 
 def _one_shot(
-    weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: Tensor, pricing: Pricing, dtype: torch.dtype
+    bench: Workbench,
+    weight_DF: Tensor,
+    site: Site,
+    moment: Tensor,
+    order_F: Tensor,
+    pricing: Pricing,
+    dtype: torch.dtype,
 ) -> OneShot:
-    """One layer in the metric of its inputs, hidden neurons in the order given."""
-    moment_II, power_O = moments.inputs_II, moments.power_O
-    assert power_O is not None
+    """One layer in the metric of its inputs, (I, I) or its diagonal, hidden neurons in the order given."""
+    power_O = bench.influence[site.name].outputs_O
     if not bool(power_O.any()):  # errors count by themselves, relative to what the layer writes
         weight_OI = site.role.to_linear(weight_DF)
-        outputs = float(((weight_OI @ moment_II) * weight_OI).sum())
+        outputs = float(((weight_OI * moment if moment.dim() == 1 else weight_OI @ moment) * weight_OI).sum())
         power_O = torch.full_like(power_O, 1 / outputs if outputs > 0 else 1.0)
     if site.role.reads_stream:
         power_O = power_O[order_F]
     else:
-        moment_II = moment_II[order_F][:, order_F]
-    return OneShot(weight_DF, moment_II, power_O, site.role.reduction, pricing, dtype)
+        moment = moment[order_F] if moment.dim() == 1 else moment[order_F][:, order_F]
+    return OneShot(weight_DF, moment, power_O, site.role.reduction, pricing, dtype)
+
+
+def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[str, float]:
+    """Stage: bytes of every layer, before its inputs have been measured.
+
+    From what plain rounding and pruning do to some rows where inputs are uncorrelated. Error feedback then takes away
+    more or less the same share everywhere, and the structure is chosen when it is known.
+    """
+    sites = [(group, site) for group in plan.groups for site in group.group.sites]
+    curves = []
+    with torch.autocast(bench.device.type, enabled=False):
+        for number, (group, site) in enumerate(sites):
+            (weight_DF,) = bench.weights([site])
+            inputs_I, order_F = bench.influence[site.name].inputs_I, torch.arange(site.hidden, device=bench.device)
+            layer = _one_shot(bench, weight_DF.float(), site, inputs_I, order_F, _pricing(group, config), group.dtype)
+            part = site.hidden / group.group.hidden * group_share(group, config)
+            curves.append(layer.trials(_choices(group, config), part))
+            bench.report("allot", "all", number + 1, len(sites))
+    split = allocate(curves, sum(group_share(group, config) for group in plan.groups))
+    return {site.name: size for (_, site), (_, size) in zip(sites, split, strict=True)}
+
+
+def structures(search: Search, plan: GroupPlan, config: FipsConfig, sizes: Mapping[str, float]) -> Split:
+    """Stage: the structure of every layer within the bytes that it was allotted."""
+    choices = _choices(plan, config)
+    return [layer.within(choices, sizes[site.name]) for layer, site in zip(search.shots, plan.group.sites, strict=True)]
 
 
 def site_problem(weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
