@@ -36,7 +36,8 @@ from fips.plan.least import round_up
 from fips.plan.planner import PLANNERS
 from fips.solve.conjugate import conjugate_gradients
 from fips.solve.problems import LayerProblem
-from fips.solve.search import Choice, GroupSearch, Pricing
+from fips.solve.search import GroupSearch
+from fips.solve.structures import Choice, Pricing
 
 METHODS = tuple(PLANNERS)
 

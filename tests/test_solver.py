@@ -28,6 +28,7 @@ from fips.layers.linear import factored_layers
 from fips.methods.fips import Fips, FipsConfig, stages
 from fips.methods.workbench import Workbench, dense_matrix
 from fips.models import group_layers, locate_layers
+from fips.solve.allocate import allocate, expected_total
 from fips.solve.alternate import alternate, prune
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import refit, sparse_factors
@@ -35,7 +36,8 @@ from fips.solve.patterns import unstructured_masks
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
 from fips.solve.rounding import Grid, round_factor, round_rows, row_steps
-from fips.solve.search import Choice, GroupSearch, Point, Pricing, allocate, expected_error, expected_total
+from fips.solve.search import GroupSearch
+from fips.solve.structures import Choice, Point, Pricing, expected_error
 from fips.solve.supports import ByteBudget
 from fips.solve.svd import shared_svd
 from fips.training.factors import TrainableGroup
