@@ -13,9 +13,9 @@ Shape legend: T tokens, E examples, I inputs of a layer, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,10 +38,23 @@ class Influence:
     """Sum of the squared inputs until ``finish``, then their mean square or variance."""
     outputs_O: Tensor
     """Sum of the squared gradients, then its mean over examples."""
-    sum_I: Tensor = field(repr=False)
+    sum_I: Tensor
+    """Sum of the inputs, then their mean."""
     tokens: int = 0
     reached: bool = False
     """Whether any gradient has arrived, zero or not."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"inputs_I": self.inputs_I, "outputs_O": self.outputs_O, "sum_I": self.sum_I}
+
+    def facts(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "reached": self.reached}
+
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> Influence:
+        """What ``tensors``, under the name of the layer, and ``facts`` have kept."""
+        inputs_I, outputs_O, sum_I = (tensors[f"{name}.{key}"].to(device) for key in ("inputs_I", "outputs_O", "sum_I"))
+        return cls(inputs_I, outputs_O, sum_I, **facts)
 
     @classmethod
     def empty(cls, site: Site, device: torch.device) -> Influence:

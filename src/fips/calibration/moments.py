@@ -37,6 +37,7 @@ from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
 from fips.models import Site
 from fips.plan.finite import overflow_error
+from fips.ranks import Ranks
 
 __all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
 
@@ -101,6 +102,13 @@ class LayerMoments:
         self.inputs_II += part.inputs_II
         self.mean_I += part.mean_I
         self.weight += part.weight
+
+    def collect(self, ranks: Ranks, source: int, target: int) -> None:
+        """Bring the sums of one rank to another."""
+        self.inputs_II = ranks.collect(self.inputs_II, source, target)
+        self.mean_I = ranks.collect(self.mean_I, source, target)
+        weight = torch.tensor([self.weight], dtype=torch.float64, device=self.mean_I.device)
+        self.weight = float(ranks.collect(weight, source, target))
 
     @property
     def is_finite(self) -> bool:

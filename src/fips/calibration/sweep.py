@@ -15,7 +15,7 @@ Shape legend: T tokens of a batch, I inputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
 from fips.models import Site
 from fips.plan.finite import overflow_error
+from fips.ranks import ALONE, Ranks
 
 __all__ = ["CHUNKS", "Step", "Sweep"]
 
@@ -78,7 +79,9 @@ class Sweep(AbstractContextManager["Sweep"]):
         device: torch.device,
         *,
         recorded: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.model, self.blocks, self.run, self.spool, self.device = model, list(blocks), run, spool, device
         self._batches, self._count, self._recorded = batches, count, recorded
         self._at = 0
@@ -92,15 +95,17 @@ class Sweep(AbstractContextManager["Sweep"]):
         self._at += count
 
     @torch.no_grad()
-    def step(self, count: int, sites: Sequence[Site]) -> Step:
+    def step(self, count: int, sites: Sequence[Site], owners: Mapping[str, int] | None = None) -> Step:
         """Moments of what layers of the next ``count`` blocks read, layers that read the same sharing one.
 
-        Raises ``DataError`` if a layer never runs, ``ModelError`` or ``DataError`` if what it reads is not finite.
+        With several ranks each runs its part of the batches, and a layer's moments come together at the rank that
+        ``owners`` names. Records are those of the first rank. Raises ``DataError`` if a layer never runs,
+        ``ModelError`` or ``DataError`` if what it reads is not finite.
         """
         names = self.blocks[self._at : self._at + count]
         self._at += count
         while True:
-            taps = _Taps(self.model, sites, self.device)
+            taps = _Taps(self.model, sites, self.device, self.ranks, owners or {})
             try:
                 with ExitStack() as stack:
                     recorder = self._recorder(names)
@@ -116,18 +121,21 @@ class Sweep(AbstractContextManager["Sweep"]):
 
     def _recorder(self, names: Sequence[str]) -> BlockRecorder | None:
         blocks = {name: self.model.get_submodule(name) for name in names}
-        return BlockRecorder(self.model, blocks, self.spool) if self._recorded and blocks else None
+        wanted = self._recorded and blocks and self.ranks.first
+        return BlockRecorder(self.model, blocks, self.spool) if wanted else None
 
     def _watched(self, taps: _Taps, recorder: BlockRecorder | None) -> Iterator[Any]:
         """The batches, closed one by one."""
         for index, batch in enumerate(self._batches()):
-            taps.begin(index * CHUNKS // max(self._count, 1))
+            chunk = index * CHUNKS // max(self._count, 1)
+            if self.ranks.owner(chunk) != self.ranks.index:
+                continue
+            taps.begin(chunk)
             if recorder is not None:
                 recorder.wants = index < self._recorded
             yield batch
             if recorder is not None:
                 recorder.end_pass()
-        taps.begin(None)
 
     def _pass(self, batches: Iterator[Any]) -> None:
         """Run the model up to where the sweep is now."""
@@ -154,8 +162,14 @@ class Sweep(AbstractContextManager["Sweep"]):
 class _Taps(AbstractContextManager["_Taps"]):
     """Hooks that add up what layers read, chunk by chunk."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], device: torch.device, ranks: Ranks, owners: Mapping[str, int]
+    ) -> None:
         self.total: dict[str, LayerMoments] = {}
+        """Of the layers of this rank."""
+        self._ranks, self._owners = ranks, owners
+        self._parts: dict[int, dict[str, LayerMoments]] = {}
+        """Sums of finished chunks that wait for those before them."""
         self._chunk: dict[str, LayerMoments] = {}
         self._number: int | None = None
         self._leader: dict[str, str] = {}
@@ -172,17 +186,54 @@ class _Taps(AbstractContextManager["_Taps"]):
         self._tokens.__exit__(*error)
         self._stack.close()
 
-    def begin(self, chunk: int | None) -> None:
-        """The next batch is of this chunk; None: there is no further one."""
+    def begin(self, chunk: int) -> None:
+        """The next batch is of this chunk."""
         self._last = None
         if chunk != self._number:
-            for name, part in self._chunk.items():
-                whole = self.total.get(name)
-                if whole is None:
-                    self.total[name] = part
-                else:
-                    whole.absorb(part)
-            self._chunk, self._number = {}, chunk
+            self._end_chunk()
+            self._number = chunk
+
+    def _end_chunk(self) -> None:
+        if self._number is None:
+            return
+        if self._ranks.count == 1:
+            self._absorb(self._chunk)
+        else:
+            self._parts[self._number] = self._chunk
+        self._chunk = {}
+
+    def _absorb(self, parts: Mapping[str, LayerMoments]) -> None:
+        for name, part in parts.items():
+            whole = self.total.get(name)
+            if whole is None:
+                self.total[name] = part
+            else:
+                whole.absorb(part)
+
+    def _exchange(self) -> None:
+        """Bring the parts of every layer together at its owner, in the order of the chunks."""
+        ranks = self._ranks
+        found = ranks.gather({number: sorted(parts) for number, parts in self._parts.items()})
+        leaders = ranks.gather(self._leader)
+        self._leader = next((one for one in leaders if one), {})
+        if any(one not in ({}, self._leader) for one in leaders):
+            raise DataError(
+                "layers read one tensor in some batches and several in others; leave them out with `ignore`"
+            )
+        names = {number: set(parts) for one in found for number, parts in one.items()}
+        for number in sorted(names):
+            source = ranks.owner(number)
+            for name, site in self._sites.items():
+                if name not in names[number]:
+                    continue
+                target = self._owners.get(name, 0)
+                own = self._parts.get(number, {}).pop(name, None)
+                if ranks.index not in (source, target):
+                    continue
+                part = LayerMoments.empty(site, self._device, gradients=False) if own is None else own
+                part.collect(ranks, source, target)
+                if ranks.index == target:
+                    self._absorb({name: part})
 
     def _hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
@@ -213,9 +264,14 @@ class _Taps(AbstractContextManager["_Taps"]):
         return name in self._leader
 
     def finish(self, sites: Sequence[Site], overflow: Callable[[str], Exception]) -> None:
-        """From sums to means."""
+        """From sums to means, of the layers of this rank."""
+        self._end_chunk()
+        if self._ranks.count > 1:
+            self._exchange()
         done: set[int] = set()
         for site in sites:
+            if self._owners.get(site.name, 0) != self._ranks.index:
+                continue
             leader = self._leader.get(site.name, site.name)
             found = self.total.get(leader)
             if found is None or found.weight == 0:

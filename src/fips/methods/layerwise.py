@@ -43,6 +43,8 @@ class StoredMatrix(NamedTuple):
 class MatrixMethod(Method[C]):
     """Makes matrix by matrix, without a basis."""
 
+    by_block = True
+
     @property
     def moment_memory(self) -> int:
         return int(self.config.metric.memory) if isinstance(self.config, InputsConfig) else 0

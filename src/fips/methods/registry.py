@@ -35,6 +35,11 @@ class Method(Planner[C]):
         return 1.0
 
     @property
+    def by_block(self) -> bool:
+        """Whether it makes every block by itself and keeps what is finished (``fips.methods.sweep``)."""
+        return False
+
+    @property
     def influence_examples(self) -> int:
         """Examples that tell the influence of layers, if it needs that."""
         return 0

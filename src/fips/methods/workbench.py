@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage
 from fips.plan.groups import GroupPlan
+from fips.ranks import ALONE, Ranks
 from fips.solve.alternate import Factorization
 from fips.training.factors import swapped
 from fips.training.reconstruct import BlockError, Records, block_errors
@@ -34,10 +35,12 @@ from fips.training.reconstruct import BlockError, Records, block_errors
 __all__ = [
     "MAX_ERROR_BATCHES",
     "CompressedGroup",
+    "MemoryStore",
     "MomentCache",
     "Needs",
     "Progress",
     "ProgressEvent",
+    "Store",
     "Workbench",
     "dense_matrix",
     "measured",
@@ -68,7 +71,7 @@ class Needs(Flag):
 class ProgressEvent:
     """One step of work: ``done`` of ``total`` steps of a stage, the last loss.
 
-    Stages: ``measure``, ``solve``, ``record``, ``reconstruct``, ``distill``.
+    Stages: ``measure``, ``allot``, ``try``, ``solve``, ``record``, ``reconstruct``, ``distill``.
     """
 
     stage: str
@@ -97,6 +100,32 @@ class CompressedGroup:
     seconds: float = 0.0
 
 
+class Store(Protocol):
+    """Finished pieces of work by name, each some tensors and fields for JSON."""
+
+    def has(self, name: str) -> bool: ...
+
+    def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
+
+    def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None: ...
+
+
+class MemoryStore:
+    """A store that lasts as long as the process."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+
+    def has(self, name: str) -> bool:
+        return name in self._held
+
+    def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self._held.get(name)
+
+    def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
+        self._held[name] = dict(tensors), dict(fields)
+
+
 @dataclass(slots=True)
 class Workbench:
     """One model, its calibration batches, and what one compression may measure on them."""
@@ -114,6 +143,9 @@ class Workbench:
     influence: dict[str, Influence] = field(default_factory=dict)
     """By layer, after ``survey``."""
     cache: MomentCache | None = None
+    store: Store = field(default_factory=MemoryStore)
+    """What is finished."""
+    ranks: Ranks = ALONE
     file_bytes: int = 0
     """Most bytes of activations that were in a temporary file at once."""
     notes: list[str] = field(default_factory=list)
@@ -130,10 +162,7 @@ class Workbench:
         At most one forward pass a batch, and a backward pass where gradients are needed.
         """
         if Needs.INFLUENCE in self.needs:
-            self.influence = collect_influence(
-                self.model, sites, few_examples(self.batches, self.influence_examples), self.run,
-                examples=self.influence_examples, temperature=self.temperature, seed=self.config.seed,
-            )  # fmt: skip
+            self.influence = self._shared_influence(sites)
             found = survey_influence(self.influence)
         else:
             found = survey_layers(
@@ -146,6 +175,21 @@ class Workbench:
             self.note(NO_GRADIENT)
         return found.left
 
+    def _shared_influence(self, sites: Sequence[Site]) -> dict[str, Influence]:
+        """Measured by the first rank, once."""
+        if self.ranks.first and not self.store.has("influence"):
+            found = collect_influence(
+                self.model, sites, few_examples(self.batches, self.influence_examples), self.run,
+                examples=self.influence_examples, temperature=self.temperature, seed=self.config.seed,
+            )  # fmt: skip
+            held = {f"{name}.{key}": tensor for name, one in found.items() for key, tensor in one.tensors().items()}
+            self.store.put("influence", held, {name: one.facts() for name, one in found.items()})
+        self.ranks.wait()
+        kept = self.store.get("influence")
+        assert kept is not None
+        tensors, facts = kept
+        return {site.name: Influence.of(site.name, tensors, facts[site.name], self.device) for site in sites}
+
     def moments(
         self, name: str, sites: Sequence[Site], *, floor: float = 1.0, changed: bool = False
     ) -> dict[str, LayerMoments]:
@@ -156,14 +200,14 @@ class Workbench:
         """
         assert Needs.GRADIENTS in self.needs, "a method that asks for gradients must declare that it needs them"
         how = (self.temperature, floor, self.config.seed)
-        return self.cached(sites, how, changed=changed, measure=lambda: collect_moments(
+        return self.cached([site.name for site in sites], how, changed=changed, measure=lambda: collect_moments(
             self.model, sites, self.counted("measure", name), self.run, temperature=self.temperature, floor=floor,
             seed=self.config.seed,
         ))  # fmt: skip
 
     def cached(
         self,
-        sites: Sequence[Site],
+        names: Sequence[str],
         how: tuple[Any, ...],
         measure: Callable[[], dict[str, LayerMoments]],
         *,
@@ -173,29 +217,33 @@ class Workbench:
         cache = None if changed else self.cache
         if cache is None:
             return measure()
-        key = (tuple(site.name for site in sites), *how, self.batches.key())
+        key = (tuple(names), *how, self.batches.key())
         if key not in cache:
             cache[key] = measure()
         return cache[key]
 
     def input_moments(self, name: str, sites: Sequence[Site]) -> dict[str, LayerMoments]:
         """Second moments of what the layers read, all tokens alike."""
+        assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
 
         def measure() -> dict[str, LayerMoments]:
             with self.sweep([], name) as sweep:
                 return sweep.step(0, sites).moments
 
-        return self.cached(sites, ("inputs",), measure)
+        return self.cached([site.name for site in sites], ("inputs",), measure)
+
+    def keep_moments(self) -> None:
+        """Keep what ``cached`` measures from now on, at least as long as this compression lasts."""
+        self.cache = {} if self.cache is None else self.cache
 
     @contextmanager
     def sweep(self, blocks: Sequence[str], name: str = "all", *, recorded: int = 0) -> Iterator[Sweep]:
         """A pass over the data, a few of the blocks, in the order in which they run, at a time."""
-        assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
         with (
             ActivationSpool(self.config.activation_memory) as spool,
             Sweep(
                 self.model, blocks, lambda: self.counted("measure", name), len(self.batches), self.run, spool,
-                self.device, recorded=recorded,
+                self.device, recorded=recorded, ranks=self.ranks,
             ) as found,
         ):  # fmt: skip
             yield found
@@ -232,12 +280,19 @@ class Workbench:
         """Inputs and outputs of the group's blocks in the model as it is, for the first ``limit`` batches that run
         them."""
         assert limit is not None or Needs.ACTIVATIONS in self.needs, "a method must declare that it needs activations"
+        with self.recorded_blocks(self.blocks(group), group.name, limit=limit) as found:
+            yield found
+
+    @contextmanager
+    def recorded_blocks(
+        self, blocks: Mapping[str, nn.Module], name: str, *, limit: int | None
+    ) -> Iterator[tuple[Records, ActivationSpool]]:
         with ActivationSpool(self.config.activation_memory) as spool:
-            batches = self.counted("record", group.name, limit=limit)
+            batches = self.counted("record", name, limit=limit)
             with torch.no_grad():
-                records = record_blocks(self.model, self.blocks(group), batches, spool, self.run, limit=limit)
+                records = record_blocks(self.model, blocks, batches, spool, self.run, limit=limit)
             if limit is not None:
-                self.report("record", group.name, len(records), len(records))
+                self.report("record", name, len(records), len(records))
             yield records, spool
             self.file_bytes = max(self.file_bytes, spool.file_bytes)
 

@@ -22,7 +22,7 @@ class MetricConfig(InputMetricConfig):
     token_floor: float = Field(default=0.4, ge=0, le=1)
     """Share of the weight that all tokens get alike; the rest goes by what a token does to the output."""
     gradient_examples: int = Field(default=32, ge=1)
-    """Examples whose gradients say how much layers and their outputs count beside each other (`effort: default`)."""
+    """Examples whose gradients say how much layers and their outputs count beside each other (`max` asks all)."""
     propagate_errors: bool = False
     """Measure every group behind the compressed groups before it instead of behind the original ones."""
 
@@ -31,9 +31,11 @@ class FipsConfig(SparseConfig):
     """What each group may become, the metric, and training afterwards; structure and sparsity follow from the size."""
 
     method: Literal["fips"] = "fips"
-    effort: Literal["default", "max"] = "default"
-    """How hard to look: `default` rounds and prunes every layer in one pass with error feedback; `max` weighs the
-    gradients of all tokens, lets layers share a basis where that measures better, and solves every choice it tries."""
+    effort: Literal["fast", "default", "max"] = "default"
+    """How hard to look. `fast` and `default` prune and round every layer once, with error feedback; `fast` gives bytes
+    to layers before it has measured their inputs, `default` after it has tried their structures on some rows. `max`
+    weighs the gradients of all tokens, lets layers share a basis where that measures better, and solves every choice
+    that it tries."""
     sharing: Literal["auto", "always", "never"] = "auto"
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning)."""
     values: str | None = None

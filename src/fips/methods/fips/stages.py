@@ -3,7 +3,7 @@
 ===============  ==================================================  ===============================================
 stage            from                                                gives
 ===============  ==================================================  ===============================================
-``allot``        the influence of all layers                         bytes of every layer (``effort: default``)
+``allot``        the influence of all layers                         bytes of every layer (``effort: fast``)
 ``measure``      layers of some groups, the batches                  second moments by layer
 ``open_search``  moments, the weights of a group                     its problems, ready to be solved
 ``structures``   a search, the bytes of its layers                   their structures
