@@ -150,9 +150,10 @@ def compressed(method: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Method[Any
 
 @pytest.mark.parametrize("method", [*PLANNERS, "toy"])
 def test_only_what_a_method_needs_is_measured(method: str, toy: type[Rows], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass tries the first batch and one surveys it; then every batch is measured or recorded, or none is.
+    """One pass tries an example and one surveys a few; then every batch is measured or recorded, or none is.
 
-    The influence of layers is told by the gradients of a few examples, here those of all three batches.
+    The influence of layers is told by the gradients of a few examples, here those of all three batches. Before inputs
+    are measured an example shows how the blocks run.
     """
     found, passes = compressed(method, monkeypatch)
     wanted = {
@@ -162,7 +163,8 @@ def test_only_what_a_method_needs_is_measured(method: str, toy: type[Rows], monk
     }
     assert found.needs == wanted.get(method, Needs.INPUTS)
     influence = Needs.INFLUENCE in found.needs
-    assert passes.forward == (4 if influence else 2) + (3 if found.needs else 0)
+    probes = int(Needs.INPUTS in found.needs)
+    assert passes.forward == (4 if influence else 2) + probes + (3 if found.needs else 0)
     assert passes.backward == (3 if influence else 0)
 
 

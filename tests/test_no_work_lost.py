@@ -449,6 +449,7 @@ def test_measurements_that_fail_cost_nothing_but_themselves(
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(Workbench, "errors", fail)
+    monkeypatch.setattr("fips.methods.sweep.block_errors", fail)
     for name in ("environment", "peak_memory_bytes"):
         monkeypatch.setattr(sys.modules["fips.compress"], name, fail)
     model = tiny_model("llama")
@@ -694,9 +695,10 @@ def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch
     known = [*model.parameters(), *model.buffers(), *batch.values()]
     with memory_module._Counted(known) as counted:
         method = method_of(config)
-        sites = memory_module._at_work(plan, method)
-        bench = Workbench(model, config, [batch, batch], torch.device("cpu"), method.needs)
-        bench.moments("all", sites, floor=0.4)
+        groups = memory_module._at_work(plan, method)
+        bench = Workbench(model, config, [batch, batch], torch.device("cpu"), method.needs, influence_examples=1)
+        bench.input_moments("all", groups)
+        bench.shared_influence(groups)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     assert need.total(8) == pytest.approx(counted.peak + stored, rel=0.05)
 

@@ -492,11 +492,10 @@ def test_reordered_neurons_leave_the_output_unchanged(family: str, monkeypatch: 
     batches = batches_for(model)
     with torch.no_grad():
         expected = model(**batches[0]).logits
-    generator = torch.Generator().manual_seed(1)
     orders = []
 
     def shuffled(masks: Sequence[Tensor], *, size: int) -> Tensor:
-        orders.append(torch.randperm(masks[0].shape[1], generator=generator))
+        orders.append(torch.randperm(masks[0].shape[1], generator=torch.Generator().manual_seed(1)))
         return orders[-1]
 
     monkeypatch.setattr(stages, "neighbour_order", shuffled)

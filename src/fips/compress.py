@@ -18,7 +18,6 @@ from fips.calibration.precision import autocast_for, in_native_types, resolve_pr
 from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
 from fips.config import CompressionConfig
 from fips.errors import ConfigError
-from fips.files.work import WorkDirectory
 from fips.layers.linear import BASES, basis_owner
 from fips.methods.registry import Method, method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
@@ -30,6 +29,7 @@ from fips.record import CompressionReport, GroupResult, environment, peak_memory
 from fips.storage.layout import replace_linear
 from fips.storage.quantizer import attach
 from fips.storage.reload import check_reloadable
+from fips.storage.work import WorkDirectory
 from fips.version import __version__
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
@@ -94,7 +94,7 @@ def compress(
         with preserved(model), in_native_types(model):
             bench.try_batch()
             with autocast_for(config.precision, device):
-                plan = leave_dense(plan, model, config, bench.survey(sites))
+                plan = leave_dense(plan, model, config, bench.survey([group.group for group in plan.groups]))
                 groups = method.compress(bench, plan)
         for group in groups:
             require_finite_layers(group.layers, group.bases, method=config.method)

@@ -13,16 +13,18 @@ Shape legend: T tokens, E examples, I inputs of a layer, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fips.calibration.heads import draw_direction, read_heads
-from fips.calibration.moments import CONSTANT
+from fips.calibration.heads import draw_direction
+from fips.calibration.moments import CONSTANT, real_device
+from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
 from fips.models import Site
 from fips.plan.finite import overflow_error
@@ -75,6 +77,17 @@ class Influence:
     def counts(self) -> bool:
         return self.fed and self.moves
 
+    def add_inputs(self, x_TI: Tensor) -> None:
+        self.inputs_I += x_TI.square().sum(0)
+        self.sum_I += x_TI.sum(0)
+        self.tokens += len(x_TI)
+
+    def add_gradient(self, gradient: Tensor, valid_T: Tensor | None) -> None:
+        self.reached = True
+        gradient_TO = gradient.reshape(-1, gradient.shape[-1])
+        gradient_TO = gradient_TO if valid_T is None else gradient_TO[valid_T]
+        self.outputs_O += gradient_TO.float().square().sum(0)
+
     def finish(self, *, centered: bool, examples: int) -> None:
         """From sums to means; about the mean where ``centered``, unless the inputs were constant."""
         self.inputs_I /= max(self.tokens, 1)
@@ -88,6 +101,7 @@ class Influence:
 def collect_influence(
     model: nn.Module,
     sites: Sequence[Site],
+    blocks: Sequence[str],
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any],
     *,
@@ -97,20 +111,31 @@ def collect_influence(
 ) -> dict[str, Influence]:
     """What the first ``examples`` tell of the layers named by ``sites``, and more where some have not counted yet.
 
-    ``run(model, batch)`` returns the model's output, whose parameters must not require gradients. Raises ``ModelError``
-    or ``DataError`` if that is NaN, ``DataError`` if there is no batch.
+    ``run(model, batch)`` returns the model's output, whose parameters must not require gradients. The graph of one of
+    ``blocks`` at a time is in memory: what happens inside is computed again in the backward pass. Raises ``ModelError``
+    or ``DataError`` if an output is NaN, ``DataError`` if there is no batch.
     """
     device = next(model.parameters()).device
     found = {site.name: Influence.empty(site, device) for site in sites}
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(real_device(device)).manual_seed(seed)
     seen = 0
-    with ExitStack() as stack, torch.enable_grad():
-        for site in sites:
-            stack.callback(model.get_submodule(site.name).register_forward_hook(_hook(found[site.name])).remove)
+    with _Probe(model, blocks, found) as probe, torch.enable_grad():
         for batch in batches:
             if seen >= examples and all(one.counts for one in found.values()):
                 break
-            seen += _backward(model, batch, run, temperature, generator)
+            with probe.forward():
+                heads = probe.tokens.heads(run(model, batch))
+            directions = [draw_direction(head, temperature, generator) for head in heads]
+            for head, direction in zip(heads, directions, strict=True):
+                finite = head.scores.is_meta or bool(direction.isfinite().all())
+                if not finite or (not head.scores.is_meta and bool(head.scores.isnan().any())):
+                    raise overflow_error(model, batch, run, where="the model's output is not finite")
+            parts = [(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]
+            loss = torch.stack(parts).sum()
+            seen += heads[0].scores.shape[0]
+            del heads, directions, parts
+            if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
+                loss.backward()
     if not seen:
         raise DataError("the calibration data has no batch; give at least one")
     for site in sites:
@@ -118,39 +143,57 @@ def collect_influence(
     return found
 
 
-def _backward(
-    model: nn.Module,
-    batch: Any,
-    run: Callable[[nn.Module, Any], Any],
-    temperature: float,
-    generator: torch.Generator,
-) -> int:
-    """One forward and backward pass; returns the number of examples."""
-    heads = read_heads(run(model, batch), model)
-    directions = [draw_direction(head, temperature, generator) for head in heads]
-    for head, direction in zip(heads, directions, strict=True):
-        if not bool(direction.isfinite().all()) or bool(head.scores.isnan().any()):
-            raise overflow_error(model, batch, run, where="the model's output is not finite")
-    loss = torch.stack([(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]).sum()
-    if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
-        loss.backward()
-    return heads[0].scores.shape[0]
+class _Probe(AbstractContextManager["_Probe"]):
+    """Hooks on layers, and blocks that forget what they computed until their gradients are wanted."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], found: Mapping[str, Influence]) -> None:
+        self._stack = ExitStack()
+        self._found, self._forward = found, False
+        for name in blocks:
+            self._stack.enter_context(_checkpointed(model.get_submodule(name)))
+        for name in found:
+            hook = model.get_submodule(name).register_forward_hook(self._hook(name))
+            self._stack.callback(hook.remove)
+        self.tokens = TokenTracker(model, list(found))
+
+    def __exit__(self, *error: object) -> None:
+        self.tokens.__exit__(*error)
+        self._stack.close()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """A forward pass, whose inputs count; those met again on the way back do not."""
+        self._forward = True
+        try:
+            yield
+        finally:
+            self._forward = False
+
+    def _hook(self, name: str) -> Any:
+        influence = self._found[name]
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            valid_T = self.tokens.counted(args[0]) if self._forward else None
+            if self._forward:
+                x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
+                influence.add_inputs((x_TI if valid_T is None else x_TI[valid_T]).float())
+            if not output.requires_grad:
+                output = output.detach().requires_grad_(True)
+            if self._forward:
+                output.register_hook(lambda gradient: influence.add_gradient(gradient, valid_T))
+            return output
+
+        return hook
 
 
-def _hook(influence: Influence) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x_TI = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        influence.inputs_I += x_TI.square().sum(0)
-        influence.sum_I += x_TI.sum(0)
-        influence.tokens += len(x_TI)
-        if not output.requires_grad:
-            output = output.detach().requires_grad_(True)
-
-        def add(gradient: Tensor) -> None:
-            influence.reached = True
-            influence.outputs_O += gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
-
-        output.register_hook(add)
-        return output
-
-    return hook
+@contextmanager
+def _checkpointed(block: nn.Module) -> Iterator[None]:
+    own, forward = vars(block).get("forward"), block.forward
+    block.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own

@@ -39,7 +39,7 @@ from fips.models import Site
 from fips.plan.finite import overflow_error
 from fips.ranks import Ranks
 
-__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
+__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes", "real_device"]
 
 CONSTANT = 1e-6
 """Variance of inputs, relative to their mean square, below which they are constants with rounding errors."""
@@ -153,7 +153,7 @@ def collect_moments(
     """
     device = next(model.parameters()).device
     moments = {site.name: LayerMoments.empty(site, device) for site in sites}
-    generator = torch.Generator(_real(device)).manual_seed(seed)
+    generator = torch.Generator(real_device(device)).manual_seed(seed)
     examples = 0
     with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
         for batch in batches:
@@ -183,7 +183,7 @@ def _random_loss(heads: Sequence[ScoredHead], temperature: float, generator: tor
     return torch.stack([(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]).sum()
 
 
-def _real(device: torch.device) -> torch.device:
+def real_device(device: torch.device) -> torch.device:
     """The device itself, or the CPU for the meta device, which has neither random numbers nor autocast."""
     return torch.device("cpu") if device.type == "meta" else device
 
@@ -211,7 +211,7 @@ class _Taps(AbstractContextManager["_Taps"]):
                 output = output.detach().requires_grad_(True)
 
             def add(gradient: Tensor) -> None:
-                with torch.no_grad(), torch.autocast(_real(x.device).type, enabled=False):
+                with torch.no_grad(), torch.autocast(real_device(x.device).type, enabled=False):
                     x_TI = x.reshape(-1, x.shape[-1]).float()
                     gradient_TO = gradient.reshape(-1, gradient.shape[-1]).float()
                     self.moments[name].add(x_TI, gradient_TO, valid_T, floor=floor)

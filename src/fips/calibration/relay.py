@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -83,8 +82,8 @@ class Relay:
                 step.end()
         self.done += len(names)
 
-    def whole(self, batches: Iterable[Any]) -> None:
-        """All blocks in one step, after which nothing is kept; of a chain a pass ends after the last block."""
+    def probe(self, example: Any) -> None:
+        """One pass over an example that shows whether the blocks run one after the other, each once; ``NotAChain``."""
         order: list[str] = []
         with ExitStack() as stack:
             for name in self.blocks:
@@ -92,13 +91,15 @@ class Relay:
                     lambda *_, name=name: order.append(name)
                 )
                 stack.callback(hook.remove)
-            iterator = iter(batches)
-            for batch in islice(iterator, 1):
-                self._run(self.model, batch)
-            if self.blocks and order == self.blocks:
-                last = self.model.get_submodule(self.blocks[-1])
-                stack.callback(last.register_forward_hook(_stop).remove)
-            for batch in iterator:
+            self._run(self.model, example)
+        if order != self.blocks:
+            raise NotAChain
+
+    def whole(self, batches: Iterable[Any]) -> None:
+        """All blocks in one step, after which nothing is kept."""
+        with ExitStack() as stack:
+            stack.callback(self.model.get_submodule(self.blocks[-1]).register_forward_hook(_stop).remove)
+            for batch in batches:
                 with suppress(_Stop):
                     self._run(self.model, batch)
         self.done = len(self.blocks)

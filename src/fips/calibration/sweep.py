@@ -16,14 +16,15 @@ Shape legend: T tokens of a batch, I inputs of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fips.calibration.moments import LayerMoments
+from fips.calibration.inputs import few_examples
+from fips.calibration.moments import LayerMoments, real_device
 from fips.calibration.record import ActivationSpool, BlockCall, BlockRecorder, Stored, map_leaves
 from fips.calibration.relay import NotAChain, Relay
 from fips.calibration.tokens import TokenTracker
@@ -85,7 +86,8 @@ class Sweep(AbstractContextManager["Sweep"]):
         self.model, self.blocks, self.run, self.spool, self.device = model, list(blocks), run, spool, device
         self._batches, self._count, self._recorded = batches, count, recorded
         self._at = 0
-        self._relay: Relay | None = Relay(model, self.blocks, run, spool, device)
+        self._relay: Relay | None = None
+        self._probed = False
 
     def __exit__(self, *_: object) -> None:
         self._relay = None
@@ -102,6 +104,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         ``owners`` names. Records are those of the first rank. Raises ``DataError`` if a layer never runs,
         ``ModelError`` or ``DataError`` if what it reads is not finite.
         """
+        self._probe()
         names = self.blocks[self._at : self._at + count]
         self._at += count
         while True:
@@ -118,6 +121,16 @@ class Sweep(AbstractContextManager["Sweep"]):
                 continue
             taps.finish(sites, self._overflow)
             return Step(taps.total, [] if recorder is None else recorder.records)
+
+    def _probe(self) -> None:
+        """See by an example whether the blocks are a chain."""
+        if self._probed:
+            return
+        self._probed = True
+        relay = Relay(self.model, self.blocks, self.run, self.spool, self.device)
+        with suppress(NotAChain):
+            relay.probe(next(few_examples(self._batches(), 1)))
+            self._relay = relay
 
     def _recorder(self, names: Sequence[str]) -> BlockRecorder | None:
         blocks = {name: self.model.get_submodule(name) for name in names}
@@ -143,7 +156,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         if relay is None:
             for batch in batches:
                 self.run(self.model, batch)
-        elif self._at == len(self.blocks) and relay.done == 0:  # all of them, or nothing known of blocks
+        elif self._at == len(self.blocks) and relay.done == 0:
             relay.whole(batches)
         else:
             relay.advance(self._at - relay.done, batches)
@@ -243,7 +256,7 @@ class _Taps(AbstractContextManager["_Taps"]):
             part = self._chunk.get(name)
             if part is None:
                 part = self._chunk[name] = LayerMoments.empty(self._sites[name], self._device, gradients=False)
-            with torch.autocast(self._device.type, enabled=False):
+            with torch.autocast(real_device(self._device).type, enabled=False):
                 part.add_inputs(x.detach().reshape(-1, x.shape[-1]).float(), self._tokens.counted(x))
 
         return hook

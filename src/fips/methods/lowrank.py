@@ -86,10 +86,10 @@ class _LowRank(Method[C]):
         if Needs.INPUTS not in self.needs:
             moments = {}
         elif moment_bytes(sites, gradients=False) <= self.moment_memory:
-            moments = bench.input_moments("all", sites)
+            moments = bench.input_moments("all", [group.group for group in plan.groups])
         found = []
         for group in plan.groups:
-            known = bench.input_moments(group.group.name, group.group.sites) if moments is None else moments
+            known = bench.input_moments(group.group.name, [group.group]) if moments is None else moments
             started = time.perf_counter()
             with torch.autocast(bench.device.type, enabled=False):
                 about_zero = {site.name: known[site.name].about_zero() for site in group.group.sites if known}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ log = logging.getLogger("fips.methods")
 T = TypeVar("T")
 
 MAX_ERROR_BATCHES = 16
+FEW = 8
+"""Examples that are looked at a few at a time before whole batches are, to see that every layer runs."""
 
 
 class Needs(Flag):
@@ -156,17 +159,18 @@ class Workbench:
         self.notes.append(text)
         log.warning("%s", text)
 
-    def survey(self, sites: Sequence[Site]) -> dict[str, str]:
+    def survey(self, groups: Sequence[LayerGroup]) -> dict[str, str]:
         """Layers that the calibration data says nothing about, to be left dense, with the reason.
 
         At most one forward pass a batch, and a backward pass where gradients are needed.
         """
+        sites = [site for group in groups for site in group.sites]
         if Needs.INFLUENCE in self.needs:
-            self.influence = self._shared_influence(sites)
+            self.influence = self.shared_influence(groups)
             found = survey_influence(self.influence)
         else:
             found = survey_layers(
-                self.model, sites, self.batches, self.run, gradients=Needs.GRADIENTS in self.needs,
+                self.model, sites, few_examples(self.batches, FEW), self.run, gradients=Needs.GRADIENTS in self.needs,
                 temperature=self.temperature, seed=self.config.seed,
             )  # fmt: skip
         for name, reason in found.left.items():
@@ -175,11 +179,13 @@ class Workbench:
             self.note(NO_GRADIENT)
         return found.left
 
-    def _shared_influence(self, sites: Sequence[Site]) -> dict[str, Influence]:
+    def shared_influence(self, groups: Sequence[LayerGroup]) -> dict[str, Influence]:
         """Measured by the first rank, once."""
+        sites = [site for group in groups for site in group.sites]
+        blocks = list(dict.fromkeys(block for group in groups for block in group.blocks))
         if self.ranks.first and not self.store.has("influence"):
             found = collect_influence(
-                self.model, sites, few_examples(self.batches, self.influence_examples), self.run,
+                self.model, sites, blocks, few_examples(self.batches, self.influence_examples), self.run,
                 examples=self.influence_examples, temperature=self.temperature, seed=self.config.seed,
             )  # fmt: skip
             held = {f"{name}.{key}": tensor for name, one in found.items() for key, tensor in one.tensors().items()}
@@ -222,13 +228,16 @@ class Workbench:
             cache[key] = measure()
         return cache[key]
 
-    def input_moments(self, name: str, sites: Sequence[Site]) -> dict[str, LayerMoments]:
-        """Second moments of what the layers read, all tokens alike."""
+    def input_moments(self, name: str, groups: Sequence[LayerGroup]) -> dict[str, LayerMoments]:
+        """Second moments of what the layers of some groups read, all tokens alike."""
         assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
 
+        sites = [site for group in groups for site in group.sites]
+        blocks = list(dict.fromkeys(block for group in groups for block in group.blocks))
+
         def measure() -> dict[str, LayerMoments]:
-            with self.sweep([], name) as sweep:
-                return sweep.step(0, sites).moments
+            with self.sweep(blocks, name) as sweep:
+                return sweep.step(len(blocks), sites).moments
 
         return self.cached([site.name for site in sites], ("inputs",), measure)
 
@@ -242,7 +251,7 @@ class Workbench:
         with (
             ActivationSpool(self.config.activation_memory) as spool,
             Sweep(
-                self.model, blocks, lambda: self.counted("measure", name), len(self.batches), self.run, spool,
+                self.model, blocks, lambda: self.counted("measure", name), len(self.batches), self.run_body, spool,
                 self.device, recorded=recorded, ranks=self.ranks,
             ) as found,
         ):  # fmt: skip
@@ -259,9 +268,15 @@ class Workbench:
         with RandomState.seeded(self.config.seed):
             return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
+    def run_body(self, model: nn.Module, batch: Any) -> Any:
+        """As ``run`` where the output is not looked at: without the logits of all tokens but the last."""
+        if isinstance(batch, Mapping) and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            batch = {**batch, "logits_to_keep": 1}
+        return self.run(model, batch)
+
     def try_batch(self) -> None:
-        """One forward pass, so that inputs the model cannot read are found before the work; raises ``DataError``."""
-        batch = next(iter(self.batches))
+        """One forward pass of an example: ``DataError`` for inputs that the model cannot read, before the work."""
+        batch = next(few_examples(self.batches, 1))
         try:
             with torch.no_grad():
                 first_tensor(self.run(self.model, batch))

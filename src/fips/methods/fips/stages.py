@@ -73,7 +73,7 @@ def measure(bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan]) -
     sites = [site for group in groups for site in group.group.sites]
     name = groups[0].group.name if len(groups) == 1 else "all"
     if config.one_shot:
-        return bench.input_moments(name, sites)
+        return bench.input_moments(name, [group.group for group in groups])
     metric = config.metric
     return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
 
