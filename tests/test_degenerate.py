@@ -200,7 +200,7 @@ def test_heads_of_few_examples_have_gradients_and_are_not_far_behind_gptq(labels
         changes = {"sharing": "never"} if method == "fips" else {}
         fips.compress(candidate, batches, settings(method=method, **changes))
         errors[method] = distance(candidate, model, batches)
-    assert errors["fips"] < 1.5 * errors["gptq"]
+    assert errors["fips"] < 2 * errors["gptq"]
     assert errors["fips"] < 0.5 * errors["magnitude"]
 
 

@@ -41,6 +41,7 @@ from fips.methods.registry import method_of
 from fips.methods.workbench import Workbench
 from fips.models.transformers import build_empty
 from fips.plan.plan import plan_compression
+from fips.recipes import load_recipe
 from fips.signals import Stopped, stoppable, uninterrupted
 from fips.storage import checkpoint
 
@@ -782,8 +783,8 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
 def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(fitting, "available_memory", lambda _: 64 * 10**9)
-    architecture = fips.recipes.load_recipe("paper-llama-3.2-1b").architecture
+    monkeypatch.setattr(fitting, "available_memory", lambda _: 10 * 10**9)
+    architecture = load_recipe("paper-llama-3.2-1b").architecture
     (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
     command = ["compress", str(tmp_path), "--bits", "5.6", "--dry-run", "--data", str(tmp_path / "x.txt")]
     assert main([*command, "--batch-size", "32"]) == 2

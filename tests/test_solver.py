@@ -432,8 +432,8 @@ def test_propagated_errors_reach_the_later_groups_only() -> None:
     states = []
     for propagate in (False, True):
         model = tiny_model("llama")
-        metric = {"propagate_errors": propagate}
-        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=3.2, metric=metric, share_blocks=1))
+        config = fips.CompressionConfig(bits=3.2, effort="max", metric={"propagate_errors": propagate}, share_blocks=1)
+        fips.compress(model, batches_for(model), config)
         states.append([layer.dense_weight() for layer in factored_layers(model).values()])
     same = [torch.equal(before, after) for before, after in zip(*states, strict=True)]
     assert all(same[:3])
@@ -747,8 +747,13 @@ def test_stages_run_by_hand_for_one_group_alone() -> None:
     assert isinstance(config, FipsConfig)
     plan = fips.plan_compression(model, config)
     data = CalibrationData(model, batches, seed=config.seed)
-    bench = Workbench(model, config, data, torch.device("cpu"), Fips(config).needs, config.metric.temperature)
+    method = Fips(config)
+    bench = Workbench(
+        model, config, data, torch.device("cpu"), method.needs, method.temperature,
+        influence_examples=method.influence_examples,
+    )  # fmt: skip
     with preserved(model):
+        assert bench.survey([group.group for group in plan.groups]) == {}
         curves, searches = [], []
         for group in plan.groups:
             searches.append(stages.open_search(bench, group, config, stages.measure(bench, config, [group])))

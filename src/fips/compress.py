@@ -91,11 +91,13 @@ def compress(
         )  # fmt: skip
         if work is not None and method.by_block:
             bench.store = WorkDirectory(work, _fingerprint(model, config, data))
-        with preserved(model), in_native_types(model):
+        blocks = list(dict.fromkeys(block for group in plan.groups for block in group.group.blocks))
+        with preserved(model), in_native_types(model, blocks if method.by_block else ()):
             bench.try_batch()
             with autocast_for(config.precision, device):
                 plan = leave_dense(plan, model, config, bench.survey([group.group for group in plan.groups]))
                 groups = method.compress(bench, plan)
+        ranks.wait()  # until all have read what the others have made
         for group in groups:
             require_finite_layers(group.layers, group.bases, method=config.method)
         _install(model, groups, activation_bits=config.activation_bits)

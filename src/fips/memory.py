@@ -77,8 +77,11 @@ def calibration_memory(
         twin.to(torch.bfloat16)  # activations are, and so are copies of the weights that the backward pass keeps
         stored += stored // 2
     elif _dtype(twin) == torch.bfloat16 and not has_bfloat16(device):
+        blocks = [block for group in plan.groups for block in group.group.blocks] if method_of(config).by_block else []
+        inside = [sum(p.numel() for p in twin.get_submodule(name).parameters()) for name in dict.fromkeys(blocks)]
+        wide = sum(p.numel() for p in twin.parameters()) - sum(inside) + max(inside, default=0)
         twin.to(torch.float32)
-        stored *= 3
+        stored += 4 * wide
     twin.to("meta").eval().requires_grad_(False)
     _without_cache(twin)
     try:

@@ -62,11 +62,11 @@ class Ranks:
         distributed.all_gather_object(found, value)
         return found
 
-    def device(self, kind: str) -> str:
-        """The GPU of this rank where ``cuda`` is asked for."""
-        if kind != "cuda" or self.count == 1:
-            return kind
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', self.index))}"
+    def device(self, device: torch.device) -> torch.device:
+        """The GPU of this rank where any will do."""
+        if device.type != "cuda" or device.index is not None or self.count == 1:
+            return device
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.index)))
 
 
 ALONE = Ranks()

@@ -160,7 +160,8 @@ class BlockRecorder(AbstractContextManager["BlockRecorder"]):
         self._record: dict[str, BlockCall] = {}
         self._side: list[Tensor] = []
         self._stack = ExitStack()
-        last = list(blocks)[-1]
+        self._names = list(blocks)
+        last = self._names[-1]
         for name, block in blocks.items():
             before, after = self._hooks(name, stop=stop and name == last)
             for handle in (
@@ -194,6 +195,11 @@ class BlockRecorder(AbstractContextManager["BlockRecorder"]):
                 raise _Stop
 
         return before, after
+
+    @property
+    def missing(self) -> bool:
+        """Whether some block is in no record yet."""
+        return bool(_missing(self._names, self.records))
 
     def end_pass(self) -> None:
         """Close the record of a pass."""

@@ -145,7 +145,7 @@ class Sweep(AbstractContextManager["Sweep"]):
                 continue
             taps.begin(chunk)
             if recorder is not None:
-                recorder.wants = index < self._recorded
+                recorder.wants = index < self._recorded or recorder.missing
             yield batch
             if recorder is not None:
                 recorder.end_pass()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fips.errors import OutputError
 
-__all__ = ["WorkDirectory"]
+__all__ = ["WorkDirectory", "kept_work"]
 
 RUN = "run.json"
 SUFFIX = ".safetensors"
@@ -28,14 +29,22 @@ SUFFIX = ".safetensors"
 class WorkDirectory:
     """Finished pieces by name; ``fingerprint`` is everything that they depend on.
 
-    The directory is made when the first piece is put. Raises ``OutputError`` if it is there and belongs to a run with
-    another fingerprint, or is something else.
+    Raises ``OutputError`` if the directory cannot be written, belongs to a run with another fingerprint, or is
+    something else.
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
         self.path = path
         self._fingerprint = json.loads(json.dumps(fingerprint, default=str))
         self._check()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / RUN).exists():
+                _write(self.path / RUN, json.dumps(self._fingerprint, indent=2).encode())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write work directory `{self.path}`: {error.strerror or error}; choose another with `--work`"
+            ) from None
 
     def _check(self) -> None:
         if not self.path.exists():
@@ -82,9 +91,6 @@ class WorkDirectory:
     def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
         """Keep a finished piece. Raises ``OutputError`` if it cannot be written."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / RUN).exists():
-                _write(self.path / RUN, json.dumps(self._fingerprint, indent=2).encode())
             held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             _write(self._file(name), save(held, metadata={"fields": json.dumps(fields)}))
         except OSError as error:
@@ -93,12 +99,27 @@ class WorkDirectory:
                 "space and give the same command again"
             ) from None
 
-    def remove(self) -> None:
-        """Remove the directory and what it holds."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
     def _file(self, name: str) -> Path:
         return self.path / f"{name.replace('/', '_')}{SUFFIX}"
+
+
+@contextmanager
+def kept_work(path: Path, *, first: bool, keep: bool) -> Iterator[None]:
+    """A block of work with its directory: removed at the end by the ``first`` process, unless told to ``keep`` it.
+
+    What is finished stays where the block does not reach its end, and its error says so.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if (path / RUN).exists():
+            if any(path.glob(f"*{SUFFIX}")):
+                error.add_note(f"what is finished is in `{path}`: the same command goes on from there")
+            elif first:
+                shutil.rmtree(path, ignore_errors=True)
+        raise
+    if first and not keep and (path / RUN).exists():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(path: Path, content: bytes) -> None:
