@@ -783,7 +783,7 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
 def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(fitting, "available_memory", lambda _: 10 * 10**9)
+    monkeypatch.setattr(fitting, "available_memory", lambda _: 6 * 10**9)
     architecture = load_recipe("paper-llama-3.2-1b").architecture
     (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
     command = ["compress", str(tmp_path), "--bits", "5.6", "--dry-run", "--data", str(tmp_path / "x.txt")]

@@ -75,7 +75,7 @@ def _wide_while_it_runs(block: nn.Module) -> Iterator[None]:
     own, forward = vars(block).get("forward"), block.forward
 
     def wide(*args: Any, **kwargs: Any) -> Any:
-        places = [
+        places: list[tuple[dict[str, Any], str, Tensor]] = [
             (held, key, tensor)
             for module in _dense_modules(block)
             for held in (module._parameters, module._buffers)
