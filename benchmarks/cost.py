@@ -23,8 +23,10 @@ from typing import Any
 import torch
 
 from fips.record import environment
+from fips.solve.allocate import allocate
 from fips.solve.problems import LayerProblem
-from fips.solve.search import COLUMNS, SAMPLE, Choice, GroupSearch, Pricing, allocate
+from fips.solve.search import COLUMNS, SAMPLE, GroupSearch
+from fips.solve.structures import Choice, Pricing
 
 RATIO, BLOCKS, ITERATIONS, REFIT, BYTES = 3.5, 4, 40, 30, 0.3
 WIDTHS = (512, 1024, 2048, 4096)

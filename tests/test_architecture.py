@@ -13,8 +13,20 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "fips"
 
 ROOMS = [
-    *("version", "errors", "signals", "optional", "formats", "config", "files", "kernels", "solve", "models", "layers"),
-    *("plan", "calibration", "training", "record", "storage", "methods", "compress", "memory", "fips", "data"),
+    *("version", "errors", "signals", "optional", "ranks", "formats", "config", "files", "kernels", "solve", "models"),
+    *(
+        "layers",
+        "plan",
+        "calibration",
+        "training",
+        "record",
+        "storage",
+        "methods",
+        "compress",
+        "memory",
+        "fips",
+        "data",
+    ),
     *("evaluate", "integrations", "app", "recipes", "demo", "cli", "lm_eval"),
 ]
 """From the ground up: a room imports rooms before it. ``fips`` is ``__init__.py``, the public names."""

@@ -734,7 +734,7 @@ def test_everything_is_as_before_after_success_and_after_failure(ending: Any) ->
     before = state_of(model)
 
     def progress(event: Any) -> None:
-        if event.stage == ending or (ending is KeyboardInterrupt and event.stage == "record"):
+        if event.stage == ending or (ending is KeyboardInterrupt and event.stage == "solve"):
             raise KeyboardInterrupt if ending is KeyboardInterrupt else RuntimeError("stopped")
 
     if ending == "success":

@@ -20,6 +20,7 @@ from fips.errors import ConfigError
 from fips.layers.linear import factored_layers
 from fips.methods.layerwise import MatrixMethod, StoredMatrix
 from fips.methods.registry import Method, aliases, method_of, register
+from fips.methods.sweep import _Pass
 from fips.methods.workbench import Needs, Workbench
 from fips.plan.groups import GroupPlan
 from fips.plan.planner import PLANNERS
@@ -141,6 +142,7 @@ def compressed(method: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Method[Any
     model = tiny_model("opt")
     passes = Passes(model, monkeypatch)
     monkeypatch.setattr(Workbench, "final_errors", lambda *_: ())
+    monkeypatch.setattr(_Pass, "_measure", lambda *_: None)
     config = CompressionConfig(**{"bits": 8.0, **FIELDS.get(method, {}), "method": method})
     fips.compress(model, batches_for(model, count=3), config)
     return method_of(config), passes
@@ -148,16 +150,22 @@ def compressed(method: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Method[Any
 
 @pytest.mark.parametrize("method", [*PLANNERS, "toy"])
 def test_only_what_a_method_needs_is_measured(method: str, toy: type[Rows], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass tries the first batch and one surveys it; then every batch is measured or recorded, or none is."""
+    """One pass tries an example and one surveys a few; then every batch is measured or recorded, or none is.
+
+    The influence of layers is told by the gradients of a few examples, here those of all three batches. Before inputs
+    are measured an example shows how the blocks run.
+    """
     found, passes = compressed(method, monkeypatch)
     wanted = {
-        "fips": Needs.INPUTS | Needs.GRADIENTS,
+        "fips": Needs.INPUTS | Needs.INFLUENCE,
         "fips-paper": Needs.ACTIVATIONS,
         **dict.fromkeys(("magnitude", "svd", "toy"), Needs.NOTHING),
     }
     assert found.needs == wanted.get(method, Needs.INPUTS)
-    assert passes.forward == 2 + (3 if found.needs else 0)
-    assert passes.backward == (4 if Needs.GRADIENTS in found.needs else 0)
+    influence = Needs.INFLUENCE in found.needs
+    probes = int(Needs.INPUTS in found.needs)
+    assert passes.forward == (4 if influence else 2) + probes + (3 if found.needs else 0)
+    assert passes.backward == (3 if influence else 0)
 
 
 def test_a_method_that_did_not_declare_its_needs_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

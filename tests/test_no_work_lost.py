@@ -41,6 +41,7 @@ from fips.methods.registry import method_of
 from fips.methods.workbench import Workbench
 from fips.models.transformers import build_empty
 from fips.plan.plan import plan_compression
+from fips.recipes import load_recipe
 from fips.signals import Stopped, stoppable, uninterrupted
 from fips.storage import checkpoint
 
@@ -449,6 +450,7 @@ def test_measurements_that_fail_cost_nothing_but_themselves(
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(Workbench, "errors", fail)
+    monkeypatch.setattr("fips.methods.sweep.block_errors", fail)
     for name in ("environment", "peak_memory_bytes"):
         monkeypatch.setattr(sys.modules["fips.compress"], name, fail)
     model = tiny_model("llama")
@@ -694,9 +696,10 @@ def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch
     known = [*model.parameters(), *model.buffers(), *batch.values()]
     with memory_module._Counted(known) as counted:
         method = method_of(config)
-        sites = memory_module._at_work(plan, method)
-        bench = Workbench(model, config, [batch, batch], torch.device("cpu"), method.needs)
-        bench.moments("all", sites, floor=0.4)
+        groups = memory_module._at_work(plan, method)
+        bench = Workbench(model, config, [batch, batch], torch.device("cpu"), method.needs, influence_examples=1)
+        bench.input_moments("all", groups)
+        bench.shared_influence(groups)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     assert need.total(8) == pytest.approx(counted.peak + stored, rel=0.05)
 
@@ -780,8 +783,8 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
 def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(fitting, "available_memory", lambda _: 64 * 10**9)
-    architecture = fips.recipes.load_recipe("paper-llama-3.2-1b").architecture
+    monkeypatch.setattr(fitting, "available_memory", lambda _: 6 * 10**9)
+    architecture = load_recipe("paper-llama-3.2-1b").architecture
     (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
     command = ["compress", str(tmp_path), "--bits", "5.6", "--dry-run", "--data", str(tmp_path / "x.txt")]
     assert main([*command, "--batch-size", "32"]) == 2

@@ -86,3 +86,24 @@ def test_weights_that_lie_elsewhere_stay_as_they_are(monkeypatch: pytest.MonkeyP
         assert model.lm_head.weight.dtype == torch.bfloat16
         assert model.model.norm.weight.dtype == torch.float32
     assert all(value.dtype == torch.bfloat16 for value in model.parameters())
+
+
+def test_blocks_are_widened_only_while_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model computes is that of float32, and no bit of a weight changes."""
+    without_bfloat16(monkeypatch)
+    model = tiny_model("llama").to(torch.bfloat16).requires_grad_(False)
+    batch = batches_for(model, count=1)[0]
+    expected = tiny_model("llama")
+    expected.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    blocks = [f"model.layers.{index}" for index in range(3)]
+    seen = []
+    model.model.layers[1].mlp.act_fn.register_forward_hook(
+        lambda *_: seen.append([model.model.layers[index].mlp.up_proj.weight.dtype for index in (0, 1)])
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with in_native_types(model, blocks), torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected(**batch).logits)
+        assert model.lm_head.weight.dtype == torch.float32
+    assert seen == [[torch.bfloat16, torch.float32]]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "forward" not in vars(model.model.layers[0])

@@ -28,6 +28,7 @@ from fips.layers.linear import factored_layers
 from fips.methods.fips import Fips, FipsConfig, stages
 from fips.methods.workbench import Workbench, dense_matrix
 from fips.models import group_layers, locate_layers
+from fips.solve.allocate import allocate, expected_total
 from fips.solve.alternate import alternate, prune
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import refit, sparse_factors
@@ -35,7 +36,8 @@ from fips.solve.patterns import unstructured_masks
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
 from fips.solve.rounding import Grid, round_factor, round_rows, row_steps
-from fips.solve.search import Choice, GroupSearch, Point, Pricing, allocate, expected_error, expected_total
+from fips.solve.search import GroupSearch
+from fips.solve.structures import Choice, Point, Pricing, expected_error
 from fips.solve.supports import ByteBudget
 from fips.solve.svd import shared_svd
 from fips.training.factors import TrainableGroup
@@ -430,8 +432,8 @@ def test_propagated_errors_reach_the_later_groups_only() -> None:
     states = []
     for propagate in (False, True):
         model = tiny_model("llama")
-        metric = {"propagate_errors": propagate}
-        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=3.2, metric=metric, share_blocks=1))
+        config = fips.CompressionConfig(bits=3.2, effort="max", metric={"propagate_errors": propagate}, share_blocks=1)
+        fips.compress(model, batches_for(model), config)
         states.append([layer.dense_weight() for layer in factored_layers(model).values()])
     same = [torch.equal(before, after) for before, after in zip(*states, strict=True)]
     assert all(same[:3])
@@ -490,11 +492,10 @@ def test_reordered_neurons_leave_the_output_unchanged(family: str, monkeypatch: 
     batches = batches_for(model)
     with torch.no_grad():
         expected = model(**batches[0]).logits
-    generator = torch.Generator().manual_seed(1)
     orders = []
 
     def shuffled(masks: Sequence[Tensor], *, size: int) -> Tensor:
-        orders.append(torch.randperm(masks[0].shape[1], generator=generator))
+        orders.append(torch.randperm(masks[0].shape[1], generator=torch.Generator().manual_seed(1)))
         return orders[-1]
 
     monkeypatch.setattr(stages, "neighbour_order", shuffled)
@@ -746,8 +747,13 @@ def test_stages_run_by_hand_for_one_group_alone() -> None:
     assert isinstance(config, FipsConfig)
     plan = fips.plan_compression(model, config)
     data = CalibrationData(model, batches, seed=config.seed)
-    bench = Workbench(model, config, data, torch.device("cpu"), Fips(config).needs, config.metric.temperature)
+    method = Fips(config)
+    bench = Workbench(
+        model, config, data, torch.device("cpu"), method.needs, method.temperature,
+        influence_examples=method.influence_examples,
+    )  # fmt: skip
     with preserved(model):
+        assert bench.survey([group.group for group in plan.groups]) == {}
         curves, searches = [], []
         for group in plan.groups:
             searches.append(stages.open_search(bench, group, config, stages.measure(bench, config, [group])))

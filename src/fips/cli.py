@@ -138,6 +138,7 @@ def compress(
     distill: Annotated[
         int | None, typer.Option(metavar="STEPS", help="End-to-end steps with the original as teacher.")
     ] = None,
+    effort: Annotated[str | None, typer.Option(help="fast, default or max.")] = None,
     schedule: Annotated[str | None, typer.Option(help="static, gmp or rigl.")] = None,
     threshold_scope: Annotated[str | None, typer.Option(help="One threshold per `group` or per `layer`.")] = None,
     share_blocks: ShareBlocks = None,
@@ -148,7 +149,14 @@ def compress(
     steps: Annotated[int | None, typer.Option(help="Steps of block-wise reconstruction per group.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="Calibration arithmetic: auto, float32, bfloat16.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="For what is measured, such as 6GiB: two thirds moments, a third activations.")
+    ] = None,
     activation_memory: Annotated[str | None, typer.Option(help="RAM for recorded activations, such as 2GiB.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where finished blocks are kept until the end; default: OUTPUT.work.")
+    ] = None,
+    keep_work: Annotated[bool, typer.Option("--keep-work", help="Leave that directory there at the end.")] = False,
     split: Split = None,
     column: Column = None,
     num_samples: NumSamples = None,
@@ -183,9 +191,11 @@ def compress(
         raise ConfigError("no output directory: give --output DIR, or --dry-run to see the plan")
     with _progress_bars() as progress:
         done = compress_to_directory(
-            source, setting, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
-        )
-    _print_compression(done, output, as_json=as_json)
+            source, setting, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress,
+            work=work, keep_work=keep_work,
+        )  # fmt: skip
+    if done is not None:
+        _print_compression(done, output, as_json=as_json)
 
 
 @app.command()
@@ -359,7 +369,7 @@ def demo(
         _print_json(result)
 
 
-COMPRESSION = ("budget", "bits", "method", "values", "sparsity", "pattern", "schedule", "threshold_scope",
+COMPRESSION = ("budget", "bits", "method", "effort", "values", "sparsity", "pattern", "schedule", "threshold_scope",
                "share_blocks", "groups", "targets", "ignore", "factor_dtype", "activation_bits", "precision",
                "activation_memory", "seed")  # fmt: skip
 RECONSTRUCTION = ("steps", "learning_rate")
@@ -375,7 +385,19 @@ def _given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         fields |= _parse_group(options["group"])
     if names is COMPRESSION and options.get("distill") is not None:
         fields["distill"] = {"steps": options["distill"]}
+    if names is COMPRESSION and options.get("memory") is not None:
+        fields |= _parse_memory(options["memory"])
     return fields
+
+
+def _parse_memory(text: str) -> dict[str, Any]:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise ConfigError(f"`--memory` wants a size such as 6GiB, got {text!r}") from None
+    return {"metric": {"memory": 2 * size // 3}, "activation_memory": size // 3}
 
 
 def _parse_group(text: str) -> dict[str, Any]:

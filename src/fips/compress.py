@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fips.calibration.inputs import CalibrationData
@@ -16,15 +19,18 @@ from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward,
 from fips.config import CompressionConfig
 from fips.errors import ConfigError
 from fips.layers.linear import BASES, basis_owner
-from fips.methods.registry import method_of
+from fips.methods.registry import Method, method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
 from fips.plan.plan import leave_dense, plan_compression
+from fips.ranks import Ranks, joined
 from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_linear
 from fips.storage.quantizer import attach
 from fips.storage.reload import check_reloadable
+from fips.storage.work import WorkDirectory
+from fips.version import __version__
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
 
@@ -36,6 +42,7 @@ def compress(
     *,
     progress: Progress | None = None,
     moments: MomentCache | None = None,
+    work: Path | None = None,
 ) -> CompressionReport:
     r"""Compress the MLPs of ``model`` in place and report what was done.
 
@@ -53,6 +60,10 @@ def compress(
     ``moments``, a dict that is filled and read, saves measuring anew where one model is compressed several times on
     the same batches.
 
+    ``work`` is a directory where what is finished is kept, for the methods that go block by block (``fips`` without
+    training and sharing, ``gptq``, pruning): a run that was ended goes on with the same call, and the processes of
+    ``torchrun``, which all make it, share the work. It is left there. Another call is refused, naming what differs.
+
     Raises ``ConfigError``, ``BudgetError``, ``NoMatchError``, ``ModelError`` before any work, ``DataError`` for
     unusable batches. Reference: arXiv 2411.09816.
     """
@@ -64,7 +75,8 @@ def compress(
     model = unwrap(model)
     check_model(model)
     device = next(model.parameters()).device
-    with neutral_torch(device), plain_forward(model):
+    with joined() as ranks, neutral_torch(device), plain_forward(model):
+        _check_ranks(method, ranks, work)
         plan = plan_compression(model, config)
         require_finite_weights(model)
         sites = [site for group in plan.groups for site in group.group.sites]
@@ -73,12 +85,19 @@ def compress(
         check_reloadable(model, [site.name for site in sites])
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()
-        bench = Workbench(model, config, data, device, method.needs, method.temperature, progress, moments)
-        with preserved(model), in_native_types(model):
+        bench = Workbench(
+            model, config, data, device, method.needs, method.temperature, progress, cache=moments,
+            influence_examples=method.influence_examples, ranks=ranks,
+        )  # fmt: skip
+        if work is not None and method.by_block:
+            bench.store = WorkDirectory(work, _fingerprint(model, config, data))
+        blocks = list(dict.fromkeys(block for group in plan.groups for block in group.group.blocks))
+        with preserved(model), in_native_types(model, blocks if method.by_block else ()):
             bench.try_batch()
             with autocast_for(config.precision, device):
-                plan = leave_dense(plan, model, config, bench.survey(sites))
+                plan = leave_dense(plan, model, config, bench.survey([group.group for group in plan.groups]))
                 groups = method.compress(bench, plan)
+        ranks.wait()  # until all have read what the others have made
         for group in groups:
             require_finite_layers(group.layers, group.bases, method=config.method)
         _install(model, groups, activation_bits=config.activation_bits)
@@ -98,6 +117,36 @@ def compress(
         )
     model.fips_report = report  # type: ignore[assignment]
     return report
+
+
+def _check_ranks(method: Method[Any], ranks: Ranks, work: Path | None) -> None:
+    """Raise ``ConfigError`` where several processes cannot share the work."""
+    if ranks.count == 1:
+        return
+    if not method.by_block:
+        raise ConfigError(
+            f"`method: {method.config.method}` with these settings runs in one process, got {ranks.count}; several "
+            "share `fips` without training and sharing, `gptq` and pruning"
+        )
+    if work is None:
+        raise ConfigError(f"{ranks.count} processes share their work through a directory: give `work`")
+
+
+def _fingerprint(model: nn.Module, config: CompressionConfig, data: CalibrationData) -> dict[str, Any]:
+    """Everything that the result depends on."""
+    weights = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    device = next(model.parameters()).device
+    return {
+        "model": weights.hexdigest(),
+        "settings": config.model_dump(mode="json", exclude_unset=True),
+        "data": data.key(),
+        "versions": f"fips {__version__}, torch {torch.__version__}",
+        "device": device.type,
+        "precision": resolve_precision(config.precision, device),
+    }
 
 
 def _result(group: CompressedGroup) -> GroupResult:

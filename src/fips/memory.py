@@ -11,15 +11,14 @@ import copy
 import logging
 import resource
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +28,7 @@ from fips.calibration.precision import has_bfloat16, resolve_precision
 from fips.config import CompressionConfig
 from fips.methods.registry import Method, method_of
 from fips.methods.workbench import Needs, Workbench
-from fips.models import Site
+from fips.models import LayerGroup, Site
 from fips.plan.plan import CompressionPlan
 
 __all__ = ["MemoryNeed", "available_memory", "calibration_memory"]
@@ -78,17 +77,21 @@ def calibration_memory(
         twin.to(torch.bfloat16)  # activations are, and so are copies of the weights that the backward pass keeps
         stored += stored // 2
     elif _dtype(twin) == torch.bfloat16 and not has_bfloat16(device):
+        blocks = [block for group in plan.groups for block in group.group.blocks] if method_of(config).by_block else []
+        inside = [sum(p.numel() for p in twin.get_submodule(name).parameters()) for name in dict.fromkeys(blocks)]
+        wide = sum(p.numel() for p in twin.parameters()) - sum(inside) + max(inside, default=0)
         twin.to(torch.float32)
-        stored *= 3
+        stored += 4 * wide
     twin.to("meta").eval().requires_grad_(False)
     _without_cache(twin)
     try:
         one, two = (_peak(twin, plan, config, examples(count)) for count in (1, 2))
+        few = _influence_peak(twin, plan, config, examples(8))
     except Exception as error:
         log.debug("no estimate of memory for %s: %s", type(model).__name__, error)
         return None
     trained = TRAINED_BYTES * plan.dense.parameters if method_of(config).trains_model else 0
-    return MemoryNeed(stored + trained + max(0, 2 * one - two), max(0, two - one))
+    return MemoryNeed(stored + trained + max(0, 2 * one - two, few - (two - one)), max(0, two - one))
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -118,9 +121,12 @@ def _peak(model: nn.Module, plan: CompressionPlan, config: CompressionConfig, ba
     bench = Workbench(model, config, data, torch.device("meta"), method.needs)
     sites = [site for group in plan.groups for site in group.group.sites]
     known = [*model.parameters(), *model.buffers(), *tree_leaves(batch)]
-    with _Attention(), _Counted(known) as counted:
+    with _fused_attention(), _Counted(known) as counted:
+        if Needs.GRADIENTS in method.needs:
+            bench.moments("memory", [site for group in _at_work(plan, method) for site in group.sites])
+            return int(counted.peak)
         if Needs.INPUTS in method.needs:
-            bench.moments("memory", _at_work(plan, method))
+            bench.input_moments("memory", _at_work(plan, method))
             return int(counted.peak)
         base = getattr(model, "base_model", model)  # recording stops before the head
         with torch.no_grad():
@@ -132,14 +138,37 @@ def _peak(model: nn.Module, plan: CompressionPlan, config: CompressionConfig, ba
         return int(counted.peak) + _graph_bytes(bench, base, sites, batch) // blocks  # blocks are trained one by one
 
 
-def _at_work(plan: CompressionPlan, method: Method[Any]) -> list[Site]:
-    """The layers whose moments are held at a time: all that the bound allows, at least one group."""
-    groups = [list(group.group.sites) for group in plan.groups]
-    everything = [site for sites in groups for site in sites]
+def _influence_peak(model: nn.Module, plan: CompressionPlan, config: CompressionConfig, batch: Any) -> int:
+    """The same while the influence of layers is measured, a few examples at a time whatever the batches; 0 without."""
+    method = method_of(config)
+    if Needs.INFLUENCE not in method.needs:
+        return 0
+    data = CalibrationData(model, [batch, batch], seed=config.seed)
+    bench = Workbench(model, config, data, torch.device("meta"), method.needs, influence_examples=1)
+    known = [*model.parameters(), *model.buffers(), *tree_leaves(batch)]
+    with _fused_attention(), _Counted(known) as counted:
+        bench.shared_influence([group.group for group in plan.groups])
+    return int(counted.peak)
+
+
+def _at_work(plan: CompressionPlan, method: Method[Any]) -> list[LayerGroup]:
+    """The groups whose moments are held at a time: all that the bound allows, at least one, or one block of it."""
+    groups = [group.group for group in plan.groups]
     gradients = Needs.GRADIENTS in method.needs
-    if 2 * moment_bytes(everything, gradients=gradients) <= method.moment_memory:
-        return everything
-    return max(groups, key=lambda sites: moment_bytes(sites, gradients=gradients))
+
+    def need(group: LayerGroup) -> int:
+        return moment_bytes(group.sites, gradients=gradients)
+
+    if 2 * sum(map(need, groups)) <= method.moment_memory:
+        return groups
+    if method.by_block:
+        blocks = [
+            LayerGroup(group.name, tuple(one for one in group.sublayers if one.block == block))
+            for group in groups
+            for block in group.blocks
+        ]
+        return [max(blocks, key=need)]
+    return [max(groups, key=need)]
 
 
 def _graph_bytes(bench: Workbench, base: nn.Module, sites: Sequence[Site], batch: Any) -> int:
@@ -194,14 +223,23 @@ class _Counted(TorchDispatchMode):
         self.now -= size
 
 
-class _Attention(TorchFunctionMode):
-    """Fused attention, which on real devices never holds the scores; the meta device would form them."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Fused attention, which on real devices never holds the scores; the meta device would form them.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return _FusedAttention.apply(given["query"], given["key"], given["value"])  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
+    A function mode would not reach what a backward pass computes again.
+    """
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        found: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return found
+
+    torch.nn.functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = own
 
 
 class _FusedAttention(torch.autograd.Function):

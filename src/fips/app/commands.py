@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,10 @@ from fips.models.transformers import (
 )
 from fips.plan.footprint import state_bytes
 from fips.plan.plan import CompressionPlan, plan_compression
+from fips.ranks import joined
 from fips.record import CompressionReport, environment
 from fips.storage.checkpoint import load, save, write_model
+from fips.storage.work import kept_work
 
 __all__ = [
     "Compression",
@@ -125,30 +127,43 @@ def compress_to_directory(
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Compression:
-    """Compress a model and write it; everything that can be refused is refused before the weights are read."""
+    work: Path | None = None,
+    keep_work: bool = False,
+) -> Compression | None:
+    """Compress a model and write it; everything that can be refused is refused before the weights are read.
+
+    What is finished is kept in ``work``, by default a directory beside the output, so that the same command goes on
+    after a crash. Of the processes that ``torchrun`` has started, the first writes; the others return None.
+    """
     if recipe.data is None:
         raise DataError("no calibration data: give --data, or a recipe with `data`")
-    require_empty(output)
-    place = pick_device(device)
+    work = work or output.resolve().with_name(f"{output.resolve().name}.work")
     dtype = resolve_dtype(dtype)
-    empty, plan = plan_source(source, recipe, trust_remote_code=trust_remote_code)
-    data = fitting_data(
-        empty, plan, recipe.compression, recipe.data, device=place,
-        chosen="batch_size" in recipe.data.model_fields_set,
-    )  # fmt: skip
-    recipe = recipe.model_copy(update={"data": data})
-    with Output(output, needed=plan.compressed_bytes) as target:
-        batches, processor = _batches(source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code)
-        if processor is not None and not is_timm_model(empty):  # timm keeps the transform in its config.json
-            with target.writing("the tokenizer or image processor"):
-                processor.save_pretrained(target.scratch)
-        model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-        examples = PixelBatches(batches) if is_timm_model(model) else batches
-        report = compress(model, examples, recipe.compression, progress=progress)
-        report.source = source
-        used = recipe.model_copy(update={"model": source, "architecture": None})
-        return Compression(report, *_write(model, target, processor, used.to_yaml()))
+    with joined() as ranks, kept_work(work, first=ranks.first, keep=keep_work):
+        if ranks.first:
+            require_empty(output)
+        place = ranks.device(pick_device(device))
+        empty, plan = plan_source(source, recipe, trust_remote_code=trust_remote_code)
+        data = fitting_data(
+            empty, plan, recipe.compression, recipe.data, device=place,
+            chosen="batch_size" in recipe.data.model_fields_set,
+        )  # fmt: skip
+        recipe = recipe.model_copy(update={"data": data})
+        with Output(output, needed=plan.compressed_bytes) if ranks.first else nullcontext() as target:
+            batches, processor = _batches(
+                source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code
+            )
+            if target is not None and processor is not None and not is_timm_model(empty):
+                with target.writing("the tokenizer or image processor"):  # timm keeps the transform in its config.json
+                    processor.save_pretrained(target.scratch)
+            model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+            examples = PixelBatches(batches) if is_timm_model(model) else batches
+            report = compress(model, examples, recipe.compression, progress=progress, work=work)
+            if target is None:
+                return None
+            report.source = source
+            used = recipe.model_copy(update={"model": source, "architecture": None})
+            return Compression(report, *_write(model, target, processor, used.to_yaml()))
 
 
 def _write(model: nn.Module, target: Output, processor: Any, recipe: str) -> tuple[int, int]:

@@ -33,12 +33,14 @@ from transformers.utils.generic import find_labels
 from fips.calibration.preserve import RandomState
 from fips.errors import DataError
 
-__all__ = ["CalibrationData", "place"]
+__all__ = ["CalibrationData", "few_examples", "place"]
 
 log = logging.getLogger(__name__)
 
 ROWS = 16
 """Examples of one batch where a ``TensorDataset`` is given without a loader."""
+SHORT = 512
+"""Tokens of a small batch."""
 WANTED = "wanted an iterable of batches, each a dict of tensors or a tensor"
 _LABELS = ("labels", "label", "label_ids")
 _CACHED = ("past_key_values", "cache_params")
@@ -309,6 +311,44 @@ class _Reader:
         empty = (~mask.bool()).all(1).nonzero()
         if empty.numel() and not bool((mask < 0).any()):
             raise DataError(f"`attention_mask` of {where} hides every token of example {int(empty[0])}; leave it out")
+
+
+def few_examples(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """The first ``count`` examples a few at a time, then whole batches from where they end.
+
+    A few are 8, or fewer where those would be more than ``SHORT`` tokens; texts without padding are cut to as many. A
+    batch that cannot be cut is given whole.
+    """
+    for batch in batches:
+        tensors = [leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor)]
+        size = len(tensors[0]) if tensors and tensors[0].dim() else 0
+        alike = size > 0 and all(tensor.dim() and len(tensor) == size for tensor in tensors)
+        if not alike or count <= 0:
+            yield batch
+        else:
+            tokens = max((tensor[0].numel() for tensor in tensors if not tensor.is_floating_point()), default=1)
+            step, wanted = max(1, min(8, SHORT // max(tokens, 1))), min(count, size)
+            for at in range(0, wanted, step):
+                yield _first_tokens(_cut(batch, slice(at, min(at + step, wanted))))
+            if size > wanted:
+                yield _cut(batch, slice(wanted, size))
+        count -= max(size, 1)
+
+
+def _first_tokens(batch: Any) -> Any:
+    """Texts of ``SHORT`` tokens at most, if all that the batch holds are token ids and a mask that hides nothing."""
+    if not isinstance(batch, Mapping) or not {*batch} <= {"input_ids", "attention_mask"}:
+        return batch
+    mask = batch.get("attention_mask")
+    if mask is not None and not (mask.is_meta or bool(mask.all())):
+        return batch
+    return {name: tensor[:, :SHORT] for name, tensor in batch.items()}
+
+
+def _cut(batch: Any, part: slice) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[part]
+    return {name: value[part] if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -12,9 +12,10 @@ bias that can absorb the mean error, :math:`\mu = 0`.
 :math:`\mathrm{diag}(q) - q q^\top`, q the model's softmax at a temperature: then :math:`E[\delta\delta^\top]` is
 the Gauss-Newton matrix of the KL divergence from the original's outputs. Outputs that are no softmax have the
 covariance of what they are instead (``fips.calibration.heads``). Methods that need no gradients get the first of the
-moments only, with s = 1, from forward passes. No labels are used. Padding counts nowhere: the
-moments of padded examples are those of the same examples one by one, without padding. Memory: the moments of the layers
-asked for, not the tokens. All sums are float32: products rounded to bfloat16 would not be positive semidefinite.
+moments only, with s = 1, from forward passes (``fips.calibration.sweep``). No labels are used. Padding counts nowhere:
+the moments of padded examples are those of the same examples one by one, without padding. Memory: the moments of the
+layers asked for, not the tokens. All sums are float32: products rounded to bfloat16 would not be positive
+semidefinite.
 
 Shape legend: T tokens of a batch, I inputs of a layer, O outputs.
 
@@ -36,8 +37,9 @@ from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
 from fips.models import Site
 from fips.plan.finite import overflow_error
+from fips.ranks import Ranks
 
-__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes"]
+__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes", "real_device"]
 
 CONSTANT = 1e-6
 """Variance of inputs, relative to their mean square, below which they are constants with rounding errors."""
@@ -91,6 +93,27 @@ class LayerMoments:
         self.power += float(power_T.sum(dtype=torch.float64))
         self.power_squares += float(power_T.double().square().sum())
 
+    def about_zero(self) -> Tensor:
+        """E[x x^T], whether or not ``inputs_II`` is about the mean."""
+        return self.inputs_II + torch.outer(self.mean_I, self.mean_I) if self.centered else self.inputs_II
+
+    def absorb(self, part: LayerMoments) -> None:
+        """Add the sums of other batches."""
+        self.inputs_II += part.inputs_II
+        self.mean_I += part.mean_I
+        self.weight += part.weight
+
+    def collect(self, ranks: Ranks, source: int, target: int) -> None:
+        """Bring the sums of one rank to another."""
+        self.inputs_II = ranks.collect(self.inputs_II, source, target)
+        self.mean_I = ranks.collect(self.mean_I, source, target)
+        weight = torch.tensor([self.weight], dtype=torch.float64, device=self.mean_I.device)
+        self.weight = float(ranks.collect(weight, source, target))
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.inputs_II.isfinite().all() and self.gradients_OO.isfinite().all())
+
     @property
     def samples(self) -> float:
         """How many gradients of equal length would tell as much as those seen, of which a few may outweigh the rest."""
@@ -122,22 +145,20 @@ def collect_moments(
     temperature: float,
     floor: float,
     seed: int,
-    gradients: bool = True,
 ) -> dict[str, LayerMoments]:
     """Moments of the layers named by ``sites``; ``run(model, batch)`` returns the model's output.
 
-    Without ``gradients`` there is no backward pass, and temperature, floor and seed mean nothing. The model's
-    parameters must not require gradients. Raises ``DataError`` if there is no batch or if a layer never
+    The model's parameters must not require gradients. Raises ``DataError`` if there is no batch or if a layer never
     runs or reaches the output, ``ModelError`` if what it saw is not finite.
     """
     device = next(model.parameters()).device
-    moments = {site.name: LayerMoments.empty(site, device, gradients=gradients) for site in sites}
-    generator = torch.Generator(_real(device)).manual_seed(seed)
+    moments = {site.name: LayerMoments.empty(site, device) for site in sites}
+    generator = torch.Generator(real_device(device)).manual_seed(seed)
     examples = 0
-    with _Taps(model, sites, moments, floor if gradients else None) as taps, torch.set_grad_enabled(gradients):
+    with _Taps(model, sites, moments, floor) as taps, torch.enable_grad():
         for batch in batches:
             heads = taps.tokens.heads(run(model, batch))
-            loss = _random_loss(heads, temperature, generator) if gradients else heads[0].scores.detach().sum()
+            loss = _random_loss(heads, temperature, generator)
             if not loss.is_meta and bool(loss.isnan()) and any(bool(head.scores.isnan().any()) for head in heads):
                 raise overflow_error(model, batch, run, where="the model's output is not finite")
             if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
@@ -148,13 +169,10 @@ def collect_moments(
         if found.weight == 0:
             raise DataError(
                 f"layer `{site.name}` never ran on the {examples} calibration examples"
-                + (", or did not reach the model's output" if gradients else "")
-                + "; leave it out with `ignore`"
+                ", or did not reach the model's output; leave it out with `ignore`"
             )
-        if not _is_finite(found):
-            where = (
-                f"activations{' or gradients' if gradients else ''} of `{site.name}`, or their squares, are not finite"
-            )
+        if not found.is_finite:
+            where = f"activations or gradients of `{site.name}`, or their squares, are not finite"
             raise overflow_error(model, batch, run, where=where)
         found.finish(centered=site.has_bias, examples=examples)
     return moments
@@ -165,24 +183,15 @@ def _random_loss(heads: Sequence[ScoredHead], temperature: float, generator: tor
     return torch.stack([(head.scores.float() * way).sum() for head, way in zip(heads, directions, strict=True)]).sum()
 
 
-def _real(device: torch.device) -> torch.device:
+def real_device(device: torch.device) -> torch.device:
     """The device itself, or the CPU for the meta device, which has neither random numbers nor autocast."""
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _is_finite(found: LayerMoments) -> bool:
-    return bool(found.inputs_II.isfinite().all() and found.gradients_OO.isfinite().all())
-
-
 class _Taps(AbstractContextManager["_Taps"]):
-    """Hooks that add inputs and output gradients of layers to their moments as the backward pass reaches them.
+    """Hooks that add inputs and output gradients of layers to their moments as the backward pass reaches them."""
 
-    Without a ``floor`` they add the inputs in the forward pass.
-    """
-
-    def __init__(
-        self, model: nn.Module, sites: Sequence[Site], moments: dict[str, LayerMoments], floor: float | None
-    ) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], moments: dict[str, LayerMoments], floor: float) -> None:
         self.moments, self.floor = moments, floor
         self._handles = [model.get_submodule(site.name).register_forward_hook(self._hook(site.name)) for site in sites]
         self.tokens = TokenTracker(model, [site.name for site in sites])
@@ -198,15 +207,11 @@ class _Taps(AbstractContextManager["_Taps"]):
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].detach()
             valid_T = self.tokens.counted(args[0])
-            if floor is None:
-                with torch.autocast(_real(x.device).type, enabled=False):
-                    self.moments[name].add_inputs(x.reshape(-1, x.shape[-1]).float(), valid_T)
-                return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
 
             def add(gradient: Tensor) -> None:
-                with torch.no_grad(), torch.autocast(_real(x.device).type, enabled=False):
+                with torch.no_grad(), torch.autocast(real_device(x.device).type, enabled=False):
                     x_TI = x.reshape(-1, x.shape[-1]).float()
                     gradient_TO = gradient.reshape(-1, gradient.shape[-1]).float()
                     self.moments[name].add(x_TI, gradient_TO, valid_T, floor=floor)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,28 +47,70 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 @contextmanager
-def in_native_types(model: nn.Module) -> Iterator[None]:
+def in_native_types(model: nn.Module, blocks: Sequence[str] = ()) -> Iterator[None]:
     """Hold bfloat16 weights in float32 where the CPU has no instructions for bfloat16; as before afterwards.
 
     Every bfloat16 number is a float32 number, so only the rounding of what is computed from them is left out. Packed
-    layers compute as they do anyway. Takes 4 bytes a parameter more.
+    layers compute as they do anyway. Takes 4 bytes a parameter more; the weights of ``blocks`` only while one runs.
     """
-    narrow = [t for t in _own_tensors(model) if t.dtype == torch.bfloat16 and not has_bfloat16(t.device)]
+    inside = [model.get_submodule(name) for name in blocks]
+    late = {id(tensor) for block in inside for tensor in _narrow(block)}
+    narrow = [tensor for tensor in _narrow(model) if id(tensor) not in late]
     stored = [tensor.data for tensor in narrow]
+    with ExitStack() as stack:
+        for block in inside if late else ():
+            stack.enter_context(_wide_while_it_runs(block))
+        try:
+            for tensor in narrow:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, data in zip(narrow, stored, strict=True):
+                tensor.data = data
+
+
+@contextmanager
+def _wide_while_it_runs(block: nn.Module) -> Iterator[None]:
+    """A block whose ``forward`` sees its bfloat16 tensors as float32 ones, made anew for every call."""
+    own, forward = vars(block).get("forward"), block.forward
+
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        places: list[tuple[dict[str, Any], str, Tensor]] = [
+            (held, key, tensor)
+            for module in _dense_modules(block)
+            for held in (module._parameters, module._buffers)
+            for key, tensor in held.items()
+            if tensor is not None and tensor.dtype == torch.bfloat16
+        ]
+        made: dict[int, Tensor] = {}
+        try:
+            for held, key, tensor in places:
+                found = made.setdefault(id(tensor), tensor.detach().float())
+                held[key] = nn.Parameter(found, requires_grad=False) if isinstance(tensor, nn.Parameter) else found
+            return forward(*args, **kwargs)
+        finally:
+            for held, key, tensor in places:
+                held[key] = tensor
+
+    block.forward = wide
     try:
-        for tensor in narrow:
-            tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, data in zip(narrow, stored, strict=True):
-            tensor.data = data
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
 
 
-def _own_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers outside packed layers, each once."""
+def _narrow(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers outside packed layers, each once, that the CPU has no arithmetic for."""
     found: dict[int, Tensor] = {}
-    for module in model.modules():
-        if not isinstance(module, FactoredLinear | SharedBasis):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+    for module in _dense_modules(model):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.dtype == torch.bfloat16 and not has_bfloat16(tensor.device):
                 found[id(tensor)] = tensor
     return list(found.values())
+
+
+def _dense_modules(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if not isinstance(module, FactoredLinear | SharedBasis))

@@ -7,6 +7,7 @@ kept once, and so are tensors equal in all batches, such as position embeddings.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -20,11 +21,11 @@ from fips.calibration.heads import first_tensor
 from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
 
-__all__ = ["ActivationSpool", "BlockCall", "record_blocks"]
+__all__ = ["ActivationSpool", "BlockCall", "BlockRecorder", "Stored", "map_leaves", "record_blocks"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
     """Where one tensor is: in RAM, or at an offset of the file."""
 
     shape: tuple[int, ...]
@@ -32,32 +33,46 @@ class _Stored:
     ram: Tensor | None
     offset: int
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class ActivationSpool(AbstractContextManager["ActivationSpool"]):
-    """Append-only store of tensors: RAM up to ``memory_limit`` bytes, then a temporary file."""
+    """Store of tensors: RAM up to ``memory_limit`` bytes, then a temporary file, where places are used again."""
 
     def __init__(self, memory_limit: int) -> None:
         self.memory_limit = memory_limit
         self.ram_bytes = 0
         self.file_bytes = 0
         self._file: IO[bytes] | None = None
+        self._free: dict[int, list[int]] = {}
+        """Offsets in the file that were given up, by the bytes there."""
 
-    def put(self, tensor: Tensor) -> _Stored:
+    def put(self, tensor: Tensor) -> Stored:
         local = tensor.detach().to("cpu", copy=True).contiguous()
         size = local.numel() * local.element_size()
         shape, dtype = tuple(local.shape), local.dtype
         if self.ram_bytes + size <= self.memory_limit:
             self.ram_bytes += size
-            return _Stored(shape, dtype, local, 0)
+            return Stored(shape, dtype, local, 0)
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="fips-activations-")  # noqa: SIM115 - closed by __exit__
-        offset = self.file_bytes
+        places = self._free.get(size)
+        offset = places.pop() if places else self.file_bytes
         self._file.seek(offset)
         self._file.write(local.flatten().view(torch.uint8).numpy().data)
-        self.file_bytes += size
-        return _Stored(shape, dtype, None, offset)
+        self.file_bytes = max(self.file_bytes, offset + size)
+        return Stored(shape, dtype, None, offset)
 
-    def get(self, stored: _Stored) -> Tensor:
+    def forget(self, stored: Stored) -> None:
+        """Give up the place of a tensor that will not be asked for again."""
+        if stored.ram is None:
+            self._free.setdefault(stored.nbytes, []).append(stored.offset)
+        else:
+            self.ram_bytes -= stored.nbytes
+
+    def get(self, stored: Stored) -> Tensor:
         if stored.ram is not None:
             return stored.ram
         assert self._file is not None
@@ -77,15 +92,15 @@ class BlockCall:
 
     args: Any
     kwargs: Any
-    output: _Stored
+    output: Stored
     counted: Tensor | None = None
     """Which rows of the output are no padding, flat; None: all."""
 
     def arguments(self, spool: ActivationSpool, device: torch.device) -> tuple[Any, Any]:
         def load(leaf: Any) -> Any:
-            return spool.get(leaf).to(device) if isinstance(leaf, _Stored) else leaf
+            return spool.get(leaf).to(device) if isinstance(leaf, Stored) else leaf
 
-        return _map_leaves(self.args, load), _map_leaves(self.kwargs, load)
+        return map_leaves(self.args, load), map_leaves(self.kwargs, load)
 
     def rows(self, output: Tensor) -> Tensor:
         """The rows (T, D) of the block's output that count, or of another output in its place."""
@@ -98,8 +113,8 @@ class _Recorder:
     """State of one recording pass."""
 
     spool: ActivationSpool
-    constants: list[tuple[Tensor, _Stored]] = field(default_factory=list)
-    current: list[tuple[Tensor, _Stored]] = field(default_factory=list)
+    constants: list[tuple[Tensor, Stored]] = field(default_factory=list)
+    current: list[tuple[Tensor, Stored]] = field(default_factory=list)
     pending: tuple[Any, Any] | None = None
     tracker: TokenTracker | None = None
 
@@ -128,6 +143,73 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass after the last block of interest."""
 
 
+class BlockRecorder(AbstractContextManager["BlockRecorder"]):
+    """Hooks that keep the arguments and the output of blocks, pass after pass.
+
+    Only the first call of a block in a pass is kept, and only passes that run one of them at all. ``stop`` ends every
+    pass after the last block by an exception.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Mapping[str, nn.Module], spool: ActivationSpool, *, stop: bool = False
+    ) -> None:
+        self.records: list[dict[str, BlockCall]] = []
+        self.wants = True
+        """Whether the next passes are kept."""
+        self._recorder = _Recorder(spool)
+        self._record: dict[str, BlockCall] = {}
+        self._side: list[Tensor] = []
+        self._stack = ExitStack()
+        self._names = list(blocks)
+        last = self._names[-1]
+        for name, block in blocks.items():
+            before, after = self._hooks(name, stop=stop and name == last)
+            for handle in (
+                block.register_forward_pre_hook(before, with_kwargs=True),
+                block.register_forward_hook(after, with_kwargs=True),
+            ):
+                self._stack.callback(handle.remove)
+        self._recorder.tracker = self._stack.enter_context(TokenTracker(model, blocks))
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _hooks(self, name: str, *, stop: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+        record, recorder = self._record, self._recorder
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.wants and name not in record:
+                hidden = args[0] if args else None
+                map_leaves((args, kwargs), lambda leaf: self._side.append(leaf) if _is_side(leaf, hidden) else None)
+                recorder.pending = (map_leaves(args, recorder.keep), map_leaves(kwargs, recorder.keep))
+
+        def after(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
+            if self.wants and name not in record:
+                assert recorder.pending is not None
+                assert recorder.tracker is not None
+                hidden = first_tensor(output)
+                counted = recorder.tracker.counted(hidden)
+                counted = None if counted is None else counted.to("cpu", copy=True)
+                record[name] = BlockCall(*recorder.pending, recorder.keep(hidden), counted)
+            if stop:
+                raise _Stop
+
+        return before, after
+
+    @property
+    def missing(self) -> bool:
+        """Whether some block is in no record yet."""
+        return bool(_missing(self._names, self.records))
+
+    def end_pass(self) -> None:
+        """Close the record of a pass."""
+        if self._record:
+            self.records.append(dict(self._record))
+            self._recorder.next_batch(self._side)
+        self._record.clear()
+        self._side.clear()
+
+
 def record_blocks(
     model: nn.Module,
     blocks: Mapping[str, nn.Module],
@@ -144,30 +226,14 @@ def record_blocks(
     block in a pass is recorded, and only batches that run one of them at all. Raises ``DataError`` if there is no batch
     or a block never runs.
     """
-    recorder = _Recorder(spool)
-    records: list[dict[str, BlockCall]] = []
-    last = list(blocks)[-1]
     some = False
-    with ExitStack() as stack:
-        record: dict[str, BlockCall] = {}
-        side: list[Tensor] = []
-        for name, block in blocks.items():
-            before, after = _hooks(name, recorder, record, side, stop=name == last)
-            for handle in (
-                block.register_forward_pre_hook(before, with_kwargs=True),
-                block.register_forward_hook(after, with_kwargs=True),
-            ):
-                stack.callback(handle.remove)
-        recorder.tracker = stack.enter_context(TokenTracker(model, blocks))
+    with BlockRecorder(model, blocks, spool, stop=True) as recorder:
+        records = recorder.records
         for batch in batches:
             with suppress(_Stop):
                 run(model, batch)
             some = True
-            if record:
-                records.append(dict(record))
-                recorder.next_batch(side)
-            record.clear()
-            side.clear()
+            recorder.end_pass()
             if limit is not None and len(records) >= limit and not _missing(blocks, records):
                 break
     if not some:
@@ -182,36 +248,13 @@ def _missing(blocks: Iterable[str], records: Sequence[Mapping[str, BlockCall]]) 
     return [name for name in blocks if not any(name in record for record in records)]
 
 
-def _hooks(
-    name: str, recorder: _Recorder, record: dict[str, BlockCall], side: list[Tensor], *, stop: bool
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        if name not in record:
-            hidden = args[0] if args else None
-            _map_leaves((args, kwargs), lambda leaf: side.append(leaf) if _is_side(leaf, hidden) else None)
-            recorder.pending = (_map_leaves(args, recorder.keep), _map_leaves(kwargs, recorder.keep))
-
-    def after(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
-        if name not in record:
-            assert recorder.pending is not None
-            assert recorder.tracker is not None
-            hidden = first_tensor(output)
-            counted = recorder.tracker.counted(hidden)
-            counted = None if counted is None else counted.to("cpu", copy=True)
-            record[name] = BlockCall(*recorder.pending, recorder.keep(hidden), counted)
-        if stop:
-            raise _Stop
-
-    return before, after
-
-
 def _is_side(leaf: Any, hidden: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf is not hidden
 
 
-def _map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
+def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(tree, dict):
-        return {key: _map_leaves(value, function) for key, value in tree.items()}
+        return {key: map_leaves(value, function) for key, value in tree.items()}
     if type(tree) in (tuple, list):
-        return type(tree)(_map_leaves(value, function) for value in tree)
+        return type(tree)(map_leaves(value, function) for value in tree)
     return function(tree)

@@ -16,7 +16,7 @@ compress whatever runs; their survey has no backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.heads import draw_direction, read_heads
+from fips.calibration.influence import Influence
 from fips.errors import DataError
 from fips.models import Site
 from fips.plan.finite import overflow_error
 
-__all__ = ["NO_GRADIENT", "Survey", "survey_layers"]
+__all__ = ["NO_GRADIENT", "Survey", "survey_influence", "survey_layers"]
 
 NEVER = "it never ran on the calibration data"
 UNREACHED = "its output does not reach the model's output on the calibration data"
@@ -64,6 +65,21 @@ class Survey:
     """Whether no layer got a gradient other than 0, so that the output cannot be the measure."""
 
 
+def survey_influence(found: Mapping[str, Influence]) -> Survey:
+    """The same of what the gradients of some examples have told."""
+    seen = {
+        name: _Seen(ran=one.tokens > 0, fed=one.fed, reached=one.reached, moved=one.moves)
+        for name, one in found.items()
+    }
+    return _result(seen, gradients=True)
+
+
+def _result(seen: Mapping[str, _Seen], *, gradients: bool) -> Survey:
+    blind = gradients and not any(one.moved for one in seen.values())
+    reasons = {name: _reason(one, gradients=gradients, blind=blind) for name, one in seen.items()}
+    return Survey({name: reason for name, reason in reasons.items() if reason is not None}, blind)
+
+
 def survey_layers(
     model: nn.Module,
     sites: Sequence[Site],
@@ -95,9 +111,7 @@ def survey_layers(
                 return Survey()
     if not some:
         raise DataError("the calibration data has no batch; give at least one")
-    blind = gradients and not any(one.moved for one in seen.values())
-    reasons = {name: _reason(one, gradients=gradients, blind=blind) for name, one in seen.items()}
-    return Survey({name: reason for name, reason in reasons.items() if reason is not None}, blind)
+    return _result(seen, gradients=gradients)
 
 
 def _pass(

@@ -52,6 +52,7 @@ def run_demo(output: Path, *, bits: float, console: Console, progress: Progress 
         )
         before = evaluate_source(source, evaluation)
         done = compress_to_directory(source, recipe, output, progress=progress)
+        assert done is not None  # a single process
         after = evaluate_source(str(output), evaluation)
     console.print(result_table(done.report))
     console.print(_quality_table(before, after))

@@ -7,6 +7,7 @@ References: Eckart & Young (1936); Wang et al., arXiv 2403.07378; Wang et al., a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -15,17 +16,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.config import CompressionConfig, InputsConfig
 from fips.errors import BudgetError
 from fips.formats.patterns import FULL
 from fips.layers.linear import FactoredLinear, SharedBasis
-from fips.methods.layerwise import GroupwiseMethod
-from fips.methods.registry import register
+from fips.methods.registry import Method, register
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, dense_matrix
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import Footprint, itemsize
 from fips.plan.groups import GroupPlan, byte_target
 from fips.plan.least import BYTES_PER_BIT, EPS
+from fips.plan.plan import CompressionPlan
 from fips.plan.planner import C
 from fips.solve.basis import normalize
 from fips.solve.moments import usable_moment
@@ -54,7 +56,11 @@ class BasisSharingConfig(InputsConfig):
     method: Literal["basis-sharing"] = "basis-sharing"
 
 
-class _LowRank(GroupwiseMethod[C]):
+class _LowRank(Method[C]):
+    @property
+    def moment_memory(self) -> int:
+        return int(self.config.metric.memory) if isinstance(self.config, InputsConfig) else 0
+
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """One vector for every matrix."""
         unit = 1.0 if self.config.budget is not None else itemsize(dtype) / BYTES_PER_BIT
@@ -73,6 +79,28 @@ class _LowRank(GroupwiseMethod[C]):
             return shared_whitened_svd(weights_DF, moment_DD, rank=rank)
         basis_DR, factor_RF = whitened_svd(weights_DF[0], moments[team[0].name], reads_stream=False, rank=rank)
         return basis_DR, [factor_RF]
+
+    def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
+        sites = [site for group in plan.groups for site in group.group.sites]
+        moments: Mapping[str, LayerMoments] | None = None
+        if Needs.INPUTS not in self.needs:
+            moments = {}
+        elif moment_bytes(sites, gradients=False) <= self.moment_memory:
+            moments = bench.input_moments("all", [group.group for group in plan.groups])
+        found = []
+        for group in plan.groups:
+            known = bench.input_moments(group.group.name, [group.group]) if moments is None else moments
+            started = time.perf_counter()
+            with torch.autocast(bench.device.type, enabled=False):
+                about_zero = {site.name: known[site.name].about_zero() for site in group.group.sites if known}
+                done = self.compress_group(bench, group, about_zero)
+            for site in group.group.sites:
+                done.layers[site.name].bias = bench.bias(site)
+                done.layers[site.name].conv1d = site.conv1d
+            done.start = done.final = bench.final_errors(group.group, done.layers)
+            done.seconds = time.perf_counter() - started
+            found.append(done)
+        return found
 
     def compress_group(self, bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -> CompressedGroup:
         bases: dict[str, SharedBasis] = {}

@@ -35,6 +35,16 @@ class Method(Planner[C]):
         return 1.0
 
     @property
+    def by_block(self) -> bool:
+        """Whether it makes every block by itself and keeps what is finished (``fips.methods.sweep``)."""
+        return False
+
+    @property
+    def influence_examples(self) -> int:
+        """Examples that tell the influence of layers, if it needs that."""
+        return 0
+
+    @property
     def moment_memory(self) -> int:
         """Bytes of moments that it holds at a time, if it needs them; at least those of one group are held."""
         return 0

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fips.calibration.heads import first_tensor
-from fips.calibration.inputs import CalibrationData, place
+from fips.calibration.influence import Influence, collect_influence
+from fips.calibration.inputs import CalibrationData, few_examples, place
 from fips.calibration.moments import LayerMoments, collect_moments
 from fips.calibration.preserve import RandomState
 from fips.calibration.record import ActivationSpool, record_blocks
-from fips.calibration.survey import NO_GRADIENT, survey_layers
+from fips.calibration.survey import NO_GRADIENT, survey_influence, survey_layers
+from fips.calibration.sweep import Sweep
 from fips.config import CompressionConfig
 from fips.errors import DataError, FipsError
 from fips.formats.patterns import FULL
@@ -25,6 +28,7 @@ from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models import LayerGroup, Site
 from fips.plan.footprint import LayerStorage
 from fips.plan.groups import GroupPlan
+from fips.ranks import ALONE, Ranks
 from fips.solve.alternate import Factorization
 from fips.training.factors import swapped
 from fips.training.reconstruct import BlockError, Records, block_errors
@@ -32,10 +36,12 @@ from fips.training.reconstruct import BlockError, Records, block_errors
 __all__ = [
     "MAX_ERROR_BATCHES",
     "CompressedGroup",
+    "MemoryStore",
     "MomentCache",
     "Needs",
     "Progress",
     "ProgressEvent",
+    "Store",
     "Workbench",
     "dense_matrix",
     "measured",
@@ -46,6 +52,8 @@ log = logging.getLogger("fips.methods")
 T = TypeVar("T")
 
 MAX_ERROR_BATCHES = 16
+FEW = 8
+"""Examples that are looked at a few at a time before whole batches are, to see that every layer runs."""
 
 
 class Needs(Flag):
@@ -56,6 +64,8 @@ class Needs(Flag):
     """Second moments of what layers read: forward passes."""
     GRADIENTS = auto()
     """Those of the gradients of what they write too: a backward pass for every forward pass."""
+    INFLUENCE = auto()
+    """How much each output and input counts: backward passes of a few examples."""
     ACTIVATIONS = auto()
     """What blocks read and return on all batches; on a few, for the errors in the report, they are always recorded."""
 
@@ -64,7 +74,7 @@ class Needs(Flag):
 class ProgressEvent:
     """One step of work: ``done`` of ``total`` steps of a stage, the last loss.
 
-    Stages: ``measure``, ``solve``, ``record``, ``reconstruct``, ``distill``.
+    Stages: ``measure``, ``allot``, ``try``, ``solve``, ``record``, ``reconstruct``, ``distill``.
     """
 
     stage: str
@@ -93,6 +103,32 @@ class CompressedGroup:
     seconds: float = 0.0
 
 
+class Store(Protocol):
+    """Finished pieces of work by name, each some tensors and fields for JSON."""
+
+    def has(self, name: str) -> bool: ...
+
+    def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
+
+    def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None: ...
+
+
+class MemoryStore:
+    """A store that lasts as long as the process."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+
+    def has(self, name: str) -> bool:
+        return name in self._held
+
+    def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self._held.get(name)
+
+    def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
+        self._held[name] = dict(tensors), dict(fields)
+
+
 @dataclass(slots=True)
 class Workbench:
     """One model, its calibration batches, and what one compression may measure on them."""
@@ -105,7 +141,14 @@ class Workbench:
     temperature: float = 1.0
     """Of the softmax whose change gradients are of."""
     progress: Progress | None = None
+    influence_examples: int = 0
+    """From which the influence of layers is measured, where it is needed."""
+    influence: dict[str, Influence] = field(default_factory=dict)
+    """By layer, after ``survey``."""
     cache: MomentCache | None = None
+    store: Store = field(default_factory=MemoryStore)
+    """What is finished."""
+    ranks: Ranks = ALONE
     file_bytes: int = 0
     """Most bytes of activations that were in a temporary file at once."""
     notes: list[str] = field(default_factory=list)
@@ -116,43 +159,104 @@ class Workbench:
         self.notes.append(text)
         log.warning("%s", text)
 
-    def survey(self, sites: Sequence[Site]) -> dict[str, str]:
+    def survey(self, groups: Sequence[LayerGroup]) -> dict[str, str]:
         """Layers that the calibration data says nothing about, to be left dense, with the reason.
 
         At most one forward pass a batch, and a backward pass where gradients are needed.
         """
-        found = survey_layers(
-            self.model, sites, self.batches, self.run, gradients=Needs.GRADIENTS in self.needs,
-            temperature=self.temperature, seed=self.config.seed,
-        )  # fmt: skip
+        sites = [site for group in groups for site in group.sites]
+        if Needs.INFLUENCE in self.needs:
+            self.influence = self.shared_influence(groups)
+            found = survey_influence(self.influence)
+        else:
+            found = survey_layers(
+                self.model, sites, few_examples(self.batches, FEW), self.run, gradients=Needs.GRADIENTS in self.needs,
+                temperature=self.temperature, seed=self.config.seed,
+            )  # fmt: skip
         for name, reason in found.left.items():
             log.warning("`%s` is left dense: %s", name, reason)
         if found.blind and len(found.left) < len(sites):
             self.note(NO_GRADIENT)
         return found.left
 
+    def shared_influence(self, groups: Sequence[LayerGroup]) -> dict[str, Influence]:
+        """Measured by the first rank, once."""
+        sites = [site for group in groups for site in group.sites]
+        blocks = list(dict.fromkeys(block for group in groups for block in group.blocks))
+        if self.ranks.first and not self.store.has("influence"):
+            found = collect_influence(
+                self.model, sites, blocks, few_examples(self.batches, self.influence_examples), self.run,
+                examples=self.influence_examples, temperature=self.temperature, seed=self.config.seed,
+            )  # fmt: skip
+            held = {f"{name}.{key}": tensor for name, one in found.items() for key, tensor in one.tensors().items()}
+            self.store.put("influence", held, {name: one.facts() for name, one in found.items()})
+        self.ranks.wait()
+        kept = self.store.get("influence")
+        assert kept is not None
+        tensors, facts = kept
+        return {site.name: Influence.of(site.name, tensors, facts[site.name], self.device) for site in sites}
+
     def moments(
         self, name: str, sites: Sequence[Site], *, floor: float = 1.0, changed: bool = False
     ) -> dict[str, LayerMoments]:
-        """What the layers read and, if needed, how much what they write matters, in the model as it is.
+        """What the layers read and how much what they write matters, in the model as it is.
 
         ``floor`` is the share of the weight that all tokens get alike. ``changed`` says that some layers are compressed
         already, so that nothing kept from before is of use.
         """
-        assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
-        gradients = Needs.GRADIENTS in self.needs
-        cache = None if changed else self.cache
-        how = (self.temperature, floor, self.config.seed) if gradients else ()
-        key = (tuple(site.name for site in sites), *how, "" if cache is None else self.batches.key())
-        if cache is not None and key in cache:
-            return cache[key]
-        found = collect_moments(
+        assert Needs.GRADIENTS in self.needs, "a method that asks for gradients must declare that it needs them"
+        how = (self.temperature, floor, self.config.seed)
+        return self.cached([site.name for site in sites], how, changed=changed, measure=lambda: collect_moments(
             self.model, sites, self.counted("measure", name), self.run, temperature=self.temperature, floor=floor,
-            seed=self.config.seed, gradients=gradients,
-        )  # fmt: skip
-        if cache is not None:
-            cache[key] = found
-        return found
+            seed=self.config.seed,
+        ))  # fmt: skip
+
+    def cached(
+        self,
+        names: Sequence[str],
+        how: tuple[Any, ...],
+        measure: Callable[[], dict[str, LayerMoments]],
+        *,
+        changed: bool = False,
+    ) -> dict[str, LayerMoments]:
+        """Moments that were kept from another compression of the model on the same data, or those measured now."""
+        cache = None if changed else self.cache
+        if cache is None:
+            return measure()
+        key = (tuple(names), *how, self.batches.key())
+        if key not in cache:
+            cache[key] = measure()
+        return cache[key]
+
+    def input_moments(self, name: str, groups: Sequence[LayerGroup]) -> dict[str, LayerMoments]:
+        """Second moments of what the layers of some groups read, all tokens alike."""
+        assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
+
+        sites = [site for group in groups for site in group.sites]
+        blocks = list(dict.fromkeys(block for group in groups for block in group.blocks))
+
+        def measure() -> dict[str, LayerMoments]:
+            with self.sweep(blocks, name) as sweep:
+                return sweep.step(len(blocks), sites).moments
+
+        return self.cached([site.name for site in sites], ("inputs",), measure)
+
+    def keep_moments(self) -> None:
+        """Keep what ``cached`` measures from now on, at least as long as this compression lasts."""
+        self.cache = {} if self.cache is None else self.cache
+
+    @contextmanager
+    def sweep(self, blocks: Sequence[str], name: str = "all", *, recorded: int = 0) -> Iterator[Sweep]:
+        """A pass over the data, a few of the blocks, in the order in which they run, at a time."""
+        with (
+            ActivationSpool(self.config.activation_memory) as spool,
+            Sweep(
+                self.model, blocks, lambda: self.counted("measure", name), len(self.batches), self.run_body, spool,
+                self.device, recorded=recorded, ranks=self.ranks,
+            ) as found,
+        ):  # fmt: skip
+            yield found
+            self.file_bytes = max(self.file_bytes, spool.file_bytes)
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for one batch, on its device and in its type.
@@ -164,9 +268,15 @@ class Workbench:
         with RandomState.seeded(self.config.seed):
             return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
+    def run_body(self, model: nn.Module, batch: Any) -> Any:
+        """As ``run`` where the output is not looked at: without the logits of all tokens but the last."""
+        if isinstance(batch, Mapping) and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            batch = {**batch, "logits_to_keep": 1}
+        return self.run(model, batch)
+
     def try_batch(self) -> None:
-        """One forward pass, so that inputs the model cannot read are found before the work; raises ``DataError``."""
-        batch = next(iter(self.batches))
+        """One forward pass of an example: ``DataError`` for inputs that the model cannot read, before the work."""
+        batch = next(few_examples(self.batches, 1))
         try:
             with torch.no_grad():
                 first_tensor(self.run(self.model, batch))
@@ -185,12 +295,19 @@ class Workbench:
         """Inputs and outputs of the group's blocks in the model as it is, for the first ``limit`` batches that run
         them."""
         assert limit is not None or Needs.ACTIVATIONS in self.needs, "a method must declare that it needs activations"
+        with self.recorded_blocks(self.blocks(group), group.name, limit=limit) as found:
+            yield found
+
+    @contextmanager
+    def recorded_blocks(
+        self, blocks: Mapping[str, nn.Module], name: str, *, limit: int | None
+    ) -> Iterator[tuple[Records, ActivationSpool]]:
         with ActivationSpool(self.config.activation_memory) as spool:
-            batches = self.counted("record", group.name, limit=limit)
+            batches = self.counted("record", name, limit=limit)
             with torch.no_grad():
-                records = record_blocks(self.model, self.blocks(group), batches, spool, self.run, limit=limit)
+                records = record_blocks(self.model, blocks, batches, spool, self.run, limit=limit)
             if limit is not None:
-                self.report("record", group.name, len(records), len(records))
+                self.report("record", name, len(records), len(records))
             yield records, spool
             self.file_bytes = max(self.file_bytes, spool.file_bytes)
 

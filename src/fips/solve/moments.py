@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["usable_moment"]
+__all__ = ["usable_diagonal", "usable_moment"]
 
 
 def usable_moment(moment: Tensor) -> Tensor:
@@ -17,3 +17,9 @@ def usable_moment(moment: Tensor) -> Tensor:
     if bool(power > torch.finfo(moment.dtype).tiny):
         return moment
     return torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+
+
+def usable_diagonal(moment_K: Tensor) -> Tensor:
+    """As ``usable_moment``, of a moment given as its diagonal (K,)."""
+    usable = bool(moment_K.mean() > torch.finfo(moment_K.dtype).tiny)
+    return moment_K if usable else torch.ones_like(moment_K)

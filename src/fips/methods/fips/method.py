@@ -4,41 +4,47 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
-from fips.calibration.moments import moment_bytes
+from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.errors import ConfigError
 from fips.methods.fips.settings import FipsConfig
 from fips.methods.fips.stages import (
     Search,
     Solved,
     Split,
+    allot,
     finish,
     group_share,
     measure,
     open_search,
     pack,
     solve,
+    structures,
     train,
     try_choices,
 )
 from fips.methods.registry import Method, register
+from fips.methods.sweep import Block, Made, PackedLayer, blocks_of, make_blocks, solve_blocks
 from fips.methods.workbench import (
     CompressedGroup,
     Needs,
     Workbench,
 )
 from fips.models import LayerGroup, Site
+from fips.models.locate import Sublayer
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
 from fips.plan.least import BYTES_PER_BIT
 from fips.plan.plan import CompressionPlan
 from fips.plan.planner import check_inputs, equal_layers
-from fips.solve.search import Point, allocate
+from fips.solve.allocate import allocate
+from fips.solve.structures import Choice, Point
 from fips.training.distill import distill_
 from fips.training.factors import swapped
 
@@ -52,7 +58,16 @@ class Fips(Method[FipsConfig]):
 
     @property
     def needs(self) -> Needs:
-        return Needs.INPUTS | Needs.GRADIENTS | (Needs.ACTIVATIONS if self.trains_blocks else Needs.NOTHING)
+        metric = Needs.INPUTS | (Needs.INFLUENCE if self.config.one_shot else Needs.GRADIENTS)
+        return metric | (Needs.ACTIVATIONS if self.trains_blocks else Needs.NOTHING)
+
+    @property
+    def by_block(self) -> bool:
+        return self.config.one_shot and not (self.trains_blocks or self.trains_model)
+
+    @property
+    def influence_examples(self) -> int:
+        return self.config.metric.gradient_examples
 
     @property
     def temperature(self) -> float:
@@ -116,6 +131,8 @@ class Fips(Method[FipsConfig]):
     def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
         """Solve all groups, train them together if asked to, pack them and measure what they lost."""
         config = self.config
+        if self.by_block:
+            return _by_block(bench, plan, config)
         solved = _solve_groups(bench, plan, config)
         if config.distill.steps:
             blocks = [block for item in solved for block in bench.blocks(item.plan.group).values()]
@@ -130,11 +147,68 @@ class Fips(Method[FipsConfig]):
         return [finish(bench, item, *done) for item, done in zip(solved, packed, strict=True)]
 
 
+def _by_block(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[CompressedGroup]:
+    """Every MLP by itself, some blocks at a time."""
+    fast = config.effort == "fast"
+    chosen = {} if fast else _tried(bench, plan, config)
+    sizes = allot(bench, plan, config) if fast else {}
+
+    def solve_one(
+        group: GroupPlan, sublayer: Sublayer, moments: Mapping[str, LayerMoments]
+    ) -> Mapping[str, PackedLayer]:
+        part = _alone(group, sublayer)
+        search = open_search(bench, part, config, moments)
+        names = [site.name for site in sublayer.sites]
+        split = structures(search, part, config, sizes) if fast else [chosen[name] for name in names]
+        item = solve(bench, part, config, search, split)
+        _, layers = pack(item)
+        return {name: PackedLayer(layers[name], storage) for name, storage in zip(names, item.storages, strict=True)}
+
+    return solve_blocks(bench, plan, solve_one, memory=config.metric.memory)
+
+
+def _tried(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[str, tuple[Choice, float]]:
+    """Structure and bytes of every layer, from errors of some rows: a pass over the model of its own.
+
+    Where the moments of all layers fit into memory they are kept for the pass that solves.
+    """
+    blocks = blocks_of(plan)
+    if bench.ranks.count == 1 and 2 * sum(block.moment_bytes for block in blocks) <= config.metric.memory:
+        bench.keep_moments()
+
+    def make(block: Block, moments: Mapping[str, LayerMoments]) -> Made:
+        found: dict[str, list[Point]] = {}
+        for group, sublayer in block.parts:
+            part = _alone(group, sublayer)
+            curves = try_choices(open_search(bench, part, config, moments), part, config)
+            found |= zip([site.name for site in sublayer.sites], curves, strict=True)
+        return {}, {"points": found}
+
+    curves: dict[str, list[Point]] = {}
+    for _, fields in make_blocks(bench, blocks, "try", make, memory=config.metric.memory):
+        for name, points in fields["points"].items():
+            curves[name] = [Point(Choice(*choice), *measured) for choice, *measured in points]
+    split = allocate(list(curves.values()), sum(group_share(group, config) for group in plan.groups))
+    return dict(zip(curves, split, strict=True))
+
+
+def _alone(group: GroupPlan, sublayer: Sublayer) -> GroupPlan:
+    """The plan of one MLP, with the share of its group."""
+    return replace(group, group=LayerGroup(group.group.name, (sublayer,)))
+
+
 def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[Solved]:
     """Every group with the structure and size that the measured errors ask for."""
     metric = config.metric
     chunks = list(_chunks(plan.groups, 0 if metric.propagate_errors else metric.memory))  # each behind the one before
-    chosen, searches = _choose(bench, plan, config, chunks)
+    sizes: dict[str, float] = {}
+    chosen: dict[str, Split] = {}
+    searches: dict[str, Search] = {}
+    fast = config.one_shot and config.effort == "fast"
+    if fast:
+        sizes = allot(bench, plan, config)
+    else:
+        chosen, searches = _choose(bench, plan, config, chunks)
     found: list[Solved] = []
     with ExitStack() as installed:
         for chunk in chunks:
@@ -142,8 +216,10 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
                 moments = measure(bench, config, chunk)
             for group in chunk:
                 started = time.perf_counter()
-                search = searches.pop(group.group.name, None) or open_search(bench, group, config, moments)
-                item = solve(bench, group, config, search, chosen[group.group.name])
+                name = group.group.name
+                search = searches.pop(name, None) or open_search(bench, group, config, moments)
+                split = structures(search, group, config, sizes) if fast else chosen[name]
+                item = solve(bench, group, config, search, split)
                 train(bench, item, config)
                 item.seconds = time.perf_counter() - started
                 found.append(item)

@@ -21,14 +21,22 @@ class MetricConfig(InputMetricConfig):
     """Temperature of the softmax whose change counts; 1 is the KL divergence, large values treat logits alike."""
     token_floor: float = Field(default=0.4, ge=0, le=1)
     """Share of the weight that all tokens get alike; the rest goes by what a token does to the output."""
+    gradient_examples: int = Field(default=32, ge=1)
+    """Examples whose gradients say how much layers and their outputs count beside each other (`max` asks all)."""
     propagate_errors: bool = False
-    """Measure every group behind the compressed groups before it instead of behind the original ones."""
+    """Measure every group behind the compressed groups before it instead of behind the original ones; then the effort
+    is `max`. On ViT-Tiny it did not help."""
 
 
 class FipsConfig(SparseConfig):
     """What each group may become, the metric, and training afterwards; structure and sparsity follow from the size."""
 
     method: Literal["fips"] = "fips"
+    effort: Literal["fast", "default", "max"] = "default"
+    """How hard to look. `fast` and `default` prune and round every layer once, with error feedback; `fast` gives bytes
+    to layers before it has measured their inputs, `default` after it has tried their structures on some rows. `max`
+    weighs the gradients of all tokens, lets layers share a basis where that measures better, and solves every choice
+    that it tries."""
     sharing: Literal["auto", "always", "never"] = "auto"
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning)."""
     values: str | None = None
@@ -70,6 +78,11 @@ class FipsConfig(SparseConfig):
         """The value formats that a layer may get, fewest bits first; by default `auto` where bytes are counted."""
         found = self.values or ("auto" if self.bits is not None else FLOAT)
         return automatic_values() if found == "auto" else [values_named(found)]
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether layers are solved in one pass each, from moments of inputs."""
+        return self.effort != "max" and self.sharing != "always" and not self.metric.propagate_errors
 
     @property
     def resolved_pattern(self) -> str:

@@ -3,10 +3,12 @@
 ===============  ==================================================  ===============================================
 stage            from                                                gives
 ===============  ==================================================  ===============================================
+``allot``        the influence of all layers                         bytes of every layer (``effort: fast``)
 ``measure``      layers of some groups, the batches                  second moments by layer
 ``open_search``  moments, the weights of a group                     its problems, ready to be solved
+``structures``   a search, the bytes of its layers                   their structures
 ``try_choices``  a search                                            measured errors of structures at a few sizes
-``allocate``     those of all groups (``fips.solve.search``)         structure and bytes of every layer
+``allocate``     those of all groups (``fips.solve.allocate``)       structure and bytes of every layer
 ``solve``        a search, structure and bytes                       supports, integers, basis, biases
 ``train``        what was solved, block inputs and outputs           the same after steps, if any are asked for
 ``pack``         what was solved or trained                          layers in the bytes they will be stored in
@@ -38,17 +40,22 @@ from fips.methods.workbench import (
 from fips.models import Site
 from fips.plan.footprint import LayerStorage, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
+from fips.plan.plan import CompressionPlan
+from fips.solve.allocate import allocate, expected_total
 from fips.solve.alternate import Factorization
+from fips.solve.oneshot import OneShot
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
-from fips.solve.search import SIZES, WORTH_SHARING, Choice, GroupSearch, Point, Pricing, expected_total
+from fips.solve.search import WORTH_SHARING, GroupSearch
+from fips.solve.structures import SIZES, Choice, Point, Pricing
 from fips.solve.supports import Reduction
 from fips.training.factors import TrainableGroup, swapped
 from fips.training.reconstruct import BlockError, reconstruct_
 
 __all__ = [
     *("Packed", "Search", "Solved", "Split"),
-    *("finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve", "train", "try_choices"),
+    *("allot", "finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve", "structures"),
+    *("train", "try_choices"),
 ]
 
 ENOUGH = 2
@@ -65,6 +72,8 @@ def measure(bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan]) -
     """Stage: second moments of what the layers of some groups read and of the gradients of what they write."""
     sites = [site for group in groups for site in group.group.sites]
     name = groups[0].group.name if len(groups) == 1 else "all"
+    if config.one_shot:
+        return bench.input_moments(name, [group.group for group in groups])
     metric = config.metric
     return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
 
@@ -73,16 +82,24 @@ def measure(bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan]) -
 class Search:
     """The searches of one group, with what is needed to go back from their columns to the model's."""
 
-    group: GroupSearch
-    layers: list[GroupSearch]
+    weights_DF: list[Tensor]
+    layers: Sequence[GroupSearch | OneShot]
     """One for every site."""
+    group: GroupSearch | None
+    """All of them with a basis that they share, where that is looked at."""
     moments: Mapping[str, LayerMoments]
     orders: list[Tensor]
     """For every site the original column at every place."""
 
+    @property
+    def shots(self) -> list[OneShot]:
+        """Of layers that are solved in one pass each."""
+        return [layer for layer in self.layers if isinstance(layer, OneShot)]
+
     def solve(self, split: Split) -> tuple[list[Choice], Factorization]:
         """The factors of all sites, and the choice of each."""
         if len(split) == 1 and len(self.layers) > 1:
+            assert self.group is not None
             return [split[0][0]] * len(self.layers), self.group.solve(*split[0])
         found = [layer.solve(*one) for layer, one in zip(self.layers, split, strict=True)]
         grids = [grid for one in found for grid in one.grids or ()]
@@ -96,7 +113,7 @@ class Search:
 
     def forget(self) -> None:
         """Drop solved factorizations; the problems stay."""
-        for search in (self.group, *self.layers):
+        for search in (*self.layers, *([] if self.group is None else [self.group])):
             search.forget()
 
 
@@ -108,14 +125,22 @@ def open_search(bench: Workbench, plan: GroupPlan, config: FipsConfig, moments: 
     block = config.format.block
     if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
-            free = Choice(False, "unstructured", config.value_choices[-1].name)
-            size = max(
-                group_share(plan, config), search.group.least_bytes(free)
-            )  # its pattern costs more than that of blocks
-            masks = search.group.solve(free, size).masks_RF
+            masks = _free_masks(search, plan, config)
         orders = _neighbours(plan, dict(zip([site.name for site in sites], masks, strict=True)), block)
         search = _searches(bench, plan, config, moments, orders)
     return search
+
+
+def _free_masks(search: Search, plan: GroupPlan, config: FipsConfig) -> list[Tensor]:
+    """Supports of any entries at the size of the group; its pattern costs more than that of blocks."""
+    free, share = Choice(False, "unstructured", config.value_choices[-1].name), group_share(plan, config)
+    if search.group is not None:
+        return search.group.solve(free, max(share, search.group.least_bytes(free))).masks_RF
+    parts = [layer.hidden / plan.group.hidden * share for layer in search.layers]
+    found = [
+        layer.solve(free, max(part, layer.least_bytes(free))) for layer, part in zip(search.layers, parts, strict=True)
+    ]
+    return [mask for one in found for mask in one.masks_RF]
 
 
 def _searches(
@@ -127,9 +152,20 @@ def _searches(
 ) -> Search:
     sites = plan.group.sites
     with torch.autocast(bench.device.type, enabled=False):
+        weights_DF = [
+            weight_DF.float()[:, order] for weight_DF, order in zip(bench.weights(sites), orders, strict=True)
+        ]
+        if config.one_shot:
+            shots = [
+                _one_shot(
+                    bench, weight_DF, site, moments[site.name].inputs_II, order, _pricing(plan, config), plan.dtype
+                )
+                for weight_DF, site, order in zip(weights_DF, sites, orders, strict=True)
+            ]
+            return Search(weights_DF, shots, None, moments, orders)
         problems = [
-            site_problem(weight_DF.float()[:, order], site, moments[site.name], order)
-            for weight_DF, site, order in zip(bench.weights(sites), sites, orders, strict=True)
+            site_problem(weight_DF, site, moments[site.name], order)
+            for weight_DF, site, order in zip(weights_DF, sites, orders, strict=True)
         ]
     reductions: list[Reduction] = [site.role.reduction for site in sites]
     pricing = _pricing(plan, config)
@@ -137,7 +173,55 @@ def _searches(
     layers = [
         GroupSearch([problem], [axis], pricing, plan.dtype) for problem, axis in zip(problems, reductions, strict=True)
     ]
-    return Search(group, layers, moments, orders)
+    return Search(weights_DF, layers, group, moments, orders)
+
+
+def _one_shot(
+    bench: Workbench,
+    weight_DF: Tensor,
+    site: Site,
+    moment: Tensor,
+    order_F: Tensor,
+    pricing: Pricing,
+    dtype: torch.dtype,
+) -> OneShot:
+    """One layer in the metric of its inputs, (I, I) or its diagonal, hidden neurons in the order given."""
+    power_O = bench.influence[site.name].outputs_O
+    if not bool(power_O.any()):  # errors count by themselves, relative to what the layer writes
+        weight_OI = site.role.to_linear(weight_DF)
+        outputs = float(((weight_OI * moment if moment.dim() == 1 else weight_OI @ moment) * weight_OI).sum())
+        power_O = torch.full_like(power_O, 1 / outputs if outputs > 0 else 1.0)
+    if site.role.reads_stream:
+        power_O = power_O[order_F]
+    else:
+        moment = moment[order_F] if moment.dim() == 1 else moment[order_F][:, order_F]
+    return OneShot(weight_DF, moment, power_O, site.role.reduction, pricing, dtype)
+
+
+def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[str, float]:
+    """Stage: bytes of every layer, before its inputs have been measured.
+
+    From what plain rounding and pruning do to some rows where inputs are uncorrelated. Error feedback then takes away
+    more or less the same share everywhere, and the structure is chosen when it is known.
+    """
+    sites = [(group, site) for group in plan.groups for site in group.group.sites]
+    curves = []
+    with torch.autocast(bench.device.type, enabled=False):
+        for number, (group, site) in enumerate(sites):
+            (weight_DF,) = bench.weights([site])
+            inputs_I, order_F = bench.influence[site.name].inputs_I, torch.arange(site.hidden, device=bench.device)
+            layer = _one_shot(bench, weight_DF.float(), site, inputs_I, order_F, _pricing(group, config), group.dtype)
+            part = site.hidden / group.group.hidden * group_share(group, config)
+            curves.append(layer.trials(_choices(group, config), part))
+            bench.report("allot", "all", number + 1, len(sites))
+    split = allocate(curves, sum(group_share(group, config) for group in plan.groups))
+    return {site.name: size for (_, site), (_, size) in zip(sites, split, strict=True)}
+
+
+def structures(search: Search, plan: GroupPlan, config: FipsConfig, sizes: Mapping[str, float]) -> Split:
+    """Stage: the structure of every layer within the bytes that it was allotted."""
+    choices = _choices(plan, config)
+    return [layer.within(choices, sizes[site.name]) for layer, site in zip(search.shots, plan.group.sites, strict=True)]
 
 
 def site_problem(weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
@@ -188,18 +272,21 @@ def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> 
 def try_choices(search: Search, plan: GroupPlan, config: FipsConfig) -> list[list[Point]]:
     """Stage: measured errors of a group, one curve for every layer, or one for all where they share a basis."""
     share, choices = group_share(plan, config), _choices(plan, config)
+    parts = [site.hidden / plan.group.hidden for site in plan.group.sites]
+    group = search.group
+    if group is None:
+        return [one.trials(choices, part * share) for one, part in zip(search.layers, parts, strict=True)]
     shared = [choice._replace(shared=True) for choice in choices if choice.free]
     if config.sharing == "always" and len(plan.group.sites) > 1:
-        return [search.group.trials(shared, share)]
-    parts = [site.hidden / plan.group.hidden for site in plan.group.sites]
+        return [group.trials(shared, share)]
     alone = [one.trials(choices, part * share) for one, part in zip(search.layers, parts, strict=True)]
     if config.sharing != "auto" or len(plan.group.sites) < 2 or not shared:
         return alone
-    best = min(shared, key=lambda choice: search.group.expected(choice, share))
-    ratio = search.group.sharing_ratio(best, share, expected_total(alone, share))
+    best = min(shared, key=lambda choice: group.expected(choice, share))
+    ratio = group.sharing_ratio(best, share, expected_total(alone, share))
     if ratio >= WORTH_SHARING:
         return alone
-    sizes = [factor * share for factor in SIZES if search.group.expected(best, factor * share) < math.inf]
+    sizes = [factor * share for factor in SIZES if group.expected(best, factor * share) < math.inf]
     return [[Point(best, size, ratio * expected_total(alone, size)) for size in sizes]]
 
 
@@ -245,9 +332,9 @@ def solve(bench: Workbench, plan: GroupPlan, config: FipsConfig, search: Search,
     rank = 0 if found.basis_DR is None else found.basis_DR.shape[1]
     plan = solved_plan(plan, rank=rank, layers=storages)
     biases = [
-        _moved_bias(bench, site, problem, factor, found, search.moments[site.name], order)
-        for site, problem, factor, order in zip(
-            sites, search.group.problems, found.factors_RF, search.orders, strict=True
+        _moved_bias(bench, site, weight_DF, factor, found, search.moments[site.name], order)
+        for site, weight_DF, factor, order in zip(
+            sites, search.weights_DF, found.factors_RF, search.orders, strict=True
         )
     ]
     search.forget()
@@ -296,7 +383,7 @@ def finish(
 def _moved_bias(
     bench: Workbench,
     site: Site,
-    problem: LayerProblem,
+    weight_DF: Tensor,
     factor_RF: Tensor,
     found: Factorization,
     moments: LayerMoments,
@@ -306,7 +393,7 @@ def _moved_bias(
     bias = bench.bias(site)
     if bias is None:
         return None
-    error_DF = problem.weight_DF - (factor_RF if found.basis_DR is None else found.basis_DR @ factor_RF)
+    error_DF = weight_DF - (factor_RF if found.basis_DR is None else found.basis_DR @ factor_RF)
     if site.role.reads_stream:
         return nn.Parameter((bias.detach()[order_F] + moments.mean_I @ error_DF).to(bias.dtype))
     return nn.Parameter((bias.detach() + error_DF @ moments.mean_I[order_F]).to(bias.dtype))

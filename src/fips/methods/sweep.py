@@ -1,0 +1,261 @@
+"""The way of methods that solve every MLP by itself: passes over the model, some blocks at a time.
+
+Moments of the blocks at work are measured in the original model, something is made of them, and the pass goes on. What
+is made of a block is put into a store (``Workbench.store``); what is there already, from a run that was ended, is not
+made again. With several ranks each measures its part of the data and makes its part of the blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fips.calibration.moments import LayerMoments, moment_bytes
+from fips.calibration.record import ActivationSpool
+from fips.calibration.sweep import CHUNKS, Step, Sweep
+from fips.layers.linear import FactoredLinear
+from fips.methods.workbench import CompressedGroup, Needs, Workbench, measured
+from fips.models import Site
+from fips.models.locate import Sublayer
+from fips.plan.footprint import LayerStorage
+from fips.plan.groups import GroupPlan, solved_plan
+from fips.plan.plan import CompressionPlan
+from fips.training.factors import swapped
+from fips.training.reconstruct import BlockError, block_errors
+
+__all__ = ["Block", "Made", "PackedLayer", "blocks_of", "make_blocks", "solve_blocks"]
+
+RECORDED = 4
+"""Batches on which the error of a block is measured."""
+
+
+@dataclass(slots=True)
+class Block:
+    """A block of the model and its MLPs, with the groups that they belong to."""
+
+    name: str
+    parts: list[tuple[GroupPlan, Sublayer]] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for _, sublayer in self.parts for site in sublayer.sites]
+
+    @property
+    def moment_bytes(self) -> int:
+        return moment_bytes(self.sites, gradients=False)
+
+
+Made = tuple[dict[str, Tensor], dict[str, Any]]
+"""What is made of a block: tensors, and fields for JSON."""
+Make = Callable[[Block, Mapping[str, LayerMoments]], Made]
+
+
+def blocks_of(plan: CompressionPlan) -> list[Block]:
+    """All blocks in the order in which their layers were found."""
+    found: dict[str, Block] = {}
+    for group in plan.groups:
+        for sublayer in group.group.sublayers:
+            found.setdefault(sublayer.block, Block(sublayer.block)).parts.append((group, sublayer))
+    return list(found.values())
+
+
+def make_blocks(
+    bench: Workbench, blocks: Sequence[Block], stage: str, make: Make, *, memory: int, errors: bool = False
+) -> Iterator[Made]:
+    """What ``make`` makes of every block, in their order; ``memory`` bounds the moments held at a time.
+
+    At least those of one block are held. With ``errors`` what is made are layers, and another piece holds the error of
+    their block.
+    """
+    run = _Pass(bench, blocks, stage, make, errors)
+    left = [block for block in blocks if not run.is_made(block)]
+    if left:
+        with bench.sweep([block.name for block in blocks], recorded=RECORDED if errors else 0) as sweep:
+            units = _units(blocks, memory, bench.ranks.count) if Needs.INPUTS in bench.needs else [list(blocks)]
+            for unit in units:
+                run.make_unit(sweep, unit)
+    for block in blocks:
+        made = bench.store.get(f"{stage}-{block.name}")
+        assert made is not None
+        yield made
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One pass over all blocks."""
+
+    bench: Workbench
+    blocks: Sequence[Block]
+    stage: str
+    make: Make
+    errors: bool
+
+    def is_made(self, block: Block) -> bool:
+        """Whether nothing is left to do, alike on all ranks: nothing is put between two calls of ``wait``."""
+        names = [f"{self.stage}-{block.name}", *([f"errors-{block.name}"] if self.errors else [])]
+        return all(self.bench.store.has(name) for name in names)
+
+    def make_unit(self, sweep: Sweep, unit: Sequence[Block]) -> None:
+        """The next blocks."""
+        left = [block for block in unit if not self.is_made(block)]
+        ranks = self.bench.ranks
+        ranks.wait()
+        if not left:
+            sweep.skip(len(unit))
+            return
+        owners = {site.name: ranks.owner(number) for number, block in enumerate(left) for site in block.sites}
+        step: Step | None = None
+
+        def measure() -> dict[str, LayerMoments]:
+            nonlocal step
+            step = sweep.step(len(unit), [site for block in left for site in block.sites], owners)
+            return step.moments
+
+        inputs = Needs.INPUTS in self.bench.needs
+        moments = self.bench.cached(list(owners), ("inputs",), measure) if inputs else {}
+        if step is None:
+            sweep.skip(len(unit))
+        for number, block in enumerate(left):
+            if ranks.owner(number) == ranks.index:
+                self._make(block, moments)
+        ranks.wait()
+        if self.errors and ranks.first:
+            self._measure(left, step, sweep.spool)
+        if step is not None:
+            step.release(sweep.spool)
+
+    def _make(self, block: Block, moments: Mapping[str, LayerMoments]) -> None:
+        started = time.perf_counter()
+        with torch.autocast(self.bench.device.type, enabled=False):
+            tensors, fields = self.make(block, moments)
+        seconds = time.perf_counter() - started
+        self.bench.store.put(f"{self.stage}-{block.name}", tensors, {**fields, "seconds": seconds})
+        done = sum(self.bench.store.has(f"{self.stage}-{one.name}") for one in self.blocks)
+        self.bench.report(self.stage, block.name, done, len(self.blocks))
+
+    def _measure(self, blocks: Sequence[Block], step: Step | None, spool: ActivationSpool) -> None:
+        """The errors of blocks, on what they were given in the pass, or on the first batches."""
+        bench = self.bench
+        modules = {block.name: bench.model.get_submodule(block.name) for block in blocks}
+        layers: dict[str, nn.Module] = {}
+        for block in blocks:
+            made = bench.store.get(f"{self.stage}-{block.name}")
+            assert made is not None
+            layers |= {name: one.layer for name, one in unpacked(bench, block, made).items()}
+
+        def errors() -> Sequence[BlockError]:
+            with ExitStack() as stack:
+                records, held = (
+                    (step.records, spool)
+                    if step is not None
+                    else stack.enter_context(bench.recorded_blocks(modules, "all", limit=RECORDED))
+                )
+                stack.enter_context(swapped(bench.model, layers))
+                return block_errors(modules, records, held, bench.device, limit=RECORDED)
+
+        found = measured("the errors of blocks", errors) or ()
+        for block in blocks:
+            own = [asdict(one) for one in found if one.block == block.name]
+            bench.store.put(f"errors-{block.name}", {}, {"errors": own})
+
+
+def _units(blocks: Sequence[Block], memory: int, ranks: int) -> Iterator[list[Block]]:
+    """Runs of blocks whose moments fit into a number of bytes, with those of chunks that wait; at least one block."""
+    unit: list[Block] = []
+    used = 0
+    for block in blocks:
+        need = (1 + (1 if ranks == 1 else -(-CHUNKS // ranks))) * block.moment_bytes
+        if unit and used + need > memory:
+            yield unit
+            unit, used = [], 0
+        unit.append(block)
+        used += need
+    if unit:
+        yield unit
+
+
+# ------------------------------------------------------------------------------------------------------- packed layers
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """One finished layer and what it takes."""
+
+    layer: FactoredLinear
+    storage: LayerStorage
+
+
+Solve = Callable[[GroupPlan, Sublayer, Mapping[str, LayerMoments]], Mapping[str, PackedLayer]]
+"""The layers of one MLP by name, their biases set, from the moments of what they read."""
+
+
+def solve_blocks(bench: Workbench, plan: CompressionPlan, solve: Solve, *, memory: int) -> list[CompressedGroup]:
+    """Every group of a plan, its MLPs solved one by one in one pass."""
+
+    def make(block: Block, moments: Mapping[str, LayerMoments]) -> Made:
+        found: dict[str, PackedLayer] = {}
+        for group, sublayer in block.parts:
+            found |= solve(group, sublayer, moments)
+        return _packed(found)
+
+    blocks = blocks_of(plan)
+    layers: dict[str, PackedLayer] = {}
+    seconds: dict[str, float] = {}
+    errors: dict[str, BlockError] = {}
+    for block, made in zip(blocks, make_blocks(bench, blocks, "solve", make, memory=memory, errors=True), strict=True):
+        layers |= unpacked(bench, block, made)
+        seconds[block.name] = made[1]["seconds"]
+        _, fields = bench.store.get(f"errors-{block.name}") or ({}, {})
+        errors |= {one["block"]: BlockError(**one) for one in fields.get("errors", ())}
+    return [_group(group, layers, errors, seconds) for group in plan.groups]
+
+
+def _group(
+    plan: GroupPlan,
+    layers: Mapping[str, PackedLayer],
+    errors: Mapping[str, BlockError],
+    seconds: Mapping[str, float],
+) -> CompressedGroup:
+    """A group whose layers are all finished."""
+    names = [site.name for site in plan.group.sites]
+    solved = solved_plan(plan, rank=0, layers=[layers[name].storage for name in names])
+    known = tuple(errors[name] for name in plan.group.blocks if name in errors)
+    spent = sum(seconds[name] for name in plan.group.blocks)
+    return CompressedGroup(solved, {}, {name: layers[name].layer for name in names}, known, known, seconds=spent)
+
+
+def _packed(layers: Mapping[str, PackedLayer]) -> Made:
+    """Layers without a basis as tensors and fields; the biases and what the pattern of a whole factor says left out."""
+    tensors: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
+    for name, one in layers.items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in one.layer.state_dict().items() if key != "weight"}
+        fields[name] = {
+            "width": one.layer.width, "hidden": one.layer.hidden, "kept": one.layer.kept, "fmt": one.layer.fmt,
+            "values": one.layer.kind, "role": one.layer.role.value, "conv1d": one.layer.conv1d,
+            "bias": one.layer.bias is not None, "storage": asdict(one.storage),
+        }  # fmt: skip
+    return tensors, {"layers": fields}
+
+
+def unpacked(bench: Workbench, block: Block, made: Made) -> dict[str, PackedLayer]:
+    """The layers that ``_packed`` took apart."""
+    tensors, fields = made
+    found = {}
+    for site in block.sites:
+        known = dict(fields["layers"][site.name])
+        storage, conv1d = LayerStorage(**known.pop("storage")), known.pop("conv1d")
+        with torch.device("meta"):
+            layer = FactoredLinear(None, **known)
+        prefix = f"{site.name}."
+        own = {key.removeprefix(prefix): one.to(bench.device) for key, one in tensors.items() if key.startswith(prefix)}
+        layer.load_state_dict({**own, "weight": torch.empty(0, device=bench.device)}, assign=True)
+        layer.conv1d = conv1d
+        found[site.name] = PackedLayer(layer, storage)
+    return found

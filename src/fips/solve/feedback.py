@@ -1,0 +1,106 @@
+r"""Pruning and rounding of a matrix in one pass, column after column, each error made up for by the columns behind it.
+
+A matrix W is stored as N rows along whose K columns its layer sums. With the second moment H of what meets the columns,
+all rows share the loss
+
+.. math:: \ell(Q) = \sum_n (w_n - q_n) H (w_n - q_n)^\top .
+
+With :math:`U^\top U = H^{-1}`, U upper triangular, the best answer of the columns still free to the error
+:math:`e = (w_{nj} - q_{nj}) / U_{jj}` of column j is :math:`w_{nk} \leftarrow w_{nk} - e\, U_{jk}`. A removed entry is
+an error like a rounded one, and removing it costs :math:`w_{nj}^2 / U_{jj}^2`.
+
+Everything is laid out (K, N), so that a column is contiguous, and runs of columns are answered for by one product.
+
+Shape legend: N stored rows, K stored columns, J columns of one run.
+
+References: Frantar & Alistarh, arXiv 2208.11580; Frantar et al., arXiv 2210.17323; Frantar & Alistarh, arXiv
+2301.00774.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Chooser", "diagonal", "inverse_root", "with_feedback"]
+
+RUN, SHORT = 128, 16
+"""Columns whose errors are spread together over all behind them, and over those of their own run."""
+Chooser = Callable[[Tensor, int], Tensor]
+"""``(costs_JN, start)``: the entries of the run of columns from ``start`` to keep, given what removing each costs."""
+
+
+def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
+    """U for the moment plus ``damping`` times its mean diagonal; on failure damping grows tenfold until it succeeds.
+
+    Of a moment given as its diagonal (K,), the diagonal of U.
+    """
+    if moment_KK.dim() == 1:
+        tiny = torch.finfo(moment_KK.dtype).tiny
+        return (moment_KK + damping * moment_KK.mean()).clamp_min(tiny).rsqrt()
+    mean = moment_KK.diagonal().mean().clamp_min(torch.finfo(moment_KK.dtype).tiny)
+    while True:
+        damped_KK = moment_KK.clone()
+        damped_KK.diagonal().add_(damping * mean)
+        lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+        if not failed:
+            upper_KK, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_KK), upper=True)
+            if not failed:
+                found: Tensor = upper_KK
+                return found
+        if not bool(moment_KK.isfinite().all()) or damping > 1:
+            raise torch.linalg.LinAlgError("the metric of a layer is not positive definite")  # type: ignore[attr-defined]
+        damping = max(10 * damping, 1e-6)
+
+
+def diagonal(upper_KK: Tensor) -> Tensor:
+    """Of U, or U itself where it is given as its diagonal (K,)."""
+    return upper_KK if upper_KK.dim() == 1 else upper_KK.diagonal()
+
+
+def with_feedback(
+    matrix_NK: Tensor,
+    upper_KK: Tensor,
+    nearest: Callable[[Tensor], Tensor],
+    choose: Chooser | None = None,
+    *,
+    run_length: int = RUN,
+) -> tuple[Tensor, Tensor | None]:
+    """A matrix of numbers that ``nearest`` gives and of zeros where ``choose`` keeps nothing, and the mask of the kept.
+
+    ``nearest`` is applied to columns (N,) and says what they become. Without ``choose`` all entries are kept and the
+    mask is None. In a metric without correlations, ``upper_KK`` its diagonal (K,), no column can make up for another.
+    """
+    rest_KN = matrix_NK.T.contiguous().clone()
+    mask_KN = None if choose is None else torch.empty(rest_KN.shape, dtype=torch.bool, device=rest_KN.device)
+    roots_K = diagonal(upper_KK)
+    if upper_KK.dim() == 1:
+        if choose is not None and mask_KN is not None:
+            costs_KN = (rest_KN / roots_K.unsqueeze(1)).square()
+            for start in range(0, len(rest_KN), run_length):
+                mask_KN[start : start + run_length] = choose(costs_KN[start : start + run_length], start)
+            rest_KN *= mask_KN
+        return nearest(rest_KN).T, None if mask_KN is None else mask_KN.T
+    for start in range(0, len(rest_KN), run_length):
+        run = slice(start, min(start + run_length, len(rest_KN)))
+        part_JN, errors_JN = rest_KN[run], torch.empty_like(rest_KN[run])
+        if choose is not None and mask_KN is not None:
+            mask_KN[run] = choose(part_JN.square() / roots_K[run].square().unsqueeze(1), start)
+        for first in range(0, len(part_JN), SHORT):
+            last = min(first + SHORT, len(part_JN))
+            for place in range(first, last):
+                row_K = upper_KK[start + place]
+                found_N = nearest(part_JN[place])
+                if mask_KN is not None:
+                    found_N = found_N * mask_KN[start + place]
+                torch.sub(part_JN[place], found_N, out=errors_JN[place])
+                errors_JN[place] /= row_K[start + place]
+                part_JN[place] = found_N
+                behind = slice(start + place + 1, start + last)
+                part_JN[place + 1 : last].addr_(row_K[behind], errors_JN[place], alpha=-1)
+            answered = upper_KK[start + first : start + last, start + last : run.stop]
+            part_JN[last:].addmm_(answered.T, errors_JN[first:last], alpha=-1)
+        rest_KN[run.stop :].addmm_(upper_KK[run, run.stop :].T, errors_JN, alpha=-1)
+    return rest_KN.T, None if mask_KN is None else mask_KN.T

@@ -1,0 +1,140 @@
+"""Where a run keeps what it has finished, so that after a crash the same command goes on from there.
+
+A work directory holds ``run.json``, which says what the run is made of, and for every finished piece a file of tensors
+and fields. A file appears by one rename when it is complete: whatever ends the process, what is there is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fips.errors import OutputError
+
+__all__ = ["WorkDirectory", "kept_work"]
+
+RUN = "run.json"
+SUFFIX = ".safetensors"
+
+
+class WorkDirectory:
+    """Finished pieces by name; ``fingerprint`` is everything that they depend on.
+
+    Raises ``OutputError`` if the directory cannot be written, belongs to a run with another fingerprint, or is
+    something else.
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.path = path
+        self._fingerprint = json.loads(json.dumps(fingerprint, default=str))
+        self._check()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / RUN).exists():
+                _write(self.path / RUN, json.dumps(self._fingerprint, indent=2).encode())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write work directory `{self.path}`: {error.strerror or error}; choose another with `--work`"
+            ) from None
+
+    def _check(self) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise OutputError(f"work directory `{self.path}` is a file; choose another with `--work`")
+        try:
+            found = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if any(self.path.iterdir()):
+                raise OutputError(
+                    f"`{self.path}` is no work directory of fips (it has no {RUN}); choose another with `--work`"
+                ) from None
+            return
+        except (OSError, ValueError) as error:
+            raise OutputError(f"cannot read `{self.path / RUN}`: {error}; remove the work directory") from None
+        differing = sorted(
+            name for name in {*found, *self._fingerprint} if found.get(name) != self._fingerprint.get(name)
+        )
+        if differing:
+            one = differing[0]
+            raise OutputError(
+                f"work directory `{self.path}` belongs to a run with other {', '.join(differing)} ({one}: "
+                f"{_short(found.get(one))} there, {_short(self._fingerprint.get(one))} now); remove it to start anew, "
+                "or choose another with `--work`"
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether a piece is finished."""
+        return self._file(name).exists()
+
+    def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and fields of a finished piece; None if it is not. Raises ``OutputError`` if its file is damaged."""
+        path = self._file(name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                fields = json.loads((file.metadata() or {})["fields"])
+                return {key: file.get_tensor(key).clone() for key in file.keys()}, fields  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise OutputError(f"`{path}` is damaged ({error}); remove it and give the same command again") from None
+
+    def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
+        """Keep a finished piece. Raises ``OutputError`` if it cannot be written."""
+        try:
+            held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            _write(self._file(name), save(held, metadata={"fields": json.dumps(fields)}))
+        except OSError as error:
+            raise OutputError(
+                f"cannot keep finished work in `{self.path}`: {error.strerror or error}; what is there is whole: free "
+                "space and give the same command again"
+            ) from None
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name.replace('/', '_')}{SUFFIX}"
+
+
+@contextmanager
+def kept_work(path: Path, *, first: bool, keep: bool) -> Iterator[None]:
+    """A block of work with its directory: removed at the end by the ``first`` process, unless told to ``keep`` it.
+
+    What is finished stays where the block does not reach its end, and its error says so.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if (path / RUN).exists():
+            if any(path.glob(f"*{SUFFIX}")):
+                error.add_note(f"what is finished is in `{path}`: the same command goes on from there")
+            elif first:
+                shutil.rmtree(path, ignore_errors=True)
+        raise
+    if first and not keep and (path / RUN).exists():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that is complete or absent, by whichever of several processes."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

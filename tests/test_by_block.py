@@ -1,0 +1,475 @@
+"""Compression block by block: passes in steps, one-pass solving, work that is kept, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import batches_for, tiny_model
+from safetensors.torch import load_file
+from test_cli import llama_directory, text  # noqa: F401 - fixtures
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+import fips
+from fips.calibration.influence import collect_influence
+from fips.calibration.inputs import few_examples
+from fips.calibration.record import ActivationSpool
+from fips.calibration.relay import NotAChain, Relay
+from fips.calibration.sweep import Sweep
+from fips.errors import ConfigError, FipsError, OutputError
+from fips.formats.values import values_named
+from fips.layers.linear import factored_layers
+from fips.methods.workbench import ProgressEvent
+from fips.models import locate_layers
+from fips.solve.feedback import inverse_root, with_feedback
+from fips.solve.oneshot import OneShot
+from fips.solve.structures import Choice, Pricing
+from fips.storage.work import WorkDirectory
+
+
+def run(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    return model(**batch)
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    return list(dict.fromkeys(sublayer.block for sublayer in locate_layers(model).sublayers))
+
+
+# Passes in steps
+
+
+@pytest.fixture
+def spool() -> Iterator[ActivationSpool]:
+    with ActivationSpool(1 << 20) as found:
+        yield found
+
+
+def t5() -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+    """Every block of the decoder reads the output of the encoder: what is handed on is not enough."""
+    config = AutoConfig.for_model(
+        "t5", d_model=32, d_kv=8, d_ff=80, num_layers=2, num_decoder_layers=2, num_heads=4, vocab_size=64
+    )
+    torch.manual_seed(0)
+    ids = torch.randint(2, 64, (4, 10))
+    batch = {"input_ids": ids, "decoder_input_ids": ids[:, :6]}
+    return AutoModel.from_config(config).eval(), [batch, {key: value.flip(0) for key, value in batch.items()}]
+
+
+def albert() -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+    """One block that runs three times."""
+    config = AutoConfig.for_model(
+        "albert", hidden_size=32, embedding_size=16, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModel.from_config(config).eval(), [{"input_ids": torch.randint(2, 64, (4, 10))} for _ in range(2)]
+
+
+def made(family: str) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+    if family in ("t5", "albert"):
+        return t5() if family == "t5" else albert()
+    model = tiny_model(family)
+    return model, batches_for(model, count=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "bert", "vit", "swin", "t5", "albert"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_moments_do_not_depend_on_the_steps(family: str, steps: int, spool: ActivationSpool) -> None:
+    """Bit for bit, whether blocks hand on what they return or, where they are no chain, the pass starts anew."""
+    model, batches = made(family)
+    located, blocks = locate_layers(model).sublayers, blocks_of(model)
+    sites = [site for sublayer in located for site in sublayer.sites]
+    with Sweep(model, blocks, lambda: batches, len(batches), run, spool, torch.device("cpu")) as sweep:
+        whole = sweep.step(len(blocks), sites).moments
+    with Sweep(model, blocks, lambda: batches, len(batches), run, spool, torch.device("cpu")) as sweep:
+        found = {}
+        for start in range(0, len(blocks), steps):
+            names = blocks[start : start + steps]
+            own = [site for sublayer in located if sublayer.block in names for site in sublayer.sites]
+            found |= sweep.step(len(names), own).moments
+    assert found.keys() == whole.keys() == {site.name for site in sites}
+    for name, one in whole.items():
+        assert torch.equal(found[name].inputs_II, one.inputs_II), name
+        assert torch.equal(found[name].mean_I, one.mean_I)
+
+
+def test_a_moment_is_the_mean_of_the_products(spool: ActivationSpool) -> None:
+    """And gate and up, which read the same, share one."""
+    model, batches = made("llama")
+    (mlp, *_) = locate_layers(model).sublayers
+    seen: list[Tensor] = []
+    handle = model.get_submodule(mlp.sites[0].name).register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    with Sweep(model, blocks_of(model), lambda: batches, len(batches), run, spool, torch.device("cpu")) as sweep:
+        found = sweep.step(3, mlp.sites).moments
+    handle.remove()
+    x_TI = torch.cat([one.flatten(0, 1) for one in seen[1:]])  # the first is that of the example that shows the order
+    torch.testing.assert_close(found[mlp.sites[0].name].inputs_II, x_TI.T @ x_TI / len(x_TI))
+    assert found[mlp.sites[0].name] is found[mlp.sites[1].name]
+    assert found[mlp.sites[2].name] is not found[mlp.sites[0].name]
+
+
+def test_each_block_of_a_chain_runs_once_per_batch(spool: ActivationSpool) -> None:
+    model, batches = made("llama")
+    blocks, calls = blocks_of(model), dict.fromkeys(blocks_of(model), 0)
+    for name in blocks:
+        inner = model.get_submodule(f"{name}.self_attn")  # a block that is done answers without computing
+        inner.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    with Sweep(model, blocks, lambda: batches, len(batches), run, spool, torch.device("cpu")) as sweep:
+        for sublayer in locate_layers(model).sublayers:
+            sweep.step(1, sublayer.sites)
+    assert set(calls.values()) == {1 + len(batches)}
+
+
+def test_a_relay_refuses_blocks_that_are_no_chain(spool: ActivationSpool) -> None:
+    model, batches = albert()
+    with pytest.raises(NotAChain):
+        Relay(model, blocks_of(model), run, spool, torch.device("cpu")).probe(batches[0])
+    model, batches = t5()
+    relay = Relay(model, blocks_of(model), run, spool, torch.device("cpu"))
+    with torch.no_grad():
+        relay.advance(3, batches)  # the encoder and the first block of the decoder
+        with pytest.raises(NotAChain):
+            relay.advance(1, batches)
+
+
+def test_what_is_given_up_makes_room() -> None:
+    with ActivationSpool(100) as spool:
+        in_memory = spool.put(torch.ones(25))
+        first = spool.put(torch.full((50,), 2.0))
+        spool.forget(first)
+        again = spool.put(torch.full((50,), 3.0))
+        assert spool.file_bytes == 200
+        assert torch.equal(spool.get(again), torch.full((50,), 3.0))
+        spool.forget(in_memory)
+        assert spool.put(torch.ones(25)).ram is not None
+
+
+@pytest.mark.parametrize("settings", [{}, {"effort": "fast"}, {"method": "gptq"}, {"method": "sparsegpt"}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_little_memory_gives_the_same_layers(family: str, settings: dict[str, Any]) -> None:
+    states = []
+    for memory in (1 << 30, 1):
+        model = tiny_model(family)
+        config = fips.CompressionConfig(bits=6.0, metric={"memory": memory}, activation_memory=memory, **settings)
+        report = fips.compress(model, batches_for(model), config)
+        assert all(group["relative_error_final"] > 0 for group in report.groups)
+        states.append(model.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+# Influence
+
+
+def test_influence_is_the_mean_square_of_gradients_and_inputs() -> None:
+    model = tiny_model("vit").requires_grad_(False)
+    batches = batches_for(model, count=2)
+    sites = locate_layers(model).sublayers[1].sites
+    kept: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(_: Any, args: Any, output: Tensor) -> Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            output.retain_grad()
+            kept[name].append(output)
+            return output
+
+        return hook
+
+    found = collect_influence(model, sites, blocks_of(model), batches, run, examples=8, temperature=2.0, seed=3)
+    handles = [model.get_submodule(site.name).register_forward_hook(keep(site.name)) for site in sites]
+    with torch.enable_grad():  # the same random directions, without recomputation
+        again = collect_influence(model, sites, (), batches, run, examples=8, temperature=2.0, seed=3)
+    for handle in handles:
+        handle.remove()
+    for site in sites:
+        gradients_TO = torch.cat([one.grad.flatten(0, 1) for one in kept[site.name] if one.grad is not None])
+        examples = sum(len(batch["pixel_values"]) for batch in batches)
+        torch.testing.assert_close(found[site.name].outputs_O, gradients_TO.square().sum(0) / examples)
+        torch.testing.assert_close(found[site.name].outputs_O, again[site.name].outputs_O)
+        assert torch.equal(found[site.name].inputs_I, again[site.name].inputs_I)
+
+
+def test_padding_has_no_influence() -> None:
+    model = tiny_model("bert").requires_grad_(False)
+    ids = torch.randint(2, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+    padded = nn.functional.pad(ids, (0, 5))
+    mask = torch.cat([torch.ones(2, 7, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long)], 1)
+    sites, found = locate_layers(model).sublayers[0].sites, []
+    for batch in ({"input_ids": ids, "attention_mask": mask[:, :7]}, {"input_ids": padded, "attention_mask": mask}):
+        found.append(collect_influence(model, sites, (), [batch], run, examples=2, temperature=1.0, seed=0))
+    for site in sites:
+        torch.testing.assert_close(found[0][site.name].inputs_I, found[1][site.name].inputs_I)
+        torch.testing.assert_close(found[0][site.name].outputs_O, found[1][site.name].outputs_O, rtol=1e-4, atol=1e-9)
+
+
+def test_a_few_examples_are_cut_out_of_batches() -> None:
+    ids = torch.arange(10 * 600).view(10, 600)
+    full = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    first, second, rest, batch = few_examples([full, full], 2)
+    assert torch.equal(first["input_ids"], ids[:1, :512])
+    assert torch.equal(second["attention_mask"], torch.ones(1, 512, dtype=torch.long))
+    assert torch.equal(rest["input_ids"], ids[2:])
+    assert batch is full
+    hidden = {**full, "attention_mask": torch.cat([torch.zeros(10, 1), torch.ones(10, 599)], 1)}
+    assert next(few_examples([hidden], 1))["input_ids"].shape == (1, 600)
+    assert [len(part) for part in few_examples([torch.rand(20, 3, 4, 4)], 12)] == [8, 4, 8]
+    odd = {"input_ids": ids, "other": torch.tensor(1)}
+    assert list(few_examples([odd], 3)) == [odd]
+
+
+# One pass of pruning and rounding
+
+
+def problem(rows: int = 12, columns: int = 20) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    return torch.randn(rows, columns, generator=generator), x.T @ x / 200
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("columns", [20, 150])
+def test_feedback_is_that_of_single_columns_in_double_precision(pruned: bool, columns: int) -> None:
+    """The textbook's loop: after each column all behind it answer, by the inverse of what is left of the moment."""
+    matrix_NK, moment_KK = problem(columns=columns)
+    moment_KK = moment_KK + 0.1 * moment_KK.diagonal().mean() * torch.eye(columns)
+    mask_JN = torch.rand(columns, len(matrix_NK), generator=torch.Generator().manual_seed(1)) < 0.5
+    choose = (lambda costs_JN, start: mask_JN[start : start + len(costs_JN)]) if pruned else None
+    found_NK, mask_NK = with_feedback(matrix_NK, inverse_root(moment_KK, 0.0), torch.round, choose)
+    rest, left = matrix_NK.double().clone(), moment_KK.double()
+    expected = torch.empty_like(rest)
+    for column in range(columns):
+        inverse = torch.linalg.inv(left[column:, column:])
+        expected[:, column] = rest[:, column].round() * (mask_JN[column] if pruned else 1)
+        error = (rest[:, column] - expected[:, column]) / inverse[0, 0]
+        rest[:, column:] -= torch.outer(error, inverse[0])
+    assert (found_NK.double() - expected).abs().max() < 1e-3
+    assert mask_NK is None if not pruned else torch.equal(mask_NK, mask_JN.T)  # type: ignore[arg-type]
+
+
+def test_feedback_beats_rounding_to_the_nearest_and_a_diagonal_has_none() -> None:
+    matrix_NK, moment_KK = problem()
+    choice, pricing = Choice(False, "unstructured", "int4"), Pricing(value=2.0, basis_entry=2.0, row_scale=2.0)
+    ones_N = torch.ones(len(matrix_NK))
+    solved = OneShot(matrix_NK, moment_KK, ones_N, 1, pricing)
+    plain = OneShot(matrix_NK, moment_KK.diagonal().clone(), ones_N, 1, pricing)
+    size = solved.dense_bytes(choice)
+    found, nearest = solved.solve(choice, size), plain.solve(choice, size)
+    assert nearest.grids is not None
+    (grid,) = nearest.grids
+    values = values_named("int4")
+    assert torch.equal(grid.codes_RF, values.quantize(matrix_NK, grid.steps_N))
+    assert solved.loss(found.factors_RF[0]) < 0.7 * solved.loss(nearest.factors_RF[0])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block4"])
+@pytest.mark.parametrize("values", ["float", "int3"])
+def test_a_structure_keeps_to_its_bytes_and_its_pattern(axis: Any, pattern: str, values: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight_DF = torch.randn(32, 48, generator=generator)
+    inputs = weight_DF.shape[axis]
+    x = torch.randn(300, inputs, generator=generator)
+    outputs = torch.rand(weight_DF.shape[1 - axis], generator=generator)
+    layer = OneShot(weight_DF, x.T @ x / 300, outputs, axis, Pricing(2.0, 2.0, row_scale=2.0))
+    choice = Choice(False, pattern, values)
+    size = layer.fixed_bytes(choice) or 0.6 * layer.dense_bytes(choice) + 0.4 * layer.least_bytes(choice)
+    found = layer.solve(choice, size)
+    (mask_RF,) = found.masks_RF
+    entry = layer.pricing.entry(choice.numbers)
+    assert layer.overhead(choice) + mask_RF.sum() * entry + layer._pattern_bytes(choice) <= size * (1 + 1e-6)
+    assert bool((found.factors_RF[0][~mask_RF] == 0).all())
+    if pattern == "2:4":
+        groups = (mask_RF.T if axis == 0 else mask_RF).reshape(-1, 4)
+        assert bool((groups.sum(1) == 2).all())
+    if pattern == "block4":
+        groups = mask_RF.reshape(32, -1, 4)
+        assert bool((groups.all(-1) | ~groups.any(-1)).all())
+
+
+# Work that is kept
+
+
+def fingerprints(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "run.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"effort": "fast"}, {"method": "gptq"}], ids=str)
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_run_that_was_ended_goes_on_to_the_same_bytes(settings: dict[str, Any], at: int, tmp_path: Path) -> None:
+    config = fips.CompressionConfig(bits=6.0, metric={"memory": 1}, **settings)
+    expected = tiny_model("llama")
+    fips.compress(expected, batches_for(expected), config)
+    made: list[str] = []
+
+    def end(event: ProgressEvent) -> None:
+        if event.stage in ("try", "solve"):
+            made.append(f"{event.stage} {event.group}")
+            if len(made) > at:
+                raise KeyboardInterrupt
+
+    model = tiny_model("llama")
+    with suppress(KeyboardInterrupt):
+        fips.compress(model, batches_for(model), config, progress=end, work=tmp_path / "work")
+    before, model, at = made.copy(), tiny_model("llama"), 100
+    fips.compress(model, batches_for(model), config, progress=end, work=tmp_path / "work")
+    assert len(before) == len(set(made[: len(before)]))
+    assert len(made) - len(set(made)) <= 1  # of the block whose error was not measured
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_finished_blocks_are_not_made_again(tmp_path: Path) -> None:
+    config = fips.CompressionConfig(bits=6.0, method="gptq")
+    for number in range(2):
+        model, events = tiny_model("llama"), []
+        fips.compress(model, batches_for(model), config, progress=events.append, work=tmp_path / "work")
+        assert ("solve" in {event.stage for event in events}) == (number == 0)
+        assert "measure" not in {event.stage for event in events} or number == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"bits": 5.0}, "settings"), ({"seed": 1}, "settings"), ({"weights": True}, "model"), ({"data": True}, "data")],
+)
+def test_the_work_of_another_run_is_refused_with_what_differs(
+    change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    model = tiny_model("vit")
+    fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.0), work=tmp_path / "work")
+    other = tiny_model("vit")
+    batches = batches_for(other)
+    if change.pop("weights", False):
+        nn.init.zeros_(other.classifier.bias)
+    if change.pop("data", False):
+        batches = batches[1:]
+    config = fips.CompressionConfig(**{"bits": 6.0, **change})
+    with pytest.raises(OutputError, match=rf"belongs to a run with other {named} \({named}: .* there, .* now\)"):
+        fips.compress(other, batches, config, work=tmp_path / "work")
+    assert not factored_layers(other)
+
+
+def test_a_work_directory_is_a_directory_of_ours_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        WorkDirectory(tmp_path / "file", {})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    with pytest.raises(OutputError, match="is no work directory"):
+        WorkDirectory(tmp_path / "full", {})
+    with pytest.raises(OutputError, match="cannot write work directory"):
+        WorkDirectory(Path("/proc/no"), {})
+    work = WorkDirectory(tmp_path / "work", {"a": 1})
+    assert work.get("x") is None
+    work.put("x", {"t": torch.arange(3)}, {"n": [1]})
+    tensors, fields = work.get("x") or ({}, {})
+    assert torch.equal(tensors["t"], torch.arange(3))
+    assert fields == {"n": [1]}
+    (tmp_path / "work" / "x.safetensors").write_bytes(b"12345678{")
+    with pytest.raises(OutputError, match=r"`.*x.safetensors` is damaged"):
+        work.get("x")
+    assert fingerprints(tmp_path / "work") == {"a": 1}
+
+
+# Processes
+
+
+def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "fips", "compress", str(model), "--data", str(data), "--bits", "6.0", "--num-samples", "12",
+        "--sequence-length", "16", "--batch-size", "2", "--output", str(output), *more,
+    ]  # fmt: skip
+
+
+def torchrun(count: int, *words: str, **options: Any) -> subprocess.Popen[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launch, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
+    )
+
+
+@pytest.fixture
+def source(llama_directory: Path, text: Path) -> tuple[Path, Path]:  # noqa: F811
+    return llama_directory, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_writes_the_same_bytes(count: int, source: tuple[Path, Path], tmp_path: Path) -> None:
+    from fips.cli import main
+
+    assert main(command(*source, tmp_path / "one")[1:]) == 0
+    process = torchrun(count, *command(*source, tmp_path / "several", "--memory", "20kB"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "several"]
+    one, several = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "several"))
+    assert one.keys() == several.keys()
+    assert all(torch.equal(tensor, several[name]) for name, tensor in one.items())
+
+
+@pytest.mark.slow
+def test_killed_processes_are_gone_on_with(source: tuple[Path, Path], tmp_path: Path) -> None:
+    """At once, in the middle and near the end; what is written then is what an undisturbed run writes."""
+    from fips.cli import main
+
+    assert main(command(*source, tmp_path / "whole")[1:]) == 0
+    output = tmp_path / "out"
+    for pieces in (1, 5):
+        process = torchrun(2, *command(*source, output, "--memory", "20kB"), start_new_session=True)
+        while process.poll() is None and len(list((tmp_path / "out.work").glob("*.safetensors"))) < pieces:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not output.exists()
+    process = torchrun(2, *command(*source, output, "--memory", "20kB"))
+    words, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, words
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    found, expected = (load_file(place / "model.safetensors") for place in (output, tmp_path / "whole"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_methods_that_do_not_share_the_work_refuse_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fips.ranks import Ranks
+
+    @contextmanager
+    def two() -> Iterator[Ranks]:
+        yield Ranks(0, 2)
+
+    monkeypatch.setattr(sys.modules["fips.compress"], "joined", two)
+    model = tiny_model("vit")
+    for config in (fips.CompressionConfig(bits=8.0, method="svd"), fips.CompressionConfig(bits=8.0, effort="max")):
+        with pytest.raises(ConfigError, match="runs in one process, got 2"):
+            fips.compress(model, batches_for(model), config)
+    with pytest.raises(ConfigError, match="give `work`"):
+        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=8.0))
+
+
+def test_finished_work_is_named_when_a_command_fails(
+    source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fips.app import commands
+    from fips.cli import main
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise FipsError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "_write", fail)
+        assert main(command(*source, tmp_path / "out")[1:]) == 1
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    assert main(command(*source, tmp_path / "out")[1:]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
