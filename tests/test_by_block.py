@@ -216,10 +216,10 @@ def test_padding_has_no_influence() -> None:
 def test_a_few_examples_are_cut_out_of_batches() -> None:
     ids = torch.arange(10 * 600).view(10, 600)
     full = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    first, second, rest, batch = few_examples([full, full], 2)
-    assert torch.equal(first["input_ids"], ids[:1, :512])
-    assert torch.equal(second["attention_mask"], torch.ones(1, 512, dtype=torch.long))
-    assert torch.equal(rest["input_ids"], ids[2:])
+    first, second, rest, batch = few_examples([full, full], 6)
+    assert torch.equal(first["input_ids"], ids[:4, :128])
+    assert torch.equal(second["attention_mask"], torch.ones(2, 128, dtype=torch.long))
+    assert torch.equal(rest["input_ids"], ids[6:])
     assert batch is full
     hidden = {**full, "attention_mask": torch.cat([torch.zeros(10, 1), torch.ones(10, 599)], 1)}
     assert next(few_examples([hidden], 1))["input_ids"].shape == (1, 600)
@@ -350,7 +350,7 @@ def test_the_work_of_another_run_is_refused_with_what_differs(
     other = tiny_model("vit")
     batches = batches_for(other)
     if change.pop("weights", False):
-        nn.init.zeros_(other.classifier.bias)
+        nn.init.ones_(other.classifier.bias)
     if change.pop("data", False):
         batches = batches[1:]
     config = fips.CompressionConfig(**{"bits": 6.0, **change})

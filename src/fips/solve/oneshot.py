@@ -36,8 +36,6 @@ ROW_SHARE = 0.5
 """Share of a row's weight that follows its gradients; the rest is the same for all rows of a layer."""
 SAMPLE = 256
 """Stored rows that stand for all of them when structures are tried; rows do not touch each other's errors."""
-TRIED = 3
-"""Structures of free size that are compared within the bytes of a layer."""
 
 
 class OneShot(Structures):
@@ -104,8 +102,16 @@ class OneShot(Structures):
 
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Keeping all is cheap to try and is tried at every width; pruning where it is promising."""
-        whole = {(choice, self.dense_bytes(choice)) for choice in choices if choice.free}
-        return self._tried(sorted({*whole, *self.wanted(choices, size)}))
+        return self._tried(sorted({*self._whole(choices), *self.wanted(choices, size)}))
+
+    def quick_trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
+        """Of keeping all, where several widths can be had; else as ``trials``."""
+        whole = self._whole(choices)
+        free = len(whole) > 1 and sum(bytes_ <= size for _, bytes_ in whole) > 0
+        return self._tried(sorted(whole)) if free else self.trials(choices, size)
+
+    def _whole(self, choices: Sequence[Choice]) -> set[tuple[Choice, float]]:
+        return {(choice, self.dense_bytes(choice)) for choice in choices if choice.free}
 
     def _tried(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
         """What ``SAMPLE`` rows leave at those sizes that fit."""
@@ -120,20 +126,6 @@ class OneShot(Structures):
             with suppress(BudgetError):
                 points.append(Point(choice, bytes_, small.solve(choice, less).losses[-1] / share))
         return points
-
-    def within(self, choices: Sequence[Choice], size: float) -> tuple[Choice, float]:
-        """The best of the promising structures that fit into ``size`` bytes, and what it takes of them.
-
-        Raises ``BudgetError`` if none fits.
-        """
-        free = sorted((one for one in choices if one.free), key=lambda one: self.expected(one, size))[:TRIED]
-        sizes = [(one, min(size, self.dense_bytes(one))) for one in free]
-        sizes += [(one, fixed) for one in choices if (fixed := self.fixed_bytes(one)) is not None and fixed <= size]
-        points = self._tried(sizes) if len(sizes) > 1 else [Point(*one, 0.0) for one in sizes]
-        if not points:
-            raise BudgetError(f"{size:.0f} bytes are too few for any structure; ask for more bytes")
-        best = min(points, key=lambda point: point.loss)
-        return best.choice, best.bytes
 
     def _sample(self) -> tuple[Self, float]:
         """The problem of ``SAMPLE`` rows, spread evenly over what rows weigh, and their share of the weight."""
