@@ -5,6 +5,7 @@ once from the packed bytes and once decoded. Forked workers do it, so that crash
 
 * a crash, 20 seconds without an answer, 256 MiB more than before, an exception that is none of ours
 * another model accepted by ``fips.load`` with its default ``verify=True`` though its manifest was not made to agree
+* an exception that transformers raises after the model was built, which is when our code looks at the files
 
 Counts go to stdout as JSON, with every fault and how to see it again (``--only INDEX``); the exit status is 1 if there
 is one. Exceptions of ``from_pretrained`` that transformers raises without any of our code are counted by name.
@@ -62,6 +63,8 @@ HANG_S = 20.0
 MEMORY_BYTES = 256 << 20
 CASES_OF_A_WORKER = 200
 LIBC = ctypes.CDLL(None)
+AFTER_BUILDING = ("_load_pretrained_model", "_finalize_model_loading", "postprocess_model")
+"""What ``from_pretrained`` calls once our quantizer has seen the model and the files."""
 Loader = Callable[[Path], PreTrainedModel]
 
 
@@ -233,7 +236,8 @@ def _foreign(loader: str, stage: str, error: Exception) -> Outcome:
     ours = any(Path(fips.__file__).parent in Path(frame.filename).parents for frame in frames)
     last = frames[-1]
     where = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno} while {stage}"
-    if loader == "from_pretrained" and not ours and stage == "load":
+    built = any(frame.name in AFTER_BUILDING for frame in frames)
+    if loader == "from_pretrained" and not (ours or built) and stage == "load":
         return Outcome(f"of transformers: {where}", text=str(error)[:200])
     head = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-6:]))
     return Outcome(f"foreign: {where}", True, f"{str(error)[:200]} [{head}]")

@@ -758,6 +758,22 @@ def test_a_new_head_on_a_packed_model_is_still_possible(packed_llama: Path) -> N
     assert len(factored_layers(model)) == 9
 
 
+def test_labels_of_another_number_are_asked_for_as_ever_and_a_wrong_shape_on_file_is_named(tmp_path: Path) -> None:
+    """The first is a caller's wish, which transformers answers; the second is a directory that contradicts itself."""
+    packed, load = tmp_path / "packed", transformers.AutoModelForImageClassification.from_pretrained
+    model = tiny_model("vit", num_labels=4)
+    compressed(model, batches_for(model), packed)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(packed, num_labels=7)
+    assert load(packed, num_labels=7, ignore_mismatched_sizes=True).classifier.out_features == 7
+
+    tensors = load_file(packed / "model.safetensors")
+    tensors["classifier.weight"] = tensors["classifier.weight"][:3].clone()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(fips.FipsError, match=r"`classifier\.weight` has shape \(3, .*\), wanted \(4, "):
+        load(packed)
+
+
 # Weights that cannot be read
 
 

@@ -30,7 +30,7 @@ from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, 
 from fips.layers.merge import drop_unused_bases, merge
 from fips.models.architectures import architecture_names, library_class
 from fips.models.building import naming, try_build
-from fips.models.transformers import build_empty
+from fips.models.transformers import build_empty, build_from_classes
 from fips.plan.footprint import named_state
 from fips.record import REPORT_FILE, CompressionReport
 from fips.storage.companions import architecture_of, model_card, saved_classes, write_card, write_remote_code
@@ -102,7 +102,7 @@ class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if stored:
             _adopt_types(model, stored)
         if stored and is_saved_class:
-            _require_all(model, stored)
+            _require_all(model, stored, Path(str((checkpoint_files or ("",))[0])).parent)
         elif stored:
             _require_tensors(model, stored, layout)
         ignored = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
@@ -250,17 +250,25 @@ def _stored_tensors(files: Sequence[str], source: Path) -> Mapping[str, Stored]:
     return StoredWeights.of(files).tensors
 
 
-def _require_all(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
-    """Raise ``CheckpointError`` unless every tensor of the model is there: transformers would leave it random."""
+def _require_all(model: PreTrainedModel, stored: Mapping[str, Stored], directory: Path) -> None:
+    """Raise ``CheckpointError`` unless every tensor of the model is there: transformers would leave it random.
+
+    Shapes are those of the model as the directory's own ``config.json`` builds it. A caller who changes the config, say
+    the number of labels, gets the answer of transformers, which depends on ``ignore_mismatched_sizes``.
+    """
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    spared = {f"{name}.weight" for name in factored_layers(model)}
-    spared |= {name for pair in tied.items() if any(part in stored for part in pair) for name in pair}
+    placeholders = {f"{name}.weight" for name in factored_layers(model)}
+    spared = placeholders | {name for pair in tied.items() if any(part in stored for part in pair) for name in pair}
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    for name, tensor in named_state(model).items():
+    wanted = named_state(model)
+    if any(name in stored and stored[name].shape != tensor.shape for name, tensor in wanted.items()):
+        fields = read_json(directory / "config.json")
+        written = named_state(build_from_classes(type(model), type(model.config), fields))
+        dense = (set(written) & set(stored)) - placeholders
+        wanted = {name: written[name] if name in dense else tensor for name, tensor in wanted.items()}
+    for name, tensor in wanted.items():
         if name in stored or not (name in spared or any(re.search(pattern, name) for pattern in patterns)):
-            found = stored.get(name)
-            shape = tensor.shape if found is None else found.shape  # others may be wanted: ``ignore_mismatched_sizes``
-            require(name, found, FLOATS if tensor.dtype in FLOATS else (tensor.dtype,), shape)
+            require(name, stored.get(name), FLOATS if tensor.dtype in FLOATS else (tensor.dtype,), tensor.shape)
 
 
 def _copy_out_of_files(model: nn.Module) -> None:
