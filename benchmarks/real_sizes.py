@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace) -> None:
         "stages_s": {name: round(value, 1) for name, value in spent.items()},
         "whole_model_s": round(scaled, 1),
         "bits": 8 * layers["factored"]["bytes"] / layers["dense"]["parameters"],
-        "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "model_bytes_after": sum(p.numel() * p.element_size() for p in model.parameters()),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_bytes_after_loading": loaded,
     }
