@@ -391,12 +391,27 @@ def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def torchrun(count: int, *words: str, **options: Any) -> subprocess.Popen[str]:
+def torchrun(count: int, *words: str) -> subprocess.Popen[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*launch, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
+        [*launch, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
+
+
+def kill_family(process: subprocess.Popen[str]) -> None:
+    """The launcher and its workers, which are in sessions of their own."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
+    family = [process.pid]
+    for pid in family:
+        family += children.get(pid, [])
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
 
 
 @pytest.fixture
@@ -427,11 +442,10 @@ def test_killed_processes_are_gone_on_with(source: tuple[Path, Path], tmp_path: 
     assert main(command(*source, tmp_path / "whole")[1:]) == 0
     output = tmp_path / "out"
     for pieces in (1, 5):
-        process = torchrun(2, *command(*source, output, "--memory", "20kB"), start_new_session=True)
+        process = torchrun(2, *command(*source, output, "--memory", "20kB"))
         while process.poll() is None and len(list((tmp_path / "out.work").glob("*.safetensors"))) < pieces:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_family(process)
         assert not output.exists()
     process = torchrun(2, *command(*source, output, "--memory", "20kB"))
     words, _ = process.communicate(timeout=300)
