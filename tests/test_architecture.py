@@ -27,7 +27,7 @@ ROOMS = [
         "fips",
         "data",
     ),
-    *("evaluate", "integrations", "app", "recipes", "demo", "cli", "lm_eval"),
+    *("evaluate", "integrations", "app", "recipes", "demo", "cli", "lm_eval", "__main__"),
 ]
 """From the ground up: a room imports rooms before it. ``fips`` is ``__init__.py``, the public names."""
 

@@ -216,10 +216,10 @@ def test_padding_has_no_influence() -> None:
 def test_a_few_examples_are_cut_out_of_batches() -> None:
     ids = torch.arange(10 * 600).view(10, 600)
     full = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    first, second, rest, batch = few_examples([full, full], 2)
-    assert torch.equal(first["input_ids"], ids[:1, :512])
-    assert torch.equal(second["attention_mask"], torch.ones(1, 512, dtype=torch.long))
-    assert torch.equal(rest["input_ids"], ids[2:])
+    first, second, rest, batch = few_examples([full, full], 6)
+    assert torch.equal(first["input_ids"], ids[:4, :128])
+    assert torch.equal(second["attention_mask"], torch.ones(2, 128, dtype=torch.long))
+    assert torch.equal(rest["input_ids"], ids[6:])
     assert batch is full
     hidden = {**full, "attention_mask": torch.cat([torch.zeros(10, 1), torch.ones(10, 599)], 1)}
     assert next(few_examples([hidden], 1))["input_ids"].shape == (1, 600)
@@ -350,7 +350,7 @@ def test_the_work_of_another_run_is_refused_with_what_differs(
     other = tiny_model("vit")
     batches = batches_for(other)
     if change.pop("weights", False):
-        nn.init.zeros_(other.classifier.bias)
+        nn.init.ones_(other.classifier.bias)
     if change.pop("data", False):
         batches = batches[1:]
     config = fips.CompressionConfig(**{"bits": 6.0, **change})
@@ -391,12 +391,27 @@ def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def torchrun(count: int, *words: str, **options: Any) -> subprocess.Popen[str]:
+def torchrun(count: int, *words: str) -> subprocess.Popen[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*launch, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
+        [*launch, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
+
+
+def kill_family(process: subprocess.Popen[str]) -> None:
+    """The launcher and its workers, which are in sessions of their own."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
+    family = [process.pid]
+    for pid in family:
+        family += children.get(pid, [])
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
 
 
 @pytest.fixture
@@ -427,11 +442,10 @@ def test_killed_processes_are_gone_on_with(source: tuple[Path, Path], tmp_path: 
     assert main(command(*source, tmp_path / "whole")[1:]) == 0
     output = tmp_path / "out"
     for pieces in (1, 5):
-        process = torchrun(2, *command(*source, output, "--memory", "20kB"), start_new_session=True)
+        process = torchrun(2, *command(*source, output, "--memory", "20kB"))
         while process.poll() is None and len(list((tmp_path / "out.work").glob("*.safetensors"))) < pieces:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_family(process)
         assert not output.exists()
     process = torchrun(2, *command(*source, output, "--memory", "20kB"))
     words, _ = process.communicate(timeout=300)

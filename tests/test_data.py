@@ -635,3 +635,10 @@ class TestHub:
             f"`source={source}` cannot be loaded: Couldn't reach the Hub (no route); check"
         )
         assert "\n" not in str(caught.value)
+
+
+def test_calibration_takes_so_many_images_unless_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fips.data.images.DEFAULT_CALIBRATION_IMAGES", 2)
+    everything = image_batches(photos).description["num_samples"]
+    assert image_batches(photos, purpose="calibration").description["num_samples"] == 2 < everything
+    assert image_batches(photos, purpose="calibration", num_samples=3).description["num_samples"] == 3

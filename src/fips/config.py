@@ -305,7 +305,7 @@ class DataConfig(Settings):
     column: str | None = None
     """Column with the text or the image; default: found by type."""
     num_samples: int | None = Field(default=None, ge=1)
-    """Images or text windows to use; null uses all, or 128 windows when calibrating on text."""
+    """Images or text windows to use; null uses all, but 1,024 images or 128 windows when calibrating."""
     sequence_length: int | None = Field(default=None, ge=2)
     """Tokens per text window; default: the model's context, at most 2,048."""
     document_separator: str | None = None

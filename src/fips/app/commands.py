@@ -53,7 +53,7 @@ from fips.plan.plan import CompressionPlan, plan_compression
 from fips.ranks import joined
 from fips.record import CompressionReport, environment
 from fips.storage.checkpoint import load, save, write_model
-from fips.storage.work import kept_work
+from fips.storage.work import Keeper, kept_work
 
 __all__ = [
     "Compression",
@@ -137,9 +137,10 @@ def compress_to_directory(
     """
     if recipe.data is None:
         raise DataError("no calibration data: give --data, or a recipe with `data`")
-    work = work or output.resolve().with_name(f"{output.resolve().name}.work")
+    place_of_output = Path(os.path.abspath(output))  # resolve() would fail on links that cannot be followed
+    work = work or place_of_output.with_name(f"{place_of_output.name}.work")
     dtype = resolve_dtype(dtype)
-    with joined() as ranks, kept_work(work, first=ranks.first, keep=keep_work):
+    with joined() as ranks, kept_work(work, first=ranks.first, keep=keep_work) as keeper:
         if ranks.first:
             require_empty(output)
         place = ranks.device(pick_device(device))
@@ -163,10 +164,10 @@ def compress_to_directory(
                 return None
             report.source = source
             used = recipe.model_copy(update={"model": source, "architecture": None})
-            return Compression(report, *_write(model, target, processor, used.to_yaml()))
+            return Compression(report, *_write(model, target, processor, used.to_yaml(), keeper))
 
 
-def _write(model: nn.Module, target: Output, processor: Any, recipe: str) -> tuple[int, int]:
+def _write(model: nn.Module, target: Output, processor: Any, recipe: str, keeper: Keeper) -> tuple[int, int]:
     """Bytes of tensors and of files written; what cannot be written where it should is written elsewhere."""
     try:
         tensor_bytes = write_model(model, target, recipe=recipe)
@@ -177,6 +178,7 @@ def _write(model: nn.Module, target: Output, processor: Any, recipe: str) -> tup
             raise
         files = None if is_timm_model(model) else processor
         place = _rescue(model, target.directory, files, recipe)
+        keeper.finished = place is not None
         raise OutputError(
             f"{error}; the compressed model is complete in `{place}` instead: move it to where it should be"
             if place is not None

@@ -41,6 +41,8 @@ ROWS = 16
 """Examples of one batch where a ``TensorDataset`` is given without a loader."""
 SHORT = 512
 """Tokens of a small batch."""
+START = 128
+"""Tokens of a text that tell as much as all of it where a few examples are asked."""
 WANTED = "wanted an iterable of batches, each a dict of tensors or a tensor"
 _LABELS = ("labels", "label", "label_ids")
 _CACHED = ("past_key_values", "cache_params")
@@ -316,7 +318,7 @@ class _Reader:
 def few_examples(batches: Iterable[Any], count: int) -> Iterator[Any]:
     """The first ``count`` examples a few at a time, then whole batches from where they end.
 
-    A few are 8, or fewer where those would be more than ``SHORT`` tokens; texts without padding are cut to as many. A
+    A few are 8, or fewer where those would be more than ``SHORT`` tokens; texts without padding are cut to ``START``. A
     batch that cannot be cut is given whole.
     """
     for batch in batches:
@@ -326,23 +328,29 @@ def few_examples(batches: Iterable[Any], count: int) -> Iterator[Any]:
         if not alike or count <= 0:
             yield batch
         else:
-            tokens = max((tensor[0].numel() for tensor in tensors if not tensor.is_floating_point()), default=1)
-            step, wanted = max(1, min(8, SHORT // max(tokens, 1))), min(count, size)
-            for at in range(0, wanted, step):
-                yield _first_tokens(_cut(batch, slice(at, min(at + step, wanted))))
+            wanted = min(count, size)
+            start = _first_tokens(_cut(batch, slice(0, wanted)))
+            step = max(1, min(8, SHORT // _tokens(start)))
+            yield from (_cut(start, slice(at, min(at + step, wanted))) for at in range(0, wanted, step))
             if size > wanted:
                 yield _cut(batch, slice(wanted, size))
         count -= max(size, 1)
 
 
+def _tokens(batch: Any) -> int:
+    """Of one example, at most."""
+    tensors = [leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor)]
+    return max((tensor[0].numel() for tensor in tensors if not tensor.is_floating_point()), default=1) or 1
+
+
 def _first_tokens(batch: Any) -> Any:
-    """Texts of ``SHORT`` tokens at most, if all that the batch holds are token ids and a mask that hides nothing."""
+    """Texts of ``START`` tokens at most, if all that the batch holds are token ids and a mask that hides nothing."""
     if not isinstance(batch, Mapping) or not {*batch} <= {"input_ids", "attention_mask"}:
         return batch
     mask = batch.get("attention_mask")
     if mask is not None and not (mask.is_meta or bool(mask.all())):
         return batch
-    return {name: tensor[:, :SHORT] for name, tensor in batch.items()}
+    return {name: tensor[:, :START] for name, tensor in batch.items()}
 
 
 def _cut(batch: Any, part: slice) -> Any:

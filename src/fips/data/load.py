@@ -25,7 +25,7 @@ def load_batches(
     ``processor`` is the image processor or tokenizer of the model, ``context_length`` the most tokens the model
     accepts. Everything that can be refused without reading the data is refused first.
 
-    Calibration: images in random order, by default all; full text windows of W tokens, by default 128.
+    Calibration: images in random order, by default 1,024; full text windows of W tokens, by default 128.
     Evaluation: images in the order of the data; text windows that score every token exactly once, except the
     first of a document when the tokenizer has no beginning-of-sequence token.
     """

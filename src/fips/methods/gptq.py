@@ -23,10 +23,15 @@ from fips.models import LayerGroup
 from fips.plan.footprint import itemsize
 from fips.plan.groups import GroupPlan, byte_target
 from fips.plan.least import BYTES_PER_BIT, EPS
+from fips.solve.feedback import inverse_root, with_feedback
 from fips.solve.moments import usable_moment
-from fips.solve.rounding import round_rows, row_steps
+from fips.solve.rounding import row_steps
 
 __all__ = ["Gptq", "GptqConfig", "gptq"]
+
+
+DAMPING = 0.01
+"""Added to the moment, relative to its mean diagonal, as in the paper."""
 
 
 class GptqConfig(InputsConfig):
@@ -80,11 +85,12 @@ def gptq(weight_OI: Tensor, moment_II: Tensor, *, values: Values, dtype: torch.d
 
     Steps are those of the least plain squared error of each row, as in implementations that search them.
     """
-    moment_II = usable_moment(moment_II)
-    ones_I = torch.ones_like(weight_OI[0])
-    steps_O = row_steps(weight_OI, ones_I, values=values).to(dtype)
-    scale_I = moment_II.diagonal().clamp_min(1e-6 * float(moment_II.diagonal().mean())).sqrt()
-    metric_II = moment_II / torch.outer(scale_I, scale_I)
-    mask_OI = torch.ones_like(weight_OI, dtype=torch.bool)
-    integers_OI, _ = round_rows(weight_OI, mask_OI, metric_II, scale_I, steps_O.float(), values=values)
-    return values.encode(integers_OI), steps_O
+    steps_O = row_steps(weight_OI, torch.ones_like(weight_OI[0]), values=values).to(dtype)
+    wide_O = steps_O.float()
+    inverse_O = torch.where(wide_O == 0, 0.0, 1 / wide_O)
+    found_OI, _ = with_feedback(
+        weight_OI,
+        inverse_root(usable_moment(moment_II), DAMPING),
+        lambda column_O: values.nearest(column_O * inverse_O) * wide_O,
+    )
+    return values.encode(values.nearest(found_OI * inverse_O.unsqueeze(1))), steps_O

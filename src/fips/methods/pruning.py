@@ -24,6 +24,7 @@ from fips.methods.workbench import Needs
 from fips.models import Site
 from fips.plan.groups import GroupPlan
 from fips.plan.planner import C
+from fips.solve.feedback import inverse_root, with_feedback
 from fips.solve.moments import usable_moment
 
 __all__ = ["Magnitude", "SparseGpt", "Wanda", "magnitude", "sparsegpt", "wanda"]
@@ -135,32 +136,14 @@ def sparsegpt(
 
     Algorithm 1 of the paper, mask blocks as wide as update blocks.
     """
-    weight_OI = weight_OI.double().clone()
-    upper_II = _inverse_factor(usable_moment(moment_II.double()), damping)
-    mask_OI = torch.ones_like(weight_OI, dtype=torch.bool)
-    columns = weight_OI.shape[1]
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        part_OJ, factor_JJ = weight_OI[:, start:stop].clone(), upper_II[start:stop, start:stop]
-        keep_OJ = top_mask(part_OJ.square() / factor_JJ.diagonal().square(), count=int(density * part_OJ.numel() + 0.5))
-        errors_OJ = torch.zeros_like(part_OJ)
-        for column in range(stop - start):
-            left_O = part_OJ[:, column] * keep_OJ[:, column]
-            errors_OJ[:, column] = (part_OJ[:, column] - left_O) / factor_JJ[column, column]
-            part_OJ[:, column:] -= torch.outer(errors_OJ[:, column], factor_JJ[column, column:])
-            part_OJ[:, column] = left_O
-        weight_OI[:, start:stop], mask_OI[:, start:stop] = part_OJ, keep_OJ
-        weight_OI[:, stop:] -= errors_OJ @ upper_II[start:stop, stop:]
-    return weight_OI.float() * mask_OI, mask_OI
 
+    def choose(costs_JO: Tensor, _: int) -> Tensor:
+        return top_mask(costs_JO, count=int(density * costs_JO.numel() + 0.5))
 
-def _inverse_factor(moment_II: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped moment."""
-    diagonal = moment_II.diagonal()
-    damped_II = moment_II + torch.diag(damping * diagonal.mean() + torch.where(diagonal <= 0, 1.0, 0.0))
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
-    upper: Tensor = torch.linalg.cholesky(inverse_II, upper=True)
-    return upper
+    upper_II = inverse_root(usable_moment(moment_II), damping)
+    found_OI, mask_OI = with_feedback(weight_OI, upper_II, lambda column_O: column_O, choose, run_length=block)
+    assert mask_OI is not None
+    return found_OI.contiguous(), mask_OI.contiguous()
 
 
 def _top_of_rows(scores_OI: Tensor, count: int) -> Tensor:

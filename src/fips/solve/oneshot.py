@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -36,8 +37,6 @@ ROW_SHARE = 0.5
 """Share of a row's weight that follows its gradients; the rest is the same for all rows of a layer."""
 SAMPLE = 256
 """Stored rows that stand for all of them when structures are tried; rows do not touch each other's errors."""
-TRIED = 3
-"""Structures of free size that are compared within the bytes of a layer."""
 
 
 class OneShot(Structures):
@@ -75,22 +74,27 @@ class OneShot(Structures):
         self._upper_KK = None
 
     def solve(self, choice: Choice, size: float) -> Factorization:
-        size = min(size, self.dense_bytes(choice))
-        self.require_fit(choice, size)
-        pattern, values = choice.layout, choice.numbers
-        choose = None if self._keeps_all(choice, size) else self._chooser(choice, size)
-        steps_N = self._steps(values, choose, _run_length(pattern))
+        task = self._task(choice, size)
         found_NK, mask_NK = with_feedback(
-            self.matrix_NK, self.upper_KK, _nearest(values, steps_N), choose, run_length=_run_length(pattern)
+            self.matrix_NK, self.upper_KK, task.nearest, task.choose, run_length=task.run_length
         )
         mask_NK = torch.ones_like(found_NK, dtype=torch.bool) if mask_NK is None else mask_NK
         loss = self.loss(found_NK)
         factor_RF, mask_RF = self._as_factor(found_NK), self._as_factor(mask_NK)
-        if steps_N is None:
+        if task.steps_N is None:
             return Factorization(None, [factor_RF], [mask_RF], [loss])
-        codes_RF = values.encode(values.nearest(_in_steps(found_NK, steps_N.float().unsqueeze(1))))
-        grid = Grid(self._as_factor(codes_RF), steps_N, values, self.axis)
+        values = task.values
+        codes_RF = values.encode(values.nearest(_in_steps(found_NK, task.steps_N.float().unsqueeze(1))))
+        grid = Grid(self._as_factor(codes_RF), task.steps_N, values, self.axis)
         return Factorization(None, [factor_RF], [mask_RF], [loss], [grid])
+
+    def _task(self, choice: Choice, size: float) -> _Task:
+        """Raises ``BudgetError`` if the choice does not fit into the size."""
+        size = min(size, self.dense_bytes(choice))
+        self.require_fit(choice, size)
+        run_length = _run_length(choice.layout)
+        choose = None if self._keeps_all(choice, size) else self._chooser(choice, size)
+        return _Task(choice.numbers, run_length, choose, self._steps(choice.numbers, choose, run_length))
 
     def loss(self, found_NK: Tensor) -> float:
         """The second-order change of the model's output."""
@@ -104,13 +108,21 @@ class OneShot(Structures):
 
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Keeping all is cheap to try and is tried at every width; pruning where it is promising."""
-        whole = {(choice, self.dense_bytes(choice)) for choice in choices if choice.free}
-        return self._tried(sorted({*whole, *self.wanted(choices, size)}))
+        return self._tried(sorted({*self._whole(choices), *self.wanted(choices, size)}))
+
+    def quick_trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
+        """Of keeping all, where several widths can be had; else as ``trials``."""
+        whole = self._whole(choices)
+        free = len(whole) > 1 and sum(bytes_ <= size for _, bytes_ in whole) > 0
+        return self._tried(sorted(whole)) if free else self.trials(choices, size)
+
+    def _whole(self, choices: Sequence[Choice]) -> set[tuple[Choice, float]]:
+        return {(choice, self.dense_bytes(choice)) for choice in choices if choice.free}
 
     def _tried(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
         """What ``SAMPLE`` rows leave at those sizes that fit."""
         small, share = self._sample()
-        points: list[Point] = []
+        tasks: list[tuple[Choice, float, _Task]] = []
         for choice, bytes_ in sizes:
             if self.expected(choice, bytes_) == math.inf:
                 continue
@@ -118,22 +130,35 @@ class OneShot(Structures):
                 bytes_ - self.overhead(choice)
             )
             with suppress(BudgetError):
-                points.append(Point(choice, bytes_, small.solve(choice, less).losses[-1] / share))
+                tasks.append((choice, bytes_, small._task(choice, less)))
+        points: list[Point] = []
+        for run_length in {task.run_length for *_, task in tasks}:
+            some = [one for one in tasks if one[2].run_length == run_length]
+            losses = small._losses([task for *_, task in some])
+            points += [
+                Point(choice, bytes_, loss / share) for (choice, bytes_, _), loss in zip(some, losses, strict=True)
+            ]
         return points
 
-    def within(self, choices: Sequence[Choice], size: float) -> tuple[Choice, float]:
-        """The best of the promising structures that fit into ``size`` bytes, and what it takes of them.
+    def _losses(self, tasks: Sequence[_Task]) -> list[float]:
+        """Of several tasks with runs of one length, all at once: their rows are those of one taller matrix."""
+        rows = len(self.matrix_NK)
 
-        Raises ``BudgetError`` if none fits.
-        """
-        free = sorted((one for one in choices if one.free), key=lambda one: self.expected(one, size))[:TRIED]
-        sizes = [(one, min(size, self.dense_bytes(one))) for one in free]
-        sizes += [(one, fixed) for one in choices if (fixed := self.fixed_bytes(one)) is not None and fixed <= size]
-        points = self._tried(sizes) if len(sizes) > 1 else [Point(*one, 0.0) for one in sizes]
-        if not points:
-            raise BudgetError(f"{size:.0f} bytes are too few for any structure; ask for more bytes")
-        best = min(points, key=lambda point: point.loss)
-        return best.choice, best.bytes
+        def choose(costs_JN: Tensor, start: int) -> Tensor:
+            masks = [
+                torch.ones_like(part, dtype=torch.bool) if task.choose is None else task.choose(part, start)
+                for task, part in zip(tasks, costs_JN.split(rows, dim=1), strict=True)
+            ]
+            return torch.cat(masks, dim=1)
+
+        found_NK, _ = with_feedback(
+            self.matrix_NK.repeat(len(tasks), 1),
+            self.upper_KK,
+            _nearest_of(tasks, rows),
+            choose if any(task.choose is not None for task in tasks) else None,
+            run_length=tasks[0].run_length,
+        )
+        return [self.loss(part) for part in found_NK.split(rows)]
 
     def _sample(self) -> tuple[Self, float]:
         """The problem of ``SAMPLE`` rows, spread evenly over what rows weigh, and their share of the weight."""
@@ -199,12 +224,37 @@ def _run_length(pattern: Pattern) -> int:
     return RUN // pattern.group * pattern.group
 
 
-def _nearest(values: Values, steps_N: Tensor | None) -> Callable[[Tensor], Tensor]:
-    if steps_N is None:
-        return lambda column_N: column_N
-    wide_N = steps_N.float()
+@dataclass(slots=True)
+class _Task:
+    """A structure at a size, ready to be solved."""
+
+    values: Values
+    run_length: int
+    choose: Chooser | None
+    """None keeps all."""
+    steps_N: Tensor | None
+    """None for floating values."""
+
+    @property
+    def nearest(self) -> Callable[[Tensor], Tensor]:
+        """What columns (..., N) become."""
+        if self.steps_N is None:
+            return lambda column_N: column_N
+        values, wide_N = self.values, self.steps_N.float()
+        inverse_N = torch.where(wide_N == 0, 0.0, 1 / wide_N)
+        return lambda column_N: values.nearest(column_N * inverse_N) * wide_N
+
+
+def _nearest_of(tasks: Sequence[_Task], rows: int) -> Callable[[Tensor], Tensor]:
+    """What columns of several tasks side by side become; at once where all grids are evenly spaced integers."""
+    steps = [task.steps_N for task in tasks if type(task.values).nearest is Values.nearest]
+    if len(steps) < len(tasks) or any(one is None for one in steps):
+        apart = [task.nearest for task in tasks]
+        return lambda column: torch.cat([f(part) for f, part in zip(apart, column.split(rows, -1), strict=True)], -1)
+    wide_N = torch.cat([one.float() for one in steps if one is not None])
     inverse_N = torch.where(wide_N == 0, 0.0, 1 / wide_N)
-    return lambda column_N: values.nearest(column_N * inverse_N) * wide_N
+    largest_N = torch.cat([torch.full_like(wide_N[:rows], task.values.largest) for task in tasks])
+    return lambda column: (column * inverse_N).round().clamp(-largest_N, largest_N) * wide_N
 
 
 def _in_steps(values: Tensor, steps: Tensor) -> Tensor:

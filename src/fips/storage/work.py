@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class WorkDirectory:
         try:
             found = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            if any(self.path.iterdir()):
+            if any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise OutputError(
                     f"`{self.path}` is no work directory of fips (it has no {RUN}); choose another with `--work`"
                 ) from None
@@ -103,23 +104,38 @@ class WorkDirectory:
         return self.path / f"{name.replace('/', '_')}{SUFFIX}"
 
 
+@dataclass(slots=True)
+class Keeper:
+    """What becomes of a work directory."""
+
+    finished: bool = False
+    """Whether its result is safe, so that it is not needed however the command ends."""
+
+
 @contextmanager
-def kept_work(path: Path, *, first: bool, keep: bool) -> Iterator[None]:
+def kept_work(path: Path, *, first: bool, keep: bool) -> Iterator[Keeper]:
     """A block of work with its directory: removed at the end by the ``first`` process, unless told to ``keep`` it.
 
     What is finished stays where the block does not reach its end, and its error says so.
     """
+    keeper = Keeper()
     try:
-        yield
+        yield keeper
+        keeper.finished = True
     except BaseException as error:
-        if (path / RUN).exists():
-            if any(path.glob(f"*{SUFFIX}")):
-                error.add_note(f"what is finished is in `{path}`: the same command goes on from there")
-            elif first:
-                shutil.rmtree(path, ignore_errors=True)
+        if not keeper.finished and _is_there(path) and any(path.glob(f"*{SUFFIX}")):
+            error.add_note(f"what is finished is in `{path}`: the same command goes on from there")
+            keep = True
         raise
-    if first and not keep and (path / RUN).exists():
-        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        if first and not keep and _is_there(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_there(path: Path) -> bool:
+    with suppress(OSError):
+        return (path / RUN).exists()
+    return False
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -25,7 +25,6 @@ from fips.methods.fips.stages import (
     open_search,
     pack,
     solve,
-    structures,
     train,
     try_choices,
 )
@@ -149,9 +148,7 @@ class Fips(Method[FipsConfig]):
 
 def _by_block(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[CompressedGroup]:
     """Every MLP by itself, some blocks at a time."""
-    fast = config.effort == "fast"
-    chosen = {} if fast else _tried(bench, plan, config)
-    sizes = allot(bench, plan, config) if fast else {}
+    chosen = allot(bench, plan, config) if config.effort == "fast" else _tried(bench, plan, config)
 
     def solve_one(
         group: GroupPlan, sublayer: Sublayer, moments: Mapping[str, LayerMoments]
@@ -159,8 +156,7 @@ def _by_block(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> li
         part = _alone(group, sublayer)
         search = open_search(bench, part, config, moments)
         names = [site.name for site in sublayer.sites]
-        split = structures(search, part, config, sizes) if fast else [chosen[name] for name in names]
-        item = solve(bench, part, config, search, split)
+        item = solve(bench, part, config, search, [chosen[name] for name in names])
         _, layers = pack(item)
         return {name: PackedLayer(layers[name], storage) for name, storage in zip(names, item.storages, strict=True)}
 
@@ -201,15 +197,14 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
     """Every group with the structure and size that the measured errors ask for."""
     metric = config.metric
     chunks = list(_chunks(plan.groups, 0 if metric.propagate_errors else metric.memory))  # each behind the one before
-    sizes: dict[str, float] = {}
     chosen: dict[str, Split] = {}
     searches: dict[str, Search] = {}
-    fast = config.one_shot and config.effort == "fast"
-    if fast:
-        sizes = allot(bench, plan, config)
+    if config.one_shot and config.effort == "fast":
+        found = allot(bench, plan, config)
+        chosen = {group.group.name: [found[site.name] for site in group.group.sites] for group in plan.groups}
     else:
         chosen, searches = _choose(bench, plan, config, chunks)
-    found: list[Solved] = []
+    solved: list[Solved] = []
     with ExitStack() as installed:
         for chunk in chunks:
             if not searches:
@@ -218,14 +213,13 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
                 started = time.perf_counter()
                 name = group.group.name
                 search = searches.pop(name, None) or open_search(bench, group, config, moments)
-                split = structures(search, group, config, sizes) if fast else chosen[name]
-                item = solve(bench, group, config, search, split)
+                item = solve(bench, group, config, search, chosen[name])
                 train(bench, item, config)
                 item.seconds = time.perf_counter() - started
-                found.append(item)
+                solved.append(item)
                 if metric.propagate_errors:
                     installed.enter_context(swapped(bench.model, item.modules(bench.model)))
-    return found
+    return solved
 
 
 def _choose(

@@ -33,10 +33,10 @@ class FipsConfig(SparseConfig):
 
     method: Literal["fips"] = "fips"
     effort: Literal["fast", "default", "max"] = "default"
-    """How hard to look. `fast` and `default` prune and round every layer once, with error feedback; `fast` gives bytes
-    to layers before it has measured their inputs, `default` after it has tried their structures on some rows. `max`
-    weighs the gradients of all tokens, lets layers share a basis where that measures better, and solves every choice
-    that it tries."""
+    """How hard to look. `fast` and `default` prune and round every layer once, with error feedback; `fast` decides on
+    structures before it has measured inputs and keeps all entries where it may, `default` after it has tried some
+    rows. `max` weighs the gradients of all tokens, lets layers share a basis where that measures better, and solves
+    every choice that it tries."""
     sharing: Literal["auto", "always", "never"] = "auto"
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning)."""
     values: str | None = None

@@ -3,10 +3,9 @@
 ===============  ==================================================  ===============================================
 stage            from                                                gives
 ===============  ==================================================  ===============================================
-``allot``        the influence of all layers                         bytes of every layer (``effort: fast``)
+``allot``        the influence of all layers                         structure and bytes of every layer (``fast``)
 ``measure``      layers of some groups, the batches                  second moments by layer
 ``open_search``  moments, the weights of a group                     its problems, ready to be solved
-``structures``   a search, the bytes of its layers                   their structures
 ``try_choices``  a search                                            measured errors of structures at a few sizes
 ``allocate``     those of all groups (``fips.solve.allocate``)       structure and bytes of every layer
 ``solve``        a search, structure and bytes                       supports, integers, basis, biases
@@ -54,7 +53,7 @@ from fips.training.reconstruct import BlockError, reconstruct_
 
 __all__ = [
     *("Packed", "Search", "Solved", "Split"),
-    *("allot", "finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve", "structures"),
+    *("allot", "finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve"),
     *("train", "try_choices"),
 ]
 
@@ -90,11 +89,6 @@ class Search:
     moments: Mapping[str, LayerMoments]
     orders: list[Tensor]
     """For every site the original column at every place."""
-
-    @property
-    def shots(self) -> list[OneShot]:
-        """Of layers that are solved in one pass each."""
-        return [layer for layer in self.layers if isinstance(layer, OneShot)]
 
     def solve(self, split: Split) -> tuple[list[Choice], Factorization]:
         """The factors of all sites, and the choice of each."""
@@ -198,11 +192,11 @@ def _one_shot(
     return OneShot(weight_DF, moment, power_O, site.role.reduction, pricing, dtype)
 
 
-def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[str, float]:
-    """Stage: bytes of every layer, before its inputs have been measured.
+def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[str, tuple[Choice, float]]:
+    """Stage: structure and bytes of every layer, before its inputs have been measured.
 
-    From what plain rounding and pruning do to some rows where inputs are uncorrelated. Error feedback then takes away
-    more or less the same share everywhere, and the structure is chosen when it is known.
+    From what plain rounding, or pruning, does to some rows where inputs are uncorrelated. Error feedback then takes
+    away more or less the same share everywhere.
     """
     sites = [(group, site) for group in plan.groups for site in group.group.sites]
     curves = []
@@ -212,16 +206,10 @@ def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[s
             inputs_I, order_F = bench.influence[site.name].inputs_I, torch.arange(site.hidden, device=bench.device)
             layer = _one_shot(bench, weight_DF.float(), site, inputs_I, order_F, _pricing(group, config), group.dtype)
             part = site.hidden / group.group.hidden * group_share(group, config)
-            curves.append(layer.trials(_choices(group, config), part))
+            curves.append(layer.quick_trials(_choices(group, config), part))
             bench.report("allot", "all", number + 1, len(sites))
     split = allocate(curves, sum(group_share(group, config) for group in plan.groups))
-    return {site.name: size for (_, site), (_, size) in zip(sites, split, strict=True)}
-
-
-def structures(search: Search, plan: GroupPlan, config: FipsConfig, sizes: Mapping[str, float]) -> Split:
-    """Stage: the structure of every layer within the bytes that it was allotted."""
-    choices = _choices(plan, config)
-    return [layer.within(choices, sizes[site.name]) for layer, site in zip(search.shots, plan.group.sites, strict=True)]
+    return dict(zip([site.name for _, site in sites], split, strict=True))
 
 
 def site_problem(weight_DF: Tensor, site: Site, moments: LayerMoments, order_F: Tensor) -> LayerProblem:
