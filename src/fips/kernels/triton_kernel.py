@@ -45,7 +45,7 @@ MOST_TOKENS, MOST_FLOAT32_TOKENS = 64, 16
 """In one program."""
 MOST_SPLITS, PROGRAMS = 8, 4
 """Programs per multiprocessor that few rows are split for."""
-UNROLL, WARPS, STAGES = 4, 4, 3
+UNROLL, WARPS, STAGES = 4, 4, 1
 """Columns of a group in one turn of the loop over them where there is a pattern; of a program; of its pipeline."""
 
 
