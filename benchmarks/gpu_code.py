@@ -4,7 +4,7 @@
 
 A product of few tokens is as fast as the memory only while there are few instructions per entry. An H100 issues about
 28.7e12 a second (132 processors x 4 x 32 lanes x 1.7 GHz) and reads 3.35e12 bytes: a dense bfloat16 entry takes as long
-as 17 instructions. Counted is the longest loop, which is the one over tiles; stalls are not.
+as 17 instructions. Counted is the longest loop, the one over tiles, and the turns of that in it; stalls are not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fips.formats.packed import Packed
 from fips.kernels import triton_kernel
 from fips.record import environment
 
-ROWS, COLUMNS, WARPS = 128, 4096, 4
+ROWS, COLUMNS, WARPS = 128, 4096, triton_kernel.WARPS
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32"}
 CASES = [
     *(("full", bits) for bits in (3, 4, 5, 6, 8)),
@@ -60,10 +60,11 @@ def example(fmt: str, bits: int) -> Packed:
     )
 
 
-def pointers(packed: Packed) -> dict[str, torch.dtype]:
+def pointers(packed: Packed, inputs: torch.dtype) -> dict[str, torch.dtype]:
     values, pattern = triton_kernel.TileLayout.of(packed).read(packed)
     return {
-        **dict.fromkeys(("x_ptr", "y_ptr", "scales", "bias", "dense"), torch.bfloat16),
+        **dict.fromkeys(("x_ptr", "y_ptr", "bias", "dense"), inputs),
+        "scales": torch.bfloat16,
         **dict.fromkeys(("starts", "table", "counts"), torch.int32),
         "sums": torch.float32,
         "values": values.dtype,
@@ -71,8 +72,8 @@ def pointers(packed: Packed) -> dict[str, torch.dtype]:
     }
 
 
-def compiled(kernel: Any, packed: Packed, constants: dict[str, Any], capability: int) -> Any:
-    types = pointers(packed)
+def compiled(kernel: Any, packed: Packed, constants: dict[str, Any], capability: int, inputs: torch.dtype) -> Any:
+    types = pointers(packed, inputs)
     signature = {
         name: "constexpr" if name in constants else f"*{TYPES[types[name]]}" if name in POINTERS else "i32"
         for name in kernel.arg_names
@@ -84,7 +85,8 @@ def compiled(kernel: Any, packed: Packed, constants: dict[str, Any], capability:
         constexprs={places[name]: value for name, value in constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name in ALIGNED if name in places and name not in constants},
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
+    options = {"num_warps": WARPS, "num_stages": triton_kernel.STAGES}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any, dict[str, Any], int]]:
@@ -93,7 +95,7 @@ def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any,
     common, tile = layout.constants(), layout.GROUP * layout.GROUPS
     for count in tokens:
         constants = {**common, "SCALED": scaled, "BIASED": True, "ALONE": True, "WIDE": False, "stride_k": 1}
-        constants |= {"BLOCK_T": count, "ROWS": triton_kernel.ROWS}
+        constants |= {"BLOCK_T": count, "ROWS": triton_kernel.ROWS, "UNROLL": triton_kernel.UNROLL}
         yield f"multiply, {count} tokens", triton_kernel._multiply_kernel, constants, triton_kernel.ROWS * tile
     yield (
         "decode",
@@ -114,25 +116,41 @@ def tool(name: str, binary: bytes, *options: str) -> str:
         return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def longest_loop(code: str) -> int:
-    """Instructions between a label and the last branch back to it, at most."""
+def loops(code: str) -> list[tuple[int, int]]:
+    """First and last line of what lies between a label and a branch back to it, longest first."""
     lines = [line.strip() for line in code.splitlines()]
     labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"(\.L_x_\d+):", line))}
-    longest = 0
+    found = {}
     for at, line in enumerate(lines):
         match = re.search(r"\bBRA\b.*(\.L_x_\d+)", line)
-        begin = labels.get(match[1], at) if match else at
-        longest = max(longest, sum(part.startswith("/*") and ";" in part for part in lines[begin : at + 1]))
-    return longest
+        if match and labels.get(match[1], at) < at:
+            found[labels[match[1]]] = at
+    return sorted(found.items(), key=lambda loop: loop[0] - loop[1])
 
 
-def measure(fmt: str, bits: int, tokens: tuple[int, ...], capability: int) -> Iterator[dict[str, Any]]:
+def instructions_per_tile(code: str, turns: int) -> int:
+    """Of the longest loop; a loop in it is the one over the columns of a group, gone through ``turns`` times."""
+    lines = [line.strip() for line in code.splitlines()]
+    whole, *others = loops(code) or [(0, -1)]
+    inner = next((loop for loop in others if whole[0] < loop[0] and loop[1] < whole[1]), None)
+    count = _instructions(lines, whole)
+    return count if inner is None else count + (turns - 1) * _instructions(lines, inner)
+
+
+def _instructions(lines: list[str], loop: tuple[int, int]) -> int:
+    return sum(line.startswith("/*") and ";" in line for line in lines[loop[0] : loop[1] + 1])
+
+
+def measure(
+    fmt: str, bits: int, tokens: tuple[int, ...], capability: int, inputs: torch.dtype
+) -> Iterator[dict[str, Any]]:
     packed = example(fmt, bits)
     for name, kernel, constants, entries in kernels(packed, tokens):
-        program = compiled(kernel, packed, constants, capability)
+        program = compiled(kernel, packed, constants, capability, inputs)
         usage = tool("cuobjdump", program.asm["cubin"], "-res-usage")
         found = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}
-        count = longest_loop(tool("nvdisasm", program.asm["cubin"], "-c"))
+        turns = triton_kernel.TileLayout.of(packed).GROUP // triton_kernel.UNROLL
+        count = instructions_per_tile(tool("nvdisasm", program.asm["cubin"], "-c"), turns)
         yield {
             "capability": capability,
             "format": fmt,
@@ -149,12 +167,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--few", action="store_true", help="one case of every format, newest device, 16 tokens")
+    parser.add_argument("--inputs", choices=("bfloat16", "float32"), default="bfloat16", help="type of the tokens")
     args = parser.parse_args()
+    inputs = getattr(torch, args.inputs)
     cases, tokens, capabilities = (FEW_CASES, TOKENS[:1], (90,)) if args.few else (CASES, TOKENS, (80, 90))
     rows = []
     for capability in capabilities:
         for fmt, bits in cases:
-            for row in measure(fmt, bits, tokens, capability):
+            for row in measure(fmt, bits, tokens, capability, inputs):
                 rows.append(row)
                 print(row, flush=True)
     record = {

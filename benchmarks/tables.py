@@ -291,6 +291,24 @@ def _speeds(runs: dict[tuple[str, int], dict[str, Any]], tokens: int) -> str:
     return f"{exact} [{eight}]"
 
 
+def gpu_layers() -> str:
+    cases: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
+    for run in load("gpu-layers")["results"]:
+        cases.setdefault((run["model"], run["kind"]), {})[run["role"], run["tokens"]] = run
+    names = {"llama-1b": "Llama-3.2-1B", "llama-8b": "Llama-3.1-8B"}
+    rows = [
+        [f"{names[model]}, {kind}", *(_microseconds(runs, tokens) for tokens in (1, 16, 64, 512))]
+        for (model, kind), runs in cases.items()
+    ]
+    return markdown(["µs of a layer: dense, packed, decode", "1 token", "16 tokens", "64 tokens", "512 tokens"], rows)
+
+
+def _microseconds(runs: dict[tuple[str, int], dict[str, Any]], tokens: int) -> str:
+    """Of the two roles on average."""
+    times = [runs[role, tokens]["graph_s"] for role in ("up", "down")]
+    return ", ".join(f"{1e6 * sum(time[way] for time in times) / 2:.0f}" for way in ("dense", "packed", "decode"))
+
+
 def whole_models() -> str:
     rows: dict[tuple[str, str, str], list[float]] = {}
     saved: dict[tuple[str, str, str], list[float]] = {}
@@ -325,6 +343,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solver-cost-4096": solver_cost_large,
     "activation-bits": activation_bits,
     "whole-models": whole_models,
+    "layers-gpu": gpu_layers,
     **{
         f"layers-{model}-{machine}": functools.partial(layer_speed, model + suffix, long)
         for model, long in (("llama", 512), ("deit", 197))

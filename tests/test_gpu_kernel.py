@@ -5,6 +5,7 @@ Whether they compile for a GPU is seen without one, too.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -130,7 +131,9 @@ def test_splits_of_the_columns_add_up_and_decode_exactly(fmt: str, bits: int) ->
 def test_a_layer_takes_them_in_every_way(way: str, role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernel.TritonBackend, "supports", lambda *_: None)  # on a CPU Triton's interpreter runs
     generator = torch.Generator().manual_seed(0)
-    basis = SharedBasis.of(torch.randn(40, 32, generator=generator), torch.float32)
+    basis = SharedBasis.of(torch.randn(40, 32, generator=generator), torch.float32).to(
+        DEVICE
+    )  # a layer only borrows it
     factor_RF = torch.randn(32, 48, generator=generator)
     mask_RF = torch.rand(32, 48, generator=generator) < 0.4
     layer = FactoredLinear.from_factor(basis, factor_RF, mask_RF, role=role, fmt="bitmask", values="int4").to(DEVICE)
@@ -143,11 +146,14 @@ def test_a_layer_takes_them_in_every_way(way: str, role: Role, monkeypatch: pyte
     assert_close(y.cpu(), (x.double() @ layer.dense_weight().double().T).cpu(), TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.slow
-def test_it_compiles_for_a_gpu_without_one(tmp_path: Path) -> None:
+def test_it_compiles_for_a_gpu_without_one(dtype: str, tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "gpu_code.py"
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(script), "--few", "--output", str(tmp_path / "code.json")]
+    command = [sys.executable, str(script), "--few", "--inputs", dtype, "--output", str(tmp_path / "code.json")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    programs = json.loads((tmp_path / "code.json").read_text())["results"]
+    assert max(program["shared_bytes"] for program in programs) <= 99 << 10  # what small GPUs have

@@ -24,8 +24,8 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 def traceable(x: Tensor, packed: Packed) -> bool:
     """Whether the operator may stand in a traced graph: not in exported ones, which must run without fips."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
+    if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:  # `is_exporting()` is True in any trace
+        return False  # of torch 2.11 and before
     return registry.choose(packed, x.device, x.dtype) is not registry.REFERENCE
 
 

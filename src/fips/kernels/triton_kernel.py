@@ -41,8 +41,12 @@ _FULL, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
 ROWS, DECODED_ROWS = 64, 4
 """Of S, in one program that multiplies, or that writes them out."""
 TILE_COLUMNS, FEWEST_GROUPS = 128, 16
-MOST_TOKENS, MOST_SPLITS, PROGRAMS = 128, 8, 4
+MOST_TOKENS, MOST_FLOAT32_TOKENS = 64, 16
+"""In one program."""
+MOST_SPLITS, PROGRAMS = 8, 4
 """Programs per multiprocessor that few rows are split for."""
+UNROLL, WARPS, STAGES = 4, 4, 1
+"""Columns of a group in one turn of the loop over them where there is a pattern; of a program; of its pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +193,8 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
     y = x.new_empty(tokens, rows)
     if y.numel() == 0:
         return y.view(*x_TK.shape[:-1], rows)
-    block_t = min(MOST_TOKENS, max(16, triton.next_power_of_2(tokens)))
+    most = MOST_TOKENS if x.dtype != torch.float32 else MOST_FLOAT32_TOKENS
+    block_t = min(most, max(16, triton.next_power_of_2(tokens)))
     alone = prepared.splits == 1
     sums = y if alone else x.new_empty(prepared.splits, tokens, rows, dtype=torch.float32)
     unused = prepared.table
@@ -199,7 +204,7 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
         x, prepared.values, prepared.pattern, prepared.starts, prepared.table, scales, bias, sums, tokens, rows, cols,
         x.stride(0), x.stride(1), packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns,
         prepared.splits, **prepared.layout.constants(), **affine, ALONE=alone, WIDE=not x.is_cuda, BLOCK_T=block_t,
-        ROWS=ROWS,
+        ROWS=ROWS, UNROLL=UNROLL, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip  # WIDE is for the interpreter, whose dot product knows no bfloat16
     if not alone:
         _finish_kernel[(triton.cdiv(tokens * rows, 1024),)](
@@ -362,13 +367,43 @@ if triton is not None:
         return found >> (32 - BITS)
 
     @triton.jit
+    def _terms(numbers) -> Any:
+        """Float32 as three bfloat16 numbers that add up to it; of what is not finite the first is all."""
+        high = numbers.to(tl.bfloat16)
+        rest = numbers - high.to(tl.float32)
+        rest = tl.where(rest - rest == 0.0, rest, 0.0)
+        middle = rest.to(tl.bfloat16)
+        return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+    @triton.jit
     def _product(total, weights, x_ptr, x_at, k, t_inside, cols, stride_k, WIDE: tl.constexpr) -> Any:
-        """The sums plus weights, (N, groups), of the columns ``k`` times these columns of the tokens."""
+        """The sums plus weights, (N, groups), of the columns ``k`` times these columns of the tokens.
+
+        Products of float32 are made of bfloat16 terms: matrix units have none as exact, and without them a program is
+        so long that compiling it takes minutes.
+        """
         x = tl.load(x_ptr + x_at + k[:, None] * stride_k, mask=t_inside & (k[:, None] < cols), other=0.0)
-        weights = weights.to(tl.float32).to(x.dtype)
         if WIDE:
-            x, weights = x.to(tl.float32), weights.to(tl.float32)
-        return tl.dot(weights, x, total, input_precision="ieee")
+            total = tl.dot(weights.to(tl.float32).to(x.dtype).to(tl.float32), x.to(tl.float32), total)
+        elif x.dtype == tl.float32:
+            high, middle, low = _terms(x)
+            if weights.dtype.is_int() or weights.dtype == tl.bfloat16:
+                exact = weights.to(tl.float32).to(tl.bfloat16)
+                total = tl.dot(exact, low, total)
+                total = tl.dot(exact, middle, total)
+                total = tl.dot(exact, high, total)
+            else:
+                first, second, third = _terms(weights.to(tl.float32))
+                finite = tl.where(x - x == 0.0, x, 0.0).to(tl.bfloat16)  # 0 times Inf would be NaN
+                total = tl.dot(third, finite, total)
+                total = tl.dot(second, middle, total)
+                total = tl.dot(first, low, total)
+                total = tl.dot(second, finite, total)
+                total = tl.dot(first, middle, total)
+                total = tl.dot(first, high, total)
+        else:
+            total = tl.dot(weights.to(tl.float32).to(x.dtype), x, total)
+        return total
 
     @triton.jit
     def _count_kernel(
@@ -391,13 +426,13 @@ if triton is not None:
             total += tl.sum(tl.where(inside, count, 0), axis=1)
         tl.store(counts + n * splits + split, total, mask=n < rows)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens"])
     def _multiply_kernel(
         x_ptr, values, pattern, starts, table, scales, bias, y_ptr, tokens, rows, cols, stride_t, stride_k,
         pattern_bytes, value_bytes, split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr,
         UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr,
         GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ALONE: tl.constexpr,
-        WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
+        WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
     ) -> None:  # fmt: skip
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -432,7 +467,7 @@ if triton is not None:
                     pattern, table, row, k[None, :], inside, cols, pattern_bytes, first, stride, FORMAT, UNIT,
                     CODE_BITS, GROUP_KEPT, WORDS,
                 )  # fmt: skip
-                for j in tl.static_range(GROUP):
+                for j in tl.range(0, GROUP, loop_unroll_factor=UNROLL):
                     bit = (bits >> j) & 1
                     weights = _stored(values, place, bit != 0, value_bytes, BITS)
                     total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
