@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fips.calibration.heads import draw_direction
 from fips.calibration.moments import CONSTANT, real_device
+from fips.calibration.preserve import replaced_forward
 from fips.calibration.tokens import TokenTracker
 from fips.errors import DataError
 from fips.models import Site
@@ -186,14 +187,6 @@ class _Probe(AbstractContextManager["_Probe"]):
         return hook
 
 
-@contextmanager
-def _checkpointed(block: nn.Module) -> Iterator[None]:
-    own, forward = vars(block).get("forward"), block.forward
-    block.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
+def _checkpointed(block: nn.Module) -> AbstractContextManager[None]:
+    forward = block.forward
+    return replaced_forward(block, lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs))

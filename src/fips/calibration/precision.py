@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fips.calibration.preserve import replaced_forward
 from fips.layers.linear import FactoredLinear, SharedBasis
 
 __all__ = ["autocast_for", "has_bfloat16", "in_native_types", "resolve_precision"]
@@ -69,10 +70,9 @@ def in_native_types(model: nn.Module, blocks: Sequence[str] = ()) -> Iterator[No
                 tensor.data = data
 
 
-@contextmanager
-def _wide_while_it_runs(block: nn.Module) -> Iterator[None]:
+def _wide_while_it_runs(block: nn.Module) -> AbstractContextManager[None]:
     """A block whose ``forward`` sees its bfloat16 tensors as float32 ones, made anew for every call."""
-    own, forward = vars(block).get("forward"), block.forward
+    forward = block.forward
 
     def wide(*args: Any, **kwargs: Any) -> Any:
         places: list[tuple[dict[str, Any], str, Tensor]] = [
@@ -92,14 +92,7 @@ def _wide_while_it_runs(block: nn.Module) -> Iterator[None]:
             for held, key, tensor in places:
                 held[key] = tensor
 
-    block.forward = wide
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
+    return replaced_forward(block, wide)
 
 
 def _narrow(model: nn.Module) -> list[Tensor]:

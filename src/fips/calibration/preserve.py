@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["RandomState", "in_place_of", "neutral_torch", "plain_forward", "preserved", "take_over"]
+__all__ = ["RandomState", "in_place_of", "neutral_torch", "plain_forward", "preserved", "replaced_forward", "take_over"]
 
 
 @contextmanager
@@ -204,3 +204,17 @@ def in_place_of(model: nn.Module, names: list[str], owner: nn.Module, added: str
         if hasattr(owner, added):
             delattr(owner, added)
         raise
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module whose call is another function for a while; its own hooks still run."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

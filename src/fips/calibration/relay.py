@@ -11,14 +11,15 @@ A model whose blocks run more than once in a pass, or in another order, is no ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fips.calibration.preserve import replaced_forward
 from fips.calibration.record import ActivationSpool, Stored, map_leaves
 
 __all__ = ["NotAChain", "Relay"]
@@ -104,14 +105,6 @@ class Relay:
                     self._run(self.model, batch)
         self.done = len(self.blocks)
 
-    def finish(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The model's outputs, once all blocks are done: the code behind them runs alone."""
-        assert self.done == len(self.blocks)
-        with _Step(self, []) as step:
-            for known, batch in zip(self._returned, batches, strict=True):
-                step.begin(known)
-                yield self._run(self.model, batch)
-
     def keep(self, leaf: Any) -> Any:
         return self._spool.put(leaf) if isinstance(leaf, Tensor) else leaf
 
@@ -142,7 +135,7 @@ class _Step:
     def __enter__(self) -> _Step:
         relay = self._relay
         for name in self._finished:
-            self._stack.enter_context(_answering(relay.model.get_submodule(name), self._answer(name)))
+            self._stack.enter_context(replaced_forward(relay.model.get_submodule(name), self._answer(name)))
         for name in self._names:
             block = relay.model.get_submodule(name)
             self._stack.callback(block.register_forward_pre_hook(self._before(name), with_kwargs=True).remove)
@@ -204,17 +197,3 @@ def _require_numbers(leaf: Any) -> None:
     """Raise ``NotAChain`` where an output that was not kept has been read."""
     if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()):
         raise NotAChain
-
-
-@contextmanager
-def _answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A module whose call is another function for a while; its own hooks still run."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

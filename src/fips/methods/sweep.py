@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from fips.plan.plan import CompressionPlan
 from fips.training.factors import swapped
 from fips.training.reconstruct import BlockError, block_errors
 
-__all__ = ["Block", "Made", "PackedLayer", "blocks_of", "make_blocks", "solve_blocks"]
+__all__ = ["Block", "Made", "PackedLayer", "blocks_of", "make_blocks", "runs_within", "solve_blocks"]
 
 RECORDED = 4
 """Batches on which the error of a block is measured."""
@@ -51,6 +51,7 @@ class Block:
         return moment_bytes(self.sites, gradients=False)
 
 
+T = TypeVar("T")
 Made = tuple[dict[str, Tensor], dict[str, Any]]
 """What is made of a block: tensors, and fields for JSON."""
 Make = Callable[[Block, Mapping[str, LayerMoments]], Made]
@@ -77,8 +78,9 @@ def make_blocks(
     left = [block for block in blocks if not run.is_made(block)]
     if left:
         with bench.sweep([block.name for block in blocks], recorded=RECORDED if errors else 0) as sweep:
-            units = _units(blocks, memory, bench.ranks.count) if Needs.INPUTS in bench.needs else [list(blocks)]
-            for unit in units:
+            waiting = 1 if bench.ranks.count == 1 else -(-CHUNKS // bench.ranks.count)  # parts of the moments
+            units = runs_within(blocks, lambda block: (1 + waiting) * block.moment_bytes, memory)
+            for unit in units if Needs.INPUTS in bench.needs else [list(blocks)]:
                 run.make_unit(sweep, unit)
     for block in blocks:
         made = bench.store.get(f"{stage}-{block.name}")
@@ -167,19 +169,19 @@ class _Pass:
             bench.store.put(f"errors-{block.name}", {}, {"errors": own})
 
 
-def _units(blocks: Sequence[Block], memory: int, ranks: int) -> Iterator[list[Block]]:
-    """Runs of blocks whose moments fit into a number of bytes, with those of chunks that wait; at least one block."""
-    unit: list[Block] = []
+def runs_within(items: Sequence[T], need: Callable[[T], int], memory: int) -> Iterator[list[T]]:
+    """Consecutive items that together need no more than a number of bytes; at least one item each."""
+    run: list[T] = []
     used = 0
-    for block in blocks:
-        need = (1 + (1 if ranks == 1 else -(-CHUNKS // ranks))) * block.moment_bytes
-        if unit and used + need > memory:
-            yield unit
-            unit, used = [], 0
-        unit.append(block)
-        used += need
-    if unit:
-        yield unit
+    for item in items:
+        size = need(item)
+        if run and used + size > memory:
+            yield run
+            run, used = [], 0
+        run.append(item)
+        used += size
+    if run:
+        yield run
 
 
 # ------------------------------------------------------------------------------------------------------- packed layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import ClassVar
@@ -29,7 +29,7 @@ from fips.methods.fips.stages import (
     try_choices,
 )
 from fips.methods.registry import Method, register
-from fips.methods.sweep import Block, Made, PackedLayer, blocks_of, make_blocks, solve_blocks
+from fips.methods.sweep import Block, Made, PackedLayer, blocks_of, make_blocks, runs_within, solve_blocks
 from fips.methods.workbench import (
     CompressedGroup,
     Needs,
@@ -196,7 +196,8 @@ def _alone(group: GroupPlan, sublayer: Sublayer) -> GroupPlan:
 def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[Solved]:
     """Every group with the structure and size that the measured errors ask for."""
     metric = config.metric
-    chunks = list(_chunks(plan.groups, 0 if metric.propagate_errors else metric.memory))  # each behind the one before
+    memory = 0 if metric.propagate_errors else metric.memory  # with none each group is behind the one before
+    chunks = list(runs_within(plan.groups, _need, memory))
     chosen: dict[str, Split] = {}
     searches: dict[str, Search] = {}
     if config.one_shot and config.effort == "fast":
@@ -247,19 +248,9 @@ def _choose(
     return chosen, searches if keep else {}
 
 
-def _chunks(groups: Sequence[GroupPlan], memory: int) -> Iterator[list[GroupPlan]]:
-    """Runs of groups whose moments fit into a number of bytes; at least one group each."""
-    chunk: list[GroupPlan] = []
-    used = 0
-    for group in groups:
-        need = 2 * moment_bytes(group.group.sites)  # the moments and the problems made of them
-        if chunk and used + need > memory:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(group)
-        used += need
-    if chunk:
-        yield chunk
+def _need(group: GroupPlan) -> int:
+    """The moments of a group and the problems made of them."""
+    return 2 * moment_bytes(group.group.sites)
 
 
 def _least(site: Site, config: FipsConfig, item: int) -> float:
