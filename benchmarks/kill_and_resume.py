@@ -33,7 +33,15 @@ def start(args: argparse.Namespace, output: Path) -> subprocess.Popen[bytes]:
         "--sequence-length", "256", "--batch-size", "2", "--memory", "400kB", "--output", str(output),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (output.parent / "stderr.txt").open("wb") as errors:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def finish(args: argparse.Namespace, output: Path) -> None:
+    """Run to the end without a kill; a failure shows what the run said."""
+    status = start(args, output).wait()
+    if status:
+        raise RuntimeError(f"exit status {status}:\n{(output.parent / 'stderr.txt').read_text(errors='replace')}")
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -71,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         started = time.perf_counter()
-        assert start(args, place / "whole").wait() == 0
+        finish(args, place / "whole")
         seconds = time.perf_counter() - started
         expected = digest(place / "whole")
         while len(moments) < args.kills:
@@ -91,9 +99,9 @@ def main() -> None:
             sys.stdout.write(f"{moments[-1]}\n")
             sys.stdout.flush()
         while not (place / "out").exists():
-            assert start(args, place / "out").wait() == 0
+            finish(args, place / "out")
         same = digest(place / "out") == expected
-        left = sorted(path.name for path in place.iterdir() if path.name not in ("out", "whole"))
+        left = sorted(path.name for path in place.iterdir() if path.name not in ("out", "whole", "stderr.txt"))
     record = {
         "benchmark": "kill and resume",
         "date": date.today().isoformat(),
