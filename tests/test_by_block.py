@@ -32,7 +32,7 @@ from fips.formats.values import values_named
 from fips.layers.linear import factored_layers
 from fips.methods.workbench import ProgressEvent
 from fips.models import locate_layers
-from fips.solve.feedback import inverse_root, with_feedback
+from fips.solve.feedback import Rounding, inverse_root, with_feedback
 from fips.solve.oneshot import OneShot
 from fips.solve.structures import Choice, Pricing
 from fips.storage.work import WorkDirectory
@@ -237,6 +237,11 @@ def problem(rows: int = 12, columns: int = 20) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, columns, generator=generator), x.T @ x / 200
 
 
+class ToWhole(Rounding):
+    def nearest(self, columns: Tensor) -> Tensor:
+        return columns.round()
+
+
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("columns", [20, 150])
 def test_feedback_is_that_of_single_columns_in_double_precision(pruned: bool, columns: int) -> None:
@@ -245,7 +250,7 @@ def test_feedback_is_that_of_single_columns_in_double_precision(pruned: bool, co
     moment_KK = moment_KK + 0.1 * moment_KK.diagonal().mean() * torch.eye(columns)
     mask_JN = torch.rand(columns, len(matrix_NK), generator=torch.Generator().manual_seed(1)) < 0.5
     choose = (lambda costs_JN, start: mask_JN[start : start + len(costs_JN)]) if pruned else None
-    found_NK, mask_NK = with_feedback(matrix_NK, inverse_root(moment_KK, 0.0), torch.round, choose)
+    found_NK, mask_NK = with_feedback(matrix_NK, inverse_root(moment_KK, 0.0), ToWhole(), choose)
     rest, left = matrix_NK.double().clone(), moment_KK.double()
     expected = torch.empty_like(rest)
     for column in range(columns):

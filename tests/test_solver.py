@@ -35,7 +35,7 @@ from fips.solve.factors import refit, sparse_factors
 from fips.solve.patterns import unstructured_masks
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
-from fips.solve.rounding import Grid, round_factor, round_rows, row_steps
+from fips.solve.rounding import Grid, grid_steps, round_factor, round_rows
 from fips.solve.search import GroupSearch
 from fips.solve.structures import Choice, Point, Pricing, expected_error
 from fips.solve.supports import ByteBudget
@@ -545,8 +545,8 @@ def test_rounding_stays_on_the_grid_and_support_and_feedback_pays(axis: int) -> 
 def test_rounding_in_a_plain_metric_is_to_the_nearest() -> None:
     matrix = torch.randn(7, 300, generator=torch.Generator().manual_seed(0))
     mask, ones = torch.ones_like(matrix, dtype=torch.bool), torch.ones(300)
-    steps = row_steps(matrix, ones, values=named_integers(4))
-    integers, _ = round_rows(matrix, mask, torch.eye(300), ones, steps, values=named_integers(4))
+    steps, _ = grid_steps(matrix, ones, values=named_integers(4), dtype=torch.float32)
+    integers, _ = round_rows(matrix, mask, torch.eye(300), ones, steps.unsqueeze(1), values=named_integers(4))
     assert torch.equal(integers, (matrix / steps.unsqueeze(1)).round().clamp(-7, 7))
     clipped = (matrix.abs().amax(1) / 7).unsqueeze(1)
     plain = ((matrix / clipped).round() * clipped - matrix).square().sum(1)
@@ -690,7 +690,7 @@ class TestTrainedGrid:
     def test_starts_at_the_solved_factor(self, role: str) -> None:
         group, factor, steps_N = self.group(role)
         assert torch.equal(group.layers[0].factor(), factor)
-        assert torch.equal(group.layers[0].grid.steps().flatten(), steps_N.float())
+        assert torch.equal(group.layers[0].grid.steps(), steps_N.float())
 
     @pytest.mark.parametrize("role", ["up", "down"])
     def test_close_decisions_are_the_first_to_change(self, role: str) -> None:
@@ -712,11 +712,13 @@ class TestTrainedGrid:
         layer.factor().square().sum().backward()
         optimizer.step()
         with torch.no_grad():
-            trained, steps = layer.factor(), layer.grid.steps()
+            trained, steps = layer.factor(), layer.grid.grid.spread(layer.grid.steps())
         assert torch.equal(steps, steps.bfloat16().float())
         assert torch.equal(trained, (trained / steps).round().clamp(-7, 7) * steps)
         assert not trained[~layer.mask_RF].any()
-        assert (trained / steps).abs().sum() < (factor / layer.grid.start).abs().sum()  # integers moved as well
+        assert (trained / steps).abs().sum() < (
+            factor / layer.grid.grid.spread(layer.grid.start)
+        ).abs().sum()  # integers moved as well
 
     @pytest.mark.parametrize("role", ["up", "down"])
     def test_what_is_found_is_what_the_layer_computes(self, role: str) -> None:
@@ -733,7 +735,7 @@ class TestTrainedGrid:
         weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
         (layer.factor() * weight).sum().backward()
         integers = layer.entries_RF.detach().round() * layer.mask_RF
-        wanted = (weight * integers).sum(1, keepdim=True) * steps_N.float().unsqueeze(1)
+        wanted = (weight * integers).sum(1) * steps_N.float()
         assert torch.allclose(layer.grid.growth.grad, wanted, rtol=1e-4, atol=1e-4)
         assert torch.allclose(layer.entries_RF.grad, weight * steps_N.float().unsqueeze(1) * layer.mask_RF)
 

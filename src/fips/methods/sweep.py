@@ -67,19 +67,26 @@ def blocks_of(plan: CompressionPlan) -> list[Block]:
 
 
 def make_blocks(
-    bench: Workbench, blocks: Sequence[Block], stage: str, make: Make, *, memory: int, errors: bool = False
+    bench: Workbench,
+    blocks: Sequence[Block],
+    stage: str,
+    make: Make,
+    *,
+    memory: int,
+    errors: bool = False,
+    hold: bool = False,
 ) -> Iterator[Made]:
     """What ``make`` makes of every block, in their order; ``memory`` bounds the moments held at a time.
 
     At least those of one block are held. With ``errors`` what is made are layers, and another piece holds the error of
-    their block.
+    their block. With ``hold`` moments say what a part of the data says alone, too.
     """
     run = _Pass(bench, blocks, stage, make, errors)
     left = [block for block in blocks if not run.is_made(block)]
     if left:
-        with bench.sweep([block.name for block in blocks], recorded=RECORDED if errors else 0) as sweep:
+        with bench.sweep([block.name for block in blocks], recorded=RECORDED if errors else 0, hold=hold) as sweep:
             waiting = 1 if bench.ranks.count == 1 else -(-CHUNKS // bench.ranks.count)  # parts of the moments
-            units = runs_within(blocks, lambda block: (1 + waiting) * block.moment_bytes, memory)
+            units = runs_within(blocks, lambda block: (1 + hold + waiting) * block.moment_bytes, memory)
             for unit in units if Needs.INPUTS in bench.needs else [list(blocks)]:
                 run.make_unit(sweep, unit)
     for block in blocks:

@@ -246,13 +246,15 @@ class Workbench:
         self.cache = {} if self.cache is None else self.cache
 
     @contextmanager
-    def sweep(self, blocks: Sequence[str], name: str = "all", *, recorded: int = 0) -> Iterator[Sweep]:
+    def sweep(
+        self, blocks: Sequence[str], name: str = "all", *, recorded: int = 0, hold: bool = False
+    ) -> Iterator[Sweep]:
         """A pass over the data, a few of the blocks, in the order in which they run, at a time."""
         with (
             ActivationSpool(self.config.activation_memory) as spool,
             Sweep(
                 self.model, blocks, lambda: self.counted("measure", name), len(self.batches), self.run_body, spool,
-                self.device, recorded=recorded, ranks=self.ranks,
+                self.device, recorded=recorded, ranks=self.ranks, hold=hold,
             ) as found,
         ):  # fmt: skip
             yield found
@@ -391,8 +393,9 @@ def pack_group(
         else:
             grid = found.grids[index]
             layer = FactoredLinear.from_integers(
-                basis, grid.codes_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values
-            )
+                basis, grid.codes_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values,
+                group_scales=grid.group_steps,
+            )  # fmt: skip
         layer.bias = bias
         layer.conv1d = site.conv1d
         layers[site.name] = layer
