@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 import fips
 from fips.calibration.influence import collect_influence
 from fips.calibration.inputs import few_examples
+from fips.calibration.moments import LayerMoments
 from fips.calibration.record import ActivationSpool
 from fips.calibration.relay import NotAChain, Relay
 from fips.calibration.sweep import Sweep
@@ -117,6 +118,44 @@ def test_a_moment_is_the_mean_of_the_products(spool: ActivationSpool) -> None:
     torch.testing.assert_close(found[mlp.sites[0].name].inputs_II, x_TI.T @ x_TI / len(x_TI))
     assert found[mlp.sites[0].name] is found[mlp.sites[1].name]
     assert found[mlp.sites[2].name] is not found[mlp.sites[0].name]
+
+
+def test_what_is_held_out_and_how_much_of_a_moment_is_noise() -> None:
+    """Held-out and fitted moments, about the mean of all, add up; the noise is what more data would take away."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.linspace(0.2, 2, 24)
+
+    def moments(tokens: int) -> tuple[LayerMoments, Tensor]:
+        x = torch.randn(8, tokens, 24, generator=generator) * spread + 3
+        whole: LayerMoments | None = None
+        for part in x:
+            own = LayerMoments(torch.zeros(24, 24), torch.zeros(24), torch.zeros(0, 0))
+            own.add_inputs(part, None)
+            own.note_part()
+            if whole is None:
+                whole = own
+            else:
+                whole.absorb(own, hold=whole.parts % 2 == 1)
+        assert whole is not None
+        whole.finish(centered=True, examples=1)
+        return whole, x
+
+    found, x = moments(40)
+    assert found.held is not None
+    assert found.noise is not None
+    apart = x.flatten(0, 1) - x.mean((0, 1))
+    halves = apart.view(8, 40, 24)
+    for moment, part in ((found.held.inputs_II, halves[1::2]), (found.fitted_II, halves[::2])):
+        flat = part.flatten(0, 1)
+        assert torch.allclose(moment, flat.T @ flat / 160, atol=1e-4)
+    truth = torch.diag(spread.square())
+    identity = truth.diagonal().mean() * torch.eye(24)
+    wanted = float((found.inputs_II - truth).square().sum() / (found.inputs_II - identity).square().sum())
+    assert found.noise == pytest.approx(wanted, rel=0.35)
+    assert found.fitted_noise == pytest.approx(2 * found.noise)
+    much, _ = moments(4000)
+    assert much.noise is not None
+    assert much.noise < 0.03 * found.noise
 
 
 def test_each_block_of_a_chain_runs_once_per_batch(spool: ActivationSpool) -> None:

@@ -20,7 +20,7 @@ from fips.calibration.moments import collect_moments
 from fips.calibration.preserve import preserved
 from fips.errors import BudgetError
 from fips.formats.masks import nm_mask
-from fips.formats.packed import to_dense
+from fips.formats.packed import in_place
 from fips.formats.patterns import pattern_for
 from fips.formats.values import integers as named_integers
 from fips.formats.values import values_named
@@ -28,7 +28,7 @@ from fips.layers.linear import factored_layers
 from fips.methods.fips import Fips, FipsConfig, stages
 from fips.methods.workbench import Workbench, dense_matrix
 from fips.models import group_layers, locate_layers
-from fips.solve.allocate import allocate, expected_total
+from fips.solve.allocate import allocate, expected_total, tempered
 from fips.solve.alternate import alternate, prune
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import refit, sparse_factors
@@ -470,9 +470,10 @@ def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trai
     for grid, layer in zip(grids, layers, strict=True):
         assert grid.codes_RF.dtype == torch.int8
         if not trained:
-            packed = replace(layer.packed(), scales_N=torch.ones(layer.factor_shape[0]))
-            assert torch.equal(layer.role.to_factor(to_dense(packed)), grid.codes_RF.float())
+            assert torch.equal(layer.role.to_factor(in_place(layer.packed())), grid.codes_RF)
             assert torch.equal(layer.scales, grid.steps_N)
+            if grid.group_steps is not None:
+                assert torch.equal(layer.group_scales, grid.group_steps)
 
 
 @pytest.mark.slow
@@ -740,6 +741,18 @@ class TestTrainedGrid:
         assert torch.allclose(layer.entries_RF.grad, weight * steps_N.float().unsqueeze(1) * layer.mask_RF)
 
 
+def test_levels_of_layers_are_believed_by_half() -> None:
+    """Of two layers alike, errors a hundredfold apart, the louder gets less than plain sums would say."""
+
+    def curve(level: float) -> list[Point]:
+        return [Point(Choice(False, "unstructured", f"int{b}"), b, level * 4.0**-b) for b in range(2, 9)]
+
+    loud, quiet = curve(100.0), curve(1.0)
+    assert [size for _, size in allocate([loud, quiet], 10.0)] == pytest.approx([6.7, 3.3], abs=0.4)
+    assert [size for _, size in allocate(tempered([loud, quiet]), 10.0)] == pytest.approx([5.8, 4.2], abs=0.4)
+    assert tempered([quiet])[0][0].loss / tempered([quiet])[0][1].loss == pytest.approx(4)
+
+
 @pytest.mark.slow
 def test_stages_run_by_hand_for_one_group_alone() -> None:
     """What one group becomes does not hang on the others but by its size."""
@@ -758,9 +771,13 @@ def test_stages_run_by_hand_for_one_group_alone() -> None:
         assert bench.survey([group.group for group in plan.groups]) == {}
         curves, searches = [], []
         for group in plan.groups:
-            searches.append(stages.open_search(bench, group, config, stages.measure(bench, config, [group])))
-            curves.append(stages.try_choices(searches[-1], group, config))
-        split = allocate([*itertools.chain(*curves)], sum(stages.group_share(group, config) for group in plan.groups))
+            moments = stages.measure(bench, config, [group], hold=True)
+            trial = stages.open_search(bench, group, config, moments, trial=True)
+            curves.append(stages.try_choices(trial, group, config))
+            searches.append(stages.open_search(bench, group, config, moments))
+        split = allocate(
+            tempered([*itertools.chain(*curves)]), sum(stages.group_share(group, config) for group in plan.groups)
+        )
         last = split[-len(curves[-1]) :]
         _, layers = stages.pack(stages.solve(bench, plan.groups[-1], config, searches[-1], last))
     fips.compress(model, batches, config)

@@ -109,12 +109,14 @@ class LayerMoments:
 
     def note_part(self) -> None:
         """These are the sums of one part of the data: its norms are kept, as ``finish`` compares parts."""
-        if self.weight > 0:
-            inputs_II, mean_I = self.inputs_II / self.weight, self.mean_I / self.weight
-            self.squares = self.weight * float(inputs_II.square().sum())
-            inputs_II -= torch.outer(mean_I, mean_I)
-            self.centered_squares = self.weight * float(inputs_II.square_().sum())
-            self.parts = 1
+        if self.weight == 0:
+            return
+        mean_I = self.mean_I.double() / self.weight
+        square = _square(self.inputs_II) / self.weight**2
+        across = float((self.inputs_II @ self.mean_I).double() @ mean_I) / self.weight**2
+        self.parts = 1
+        self.squares = self.weight * square
+        self.centered_squares = self.weight * max(square - 2 * across + float(mean_I @ mean_I) ** 2, 0.0)
 
     def absorb(self, part: LayerMoments, *, hold: bool = False) -> None:
         """Add the sums of other batches; with ``hold`` they count among those held out."""
@@ -179,12 +181,17 @@ class LayerMoments:
             self.inputs_II -= torch.outer(self.mean_I, self.mean_I)
         if self.parts > 1:
             mean_square = (self.centered_squares if self.centered else self.squares) / self.weight
-            square, size = float(self.inputs_II.square().sum()), len(self.inputs_II)
+            square, size = _square(self.inputs_II), len(self.inputs_II)
             apart = square - float(self.inputs_II.diagonal().sum()) ** 2 / size
             spread = max(mean_square - square, 0.0) / (self.parts - 1)
             self.noise = min(spread / apart, 1.0) if apart > 0 else 1.0
         if self.held is not None:
             self.held = None if self.held.weight in (0, self.weight) else self.held.about(self.mean_I * self.centered)
+
+
+def _square(matrix: Tensor) -> float:
+    """Of the Frobenius norm, without a copy of the matrix."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 class HeldOut(NamedTuple):
@@ -195,10 +202,11 @@ class HeldOut(NamedTuple):
     weight: float
 
     def about(self, mean_I: Tensor) -> HeldOut:
-        """From sums to a moment about a mean."""
+        """From sums to a moment about a mean, in their place."""
         own_I = self.mean_I / self.weight
-        cross_II = torch.outer(mean_I, own_I)
-        inputs_II = self.inputs_II / self.weight - cross_II - cross_II.T + torch.outer(mean_I, mean_I)
+        inputs_II = self.inputs_II.div_(self.weight)
+        for left_I, right_I, sign in ((mean_I, own_I, -1), (own_I, mean_I, -1), (mean_I, mean_I, 1)):
+            inputs_II.addr_(left_I, right_I, alpha=sign)
         return HeldOut(inputs_II, own_I, self.weight)
 
 

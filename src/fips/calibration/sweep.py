@@ -219,19 +219,19 @@ class _Taps(AbstractContextManager["_Taps"]):
         if self._number is None:
             return
         if self._ranks.count == 1:
-            self._absorb(self._number, self._chunk)
+            self._absorb(self._chunk)
         else:
             self._parts[self._number] = self._chunk
         self._chunk = {}
 
-    def _absorb(self, number: int, parts: Mapping[str, LayerMoments]) -> None:
+    def _absorb(self, parts: Mapping[str, LayerMoments]) -> None:
         for name, part in parts.items():
             part.note_part()
             whole = self.total.get(name)
             if whole is None:
                 self.total[name] = part  # the first part is never held out
             else:
-                whole.absorb(part, hold=self._hold and number % 2 == 1)
+                whole.absorb(part, hold=self._hold and whole.parts % 2 == 1)
 
     def _exchange(self) -> None:
         """Bring the parts of every layer together at its owner, in the order of the chunks."""
@@ -256,7 +256,7 @@ class _Taps(AbstractContextManager["_Taps"]):
                 part = LayerMoments.empty(site, self._device, gradients=False) if own is None else own
                 part.collect(ranks, source, target)
                 if ranks.index == target:
-                    self._absorb(number, {name: part})
+                    self._absorb({name: part})
 
     def _hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:

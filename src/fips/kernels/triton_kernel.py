@@ -450,8 +450,8 @@ if triton is not None:
         x_ptr, values, pattern, starts, table, scales, group_scales, bias, y_ptr, tokens, rows, cols, stride_t,
         stride_k, pattern_bytes, value_bytes, split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr,
         SCALE_GROUP: tl.constexpr, UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr,
-        WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ALONE: tl.constexpr,
-        WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+        WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+        ALONE: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
     ) -> None:  # fmt: skip
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -561,6 +561,6 @@ if triton is not None:
                 before = _popcount(bits[:, :, None] & ((1 << j) - 1))
                 stored = _stored(values, place[:, :, None] + before * stride, present, value_bytes, BITS)
             columns = k[None, :, None] + j
-            stored = _in_group(stored, group_scales, row[:, :, None], columns, cols, keep, SCALE_GROUP)
-            entries = tl.where(present, stored.to(tl.float32) * scale[:, None, None], 0.0)
+            step = _in_group(scale[:, None, None], group_scales, row[:, :, None], columns, cols, keep, SCALE_GROUP)
+            entries = tl.where(present, stored.to(tl.float32) * step, 0.0)
             tl.store(dense + at, entries.to(dense.dtype.element_ty), mask=keep)

@@ -183,7 +183,8 @@ class FactoredLinear(nn.Module):
         """Pack integers (int8, within the bits of ``values``), or the codes of another grid, on their support.
 
         ``scales``, in the type they are stored in, are what the integers of every stored row are multiplied by, as in
-        ``from_factor``, and ``group_scales`` what those of every group are multiplied by before. Raises ``ConfigError`` for another number of them, or if ``values`` are floating.
+        ``from_factor``, and ``group_scales`` what those of every group are multiplied by before. Raises ``ConfigError``
+        for another number of them, or if ``values`` are floating.
         """
         numbers = values_named(values)
         if not numbers.scaled:

@@ -228,7 +228,7 @@ class Workbench:
             cache[key] = measure()
         return cache[key]
 
-    def input_moments(self, name: str, groups: Sequence[LayerGroup]) -> dict[str, LayerMoments]:
+    def input_moments(self, name: str, groups: Sequence[LayerGroup], *, hold: bool = False) -> dict[str, LayerMoments]:
         """Second moments of what the layers of some groups read, all tokens alike."""
         assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
 
@@ -236,7 +236,7 @@ class Workbench:
         blocks = list(dict.fromkeys(block for group in groups for block in group.blocks))
 
         def measure() -> dict[str, LayerMoments]:
-            with self.sweep(blocks, name) as sweep:
+            with self.sweep(blocks, name, hold=hold) as sweep:
                 return sweep.step(len(blocks), sites).moments
 
         return self.cached([site.name for site in sites], ("inputs",), measure)

@@ -65,6 +65,10 @@ class Fips(Method[FipsConfig]):
         return self.config.one_shot and not (self.trains_blocks or self.trains_model)
 
     @property
+    def holds_out(self) -> bool:
+        return self.by_block and self.config.effort == "default"
+
+    @property
     def influence_examples(self) -> int:
         return self.config.metric.gradient_examples
 

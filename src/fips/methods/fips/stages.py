@@ -67,12 +67,17 @@ Split = Sequence[tuple[Choice, float]]
 """Structure and bytes of a group: of all its layers together where they share a basis, else of each."""
 
 
-def measure(bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan]) -> dict[str, LayerMoments]:
-    """Stage: second moments of what the layers of some groups read and of the gradients of what they write."""
+def measure(
+    bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan], *, hold: bool = False
+) -> dict[str, LayerMoments]:
+    """Stage: second moments of what the layers of some groups read and of the gradients of what they write.
+
+    With ``hold`` those of inputs say what a part of the data says alone, too.
+    """
     sites = [site for group in groups for site in group.group.sites]
     name = groups[0].group.name if len(groups) == 1 else "all"
     if config.one_shot:
-        return bench.input_moments(name, [group.group for group in groups])
+        return bench.input_moments(name, [group.group for group in groups], hold=hold)
     metric = config.metric
     return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
 
