@@ -7,6 +7,7 @@ made again. With several ranks each measures its part of the data and makes its 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,6 +31,8 @@ from fips.training.factors import swapped
 from fips.training.reconstruct import BlockError, block_errors
 
 __all__ = ["Block", "Made", "PackedLayer", "blocks_of", "make_blocks", "runs_within", "solve_blocks"]
+
+log = logging.getLogger(__name__)
 
 RECORDED = 4
 """Batches on which the error of a block is measured."""
@@ -172,8 +175,23 @@ class _Pass:
 
         found = measured("the errors of blocks", errors) or ()
         for block in blocks:
-            own = [asdict(one) for one in found if one.block == block.name]
-            bench.store.put(f"errors-{block.name}", {}, {"errors": own})
+            own = [one for one in found if one.block == block.name]
+            bench.store.put(f"errors-{block.name}", {}, {"errors": [asdict(one) for one in own]})
+            _say_finished(bench, block, own)
+
+
+def _say_finished(bench: Workbench, block: Block, errors: Sequence[BlockError]) -> None:
+    """A line for the log: size, error and time of a block."""
+    made = bench.store.get(f"solve-{block.name}")
+    if made is None:
+        return
+    tensors, fields = made
+    stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith(".bias"))
+    weights = sum(site.width * site.hidden for site in block.sites)
+    error = f"relative error {errors[0].relative:.2e}, " if errors else ""
+    line = f"{block.name}: {8 * stored / weights:.3f} bits per weight, {error}{fields['seconds']:.1f} s"
+    log.info("%s", line)
+    bench.store.log(line)
 
 
 def runs_within(items: Sequence[T], need: Callable[[T], int], memory: int) -> Iterator[list[T]]:

@@ -112,6 +112,9 @@ class Store(Protocol):
 
     def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None: ...
 
+    def log(self, line: str) -> None:
+        """Say what was finished, for those who look into it."""
+
 
 class MemoryStore:
     """A store that lasts as long as the process."""
@@ -127,6 +130,9 @@ class MemoryStore:
 
     def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
         self._held[name] = dict(tensors), dict(fields)
+
+    def log(self, line: str) -> None:
+        pass
 
 
 @dataclass(slots=True)
