@@ -28,7 +28,7 @@ VALUES: tuple[Any, ...] = (
 ADDED = ("pytorch_model.bin", "model-00001-of-00002.safetensors", "tokenizer.json", "x.py", "notes.md",
          "preprocessor_config.json", "chat_template.jinja", "model.bak", "adapter_model.safetensors")  # fmt: skip
 FORMATS = ("dense", "bitmask", "2:4", "4:16", "1:2", "8:16", "3:7", "1:16", "31:32", "block4", "block8")
-KINDS = ("float", "int8", "int7", "int6", "int5", "int4", "int3", "int2")
+KINDS = ("float", "int8", "int7", "int6", "int5", "int4", "int3", "int2", "int4g32", "int8g16")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Tensors:
 
     def pick(self, rng: Random, *endings: str) -> str:
         """Mostly a tensor with such a name, or of a packed layer."""
-        endings = endings or (".values", ".pattern", ".scales", ".bias")
+        endings = endings or (".values", ".pattern", ".scales", ".group_scales", ".bias")
         packed = [name for name in self.entries if name.endswith(endings) or "fips_bases" in name]
         return rng.choice(packed if packed and rng.random() < 0.7 else list(self.entries))
 
@@ -361,9 +361,9 @@ def rebuild_layer(rng: Random, directory: Path) -> str:
     rows, cols = (entry["columns"], rank) if entry["role"] == "up" else (rank, entry["columns"])
     pattern, kept = random_pattern(rng, rows * cols, entry["format"])
     entry["nonzeros"] = max(0, kept + rng.choice([0, 0, 0, 0, 0, 0, 1, -1, 8, -8, 1000]))
-    for key in ("values", "pattern", "scales"):
+    for key in ("values", "pattern", "scales", "group_scales"):
         tensors.entries.pop(f"{name}.{key}", None)
-    bits = values_named(entry["values"]).bits
+    bits, groups = values_named(entry["values"]).bits, values_named(entry["values"]).num_scales_of(rows, cols)[1]
     if bits is None:
         dtype = rng.choice(["F32", "BF16", "F16", "F64"])
         tensors.entries[f"{name}.values"] = (dtype, [entry["nonzeros"]], b"\x3c" * entry["nonzeros"] * SIZES[dtype])
@@ -371,6 +371,9 @@ def rebuild_layer(rng: Random, directory: Path) -> str:
         length = packed_length(entry["nonzeros"], bits)
         tensors.entries[f"{name}.values"] = ("I8" if bits == 8 else "U8", [length], rng.randbytes(length))
         tensors.entries[f"{name}.scales"] = ("F32", [rows], struct.pack("<f", rng.choice([0.01, -0.01, 0.0])) * rows)
+    if groups:
+        content["quantization_config"]["format_version"] = rng.choice([2, 2, 2, 1])
+        tensors.entries[f"{name}.group_scales"] = ("U8", [groups], rng.randbytes(groups))
     if entry["format"] != "dense":
         tensors.entries[f"{name}.pattern"] = ("U8", [len(pattern)], pattern)
     tensors.write()

@@ -90,6 +90,9 @@ RECIPES = {
         "llama", (("block4", "float"), ("block8", "int8"), ("block8", "float"), ("block4", "int6")), layers=2
     ),
     "narrow": Recipe("llama", (("bitmask", "int4"), ("full", "int3"), ("bitmask", "int7"), ("full", "int2")), layers=2),
+    "groups": Recipe(
+        "llama", (("bitmask", "int4g32"), ("full", "int3g16"), ("4:16", "int8g64"), ("block4", "int5g128"))
+    ),
     "conv1d": Recipe("gpt2", (("bitmask", "float"), ("4:16", "int4"), ("full", "int8")), layers=2),
     "sharded": Recipe("llama", (("bitmask", "int8"), ("full", "float")), shard=20_000),
     "images": Recipe("vit", (("bitmask", "int8"), ("full", "int4"))),

@@ -59,7 +59,7 @@ def test_wanda_keeps_the_same_number_in_every_row_by_weight_times_input() -> Non
 
 
 def test_gptq_beats_rounding_to_the_nearest_on_the_outputs() -> None:
-    integers, steps = gptq(weight(), moment(), values=values_named("int3"), dtype=torch.float32)
+    integers, steps, _ = gptq(weight(), moment(), values=values_named("int3"), dtype=torch.float32)
     assert integers.dtype == torch.int8
     assert integers.abs().max() <= 3
     rounded = integers * steps.unsqueeze(1)

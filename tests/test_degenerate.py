@@ -493,7 +493,7 @@ def test_every_method_gives_finite_weights_on_degenerate_layers_and_data(method:
 def test_published_methods_take_any_moment(moment: Tensor) -> None:
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
     basis, (factor,) = shared_whitened_svd([weight.T.contiguous()], moment, rank=5)
-    codes, steps = gptq(weight, moment, values=integers(4), dtype=torch.float32)
+    codes, steps, _ = gptq(weight, moment, values=integers(4), dtype=torch.float32)
     found = {
         "gptq": codes * steps.unsqueeze(1),
         "sparsegpt": sparsegpt(weight, moment, density=0.5)[0],

@@ -107,7 +107,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 
 def test_what_is_measured_by_default() -> None:
-    assert [one.name for one in automatic_values()] == ["int3", "int4", "int5", "int6", "int8"]
+    names = ["int3", "int4", "int4g64", "int5", "int5g64", "int6", "int8"]
+    assert [one.name for one in automatic_values()] == names
     errors = [values_named(f"int{bits}").rounding_error for bits in range(2, 9)]
     assert errors == sorted(errors, reverse=True)
     assert pattern_for("unstructured") is pattern_named("bitmask")

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install fips[
 
 from dataclasses import replace
 
-from test_kernels import FORMATS, TOLERANCE, assert_close, exact, example, inputs, narrow
+from test_kernels import FORMATS, TOLERANCE, assert_close, exact, exact_grouped, example, grouped, inputs, narrow
 
 from fips.errors import BackendError, ShapeError
 from fips.formats.packed import Packed, in_place, to_dense
@@ -28,16 +28,19 @@ from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models.sites import Role
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = FORMATS if DEVICE == "cuda" else ["full", "bitmask", "2:4", "4:16", "block4"]
+"""In the interpreter, which is slow, one format of every kind that the kernels tell apart."""
 
 
 def moved(packed: Packed) -> Packed:
     scales = None if packed.scales_N is None else packed.scales_N.to(DEVICE)
     values, pattern = packed.values_Z.to(DEVICE), packed.pattern.to(DEVICE)
-    return replace(packed, values_Z=values, pattern=pattern, scales_N=scales)
+    groups = None if packed.group_scales is None else packed.group_scales.to(DEVICE)
+    return replace(packed, values_Z=values, pattern=pattern, scales_N=scales, group_scales=groups)
 
 
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", KINDS)
 @pytest.mark.slow
 def test_the_triton_kernel_agrees_with_float64(fmt: str, values: torch.dtype) -> None:
     for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
@@ -54,7 +57,7 @@ def test_the_triton_kernel_agrees_with_float64(fmt: str, values: torch.dtype) ->
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", KINDS)
 @pytest.mark.slow
 def test_narrow_integers_are_cut_out_of_their_bytes(fmt: str, bits: int) -> None:
     packed = narrow(example(fmt, (72, 144), dtype=torch.int8), bits)
@@ -65,6 +68,20 @@ def test_narrow_integers_are_cut_out_of_their_bytes(fmt: str, bits: int) -> None
     assert_close(
         y, x.double() @ to_dense(replace(packed, scales_N=packed.scales_N.double())).T, TOLERANCE[torch.float32]
     )
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (3, 32), (8, 64)])
+@pytest.mark.parametrize("fmt", ["full", "bitmask", "4:16", "block4"])
+@pytest.mark.slow
+def test_group_scales(fmt: str, bits: int, group: int) -> None:
+    for shape in ((72, 144), (24, 544)):
+        packed = grouped(example(fmt, shape, dtype=torch.int8), bits, group)
+        prepared = triton_kernel.prepare(moved(packed))
+        for tokens, dtype in ((5, torch.float32), (3, torch.bfloat16)):
+            x = inputs(tokens, shape[1], dtype)
+            y = triton_kernel.multiply(x.to(DEVICE), prepared).cpu()
+            assert_close(y, exact_grouped(x, packed), TOLERANCE[dtype])
+        assert torch.equal(triton_kernel.decode(prepared, torch.float32).cpu(), to_dense(packed))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (13, 77), (65, 130)])
@@ -112,7 +129,7 @@ def test_a_token_with_nan_or_inf_hurts_itself_alone() -> None:
 
 
 @pytest.mark.parametrize("bits", [0, 3])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", KINDS)
 @pytest.mark.slow
 def test_splits_of_the_columns_add_up_and_decode_exactly(fmt: str, bits: int) -> None:
     for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):

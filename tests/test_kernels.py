@@ -52,7 +52,7 @@ def example(
         mask = nm_mask(matrix.abs(), n=int(fmt.partition(":")[0]), m=int(fmt.partition(":")[2]), dim=1)
     scales = None
     if dtype == torch.int8:
-        scales = integers(8).scales(matrix, mask)
+        scales, _ = integers(8).fitted_scales(matrix, mask, torch.float32)
         matrix = integers(8).quantize(matrix, scales)
     else:
         matrix = matrix.to(dtype)
@@ -145,6 +145,58 @@ def test_integers_of_few_bits_agree_with_float64(fmt: str, bits: int, isa: str) 
                 assert_close(reference.multiply(x, packed), exact(x, wide), TOLERANCE[dtype])
 
 
+def grouped(packed: Packed, bits: int, group: int) -> Packed:
+    """The matrix with integers of some bits and random group scales, some of them 0."""
+    packed = packed if bits == 8 else narrow(packed, bits)
+    rows, cols = packed.shape
+    count = rows * -(-cols // group)
+    scales = torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(group), dtype=torch.uint8)
+    return replace(packed, value_format=f"int{bits}g{group}", group_scales=scales)
+
+
+def exact_grouped(x: Tensor, packed: Packed) -> Tensor:
+    assert packed.scales_N is not None
+    return x.double() @ to_dense(replace(packed, scales_N=packed.scales_N.double())).T
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (3, 32), (8, 32), (4, 64), (5, 128), (8, 128)])
+@pytest.mark.parametrize("fmt", ["full", "bitmask", "4:16", "2:4", "block4"])
+@pytest.mark.slow
+def test_group_scales_on_every_path(fmt: str, bits: int, group: int, isa: str) -> None:
+    for shape in ((96, 160), (40, 384), *SHAPES):
+        for axis in (0, 1) if fmt == "block4" else (1,):
+            if not fits(fmt, shape, axis):
+                continue
+            packed = grouped(example(fmt, shape, dtype=torch.int8, axis=axis), bits, group)
+            prepared = cpu.prepare(packed)
+            for tokens in (1, 2, 3, 4, 7, 33):
+                dtype = torch.bfloat16 if tokens in (3, 7) else torch.float32
+                x = inputs(tokens, shape[1], dtype)
+                expected = exact_grouped(x, packed)
+                assert_close(reference.multiply(x, packed), expected, TOLERANCE[dtype])
+                for path in cpu.PATHS:
+                    try:
+                        y = cpu.multiply(x, prepared, path=path, isa=isa)
+                    except BackendError:
+                        assert path in ("direct", "tiles")
+                        continue
+                    assert_close(y, expected, TOLERANCE[dtype])
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+def test_group_scales_and_tokens_with_inf(isa: str) -> None:
+    packed = grouped(example("bitmask", (24, 80), dtype=torch.int8), 4, 32)
+    x = inputs(5, 80, torch.float32)
+    x[1, 5], x[3, 7], x[4] = float("nan"), float("inf"), x[4] * 1e35
+    y, dense = cpu.multiply(x, cpu.prepare(packed), isa=isa), torch.nn.functional.linear(x, to_dense(packed))
+    assert torch.equal(y.isfinite(), dense.isfinite())
+    assert_close(y[[0, 2]], exact_grouped(x[[0, 2]], packed), TOLERANCE[torch.float32])
+    assert_close(y[4:], exact_grouped(x[4:], packed), TOLERANCE[torch.float32])
+
+
 @needs_library
 @pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize("shape", SHAPES)
@@ -217,7 +269,7 @@ def test_long_rows_are_multiplied_in_parts(fmt: str, values: torch.dtype, isa: s
 def test_all_empty_and_all_full(kept: bool, values: torch.dtype) -> None:
     matrix = torch.randn(37, 70)
     mask = torch.full((37, 70), kept)
-    scales = integers(8).scales(matrix, mask) + 1e-9 if values == torch.int8 else None
+    scales = integers(8).fitted_scales(matrix, mask, torch.float32)[0] + 1e-9 if values == torch.int8 else None
     stored = matrix.to(values) if scales is None else integers(8).quantize(matrix, scales)
     kind = "float" if scales is None else "int8"
     packed = Packed(*pattern_named("bitmask").pack(stored, mask), scales, (37, 70), "bitmask", 1, kind)
@@ -324,7 +376,7 @@ def test_gradients_of_the_operator(fmt: str, axis: int) -> None:
 def test_the_operator_compiles() -> None:
     packed = example("bitmask", (96, 160))
     x = inputs(6, 160, torch.float32)
-    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, "float", 0)
+    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, "float", 0, None)
     torch.library.opcheck(torch.ops.fips.packed_linear, sample, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -540,6 +592,7 @@ MATRIX_LIES = [
     ("format", -1), ("format", 5), ("value_type", 4), ("value_type", -1), ("value_type", 1), ("values", None),
     ("num_values", -1), ("num_values", BIG), ("value_bytes", 0), ("value_bytes", -1), ("pattern_bytes", -1),
     ("value_bits", 1), ("value_bits", 9), ("value_bits", 64), ("num_scales", 1), ("m", -4), ("n", 99),
+    ("scale_group", 32), ("scale_group", -1), ("num_group_scales", 80), ("group_scales", 4096),
 ]  # fmt: skip
 
 

@@ -124,6 +124,32 @@ def test_integers_are_packed_as_they_are(role: str) -> None:
         FactoredLinear.from_integers(None, integers, mask, scales, role=role, fmt="bitmask", values="float")
 
 
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_group_scales_follow_the_largest_of_every_group(role: Role, group: int) -> None:
+    """Rows of 80 columns, the last group short: no group errs by more than half its own step, coarse as rows may be."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (80, 24) if role == "up" else (24, 80)  # (width, hidden): the sum runs over 80
+    sizes = torch.logspace(-2, 0, 80)
+    factor = torch.randn(shape, generator=generator) * (sizes.unsqueeze(1) if role == "up" else sizes)
+    mask = torch.rand(shape, generator=generator) < 0.7
+    layer = FactoredLinear.from_factor(None, factor, mask, role=role, fmt="bitmask", values=f"int4g{group}")
+    assert layer.group_scales.dtype == torch.uint8
+    assert layer.group_scales.shape == (24 * -(-80 // group),)
+    wanted_NK, found_NK = ((factor * mask).T if role == "up" else factor * mask), layer.factor().detach()
+    for start in range(0, 80, group):
+        part, got = wanted_NK[:, start : start + group], found_NK[:, start : start + group]
+        step = part.abs().amax(1, keepdim=True) / 7
+        coarse = layer.scales.unsqueeze(1) / 2  # of the group scale itself, times the largest integer
+        assert ((part - got).abs() <= 0.5 * (step + coarse) + 7 * coarse).all()
+    x = torch.randn(3, layer.in_features, generator=generator)
+    assert torch.allclose(layer(x), x @ found_NK.T, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"`group_scales` of int4g\d+ wants \d+ bytes, got 0 numbers"):
+        FactoredLinear.from_factor(
+            None, factor, mask, role=role, fmt="bitmask", values=f"int4g{group}", scales=layer.scales
+        )
+
+
 def test_hidden_features_must_fill_the_blocks_and_a_width_must_be_known() -> None:
     with pytest.raises(ConfigError, match="block8 needs a multiple of 8 hidden features, got 20"):
         FactoredLinear(None, role="up", hidden=20, kept=0, fmt="block8", width=8)

@@ -698,7 +698,7 @@ def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch
         method = method_of(config)
         groups = memory_module._at_work(plan, method)
         bench = Workbench(model, config, [batch, batch], torch.device("cpu"), method.needs, influence_examples=1)
-        bench.input_moments("all", groups)
+        bench.input_moments("all", groups, hold=method.holds_out)
         bench.shared_influence(groups)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     assert need.total(8) == pytest.approx(counted.peak + stored, rel=0.05)

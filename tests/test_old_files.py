@@ -16,15 +16,16 @@ from fips.record import CompressionReport
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DIRECTORIES = {"format-1-bitmask": 6, "format-1-nm": 4, "format-1-mixed": 9, "format-1-placeholders": 6,
-               "format-1-narrow": 9}  # fmt: skip
+               "format-1-narrow": 9, "format-2-groups": 6}  # fmt: skip
 """Directory -> number of factored layers; `<directory>.safetensors` holds an input, the logits and the product of
 every layer's weight with `linspace(-1, 1)`."""
 
 
 def weight_as_then(layer: FactoredLinear) -> Tensor:
-    """Versions that wrote these rounded integers times scales to the type of the scales."""
+    """Versions that wrote format 1 rounded integers times scales to the type of the scales."""
     factor = layer.factor()
-    factor = factor.float() if layer.bits is None else factor.to(layer.scales.dtype).float()
+    exact = layer.bits is None or layer.value_format.scale_group is not None
+    factor = factor.float() if exact else factor.to(layer.scales.dtype).float()
     if layer.basis is None:
         return factor
     basis_DR = layer.basis.weight.float()

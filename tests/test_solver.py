@@ -20,7 +20,7 @@ from fips.calibration.moments import collect_moments
 from fips.calibration.preserve import preserved
 from fips.errors import BudgetError
 from fips.formats.masks import nm_mask
-from fips.formats.packed import to_dense
+from fips.formats.packed import in_place
 from fips.formats.patterns import pattern_for
 from fips.formats.values import integers as named_integers
 from fips.formats.values import values_named
@@ -28,14 +28,14 @@ from fips.layers.linear import factored_layers
 from fips.methods.fips import Fips, FipsConfig, stages
 from fips.methods.workbench import Workbench, dense_matrix
 from fips.models import group_layers, locate_layers
-from fips.solve.allocate import allocate, expected_total
+from fips.solve.allocate import allocate, expected_total, tempered
 from fips.solve.alternate import alternate, prune
 from fips.solve.basis import fit_basis, normalize
 from fips.solve.factors import refit, sparse_factors
 from fips.solve.patterns import unstructured_masks
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
-from fips.solve.rounding import Grid, round_factor, round_rows, row_steps
+from fips.solve.rounding import Grid, grid_steps, round_factor, round_rows
 from fips.solve.search import GroupSearch
 from fips.solve.structures import Choice, Point, Pricing, expected_error
 from fips.solve.supports import ByteBudget
@@ -470,9 +470,10 @@ def test_integers_are_packed_as_they_were_found_and_only_what_is_trained_is_trai
     for grid, layer in zip(grids, layers, strict=True):
         assert grid.codes_RF.dtype == torch.int8
         if not trained:
-            packed = replace(layer.packed(), scales_N=torch.ones(layer.factor_shape[0]))
-            assert torch.equal(layer.role.to_factor(to_dense(packed)), grid.codes_RF.float())
+            assert torch.equal(layer.role.to_factor(in_place(layer.packed())), grid.codes_RF)
             assert torch.equal(layer.scales, grid.steps_N)
+            if grid.group_steps is not None:
+                assert torch.equal(layer.group_scales, grid.group_steps)
 
 
 @pytest.mark.slow
@@ -545,8 +546,8 @@ def test_rounding_stays_on_the_grid_and_support_and_feedback_pays(axis: int) -> 
 def test_rounding_in_a_plain_metric_is_to_the_nearest() -> None:
     matrix = torch.randn(7, 300, generator=torch.Generator().manual_seed(0))
     mask, ones = torch.ones_like(matrix, dtype=torch.bool), torch.ones(300)
-    steps = row_steps(matrix, ones, values=named_integers(4))
-    integers, _ = round_rows(matrix, mask, torch.eye(300), ones, steps, values=named_integers(4))
+    steps, _ = grid_steps(matrix, ones, values=named_integers(4), dtype=torch.float32)
+    integers, _ = round_rows(matrix, mask, torch.eye(300), ones, steps.unsqueeze(1), values=named_integers(4))
     assert torch.equal(integers, (matrix / steps.unsqueeze(1)).round().clamp(-7, 7))
     clipped = (matrix.abs().amax(1) / 7).unsqueeze(1)
     plain = ((matrix / clipped).round() * clipped - matrix).square().sum(1)
@@ -690,7 +691,7 @@ class TestTrainedGrid:
     def test_starts_at_the_solved_factor(self, role: str) -> None:
         group, factor, steps_N = self.group(role)
         assert torch.equal(group.layers[0].factor(), factor)
-        assert torch.equal(group.layers[0].grid.steps().flatten(), steps_N.float())
+        assert torch.equal(group.layers[0].grid.steps(), steps_N.float())
 
     @pytest.mark.parametrize("role", ["up", "down"])
     def test_close_decisions_are_the_first_to_change(self, role: str) -> None:
@@ -712,11 +713,13 @@ class TestTrainedGrid:
         layer.factor().square().sum().backward()
         optimizer.step()
         with torch.no_grad():
-            trained, steps = layer.factor(), layer.grid.steps()
+            trained, steps = layer.factor(), layer.grid.grid.spread(layer.grid.steps())
         assert torch.equal(steps, steps.bfloat16().float())
         assert torch.equal(trained, (trained / steps).round().clamp(-7, 7) * steps)
         assert not trained[~layer.mask_RF].any()
-        assert (trained / steps).abs().sum() < (factor / layer.grid.start).abs().sum()  # integers moved as well
+        assert (trained / steps).abs().sum() < (
+            factor / layer.grid.grid.spread(layer.grid.start)
+        ).abs().sum()  # integers moved as well
 
     @pytest.mark.parametrize("role", ["up", "down"])
     def test_what_is_found_is_what_the_layer_computes(self, role: str) -> None:
@@ -733,9 +736,21 @@ class TestTrainedGrid:
         weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
         (layer.factor() * weight).sum().backward()
         integers = layer.entries_RF.detach().round() * layer.mask_RF
-        wanted = (weight * integers).sum(1, keepdim=True) * steps_N.float().unsqueeze(1)
+        wanted = (weight * integers).sum(1) * steps_N.float()
         assert torch.allclose(layer.grid.growth.grad, wanted, rtol=1e-4, atol=1e-4)
         assert torch.allclose(layer.entries_RF.grad, weight * steps_N.float().unsqueeze(1) * layer.mask_RF)
+
+
+def test_levels_of_layers_are_believed_by_half() -> None:
+    """Of two layers alike, errors a hundredfold apart, the louder gets less than plain sums would say."""
+
+    def curve(level: float) -> list[Point]:
+        return [Point(Choice(False, "unstructured", f"int{b}"), b, level * 4.0**-b) for b in range(2, 9)]
+
+    loud, quiet = curve(100.0), curve(1.0)
+    assert [size for _, size in allocate([loud, quiet], 10.0)] == pytest.approx([6.7, 3.3], abs=0.4)
+    assert [size for _, size in allocate(tempered([loud, quiet]), 10.0)] == pytest.approx([5.8, 4.2], abs=0.4)
+    assert tempered([quiet])[0][0].loss / tempered([quiet])[0][1].loss == pytest.approx(4)
 
 
 @pytest.mark.slow
@@ -756,9 +771,13 @@ def test_stages_run_by_hand_for_one_group_alone() -> None:
         assert bench.survey([group.group for group in plan.groups]) == {}
         curves, searches = [], []
         for group in plan.groups:
-            searches.append(stages.open_search(bench, group, config, stages.measure(bench, config, [group])))
-            curves.append(stages.try_choices(searches[-1], group, config))
-        split = allocate([*itertools.chain(*curves)], sum(stages.group_share(group, config) for group in plan.groups))
+            moments = stages.measure(bench, config, [group], hold=True)
+            trial = stages.open_search(bench, group, config, moments, trial=True)
+            curves.append(stages.try_choices(trial, group, config))
+            searches.append(stages.open_search(bench, group, config, moments))
+        split = allocate(
+            tempered([*itertools.chain(*curves)]), sum(stages.group_share(group, config) for group in plan.groups)
+        )
         last = split[-len(curves[-1]) :]
         _, layers = stages.pack(stages.solve(bench, plan.groups[-1], config, searches[-1], last))
     fips.compress(model, batches, config)

@@ -46,13 +46,15 @@ Examples = Callable[[int], Any]
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """The fewest bytes that calibration takes: model and sums, and what every example of a batch adds."""
+    """The fewest bytes that calibration takes: model and sums, what every example of a batch adds, and the least."""
 
     fixed: int
     per_example: int
+    least: int = 0
+    """Whatever the batch: what some batches do not reach, since it is needed when they are gone."""
 
     def total(self, batch_size: int) -> int:
-        return self.fixed + batch_size * self.per_example
+        return max(self.fixed + batch_size * self.per_example, self.least)
 
     def fits(self, batch_size: int, available: int) -> bool:
         """Whether it can fit at all."""
@@ -85,13 +87,14 @@ def calibration_memory(
     twin.to("meta").eval().requires_grad_(False)
     _without_cache(twin)
     try:
-        one, two = (_peak(twin, plan, config, examples(count)) for count in (1, 2))
+        one, some, more = (_peak(twin, plan, config, examples(count)) for count in (1, 4, 8))
         few = _influence_peak(twin, plan, config, examples(8))
     except Exception as error:
         log.debug("no estimate of memory for %s: %s", type(model).__name__, error)
         return None
     trained = TRAINED_BYTES * plan.dense.parameters if method_of(config).trains_model else 0
-    return MemoryNeed(stored + trained + max(0, 2 * one - two, few - (two - one)), max(0, two - one))
+    always, each = stored + trained, max(0, more - some) // 4
+    return MemoryNeed(always + max(0, more - 8 * each), each, always + max(one, few))
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -126,7 +129,7 @@ def _peak(model: nn.Module, plan: CompressionPlan, config: CompressionConfig, ba
             bench.moments("memory", [site for group in _at_work(plan, method) for site in group.sites])
             return int(counted.peak)
         if Needs.INPUTS in method.needs:
-            bench.input_moments("memory", _at_work(plan, method))
+            bench.input_moments("memory", _at_work(plan, method), hold=method.holds_out)
             return int(counted.peak)
         base = getattr(model, "base_model", model)  # recording stops before the head
         with torch.no_grad():
@@ -159,7 +162,7 @@ def _at_work(plan: CompressionPlan, method: Method[Any]) -> list[LayerGroup]:
     def need(group: LayerGroup) -> int:
         return moment_bytes(group.sites, gradients=gradients)
 
-    if 2 * sum(map(need, groups)) <= method.moment_memory:
+    if (2 + method.holds_out) * sum(map(need, groups)) <= method.moment_memory:
         return groups
     if method.by_block:
         blocks = [

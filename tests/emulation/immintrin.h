@@ -326,6 +326,10 @@ inline I multishift_epi64_epi8(I shifts, I a) {
   });
 }
 
+inline F broadcast_f32x4(__m128 a) {
+  const Lanes<float, __m128> x(a);
+  return each<float, F>([&](int i) { return x[i & 3]; });
+}
 inline F maskz_loadu_ps(__mmask16 mask, const void *p) { return masked_read<float, F>(mask, p); }
 inline I maskz_loadu_epi8(__mmask64 mask, const void *p) { return masked_read<uint8_t, I>(mask, p); }
 inline I maskz_loadu_epi16(__mmask32 mask, const void *p) { return masked_read<uint16_t, I>(mask, p); }
@@ -350,6 +354,7 @@ inline F dpbf16_ps(F sum, __m512bh a, __m512bh b) { return dot_brains(sum, a, b)
 } // namespace mm
 
 namespace mm256 {
+inline __m128i maskz_expandloadu_epi8(__mmask16 mask, const void *p) { return expanding_read<uint8_t, __m128i>(mask, p); }
 inline __m256i maskz_loadu_epi16(__mmask16 mask, const void *p) { return masked_read<uint16_t, __m256i>(mask, p); }
 inline __m256i maskz_expandloadu_epi16(__mmask16 mask, const void *p) { return expanding_read<uint16_t, __m256i>(mask, p); }
 inline __m256i dpbusd_epi32(__m256i sum, __m256i a, __m256i b) { return dot_bytes(sum, a, b); }
@@ -370,6 +375,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_add_ps emulated::mm::add_ps
 #undef _mm512_and_si512
 #define _mm512_and_si512 emulated::mm::and_si512
+#undef _mm512_broadcast_f32x4
+#define _mm512_broadcast_f32x4 emulated::mm::broadcast_f32x4
 #undef _mm512_castps_si512
 #define _mm512_castps_si512 emulated::mm::castps_si512
 #undef _mm512_castsi256_si512
@@ -510,6 +517,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_xor_si512 emulated::mm::xor_si512
 #undef _mm256_maskz_loadu_epi16
 #define _mm256_maskz_loadu_epi16 emulated::mm256::maskz_loadu_epi16
+#undef _mm_maskz_expandloadu_epi8
+#define _mm_maskz_expandloadu_epi8 emulated::mm256::maskz_expandloadu_epi8
 #undef _mm256_maskz_expandloadu_epi16
 #define _mm256_maskz_expandloadu_epi16 emulated::mm256::maskz_expandloadu_epi16
 #undef _mm256_dpbusd_epi32

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,16 @@ class LayerMoments:
     """Sum of the squares of those."""
     centered: bool = False
     """Whether ``inputs_II`` is about the mean, after ``finish``."""
+    held: HeldOut | None = None
+    """What a part of the data says alone, where it is wanted."""
+    parts: int = 0
+    """Parts of the data, see ``note_part``."""
+    squares: float = 0.0
+    """Sum of the squared Frobenius norms of their moments, weighted, until ``finish``."""
+    centered_squares: float = 0.0
+    """The same of their moments about their own means."""
+    noise: float | None = None
+    """Share of the moment that is noise, after ``finish``; None where fewer than two parts cannot tell."""
 
     @classmethod
     def empty(cls, site: Site, device: torch.device, *, gradients: bool = True) -> LayerMoments:
@@ -97,11 +107,38 @@ class LayerMoments:
         """E[x x^T], whether or not ``inputs_II`` is about the mean."""
         return self.inputs_II + torch.outer(self.mean_I, self.mean_I) if self.centered else self.inputs_II
 
-    def absorb(self, part: LayerMoments) -> None:
-        """Add the sums of other batches."""
+    def note_part(self) -> None:
+        """These are the sums of one part of the data: its norms are kept, as ``finish`` compares parts."""
+        if self.weight == 0:
+            return
+        mean_I = self.mean_I.double() / self.weight
+        square = _square(self.inputs_II) / self.weight**2
+        across = float((self.inputs_II @ self.mean_I).double() @ mean_I) / self.weight**2
+        self.parts = 1
+        self.squares = self.weight * square
+        self.centered_squares = self.weight * max(square - 2 * across + float(mean_I @ mean_I) ** 2, 0.0)
+
+    def absorb(self, part: LayerMoments, *, hold: bool = False) -> None:
+        """Add the sums of other batches; with ``hold`` they count among those held out."""
+        self.parts += part.parts
+        self.squares += part.squares
+        self.centered_squares += part.centered_squares
         self.inputs_II += part.inputs_II
         self.mean_I += part.mean_I
         self.weight += part.weight
+        if hold:
+            held = self.held or HeldOut(torch.zeros_like(self.inputs_II), torch.zeros_like(self.mean_I), 0.0)
+            self.held = HeldOut(
+                held.inputs_II.add_(part.inputs_II), held.mean_I + part.mean_I, held.weight + part.weight
+            )
+
+    @property
+    def fitted_II(self) -> Tensor:
+        """As ``inputs_II`` of the data that is not held out."""
+        if self.held is None:
+            return self.inputs_II
+        share = self.held.weight / self.weight
+        return (self.inputs_II - share * self.held.inputs_II) / (1 - share)
 
     def collect(self, ranks: Ranks, source: int, target: int) -> None:
         """Bring the sums of one rank to another."""
@@ -119,8 +156,21 @@ class LayerMoments:
         """How many gradients of equal length would tell as much as those seen, of which a few may outweigh the rest."""
         return self.power**2 / self.power_squares if self.power_squares > 0 else 0.0
 
+    @property
+    def fitted_noise(self) -> float | None:
+        """As ``noise`` of the data that is not held out, of which there is less."""
+        if self.noise is None or self.held is None:
+            return self.noise
+        return min(self.noise / (1 - self.held.weight / self.weight), 1.0)
+
     def finish(self, *, centered: bool, examples: int) -> None:
-        """From sums to means; moments about the mean where ``centered``, unless the inputs were constant."""
+        r"""From sums to means; moments about the mean where ``centered``, unless the inputs were constant.
+
+        ``noise`` is the intensity of shrinkage of Ledoit & Wolf (2004): with the moment S the mean of those
+        :math:`S_c` of n parts, and :math:`\mu I` the nearest multiple of the identity,
+
+        .. math:: \frac{\mathrm{mean}_c |S_c|^2 - |S|^2}{(n - 1)\, |S - \mu I|^2} .
+        """
         self.inputs_II /= self.weight
         self.mean_I /= self.weight
         self.gradients_OO /= examples
@@ -129,6 +179,35 @@ class LayerMoments:
         self.centered = centered and spread > CONSTANT * power
         if self.centered:
             self.inputs_II -= torch.outer(self.mean_I, self.mean_I)
+        if self.parts > 1:
+            mean_square = (self.centered_squares if self.centered else self.squares) / self.weight
+            square, size = _square(self.inputs_II), len(self.inputs_II)
+            apart = square - float(self.inputs_II.diagonal().sum()) ** 2 / size
+            spread = max(mean_square - square, 0.0) / (self.parts - 1)
+            self.noise = min(spread / apart, 1.0) if apart > 0 else 1.0
+        if self.held is not None:
+            self.held = None if self.held.weight in (0, self.weight) else self.held.about(self.mean_I * self.centered)
+
+
+def _square(matrix: Tensor) -> float:
+    """Of the Frobenius norm, without a copy of the matrix."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+
+
+class HeldOut(NamedTuple):
+    """Sums of a part of the data, or its moment about the mean of all."""
+
+    inputs_II: Tensor
+    mean_I: Tensor
+    weight: float
+
+    def about(self, mean_I: Tensor) -> HeldOut:
+        """From sums to a moment about a mean, in their place."""
+        own_I = self.mean_I / self.weight
+        inputs_II = self.inputs_II.div_(self.weight)
+        for left_I, right_I, sign in ((mean_I, own_I, -1), (own_I, mean_I, -1), (mean_I, mean_I, 1)):
+            inputs_II.addr_(left_I, right_I, alpha=sign)
+        return HeldOut(inputs_II, own_I, self.weight)
 
 
 def moment_bytes(sites: Iterable[Site], *, gradients: bool = True) -> int:

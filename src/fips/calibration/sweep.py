@@ -66,7 +66,8 @@ class Sweep(AbstractContextManager["Sweep"]):
     """``blocks`` of a model in the order in which they run; ``batches`` are counted and the same on every pass.
 
     ``run(model, batch)`` makes a forward pass. ``spool`` keeps what is handed from step to step, and what the first
-    ``recorded`` batches do to blocks, for ``Step.records``.
+    ``recorded`` batches do to blocks, for ``Step.records``. With ``hold`` moments say what every other of the parts
+    says alone, too.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class Sweep(AbstractContextManager["Sweep"]):
         *,
         recorded: int = 0,
         ranks: Ranks = ALONE,
+        hold: bool = False,
     ) -> None:
+        self.hold = hold
         self.ranks = ranks
         self.model, self.blocks, self.run, self.spool, self.device = model, list(blocks), run, spool, device
         self._batches, self._count, self._recorded = batches, count, recorded
@@ -108,7 +111,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         names = self.blocks[self._at : self._at + count]
         self._at += count
         while True:
-            taps = _Taps(self.model, sites, self.device, self.ranks, owners or {})
+            taps = _Taps(self.model, sites, self.device, self.ranks, owners or {}, self.hold)
             try:
                 with ExitStack() as stack:
                     recorder = self._recorder(names)
@@ -176,11 +179,17 @@ class _Taps(AbstractContextManager["_Taps"]):
     """Hooks that add up what layers read, chunk by chunk."""
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], device: torch.device, ranks: Ranks, owners: Mapping[str, int]
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        device: torch.device,
+        ranks: Ranks,
+        owners: Mapping[str, int],
+        hold: bool,
     ) -> None:
         self.total: dict[str, LayerMoments] = {}
         """Of the layers of this rank."""
-        self._ranks, self._owners = ranks, owners
+        self._ranks, self._owners, self._hold = ranks, owners, hold
         self._parts: dict[int, dict[str, LayerMoments]] = {}
         """Sums of finished chunks that wait for those before them."""
         self._chunk: dict[str, LayerMoments] = {}
@@ -217,11 +226,12 @@ class _Taps(AbstractContextManager["_Taps"]):
 
     def _absorb(self, parts: Mapping[str, LayerMoments]) -> None:
         for name, part in parts.items():
+            part.note_part()
             whole = self.total.get(name)
             if whole is None:
-                self.total[name] = part
+                self.total[name] = part  # the first part is never held out
             else:
-                whole.absorb(part)
+                whole.absorb(part, hold=self._hold and whole.parts % 2 == 1)
 
     def _exchange(self) -> None:
         """Bring the parts of every layer together at its owner, in the order of the chunks."""

@@ -34,6 +34,8 @@ class Packed:
     """Name of the value format."""
     count: int = 0
     """Kept entries, where the number of stored values does not say it: of integers of less than 8 bits."""
+    group_scales: Tensor | None = None
+    """A byte for every group of columns of every row, where the value format has them."""
 
     @property
     def layout(self) -> Pattern:
@@ -62,7 +64,7 @@ class Packed:
 
     def nbytes(self) -> int:
         """Bytes of everything stored."""
-        parts = (self.values_Z, self.pattern, self.scales_N)
+        parts = (self.values_Z, self.pattern, self.scales_N, self.group_scales)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
@@ -76,16 +78,20 @@ def check_packed(packed: Packed) -> None:
     count, fixed = packed.kept, pattern.kept(size)
     if count > size or count % pattern.block or (fixed is not None and count != fixed):
         raise BackendError(f"{packed.fmt} of shape {packed.shape} cannot hold {count} values")
+    scales, groups = numbers.num_scales_of(rows, cols)
     for name, tensor, wanted in (
         ("values", packed.values_Z, numbers.length(count)),
         ("pattern", packed.pattern, pattern.nbytes(size)),
-        ("scales", packed.scales_N, numbers.num_scales(rows, cols)),
+        ("scales", packed.scales_N, scales),
+        ("group scales", packed.group_scales, groups),
     ):
         if tensor is not None and (tensor.numel() != wanted or not tensor.is_contiguous()):
             raise BackendError(
                 f"{name} of a matrix of shape {packed.shape} in format {packed.fmt}: want {wanted} numbers side by "
                 f"side, got {tuple(tensor.shape)}; load the checkpoint again"
             )
+    if (packed.group_scales is None) != (numbers.scale_group is None):
+        raise BackendError(f"values {packed.kind} {'lack' if packed.group_scales is None else 'have no'} group scales")
     stored = packed.values_Z.dtype
     patterned = packed.pattern.numel() == 0 or packed.pattern.dtype == torch.uint8
     if not patterned or (numbers.dtype is not None and stored != numbers.dtype):
@@ -103,4 +109,6 @@ def in_place(packed: Packed) -> Tensor:
 def to_dense(packed: Packed) -> Tensor:
     """S as a dense matrix: in the type of its values, or of integers in float32 (float64 beside such scales)."""
     stored = in_place(packed)
-    return stored if packed.scales_N is None else packed.numbers.dequantize(stored, packed.scales_N)
+    if packed.scales_N is None:
+        return stored
+    return packed.numbers.dequantize(stored, packed.scales_N, packed.group_scales)

@@ -30,22 +30,22 @@ class Registry(Generic[Format]):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._classes: list[type[Format]] = []
+        self.classes: list[type[Format]] = []
         self._found: dict[str, Format] = {}
 
     def register(self, cls: type[Format]) -> type[Format]:
         """Decorator of a class: from now on its names are known."""
-        self._classes.append(cls)
+        self.classes.append(cls)
         return cls
 
     def forget(self, cls: type[Format]) -> None:
         """Undo ``register``."""
-        self._classes.remove(cls)
+        self.classes.remove(cls)
         self._found.clear()
 
     def known(self) -> list[str]:
         """What may be asked for, in words."""
-        return [name for cls in self._classes for name in cls.known]
+        return [name for cls in self.classes for name in cls.known]
 
     def named(self, name: str) -> Format:
         """The format of a name, the same object every time. Raises ``ConfigError`` listing the known names."""
@@ -57,7 +57,7 @@ class Registry(Generic[Format]):
     def find(self, name: str) -> Format | None:
         """The format of a name, None where no class has it."""
         if name not in self._found:
-            found = next((one for cls in self._classes if (one := cls.parse(name)) is not None), None)
+            found = next((one for cls in self.classes if (one := cls.parse(name)) is not None), None)
             if found is None:
                 return None
             self._found[name] = found

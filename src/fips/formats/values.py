@@ -2,13 +2,15 @@
 
 Integers of 2 to 8 bits stand for ``value * scale[row]``, one scale per stored row, symmetric: 4 bits are [-7, 7].
 ``int8`` values are stored as they are, narrower ones as a stream of two's complement numbers, least significant bit
-first: 8 values of b bits fill b bytes.
+first: 8 values of b bits fill b bytes. ``int4g32`` has a further scale for every 32 entries along the sum, a number of
+8 bits without sign: ``value * group_scale[row, column // 32] * scale[row]``.
 
 A further value format is a subclass of ``Values`` with ``VALUES.register`` above it.
 """
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Self
 
 import torch
@@ -18,6 +20,7 @@ from fips.formats.registry import Registry
 
 __all__ = [
     "FLOAT",
+    "SCALE_GROUPS",
     "VALUES",
     "Values",
     "automatic_values",
@@ -29,6 +32,9 @@ __all__ = [
 ]
 
 FLOAT = "float"
+SCALE_GROUPS = (16, 32, 64, 128)
+"""Entries under one group scale that formats are there for."""
+MOST_GROUP_SCALE = 255
 
 
 class Values:
@@ -42,13 +48,13 @@ class Values:
     bits: int | None = 8
     """Of one stored value; None where the floating type of the tensor says it. Values with bits have scales."""
     scale_group: int | None = None
-    """Entries along the sum under one scale; None: the whole row."""
+    """Entries along the sum under one group scale, beside the scale of the row; None: there are none."""
     largest: float = 127
     """Largest number of the grid, in units of the scale."""
     rounding_error: float = 0.0
     """Expected squared error of the best such grid for a normal variable of variance 1."""
-    automatic: bool = False
-    """Whether ``values: auto`` tries it."""
+    automatic: ClassVar[tuple[str, ...]] = ()
+    """Those of its names that ``values: auto`` tries."""
     compiled: bool = False
     """Whether the compiled kernels read it."""
     plain: bool = True
@@ -87,27 +93,62 @@ class Values:
         """Bytes of ``count`` values, scales left out; ``itemsize`` is that of the floating type."""
         return self.length(count)
 
-    def num_scales(self, rows: int, cols: int) -> int:
-        """Scales of a matrix that is summed along its columns."""
-        return rows * (1 if self.scale_group is None else -(-cols // self.scale_group))
+    def num_scales_of(self, rows: int, cols: int) -> tuple[int, int]:
+        """Scales, in a floating type, and group scales, a byte each, of a matrix that is summed along its columns."""
+        return rows, 0 if self.scale_group is None else rows * -(-cols // self.scale_group)
+
+    def scale_bytes(self, rows: int, cols: int, itemsize: float) -> float:
+        """Bytes of both, for scales of ``itemsize`` bytes."""
+        scales, groups = self.num_scales_of(rows, cols)
+        return scales * itemsize + groups
 
     def nearest(self, steps: Tensor) -> Tensor:
         """The numbers of the grid nearest to some in units of their scale."""
         return steps.round().clamp(-self.largest, self.largest)
 
-    def scales(self, matrix: Tensor, mask: Tensor) -> Tensor:
-        """Scale per row that maps its largest kept magnitude to ``largest``; 0 for a row that keeps nothing."""
-        return (matrix * mask).abs().amax(1) / self.largest
+    def steps(self, scales: Tensor, group_scales: Tensor | None, cols: int) -> Tensor:
+        """What the grid is multiplied by at every entry: (rows, cols), or (rows, 1) without group scales."""
+        if self.scale_group is None or group_scales is None:
+            return scales.unsqueeze(1)
+        groups = group_scales.view(len(scales), -1).to(scales.dtype) * scales.unsqueeze(1)
+        return groups.repeat_interleave(self.scale_group, 1)[:, :cols]
 
-    def quantize(self, matrix: Tensor, scales: Tensor) -> Tensor:
-        """Codes of the nearest numbers of the grid, int8; rows of scale 0 become 0."""
-        scales_1 = scales.to(matrix.dtype).unsqueeze(1)
-        return self.encode(self.nearest(torch.where(scales_1 == 0, torch.zeros_like(matrix), matrix / scales_1)))
+    def fitted_scales(self, matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Scales in ``dtype``, and group scales, that map the largest kept magnitudes to ``largest``.
 
-    def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """``decode(codes[i, j]) * scales[i]`` in float32, or in the type of the scales if that is wider."""
+        Both are 0 where nothing is kept.
+        """
+        return self.stored_scales(self.in_groups((matrix * mask).abs()).amax(2) / self.largest, dtype)
+
+    def in_groups(self, matrix: Tensor) -> Tensor:
+        """A matrix as (rows, groups, entries of a group), the last group filled with zeros; one group is a row."""
+        rows, cols = matrix.shape
+        if self.scale_group is None:
+            return matrix.view(rows, 1, cols)
+        return torch.nn.functional.pad(matrix, (0, -cols % self.scale_group)).view(rows, -1, self.scale_group)
+
+    def stored_scales(self, steps: Tensor, dtype: torch.dtype, *, room: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """``(scales, group_scales)`` next to wanted steps (rows, groups); ``room`` times the largest can be stored."""
+        if self.scale_group is None:
+            return steps.squeeze(1).to(dtype), None
+        scales = (steps.amax(1) * (room / MOST_GROUP_SCALE)).to(dtype)
+        return scales, self.group_scales(steps, scales.unsqueeze(1)).flatten()
+
+    def group_scales(self, steps: Tensor, scales: Tensor) -> Tensor:
+        """Group scales next to wanted steps, given the scales of their rows; a step that is not 0 does not become 0."""
+        wide = scales.to(steps.dtype)
+        found = torch.where(wide == 0, 0.0, steps / wide).round().clamp(0, MOST_GROUP_SCALE)
+        return torch.where((steps > 0) & (wide > 0), found.clamp_min(1), found).to(torch.uint8)
+
+    def quantize(self, matrix: Tensor, scales: Tensor, group_scales: Tensor | None = None) -> Tensor:
+        """Codes of the nearest numbers of the grid, int8; 0 where the scale is 0."""
+        steps = self.steps(scales.to(matrix.dtype), group_scales, matrix.shape[1])
+        return self.encode(self.nearest(torch.where(steps == 0, torch.zeros_like(matrix), matrix / steps)))
+
+    def dequantize(self, codes: Tensor, scales: Tensor, group_scales: Tensor | None = None) -> Tensor:
+        """``decode(codes) * steps`` in float32, or in the type of the scales if that is wider."""
         wide = scales.to(torch.promote_types(scales.dtype, torch.float32))
-        return self.decode(codes).to(wide.dtype) * wide.unsqueeze(1)
+        return self.decode(codes).to(wide.dtype) * self.steps(wide, group_scales, codes.shape[1])
 
     def encode(self, numbers: Tensor) -> Tensor:
         """Codes of numbers of the grid, int8."""
@@ -149,8 +190,8 @@ class _Floats(Values):
     def nbytes(self, count: int, itemsize: int) -> int:
         return count * itemsize
 
-    def num_scales(self, rows: int, cols: int) -> int:
-        return 0
+    def num_scales_of(self, rows: int, cols: int) -> tuple[int, int]:
+        return 0, 0
 
     def pack(self, codes: Tensor) -> Tensor:
         return codes
@@ -161,7 +202,8 @@ class _Floats(Values):
 
 @VALUES.register
 class _Integers(Values):
-    known = ("int8", "int7", "int6", "int5", "int4", "int3", "int2")
+    known: ClassVar[tuple[str, ...]] = ("int8", "int7", "int6", "int5", "int4", "int3", "int2")
+    automatic: ClassVar[tuple[str, ...]] = ("int3", "int4", "int5", "int6", "int8")
     compiled = True
     bits: int
     _ERRORS: ClassVar = {2: 0.119, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.00104, 7: 0.0003, 8: 0.00009}
@@ -171,18 +213,36 @@ class _Integers(Values):
         self.bits = int(name.removeprefix("int"))
         self.largest = (1 << (self.bits - 1)) - 1
         self.rounding_error = self._ERRORS[self.bits]
-        self.automatic = self.bits in (3, 4, 5, 6, 8)
 
 
-def integers(bits: int) -> Values:
-    """The integers of 2 to 8 bits. Raises ``ConfigError`` for other widths."""
-    return VALUES.named(f"int{bits}")
+@VALUES.register
+class _GroupedIntegers(_Integers):
+    known: ClassVar[tuple[str, ...]] = (f"intBgG with B of 2 to 8 and G of {', '.join(map(str, SCALE_GROUPS))}",)
+    automatic: ClassVar[tuple[str, ...]] = ("int4g64", "int5g64")
+    scale_group: int
+    _SHARE: ClassVar = {16: 0.62, 32: 0.72, 64: 0.81, 128: 0.88}
+    """Of the rounding error with a scale per row, for a normal variable."""
+
+    def __init__(self, name: str, bits: int, group: int) -> None:
+        super().__init__(f"int{bits}")
+        self.name, self.scale_group = name, group
+        self.rounding_error *= self._SHARE[group]
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        found = re.fullmatch(r"int([2-8])g(16|32|64|128)", name, re.ASCII)
+        return None if found is None else cls(name, int(found[1]), int(found[2]))
+
+
+def integers(bits: int, group: int | None = None) -> Values:
+    """The integers of 2 to 8 bits, with group scales if asked for. Raises ``ConfigError`` for others."""
+    return VALUES.named(f"int{bits}" if group is None else f"int{bits}g{group}")
 
 
 def automatic_values() -> list[Values]:
     """What ``values: auto`` chooses among, fewest bits first."""
-    found = [values_named(name) for name in VALUES.known()]
-    return sorted((one for one in found if one.automatic), key=lambda one: one.bits or 0)
+    found = [values_named(name) for cls in VALUES.classes for name in cls.automatic]
+    return sorted(found, key=lambda one: one.scale_bytes(1, 4096, 2) + 512 * (one.bits or 0))
 
 
 def packed_length(count: int, bits: int) -> int:

@@ -102,6 +102,9 @@ class _DecodedLinear(nn.Module):
         self.register_buffer("pattern", pattern)
         if layer.value_format.scaled and plain:
             self.register_buffer("scales", layer.scales)
+            if layer.value_format.scale_group is not None:
+                self._group = layer.value_format.scale_group
+                self.register_buffer("group_scales", layer.group_scales)
 
     def _factor(self) -> Tensor:
         powers = 2 ** torch.arange(8, dtype=torch.int32)
@@ -111,7 +114,13 @@ class _DecodedLinear(nn.Module):
         places = (bits.cumsum(0) - 1).clamp(min=0)
         values = self.get_buffer("values").float()
         factor = torch.where(bits == 1, values[places], torch.zeros(())).view(self._shape)
-        return factor * self.get_buffer("scales").float().unsqueeze(1) if "scales" in self._buffers else factor
+        if "scales" not in self._buffers:
+            return factor
+        if "group_scales" in self._buffers:
+            rows, cols = self._shape
+            groups = self.get_buffer("group_scales").float().view(rows, -1, 1)
+            factor = factor * groups.expand(-1, -1, self._group).reshape(rows, -1)[:, :cols]
+        return factor * self.get_buffer("scales").float().unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
         (basis,) = self._borrowed

@@ -48,7 +48,7 @@ class PreparedMatrix:
 
 
 def _seen(packed: Packed) -> Snapshot:
-    return Snapshot(places=(packed.values_Z,), contents=(packed.pattern, packed.scales_N))
+    return Snapshot(places=(packed.values_Z, packed.group_scales), contents=(packed.pattern, packed.scales_N))
 
 
 class RepeatedCall(Protocol):
@@ -141,7 +141,7 @@ def unsupported_format(packed: Packed) -> str | None:
     pattern, numbers = packed.layout, packed.numbers
     if pattern.code(packed.block_axis) is None:
         return f"no compiled kernel reads the pattern {pattern.name}"
-    if not numbers.compiled or numbers.scale_group is not None:
+    if not numbers.compiled:
         return f"no compiled kernel reads values {numbers.name}"
     if pattern.group_kept is not None and (pattern.group not in (1, 2, 4, 8, 16) or packed.shape[1] % pattern.group):
         return f"pattern {pattern.name} of rows of {packed.shape[1]}; M is 2, 4, 8 or 16 and divides a row"

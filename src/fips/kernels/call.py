@@ -47,8 +47,9 @@ class Product:
         check_inputs(x, self.features[0], self.bias, self.features[1])
 
     def tensors(self) -> tuple[Tensor, ...]:
-        found = (self.packed.values_Z, self.packed.pattern, self.packed.scales_N, self.bias, self.basis_DR)
-        return tuple(tensor for tensor in found if tensor is not None)
+        packed = self.packed
+        stored = (packed.values_Z, packed.pattern, packed.scales_N, packed.group_scales)
+        return tuple(tensor for tensor in (*stored, self.bias, self.basis_DR) if tensor is not None)
 
     def possible_ways(self, x: Tensor, *, grad: bool, packed: bool) -> tuple[Way, ...]:
         """Those that a call could take, ``packed`` among them where a backend reads the packed bytes."""

@@ -44,7 +44,7 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 5
+ABI = 6
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
@@ -58,7 +58,8 @@ class _Matrix(ctypes.Structure):
         ("rows", c_int64), ("cols", c_int64), ("format", c_int32), ("value_type", c_int32), ("n", c_int32),
         ("m", c_int32), ("values", c_void_p), ("pattern", c_void_p), ("num_values", c_int64), ("value_bytes", c_int64),
         ("pattern_bytes", c_int64), ("row_start", c_void_p), ("scales", c_void_p), ("num_starts", c_int64),
-        ("num_scales", c_int64), ("value_bits", c_int64),
+        ("num_scales", c_int64), ("value_bits", c_int64), ("group_scales", c_void_p), ("num_group_scales", c_int64),
+        ("scale_group", c_int64),
     ]  # fmt: skip
 
 
@@ -235,7 +236,8 @@ class Repeat:
         self.shape, self.dtype, self.threads = x.shape, x.dtype, torch.get_num_threads()
         self.out = (*x.shape[:-1], packed.shape[0])
         check_inputs(x, packed.shape[1], bias, packed.shape[0])
-        self._seen = Snapshot(places=(packed.values_Z, bias), contents=(packed.pattern, packed.scales_N))
+        borrowed = (packed.values_Z, packed.group_scales, bias)
+        self._seen = Snapshot(places=borrowed, contents=(packed.pattern, packed.scales_N))
         self.call = _call(x, _new(x, self.out), bias, None, PATHS["auto"], activation_bits)
         self.arguments = (prepared.reference, ctypes.byref(self.call))
         self.run = _require().fips_multiply_again
@@ -307,16 +309,18 @@ def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int,
 
 
 def _describe(packed: Packed, scales: Tensor | None) -> _Matrix:
-    layout, values, pattern = packed.layout, packed.values_Z.detach(), packed.pattern
+    layout, values, pattern, groups = packed.layout, packed.values_Z.detach(), packed.pattern, packed.group_scales
     code = layout.code(packed.block_axis)
     if code is None or not packed.numbers.compiled:
         raise BackendError(f"{unsupported_format(packed)}; use torch")
-    if values.dtype not in TYPES or not all(t.is_cpu for t in (values, pattern, *([] if scales is None else [scales]))):
+    if values.dtype not in TYPES or not all(t.is_cpu for t in (values, pattern, scales, groups) if t is not None):
         raise BackendError(f"no CPU kernel for values {values.dtype} on {values.device}; use torch")
     return _Matrix(
         *packed.shape, code, TYPES[values.dtype], layout.group_kept or 0, layout.group, values.data_ptr(),
         pattern.data_ptr(), packed.kept, values.nbytes, pattern.numel(), None,
         None if scales is None else scales.data_ptr(), 0, 0 if scales is None else scales.numel(), packed.bits or 8,
+        None if groups is None else groups.data_ptr(), 0 if groups is None else groups.numel(),
+        packed.numbers.scale_group or 0,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fips.formats.packed import Packed
+from fips.formats.patterns import BlockAxis
 from fips.kernels import reference, registry
 
 __all__ = ["is_plain", "needs_grad", "packed_linear", "traceable"]
@@ -17,7 +18,7 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """``x S^T + bias`` by the first backend that takes it, differentiable in ``x``, floating values and bias."""
     y: Tensor = torch.ops.fips.packed_linear(
         x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis,
-        packed.value_format, packed.count,
+        packed.value_format, packed.count, packed.group_scales,
     )  # fmt: skip
     return y
 
@@ -54,8 +55,9 @@ def _packed_linear(
     block_axis: int,
     value_format: str,
     count: int,
+    group_scales: Tensor | None,
 ) -> Tensor:
-    packed = _packed(values, pattern, scales, shape, fmt, block_axis, value_format, count)
+    packed = _packed(values, pattern, scales, shape, fmt, block_axis, value_format, count, group_scales=group_scales)
     backend = registry.choose(packed, x.device, x.dtype)
     return backend.multiply(x, backend.prepare(packed), bias)
 
@@ -66,17 +68,17 @@ def _(x: Tensor, values: Tensor, pattern: Tensor, scales: Any, bias: Any, shape:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, pattern, scales, bias, *ctx.layout = inputs
-    ctx.save_for_backward(x, values, pattern, scales)
+    x, values, pattern, scales, bias, *ctx.layout, group_scales = inputs
+    ctx.save_for_backward(x, values, pattern, scales, group_scales)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, pattern, scales = ctx.saved_tensors
-    packed = _packed(values, pattern, scales, *ctx.layout)
+    x, values, pattern, scales, group_scales = ctx.saved_tensors
+    packed = _packed(values, pattern, scales, *ctx.layout, group_scales=group_scales)
     grad_x, grad_values = reference.multiply_backward(grad, x, packed)
     bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_values, None, None, bias, None, None, None, None, None
+    return grad_x, grad_values, None, None, bias, None, None, None, None, None, None
 
 
 _packed_linear.register_autograd(_backward, setup_context=_keep_for_backward)
@@ -91,6 +93,9 @@ def _packed(
     block_axis: int,
     value_format: str,
     count: int,
+    *,
+    group_scales: Tensor | None,
 ) -> Packed:
     rows, cols = shape
-    return Packed(values, pattern, scales, (rows, cols), fmt, 0 if block_axis == 0 else 1, value_format, count)
+    axis: BlockAxis = 0 if block_axis == 0 else 1
+    return Packed(values, pattern, scales, (rows, cols), fmt, axis, value_format, count, group_scales)

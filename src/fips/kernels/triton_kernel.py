@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
@@ -65,6 +65,8 @@ class TileLayout:
     CODE_BITS: int = 1
     GROUP_KEPT: int = 0
     """Kept entries of an N:M group."""
+    SCALE_GROUP: int = 0
+    """Columns under one group scale; 0 without."""
 
     @property
     def GROUPS(self) -> int:
@@ -78,6 +80,10 @@ class TileLayout:
 
     @classmethod
     def of(cls, packed: Packed) -> TileLayout:
+        return replace(cls._of(packed), SCALE_GROUP=packed.numbers.scale_group or 0)
+
+    @classmethod
+    def _of(cls, packed: Packed) -> TileLayout:
         cols = packed.shape[1]
         pattern, bits = packed.layout, packed.bits
         code, unit = pattern.code(packed.block_axis), pattern.group
@@ -125,6 +131,7 @@ class TritonMatrix(PreparedMatrix):
         )
         self.values, pattern = layout.read(packed)
         self.pattern = pattern if pattern.numel() else self.table
+        self.group_scales = self.table if packed.group_scales is None else packed.group_scales
         tile = layout.GROUP * layout.GROUPS
         wanted = _splits(rows, device) if splits is None else splits
         self.split_columns = -(-cols // (wanted * tile)) * tile
@@ -201,9 +208,10 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
     scales, bias = (unused if part is None else part for part in (packed.scales_N, bias_N))
     affine = {"SCALED": packed.scales_N is not None, "BIASED": bias_N is not None}
     _multiply_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(tokens, block_t), prepared.splits)](
-        x, prepared.values, prepared.pattern, prepared.starts, prepared.table, scales, bias, sums, tokens, rows, cols,
-        x.stride(0), x.stride(1), packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns,
-        prepared.splits, **prepared.layout.constants(), **affine, ALONE=alone, WIDE=not x.is_cuda, BLOCK_T=block_t,
+        x, prepared.values, prepared.pattern, prepared.starts, prepared.table, scales, prepared.group_scales, bias,
+        sums, tokens, rows, cols, x.stride(0), x.stride(1), packed.pattern.numel(), packed.values_Z.numel(),
+        prepared.split_columns, prepared.splits, **prepared.layout.constants(),
+        SCALE_GROUP=prepared.layout.SCALE_GROUP, **affine, ALONE=alone, WIDE=not x.is_cuda, BLOCK_T=block_t,
         ROWS=ROWS, UNROLL=UNROLL, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip  # WIDE is for the interpreter, whose dot product knows no bfloat16
     if not alone:
@@ -220,8 +228,9 @@ def decode(prepared: TritonMatrix, dtype: torch.dtype) -> Tensor:
     dense = torch.empty(rows, cols, dtype=dtype, device=packed.values_Z.device)
     _decode_kernel[(triton.cdiv(rows, DECODED_ROWS), prepared.splits)](
         prepared.values, prepared.pattern, prepared.starts, prepared.table,
-        prepared.table if packed.scales_N is None else packed.scales_N, dense, rows, cols, packed.pattern.numel(),
-        packed.values_Z.numel(), prepared.split_columns, prepared.splits, **prepared.layout.constants(),
+        prepared.table if packed.scales_N is None else packed.scales_N, prepared.group_scales, dense, rows, cols,
+        packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns, prepared.splits,
+        **prepared.layout.constants(), SCALE_GROUP=prepared.layout.SCALE_GROUP,
         SCALED=packed.scales_N is not None, ROWS=DECODED_ROWS,
     )  # fmt: skip
     return dense
@@ -367,6 +376,16 @@ if triton is not None:
         return found >> (32 - BITS)
 
     @triton.jit
+    def _in_group(weights, group_scales, row, k, cols, inside, SCALE_GROUP: tl.constexpr) -> Any:
+        """Integers of columns ``k`` times their group scales; as they are where there are none."""
+        if SCALE_GROUP == 0:
+            return weights
+        else:
+            at = row * ((cols + SCALE_GROUP - 1) // SCALE_GROUP) + k // SCALE_GROUP
+            scale = tl.load(group_scales + at, mask=inside & (k < cols), other=0)
+            return weights.to(tl.float32) * scale.to(tl.float32)
+
+    @triton.jit
     def _terms(numbers) -> Any:
         """Float32 as three bfloat16 numbers that add up to it; of what is not finite the first is all."""
         high = numbers.to(tl.bfloat16)
@@ -428,11 +447,11 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["tokens"])
     def _multiply_kernel(
-        x_ptr, values, pattern, starts, table, scales, bias, y_ptr, tokens, rows, cols, stride_t, stride_k,
-        pattern_bytes, value_bytes, split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr,
-        UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr,
-        GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ALONE: tl.constexpr,
-        WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+        x_ptr, values, pattern, starts, table, scales, group_scales, bias, y_ptr, tokens, rows, cols, stride_t,
+        stride_k, pattern_bytes, value_bytes, split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr,
+        SCALE_GROUP: tl.constexpr, UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr,
+        WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+        ALONE: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
     ) -> None:  # fmt: skip
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -454,12 +473,14 @@ if triton is not None:
                         after = tl.load(at + (i + 1), mask=inside, other=0)
                     for j in tl.static_range((32 * i + BITS - 1) // BITS, (32 * i + 31 + BITS) // BITS):
                         weights = _field(word, after, j * BITS - 32 * i, BITS)
+                        weights = _in_group(weights, group_scales, row, k[None, :] + j, cols, inside, SCALE_GROUP)
                         total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
                     word = after
             elif FORMAT == 0:
                 for j in tl.static_range(GROUP):
                     place = row * cols + k[None, :] + j
                     weights = _stored(values, place, inside & (k[None, :] + j < cols), value_bytes, BITS)
+                    weights = _in_group(weights, group_scales, row, k[None, :] + j, cols, inside, SCALE_GROUP)
                     total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
             else:
                 stride = UNIT if FORMAT == 3 else 1
@@ -470,6 +491,7 @@ if triton is not None:
                 for j in tl.range(0, GROUP, loop_unroll_factor=UNROLL):
                     bit = (bits >> j) & 1
                     weights = _stored(values, place, bit != 0, value_bytes, BITS)
+                    weights = _in_group(weights, group_scales, row, k[None, :] + j, cols, inside, SCALE_GROUP)
                     total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
                     place += bit * stride
         if ALONE and SCALED:
@@ -499,10 +521,10 @@ if triton is not None:
 
     @triton.jit
     def _decode_kernel(
-        values, pattern, starts, table, scales, dense, rows, cols, pattern_bytes, value_bytes, split_columns, splits,
-        BITS: tl.constexpr, FORMAT: tl.constexpr, UNIT: tl.constexpr, CODE_BITS: tl.constexpr,
-        GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-        SCALED: tl.constexpr, ROWS: tl.constexpr,
+        values, pattern, starts, table, scales, group_scales, dense, rows, cols, pattern_bytes, value_bytes,
+        split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr, SCALE_GROUP: tl.constexpr,
+        UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr,
+        GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
     ) -> None:  # fmt: skip
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         split = tl.program_id(1)
@@ -538,5 +560,7 @@ if triton is not None:
                 present = keep & (((bits[:, :, None] >> j) & 1) != 0)
                 before = _popcount(bits[:, :, None] & ((1 << j) - 1))
                 stored = _stored(values, place[:, :, None] + before * stride, present, value_bytes, BITS)
-            entries = tl.where(present, stored.to(tl.float32) * scale[:, None, None], 0.0)
+            columns = k[None, :, None] + j
+            step = _in_group(scale[:, None, None], group_scales, row[:, :, None], columns, cols, keep, SCALE_GROUP)
+            entries = tl.where(present, stored.to(tl.float32) * step, 0.0)
             tl.store(dense + at, entries.to(dense.dtype.element_ty), mask=keep)

@@ -5,6 +5,7 @@ Shape legend: D width of the residual stream, F hidden features of one matrix, R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fips.errors import ConfigError
 from fips.formats.packed import Packed, to_dense
 from fips.formats.patterns import BITMASK, pattern_named
-from fips.formats.values import FLOAT, values_named
+from fips.formats.values import FLOAT, Values, values_named
 from fips.kernels import registry
 from fips.kernels.basis import BasisRuntime
 from fips.kernels.call import Product
@@ -64,8 +65,8 @@ class FactoredLinear(nn.Module):
     pruned layer; then ``width`` says what the basis would. See ``fips.formats.patterns`` for the formats.
 
     ``values`` is a parameter, so training changes the kept entries and never the support. With integer ``values``
-    (``"int8"`` to ``"int2"``) it is a buffer and so is ``scales`` (one per stored row, in a floating type): training
-    leaves both alone.
+    (``"int8"`` to ``"int2"``) it is a buffer and so are ``scales`` (one per stored row, in a floating type) and, of
+    formats like ``"int4g32"``, ``group_scales``: training leaves them alone.
 
     ``weight`` is an empty placeholder. Code that asks a linear layer for the device or type of its weight finds them,
     and a loader that does not know fips meets a weight of the wrong shape and refuses, where without it the layer
@@ -79,6 +80,7 @@ class FactoredLinear(nn.Module):
 
     pattern: Tensor
     scales: Tensor
+    group_scales: Tensor
     values: Tensor
     weight: Tensor
 
@@ -115,8 +117,10 @@ class FactoredLinear(nn.Module):
         if self.value_format.scaled:
             stored = torch.empty(self.value_format.length(kept), dtype=self.value_format.dtype)
             self.register_buffer("values", stored)
-            scales = self.value_format.num_scales(*self.factor_shape)
+            scales, groups = self.value_format.num_scales_of(*self.factor_shape)
             self.register_buffer("scales", torch.empty(scales, dtype=dtype))
+            if groups:
+                self.register_buffer("group_scales", torch.empty(groups, dtype=torch.uint8))
         else:
             self.values = nn.Parameter(torch.empty(kept, dtype=dtype))
         if self.pattern_format.group_bits:
@@ -138,12 +142,13 @@ class FactoredLinear(nn.Module):
         dtype: torch.dtype | None = None,
         values: str = FLOAT,
         scales: Tensor | None = None,
+        group_scales: Tensor | None = None,
     ) -> Self:
         """Pack a dense factor on its support; the bias is set by the caller. Without a basis R is the width.
 
         ``dtype`` is that of the values, beside integers that of the scales. Integers are the nearest multiples of
         ``scales``, one for each of the F rows of a transposed ``up`` factor or of the R rows of a ``down`` factor;
-        without them every row's largest magnitude becomes the largest integer.
+        without them every row's (and group's) largest magnitude becomes the largest integer.
         """
         numbers = values_named(values)
         to_linear, to_factor = Role(role).to_linear, Role(role).to_factor
@@ -152,12 +157,15 @@ class FactoredLinear(nn.Module):
             layer, entries_Z = cls._packed_on(basis, factor_RF.detach(), mask_RF, role=role, fmt=fmt, values=values)
             layer.values = nn.Parameter(entries_Z.to(dtype or entries_Z.dtype))
             return layer
-        scales = numbers.scales(matrix_NK, mask_NK) if scales is None else scales.detach()
-        scales = scales.to(dtype or matrix_NK.dtype)
-        rows, cols = matrix_NK.shape
-        _check_scales(scales, numbers.num_scales(rows, cols))
-        integers_RF = to_factor(numbers.quantize(matrix_NK, scales))
-        return cls.from_integers(basis, integers_RF, mask_RF, scales, role=role, fmt=fmt, values=values)
+        dtype = dtype or matrix_NK.dtype
+        if scales is None:
+            scales, group_scales = numbers.fitted_scales(matrix_NK, mask_NK, dtype)
+        scales = scales.detach().to(dtype)
+        _check_scales(numbers, matrix_NK.shape, scales, group_scales)
+        integers_RF = to_factor(numbers.quantize(matrix_NK, scales, group_scales))
+        return cls.from_integers(
+            basis, integers_RF, mask_RF, scales, role=role, fmt=fmt, values=values, group_scales=group_scales
+        )
 
     @classmethod
     def from_integers(
@@ -170,18 +178,22 @@ class FactoredLinear(nn.Module):
         role: str,
         fmt: str,
         values: str,
+        group_scales: Tensor | None = None,
     ) -> Self:
         """Pack integers (int8, within the bits of ``values``), or the codes of another grid, on their support.
 
         ``scales``, in the type they are stored in, are what the integers of every stored row are multiplied by, as in
-        ``from_factor``. Raises ``ConfigError`` for another number of them, or if ``values`` are floating.
+        ``from_factor``, and ``group_scales`` what those of every group are multiplied by before. Raises ``ConfigError``
+        for another number of them, or if ``values`` are floating.
         """
         numbers = values_named(values)
         if not numbers.scaled:
             raise ConfigError(f"integers cannot be stored as `values: {values}`; use `from_factor`")
         layer, entries_Z = cls._packed_on(basis, integers_RF, mask_RF, role=role, fmt=fmt, values=values)
-        _check_scales(scales, numbers.num_scales(*layer.factor_shape))
+        _check_scales(numbers, layer.factor_shape, scales, group_scales)
         layer.values, layer.scales = numbers.pack(entries_Z), scales.detach()
+        if group_scales is not None:
+            layer.group_scales = group_scales.detach()
         return layer
 
     @classmethod
@@ -211,8 +223,11 @@ class FactoredLinear(nn.Module):
         """The stored tensors of the factor, with what they mean."""
         pattern = self.pattern if self.pattern_format.group_bits else self.values.new_empty(0, dtype=torch.uint8)
         scales = self.scales if self.value_format.scaled else None
+        groups = self.group_scales if self.value_format.scale_group else None
         count = 0 if self.bits in (None, 8) else self.kept
-        return Packed(self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, self.kind, count)
+        return Packed(
+            self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, self.kind, count, groups
+        )
 
     def mask(self) -> Tensor:
         """The support of ``factor()``."""
@@ -242,7 +257,8 @@ class FactoredLinear(nn.Module):
         parameters, buffers, basis = self._parameters, self._buffers, self._borrowed[0]
         values = parameters.get("values") if self.bits is None else buffers.get("values")
         weight = None if basis is None else basis._parameters.get("weight")
-        return values, buffers.get("pattern"), buffers.get("scales"), parameters.get("bias"), weight, _offloaded(self)
+        pattern, scales, groups = buffers.get("pattern"), buffers.get("scales"), buffers.get("group_scales")
+        return values, pattern, scales, groups, parameters.get("bias"), weight, _offloaded(self)
 
     def product(self) -> Product:
         """What the layer multiplies by, for ``runtime``."""
@@ -273,9 +289,13 @@ def _offloaded(module: nn.Module) -> bool:
     return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
 
-def _check_scales(scales: Tensor, wanted: int) -> None:
-    if tuple(scales.shape) != (wanted,):
-        raise ConfigError(f"`scales` wants {wanted} numbers, one per row, got {tuple(scales.shape)}")
+def _check_scales(values: Values, shape: Sequence[int], scales: Tensor, group_scales: Tensor | None) -> None:
+    rows, groups = values.num_scales_of(*shape)
+    if tuple(scales.shape) != (rows,):
+        raise ConfigError(f"`scales` wants {rows} numbers, one per row, got {tuple(scales.shape)}")
+    found = 0 if group_scales is None else group_scales.numel()
+    if found != groups or (group_scales is not None and group_scales.dtype != torch.uint8):
+        raise ConfigError(f"`group_scales` of {values.name} wants {groups} bytes, got {found} numbers")
 
 
 def _width_and_rank(basis: SharedBasis | None, width: int | None) -> tuple[int, int]:

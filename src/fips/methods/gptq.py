@@ -1,6 +1,7 @@
 r"""Fewer bits for all weights: rounding with error feedback.
 
-All entries of a group get as many bits as its bytes allow, 2 to 8, on a grid with one step per output.
+All entries of a group get as many bits as its bytes allow, 2 to 8, on a grid with a step per output, or per group of
+inputs of every output.
 
 Reference: Frantar et al., GPTQ, arXiv 2210.17323.
 """
@@ -24,8 +25,9 @@ from fips.plan.footprint import itemsize
 from fips.plan.groups import GroupPlan, byte_target
 from fips.plan.least import BYTES_PER_BIT, EPS
 from fips.solve.feedback import inverse_root, with_feedback
+from fips.solve.grids import GridRounding, GroupGrid, RowGrid
 from fips.solve.moments import usable_moment
-from fips.solve.rounding import row_steps
+from fips.solve.rounding import grid_steps
 
 __all__ = ["Gptq", "GptqConfig", "gptq"]
 
@@ -38,6 +40,9 @@ class GptqConfig(InputsConfig):
     """The width of the integers follows from `bits`."""
 
     method: Literal["gptq"] = "gptq"
+    scale_group: Literal["auto", "row", 128, 64, 32, 16] = "auto"
+    """Weights along a row under one scale; `row`: all of them; `auto`: the fewest of 32, 64, 128 that fit beside the
+    widest integers."""
 
     def check(self) -> None:
         if self.bits is None:
@@ -56,41 +61,48 @@ class Gptq(MatrixMethod[GptqConfig]):
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """2 bits for every entry."""
         size = group.width * group.hidden
-        return (size / 4 + _scale_bytes(group, dtype)) / (BYTES_PER_BIT * size)
+        least = min(size / 4 + _scale_bytes(group, values, dtype) for values in self._choices(2))
+        return least / (BYTES_PER_BIT * size)
 
     def store(self, weight_OI: Tensor, moment_II: Tensor | None, plan: GroupPlan) -> StoredMatrix:
         assert moment_II is not None
-        values = integers(self._bits(plan))
-        integers_OI, steps_O = gptq(weight_OI, moment_II, values=values, dtype=plan.dtype)
-        mask_OI = torch.ones_like(integers_OI, dtype=torch.bool)
-        return StoredMatrix(integers_OI, mask_OI, FULL, values.name, steps_O)
+        values = self._values(plan)
+        codes_OI, steps_O, group_steps = gptq(weight_OI, moment_II, values=values, dtype=plan.dtype)
+        mask_OI = torch.ones_like(codes_OI, dtype=torch.bool)
+        return StoredMatrix(codes_OI, mask_OI, FULL, values.name, steps_O, group_steps)
 
-    def _bits(self, plan: GroupPlan) -> int:
-        size = plan.group.width * plan.group.hidden
-        allowed = byte_target(plan.group, self.config) - _scale_bytes(plan.group, plan.dtype)
-        bits = min(int(8 * allowed / size + EPS), 8)
-        if bits < 2:
-            raise BudgetError(
-                f"{allowed:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes"
-            )
-        return bits
+    def _values(self, plan: GroupPlan) -> Values:
+        """The widest integers that fit, with the finest of the allowed scales that still do."""
+        size, target = plan.group.width * plan.group.hidden, byte_target(plan.group, self.config)
+        for bits in range(8, 1, -1):
+            for values in self._choices(bits):
+                if size * bits / 8 + _scale_bytes(plan.group, values, plan.dtype) <= target * (1 + EPS):
+                    return values
+        raise BudgetError(f"{target:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes")
+
+    def _choices(self, bits: int) -> list[Values]:
+        if self.config.scale_group != "auto":
+            group = self.config.scale_group
+            return [integers(bits, None if group == "row" else group)]
+        return [integers(bits, group) for group in (32, 64, 128, None)]
 
 
-def _scale_bytes(group: LayerGroup, dtype: torch.dtype) -> int:
-    return sum(site.outputs for site in group.sites) * itemsize(dtype)
+def _scale_bytes(group: LayerGroup, values: Values, dtype: torch.dtype) -> float:
+    return sum(values.scale_bytes(site.outputs, site.inputs, itemsize(dtype)) for site in group.sites)
 
 
-def gptq(weight_OI: Tensor, moment_II: Tensor, *, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Integers (int8) and the step of every row in ``dtype``.
+def gptq(
+    weight_OI: Tensor, moment_II: Tensor, *, values: Values, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (int8), the step of every row in ``dtype``, and the group steps where the format has them.
 
-    Steps are those of the least plain squared error of each row, as in implementations that search them.
+    Steps are those of the least plain squared error of each row or group, as in implementations that search them.
     """
-    steps_O = row_steps(weight_OI, torch.ones_like(weight_OI[0]), values=values).to(dtype)
-    wide_O = steps_O.float()
-    inverse_O = torch.where(wide_O == 0, 0.0, 1 / wide_O)
-    found_OI, _ = with_feedback(
-        weight_OI,
-        inverse_root(usable_moment(moment_II), DAMPING),
-        lambda column_O: values.nearest(column_O * inverse_O) * wide_O,
+    ones_I = torch.ones_like(weight_OI[0])
+    grid: GridRounding = (
+        GroupGrid(values, weight_OI, ones_I, dtype)
+        if values.scale_group
+        else RowGrid(values, grid_steps(weight_OI, ones_I, values=values, dtype=dtype)[0])
     )
-    return values.encode(values.nearest(found_OI * inverse_O.unsqueeze(1))), steps_O
+    found_OI, _ = with_feedback(weight_OI, inverse_root(usable_moment(moment_II), DAMPING), grid)
+    return grid.stored(found_OI)

@@ -38,6 +38,8 @@ class StoredMatrix(NamedTuple):
     values: str = FLOAT
     steps_O: Tensor | None = None
     """What the integers of every row are multiplied by; None: numbers, which are rounded if ``values`` are integers."""
+    group_scales: Tensor | None = None
+    """A byte for every group of a row, where ``values`` have them."""
 
 
 class MatrixMethod(Method[C]):
@@ -73,8 +75,9 @@ def _packed(found: StoredMatrix, site: Site, dtype: torch.dtype) -> FactoredLine
     entries, mask = site.role.to_factor(found.entries_OI), site.role.to_factor(found.mask_OI)
     if found.steps_O is not None:
         return FactoredLinear.from_integers(
-            None, entries, mask, found.steps_O, role=site.role, fmt=found.fmt, values=found.values
-        )
+            None, entries, mask, found.steps_O, role=site.role, fmt=found.fmt, values=found.values,
+            group_scales=found.group_scales,
+        )  # fmt: skip
     return FactoredLinear.from_factor(
         None, entries, mask, role=site.role, fmt=found.fmt, dtype=dtype, values=found.values
     )

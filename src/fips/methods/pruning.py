@@ -24,7 +24,7 @@ from fips.methods.workbench import Needs
 from fips.models import Site
 from fips.plan.groups import GroupPlan
 from fips.plan.planner import C
-from fips.solve.feedback import inverse_root, with_feedback
+from fips.solve.feedback import Rounding, inverse_root, with_feedback
 from fips.solve.moments import usable_moment
 
 __all__ = ["Magnitude", "SparseGpt", "Wanda", "magnitude", "sparsegpt", "wanda"]
@@ -141,7 +141,7 @@ def sparsegpt(
         return top_mask(costs_JO, count=int(density * costs_JO.numel() + 0.5))
 
     upper_II = inverse_root(usable_moment(moment_II), damping)
-    found_OI, mask_OI = with_feedback(weight_OI, upper_II, lambda column_O: column_O, choose, run_length=block)
+    found_OI, mask_OI = with_feedback(weight_OI, upper_II, Rounding(), choose, run_length=block)
     assert mask_OI is not None
     return found_OI.contiguous(), mask_OI.contiguous()
 

@@ -50,6 +50,11 @@ class Method(Planner[C]):
         return 0
 
     @property
+    def holds_out(self) -> bool:
+        """Whether it wants to know what a part of the data says alone, which takes half as much memory again."""
+        return False
+
+    @property
     def trains_blocks(self) -> bool:
         """Whether it trains block by block."""
         return False

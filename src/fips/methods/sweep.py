@@ -7,6 +7,7 @@ made again. With several ranks each measures its part of the data and makes its 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,6 +31,8 @@ from fips.training.factors import swapped
 from fips.training.reconstruct import BlockError, block_errors
 
 __all__ = ["Block", "Made", "PackedLayer", "blocks_of", "make_blocks", "runs_within", "solve_blocks"]
+
+log = logging.getLogger(__name__)
 
 RECORDED = 4
 """Batches on which the error of a block is measured."""
@@ -67,19 +70,26 @@ def blocks_of(plan: CompressionPlan) -> list[Block]:
 
 
 def make_blocks(
-    bench: Workbench, blocks: Sequence[Block], stage: str, make: Make, *, memory: int, errors: bool = False
+    bench: Workbench,
+    blocks: Sequence[Block],
+    stage: str,
+    make: Make,
+    *,
+    memory: int,
+    errors: bool = False,
+    hold: bool = False,
 ) -> Iterator[Made]:
     """What ``make`` makes of every block, in their order; ``memory`` bounds the moments held at a time.
 
     At least those of one block are held. With ``errors`` what is made are layers, and another piece holds the error of
-    their block.
+    their block. With ``hold`` moments say what a part of the data says alone, too.
     """
     run = _Pass(bench, blocks, stage, make, errors)
     left = [block for block in blocks if not run.is_made(block)]
     if left:
-        with bench.sweep([block.name for block in blocks], recorded=RECORDED if errors else 0) as sweep:
+        with bench.sweep([block.name for block in blocks], recorded=RECORDED if errors else 0, hold=hold) as sweep:
             waiting = 1 if bench.ranks.count == 1 else -(-CHUNKS // bench.ranks.count)  # parts of the moments
-            units = runs_within(blocks, lambda block: (1 + waiting) * block.moment_bytes, memory)
+            units = runs_within(blocks, lambda block: (1 + hold + waiting) * block.moment_bytes, memory)
             for unit in units if Needs.INPUTS in bench.needs else [list(blocks)]:
                 run.make_unit(sweep, unit)
     for block in blocks:
@@ -165,8 +175,23 @@ class _Pass:
 
         found = measured("the errors of blocks", errors) or ()
         for block in blocks:
-            own = [asdict(one) for one in found if one.block == block.name]
-            bench.store.put(f"errors-{block.name}", {}, {"errors": own})
+            own = [one for one in found if one.block == block.name]
+            bench.store.put(f"errors-{block.name}", {}, {"errors": [asdict(one) for one in own]})
+            _say_finished(bench, block, own)
+
+
+def _say_finished(bench: Workbench, block: Block, errors: Sequence[BlockError]) -> None:
+    """A line for the log: size, error and time of a block."""
+    made = bench.store.get(f"solve-{block.name}")
+    if made is None:
+        return
+    tensors, fields = made
+    stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith(".bias"))
+    weights = sum(site.width * site.hidden for site in block.sites)
+    error = f"relative error {errors[0].relative:.2e}, " if errors else ""
+    line = f"{block.name}: {8 * stored / weights:.3f} bits per weight, {error}{fields['seconds']:.1f} s"
+    log.info("%s", line)
+    bench.store.log(line)
 
 
 def runs_within(items: Sequence[T], need: Callable[[T], int], memory: int) -> Iterator[list[T]]:

@@ -112,6 +112,9 @@ class Store(Protocol):
 
     def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None: ...
 
+    def log(self, line: str) -> None:
+        """Say what was finished, for those who look into it."""
+
 
 class MemoryStore:
     """A store that lasts as long as the process."""
@@ -127,6 +130,9 @@ class MemoryStore:
 
     def put(self, name: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
         self._held[name] = dict(tensors), dict(fields)
+
+    def log(self, line: str) -> None:
+        pass
 
 
 @dataclass(slots=True)
@@ -228,7 +234,7 @@ class Workbench:
             cache[key] = measure()
         return cache[key]
 
-    def input_moments(self, name: str, groups: Sequence[LayerGroup]) -> dict[str, LayerMoments]:
+    def input_moments(self, name: str, groups: Sequence[LayerGroup], *, hold: bool = False) -> dict[str, LayerMoments]:
         """Second moments of what the layers of some groups read, all tokens alike."""
         assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
 
@@ -236,7 +242,7 @@ class Workbench:
         blocks = list(dict.fromkeys(block for group in groups for block in group.blocks))
 
         def measure() -> dict[str, LayerMoments]:
-            with self.sweep(blocks, name) as sweep:
+            with self.sweep(blocks, name, hold=hold) as sweep:
                 return sweep.step(len(blocks), sites).moments
 
         return self.cached([site.name for site in sites], ("inputs",), measure)
@@ -246,13 +252,15 @@ class Workbench:
         self.cache = {} if self.cache is None else self.cache
 
     @contextmanager
-    def sweep(self, blocks: Sequence[str], name: str = "all", *, recorded: int = 0) -> Iterator[Sweep]:
+    def sweep(
+        self, blocks: Sequence[str], name: str = "all", *, recorded: int = 0, hold: bool = False
+    ) -> Iterator[Sweep]:
         """A pass over the data, a few of the blocks, in the order in which they run, at a time."""
         with (
             ActivationSpool(self.config.activation_memory) as spool,
             Sweep(
                 self.model, blocks, lambda: self.counted("measure", name), len(self.batches), self.run_body, spool,
-                self.device, recorded=recorded, ranks=self.ranks,
+                self.device, recorded=recorded, ranks=self.ranks, hold=hold,
             ) as found,
         ):  # fmt: skip
             yield found
@@ -391,8 +399,9 @@ def pack_group(
         else:
             grid = found.grids[index]
             layer = FactoredLinear.from_integers(
-                basis, grid.codes_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values
-            )
+                basis, grid.codes_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values,
+                group_scales=grid.group_steps,
+            )  # fmt: skip
         layer.bias = bias
         layer.conv1d = site.conv1d
         layers[site.name] = layer

@@ -100,7 +100,7 @@ def _layer_bytes(site: Site, layer: LayerStorage, rank: int, itemsize: int) -> t
     rank = rank if layer.shared else site.width
     pattern, values = pattern_named(layer.fmt).nbytes(rank * site.hidden), values_named(layer.values)
     rows, cols = site.role.stored_shape(rank, site.hidden)
-    return values.nbytes(layer.kept, itemsize) + values.num_scales(rows, cols) * itemsize, pattern
+    return values.nbytes(layer.kept, itemsize) + int(values.scale_bytes(rows, cols, itemsize)), pattern
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:

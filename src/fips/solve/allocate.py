@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from fips.errors import BudgetError
 from fips.solve.structures import FLOOR, Choice, Point
 
-__all__ = ["allocate", "expected_total"]
+__all__ = ["allocate", "expected_total", "tempered"]
 
 STEPS = 200
 """Sizes between two that were tried."""
+TRUST = 0.5
+"""How far the level of a layer's errors beside those of other layers is believed. Of 1, 0.5, 0.25 and 0, at 3.2 to 4.8
+bits, 0.5 and 0.25 were best on ViT-Tiny (1 lost 9 %) and on the demo's model (1 lost 40 %)."""
 
 
 def expected_total(trials: Sequence[Sequence[Point]], size: float) -> float:
@@ -27,6 +30,21 @@ def expected_total(trials: Sequence[Sequence[Point]], size: float) -> float:
         return _promise(trials, allocate(trials, size))
     except BudgetError:
         return math.inf
+
+
+def tempered(trials: Sequence[Sequence[Point]]) -> list[list[Point]]:
+    r"""Curves whose levels differ less: errors times :math:`m^{\tau - 1}`, m their geometric mean at full density.
+
+    Gradients of a few examples in the original model say how much layers count beside each other only roughly, and a
+    split that believes them takes bits away where they were underestimated.
+    """
+    found = []
+    for points in trials:
+        ends = {point.choice: point for point in sorted(points, key=lambda point: point.bytes) if point.choice.free}
+        known = [point.loss for point in (ends.values() or points) if point.loss > 0]
+        mean = sum(map(math.log, known)) / max(len(known), 1)
+        found.append([point._replace(loss=point.loss * math.exp((TRUST - 1) * mean)) for point in points])
+    return found
 
 
 def allocate(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choice, float]]:

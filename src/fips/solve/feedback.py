@@ -24,12 +24,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Chooser", "diagonal", "inverse_root", "with_feedback"]
+__all__ = ["Chooser", "Rounding", "diagonal", "inverse_root", "with_feedback"]
 
 RUN, SHORT = 128, 16
 """Columns whose errors are spread together over all behind them, and over those of their own run."""
 Chooser = Callable[[Tensor, int], Tensor]
 """``(costs_JN, start)``: the entries of the run of columns from ``start`` to keep, given what removing each costs."""
+
+
+class Rounding:
+    """What columns become; here what they are. Subclasses have a grid."""
+
+    group: int | None = None
+    """Columns of a group, which it wants to see together before the first of them is rounded."""
+
+    def begin(self, rest_JN: Tensor, start: int) -> None:
+        """A group begins at column ``start``: this and the columns behind it as they are now, removed entries zero."""
+
+    def nearest(self, columns: Tensor) -> Tensor:
+        """What columns (..., N) of the group become."""
+        return columns
 
 
 def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
@@ -63,15 +77,15 @@ def diagonal(upper_KK: Tensor) -> Tensor:
 def with_feedback(
     matrix_NK: Tensor,
     upper_KK: Tensor,
-    nearest: Callable[[Tensor], Tensor],
+    rounding: Rounding,
     choose: Chooser | None = None,
     *,
     run_length: int = RUN,
 ) -> tuple[Tensor, Tensor | None]:
-    """A matrix of numbers that ``nearest`` gives and of zeros where ``choose`` keeps nothing, and the mask of the kept.
+    """A matrix of rounded numbers, of zeros where ``choose`` keeps nothing, and the mask of the kept.
 
-    ``nearest`` is applied to columns (N,) and says what they become. Without ``choose`` all entries are kept and the
-    mask is None. In a metric without correlations, ``upper_KK`` its diagonal (K,), no column can make up for another.
+    Without ``choose`` all entries are kept and the mask is None. In a metric without correlations, ``upper_KK`` its
+    diagonal (K,), no column can make up for another. Groups of ``rounding`` must fill runs.
     """
     rest_KN = matrix_NK.T.contiguous().clone()
     mask_KN = None if choose is None else torch.empty(rest_KN.shape, dtype=torch.bool, device=rest_KN.device)
@@ -82,7 +96,11 @@ def with_feedback(
             for start in range(0, len(rest_KN), run_length):
                 mask_KN[start : start + run_length] = choose(costs_KN[start : start + run_length], start)
             rest_KN *= mask_KN
-        return nearest(rest_KN).T, None if mask_KN is None else mask_KN.T
+        group = rounding.group or len(rest_KN)
+        for start in range(0, len(rest_KN), group):
+            rounding.begin(rest_KN[start:], start)
+            rest_KN[start : start + group] = rounding.nearest(rest_KN[start : start + group])
+        return rest_KN.T, None if mask_KN is None else mask_KN.T
     for start in range(0, len(rest_KN), run_length):
         run = slice(start, min(start + run_length, len(rest_KN)))
         part_JN, errors_JN = rest_KN[run], torch.empty_like(rest_KN[run])
@@ -92,7 +110,10 @@ def with_feedback(
             last = min(first + SHORT, len(part_JN))
             for place in range(first, last):
                 row_K = upper_KK[start + place]
-                found_N = nearest(part_JN[place])
+                if rounding.group is not None and (start + place) % rounding.group == 0:
+                    left = slice(start + place, run.stop)
+                    rounding.begin(part_JN[place:] if mask_KN is None else part_JN[place:] * mask_KN[left], left.start)
+                found_N = rounding.nearest(part_JN[place])
                 if mask_KN is not None:
                     found_N = found_N * mask_KN[start + place]
                 torch.sub(part_JN[place], found_N, out=errors_JN[place])

@@ -23,7 +23,7 @@ from torch import Tensor
 from fips.formats.values import Values
 from fips.solve.problems import LayerProblem, damped_inverse_root
 
-__all__ = ["Grid", "round_factor", "round_rows", "row_steps"]
+__all__ = ["Grid", "best_steps", "grid_steps", "in_steps", "round_factor", "round_rows"]
 
 RATIOS = tuple(1.0 - 0.04 * index for index in range(16))
 """Clipped maxima tried for every row, relative to its largest magnitude."""
@@ -43,10 +43,17 @@ class Grid:
     """The one that a step spans: 0 where the stored rows are the hidden features F, 1 where they are the rank R."""
     wanted_RF: Tensor | None = None
     """What was rounded, in units of the steps."""
+    group_steps: Tensor | None = None
+    """A byte for every group of a stored row, where the format has them: what its step is multiplied by."""
 
     def factor(self) -> Tensor:
         """The factor (R, F), float32."""
-        return self.numbers() * self.steps_N.float().unsqueeze(self.axis)
+        return self.numbers() * self.spread(self.steps_N.float())
+
+    def spread(self, steps_N: Tensor) -> Tensor:
+        """What every entry of the factor is multiplied by, for steps of the stored rows; one axis may be 1."""
+        steps = self.values.steps(steps_N, self.group_steps, self.codes_RF.shape[self.axis])
+        return steps.T if self.axis == 0 else steps
 
     def numbers(self) -> Tensor:
         """The factor in units of its steps."""
@@ -63,36 +70,49 @@ def round_factor(
     """
     scale_K, metric_KK = problem.axis(axis)
     matrix_NK, mask_NK = (factor_RF.T, mask_RF.T) if axis == 0 else (factor_RF, mask_RF)
-    steps_N = row_steps(matrix_NK, scale_K.square(), values=values).to(dtype)
-    numbers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, steps_N.float(), values=values)
+    steps_N, group_steps = grid_steps(matrix_NK, scale_K.square(), values=values, dtype=dtype)
+    spread = values.steps(steps_N.float(), group_steps, matrix_NK.shape[1])
+    numbers_NK, wanted_NK = round_rows(matrix_NK, mask_NK, metric_KK, scale_K, spread, values=values)
     codes_RF, wanted_RF = (
         matrix.T.contiguous() if axis == 0 else matrix for matrix in (values.encode(numbers_NK), wanted_NK)
     )
-    return Grid(codes_RF, steps_N, values, axis, wanted_RF)
+    return Grid(codes_RF, steps_N, values, axis, wanted_RF, group_steps)
 
 
-def row_steps(matrix_NK: Tensor, weight_K: Tensor, *, values: Values) -> Tensor:
-    """Step per row with the least rounding error, columns weighted by ``weight_K``, among a few clipped maxima."""
-    peaks_N = matrix_NK.abs().amax(1) / values.largest
-    best_N = torch.full_like(peaks_N, torch.inf)
-    steps_N = peaks_N
+def grid_steps(
+    matrix_NK: Tensor, weight_K: Tensor, *, values: Values, dtype: torch.dtype, room: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """Steps in ``dtype``, and group steps, as they are stored, with the least plain rounding error.
+
+    Columns are weighted by ``weight_K``. ``room`` times the largest step of a row can be stored beside it.
+    """
+    groups = values.in_groups(matrix_NK)
+    weights = values.in_groups(weight_K.unsqueeze(0))
+    return values.stored_scales(best_steps(groups, weights, values=values), dtype, room=room)
+
+
+def best_steps(matrix: Tensor, weight: Tensor, *, values: Values, dim: int = -1) -> Tensor:
+    """Step for every line along ``dim`` with the least weighted rounding error, among a few clipped maxima."""
+    peaks = matrix.abs().amax(dim, keepdim=True) / values.largest
+    best = torch.full_like(peaks, torch.inf)
+    steps = peaks
     for ratio in RATIOS:
-        tried_N1 = (peaks_N * ratio).unsqueeze(1)
-        error_NK = matrix_NK - values.nearest(_in_steps(matrix_NK, tried_N1)) * tried_N1
-        loss_N = (error_NK.square() * weight_K).sum(1)
-        better_N = loss_N < best_N
-        best_N = torch.where(better_N, loss_N, best_N)
-        steps_N = torch.where(better_N, tried_N1.squeeze(1), steps_N)
-    return steps_N
+        tried = peaks * ratio
+        error = matrix - values.nearest(in_steps(matrix, tried)) * tried
+        loss = error.square_().mul_(weight).sum(dim, keepdim=True)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        steps = torch.where(better, tried, steps)
+    return steps.squeeze(dim)
 
 
 def round_rows(
-    matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps_N: Tensor, *, values: Values
+    matrix_NK: Tensor, mask_NK: Tensor, metric_KK: Tensor, scale_K: Tensor, steps: Tensor, *, values: Values
 ) -> tuple[Tensor, Tensor]:
-    """Numbers that stand for the matrix on the grids of its rows, 0 outside the mask, with error feedback; and the
-    what was rounded to them.
+    """Numbers that stand for the matrix on its grid, 0 outside the mask, with error feedback; and what was rounded to
+    them.
 
-    The metric of columns is ``metric_KK`` between columns multiplied by ``scale_K``.
+    The metric of columns is ``metric_KK`` between columns multiplied by ``scale_K``. ``steps`` are (N, K), or (N, 1).
     """
     upper_KK = damped_inverse_root(metric_KK)
     rest_NK = matrix_NK * scale_K
@@ -104,8 +124,8 @@ def round_rows(
         errors_NJ = torch.empty_like(part_NJ)
         for place in range(part_NJ.shape[1]):
             column = start + place
-            grid_N = steps_N * scale_K[column]
-            wanted_NK[:, column] = _in_steps(part_NJ[:, place], grid_N)
+            grid_N = steps[:, column if steps.shape[1] > 1 else 0] * scale_K[column]
+            wanted_NK[:, column] = in_steps(part_NJ[:, place], grid_N)
             found_N = values.nearest(wanted_NK[:, column]) * mask_NK[:, column]
             errors_NJ[:, place] = (part_NJ[:, place] - found_N * grid_N) / factor_JJ[place, place]
             part_NJ[:, place + 1 :] -= torch.outer(errors_NJ[:, place], factor_JJ[place, place + 1 :])
@@ -114,6 +134,6 @@ def round_rows(
     return numbers_NK, wanted_NK
 
 
-def _in_steps(values: Tensor, steps: Tensor) -> Tensor:
+def in_steps(values: Tensor, steps: Tensor) -> Tensor:
     """Values in units of steps; 0 where the step is 0."""
     return torch.where(steps == 0, 0.0, values / steps)

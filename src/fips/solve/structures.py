@@ -126,11 +126,12 @@ class Structures(ABC):
         """Bytes besides values and patterns: basis, scales and what whole bytes round up."""
         numbers = choice.numbers
         scales = sum(
-            numbers.num_scales(shape[1 - axis], shape[axis])
+            numbers.scale_bytes(shape[1 - axis], shape[axis], self.pricing.row_scale)
             for shape, axis in zip(self.shapes, self.reductions, strict=True)
+            if self.pricing.row_scale  # else numbers are counted, of which scales are none
         )
         ends = len(self.shapes) if self.pricing.pattern_bit and (numbers.bits or 0) % 8 else 0
-        return ends + self.pricing.row_scale * scales + choice.shared * self.width**2 * self.pricing.basis_entry
+        return ends + scales + choice.shared * self.width**2 * self.pricing.basis_entry
 
     def fixed_bytes(self, choice: Choice) -> float | None:
         """The size of a choice whose pattern decides it; None for the others."""

@@ -77,10 +77,10 @@ class LayerLayout(_Strict):
 
 
 class Layout(_Strict):
-    """Bases and factored layers by name, format version 1."""
+    """Bases and factored layers by name. Format version 2 has values with group scales, version 1 has not."""
 
     quant_method: Literal["fips"] = "fips"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     bases: dict[str, BasisLayout]
     layers: dict[str, LayerLayout]
 
@@ -96,6 +96,8 @@ class Layout(_Strict):
             if entry.basis is not None and entry.basis not in self.bases:
                 raise ValueError(f"layer `{name}` names basis `{entry.basis}`; known: {', '.join(self.bases)}")
             _require_kept(name, entry, self.rank(entry))
+            if self.format_version == 1 and values_named(entry.values).scale_group is not None:
+                raise ValueError(f"layer `{name}` has `values` {entry.values}, which format_version 1 does not know")
         unused = set(self.bases) - {entry.basis for entry in self.layers.values()}
         if unused:
             raise ValueError(f"no layer uses basis `{min(unused)}`")
@@ -119,10 +121,10 @@ class Layout(_Strict):
         """Validate what a file holds; ``where`` names it in errors. Raises ``CheckpointError``."""
         if not isinstance(fields, dict) or fields.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(f"{where} has no `quantization_config` of fips; give a directory written by fips")
-        if fields.get("format_version") != 1:
+        if fields.get("format_version") not in (1, 2):
             raise CheckpointError(
-                f"{where} has format_version {fields.get('format_version')!r}, this fips reads 1; install the fips "
-                "version that wrote it"
+                f"{where} has format_version {fields.get('format_version')!r}, this fips reads 1 and 2; install the "
+                "fips version that wrote it"
             )
         try:
             return cls.model_validate(fields)
@@ -141,7 +143,9 @@ def describe_layout(model: nn.Module) -> Layout:
     """The layout of a compressed model, read off its modules."""
     bases: dict[str, SharedBasis] = dict(getattr(basis_owner(model), BASES).items())
     names = {id(basis): name for name, basis in bases.items()}
+    grouped = any(layer.value_format.scale_group for layer in factored_layers(model).values())
     return Layout(
+        format_version=2 if grouped else 1,
         bases={
             name: BasisLayout(width=basis.weight.shape[0], rank=basis.weight.shape[1]) for name, basis in bases.items()
         },

@@ -197,8 +197,10 @@ def _packed_tensors(layout: Layout, entry: LayerLayout) -> dict[str, tuple[Seque
     stored = FLOATS if values.dtype is None else (values.dtype,)
     tensors["values"] = (stored, (values.length(entry.kept),))
     if values.scaled:
-        shape = Role(entry.role).stored_shape(rank, entry.hidden)
-        tensors["scales"] = (FLOATS, (values.num_scales(*shape),))
+        scales, groups = values.num_scales_of(*Role(entry.role).stored_shape(rank, entry.hidden))
+        tensors["scales"] = (FLOATS, (scales,))
+        if groups:
+            tensors["group_scales"] = ((torch.uint8,), (groups,))
     if pattern.group_bits:
         tensors["pattern"] = ((torch.uint8,), (pattern.nbytes(entry.hidden * rank),))
     if entry.bias:

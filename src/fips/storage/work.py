@@ -1,7 +1,8 @@
 """Where a run keeps what it has finished, so that after a crash the same command goes on from there.
 
-A work directory holds ``run.json``, which says what the run is made of, and for every finished piece a file of tensors
-and fields. A file appears by one rename when it is complete: whatever ends the process, what is there is whole.
+A work directory holds ``run.json``, which says what the run is made of, ``log.txt`` with a line for every finished
+block, and for every finished piece a file of tensors and fields. A file appears by one rename when it is complete:
+whatever ends the process, what is there is whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from fips.errors import OutputError
 
 __all__ = ["WorkDirectory", "kept_work"]
 
-RUN = "run.json"
+RUN, LOG = "run.json", "log.txt"
 SUFFIX = ".safetensors"
 
 
@@ -99,6 +101,11 @@ class WorkDirectory:
                 f"cannot keep finished work in `{self.path}`: {error.strerror or error}; what is there is whole: free "
                 "space and give the same command again"
             ) from None
+
+    def log(self, line: str) -> None:
+        """Add a line with the time to the log."""
+        with suppress(OSError), (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name.replace('/', '_')}{SUFFIX}"

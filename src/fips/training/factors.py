@@ -34,30 +34,31 @@ STEP_RATE = 30.0
 
 
 class _TrainableGrid(nn.Module):
-    """Multiples of one step per stored row, by numbers of a value format; steps stay in the type they are stored in."""
+    """Multiples of the steps of a grid, by numbers of its value format; steps of rows are trained, in the type they are
+    stored in, group steps stay."""
 
     def __init__(self, start: Grid) -> None:
         super().__init__()
-        self.values, self.axis = start.values, start.axis
-        self.start = start.steps_N.float().unsqueeze(start.axis)
+        self.values, self.grid = start.values, start
+        self.start = start.steps_N.float()
         self.growth = nn.Parameter(torch.zeros_like(self.start))
         self.dtype = start.steps_N.dtype
 
     def steps(self) -> Tensor:
-        """The trained steps as they will be stored."""
+        """The trained steps of the stored rows as they will be stored."""
         return _straight_through(self.start * (1 + self.growth), lambda steps: steps.to(self.dtype).float())
 
     def forward(self, entries: Tensor) -> Tensor:
         """The numbers that entries in units of the steps stand for."""
-        return (
-            _straight_through(entries.clamp(-self.values.largest, self.values.largest), self.values.nearest)
-            * self.steps()
-        )
+        return _straight_through(
+            entries.clamp(-self.values.largest, self.values.largest), self.values.nearest
+        ) * self.grid.spread(self.steps())
 
     def found(self, entries_RF: Tensor, mask_RF: Tensor) -> Grid:
         """The numbers of the grid next to the entries, 0 outside the mask, and the steps."""
         codes_RF = self.values.encode(self.values.nearest(entries_RF) * mask_RF)
-        return Grid(codes_RF, self.steps().flatten().to(self.dtype), self.values, self.axis)
+        steps_N = self.steps().to(self.dtype)
+        return Grid(codes_RF, steps_N, self.values, self.grid.axis, group_steps=self.grid.group_steps)
 
 
 def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

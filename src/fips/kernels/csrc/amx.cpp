@@ -151,6 +151,6 @@ template <class Values> bool tiles_path(const fips_matrix &a, const fips_call &c
 bool fips_amx(const fips_matrix &a, const fips_call &c) {
   if (c.path != FIPS_TILES || a.format == FIPS_BLOCK_ROWS) return false;
   if (a.value_type == FIPS_BF16) return tiles_path<BF16Values>(a, c);
-  if (a.value_type != FIPS_I8) return false;
+  if (a.value_type != FIPS_I8 || a.scale_group) return false;
   return a.value_bits < 8 ? tiles_path<NarrowValues>(a, c) : tiles_path<I8Values>(a, c);
 }

@@ -26,9 +26,27 @@ inline float total(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
+// With group scales: the sums of a group, or of its part among 64 columns, are scaled when they are complete.
 template <int T, class Reader, class Cursor>
-void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row, const float *x,
-                int64_t padded) {
+void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, const RowGroups &groups, int64_t row,
+                const float *x, int64_t padded) {
+  Cursor cursor(a, reader.start(row));
+  const int64_t unit = min_of(a.scale_group, 64);
+  __m256 acc[T], sums[T];
+  for (int t = 0; t < T; ++t) acc[t] = sums[t] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < a.cols; k += 64)
+    read_columns(reader, row, k, cursor, [&](int64_t j, __m256 w) {
+      for (int t = 0; t < T; ++t) sums[t] = _mm256_fmadd_ps(w, _mm256_load_ps(x + t * padded + k + j), sums[t]);
+      if ((j + 8) & (unit - 1)) return;
+      const __m256 scale = _mm256_set1_ps(groups.at(k + j));
+      for (int t = 0; t < T; ++t) acc[t] = _mm256_fmadd_ps(sums[t], scale, acc[t]), sums[t] = _mm256_setzero_ps();
+    });
+  for (int t = 0; t < T; ++t) store_sum(a, c, row, t, total(acc[t]));
+}
+
+template <int T, class Reader, class Cursor>
+void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, const NoGroups &, int64_t row,
+                const float *x, int64_t padded) {
   Cursor cursor(a, reader.start(row));
   __m256 acc[T];
   for (int t = 0; t < T; ++t) acc[t] = _mm256_setzero_ps();
@@ -47,9 +65,12 @@ template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
       x[t * padded + k] = k < a.cols ? load_float(c.x, c.x_type, t * c.x_stride + k) : 0.0f;
   return with_cursor(a, [&](const auto &reader, auto cursor) {
     using Reader = std::decay_t<decltype(reader)>;
+    with_groups<reads_integers<decltype(cursor)>>(a, [&](auto tag) {
+      using Groups = typename decltype(tag)::type;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row)
-      direct_row<T, Reader, decltype(cursor)>(a, c, reader, row, x, padded);
+      for (int64_t row = 0; row < a.rows; ++row)
+        direct_row<T, Reader, decltype(cursor)>(a, c, reader, Groups(a, row), row, x, padded);
+    });
   });
 }
 

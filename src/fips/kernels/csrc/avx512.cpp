@@ -29,6 +29,13 @@ struct Vector16 {
 };
 
 template <class One, class Two, class Three> bool byte_path(const fips_matrix &a, const fips_call &c) {
+  if (a.scale_group) {
+    switch (fixed_planes(c)) {
+    case 1: return direct_path<GroupedDot<One, 1>>(a, c);
+    case 2: return direct_path<GroupedDot<Two, 2>>(a, c);
+    default: return direct_path<GroupedDot<Three, 3>>(a, c);
+    }
+  }
   switch (fixed_planes(c)) {
   case 1: return direct_path<One>(a, c);
   case 2: return direct_path<Two>(a, c);

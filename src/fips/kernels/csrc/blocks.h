@@ -9,10 +9,14 @@ namespace {
 constexpr int64_t kDecodedRows = 48, kDecodedColumns = 256, kTokensPerPass = 512;
 
 // Columns [k0, k1) of one row as floats, zero where nothing is kept.
-template <class Reader, class Cursor>
-void decode_floats(const Reader &reader, int64_t row, int64_t k0, int64_t k1, Cursor &cursor, float *to) {
+template <class Reader, class Groups, class Cursor>
+void decode_floats(const Reader &reader, const Groups &groups, int64_t row, int64_t k0, int64_t k1, Cursor &cursor,
+                   float *to) {
   for (int64_t k = k0; k < k1; k += 64, to += 64)
-    read_columns(reader, row, k, cursor, [to](int64_t j, __m256 w) { _mm256_store_ps(to + j, w); });
+    read_columns(reader, row, k, cursor, [&](int64_t j, __m256 w) {
+      if constexpr (Groups::there) w = _mm256_mul_ps(w, _mm256_set1_ps(groups.at(k + j)));
+      _mm256_store_ps(to + j, w);
+    });
 }
 
 // sums (R, C vectors of tokens) += weights (R, count) x (count, C vectors)
@@ -41,7 +45,7 @@ void add_block(const float *weights, const float *x, int64_t count, float *sums,
 }
 
 // Rows [row0, row0 + rows) by the tokens from t0 on of one pass; the sums of rows behind the last are not looked at.
-template <class V, int R, int C, class Reader, class Cursor>
+template <class V, int R, int C, class Groups, class Cursor, class Reader>
 void blocks_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row0, int64_t t0,
                   const float *x_all, float *sums, float *weights) {
   constexpr int64_t block = C * V::width;
@@ -53,7 +57,7 @@ void blocks_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader
   for (int64_t k0 = 0; k0 < a.cols; k0 += kDecodedColumns) {
     const int64_t k1 = min_of(k0 + kDecodedColumns, a.cols);
     for (int64_t r = 0; r < rows; ++r)
-      decode_floats(reader, row0 + r, k0, k1, next[r], weights + r * kDecodedColumns);
+      decode_floats(reader, Groups(a, row0 + r), row0 + r, k0, k1, next[r], weights + r * kDecodedColumns);
     for (int64_t t = 0; t < tokens; t += block)
       for (int64_t r = 0; r < rows; r += R)
         add_block<V, R, C>(weights + r * kDecodedColumns, x_all + (t0 + t) * a.cols + k0 * block, k1 - k0,
@@ -75,12 +79,14 @@ template <class V, int R, int C> bool blocks_path(const fips_matrix &a, const fi
   const int64_t chunks = (a.rows + kDecodedRows - 1) / kDecodedRows;
   const int64_t passes = (c.tokens + kTokensPerPass - 1) / kTokensPerPass;
   return with_cursor(a, [&](const auto &reader, auto cursor) {
-    using Reader = std::decay_t<decltype(reader)>;
+    with_groups<reads_integers<decltype(cursor)>>(a, [&](auto tag) {
+      using Groups = typename decltype(tag)::type;
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic) collapse(2)
-    for (int64_t pass = 0; pass < passes; ++pass)
-      for (int64_t i = 0; i < chunks; ++i)
-        blocks_chunk<V, R, C, Reader, decltype(cursor)>(a, c, reader, i * kDecodedRows, pass * kTokensPerPass, x,
-                                                         sums.mine(), weights.mine());
+      for (int64_t pass = 0; pass < passes; ++pass)
+        for (int64_t i = 0; i < chunks; ++i)
+          blocks_chunk<V, R, C, Groups, decltype(cursor)>(a, c, reader, i * kDecodedRows, pass * kTokensPerPass, x,
+                                                          sums.mine(), weights.mine());
+    });
   });
 }
 

@@ -36,6 +36,13 @@ bool pattern_fits(const fips_matrix &a) {
   return a.pattern_bytes == bytes_of_bits(groups * sizes.bits);
 }
 
+bool group_scales_fit(const fips_matrix &a) {
+  if (a.scale_group == 0) return !a.group_scales && a.num_group_scales == 0;
+  if (a.scale_group != 16 && a.scale_group != 32 && a.scale_group != 64 && a.scale_group != 128) return false;
+  return a.value_type == FIPS_I8 && is_there(a.group_scales, a.num_group_scales) &&
+         a.num_group_scales == a.rows * groups_of_row(a);
+}
+
 } // namespace
 
 bool fips_format_is_known(const fips_matrix &a) {
@@ -71,6 +78,7 @@ int fips_check_matrix(const fips_matrix &a) {
   if (!fips_format_is_known(a)) return FIPS_UNSUPPORTED;
   if (!values_fit(a) || !pattern_fits(a)) return FIPS_INVALID;
   if (!is_there(a.scales, a.num_scales) || a.num_scales != (a.scales ? a.rows : 0)) return FIPS_INVALID;
+  if (!group_scales_fit(a)) return FIPS_INVALID;
   return a.value_type == FIPS_I8 && a.cols > kMostByteColumns ? FIPS_UNSUPPORTED : 0;
 }
 

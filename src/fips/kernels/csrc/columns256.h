@@ -101,6 +101,10 @@ FIPS_INLINE void read_columns(const Reader &reader, int64_t row, int64_t k, Curs
   }
 }
 
+template <class Cursor> constexpr bool reads_integers = false;
+template <> constexpr bool reads_integers<NarrowCursor> = true;
+template <> constexpr bool reads_integers<ValueCursor<I8Values>> = true;
+
 // Calls `body` with the reader of a matrix whose rows have their values together, and a value of the type of its cursors.
 template <class Body> bool with_cursor(const fips_matrix &a, Body &&body) {
   return with_reader(a, [&](const auto &reader) {

@@ -33,8 +33,15 @@ template <class T> struct ValueCursor {
   FIPS_INLINE void prefetch() const { _mm_prefetch(reinterpret_cast<const char *>(at) + 1024, _MM_HINT_T0); }
 };
 
-struct FloatDot { // fp32 values
-  using Cursor = ValueCursor<float>;
+// Without group scales nothing but the place of a row's first value is needed to read it.
+template <class C> struct Reading {
+  using Cursor = C;
+  template <class Reader> static Cursor cursor(const fips_matrix &a, const Reader &reader, int64_t row) {
+    return Cursor(a, reader.start(row));
+  }
+};
+
+struct FloatDot : Reading<ValueCursor<float>> { // fp32 values
   static int64_t bytes(int64_t padded) { return padded * 4; }
   static Token prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
     for (int64_t k = 0; k < padded; k += 16)
@@ -69,8 +76,9 @@ struct FloatDot { // fp32 values
   };
 };
 
-struct HalfDot : FloatDot { // fp16 values
-  using Cursor = ValueCursor<uint16_t>;
+struct HalfDot : FloatDot, Reading<ValueCursor<uint16_t>> { // fp16 values
+  using Reading<ValueCursor<uint16_t>>::Cursor;
+  using Reading<ValueCursor<uint16_t>>::cursor;
   FIPS_INLINE static Weights decode(uint64_t mask, Cursor &v) {
     Weights out;
     for (int i = 0; i < 2; ++i, mask >>= 32) {
@@ -83,8 +91,10 @@ struct HalfDot : FloatDot { // fp16 values
   }
 };
 
-struct BrainDot : FloatDot { // bf16 values beside float inputs: even columns first, then odd ones, in every 32
-  using Cursor = ValueCursor<uint16_t>;
+// bf16 values beside float inputs: even columns first, then odd ones, in every 32
+struct BrainDot : FloatDot, Reading<ValueCursor<uint16_t>> {
+  using Reading<ValueCursor<uint16_t>>::Cursor;
+  using Reading<ValueCursor<uint16_t>>::cursor;
   static Token prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
@@ -109,8 +119,7 @@ struct BrainDot : FloatDot { // bf16 values beside float inputs: even columns fi
 };
 
 #ifdef __AVX512BF16__
-struct BrainPairDot { // bf16 values and inputs
-  using Cursor = ValueCursor<uint16_t>;
+struct BrainPairDot : Reading<ValueCursor<uint16_t>> { // bf16 values and inputs
   static int64_t bytes(int64_t padded) { return padded * 2; }
   static Token prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
     const uint16_t *x = static_cast<const uint16_t *>(c.x) + t * c.x_stride;
@@ -147,8 +156,7 @@ struct BrainPairDot { // bf16 values and inputs
 
 // The lowest digit is plane 0. `vpdpbusd` wants one side without sign: 128 is added to every weight, and what that adds
 // to all rows alike, 128 times the sum of a token's digits, is taken away from their totals.
-template <int PLANES> struct ByteDot { // int8 values
-  using Cursor = ValueCursor<int8_t>;
+template <int PLANES> struct ByteDot : Reading<ValueCursor<int8_t>> { // int8 values
   static int64_t bytes(int64_t padded) { return padded * PLANES; }
   static Token prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
     const float scale = token_scale(c, t, cols, PLANES);
@@ -208,11 +216,96 @@ template <int PLANES> struct ByteDot { // int8 values
   };
 };
 
-template <int PLANES, class Stream> struct NarrowDot : ByteDot<PLANES> { // of less than 8 bits
-  using Cursor = Stream;
+template <int PLANES, class Stream> struct NarrowDot : ByteDot<PLANES>, Reading<Stream> { // of less than 8 bits
+  using typename Reading<Stream>::Cursor;
+  using Reading<Stream>::cursor;
   FIPS_INLINE static typename ByteDot<PLANES>::Weights decode(uint64_t mask, Cursor &v) {
     return ByteDot<PLANES>::lifted(v.next(mask)); // beyond the last column x is 0, whatever is read there
   }
+};
+
+// The group scales of 64 columns, one for each of 16 times 4.
+struct ScaleLanes {
+  alignas(64) int32_t group[5][16] = {}; // by the logarithm of columns of a group, less 2: 64 columns are 4 or 2 groups
+  constexpr ScaleLanes() {
+    for (int i = 0; i < 16; ++i) {
+      group[2][i] = i / 4;
+      group[3][i] = i / 8;
+    }
+  }
+};
+constexpr ScaleLanes scale_lanes;
+
+FIPS_INLINE __m512 scales_of_lanes(const RowGroups &groups, int64_t k) {
+  if (groups.shift >= 6) return _mm512_set1_ps(groups.at(k));
+  const int64_t first = k >> groups.shift;
+  uint32_t four = 0;
+  if (first + 4 <= groups.groups) {
+    std::memcpy(&four, groups.scales + first, 4);
+  } else {
+    for (int64_t i = first; i < groups.groups; ++i) four |= uint32_t(groups.scales[i]) << 8 * (i - first);
+  }
+  const __m128 scales = _mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(int(four))));
+  const __m512 all = _mm512_broadcast_f32x4(scales);
+  return _mm512_permutex2var_ps(all, _mm512_load_si512(scale_lanes.group[groups.shift - 2]), all);
+}
+
+// A dot product of integers with group scales: those of every 64 columns become floats and are scaled. What the 128 added
+// to every weight adds is taken away lane by lane; it lies behind the planes of a token.
+template <class Base, int PLANES> struct GroupedDot {
+  struct Cursor : Base::Cursor {
+    RowGroups groups;
+    int64_t k = 0;
+    Cursor(const fips_matrix &a, int64_t first, int64_t row) : Base::Cursor(a, first), groups(a, row) {}
+  };
+  template <class Reader> static Cursor cursor(const fips_matrix &a, const Reader &reader, int64_t row) {
+    return Cursor(a, reader.start(row), row);
+  }
+  static int64_t bytes(int64_t padded) { return 2 * padded * PLANES; }
+  static Token prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
+    const Token token = ByteDot<PLANES>::prepare(c, t, cols, padded, to);
+    auto *x = static_cast<uint8_t *>(to);
+    for (int64_t at = 0; at < padded * PLANES; at += 64)
+      _mm512_store_si512(x + padded * PLANES + at,
+                         _mm512_sub_epi32(_mm512_setzero_si512(),
+                                          _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(char(0x80)),
+                                                              _mm512_load_si512(x + at))));
+    return {token.scale, 0};
+  }
+  struct Weights {
+    __m512i w;
+    __m512 scale;
+  };
+  FIPS_INLINE static Weights decode(uint64_t mask, Cursor &v) {
+    const __m512i w = Base::decode(mask, v).w;
+    const __m512 scale = scales_of_lanes(v.groups, v.k);
+    v.k += 64;
+    return {w, scale};
+  }
+  struct Sum {
+    __m512 a = _mm512_setzero_ps(), b = a, c = a;
+    FIPS_INLINE static __m512 plane(const Weights &s, const uint8_t *x, int64_t behind, __m512 sum) {
+      const __m512i dot = _mm512_dpbusd_epi32(_mm512_load_si512(x + behind), s.w, _mm512_load_si512(x));
+      return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), s.scale, sum);
+    }
+    FIPS_INLINE void add(const Weights &s, const void *x, int64_t k, int64_t padded) {
+      const uint8_t *xk = static_cast<const uint8_t *>(x) + k;
+      a = plane(s, xk, padded * PLANES, a);
+      if constexpr (PLANES > 1) b = plane(s, xk + padded, padded * PLANES, b);
+      if constexpr (PLANES > 2) c = plane(s, xk + 2 * padded, padded * PLANES, c);
+    }
+    void merge(const Sum &other) {
+      a = _mm512_add_ps(a, other.a);
+      b = _mm512_add_ps(b, other.b);
+      c = _mm512_add_ps(c, other.c);
+    }
+    float total(const Token &) const {
+      double sum = _mm512_reduce_add_ps(a);
+      if constexpr (PLANES > 1) sum += 256.0 * _mm512_reduce_add_ps(b);
+      if constexpr (PLANES > 2) sum += 65536.0 * _mm512_reduce_add_ps(c);
+      return float(sum);
+    }
+  };
 };
 
 // One row by T tokens. Not an array: the compiler would keep it in memory and store every sum in every step.
@@ -249,7 +342,7 @@ FIPS_INLINE void add_columns(Sums<Dot, T> &sums, uint64_t mask, typename Dot::Cu
 template <class Dot, int T, class Reader>
 void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row, const char *x,
                 int64_t padded, const Token *tokens) {
-  typename Dot::Cursor v(a, reader.start(row));
+  auto v = Dot::cursor(a, reader, row);
   Sums<Dot, T> sums, more; // two sets: a dot product takes longer to finish than to start
   int64_t k = 0;
   for (; k + 64 < a.cols; k += 128) {

@@ -95,12 +95,13 @@ int detect() { return FIPS_PORTABLE; }
 // rest is faster.
 int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS) return FIPS_TOKENS; // values of a row do not lie together
-  const bool matrix_unit = level >= FIPS_AMX && (a.value_type == FIPS_BF16 || a.value_type == FIPS_I8);
+  const bool bytes = a.value_type == FIPS_I8 && !a.scale_group; // multiplied as they are
+  const bool matrix_unit = level >= FIPS_AMX && (a.value_type == FIPS_BF16 || bytes);
   if (c.tokens <= (matrix_unit ? 1 : 4)) return FIPS_DIRECT;
   if (level < FIPS_AVX2) return FIPS_TOKENS;
   const double kept = double(a.num_values) / (double(a.rows) * double(a.cols)); // limits measured on Zen 4
   if (level < FIPS_AVX512) return kept < 0.55 ? FIPS_TOKENS : FIPS_TILES;
-  if (matrix_unit || a.value_type == FIPS_I8) return FIPS_TILES;
+  if (matrix_unit || bytes) return FIPS_TILES;
   const bool pairs = level >= FIPS_AVX512_BF16 && a.value_type == FIPS_BF16 && c.x_type == FIPS_BF16;
   const bool skip = pairs ? c.tokens > 32 && kept < 0.2 : kept < (c.tokens > 16 ? 0.6 : 0.3);
   return skip ? FIPS_TOKENS : FIPS_TILES;
@@ -109,6 +110,7 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
 // Whether the variant that will run reads integers of less than 8 bits as they are.
 bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS || c.path == FIPS_TOKENS) return false;
+  if (a.scale_group && c.path == FIPS_TILES && level >= FIPS_AVX512) return false;
   return level >= FIPS_AVX2;
 }
 
@@ -191,7 +193,8 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_AUTO) chosen.path = fastest_path(a, c, level);
   const bool widen = a.value_bits < 8 && !reads_narrow(a, chosen, level);
   const fips_matrix read = widen ? widened(a, chosen, level) : a;
-  const bool fixed_point = a.value_type == FIPS_I8 && level >= FIPS_AVX512 && chosen.path != FIPS_TOKENS;
+  const bool floats = chosen.path == FIPS_TOKENS || (a.scale_group && chosen.path == FIPS_TILES);
+  const bool fixed_point = a.value_type == FIPS_I8 && level >= FIPS_AVX512 && !floats;
   const int64_t at_a_time = tokens_at_a_time(a, c);
   for (int64_t first = 0; first < c.tokens; first += at_a_time) {
     const fips_call part = part_of(chosen, first, min_of(at_a_time, c.tokens - first));
@@ -279,6 +282,9 @@ int64_t fips_layout(int64_t *numbers, int64_t length) {
       int64_t(offsetof(fips_matrix, num_starts)),
       int64_t(offsetof(fips_matrix, num_scales)),
       int64_t(offsetof(fips_matrix, value_bits)),
+      int64_t(offsetof(fips_matrix, group_scales)),
+      int64_t(offsetof(fips_matrix, num_group_scales)),
+      int64_t(offsetof(fips_matrix, scale_group)),
       int64_t(sizeof(fips_call)),
       int64_t(offsetof(fips_call, x)),
       int64_t(offsetof(fips_call, y)),
@@ -329,7 +335,7 @@ int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {
   int status = fips_check_matrix(*matrix);
   if (!status) status = fips_check_call(*call, matrix->rows, matrix->cols);
   if (status) return status;
-  if (call->bias || matrix->scales) return FIPS_INVALID;
+  if (call->bias || matrix->scales || matrix->group_scales) return FIPS_INVALID;
   if (!matrix->rows || !call->tokens) return FIPS_UNSUPPORTED;
   return guarded(call->threads, [&] { return multiply_columns(*matrix, *call) ? 0 : FIPS_UNSUPPORTED; });
 }

@@ -83,7 +83,7 @@ template <> struct Dots<NarrowValues, 8> : ByteDots8 {};
 
 // What the 128 in every digit add to the sums of a decoded row.
 template <class Values> int32_t excess_of(const uint8_t *row, int64_t steps) {
-  if constexpr (!std::is_same_v<typename Values::type, int8_t>) return 0;
+  if constexpr (!stays_bytes<Values>) return 0;
   __m512i sum[4] = {}; // a dot product takes longer to finish than to start
   int64_t s = 0;
   const auto add = [&](int i, int64_t at) {
@@ -241,6 +241,7 @@ bool dots_path(const fips_matrix &a, const fips_call &c) {
   if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
   switch (a.value_type) {
   case FIPS_I8:
+    if (a.scale_group) return dots_path<Floats<I8Values>>(a, c); // narrower ones have been widened
     return a.value_bits < 8 ? dots_path<NarrowValues>(a, c) : dots_path<I8Values>(a, c);
   case FIPS_F32: return dots_path<Floats<F32Values>>(a, c);
   case FIPS_F16: return dots_path<Floats<F16Values>>(a, c);

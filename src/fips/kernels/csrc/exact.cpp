@@ -46,6 +46,8 @@ struct Token {
 // With Inf among them other entries do not count: only what is multiplied by Inf is looked at, until it is NaN.
 template <class Reader> double row_sum(const fips_matrix &a, const Reader &reader, int64_t row, const Token &token) {
   int64_t i = reader.start(row);
+  const RowGroups groups = a.scale_group ? RowGroups(a, row) : RowGroups();
+  const auto value = [&](int64_t k) { return stored_value(a, i) * (a.scale_group ? groups.at(k) : 1.0f); };
   double sum = 0;
   for (int64_t k = 0; k < a.cols; k += 64) {
     uint64_t mask = reader.mask(row, k);
@@ -53,7 +55,10 @@ template <class Reader> double row_sum(const fips_matrix &a, const Reader &reade
     const int64_t next = i + popcount64(mask) * reader.stride();
     if (infinite & ~mask) return __builtin_nan(""); // zero times Inf
     if (token.finite || infinite)
-      for (; mask; mask &= mask - 1, i += reader.stride()) sum += stored_value(a, i) * token.at(k + lowest_bit(mask));
+      for (; mask; mask &= mask - 1, i += reader.stride()) {
+        const int64_t column = k + lowest_bit(mask);
+        sum += value(column) * token.at(column);
+      }
     if (sum != sum) return sum;
     i = next;
   }

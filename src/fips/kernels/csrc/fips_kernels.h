@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 5 };
+enum { FIPS_ABI = 6 };
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
 enum fips_status {
@@ -60,6 +60,10 @@ typedef struct {
   const float *scales;       // one per row, multiplies the values, `num_scales` = rows long; null: 1
   int64_t num_starts, num_scales;
   int64_t value_bits;        // of I8 values: 8, or 2 to 7 for a stream of two's complement numbers, lowest bit first
+  const uint8_t *group_scales; // of I8 values: one for every `scale_group` columns of every row, multiplies beside the
+                             // scale of the row; null and 0 and 0: 1
+  int64_t num_group_scales;  // rows times groups of a row, of which the last may be short
+  int64_t scale_group;       // 16, 32, 64 or 128
 } fips_matrix;
 
 typedef struct {

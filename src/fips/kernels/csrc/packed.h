@@ -279,6 +279,39 @@ inline void store_sum(const fips_matrix &a, const fips_call &c, int64_t row, int
   store_float(c.y, c.x_type, token * c.y_stride + row, value);
 }
 
+// What values are multiplied by besides the scale of their row, by column.
+struct NoGroups {
+  static constexpr bool there = false;
+  NoGroups(const fips_matrix &, int64_t) {}
+  FIPS_INLINE float at(int64_t) const { return 1; }
+};
+
+inline int64_t groups_of_row(const fips_matrix &a) { return (a.cols + a.scale_group - 1) / a.scale_group; }
+
+struct RowGroups {
+  static constexpr bool there = true;
+  const uint8_t *scales = nullptr;
+  int64_t groups = 0, last = 0;
+  int shift = 0;
+  RowGroups() = default;
+  RowGroups(const fips_matrix &a, int64_t row)
+      : scales(a.group_scales + row * groups_of_row(a)), groups(groups_of_row(a)), last(a.cols - 1),
+        shift(lowest_bit(uint64_t(a.scale_group))) {}
+  FIPS_INLINE float at(int64_t k) const { return float(scales[(k < last ? k : last) >> shift]); } // behind the end too
+};
+
+template <class T> struct Tag {
+  using type = T;
+};
+
+// Calls `body` with the tag of what a matrix has; only `integers` have groups.
+template <bool integers, class Body> void with_groups(const fips_matrix &a, Body &&body) {
+  if constexpr (integers) {
+    if (a.scale_group) return body(Tag<RowGroups>());
+  }
+  body(Tag<NoGroups>());
+}
+
 struct F32Values {
   using type = float;
   FIPS_INLINE static float get(float v) { return v; }

@@ -128,7 +128,11 @@ struct NarrowValues : I8Values {}; // of less than 8 bits
 
 template <> struct Kind<NarrowValues> : Kind<I8Values> {};
 
-template <class Values> struct Floats : Values {}; // floating values widened to float32, one to a word
+template <class Values> struct Floats : Values {}; // values widened to float32, one to a word
+
+// Whether values are multiplied as bytes, beside tokens in fixed point.
+template <class Values>
+constexpr bool stays_bytes = std::is_same_v<Values, I8Values> || std::is_same_v<Values, NarrowValues>;
 
 template <class Values> struct Kind<Floats<Values>> {
   static constexpr int64_t step = 16;
@@ -142,6 +146,9 @@ template <class Values> struct Kind<Floats<Values>> {
     for (int i = 0; i < 4; ++i, mask >>= 16, to += 64) {
       if constexpr (std::is_same_v<Values, F32Values>) {
         _mm512_store_ps(reinterpret_cast<float *>(to), _mm512_maskz_expandloadu_ps(_cvtu32_mask16(uint16_t(mask)), v));
+      } else if constexpr (std::is_same_v<Values, I8Values>) {
+        const __m128i bytes = _mm_maskz_expandloadu_epi8(_cvtu32_mask16(uint16_t(mask)), v);
+        _mm512_store_ps(reinterpret_cast<float *>(to), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
       } else {
         const __m256i half = _mm256_maskz_expandloadu_epi16(_cvtu32_mask16(uint16_t(mask)), v);
         _mm512_store_ps(reinterpret_cast<float *>(to),
@@ -225,10 +232,17 @@ private:
           }
         }
         Kind<Values>::decode(reader_.mask(row0_ + r, k), v, to);
+        if constexpr (std::is_same_v<Values, Floats<I8Values>>) scale_columns(r, k, reinterpret_cast<float *>(to));
       }
       next_[r] = v - all;
       return (v - begin) * int64_t(sizeof *v);
     }
+  }
+
+  void scale_columns(int64_t r, int64_t k, float *columns) const { // 64 of them
+    const RowGroups groups(a_, row0_ + r);
+    for (int64_t i = 0; i < 64; i += 16)
+      _mm512_store_ps(columns + i, _mm512_mul_ps(_mm512_load_ps(columns + i), _mm512_set1_ps(groups.at(k + i))));
   }
 
   const fips_matrix &a_;
@@ -326,7 +340,7 @@ template <class Values> PackedTokens shape_tokens(const fips_matrix &a, const fi
 template <class Values> PackedTokens place_tokens(const fips_matrix &a, const fips_call &c, char sign, int copies) {
   PackedTokens p = shape_tokens<Values>(a, c, sign);
   p.tiles = scratch<uint8_t>(Scratch::tokens, copies * p.nbytes());
-  if (std::is_same_v<typename Values::type, int8_t>)
+  if (stays_bytes<Values>)
     p.scales = scratch<float>(Scratch::scales, copies * p.padded_tokens());
   return p;
 }

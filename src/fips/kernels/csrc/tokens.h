@@ -26,9 +26,9 @@ inline void transpose_tokens(const fips_matrix &a, const fips_call &c, int64_t b
   }
 }
 
-template <class V, int NV, class Reader, class Values>
-FIPS_INLINE void add_row(const Reader &reader, int64_t row, int64_t k0, int64_t k1, const typename Values::type *&values,
-             const float *x, float *sums) {
+template <class V, int NV, class Values, class Reader, class Groups>
+FIPS_INLINE void add_row(const Reader &reader, const Groups &groups, int64_t row, int64_t k0, int64_t k1,
+                         const typename Values::type *&values, const float *x, float *sums) {
   constexpr int64_t block = NV * V::width;
   typename V::type acc[NV];
   for (int j = 0; j < NV; ++j) acc[j] = V::load(sums + j * V::width);
@@ -36,16 +36,18 @@ FIPS_INLINE void add_row(const Reader &reader, int64_t row, int64_t k0, int64_t 
     uint64_t mask = reader.mask(row, k);
     const float *xk = x + k * block;
     for (; mask; mask &= mask - 1) {
-      const typename V::type w = V::set(Values::get(*values));
+      const int64_t column = lowest_bit(mask);
+      const float value = Values::get(*values);
+      const typename V::type w = V::set(Groups::there ? value * groups.at(k + column) : value);
       values += reader.stride();
-      const float *xc = xk + lowest_bit(mask) * block;
+      const float *xc = xk + column * block;
       for (int j = 0; j < NV; ++j) acc[j] = V::fma(w, V::load(xc + j * V::width), acc[j]);
     }
   }
   for (int j = 0; j < NV; ++j) V::store(sums + j * V::width, acc[j]);
 }
 
-template <class V, int NV, class Reader, class Values>
+template <class V, int NV, class Values, class Groups, class Reader>
 void tokens_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row0, const float *x_all) {
   constexpr int64_t block = NV * V::width;
   const int64_t k_block = round_up(8192 / block, 64); // 32 KB of inputs
@@ -59,8 +61,8 @@ void tokens_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader
     const float *x = x_all + t0 * a.cols;
     for (int64_t k0 = 0; k0 < a.cols; k0 += k_block)
       for (int64_t r = 0; r < rows; ++r)
-        add_row<V, NV, Reader, Values>(reader, row0 + r, k0, min_of(k0 + k_block, a.cols), next[r], x,
-                                       sums + r * block);
+        add_row<V, NV, Values>(reader, Groups(a, row0 + r), row0 + r, k0, min_of(k0 + k_block, a.cols), next[r], x,
+                               sums + r * block);
     for (int64_t t = 0; t < min_of(block, c.tokens - t0); ++t)
       for (int64_t r = 0; r < rows; ++r) store_sum(a, c, row0 + r, t0 + t, sums[r * block + t]);
   }
@@ -72,10 +74,12 @@ template <class V, int NV> bool tokens_path(const fips_matrix &a, const fips_cal
   transpose_tokens(a, c, block, x);
   return with_reader(a, [&](const auto &reader) {
     with_values(a, [&](auto values) {
-      using Reader = std::decay_t<decltype(reader)>;
+      with_groups<std::is_same_v<decltype(values), I8Values>>(a, [&](auto tag) {
+        using Groups = typename decltype(tag)::type;
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic)
-      for (int64_t row0 = 0; row0 < a.rows; row0 += kRowChunk)
-        tokens_chunk<V, NV, Reader, decltype(values)>(a, c, reader, row0, x);
+        for (int64_t row0 = 0; row0 < a.rows; row0 += kRowChunk)
+          tokens_chunk<V, NV, decltype(values), Groups>(a, c, reader, row0, x);
+      });
     });
   });
 }

@@ -42,7 +42,7 @@ from fips.plan.groups import GroupPlan, byte_target, solved_plan
 from fips.plan.least import BYTES_PER_BIT
 from fips.plan.plan import CompressionPlan
 from fips.plan.planner import check_inputs, equal_layers
-from fips.solve.allocate import allocate
+from fips.solve.allocate import allocate, tempered
 from fips.solve.structures import Choice, Point
 from fips.training.distill import distill_
 from fips.training.factors import swapped
@@ -63,6 +63,10 @@ class Fips(Method[FipsConfig]):
     @property
     def by_block(self) -> bool:
         return self.config.one_shot and not (self.trains_blocks or self.trains_model)
+
+    @property
+    def holds_out(self) -> bool:
+        return self.by_block and self.config.effort == "default"
 
     @property
     def influence_examples(self) -> int:
@@ -164,27 +168,27 @@ def _by_block(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> li
 
 
 def _tried(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[str, tuple[Choice, float]]:
-    """Structure and bytes of every layer, from errors of some rows: a pass over the model of its own.
+    """Structure and bytes of every layer, from errors of some rows on data held out: a pass over the model of its own.
 
     Where the moments of all layers fit into memory they are kept for the pass that solves.
     """
     blocks = blocks_of(plan)
-    if bench.ranks.count == 1 and 2 * sum(block.moment_bytes for block in blocks) <= config.metric.memory:
+    if bench.ranks.count == 1 and 3 * sum(block.moment_bytes for block in blocks) <= config.metric.memory:
         bench.keep_moments()
 
     def make(block: Block, moments: Mapping[str, LayerMoments]) -> Made:
         found: dict[str, list[Point]] = {}
         for group, sublayer in block.parts:
             part = _alone(group, sublayer)
-            curves = try_choices(open_search(bench, part, config, moments), part, config)
+            curves = try_choices(open_search(bench, part, config, moments, trial=True), part, config)
             found |= zip([site.name for site in sublayer.sites], curves, strict=True)
         return {}, {"points": found}
 
     curves: dict[str, list[Point]] = {}
-    for _, fields in make_blocks(bench, blocks, "try", make, memory=config.metric.memory):
+    for _, fields in make_blocks(bench, blocks, "try", make, memory=config.metric.memory, hold=True):
         for name, points in fields["points"].items():
             curves[name] = [Point(Choice(*choice), *measured) for choice, *measured in points]
-    split = allocate(list(curves.values()), sum(group_share(group, config) for group in plan.groups))
+    split = allocate(tempered(list(curves.values())), sum(group_share(group, config) for group in plan.groups))
     return dict(zip(curves, split, strict=True))
 
 
@@ -264,7 +268,7 @@ def _least(site: Site, config: FipsConfig, item: int) -> float:
     numbers = config.value_choices[0]
     values: float = kept * item
     if numbers.bits is not None:
-        scales = numbers.num_scales(site.outputs, site.inputs)
-        values = kept * numbers.bits / 8 + scales * item + (numbers.bits % 8 > 0)
+        scales = numbers.scale_bytes(site.outputs, site.inputs, item)
+        values = kept * numbers.bits / 8 + scales + (numbers.bits % 8 > 0)
     bits = size / pattern.group * pattern.group_bits if pattern.density is None else pattern.bits(size)
     return values + bits / 8

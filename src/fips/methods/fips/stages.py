@@ -40,9 +40,9 @@ from fips.models import Site
 from fips.plan.footprint import LayerStorage, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
 from fips.plan.plan import CompressionPlan
-from fips.solve.allocate import allocate, expected_total
+from fips.solve.allocate import allocate, expected_total, tempered
 from fips.solve.alternate import Factorization
-from fips.solve.oneshot import OneShot
+from fips.solve.oneshot import OneShot, damping_for
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
 from fips.solve.search import WORTH_SHARING, GroupSearch
@@ -67,12 +67,17 @@ Split = Sequence[tuple[Choice, float]]
 """Structure and bytes of a group: of all its layers together where they share a basis, else of each."""
 
 
-def measure(bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan]) -> dict[str, LayerMoments]:
-    """Stage: second moments of what the layers of some groups read and of the gradients of what they write."""
+def measure(
+    bench: Workbench, config: FipsConfig, groups: Sequence[GroupPlan], *, hold: bool = False
+) -> dict[str, LayerMoments]:
+    """Stage: second moments of what the layers of some groups read and of the gradients of what they write.
+
+    With ``hold`` those of inputs say what a part of the data says alone, too.
+    """
     sites = [site for group in groups for site in group.group.sites]
     name = groups[0].group.name if len(groups) == 1 else "all"
     if config.one_shot:
-        return bench.input_moments(name, [group.group for group in groups])
+        return bench.input_moments(name, [group.group for group in groups], hold=hold)
     metric = config.metric
     return bench.moments(name, sites, floor=metric.token_floor, changed=metric.propagate_errors)
 
@@ -111,17 +116,27 @@ class Search:
             search.forget()
 
 
-def open_search(bench: Workbench, plan: GroupPlan, config: FipsConfig, moments: Mapping[str, LayerMoments]) -> Search:
-    """Stage: the problems of a group, hidden neurons in an order that suits the pattern."""
+def open_search(
+    bench: Workbench,
+    plan: GroupPlan,
+    config: FipsConfig,
+    moments: Mapping[str, LayerMoments],
+    *,
+    trial: bool = False,
+) -> Search:
+    """Stage: the problems of a group, hidden neurons in an order that suits the pattern.
+
+    Those of a ``trial`` are solved on one part of the data and judged on the other.
+    """
     sites = plan.group.sites
     orders = [torch.arange(site.hidden, device=bench.device) for site in sites]
-    search = _searches(bench, plan, config, moments, orders)
+    search = _searches(bench, plan, config, moments, orders, trial)
     block = config.format.block
     if block > 1:
         with torch.autocast(bench.device.type, enabled=False):
             masks = _free_masks(search, plan, config)
         orders = _neighbours(plan, dict(zip([site.name for site in sites], masks, strict=True)), block)
-        search = _searches(bench, plan, config, moments, orders)
+        search = _searches(bench, plan, config, moments, orders, trial)
     return search
 
 
@@ -143,6 +158,7 @@ def _searches(
     config: FipsConfig,
     moments: Mapping[str, LayerMoments],
     orders: list[Tensor],
+    trial: bool,
 ) -> Search:
     sites = plan.group.sites
     with torch.autocast(bench.device.type, enabled=False):
@@ -152,7 +168,7 @@ def _searches(
         if config.one_shot:
             shots = [
                 _one_shot(
-                    bench, weight_DF, site, moments[site.name].inputs_II, order, _pricing(plan, config), plan.dtype
+                    bench, weight_DF, site, moments[site.name], order, _pricing(plan, config), plan.dtype, trial=trial
                 )
                 for weight_DF, site, order in zip(weights_DF, sites, orders, strict=True)
             ]
@@ -174,12 +190,22 @@ def _one_shot(
     bench: Workbench,
     weight_DF: Tensor,
     site: Site,
-    moment: Tensor,
+    moments: LayerMoments | Tensor,
     order_F: Tensor,
     pricing: Pricing,
     dtype: torch.dtype,
+    *,
+    trial: bool = False,
 ) -> OneShot:
-    """One layer in the metric of its inputs, (I, I) or its diagonal, hidden neurons in the order given."""
+    """One layer in the metric of its inputs, or of their diagonal (I,), hidden neurons in the order given.
+
+    In a ``trial`` it is fitted to the data that is not held out, and judged on the rest.
+    """
+    moment, held, noise = moments if isinstance(moments, Tensor) else moments.inputs_II, None, None
+    if not isinstance(moments, Tensor):
+        noise = moments.noise
+        if trial and moments.held is not None:
+            moment, held, noise = moments.fitted_II, moments.held.inputs_II, moments.fitted_noise
     power_O = bench.influence[site.name].outputs_O
     if not bool(power_O.any()):  # errors count by themselves, relative to what the layer writes
         weight_OI = site.role.to_linear(weight_DF)
@@ -187,9 +213,15 @@ def _one_shot(
         power_O = torch.full_like(power_O, 1 / outputs if outputs > 0 else 1.0)
     if site.role.reads_stream:
         power_O = power_O[order_F]
-    else:
-        moment = moment[order_F] if moment.dim() == 1 else moment[order_F][:, order_F]
-    return OneShot(weight_DF, moment, power_O, site.role.reduction, pricing, dtype)
+
+    def ordered(moment: Tensor) -> Tensor:
+        if site.role.reads_stream:
+            return moment
+        return moment[order_F] if moment.dim() == 1 else moment[order_F][:, order_F]
+
+    held = None if held is None else ordered(held)
+    damping = damping_for(noise, bench.config.bits or 16 * (bench.config.budget or 1))
+    return OneShot(weight_DF, ordered(moment), power_O, site.role.reduction, pricing, dtype, held, damping)
 
 
 def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[str, tuple[Choice, float]]:
@@ -208,7 +240,7 @@ def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[s
             part = site.hidden / group.group.hidden * group_share(group, config)
             curves.append(layer.quick_trials(_choices(group, config), part))
             bench.report("allot", "all", number + 1, len(sites))
-    split = allocate(curves, sum(group_share(group, config) for group in plan.groups))
+    split = allocate(tempered(curves), sum(group_share(group, config) for group in plan.groups))
     return dict(zip([site.name for _, site in sites], split, strict=True))
 
 

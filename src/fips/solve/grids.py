@@ -1,0 +1,133 @@
+"""Rounding of columns to grids of stored values (``fips.solve.feedback``), one grid or several side by side.
+
+Shape legend: N stored rows, K stored columns, J columns of a run, G groups of columns.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fips.formats.values import Values
+from fips.solve.feedback import Rounding
+from fips.solve.rounding import best_steps, in_steps
+
+__all__ = ["GridRounding", "GroupGrid", "RowGrid", "side_by_side"]
+
+ROOM = 1.1
+"""The largest group step that can be stored, relative to the largest that the matrix calls for: errors that are made up
+for let entries grow."""
+
+
+class GridRounding(Rounding):
+    """A value format with a step for every row at a time."""
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+
+    wide_N: Tensor
+    """Steps, float32."""
+    inverse_N: Tensor
+    """One over them; 0 for 0."""
+
+    def _set(self, wide_N: Tensor) -> None:
+        self.wide_N, self.inverse_N = wide_N, torch.where(wide_N == 0, 0.0, 1 / wide_N)
+
+    def nearest(self, columns: Tensor) -> Tensor:
+        return self.values.nearest(columns * self.inverse_N) * self.wide_N
+
+    @abstractmethod
+    def stored(self, found_NK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(codes_NK, steps_N, group_steps)`` of a matrix that was rounded."""
+
+
+class RowGrid(GridRounding):
+    """One step per row, in the type it is stored in."""
+
+    def __init__(self, values: Values, steps_N: Tensor) -> None:
+        super().__init__(values)
+        self.steps_N = steps_N
+        self._set(steps_N.float())
+
+    def stored(self, found_NK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        numbers_NK = self.values.nearest(in_steps(found_NK, self.wide_N.unsqueeze(1)))
+        return self.values.encode(numbers_NK), self.steps_N, None
+
+
+class GroupGrid(GridRounding):
+    """A step for every group of columns, least in squared error of what errors before it have made of the group."""
+
+    group: int
+
+    def __init__(self, values: Values, matrix_NK: Tensor, weight_K: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(values)
+        assert values.scale_group is not None
+        self.group = values.scale_group
+        self._weight_K1 = weight_K.unsqueeze(1)
+        self.steps_N, _ = values.stored_scales(matrix_NK.abs().amax(1, keepdim=True) / values.largest, dtype, room=ROOM)
+        self._steps_N = self.steps_N.float()
+        self._found: list[Tensor] = []
+
+    def begin(self, rest_JN: Tensor, start: int) -> None:
+        if start == 0:
+            self._found = []
+        group_JN, weight_J1 = rest_JN[: self.group], self._weight_K1[start : start + self.group]
+        steps_N = best_steps(group_JN, weight_J1, values=self.values, dim=0)
+        self._found.append(self.values.group_scales(steps_N, self._steps_N))
+        self._set(self._found[-1] * self._steps_N)
+
+    def stored(self, found_NK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        group_steps = torch.stack(self._found, dim=1).flatten()
+        steps_NK = self.values.steps(self._steps_N, group_steps, found_NK.shape[1])
+        return self.values.encode(self.values.nearest(in_steps(found_NK, steps_NK))), self.steps_N, group_steps
+
+
+def side_by_side(parts: Sequence[Rounding], rows: int) -> Rounding:
+    """Several roundings of matrices of so many rows each as one of a taller matrix."""
+    even = [part for part in parts if isinstance(part, GridRounding) and type(part.values).nearest is Values.nearest]
+    return _EvenGrids(even, rows) if len(even) == len(parts) else _Apart(parts, rows)
+
+
+class _Apart(Rounding):
+    """Each by itself."""
+
+    def __init__(self, parts: Sequence[Rounding], rows: int) -> None:
+        self.parts, self.rows = parts, rows
+        groups = [part.group for part in parts if part.group is not None]
+        self.group = min(groups) if groups else None  # powers of two: the smallest divides the others
+
+    def begin(self, rest_JN: Tensor, start: int) -> None:
+        for part, own_JN in zip(self.parts, rest_JN.split(self.rows, dim=1), strict=True):
+            if part.group is not None and start % part.group == 0:
+                part.begin(own_JN, start)
+
+    def nearest(self, columns: Tensor) -> Tensor:
+        found = [part.nearest(own) for part, own in zip(self.parts, columns.split(self.rows, dim=-1), strict=True)]
+        return torch.cat(found, dim=-1)
+
+
+class _EvenGrids(_Apart):
+    """All at once: evenly spaced integers, which differ in their steps and their largest."""
+
+    def __init__(self, parts: Sequence[GridRounding], rows: int) -> None:
+        super().__init__(parts, rows)
+        self.grids = parts
+        self.largest_N = torch.cat([torch.full((rows,), part.values.largest) for part in parts])
+        self._steps_N: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, rest_JN: Tensor, start: int) -> None:
+        super().begin(rest_JN, start)
+        self._steps_N = None
+
+    def nearest(self, columns: Tensor) -> Tensor:
+        if self._steps_N is None:
+            wide_N, inverse_N = (
+                torch.cat([getattr(part, name) for part in self.grids]) for name in ("wide_N", "inverse_N")
+            )
+            self._steps_N = wide_N, inverse_N
+            self.largest_N = self.largest_N.to(wide_N.device)
+        wide_N, inverse_N = self._steps_N
+        return (columns * inverse_N).round().clamp(-self.largest_N, self.largest_N) * wide_N
