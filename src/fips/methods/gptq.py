@@ -25,9 +25,8 @@ from fips.plan.footprint import itemsize
 from fips.plan.groups import GroupPlan, byte_target
 from fips.plan.least import BYTES_PER_BIT, EPS
 from fips.solve.feedback import inverse_root, with_feedback
-from fips.solve.grids import GridRounding, GroupGrid, RowGrid
+from fips.solve.grids import grid_for
 from fips.solve.moments import usable_moment
-from fips.solve.rounding import grid_steps
 
 __all__ = ["Gptq", "GptqConfig", "gptq"]
 
@@ -98,11 +97,6 @@ def gptq(
 
     Steps are those of the least plain squared error of each row or group, as in implementations that search them.
     """
-    ones_I = torch.ones_like(weight_OI[0])
-    grid: GridRounding = (
-        GroupGrid(values, weight_OI, ones_I, dtype)
-        if values.scale_group
-        else RowGrid(values, grid_steps(weight_OI, ones_I, values=values, dtype=dtype)[0])
-    )
+    grid = grid_for(values, weight_OI, torch.ones_like(weight_OI[0]), dtype)
     found_OI, _ = with_feedback(weight_OI, inverse_root(usable_moment(moment_II), DAMPING), grid)
     return grid.stored(found_OI)

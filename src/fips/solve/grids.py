@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fips.formats.values import Values
 from fips.solve.feedback import Rounding
-from fips.solve.rounding import best_steps, in_steps
+from fips.solve.rounding import best_steps, grid_steps, in_steps
 
-__all__ = ["GridRounding", "GroupGrid", "RowGrid", "side_by_side"]
+__all__ = ["GridRounding", "GroupGrid", "RowGrid", "grid_for", "side_by_side"]
 
 ROOM = 1.1
 """The largest group step that can be stored, relative to the largest that the matrix calls for: errors that are made up
@@ -83,6 +83,15 @@ class GroupGrid(GridRounding):
         group_steps = torch.stack(self._found, dim=1).flatten()
         steps_NK = self.values.steps(self._steps_N, group_steps, found_NK.shape[1])
         return self.values.encode(self.values.nearest(in_steps(found_NK, steps_NK))), self.steps_N, group_steps
+
+
+def grid_for(values: Values, matrix_NK: Tensor, weight_K: Tensor, dtype: torch.dtype) -> GridRounding:
+    """The grid of a value format for a matrix, its columns weighted; steps of rows are fixed by it, those of groups
+    when their turn comes."""
+    if values.scale_group is not None:
+        return GroupGrid(values, matrix_NK, weight_K, dtype)
+    steps_N, _ = grid_steps(matrix_NK, weight_K, values=values, dtype=dtype)
+    return RowGrid(values, steps_N)
 
 
 def side_by_side(parts: Sequence[Rounding], rows: int) -> Rounding:

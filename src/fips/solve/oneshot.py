@@ -22,9 +22,9 @@ from fips.errors import BudgetError
 from fips.formats.values import Values
 from fips.solve.alternate import Factorization
 from fips.solve.feedback import RUN, Chooser, Rounding, diagonal, inverse_root, with_feedback
-from fips.solve.grids import GridRounding, GroupGrid, RowGrid, side_by_side
+from fips.solve.grids import GridRounding, grid_for, side_by_side
 from fips.solve.moments import usable_diagonal, usable_moment
-from fips.solve.rounding import Grid, grid_steps
+from fips.solve.rounding import Grid
 from fips.solve.structures import Choice, Point, Pricing, Structures
 from fips.solve.supports import Reduction
 
@@ -193,16 +193,13 @@ class OneShot(Structures):
         """
         if not values.scaled:
             return Rounding()
-        matrix_NK, weight_K = self.matrix_NK, diagonal(self.moment_KK)
-        if values.scale_group is not None:
-            return GroupGrid(values, matrix_NK, weight_K, self.dtype)
+        matrix_NK = self.matrix_NK
         if choose is not None:
             roots_K = diagonal(self.upper_KK)
             costs_KN = (matrix_NK / roots_K).square().T
             masks = [choose(part, index * run_length) for index, part in enumerate(costs_KN.split(run_length))]
             matrix_NK = matrix_NK * torch.cat(masks).T
-        steps_N, _ = grid_steps(matrix_NK, weight_K, values=values, dtype=self.dtype)
-        return RowGrid(values, steps_N)
+        return grid_for(values, matrix_NK, diagonal(self.moment_KK), self.dtype)
 
     def _chooser(self, choice: Choice, size: float) -> Chooser:
         """Entries to keep of each run of columns.
