@@ -31,6 +31,8 @@ TIMM_LOADS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg
 """Arguments of ``timm.create_model`` that read other files than those of the directory, or are not of the model."""
 BUFFER_BYTES = 256 << 20
 """Buffers that no file holds (masks, positions) may take as much, and 4 times the bytes of the files."""
+WEIGHTS_PER_BYTE = 64
+"""Most weights that a byte of a packed file stands for: blocks of 8 with a bit each, none of them kept."""
 NO_FILE = 10_000
 """Tensors a model may have when it is built before its files are known."""
 
@@ -108,8 +110,8 @@ def build_within(
     """The model that ``build`` makes, once it is known to fit weights of so many ``tensors`` and ``nbytes``.
 
     It is made on the meta device first, where nothing is allocated, and stopped as soon as it has more parameters or
-    modules than such weights fill; without ``trial_on_meta``, for models that cannot be made there, only stopped.
-    Raises ``CheckpointError`` naming ``path``, the configuration.
+    modules than such weights fill, and refused where it has more weights; without ``trial_on_meta``, for models that
+    cannot be made there, only stopped. Raises ``CheckpointError`` naming ``path``, the configuration.
     """
     with naming(path):
         if not trial_on_meta:
@@ -119,6 +121,9 @@ def build_within(
             trial = build()
         if isinstance(trial, PreTrainedModel):
             check_settings(trial.config, path)
+        count = sum(parameter.numel() for parameter in trial.parameters())
+        if count > WEIGHTS_PER_BYTE * nbytes + NO_FILE:
+            raise CheckpointError(f"`{path}` describes a model of {count:,} weights; its files have {nbytes:,} bytes")
         held = sum(buffer.numel() * buffer.element_size() for buffer in trial.buffers())
         if held > BUFFER_BYTES + 4 * nbytes:
             raise CheckpointError(
