@@ -379,6 +379,21 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes(settings: dict[str, Any]
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
+def test_moments_that_another_method_left_do_not_change_what_is_chosen() -> None:
+    """They do not say what was held out, so the default measures again."""
+    alone, after = tiny_model("llama"), tiny_model("llama")
+    batches, kept = batches_for(alone), {}
+    fips.compress(tiny_model("llama"), batches, fips.CompressionConfig(bits=6.0, method="gptq"), moments=kept)
+    (left,) = kept.values()
+    assert all(one.held is None for one in left.values())
+    fips.compress(alone, batches, fips.CompressionConfig(bits=6.0))
+    fips.compress(after, batches, fips.CompressionConfig(bits=6.0), moments=kept)
+    (found,) = kept.values()
+    assert all(one.held is not None for one in found.values())
+    expected = alone.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in after.state_dict().items())
+
+
 def test_finished_blocks_are_not_made_again(tmp_path: Path) -> None:
     config = fips.CompressionConfig(bits=6.0, method="gptq")
     for number in range(2):

@@ -84,7 +84,7 @@ def make_blocks(
     At least those of one block are held. With ``errors`` what is made are layers, and another piece holds the error of
     their block. With ``hold`` moments say what a part of the data says alone, too.
     """
-    run = _Pass(bench, blocks, stage, make, errors)
+    run = _Pass(bench, blocks, stage, make, errors, hold)
     left = [block for block in blocks if not run.is_made(block)]
     if left:
         with bench.sweep([block.name for block in blocks], recorded=RECORDED if errors else 0, hold=hold) as sweep:
@@ -107,6 +107,7 @@ class _Pass:
     stage: str
     make: Make
     errors: bool
+    hold: bool
 
     def is_made(self, block: Block) -> bool:
         """Whether nothing is left to do, alike on all ranks: nothing is put between two calls of ``wait``."""
@@ -130,7 +131,7 @@ class _Pass:
             return step.moments
 
         inputs = Needs.INPUTS in self.bench.needs
-        moments = self.bench.cached(list(owners), ("inputs",), measure) if inputs else {}
+        moments = self.bench.cached(list(owners), ("inputs",), measure, hold=self.hold) if inputs else {}
         if step is None:
             sweep.skip(len(unit))
         for number, block in enumerate(left):

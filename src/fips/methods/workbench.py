@@ -224,13 +224,17 @@ class Workbench:
         measure: Callable[[], dict[str, LayerMoments]],
         *,
         changed: bool = False,
+        hold: bool = False,
     ) -> dict[str, LayerMoments]:
-        """Moments that were kept from another compression of the model on the same data, or those measured now."""
+        """Moments that were kept from another compression of the model on the same data, or those measured now.
+
+        With ``hold`` those kept will do only if they say what a part of the data says alone.
+        """
         cache = None if changed else self.cache
         if cache is None:
             return measure()
         key = (tuple(names), *how, self.batches.key())
-        if key not in cache:
+        if key not in cache or (hold and not all(one.held or one.parts < 2 for one in cache[key].values())):
             cache[key] = measure()
         return cache[key]
 
@@ -245,7 +249,7 @@ class Workbench:
             with self.sweep(blocks, name, hold=hold) as sweep:
                 return sweep.step(len(blocks), sites).moments
 
-        return self.cached([site.name for site in sites], ("inputs",), measure)
+        return self.cached([site.name for site in sites], ("inputs",), measure, hold=hold)
 
     def keep_moments(self) -> None:
         """Keep what ``cached`` measures from now on, at least as long as this compression lasts."""
