@@ -20,7 +20,6 @@ from fips.formats.registry import Registry
 
 __all__ = [
     "FLOAT",
-    "SCALE_GROUPS",
     "VALUES",
     "Values",
     "automatic_values",
@@ -230,7 +229,7 @@ class _GroupedIntegers(_Integers):
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
-        found = re.fullmatch(r"int([2-8])g(16|32|64|128)", name, re.ASCII)
+        found = re.fullmatch(rf"int([2-8])g({'|'.join(map(str, SCALE_GROUPS))})", name)
         return None if found is None else cls(name, int(found[1]), int(found[2]))
 
 

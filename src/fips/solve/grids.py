@@ -15,7 +15,7 @@ from fips.formats.values import Values
 from fips.solve.feedback import Rounding
 from fips.solve.rounding import best_steps, grid_steps, in_steps
 
-__all__ = ["GridRounding", "GroupGrid", "RowGrid", "grid_for", "side_by_side"]
+__all__ = ["GridRounding", "grid_for", "side_by_side"]
 
 ROOM = 1.1
 """The largest group step that can be stored, relative to the largest that the matrix calls for: errors that are made up
