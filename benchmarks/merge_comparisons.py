@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fips.app.compare import Comparison, Run, write_comparison
+from fips.evaluation import Divergence
 
 
 def main() -> None:
@@ -27,7 +28,8 @@ def main() -> None:
     runs: dict[tuple[str, float, int], Run] = {}
     for part in parts:
         for fields in part.pop("runs"):
-            run = Run(**{**fields, "formats": tuple(fields["formats"])})
+            against = Divergence(**fields["against"]) if fields.get("against") else None
+            run = Run(**{**fields, "formats": tuple(fields["formats"]), "against": against})
             runs[run.method, run.bits, run.seed] = run
     ordered = sorted(runs.values(), key=lambda run: (-run.bits, run.seed))
     methods = list(dict.fromkeys(run.method for run in ordered))

@@ -23,11 +23,11 @@ ROOMS = [
         "storage",
         "methods",
         "compress",
-        "memory",
+        "estimate",
         "fips",
         "data",
     ),
-    *("evaluate", "integrations", "app", "recipes", "demo", "cli", "lm_eval", "__main__"),
+    *("evaluation", "integrations", "app", "recipes", "demo", "cli", "lm_eval", "__main__"),
 ]
 """From the ground up: a room imports rooms before it. ``fips`` is ``__init__.py``, the public names."""
 

@@ -207,6 +207,25 @@ def test_little_memory_gives_the_same_layers(family: str, settings: dict[str, An
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_several_steps_that_keep_their_moments_give_the_same_layers(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all moments fit, they are measured once, in steps; what is held out is given up after the trials."""
+    states, measured = [], []
+    step = Sweep.step
+    monkeypatch.setattr(Sweep, "step", lambda *args, **kwargs: measured.append(1) or step(*args, **kwargs))
+    for size in (1 << 29, 1):
+        monkeypatch.setattr("fips.methods.sweep.STEP_MEMORY", size)
+        measured.clear()
+        model = tiny_model(family)
+        count = len(blocks_of(model))
+        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.0))
+        states.append(model.state_dict())
+        assert len(measured) == (1 if size > 1 else count)
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 # Influence
 
 

@@ -102,8 +102,13 @@ def test_compress_and_evaluate_images(vit_directory: Path, images: Path, tmp_pat
         result = json.loads(capsys.readouterr().out)
         assert 0 <= result["top1_percent"] <= 100
         assert result["num_images"] == 24
-    assert main(["evaluate", str(out), "--data", str(images)]) == 0
-    assert "top1" in capsys.readouterr().out
+    against = ["evaluate", str(out), "--data", str(images), "--against", str(vit_directory)]
+    assert main([*against, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["against"]["kl"] > 0
+    assert main(against) == 0
+    shown = capsys.readouterr().out
+    assert "top1" in shown
+    assert "agreement_percent" in shown
 
 
 @pytest.mark.slow
@@ -126,6 +131,8 @@ def test_dry_run_plans_a_recipe_without_weights_or_data(name: str, capsys: Captu
     assert main(["compress", "--recipe", name, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["compressed_model"]["bytes"] < 0.75 * plan["model"]["bytes"]
+    assert plan["estimate"]["memory_bytes"] > plan["model"]["bytes"]
+    assert plan["estimate"]["seconds"] is None, "the time of training is not told"
     assert main(["compress", "--recipe", name, "--dry-run", "--budget", "0.25"]) == 0
     assert "25.0%" in capsys.readouterr().out
 
@@ -143,6 +150,7 @@ def test_compare_writes_table_json_and_plot(vit_directory: Path, images: Path, t
     for run in result["runs"]:
         assert (run["quality"] is None) == (run["failure"] is not None)
         assert run["stored_bits"] is None or run["stored_bits"] <= run["bits"]
+        assert run["quality"] is None or (run["against"]["kl"] >= 0 and run["against"]["agreement_percent"] <= 100)
     assert {run["method"] for run in result["runs"] if run["bits"] == 8 and run["failure"]} == set()
     ours = [run["stored_bits"] for run in result["runs"] if (run["method"], run["bits"]) == ("fips", 8)]
     assert min(ours) > 7.2  # layers kept whole have the size of their bits

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fips import evaluate as module
 from fips.config import DataConfig
 from fips.data import Batches, load_batches
 from fips.errors import DataError, ModelError
-from fips.evaluate import ImageResult, TextResult, evaluate
+from fips.evaluation import ImageResult, TextResult, evaluate
+from fips.evaluation import quality as module
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .é"
 CLASSES = [f"class {index}" for index in range(10)]
@@ -305,3 +305,110 @@ class TestModel:
         calls: list[tuple[int, int]] = []
         evaluate(colors, image_batches(photos), device="cpu", progress=lambda done, total: calls.append((done, total)))
         assert calls == [(done, 8) for done in range(1, 9)]
+
+
+def kl_by_hand(model: nn.Module, original: nn.Module, window: Tensor) -> tuple[list[float], list[bool]]:
+    """KL and agreement of every prediction but the last of one window, in float64."""
+    with torch.no_grad():
+        log_q, log_p = (each(window[None]).logits[0, :-1].double().log_softmax(-1) for each in (model, original))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl.tolist(), (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
+
+
+def ratio_by_hand(draws: list[list[float]]) -> tuple[float, float]:
+    """Mean of all entries, and its standard error with a list as one draw."""
+    count = sum(map(len, draws))
+    mean = sum(map(sum, draws)) / count
+    squares = sum((sum(draw) - mean * len(draw)) ** 2 for draw in draws)
+    return mean, math.sqrt(len(draws) / (len(draws) - 1) * squares) / count
+
+
+class TestAgainst:
+    """How far predictions are from the original's."""
+
+    @pytest.fixture
+    def noisy_llama(self, sharp_llama: PreTrainedModel) -> PreTrainedModel:
+        noisy = tiny_like(sharp_llama)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for value in noisy.parameters():
+                value.add_(torch.randn(value.shape, generator=generator), alpha=0.003)
+        return noisy
+
+    @pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in pieces"])
+    def test_text_by_hand(
+        self,
+        sharp_llama: PreTrainedModel,
+        noisy_llama: PreTrainedModel,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        pieces: bool,
+    ) -> None:
+        batches = text_batches(tmp_path)
+        if pieces:
+            monkeypatch.setattr(module, "MAX_LOGITS", 2 * 12 * 64)
+            monkeypatch.setattr(module, "MAX_LOSS_LOGITS", 5 * 64)
+        kls, same, changes = [], [], []
+        for batch in batches:
+            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+                scored = (labels[1:] != -100).nonzero()[:, 0].tolist()
+                kl, equal = kl_by_hand(noisy_llama, sharp_llama, ids[: scored[-1] + 2])
+                kls.append([kl[position] for position in scored])
+                same.append([float(equal[position]) for position in scored])
+                with torch.no_grad():
+                    losses = [
+                        -each(ids[None]).logits[0].double().log_softmax(-1)[scored, ids[1:][scored]]
+                        for each in (noisy_llama, sharp_llama)
+                    ]
+                changes.append((losses[0] - losses[1]).tolist())
+        result = evaluate(noisy_llama, batches, against=sharp_llama)
+        assert result.against is not None
+        found = result.against
+        for value, error, draws, unit in (
+            (found.kl, found.kl_standard_error, kls, 1),
+            (found.agreement_percent, found.agreement_standard_error, same, 100),
+            (found.change, found.change_standard_error, changes, 1),
+        ):
+            mean, spread = ratio_by_hand(draws)
+            assert value == pytest.approx(unit * mean, rel=1e-3)
+            assert error == pytest.approx(unit * spread, rel=1e-3)
+        assert found.kl > 0.001
+        assert 10 < found.agreement_percent < 99, "neither equal nor unrelated"
+        alone, original = evaluate(noisy_llama, batches), evaluate(sharp_llama, batches)
+        assert result.headline.value == pytest.approx(alone.headline.value, rel=1e-6)
+        assert math.log(alone.headline.value / original.headline.value) == pytest.approx(found.change, rel=1e-3)
+
+    def test_images_by_hand(self, colors: Colors, photos: Path) -> None:
+        batches = image_batches(photos)
+        original = tiny_model("vit")
+        pairs = []
+        for batch in batches:
+            with torch.no_grad():
+                logits = [colors(batch["pixel_values"]), original(batch["pixel_values"]).logits]
+            pairs += list(zip(logits[0].double(), logits[1].double(), batch["labels"].tolist(), strict=True))
+        kls = [[float((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum())] for q, p, _ in pairs]
+        same = [[float(q.argmax() == p.argmax())] for q, p, _ in pairs]
+        changes = [[float(q.argmax() == label) - float(p.argmax() == label)] for q, p, label in pairs]
+        result = evaluate(colors, batches, against=original)
+        assert result.against is not None
+        found = result.against
+        assert found.kl == pytest.approx(ratio_by_hand(kls)[0], rel=1e-4)
+        assert found.kl_standard_error == pytest.approx(ratio_by_hand(kls)[1], rel=1e-4)
+        assert found.agreement_percent == pytest.approx(100 * ratio_by_hand(same)[0])
+        assert found.change == pytest.approx(100 * ratio_by_hand(changes)[0])
+        assert found.change_standard_error == pytest.approx(100 * ratio_by_hand(changes)[1])
+
+    def test_itself(self, colors: Colors, photos: Path) -> None:
+        found = evaluate(colors, image_batches(photos), against=colors).against
+        assert found is not None
+        assert (found.kl, found.agreement_percent, found.change) == (pytest.approx(0, abs=1e-7), 100, 0)
+
+    def test_other_outcomes(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="got predictions of 64 outcomes, the original has 80"):
+            evaluate(sharp_llama, text_batches(tmp_path), against=tiny_model("llama", vocab_size=80))
+
+    def test_one_window_has_no_standard_error(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        batches = text_batches(tmp_path, num_samples=1)
+        found = json.loads(json.dumps(evaluate(sharp_llama, batches, against=sharp_llama).to_dict(), allow_nan=False))
+        assert found["perplexity_standard_error"] is None
+        assert found["against"]["kl_standard_error"] is None

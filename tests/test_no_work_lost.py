@@ -25,18 +25,18 @@ from test_cli import TEXT, llama_directory, text  # noqa: F401 - fixtures
 from transformers import PreTrainedModel
 
 import fips
-from fips import memory as memory_module
 from fips.app import commands as jobs
 from fips.app import fitting
 from fips.app.compare import Run
 from fips.cli import main
 from fips.config import CompressionConfig, DataConfig
 from fips.errors import BackendError, ConfigError, OutputError, ShapeError
+from fips.estimate import MemoryNeed, available_memory, calibration_memory
+from fips.estimate import memory as memory_module
 from fips.files.manifest import MANIFEST, complete_directory, require_free
 from fips.files.output import SCRATCH, Output
 from fips.kernels import backend, cpu
 from fips.layers.linear import FactoredLinear, factored_layers
-from fips.memory import MemoryNeed, available_memory, calibration_memory
 from fips.methods.registry import method_of
 from fips.methods.workbench import Workbench
 from fips.models.transformers import build_empty
@@ -772,7 +772,8 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
     config, data = CompressionConfig(bits=8.0), DataConfig(source="x", sequence_length=16)
     plan, place = plan_compression(model, config), torch.device("cpu")
     if planned:
-        assert fitting.fitting_data(model, plan, config, data, device=place, chosen=False, only_planned=True) is data
+        found, _ = fitting.fitting_data(model, plan, config, data, device=place, chosen=False, only_planned=True)
+        assert found is data
         assert "needs a machine with more memory" in caplog.text
     else:
         with pytest.raises(ConfigError, match="one alone about"):

@@ -181,8 +181,10 @@ def compress(
     )
     if dry_run:
         empty, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
-        plan_batches(empty, plan, setting, device=device, chosen=batch_size is not None)
-        _print_plan(plan, as_json=as_json)
+        estimate = plan_batches(
+            empty, plan, setting, device=device, chosen=batch_size is not None, output=output or Path()
+        )
+        _print_plan(plan, as_json=as_json, estimate=estimate)
         return
     source = model or setting.model
     if source is None:
@@ -192,7 +194,7 @@ def compress(
     with _progress_bars() as progress:
         done = compress_to_directory(
             source, setting, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress,
-            work=work, keep_work=keep_work,
+            announce=_say, work=work, keep_work=keep_work,
         )  # fmt: skip
     if done is not None:
         _print_compression(done, output, as_json=as_json)
@@ -210,6 +212,9 @@ def evaluate(
     batch_size: BatchSize = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original: KL and agreement of the predictions with it.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead of --data, such as arc_easy,piqa.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question of a task.")] = None,
@@ -223,6 +228,8 @@ def evaluate(
     from fips.config import DataConfig
 
     fields = _data_fields(locals())
+    if tasks is not None and against is not None:
+        raise ConfigError("`--against` compares predictions on `--data`; lm-eval tasks have none to compare")
     if (tasks is None) == ("source" not in fields):
         raise ConfigError("no data: give --data or --tasks" if tasks is None else "give either --data or --tasks")
     if tasks is not None:
@@ -234,8 +241,8 @@ def evaluate(
         return
     with _counter("evaluate") as progress:
         result = evaluate_source(
-            model, DataConfig(**fields), dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, DataConfig(**fields), against=against, dtype=dtype, device=device,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     _print_json(result.to_dict()) if as_json else _print_evaluation(model, result)
 
@@ -485,11 +492,11 @@ def _print_json(value: Any) -> None:
     stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False) -> None:
+def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False, estimate: Any = None) -> None:
     from fips.app.tables import layer_table, plan_table, size_table, skipped_lines
 
     if as_json:
-        _print_json(plan.to_dict())
+        _print_json({**plan.to_dict(), **({} if estimate is None else {"estimate": estimate.to_dict()})})
         return
     if with_layers:
         stdout.print(layer_table(plan))
@@ -497,6 +504,8 @@ def _print_plan(plan: Any, *, as_json: bool, with_layers: bool = False) -> None:
     stdout.print(size_table(plan))
     for line in skipped_lines(plan):
         stdout.print(line, highlight=False)
+    if estimate is not None:
+        stdout.print(estimate.line(), highlight=False, soft_wrap=True)
 
 
 def _print_compression(done: Any, output: Path, *, as_json: bool) -> None:
@@ -523,8 +532,9 @@ def _print_evaluation(name: str, result: Any) -> None:
     from rich.table import Table
 
     table = Table("measure", "value", title=name, title_justify="left")
-    for key, value in result.to_dict().items():
-        if not isinstance(value, dict):
+    fields = result.to_dict()
+    for key, value in {**fields, **(fields["against"] or {})}.items():
+        if value is not None and not isinstance(value, dict):
             table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
     stdout.print(table)
 

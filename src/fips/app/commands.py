@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from fips.app.compare import Comparison, Run, compare, method_config, write_comparison
 from fips.app.fitting import fitting_data
+from fips.app.forecast import Forecast, forecast
 from fips.app.sources import (
     empty_model,
     is_compressed_source,
@@ -31,7 +32,7 @@ from fips.compress import Progress, compress
 from fips.config import DataConfig, Recipe
 from fips.data import Batches, load_batches
 from fips.errors import BudgetError, ConfigError, DataError, ModelError, OutputError
-from fips.evaluate import EvaluationResult, evaluate
+from fips.evaluation import EvaluationResult, evaluate
 from fips.files.output import Output, require_empty
 from fips.integrations.lm_eval import run_tasks
 from fips.integrations.onnx import export_onnx
@@ -98,15 +99,18 @@ def plan_source(
     return model, plan_compression(model, recipe.compression)
 
 
-def plan_batches(model: nn.Module, plan: CompressionPlan, recipe: Recipe, *, device: str, chosen: bool) -> None:
-    """Say or refuse, as ``fitting_data`` does, what a run would; devices that are not here are not looked at."""
+def plan_batches(
+    model: nn.Module, plan: CompressionPlan, recipe: Recipe, *, device: str, chosen: bool, output: Path | None = None
+) -> Forecast | None:
+    """Say or refuse, as ``fitting_data`` does, what a run would, and what it would take; None for devices not here."""
     try:
         place = pick_device(device)
         kind_of(model)
     except (ConfigError, ModelError):
-        return
+        return None
     data = recipe.data or DataConfig(source="")
-    fitting_data(model, plan, recipe.compression, data, device=place, chosen=chosen, only_planned=True)
+    data, need = fitting_data(model, plan, recipe.compression, data, device=place, chosen=chosen, only_planned=True)
+    return forecast(model, plan, recipe.compression, data, need, device=place, output=output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +131,15 @@ def compress_to_directory(
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
     work: Path | None = None,
     keep_work: bool = False,
 ) -> Compression | None:
     """Compress a model and write it; everything that can be refused is refused before the weights are read.
 
     What is finished is kept in ``work``, by default a directory beside the output, so that the same command goes on
-    after a crash. Of the processes that ``torchrun`` has started, the first writes; the others return None.
+    after a crash. ``announce`` is given a line about what the run will take. Of the processes that ``torchrun`` has
+    started, the first writes; the others return None.
     """
     if recipe.data is None:
         raise DataError("no calibration data: give --data, or a recipe with `data`")
@@ -145,7 +151,7 @@ def compress_to_directory(
             require_empty(output)
         place = ranks.device(pick_device(device))
         empty, plan = plan_source(source, recipe, trust_remote_code=trust_remote_code)
-        data = fitting_data(
+        data, need = fitting_data(
             empty, plan, recipe.compression, recipe.data, device=place,
             chosen="batch_size" in recipe.data.model_fields_set,
         )  # fmt: skip
@@ -157,6 +163,11 @@ def compress_to_directory(
             if target is not None and processor is not None and not is_timm_model(empty):
                 with target.writing("the tokenizer or image processor"):  # timm keeps the transform in its config.json
                     processor.save_pretrained(target.scratch)
+            if announce is not None and ranks.first:
+                expected = forecast(
+                    empty, plan, recipe.compression, data, need, device=place, count=batches.num_samples, output=output
+                )
+                announce(expected.line())
             model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
             examples = PixelBatches(batches) if is_timm_model(model) else batches
             report = compress(model, examples, recipe.compression, progress=progress, work=work)
@@ -209,21 +220,26 @@ def evaluate_source(
     source: str,
     data: DataConfig,
     *,
+    against: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     progress: Any = None,
 ) -> EvaluationResult:
-    """Accuracy or perplexity of a compressed directory or of a dense model."""
+    """Accuracy or perplexity of a compressed directory or of a dense model, and how far it is from ``against``."""
     place = pick_device(device)
     dtype = resolve_dtype(dtype)
+
+    def read(name: str) -> nn.Module:
+        if is_compressed_source(name):
+            found: nn.Module = load(name, device=place, trust_remote_code=trust_remote_code)
+            return found
+        return read_model(name, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+
     empty = empty_model(source, trust_remote_code=trust_remote_code)
     batches, _ = _batches(source, data, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
-    if is_compressed_source(source):
-        model = load(source, device=place, trust_remote_code=trust_remote_code)
-    else:
-        model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-    return evaluate(model, batches, progress=progress)
+    original = None if against is None else read(against)
+    return evaluate(read(source), batches, against=original, progress=progress)
 
 
 def compare_source(
@@ -292,7 +308,8 @@ def _fitting_comparison(
     configs = [method_config(method, bits=size, seed=0) for method in methods]
     for config in {config.method: config for config in configs}.values():
         with suppress(BudgetError):
-            data = fitting_data(model, plan_compression(model, config), config, data, device=device, chosen=chosen)
+            plan = plan_compression(model, config)
+            data, _ = fitting_data(model, plan, config, data, device=device, chosen=chosen)
     return data
 
 

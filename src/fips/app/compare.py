@@ -19,7 +19,7 @@ from fips.compress import compress
 from fips.config import CompressionConfig
 from fips.data import Batches
 from fips.errors import BudgetError, ConfigError
-from fips.evaluate import EvaluationResult, evaluate
+from fips.evaluation import Divergence, EvaluationResult, evaluate
 from fips.methods.registry import aliases
 from fips.methods.workbench import MomentCache
 
@@ -38,6 +38,8 @@ class Run:
     stored_bits: float | None = None
     """Stored bits per weight of the layers, measured; None where the method could not run."""
     quality: float | None = None
+    against: Divergence | None = None
+    """How far the predictions on the evaluation data are from the original's."""
     relative_error: float | None = None
     """Mean over blocks of the squared error of their output relative to its variance, on original inputs."""
     relative_error_start: float | None = None
@@ -73,12 +75,18 @@ class Comparison:
                 if not good:
                     row["failure"] = runs[0].failure
                 for name in ("stored_bits", "quality", "relative_error", "seconds"):
-                    known = [getattr(run, name) for run in good if getattr(run, name) is not None]
-                    row[name] = stats.median(known) if known else None
+                    row[name] = _median(getattr(run, name) for run in good)
+                for name in ("kl", "agreement_percent"):
+                    row[name] = _median(getattr(run.against, name, None) for run in good)
                 qualities = [run.quality for run in good if run.quality is not None]
                 row["spread"] = max(qualities) - min(qualities) if len(qualities) > 1 else None
                 found.append(row)
         return found
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return stats.median(known) if known else None
 
 
 def method_config(text: str, *, bits: float, seed: int) -> CompressionConfig:
@@ -144,7 +152,7 @@ def _run(
         report = compress(candidate, calibration, config, moments=moments)
     except BudgetError as error:
         return Run(method, config.bits, config.seed, failure=str(error))
-    result: EvaluationResult = evaluate(candidate, evaluation)
+    result: EvaluationResult = evaluate(candidate, evaluation, against=model)
     layers = report.plan["layers"]
     groups = report.groups
     return Run(
@@ -153,6 +161,7 @@ def _run(
         seed=config.seed,
         stored_bits=8 * layers["factored"]["bytes"] / layers["dense"]["parameters"],
         quality=result.headline.value,
+        against=result.against,
         relative_error=_mean([group["relative_error_final"] for group in groups]),
         relative_error_start=_mean([group["relative_error_start"] for group in groups]),
         seconds=round(report.seconds, 2),
@@ -185,19 +194,20 @@ def write_comparison(comparison: Comparison, directory: Path, *, facts: dict[str
 
 def _markdown(comparison: Comparison) -> str:
     lines = [
-        f"Original: {comparison.metric} {comparison.original:.4g}. Bits: stored bits per weight of the layers.",
+        f"Original: {comparison.metric} {comparison.original:.4g}. Bits: stored bits per weight of the layers. "
+        "KL (nats) and agreement (percent of the most likely outcomes): with the original on the evaluation data.",
         "",
-        f"| method | bits | {comparison.metric} | spread | block error | time |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| method | bits | {comparison.metric} | spread | KL | agreement | block error | time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in comparison.rows():
         if row["quality"] is None:
-            lines.append(f"| {row['method']} | {row['bits']:g} | does not fit | | | |")
+            lines.append(f"| {row['method']} | {row['bits']:g} | does not fit | | | | | |")
             continue
-        spread = "" if row["spread"] is None else f"{row['spread']:.3g}"
-        error = "" if row["relative_error"] is None else f"{row['relative_error']:.4g}"
+        measures = {"spread": ".3g", "kl": ".4g", "agreement_percent": ".2f", "relative_error": ".4g"}
+        shown = ("" if row[name] is None else format(row[name], digits) for name, digits in measures.items())
         lines.append(
-            f"| {row['method']} | {row['stored_bits']:.3f} | {row['quality']:.4g} | {spread} | "
-            f"{error} | {row['seconds']:.0f} s |"
+            f"| {row['method']} | {row['stored_bits']:.3f} | {row['quality']:.4g} | {' | '.join(shown)} | "
+            f"{row['seconds']:.0f} s |"
         )
     return "\n".join(lines) + "\n"

@@ -15,12 +15,12 @@ from fips.data import Kind
 from fips.data.load import window_length
 from fips.data.text import DEFAULT_CALIBRATION_WINDOWS
 from fips.errors import ConfigError
-from fips.memory import MemoryNeed, available_memory, calibration_memory
+from fips.estimate import MemoryNeed, available_memory, calibration_memory
 from fips.models.timm import TimmProcessor, is_timm_model
 from fips.models.transformers import example_inputs
 from fips.plan.plan import CompressionPlan
 
-__all__ = ["fitting_data"]
+__all__ = ["examples_of", "fitting_data"]
 
 log = logging.getLogger("fips.memory")
 
@@ -34,26 +34,28 @@ def fitting_data(
     device: torch.device,
     chosen: bool,
     only_planned: bool = False,
-) -> DataConfig:
-    """``data`` with a batch size whose calibration fits into the memory there is; ``model`` is on the meta device.
+) -> tuple[DataConfig, MemoryNeed | None]:
+    """``data`` with a batch size whose calibration fits into the memory there is, and the memory it needs.
+
+    ``model`` is on the meta device.
 
     A batch size that the user has ``chosen`` is kept or refused, the default one is lowered with a warning. Where not
     even one example fits, a run is refused; a plan alone (``only_planned``) may be meant for another machine and gets
     a warning. Nothing is said where the need cannot be told. Raises ``ConfigError``.
     """
     kind = kind_of(model)
-    need = calibration_memory(model, plan, config, _examples(model, data), device=device)
+    need = calibration_memory(model, plan, config, examples_of(model, data), device=device)
     available = available_memory(device)
     wanted = min(data.batch_size, data.num_samples or (DEFAULT_CALIBRATION_WINDOWS if kind == "text" else 1 << 60))
     if need is None or available is None or need.fits(wanted, available):
-        return data
+        return data, need
     largest = need.largest(available)
     words = _words(need, wanted, available, kind, model, data)
     if largest == 0:
         least = f"{words}, and one alone about {format_bytes(need.total(1))}"
         if only_planned and not chosen:
             log.warning("%s: this plan needs a machine with more memory, or shorter examples", least)
-            return data
+            return data, need
         raise ConfigError(
             f"{least}; use a machine with more memory"
             + (", a smaller `--sequence-length`" if kind == "text" else "")
@@ -62,7 +64,7 @@ def fitting_data(
     if chosen:
         raise ConfigError(f"`batch_size` {wanted} does not fit: {words}; use at most `--batch-size {largest}`")
     log.warning("%s: calibrating with batches of %d", words, largest)
-    return data.replace(batch_size=largest)
+    return data.replace(batch_size=largest), need
 
 
 def _words(need: MemoryNeed, count: int, available: int, kind: Kind, model: nn.Module, data: DataConfig) -> str:
@@ -73,7 +75,7 @@ def _words(need: MemoryNeed, count: int, available: int, kind: Kind, model: nn.M
     )
 
 
-def _examples(model: nn.Module, data: DataConfig) -> Any:
+def examples_of(model: nn.Module, data: DataConfig) -> Any:
     """A function that makes up so many examples on the meta device."""
     if is_timm_model(model):
         transform = TimmProcessor.of(model)

@@ -143,16 +143,18 @@ def left_dense_lines(plan: dict[str, Any]) -> list[str]:
 def comparison_table(comparison: Any) -> Table:
     """One row per method and size, the original's quality in the title."""
     title = f"{comparison.metric} of the original: {comparison.original:.4g}"
-    table = Table("method", "bits", comparison.metric, "block error", "time", title=title, title_justify="left")
+    table = Table("method", "bits", comparison.metric, "KL", "agreement", "time", title=title)
+    table.title_justify = "left"
     for row in comparison.rows():
         if row["quality"] is None:
-            table.add_row(row["method"], f"{row['bits']:g}", "does not fit", "", "")
+            table.add_row(row["method"], f"{row['bits']:g}", "does not fit", "", "", "")
             continue
         table.add_row(
             row["method"],
             f"{row['stored_bits']:.2f}",
             f"{row['quality']:.4g}",
-            _number(row["relative_error"], ".4g"),
+            _number(row["kl"], ".4g"),
+            "" if row["agreement_percent"] is None else f"{row['agreement_percent']:.2f} %",
             f"{row['seconds']:.0f} s",
         )
     return table

@@ -15,7 +15,7 @@ from fips.app.tables import format_bytes, layer_table, plan_table, result_table
 from fips.compress import Progress
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.demo.corpus import calibration_files, copy_files, held_out_files
-from fips.evaluate import EvaluationResult
+from fips.evaluation import EvaluationResult
 from fips.files.manifest import require_free
 from fips.recipes import load_recipe
 

@@ -55,6 +55,11 @@ class Method(Planner[C]):
         return False
 
     @property
+    def tried_rows(self) -> int:
+        """Rows of a layer that are rounded in order to choose, all structures together."""
+        return 0
+
+    @property
     def trains_blocks(self) -> bool:
         """Whether it trains block by block."""
         return False

@@ -30,12 +30,25 @@ from fips.plan.plan import CompressionPlan
 from fips.training.factors import swapped
 from fips.training.reconstruct import BlockError, block_errors
 
-__all__ = ["Block", "Made", "PackedLayer", "blocks_of", "make_blocks", "runs_within", "solve_blocks"]
+__all__ = [
+    "Block",
+    "Made",
+    "PackedLayer",
+    "blocks_of",
+    "bytes_beside",
+    "make_blocks",
+    "runs_within",
+    "solve_blocks",
+    "steps_of",
+]
 
 log = logging.getLogger(__name__)
 
 RECORDED = 4
 """Batches on which the error of a block is measured."""
+STEP_MEMORY = 1 << 29
+"""Bytes of moments that one process measures at a time, if the memory it may take is not less: with more there are
+fewer steps over the data, which hand on what they have computed, and nothing is gained but their overhead."""
 
 
 @dataclass(slots=True)
@@ -52,6 +65,20 @@ class Block:
     @property
     def moment_bytes(self) -> int:
         return moment_bytes(self.sites, gradients=False)
+
+
+def steps_of(blocks: Sequence[Block], memory: int, *, ranks: int = 1) -> list[list[Block]]:
+    """Blocks that are measured together: a moment, what is held out of it and the parts that wait are counted."""
+    if ranks > 1:  # the parts of all wait for each other, and each rank wants a block to work on
+        return list(runs_within(blocks, lambda block: (2 - (-CHUNKS // ranks)) * block.moment_bytes, memory))
+    return list(runs_within(blocks, lambda block: 3 * block.moment_bytes, min(memory, STEP_MEMORY)))
+
+
+def bytes_beside(blocks: Sequence[Block], memory: int) -> int | None:
+    """Bytes of the moments of all other layers that are kept beside those of a step; None where that is too much."""
+    step = max(sum(block.moment_bytes for block in step) for step in steps_of(blocks, memory))
+    beside = sum(block.moment_bytes for block in blocks) - step
+    return beside if beside + 3 * step <= memory else None
 
 
 T = TypeVar("T")
@@ -88,8 +115,7 @@ def make_blocks(
     left = [block for block in blocks if not run.is_made(block)]
     if left:
         with bench.sweep([block.name for block in blocks], recorded=RECORDED if errors else 0, hold=hold) as sweep:
-            waiting = 1 if bench.ranks.count == 1 else -(-CHUNKS // bench.ranks.count)  # parts of the moments
-            units = runs_within(blocks, lambda block: (1 + hold + waiting) * block.moment_bytes, memory)
+            units = steps_of(blocks, memory, ranks=bench.ranks.count)
             for unit in units if Needs.INPUTS in bench.needs else [list(blocks)]:
                 run.make_unit(sweep, unit)
     for block in blocks:
@@ -138,6 +164,9 @@ class _Pass:
             if ranks.owner(number) == ranks.index:
                 self._make(block, moments)
         ranks.wait()
+        if self.hold and self.bench.owns_cache:
+            for moment in moments.values():
+                moment.held = None  # what comes after uses all data
         if self.errors and ranks.first:
             self._measure(left, step, sweep.spool)
         if step is not None:

@@ -152,6 +152,8 @@ class Workbench:
     influence: dict[str, Influence] = field(default_factory=dict)
     """By layer, after ``survey``."""
     cache: MomentCache | None = None
+    owns_cache: bool = False
+    """Whether what is kept there is of use to this compression alone."""
     store: Store = field(default_factory=MemoryStore)
     """What is finished."""
     ranks: Ranks = ALONE
@@ -253,7 +255,8 @@ class Workbench:
 
     def keep_moments(self) -> None:
         """Keep what ``cached`` measures from now on, at least as long as this compression lasts."""
-        self.cache = {} if self.cache is None else self.cache
+        if self.cache is None:
+            self.cache, self.owns_cache = {}, True
 
     @contextmanager
     def sweep(

@@ -29,7 +29,7 @@ from fips.methods.fips.stages import (
     try_choices,
 )
 from fips.methods.registry import Method, register
-from fips.methods.sweep import Block, Made, PackedLayer, blocks_of, make_blocks, runs_within, solve_blocks
+from fips.methods.sweep import Block, Made, PackedLayer, blocks_of, bytes_beside, make_blocks, runs_within, solve_blocks
 from fips.methods.workbench import (
     CompressedGroup,
     Needs,
@@ -43,6 +43,7 @@ from fips.plan.least import BYTES_PER_BIT
 from fips.plan.plan import CompressionPlan
 from fips.plan.planner import check_inputs, equal_layers
 from fips.solve.allocate import allocate, tempered
+from fips.solve.oneshot import SAMPLE
 from fips.solve.structures import Choice, Point
 from fips.training.distill import distill_
 from fips.training.factors import swapped
@@ -67,6 +68,10 @@ class Fips(Method[FipsConfig]):
     @property
     def holds_out(self) -> bool:
         return self.by_block and self.config.effort == "default"
+
+    @property
+    def tried_rows(self) -> int:
+        return SAMPLE * len(self.config.value_choices) if self.holds_out else 0
 
     @property
     def influence_examples(self) -> int:
@@ -173,7 +178,7 @@ def _tried(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[
     Where the moments of all layers fit into memory they are kept for the pass that solves.
     """
     blocks = blocks_of(plan)
-    if bench.ranks.count == 1 and 3 * sum(block.moment_bytes for block in blocks) <= config.metric.memory:
+    if bench.ranks.count == 1 and bytes_beside(blocks, config.metric.memory) is not None:
         bench.keep_moments()
 
     def make(block: Block, moments: Mapping[str, LayerMoments]) -> Made:

@@ -27,13 +27,14 @@ from fips.calibration.moments import moment_bytes
 from fips.calibration.precision import has_bfloat16, resolve_precision
 from fips.config import CompressionConfig
 from fips.methods.registry import Method, method_of
+from fips.methods.sweep import blocks_of, bytes_beside, steps_of
 from fips.methods.workbench import Needs, Workbench
 from fips.models import LayerGroup, Site
 from fips.plan.plan import CompressionPlan
 
-__all__ = ["MemoryNeed", "available_memory", "calibration_memory"]
+__all__ = ["Answers", "MemoryNeed", "available_memory", "calibration_memory", "on_meta"]
 
-log = logging.getLogger("fips.memory")
+log = logging.getLogger(__name__)
 
 ROOM = 1.5
 """What real runs on a CPU took at most, relative to the estimate: 1.4 to 1.5 of it where all tensors are of less than
@@ -84,17 +85,25 @@ def calibration_memory(
         wide = sum(p.numel() for p in twin.parameters()) - sum(inside) + max(inside, default=0)
         twin.to(torch.float32)
         stored += 4 * wide
-    twin.to("meta").eval().requires_grad_(False)
-    _without_cache(twin)
+    twin = on_meta(twin)
     try:
         one, some, more = (_peak(twin, plan, config, examples(count)) for count in (1, 4, 8))
         few = _influence_peak(twin, plan, config, examples(8))
     except Exception as error:
         log.debug("no estimate of memory for %s: %s", type(model).__name__, error)
         return None
-    trained = TRAINED_BYTES * plan.dense.parameters if method_of(config).trains_model else 0
-    always, each = stored + trained, max(0, more - some) // 4
+    method = method_of(config)
+    trained = TRAINED_BYTES * plan.dense.parameters if method.trains_model else 0
+    kept = (bytes_beside(blocks_of(plan), method.moment_memory) or 0) if method.holds_out else 0
+    always, each = stored + trained + kept, max(0, more - some) // 4
     return MemoryNeed(always + max(0, more - 8 * each), each, always + max(one, few))
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy without numbers, as it is while it is measured."""
+    twin = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    _without_cache(twin)
+    return twin
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -162,15 +171,12 @@ def _at_work(plan: CompressionPlan, method: Method[Any]) -> list[LayerGroup]:
     def need(group: LayerGroup) -> int:
         return moment_bytes(group.sites, gradients=gradients)
 
-    if (2 + method.holds_out) * sum(map(need, groups)) <= method.moment_memory:
-        return groups
     if method.by_block:
-        blocks = [
-            LayerGroup(group.name, tuple(one for one in group.sublayers if one.block == block))
-            for group in groups
-            for block in group.blocks
-        ]
-        return [max(blocks, key=need)]
+        steps = steps_of(blocks_of(plan), method.moment_memory)
+        largest = max(steps, key=lambda step: sum(block.moment_bytes for block in step))
+        return [LayerGroup(block.name, tuple(sublayer for _, sublayer in block.parts)) for block in largest]
+    if 2 * sum(map(need, groups)) <= method.moment_memory:
+        return groups
     return [max(groups, key=need)]
 
 
@@ -191,7 +197,16 @@ def _graph_bytes(bench: Workbench, base: nn.Module, sites: Sequence[Site], batch
             handle.remove()
 
 
-class _Counted(TorchDispatchMode):
+class Answers(TorchDispatchMode):
+    """Answers tests of values on the meta device, as most turn out for ordinary inputs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1.0 if args[0].is_floating_point() else args[0].dtype == torch.bool or 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Counted(Answers):
     """Counts the bytes of all tensors that operations make, for as long as they live."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
@@ -202,11 +217,7 @@ class _Counted(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta
-        ):  # a test of values; most pass for ordinary inputs
-            return 1.0 if args[0].is_floating_point() else args[0].dtype == torch.bool or 1
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
