@@ -293,17 +293,18 @@ def spread(ratio: Mapping[str, float]) -> str:
     return f"{ratio['of_medians']:.2f} ({ratio['least']:.2f} to {ratio['largest']:.2f})"
 
 
-def jobs_of(ours: Sequence[Mapping[str, Any]], dtypes: Sequence[str]) -> dict[str, dict[str, Any]]:
+def jobs_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    ours: Sequence[Mapping[str, Any]] = args.ours
     theirs = {
-        f"llm-compressor {name} {dtype}": {"stage": "llm-compressor", "settings": {**settings, "dtype": dtype}}
-        for name, settings in THEIRS.items()
-        for dtype in dtypes
+        f"llm-compressor {name} {dtype}": {"stage": "llm-compressor", "settings": {**THEIRS[name], "dtype": dtype}}
+        for name in args.theirs
+        for dtype in args.dtypes
     }
     return theirs | {f"fips {json.dumps(settings)}": {"stage": "fips", "settings": settings} for settings in ours}
 
 
 def compare(args: argparse.Namespace, workload: Workload, scratch: Path) -> dict[str, Any]:
-    jobs = jobs_of(args.ours, args.dtypes)
+    jobs = jobs_of(args)
     machine = start(sys.executable, "make", scratch, args.threads, workload=asdict(workload), ours=args.ours)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     runs: list[dict[str, Any]] = []
@@ -335,6 +336,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--python", required=True, help="the interpreter of the environment that has llm-compressor")
     parser.add_argument("--ours", nargs="+", type=json.loads, required=True, metavar="JSON", help="settings of fips")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="what llm-compressor computes in")
+    parser.add_argument(
+        "--theirs", nargs="+", choices=list(THEIRS), default=list(THEIRS), help="runs of llm-compressor"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1, help="windows per batch, of both")
@@ -345,7 +349,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.hidden % GROUP or args.intermediate % GROUP:
         parser.error(f"`--hidden` and `--intermediate` must be multiples of {GROUP}, the group size of W4A16")
-    if len(jobs_of(args.ours, args.dtypes)) != len(THEIRS) * len(args.dtypes) + len(args.ours):
+    if len(jobs_of(args)) != len(args.theirs) * len(args.dtypes) + len(args.ours):
         parser.error("`--ours` or `--dtypes` has something twice")
     return args
 

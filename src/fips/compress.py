@@ -110,6 +110,7 @@ def compress(
             activation_file_bytes=bench.file_bytes,
             data=measured("the description of the data", lambda: _description(data)) or {},
             notes=bench.notes,
+            overfit=bench.overfit,
             environment={
                 **(measured("hardware and versions", lambda: environment(device)) or {}),
                 "precision": resolve_precision(config.precision, device),

@@ -82,6 +82,8 @@ class CompressionReport:
     """Model the compression started from, as given."""
     notes: list[str] = field(default_factory=list)
     """What went otherwise than asked for, one sentence each."""
+    overfit: dict[str, float] = field(default_factory=dict)
+    """By layer the error on half of the data over that on the other half, which was fitted; where it was measured."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -96,6 +98,7 @@ class CompressionReport:
             "activation_file_bytes": self.activation_file_bytes,
             "environment": self.environment,
             "notes": self.notes,
+            "overfit": {name: round(ratio, 3) for name, ratio in self.overfit.items()},
         }
 
     @classmethod
@@ -109,6 +112,7 @@ class CompressionReport:
             plan={key: fields[key] for key in plan_keys} | {key: fields[key] for key in LATER_KEYS if key in fields},
             groups=fields["results"],
             notes=fields.get("notes", []),
+            overfit=fields.get("overfit", {}),
             **{
                 key: fields[key]
                 for key in (

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 RECORDED = 4
 """Batches on which the error of a block is measured."""
-STEP_MEMORY = 1 << 29
+STEP_MEMORY = 1 << 28
 """Bytes of moments that one process measures at a time, if the memory it may take is not less: with more there are
 fewer steps over the data, which hand on what they have computed, and nothing is gained but their overhead."""
 

@@ -159,6 +159,8 @@ class Workbench:
     ranks: Ranks = ALONE
     file_bytes: int = 0
     """Most bytes of activations that were in a temporary file at once."""
+    overfit: dict[str, float] = field(default_factory=dict)
+    """By layer the error on data held out over that on the data fitted, where it was measured."""
     notes: list[str] = field(default_factory=list)
     """What went otherwise than asked for, for the report."""
 

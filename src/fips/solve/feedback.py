@@ -56,14 +56,14 @@ def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
         return (moment_KK + damping * moment_KK.mean()).clamp_min(tiny).rsqrt()
     mean = moment_KK.diagonal().mean().clamp_min(torch.finfo(moment_KK.dtype).tiny)
     while True:
-        damped_KK = moment_KK.clone()
-        damped_KK.diagonal().add_(damping * mean)
-        lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+        work_KK = moment_KK.clone()  # one name for what follows: each is dropped when the next is there
+        work_KK.diagonal().add_(damping * mean)
+        work_KK, failed = torch.linalg.cholesky_ex(work_KK)
         if not failed:
-            upper_KK, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_KK), upper=True)
+            work_KK = torch.cholesky_inverse(work_KK)
+            work_KK, failed = torch.linalg.cholesky_ex(work_KK, upper=True)
             if not failed:
-                found: Tensor = upper_KK
-                return found
+                return work_KK
         if not bool(moment_KK.isfinite().all()) or damping > 1:
             raise torch.linalg.LinAlgError("the metric of a layer is not positive definite")  # type: ignore[attr-defined]
         damping = max(10 * damping, 1e-6)

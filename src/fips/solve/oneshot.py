@@ -68,6 +68,8 @@ class OneShot(Structures):
         self.judge_KK = self.moment_KK if held_II is None else usable_moment(held_II)
         self.weight_N = ROW_SHARE * power_O + (1 - ROW_SHARE) * power_O.mean()
         self.damping = damping
+        self.overfit: float | None = None
+        """After trials: error on data held out over that on the data fitted, of what is nearest to an equal share."""
         self._upper_KK: Tensor | None = None
 
     @property
@@ -103,7 +105,10 @@ class OneShot(Structures):
 
     def loss(self, found_NK: Tensor) -> float:
         """The second-order change of the model's output."""
-        costs_N = self._costs(self.matrix_NK - found_NK, self.judge_KK)
+        return self._loss(found_NK, self.judge_KK)
+
+    def _loss(self, found_NK: Tensor, moment_KK: Tensor) -> float:
+        costs_N = self._costs(self.matrix_NK - found_NK, moment_KK)
         return max(float((costs_N * self.weight_N).sum(dtype=torch.float64)), 0.0)
 
     def _costs(self, error_NK: Tensor, moment_KK: Tensor) -> Tensor:
@@ -113,20 +118,20 @@ class OneShot(Structures):
 
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Keeping all is cheap to try and is tried at every width; pruning where it is promising."""
-        return self._tried(sorted({*self._whole(choices), *self.wanted(choices, size)}))
+        return self._tried(sorted({*self._whole(choices), *self.wanted(choices, size)}), size)
 
     def quick_trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Of keeping all, where several widths can be had; else as ``trials``."""
         whole = self._whole(choices)
         free = len(whole) > 1 and sum(bytes_ <= size for _, bytes_ in whole) > 0
-        return self._tried(sorted(whole)) if free else self.trials(choices, size)
+        return self._tried(sorted(whole), size) if free else self.trials(choices, size)
 
     def _whole(self, choices: Sequence[Choice]) -> set[tuple[Choice, float]]:
         return {(choice, self.dense_bytes(choice)) for choice in choices if choice.free}
 
-    def _tried(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
-        """What ``SAMPLE`` rows leave at those sizes that fit."""
-        small, share = self._sample()
+    def _tried(self, sizes: Sequence[tuple[Choice, float]], share: float) -> list[Point]:
+        """What ``SAMPLE`` rows leave at those sizes that fit; ``share`` bytes are an equal share."""
+        small, weight = self._sample()
         tasks: list[tuple[Choice, float, _Task]] = []
         for choice, bytes_ in sizes:
             if self.expected(choice, bytes_) == math.inf:
@@ -137,16 +142,21 @@ class OneShot(Structures):
             with suppress(BudgetError):
                 tasks.append((choice, bytes_, small._task(choice, less)))
         points: list[Point] = []
+        near = min(tasks, key=lambda one: abs(one[1] - share), default=None)
         for run_length in {task.run_length for *_, task in tasks}:
             some = [one for one in tasks if one[2].run_length == run_length]
-            losses = small._losses([task for *_, task in some])
-            points += [
-                Point(choice, bytes_, loss / share) for (choice, bytes_, _), loss in zip(some, losses, strict=True)
-            ]
+            found = small._found([task for *_, task in some])
+            for one, part_NK in zip(some, found, strict=True):
+                choice, bytes_, _ = one
+                loss = small.loss(part_NK)
+                points.append(Point(choice, bytes_, loss / weight))
+                if one is near and self.judge_KK is not self.moment_KK:
+                    fitted = small._loss(part_NK, self.moment_KK)
+                    self.overfit = loss / fitted if fitted > 0 else None
         return points
 
-    def _losses(self, tasks: Sequence[_Task]) -> list[float]:
-        """Of several tasks with runs of one length, all at once: their rows are those of one taller matrix."""
+    def _found(self, tasks: Sequence[_Task]) -> Sequence[Tensor]:
+        """What several tasks with runs of one length make, all at once: their rows are those of one taller matrix."""
         rows = len(self.matrix_NK)
 
         def choose(costs_JN: Tensor, start: int) -> Tensor:
@@ -163,7 +173,7 @@ class OneShot(Structures):
             choose if any(task.choose is not None for task in tasks) else None,
             run_length=tasks[0].run_length,
         )
-        return [self.loss(part) for part in found_NK.split(rows)]
+        return found_NK.split(rows)
 
     def _sample(self) -> tuple[Self, float]:
         """The problem of ``SAMPLE`` rows, spread evenly over what rows weigh, and their share of the weight."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from statistics import median
 from typing import ClassVar
 
 import torch
@@ -49,6 +50,9 @@ from fips.training.distill import distill_
 from fips.training.factors import swapped
 
 __all__ = ["Fips"]
+
+MUCH_OVERFIT = 1.3
+"""Error on data held out, relative to that on the data fitted, from which a run says so."""
 
 
 @register
@@ -183,18 +187,35 @@ def _tried(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[
 
     def make(block: Block, moments: Mapping[str, LayerMoments]) -> Made:
         found: dict[str, list[Point]] = {}
+        overfit: dict[str, float | None] = {}
         for group, sublayer in block.parts:
-            part = _alone(group, sublayer)
-            curves = try_choices(open_search(bench, part, config, moments, trial=True), part, config)
-            found |= zip([site.name for site in sublayer.sites], curves, strict=True)
-        return {}, {"points": found}
+            part, names = _alone(group, sublayer), [site.name for site in sublayer.sites]
+            search = open_search(bench, part, config, moments, trial=True)
+            found |= zip(names, try_choices(search, part, config), strict=True)
+            overfit |= {name: getattr(one, "overfit", None) for name, one in zip(names, search.layers, strict=True)}
+        return {}, {"points": found, "overfit": overfit}
 
     curves: dict[str, list[Point]] = {}
     for _, fields in make_blocks(bench, blocks, "try", make, memory=config.metric.memory, hold=True):
         for name, points in fields["points"].items():
             curves[name] = [Point(Choice(*choice), *measured) for choice, *measured in points]
+        bench.overfit |= {name: ratio for name, ratio in fields["overfit"].items() if ratio is not None}
+    _say_overfit(bench)
     split = allocate(tempered(list(curves.values())), sum(group_share(group, config) for group in plan.groups))
     return dict(zip(curves, split, strict=True))
+
+
+def _say_overfit(bench: Workbench) -> None:
+    """A note where the calibration data is too small for the errors on it to be believed; their excess falls as 1/n."""
+    if not bench.overfit:
+        return
+    middle = median(bench.overfit.values())
+    if middle > MUCH_OVERFIT:
+        times = (middle - 1) / (MUCH_OVERFIT - 1)
+        bench.note(
+            f"errors on data held out are {middle:.2f} times those on the data that was fitted (median of layers): "
+            f"about {times:.1f} times as many examples would bring that to {MUCH_OVERFIT}"
+        )
 
 
 def _alone(group: GroupPlan, sublayer: Sublayer) -> GroupPlan:

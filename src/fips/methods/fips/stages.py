@@ -214,8 +214,10 @@ def _one_shot(
     if site.role.reads_stream:
         power_O = power_O[order_F]
 
+    moved = not torch.equal(order_F, torch.arange(len(order_F), device=order_F.device))
+
     def ordered(moment: Tensor) -> Tensor:
-        if site.role.reads_stream:
+        if site.role.reads_stream or not moved:  # a moment is the largest thing here: no copies without need
             return moment
         return moment[order_F] if moment.dim() == 1 else moment[order_F][:, order_F]
 
