@@ -120,6 +120,20 @@ def test_a_moment_is_the_mean_of_the_products(spool: ActivationSpool) -> None:
     assert found[mlp.sites[2].name] is not found[mlp.sites[0].name]
 
 
+@pytest.mark.parametrize("size", [512, 700, 1200])
+def test_a_large_moment_is_summed_in_strips(size: int) -> None:
+    """Only what stands below the diagonal is multiplied; the moment is symmetric to the last bit all the same."""
+    x = torch.randn(40, size, generator=torch.Generator().manual_seed(0))
+    found = LayerMoments(torch.zeros(size, size), torch.zeros(size), torch.zeros(0, 0))
+    for part in x.split(16):
+        found.add_inputs(part, None)
+    found.note_part()
+    assert torch.equal(found.inputs_II, found.inputs_II.T)
+    assert torch.allclose(found.inputs_II, x.T @ x, rtol=1e-5, atol=1e-4)
+    exact = x.double().T @ x.double()
+    assert found.squares == pytest.approx(float((exact / 40).square().sum()) * 40, rel=1e-5)
+
+
 def test_what_is_held_out_and_how_much_of_a_moment_is_noise() -> None:
     """Held-out and fitted moments, about the mean of all, add up; the noise is what more data would take away."""
     generator = torch.Generator().manual_seed(0)

@@ -41,6 +41,8 @@ from fips.ranks import Ranks
 
 __all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes", "real_device"]
 
+STRIP = 512
+"""Columns of a moment that are summed at a time, from the diagonal down: of a large one, little more than half."""
 CONSTANT = 1e-6
 """Variance of inputs, relative to their mean square, below which they are constants with rounding errors."""
 
@@ -83,9 +85,11 @@ class LayerMoments:
         )
 
     def add_inputs(self, x_TI: Tensor, valid_T: Tensor | None) -> None:
-        """One batch, all tokens alike."""
+        """One batch, all tokens alike; sums are complete after ``note_part`` or ``mirror``."""
         x_TI = x_TI if valid_T is None else x_TI[valid_T]
-        self.inputs_II += x_TI.T @ x_TI
+        for start in range(0, x_TI.shape[1], STRIP):  # the rest is the same, see ``mirror``
+            strip = slice(start, start + STRIP)
+            self.inputs_II[start:, strip].addmm_(x_TI[:, start:].T, x_TI[:, strip])
         self.mean_I += x_TI.sum(0)
         self.weight += len(x_TI)
 
@@ -107,10 +111,17 @@ class LayerMoments:
         """E[x x^T], whether or not ``inputs_II`` is about the mean."""
         return self.inputs_II + torch.outer(self.mean_I, self.mean_I) if self.centered else self.inputs_II
 
+    def mirror(self) -> None:
+        """Above the diagonal what ``add_inputs`` has summed below it."""
+        for start in range(STRIP, len(self.inputs_II), STRIP):
+            strip = slice(start - STRIP, start)
+            self.inputs_II[strip, start:] = self.inputs_II[start:, strip].T
+
     def note_part(self) -> None:
         """These are the sums of one part of the data: its norms are kept, as ``finish`` compares parts."""
         if self.weight == 0:
             return
+        self.mirror()
         mean_I = self.mean_I.double() / self.weight
         square = _square(self.inputs_II) / self.weight**2
         across = float((self.inputs_II @ self.mean_I).double() @ mean_I) / self.weight**2
