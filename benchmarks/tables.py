@@ -309,6 +309,66 @@ def _microseconds(runs: dict[tuple[str, int], dict[str, Any]], tokens: int) -> s
     return ", ".join(f"{1e6 * sum(time[way] for time in times) / 2:.0f}" for way in ("dense", "packed", "decode"))
 
 
+def real_sizes() -> str:
+    """Whole runs, or some blocks and what that makes for all of them and the default number of examples."""
+    models = {
+        "real-sizes-deit-b": "DeiT-B, 12 blocks",
+        "real-sizes-swin-l": "Swin-L, 24 blocks",
+        "real-sizes-1b": "Llama-3.2-1B, 2 of 16 blocks",
+        "real-sizes-8b": "Llama-3.1-8B, 1 of 32 blocks",
+    }
+    rows = []
+    for name, title in models.items():
+        record = load(name)
+        examples = record["examples"]
+        seen = examples["windows"] * (examples["tokens"] if "llama" in record["recipe"] else 1)
+        for run in record["runs"]:
+            stages = run["stages_s"]
+            rows.append(
+                [
+                    title,
+                    run["settings"].get("effort", "default"),
+                    f"{seen:,}",
+                    f"{run['seconds']:.0f} s",
+                    f"{stages['measuring']:.0f} s",
+                    f"{stages['solving']:.0f} s",
+                    f"{run['peak_bytes'] / 1e9:.1f} GB",
+                ]
+            )
+    head = ["model", "effort", "tokens or images", "time", "of it measuring", "of it solving", "peak memory"]
+    return markdown(head, rows)
+
+
+def layer_cost() -> str:
+    """Trials and solution of one layer by width."""
+    record = load("layer-cost")
+    widths = sorted({row["width"] for row in record["layers"]})
+    rows = []
+    for role in ("up", "down"):
+        own = {row["width"]: row for row in record["layers"] if row["role"] == role}
+        times = [f"{own[width]['trials'] + own[width]['solution']:.1f} s" for width in widths]
+        rows.append([f"`{role}`", *times, f"{record[f'exponent_{role}']:.1f}"])
+    return markdown(["one matrix, width", *map(str, widths), "exponent"], rows)
+
+
+def against_llm_compressor() -> str:
+    names = {
+        "llm-compressor GPTQ float32": "llm-compressor, GPTQ W4A16",
+        'fips {"method": "gptq", "bits": 4.25}': "fips, `--method gptq`, 4.25 bits",
+        'fips {"bits": 4.25, "effort": "fast"}': "fips, `--effort fast`, 4.25 bits",
+        'fips {"bits": 4.25}': "fips, the default, 4.25 bits",
+    }
+    results = load("against-llm-compressor")["results"]
+    first = results["llm-compressor GPTQ float32"]["medians"]
+    rows = []
+    for name, title in names.items():
+        medians = results[name]["medians"]
+        seconds, peak = medians["compress_s"], medians["peak_bytes"]
+        ratios = f"{seconds / first['compress_s']:.2f}", f"{peak / first['peak_bytes']:.2f}"
+        rows.append([title, f"{seconds:.0f} s", ratios[0], f"{peak / 1e9:.2f} GB", ratios[1]])
+    return markdown(["", "time", "ratio", "peak memory", "ratio"], rows)
+
+
 def whole_models() -> str:
     rows: dict[tuple[str, str, str], list[float]] = {}
     saved: dict[tuple[str, str, str], list[float]] = {}
@@ -339,6 +399,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": parts,
     "paper": paper,
     "time-and-memory": time_and_memory,
+    "against-llm-compressor": against_llm_compressor,
+    "real-sizes": real_sizes,
+    "layer-cost": layer_cost,
     "solver-cost": solver_cost,
     "solver-cost-4096": solver_cost_large,
     "activation-bits": activation_bits,

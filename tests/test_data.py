@@ -450,13 +450,13 @@ class TestScoredText:
         assert wanted.items() <= description.items()
 
     def test_default_window(self, book: Path) -> None:
-        def length(context: int | None) -> Any:
-            batches = load_batches(
-                DataConfig(source=str(book)), processor=BOS, kind="text", purpose="evaluation", context_length=context
-            )
+        def length(context: int | None, purpose: Any) -> Any:
+            config = DataConfig(source=str(book), num_samples=1)
+            batches = load_batches(config, processor=BOS, kind="text", purpose=purpose, context_length=context)
             return batches.description["sequence_length"]
 
-        assert [length(context) for context in (None, 64, 9999)] == [2048, 64, 2048]
+        assert [length(context, "evaluation") for context in (None, 64, 9999)] == [2048, 64, 2048]
+        assert [length(context, "calibration") for context in (None, 64, 9999)] == [512, 64, 512]
 
     @pytest.mark.parametrize("content", ["", " \n<end> "])
     def test_nothing_to_score(self, tmp_path: Path, content: str) -> None:

@@ -788,6 +788,7 @@ def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size
     architecture = load_recipe("paper-llama-3.2-1b").architecture
     (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
     command = ["compress", str(tmp_path), "--bits", "5.6", "--dry-run", "--data", str(tmp_path / "x.txt")]
+    command += ["--sequence-length", "2048"]
     assert main([*command, "--batch-size", "32"]) == 2
     assert "texts of 2048 tokens need about" in capsys.readouterr().err
     assert main([*command, "--batch-size", "1"]) == 0

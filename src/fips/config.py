@@ -307,7 +307,7 @@ class DataConfig(Settings):
     num_samples: int | None = Field(default=None, ge=1)
     """Images or text windows to use; null uses all, but 1,024 images or 128 windows when calibrating."""
     sequence_length: int | None = Field(default=None, ge=2)
-    """Tokens per text window; default: the model's context, at most 2,048."""
+    """Tokens per text window; default: the model's context, at most 2,048, and 512 when calibrating."""
     document_separator: str | None = None
     """String between the documents of a text; windows then never cross a document."""
     batch_size: int = Field(default=32, ge=1)

