@@ -38,9 +38,15 @@ STAGES = {"measure": "measuring", "try": "solving", "solve": "solving", "allot":
 def architecture(args: argparse.Namespace) -> tuple[Any, int]:
     """The configuration with the blocks asked for, and how many the model has."""
     fields = dict(load_recipe(args.recipe).architecture or {})
+    if "depths" in fields:  # Swin: stages of different widths, of which none stands for all
+        return config_from_fields(fields), sum(fields["depths"])
     whole = int(fields["num_hidden_layers"])
     fields["num_hidden_layers"] = args.blocks or whole
     return config_from_fields(fields), whole
+
+
+def blocks_of(config: Any) -> int:
+    return sum(config.depths) if hasattr(config, "depths") else int(config.num_hidden_layers)
 
 
 def random_model(config: Any, device: torch.device) -> PreTrainedModel:
@@ -92,7 +98,7 @@ def measure(args: argparse.Namespace) -> None:
     layers = report.plan["layers"]
     share = args.full_windows / args.windows
     rest = seconds - spent["measuring"] - spent["solving"]
-    scaled = (whole / config.num_hidden_layers) * (spent["measuring"] * share + spent["solving"]) + rest
+    scaled = (whole / blocks_of(config)) * (spent["measuring"] * share + spent["solving"]) + rest
     result = {
         "settings": json.loads(args.one),
         "seconds": round(seconds, 1),
@@ -137,7 +143,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "recipe": args.recipe,
-        "blocks": architecture(args)[0].num_hidden_layers,
+        "blocks": blocks_of(architecture(args)[0]),
         "examples": {"windows": args.windows, "tokens": args.tokens, "full_windows": args.full_windows},
         "runs": [],
     }

@@ -334,6 +334,22 @@ def test_feedback_is_that_of_single_columns_in_double_precision(pruned: bool, co
     assert mask_NK is None if not pruned else torch.equal(mask_NK, mask_JN.T)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("worst", [-3.0, -500.0])
+def test_a_moment_of_rounding_errors_is_damped_until_it_is_one(worst: float) -> None:
+    """Negative directions far beyond the mean: what comes out has no correlations worth the name, and no error."""
+    generator = torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(48, 48, generator=generator))
+    values = torch.ones(48)
+    values[0], values[1] = worst, 2 - worst
+    upper_KK = inverse_root(turn @ torch.diag(values) @ turn.T, 0.01)
+    assert upper_KK.isfinite().all()
+    assert (upper_KK.diagonal() > 0).all()
+    spread = upper_KK.triu(1).norm(dim=1) / upper_KK.diagonal()
+    assert spread.max() < 0.5
+    with pytest.raises(torch.linalg.LinAlgError, match="not finite"):  # type: ignore[attr-defined]
+        inverse_root(torch.full((4, 4), torch.nan), 0.01)
+
+
 def test_feedback_beats_rounding_to_the_nearest_and_a_diagonal_has_none() -> None:
     matrix_NK, moment_KK = problem()
     choice, pricing = Choice(False, "unstructured", "int4"), Pricing(value=2.0, basis_entry=2.0, row_scale=2.0)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from fips.app import compare as compare_module
 from fips.config import DataConfig
 from fips.data import Batches, load_batches
 from fips.errors import DataError, ModelError
@@ -412,3 +413,19 @@ class TestAgainst:
         found = json.loads(json.dumps(evaluate(sharp_llama, batches, against=sharp_llama).to_dict(), allow_nan=False))
         assert found["perplexity_standard_error"] is None
         assert found["against"]["kl_standard_error"] is None
+
+
+@pytest.mark.parametrize("room", [1 << 28, 1000], ids=["kept", "too large"])
+def test_the_original_of_a_comparison_is_asked_once(
+    colors: Colors, photos: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    monkeypatch.setattr(compare_module, "MOST_REMEMBERED", room)
+    batches, other = image_batches(photos), Colors(10)
+    nn.init.normal_(other.head.weight, generator=torch.Generator().manual_seed(5))
+    expected = evaluate(other, batches, against=colors).against
+    reference = compare_module._Remembering(colors)
+    colors.calls = 0
+    for _ in range(3):
+        reference.begin()
+        assert evaluate(other, batches, against=reference).against == expected
+    assert colors.calls == (len(batches) if room > 1000 else 3 * len(batches))

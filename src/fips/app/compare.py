@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from fips.app.plots import quality_plot
 from fips.compress import compress
@@ -26,6 +26,9 @@ from fips.methods.workbench import MomentCache
 __all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
 
 log = logging.getLogger("fips.app.compare")
+
+MOST_REMEMBERED = 1 << 28
+"""Bytes of the original's logits that are kept between the runs of a comparison."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +131,45 @@ def compare(
         (method, method_config(method, bits=size, seed=seed)) for seed in seeds for method in methods for size in sizes
     ]
     original = evaluate(model, evaluation)
+    reference = _Remembering(model)
     runs = []
     moments: MomentCache = {}
     for method, config in jobs:
-        runs.append(_run(model, method, config, calibration(config.seed), evaluation, moments))
+        runs.append(_run(model, method, config, calibration(config.seed), evaluation, moments, reference))
         if on_run is not None:
             on_run(runs[-1])
     headline = original.headline
     return Comparison(headline.name, headline.higher_is_better, headline.value, tuple(runs))
+
+
+class _Remembering(nn.Module):
+    """A model that is asked the same again and again, in the same order, and computes it once.
+
+    Its logits are kept as long as they take no more than ``MOST_REMEMBERED`` bytes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._kept: list[Tensor] | None = []
+        self._at = 0
+
+    def begin(self) -> None:
+        """The first batch is next."""
+        self._at = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._kept is not None and self._at < len(self._kept):
+            self._at += 1
+            return self._kept[self._at - 1]
+        output = self.model(*args, **kwargs)
+        logits: Tensor = getattr(output, "logits", output)
+        self._at += 1
+        if self._kept is not None:
+            self._kept.append(logits)
+            if sum(each.nbytes for each in self._kept) > MOST_REMEMBERED:
+                self._kept = None
+        return logits
 
 
 def _run(
@@ -145,6 +179,7 @@ def _run(
     calibration: Iterable[Any],
     evaluation: Batches,
     moments: MomentCache,
+    reference: _Remembering,
 ) -> Run:
     assert config.bits is not None
     candidate = copy.deepcopy(model)
@@ -152,7 +187,8 @@ def _run(
         report = compress(candidate, calibration, config, moments=moments)
     except BudgetError as error:
         return Run(method, config.bits, config.seed, failure=str(error))
-    result: EvaluationResult = evaluate(candidate, evaluation, against=model)
+    reference.begin()
+    result: EvaluationResult = evaluate(candidate, evaluation, against=reference)
     layers = report.plan["layers"]
     groups = report.groups
     return Run(

@@ -68,7 +68,9 @@ def fitting_data(
 
 
 def _words(need: MemoryNeed, count: int, available: int, kind: Kind, model: nn.Module, data: DataConfig) -> str:
-    what = f"texts of {window_length(data, longest_sequence(model), "calibration")} tokens" if kind == "text" else "images"
+    what = (
+        f"texts of {window_length(data, longest_sequence(model), 'calibration')} tokens" if kind == "text" else "images"
+    )
     return (
         f"batches of {count} {what} need about {format_bytes(need.total(count))} of memory, "
         f"{format_bytes(available)} are free"

@@ -28,6 +28,7 @@ __all__ = ["Chooser", "Rounding", "diagonal", "inverse_root", "with_feedback"]
 
 RUN, SHORT = 128, 16
 """Columns whose errors are spread together over all behind them, and over those of their own run."""
+MOST_DAMPING = 1e9
 Chooser = Callable[[Tensor, int], Tensor]
 """``(costs_JN, start)``: the entries of the run of columns from ``start`` to keep, given what removing each costs."""
 
@@ -49,7 +50,9 @@ class Rounding:
 def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
     """U for the moment plus ``damping`` times its mean diagonal; on failure damping grows tenfold until it succeeds.
 
-    Of a moment given as its diagonal (K,), the diagonal of U.
+    Of a moment given as its diagonal (K,), the diagonal of U. Inputs that hardly vary about their mean have a moment
+    that is all rounding errors, with negative directions as large as the positive ones: the damping then ends far above
+    1, where no column makes up for another, as without data. Raises ``LinAlgError`` for what is not finite.
     """
     if moment_KK.dim() == 1:
         tiny = torch.finfo(moment_KK.dtype).tiny
@@ -64,8 +67,8 @@ def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
             work_KK, failed = torch.linalg.cholesky_ex(work_KK, upper=True)
             if not failed:
                 return work_KK
-        if not bool(moment_KK.isfinite().all()) or damping > 1:
-            raise torch.linalg.LinAlgError("the metric of a layer is not positive definite")  # type: ignore[attr-defined]
+        if not bool(moment_KK.isfinite().all()) or damping > MOST_DAMPING:
+            raise torch.linalg.LinAlgError("the metric of a layer is not finite")  # type: ignore[attr-defined]
         damping = max(10 * damping, 1e-6)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fips.solve.conjugate import conjugate_gradients
 
-__all__ = ["LayerProblem", "damped_inverse_root"]
+__all__ = ["DAMPING", "LayerProblem"]
 
 DAMPING = 1e-4
 MAX_EIGEN = 16384
@@ -208,18 +208,3 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             if not bool(matrix.isfinite().all()) or extra > 1:
                 raise
             extra = max(extra * 10, 1e-6)
-
-
-def damped_inverse_root(metric: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of a metric; on failure the damping grows tenfold until it succeeds."""
-    extra = DAMPING
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(_damped(metric, extra))
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                found: Tensor = upper
-                return found
-        if not bool(metric.isfinite().all()) or extra > 1:
-            raise torch.linalg.LinAlgError("the metric of a layer is not positive definite")  # type: ignore[attr-defined]
-        extra *= 10

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fips.formats.values import Values
-from fips.solve.problems import LayerProblem, damped_inverse_root
+from fips.solve.feedback import inverse_root
+from fips.solve.problems import DAMPING, LayerProblem
 
 __all__ = ["Grid", "best_steps", "grid_steps", "in_steps", "round_factor", "round_rows"]
 
@@ -114,7 +115,7 @@ def round_rows(
 
     The metric of columns is ``metric_KK`` between columns multiplied by ``scale_K``. ``steps`` are (N, K), or (N, 1).
     """
-    upper_KK = damped_inverse_root(metric_KK)
+    upper_KK = inverse_root(metric_KK, DAMPING)
     rest_NK = matrix_NK * scale_K
     numbers_NK, wanted_NK = torch.empty_like(rest_NK), torch.empty_like(rest_NK)
     columns = rest_NK.shape[1]
