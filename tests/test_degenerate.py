@@ -211,7 +211,7 @@ def test_question_answering_is_measured_without_its_padding() -> None:
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
     report = fips.compress(model, [{"input_ids": ids, "attention_mask": mask}], settings(sharing="never"))
-    assert not report.notes
+    assert not [note for note in report.notes if "held out" not in note]
     assert all_finite(model)
 
 
@@ -432,7 +432,7 @@ def test_a_projector_of_zeros_leaves_what_is_before_it_dense() -> None:
     report = fips.compress(model, inputs(), settings(sharing="never"))
     assert {name.split(".")[0] for name in factored_layers(model)} == {"language"}
     assert len(report.plan["left_dense"]["layers"]) == 4
-    assert not report.notes
+    assert not [note for note in report.notes if "held out" not in note]
 
 
 # degenerate data and weights

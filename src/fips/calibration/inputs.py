@@ -33,7 +33,7 @@ from transformers.utils.generic import find_labels
 from fips.calibration.preserve import RandomState
 from fips.errors import DataError
 
-__all__ = ["CalibrationData", "few_examples", "place"]
+__all__ = ["CalibrationData", "few_examples", "first_examples", "place"]
 
 log = logging.getLogger(__name__)
 
@@ -335,6 +335,15 @@ def few_examples(batches: Iterable[Any], count: int) -> Iterator[Any]:
             if size > wanted:
                 yield _cut(batch, slice(wanted, size))
         count -= max(size, 1)
+
+
+def first_examples(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """The first of ``few_examples``, ``count`` examples and no more than the last of their pieces has."""
+    for batch in few_examples(batches, count):
+        yield batch
+        count -= max((len(leaf) for leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), default=1)
+        if count <= 0:
+            return
 
 
 def _tokens(batch: Any) -> int:

@@ -88,7 +88,8 @@ class Sweep(AbstractContextManager["Sweep"]):
         self.ranks = ranks
         self.model, self.blocks, self.run, self.spool, self.device = model, list(blocks), run, spool, device
         self._batches, self._count, self._recorded = batches, count, recorded
-        self._at = 0
+        self.at = 0
+        """Blocks that have been passed."""
         self._relay: Relay | None = None
         self._probed = False
 
@@ -97,7 +98,7 @@ class Sweep(AbstractContextManager["Sweep"]):
 
     def skip(self, count: int) -> None:
         """Pass over the next blocks, of which nothing is wanted."""
-        self._at += count
+        self.at += count
 
     @torch.no_grad()
     def step(self, count: int, sites: Sequence[Site], owners: Mapping[str, int] | None = None) -> Step:
@@ -108,8 +109,8 @@ class Sweep(AbstractContextManager["Sweep"]):
         ``ModelError`` or ``DataError`` if what it reads is not finite.
         """
         self._probe()
-        names = self.blocks[self._at : self._at + count]
-        self._at += count
+        names = self.blocks[self.at : self.at + count]
+        self.at += count
         while True:
             taps = _Taps(self.model, sites, self.device, self.ranks, owners or {}, self.hold)
             try:
@@ -159,10 +160,10 @@ class Sweep(AbstractContextManager["Sweep"]):
         if relay is None:
             for batch in batches:
                 self.run(self.model, batch)
-        elif self._at == len(self.blocks) and relay.done == 0:
+        elif self.at == len(self.blocks) and relay.done == 0:
             relay.whole(batches)
         else:
-            relay.advance(self._at - relay.done, batches)
+            relay.advance(self.at - relay.done, batches)
 
     def _keep_more(self) -> None:
         """The blocks are no simple chain: keep what all of them return, or do without handing on."""

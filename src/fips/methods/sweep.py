@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments, moment_bytes
-from fips.calibration.record import ActivationSpool
-from fips.calibration.sweep import CHUNKS, Step, Sweep
+from fips.calibration.sweep import CHUNKS, Sweep
 from fips.layers.linear import FactoredLinear
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, measured
 from fips.models import Site
@@ -44,8 +43,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-RECORDED = 4
-"""Batches on which the error of a block is measured."""
+SHOWN = 16
+"""Examples on which the error of a block is measured, a few tokens of each if they are texts."""
 STEP_MEMORY = 1 << 28
 """Bytes of moments that one process measures at a time, if the memory it may take is not less: with more there are
 fewer steps over the data, which hand on what they have computed, and nothing is gained but their overhead."""
@@ -112,12 +111,14 @@ def make_blocks(
     their block. With ``hold`` moments say what a part of the data says alone, too.
     """
     run = _Pass(bench, blocks, stage, make, errors, hold)
-    left = [block for block in blocks if not run.is_made(block)]
-    if left:
-        with bench.sweep([block.name for block in blocks], recorded=RECORDED if errors else 0, hold=hold) as sweep:
+    names = [block.name for block in blocks]
+    if not all(run.is_made(block) for block in blocks):
+        with ExitStack() as stack:
+            sweep = stack.enter_context(bench.sweep(names, hold=hold))
+            seen = stack.enter_context(bench.recording(names, SHOWN)) if errors and bench.ranks.first else None
             units = steps_of(blocks, memory, ranks=bench.ranks.count)
             for unit in units if Needs.INPUTS in bench.needs else [list(blocks)]:
-                run.make_unit(sweep, unit)
+                run.make_unit(sweep, seen, unit)
     for block in blocks:
         made = bench.store.get(f"{stage}-{block.name}")
         assert made is not None
@@ -140,25 +141,25 @@ class _Pass:
         names = [f"{self.stage}-{block.name}", *([f"errors-{block.name}"] if self.errors else [])]
         return all(self.bench.store.has(name) for name in names)
 
-    def make_unit(self, sweep: Sweep, unit: Sequence[Block]) -> None:
-        """The next blocks."""
+    def make_unit(self, sweep: Sweep, seen: Sweep | None, unit: Sequence[Block]) -> None:
+        """The next blocks; ``seen`` is a pass over the examples that errors are measured on."""
         left = [block for block in unit if not self.is_made(block)]
         ranks = self.bench.ranks
         ranks.wait()
         if not left:
-            sweep.skip(len(unit))
+            for one in (sweep, seen):
+                if one is not None:
+                    one.skip(len(unit))
             return
         owners = {site.name: ranks.owner(number) for number, block in enumerate(left) for site in block.sites}
-        step: Step | None = None
+        start = sweep.at
 
         def measure() -> dict[str, LayerMoments]:
-            nonlocal step
-            step = sweep.step(len(unit), [site for block in left for site in block.sites], owners)
-            return step.moments
+            return sweep.step(len(unit), [site for block in left for site in block.sites], owners).moments
 
         inputs = Needs.INPUTS in self.bench.needs
         moments = self.bench.cached(list(owners), ("inputs",), measure, hold=self.hold) if inputs else {}
-        if step is None:
+        if sweep.at == start:
             sweep.skip(len(unit))
         for number, block in enumerate(left):
             if ranks.owner(number) == ranks.index:
@@ -167,10 +168,8 @@ class _Pass:
         if self.hold and self.bench.owns_cache:
             for moment in moments.values():
                 moment.held = None  # what comes after uses all data
-        if self.errors and ranks.first:
-            self._measure(left, step, sweep.spool)
-        if step is not None:
-            step.release(sweep.spool)
+        if seen is not None:
+            self._measure(left, seen, len(unit))
 
     def _make(self, block: Block, moments: Mapping[str, LayerMoments]) -> None:
         started = time.perf_counter()
@@ -181,8 +180,8 @@ class _Pass:
         done = sum(self.bench.store.has(f"{self.stage}-{one.name}") for one in self.blocks)
         self.bench.report(self.stage, block.name, done, len(self.blocks))
 
-    def _measure(self, blocks: Sequence[Block], step: Step | None, spool: ActivationSpool) -> None:
-        """The errors of blocks, on what they were given in the pass, or on the first batches."""
+    def _measure(self, blocks: Sequence[Block], seen: Sweep, count: int) -> None:
+        """The errors of blocks among the next ``count`` of a pass over a few examples."""
         bench = self.bench
         modules = {block.name: bench.model.get_submodule(block.name) for block in blocks}
         layers: dict[str, nn.Module] = {}
@@ -194,14 +193,15 @@ class _Pass:
                 layers[name] = one.layer
 
         def errors() -> Sequence[BlockError]:
+            step = seen.step(count, [])
             with ExitStack() as stack:
-                records, held = (
-                    (step.records, spool)
-                    if step is not None
-                    else stack.enter_context(bench.recorded_blocks(modules, "all", limit=RECORDED))
-                )
+                records, spool = step.records, seen.spool
+                if not all(any(name in record for record in records) for name in modules):  # few examples run them
+                    records, spool = stack.enter_context(bench.recorded_blocks(modules, "all", limit=1))
                 stack.enter_context(swapped(bench.model, layers))
-                return block_errors(modules, records, held, bench.device, limit=RECORDED)
+                found = block_errors(modules, records, spool, bench.device)
+            step.release(seen.spool)
+            return found
 
         found = measured("the errors of blocks", errors) or ()
         for block in blocks:

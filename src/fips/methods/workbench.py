@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fips.calibration.heads import first_tensor
 from fips.calibration.influence import Influence, collect_influence
-from fips.calibration.inputs import CalibrationData, few_examples, place
+from fips.calibration.inputs import CalibrationData, few_examples, first_examples, place
 from fips.calibration.moments import LayerMoments, collect_moments
 from fips.calibration.preserve import RandomState
 from fips.calibration.record import ActivationSpool, record_blocks
@@ -261,15 +261,26 @@ class Workbench:
             self.cache, self.owns_cache = {}, True
 
     @contextmanager
-    def sweep(
-        self, blocks: Sequence[str], name: str = "all", *, recorded: int = 0, hold: bool = False
-    ) -> Iterator[Sweep]:
+    def recording(self, blocks: Sequence[str], count: int) -> Iterator[Sweep]:
+        """A pass over the first ``count`` examples by this process alone, which records what blocks do to them."""
+        batches = list(first_examples(self.batches, count))
+        with (
+            ActivationSpool(self.config.activation_memory) as spool,
+            Sweep(
+                self.model, blocks, lambda: batches, len(batches), self.run_body, spool, self.device,
+                recorded=len(batches),
+            ) as found,
+        ):  # fmt: skip
+            yield found
+
+    @contextmanager
+    def sweep(self, blocks: Sequence[str], name: str = "all", *, hold: bool = False) -> Iterator[Sweep]:
         """A pass over the data, a few of the blocks, in the order in which they run, at a time."""
         with (
             ActivationSpool(self.config.activation_memory) as spool,
             Sweep(
                 self.model, blocks, lambda: self.counted("measure", name), len(self.batches), self.run_body, spool,
-                self.device, recorded=recorded, ranks=self.ranks, hold=hold,
+                self.device, ranks=self.ranks, hold=hold,
             ) as found,
         ):  # fmt: skip
             yield found
