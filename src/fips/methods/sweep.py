@@ -27,7 +27,7 @@ from fips.plan.footprint import LayerStorage
 from fips.plan.groups import GroupPlan, solved_plan
 from fips.plan.plan import CompressionPlan
 from fips.training.factors import swapped
-from fips.training.reconstruct import BlockError, block_errors
+from fips.training.reconstruct import BlockError, Records, block_errors
 
 __all__ = [
     "Block",
@@ -195,7 +195,8 @@ class _Pass:
         def errors() -> Sequence[BlockError]:
             step = seen.step(count, [])
             with ExitStack() as stack:
-                records, spool = step.records, seen.spool
+                records: Records = step.records
+                spool = seen.spool
                 if not all(any(name in record for record in records) for name in modules):  # few examples run them
                     records, spool = stack.enter_context(bench.recorded_blocks(modules, "all", limit=1))
                 stack.enter_context(swapped(bench.model, layers))

@@ -66,7 +66,8 @@ def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
             work_KK = torch.cholesky_inverse(work_KK)
             work_KK, failed = torch.linalg.cholesky_ex(work_KK, upper=True)
             if not failed:
-                return work_KK
+                upper_KK: Tensor = work_KK
+                return upper_KK
         if not bool(moment_KK.isfinite().all()) or damping > MOST_DAMPING:
             raise torch.linalg.LinAlgError("the metric of a layer is not finite")  # type: ignore[attr-defined]
         damping = max(10 * damping, 1e-6)

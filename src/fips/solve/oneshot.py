@@ -173,7 +173,8 @@ class OneShot(Structures):
             choose if any(task.choose is not None for task in tasks) else None,
             run_length=tasks[0].run_length,
         )
-        return found_NK.split(rows)
+        parts: Sequence[Tensor] = found_NK.split(rows)
+        return parts
 
     def _sample(self) -> tuple[Self, float]:
         """The problem of ``SAMPLE`` rows, spread evenly over what rows weigh, and their share of the weight."""
