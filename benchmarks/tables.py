@@ -309,29 +309,6 @@ def _microseconds(runs: dict[tuple[str, int], dict[str, Any]], tokens: int) -> s
     return ", ".join(f"{1e6 * sum(time[way] for time in times) / 2:.0f}" for way in ("dense", "packed", "decode"))
 
 
-def default_of_now() -> str:
-    """The default beside gptq, by KL to the original on data not seen; medians over seeds."""
-    rows = []
-    for model, title in MODELS.items():
-        record = load(f"compare-{model}-default/compare")
-        found: dict[tuple[str, float], list[dict[str, Any]]] = {}
-        for run in record["runs"]:
-            if run["quality"] is not None:
-                found.setdefault((run["method"], run["bits"]), []).append(run)
-        sizes = sorted({bits for _, bits in found}, reverse=True)
-        for bits in sizes:
-            ours, theirs = found["fips", bits], found["gptq", bits]
-            kls = [median(run["against"]["kl"] for run in runs) for runs in (ours, theirs)]
-            cells = [
-                f"{quality(median(run['quality'] for run in runs), DIGITS[model])}, {kl:.4f} "
-                f"({median(run['stored_bits'] for run in runs):.2f})"
-                for runs, kl in zip((ours, theirs), kls, strict=True)
-            ]
-            original = quality(record["original"], DIGITS[model])
-            rows.append([f"{title} ({original})", str(len(ours)), *cells, f"{kls[0] / kls[1]:.2f}"])
-    return markdown(["quality (original)", "seeds", "fips: quality, KL (bits)", "gptq", "ratio of KL"], rows)
-
-
 def real_sizes() -> str:
     """Whole runs, or some blocks and what that makes for all of them and the default number of examples."""
     models = {
@@ -424,7 +401,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "time-and-memory": time_and_memory,
     "against-llm-compressor": against_llm_compressor,
     "real-sizes": real_sizes,
-    "default-of-now": default_of_now,
     "layer-cost": layer_cost,
     "solver-cost": solver_cost,
     "solver-cost-4096": solver_cost_large,
