@@ -310,7 +310,7 @@ def _microseconds(runs: dict[tuple[str, int], dict[str, Any]], tokens: int) -> s
 
 
 def real_sizes() -> str:
-    """Whole runs, or some blocks and what that makes for all of them and the default number of examples."""
+    """Whole runs, or those of some blocks."""
     models = {
         "real-sizes-deit-b": "DeiT-B, 12 blocks",
         "real-sizes-swin-l": "Swin-L, 24 blocks",

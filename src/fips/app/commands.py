@@ -43,7 +43,6 @@ from fips.models.transformers import (
     build_empty,
     config_from_fields,
     example_inputs,
-    load_dense,
     load_processor,
     model_kind,
     quiet,
@@ -229,17 +228,19 @@ def evaluate_source(
     """Accuracy or perplexity of a compressed directory or of a dense model, and how far it is from ``against``."""
     place = pick_device(device)
     dtype = resolve_dtype(dtype)
-
-    def read(name: str) -> nn.Module:
-        if is_compressed_source(name):
-            found: nn.Module = load(name, device=place, trust_remote_code=trust_remote_code)
-            return found
-        return read_model(name, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-
     empty = empty_model(source, trust_remote_code=trust_remote_code)
     batches, _ = _batches(source, data, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
-    original = None if against is None else read(against)
-    return evaluate(read(source), batches, against=original, progress=progress)
+    options: dict[str, Any] = {"dtype": dtype, "device": place, "trust_remote_code": trust_remote_code}
+    original = None if against is None else _read(against, **options)
+    return evaluate(_read(source, **options), batches, against=original, progress=progress)
+
+
+def _read(source: str, *, dtype: Any, device: torch.device, trust_remote_code: bool) -> nn.Module:
+    """A compressed directory, whose types are its own, or a dense model."""
+    if is_compressed_source(source):
+        found: nn.Module = load(source, device=device, trust_remote_code=trust_remote_code)
+        return found
+    return read_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def compare_source(
@@ -344,10 +345,7 @@ def evaluate_tasks(
     tokenizer = load_processor(source, "text", trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ModelError(f"`{source}` has no tokenizer, which tasks need; save one beside the model")
-    if is_compressed_source(source):
-        model = load(source, device=place, trust_remote_code=trust_remote_code)
-    else:
-        model = load_dense(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+    model = _read(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     return run_tasks(
         model,
         tokenizer,
