@@ -56,7 +56,7 @@ def story_job(name: str, models: Path, data: Path, scratch: Path) -> dict[str, A
 
 
 def fips(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "fips.cli", *arguments, "--json"]
+    command = [sys.executable, "-m", "fips", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")

@@ -252,7 +252,7 @@ def test_an_interrupt_exits_cleanly_and_leaves_nothing(
     command = [
         sys.executable,
         "-m",
-        "fips.cli",
+        "fips",
         "compress",
         str(vit_directory),
         "--data",

@@ -14,7 +14,7 @@ import torch
 import typer.main
 
 from fips import FactoredLinear
-from fips.cli import app
+from fips.cli.commands import app
 from fips.formats.patterns import pattern_named
 from fips.formats.values import pack_integers
 

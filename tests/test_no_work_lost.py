@@ -578,7 +578,7 @@ def test_a_signal_in_the_middle_of_a_file_leaves_nothing(number: signal.Signals,
     script = f"""
 import sys, time, typer
 from pathlib import Path
-from fips import cli
+from fips.cli import run
 from fips.files import output
 
 def write() -> None:
@@ -594,8 +594,8 @@ def slowly(*arguments, **options):
     time.sleep(1)
     remove(*arguments, **options)
 output.shutil.rmtree = slowly
-cli.app = lambda **_: write()
-sys.exit(cli.main([]))
+run.app = lambda **_: write()
+sys.exit(run.main([]))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -621,7 +621,7 @@ def test_a_signal_after_the_work_is_not_told_as_if_nothing_was_written(
         fips.save(packed, tmp_path / "out")
         raise end
 
-    monkeypatch.setattr("fips.cli.app", run)
+    monkeypatch.setattr("fips.cli.run.app", run)
     for end in (Stopped(signal.SIGTERM), KeyboardInterrupt(), fips.FipsError("no table")):
         main([])
         cause = "error: no table" if isinstance(end, fips.FipsError) else "interrupted: "
@@ -629,7 +629,7 @@ def test_a_signal_after_the_work_is_not_told_as_if_nothing_was_written(
         assert err.startswith(cause)
         assert err.endswith(f"`{tmp_path / 'out'}` is complete\n")
         shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr("fips.cli.app", lambda **_: (_ for _ in ()).throw(Stopped(signal.SIGTERM)))
+    monkeypatch.setattr("fips.cli.run.app", lambda **_: (_ for _ in ()).throw(Stopped(signal.SIGTERM)))
     assert main([]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "interrupted: nothing was written\n"  # by this command
 
@@ -645,7 +645,7 @@ def test_a_standard_output_that_takes_nothing_is_told_last(
         os.close(reader)
     else:
         writer = os.open(place, os.O_WRONLY)
-    command = [sys.executable, "-m", "fips.cli", "export", str(tmp_path / "packed"), "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "fips", "export", str(tmp_path / "packed"), "--output", str(tmp_path / "out")]
     command += options
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
@@ -666,7 +666,7 @@ def test_a_terminal_that_is_gone_does_not_cost_the_work(
     def gone(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("fips.cli.stderr.print", gone)
+    monkeypatch.setattr("fips.cli.console.stderr.print", gone)
     command = compress_command(llama_directory, text, tmp_path / "out")
     command[command.index("magnitude")] = "wanda"  # which reports while it measures, before anything is found
     assert main(command) == 0

@@ -1,0 +1,150 @@
+"""Options that several commands share, and settings from the options given."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from fips.errors import ConfigError
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.", show_default=False)]
+OptionalModel = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Model directory or hub id.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, ...")]
+Dtype = Annotated[
+    str, typer.Option(help="Type to load the weights in: auto (the checkpoint's), float32, bfloat16 or float16.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's repository.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name or YAML file; options override it.")]
+Budget = Annotated[float | None, typer.Option(help="Fraction of the layers' parameters to keep.")]
+Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the layers, patterns and scales included.")]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the factors.")]
+Pattern = Annotated[str | None, typer.Option(help="auto, unstructured, N:M such as 4:16, block4 or block8.")]
+ShareBlocks = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
+Groups = Annotated[str | None, typer.Option(help="Explicit groups of block indices, such as `0-3,4-7,8-11`.")]
+Targets = Annotated[
+    list[str] | None, typer.Option(help="Layers to compress: name, suffix, glob or re:... (repeatable).")
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Layers to leave alone (repeatable).")]
+Data = Annotated[str | None, typer.Option(help="Image folder, text file, or datasets id[:configuration].")]
+Split = Annotated[str | None, typer.Option(help="Split of the data.")]
+Column = Annotated[str | None, typer.Option(help="Column with the text or the image.")]
+NumSamples = Annotated[int | None, typer.Option(help="Images or text windows to use.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens per text window.")]
+Separator = Annotated[str | None, typer.Option("--document-separator", help="String between the documents of a text.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples per batch.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of samples and batch order.")]
+
+COMPRESSION = ("budget", "bits", "method", "effort", "values", "sparsity", "pattern", "schedule", "threshold_scope",
+               "share_blocks", "groups", "targets", "ignore", "factor_dtype", "activation_bits", "precision",
+               "activation_memory", "seed")  # fmt: skip
+RECONSTRUCTION = ("steps", "learning_rate")
+DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
+
+
+def given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The options the user set, by field name."""
+    fields = {name: options[name] for name in names if options.get(name) not in (None, [])}
+    if "groups" in fields:
+        fields["groups"] = _parse_groups(fields["groups"])
+    if names is COMPRESSION and options.get("group") is not None:
+        fields |= _parse_group(options["group"])
+    if names is COMPRESSION and options.get("distill") is not None:
+        fields["distill"] = {"steps": options["distill"]}
+    if names is COMPRESSION and options.get("memory") is not None:
+        fields |= _parse_memory(options["memory"])
+    return fields
+
+
+def _parse_memory(text: str) -> dict[str, Any]:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise ConfigError(f"`--memory` wants a size such as 6GiB, got {text!r}") from None
+    return {"metric": {"memory": 2 * size // 3}, "activation_memory": size // 3}
+
+
+def _parse_group(text: str) -> dict[str, Any]:
+    if text in ("auto", "none"):
+        return {"sharing": "auto" if text == "auto" else "never"}
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"`--group` wants `auto`, `none` or a number of blocks, got {text!r}")
+    return {"sharing": "always", "share_blocks": int(text)}
+
+
+def _parse_groups(text: str) -> list[list[int]]:
+    try:
+        groups = []
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            groups.append(list(range(int(first), int(last or first) + 1)))
+    except ValueError:
+        raise ConfigError(f"`--groups` wants ranges such as `0-3,4-7`, got {text!r}") from None
+    return groups
+
+
+def numbers(option: str, text: str, kind: Any) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"`{option}` wants numbers with commas between them, got {text!r}") from None
+
+
+def data_fields(options: dict[str, Any]) -> dict[str, Any]:
+    fields = given(options, DATA)
+    if options["data"] is not None:
+        fields["source"] = options["data"]
+    if "document_separator" in fields:
+        fields["document_separator"] = fields["document_separator"].encode().decode("unicode_escape")
+    return fields
+
+
+def settings_of_options(
+    name: str | None,
+    *,
+    compression: dict[str, Any],
+    reconstruction: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    default_size: float | None = None,
+) -> Any:
+    """The recipe asked for, or the method's own, with the options given on the command line in its place."""
+    from fips.config import DEFAULT_METHOD, DataConfig, Recipe, settings_of
+    from fips.recipes import load_recipe
+
+    base = load_recipe(name or settings_of(compression.get("method", DEFAULT_METHOD)).recipe)
+    sized = "budget" in compression or "bits" in compression
+    if name is None and not sized:
+        if default_size is None:
+            raise ConfigError(
+                "no size: give --bits (stored bits per weight), --budget (fraction of parameters) or --recipe"
+            )
+        compression = {**compression, "bits": default_size}
+    if sized or name is None:
+        compression = {"budget": None, "bits": None, **compression}
+    method = settings_of(compression.get("method", base.compression.method))
+    if "pattern" in compression and "sparsity" in method.model_fields:
+        compression = {"sparsity": None, **compression}
+    if "share_blocks" in compression and "groups" not in compression:
+        compression = {**compression, "groups": None}
+    settings = base.compression.replace(**compression)
+    if reconstruction:
+        before = getattr(settings, "reconstruction", None)  # methods without one say whose it is
+        fields = reconstruction if before is None else before.replace(**reconstruction)
+        settings = settings.replace(reconstruction=fields)
+    if not data:
+        return Recipe(**{**_fields(base), "compression": settings})
+    known = (
+        _fields(base.data) if base.data is not None and data.get("source", base.data.source) == base.data.source else {}
+    )
+    if "source" not in {**known, **data}:
+        raise ConfigError("data options without data: give --data")
+    return Recipe(**{**_fields(base), "compression": settings, "data": DataConfig(**{**known, **data})})
+
+
+def _fields(settings: Any) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.model_fields_set}

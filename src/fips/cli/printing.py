@@ -1,0 +1,94 @@
+"""Results of the commands as text or JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fips.cli.console import stdout
+
+
+def print_json(value: Any) -> None:
+    stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_plan(plan: Any, *, as_json: bool, with_layers: bool = False, estimate: Any = None) -> None:
+    from fips.app.tables import layer_table, plan_table, size_table, skipped_lines
+
+    if as_json:
+        print_json({**plan.to_dict(), **({} if estimate is None else {"estimate": estimate.to_dict()})})
+        return
+    if with_layers:
+        stdout.print(layer_table(plan))
+    stdout.print(plan_table(plan.groups))
+    stdout.print(size_table(plan))
+    for line in skipped_lines(plan):
+        stdout.print(line, highlight=False)
+    if estimate is not None:
+        stdout.print(estimate.line(), highlight=False, soft_wrap=True)
+
+
+def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
+    from fips.app.tables import format_bytes, left_dense_lines, result_table
+
+    if as_json:
+        record = {"output": str(output), "tensor_bytes": done.tensor_bytes, "directory_bytes": done.file_bytes}
+        print_json({**record, **done.report.to_dict()})
+        return
+    stdout.print(result_table(done.report))
+    for line in (*left_dense_lines(done.report.plan), *done.report.notes):
+        stdout.print(line, highlight=False, soft_wrap=True)
+    before = done.report.plan["model"]["bytes"]
+    peak = done.report.peak_memory_bytes
+    stdout.print(
+        f"{format_bytes(before)} -> {format_bytes(done.tensor_bytes)} of tensors, {done.report.seconds:.0f} s, "
+        f"peak memory {'not measured' if peak is None else format_bytes(peak)}",
+        highlight=False,
+    )
+    stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False, soft_wrap=True)
+
+
+def print_evaluation(name: str, result: Any) -> None:
+    from rich.table import Table
+
+    table = Table("measure", "value", title=name, title_justify="left")
+    fields = result.to_dict()
+    for key, value in {**fields, **(fields["against"] or {})}.items():
+        if value is not None and not isinstance(value, dict):
+            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    stdout.print(table)
+
+
+def print_tasks(metrics: dict[str, dict[str, float]]) -> None:
+    from rich.table import Table
+
+    table = Table("task", "metric", "value")
+    for task, values in metrics.items():
+        for name, value in values.items():
+            table.add_row(task, name, f"{value:.4f}")
+    stdout.print(table)
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    from rich.table import Column, Table
+
+    from fips.app.tables import format_bytes
+
+    table = Table(Column("median ± half spread, ms", no_wrap=True), "dense", "compressed", "speedup", "per second")
+    for name, case in result["cases"].items():
+        dense, compressed = (
+            f"{1e3 * side['median_s']:.2f} ± {500 * (side['quartiles_s'][1] - side['quartiles_s'][0]):.2f}"
+            for side in (case["dense"], case["compressed"])
+        )
+        table.add_row(name, dense, compressed, f"{case['speedup']:.2f}", f"{case['compressed']['per_second']:.0f}")
+    stdout.print(table)
+    for words, sizes in (("file", result["file_bytes"]), ("peak memory", result["peak_memory_bytes"])):
+        dense, compressed = (format_bytes(sizes[side]) if sizes[side] else "-" for side in ("dense", "compressed"))
+        stdout.print(f"{words}: {dense} dense, {compressed} compressed", highlight=False)
+    runtime = result["runtime"]
+    stdout.print(
+        f"packed layers: {format_bytes(runtime['stored_bytes'])} stored, {format_bytes(runtime['extra_bytes'])} beside "
+        f"them at run time, {format_bytes(runtime['dense_bytes'])} as dense matrices",
+        highlight=False,
+    )

@@ -1,0 +1,43 @@
+"""Runs a command; errors become one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import signal
+
+import typer
+
+from fips.cli.commands import app
+from fips.cli.console import say, stdout
+from fips.errors import FipsError
+from fips.signals import FINISHED, Stopped, stoppable
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; errors become one line on stderr and an exit code."""
+    stdout.failure = None
+    try:
+        with stoppable():
+            result = app(args=argv, standalone_mode=False)
+        if stdout.failure is not None:
+            if not isinstance(stdout.failure, BrokenPipeError):  # a reader that has seen enough needs no words
+                reason = f"cannot write to standard output: {stdout.failure.strerror}"
+                say(f"error: {'; '.join([reason, *FINISHED])}")
+            return 1
+        return result if isinstance(result, int) else 0
+    except FipsError as error:
+        say(f"error: {'; '.join([str(error), *_notes(error)])}")
+        return error.exit_code
+    except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
+        say(f"interrupted: {'; '.join(_notes(stopped)) or 'nothing was written'}")
+        return stopped.exit_code if isinstance(stopped, Stopped) else 128 + signal.SIGINT
+    except Exception as error:
+        show = getattr(error, "show", None)  # usage errors of the option parser print themselves
+        if show is None:
+            raise
+        show()
+        return int(getattr(error, "exit_code", 2))
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way, and what was finished before it."""
+    return list(dict.fromkeys([*getattr(error, "__notes__", []), *FINISHED]))
