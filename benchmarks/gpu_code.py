@@ -97,7 +97,7 @@ def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any,
     """Name, kernel, constants and entries of S in one tile."""
     layout, scaled = triton_kernel.TileLayout.of(packed), packed.scales_N is not None
     common, tile = layout.constants(), layout.GROUP * layout.GROUPS
-    groups = {"SCALE_GROUP": layout.SCALE_GROUP}
+    groups = {"SCALE_GROUP": layout.SCALE_GROUP, "LEVELS": layout.LEVELS}
     for count in tokens:
         constants = {**common, **groups, "SCALED": scaled, "BIASED": True, "ALONE": True, "WIDE": False, "stride_k": 1}
         constants |= {"BLOCK_T": count, "ROWS": triton_kernel.ROWS, "UNROLL": triton_kernel.UNROLL}

@@ -28,7 +28,7 @@ VALUES: tuple[Any, ...] = (
 ADDED = ("pytorch_model.bin", "model-00001-of-00002.safetensors", "tokenizer.json", "x.py", "notes.md",
          "preprocessor_config.json", "chat_template.jinja", "model.bak", "adapter_model.safetensors")  # fmt: skip
 FORMATS = ("dense", "bitmask", "2:4", "4:16", "1:2", "8:16", "3:7", "1:16", "31:32", "block4", "block8")
-KINDS = ("float", "int8", "int7", "int6", "int5", "int4", "int3", "int2", "int4g32", "int8g16")
+KINDS = ("float", "int8", "int7", "int6", "int5", "int4", "int3", "int2", "int4g32", "int8g16", "nl4", "nl3g32")
 
 
 @dataclass

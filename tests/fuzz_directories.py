@@ -78,6 +78,7 @@ class Recipe:
 
     family: str
     storages: tuple[tuple[str, str], ...]
+    """Pattern and values of layers, one after the other; levels are stored turned."""
     rank: int | None = None
     shard: str | int = "5GB"
     layers: int = 1
@@ -93,6 +94,7 @@ RECIPES = {
     "groups": Recipe(
         "llama", (("bitmask", "int4g32"), ("full", "int3g16"), ("4:16", "int8g64"), ("block4", "int5g128"))
     ),
+    "levels": Recipe("llama", (("full", "nl4g64"), ("bitmask", "nl3"), ("full", "nl5"), ("4:16", "nl2g16"))),
     "conv1d": Recipe("gpt2", (("bitmask", "float"), ("4:16", "int4"), ("full", "int8")), layers=2),
     "sharded": Recipe("llama", (("bitmask", "int8"), ("full", "float")), shard=20_000),
     "images": Recipe("vit", (("bitmask", "int8"), ("full", "int4"))),
@@ -128,8 +130,9 @@ def packed_model(recipe: Recipe) -> PreTrainedModel:
         fmt, values = recipe.storages[index % len(recipe.storages)]
         mask = _random_mask(factor, fmt, site.role, generator)
         layer = FactoredLinear.from_factor(
-            basis, factor, mask, role=site.role, fmt=fmt, dtype=dense.weight.dtype, values=values
-        )
+            basis, factor, mask, role=site.role, fmt=fmt, dtype=dense.weight.dtype, values=values,
+            rotation=16 if values.startswith("nl") else 1,
+        )  # fmt: skip
         layer.conv1d, layer.bias = site.conv1d, dense.bias
         replace_linear(model, site.name, layer)
     owner = basis_owner(model)

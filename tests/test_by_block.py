@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -363,6 +363,29 @@ def test_feedback_beats_rounding_to_the_nearest_and_a_diagonal_has_none() -> Non
     values = values_named("int4")
     assert torch.equal(grid.codes_RF, values.quantize(matrix_NK, grid.steps_N))
     assert solved.loss(found.factors_RF[0]) < 0.7 * solved.loss(nearest.factors_RF[0])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("values", ["nl4", "nl4g16", "int4"])
+def test_turned_columns_hold_large_weights_better(values: str, axis: Literal[0, 1]) -> None:
+    """A twentieth of the columns is ten times as large; errors count in the metric as it was given."""
+    generator = torch.Generator().manual_seed(4)
+    matrix_NK = torch.randn(48, 128, generator=generator)
+    matrix_NK[:, torch.randperm(128, generator=generator)[:6]] *= 10
+    x = torch.randn(512, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    moment_KK, ones_N = x.T @ x / 512, torch.ones(48)
+    weight_DF = matrix_NK.T.contiguous() if axis == 0 else matrix_NK
+    choice, pricing = Choice(False, "unstructured", values), Pricing(value=2.0, basis_entry=2.0, row_scale=2.0)
+    losses = {}
+    for rotation in (1, 64):
+        layer = OneShot(weight_DF, moment_KK, ones_N, axis, pricing, rotation=rotation)
+        found = layer.solve(choice, layer.dense_bytes(choice))
+        assert found.grids is not None
+        assert torch.allclose(found.grids[0].factor(), found.factors_RF[0], atol=1e-4)
+        error_NK = matrix_NK - (found.factors_RF[0].T if axis == 0 else found.factors_RF[0])
+        losses[rotation] = float((error_NK @ moment_KK * error_NK).sum())
+        assert found.losses[-1] == pytest.approx(losses[rotation], rel=1e-3)
+    assert losses[64] < 0.7 * losses[1]
 
 
 @pytest.mark.parametrize("axis", [0, 1])

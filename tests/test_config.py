@@ -13,6 +13,7 @@ from fips.app.commands import plan_source
 from fips.app.tables import format_bytes
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.errors import ConfigError
+from fips.formats.values import automatic_values
 from fips.methods.gptq import GptqConfig
 from fips.recipes import load_recipe, recipe_names
 
@@ -114,7 +115,7 @@ def test_defaults_follow_the_method() -> None:
     paper, ours = CompressionConfig(method="fips-paper", budget=0.5), CompressionConfig(bits=8.0)
     assert (paper.pattern, paper.schedule, paper.reconstruction.steps) == ("unstructured", "gmp", 600)
     assert (ours.method, ours.pattern, ours.schedule, ours.reconstruction.steps) == ("fips", "auto", "static", 0)
-    assert [one.name for one in ours.value_choices] == ["int3", "int4", "int4g64", "int5", "int5g64", "int6", "int8"]
+    assert ours.value_choices == automatic_values()
     assert [one.name for one in CompressionConfig(budget=0.5).value_choices] == ["float"]
     assert CompressionConfig(bits=8.0, schedule="rigl").resolved_pattern == "unstructured"
 

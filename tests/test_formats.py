@@ -18,6 +18,7 @@ from fips.formats.values import VALUES, Values, automatic_values, values_named
 from fips.kernels import cpu
 from fips.kernels.backend import unsupported_format
 from fips.layers.linear import factored_layers
+from fips.solve.rounding import grid_steps
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
 
@@ -106,8 +107,29 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         fips.CompressionConfig(bits=8.0, pattern="bitmask")
 
 
+@pytest.mark.parametrize("name", ["nl2", "nl3", "nl4", "nl5", "nl4g32"])
+def test_levels_are_the_nearest_and_lose_less_than_integers(name: str) -> None:
+    levels, evenly = values_named(name), values_named(name.replace("nl", "int"))
+    assert len(levels.levels) == 1 << (levels.bits or 0)
+    numbers = torch.tensor(levels.levels).float()
+    codes = levels.encode(numbers)
+    assert codes.tolist() == list(range(-(len(numbers) // 2), len(numbers) // 2))
+    assert torch.equal(levels.decode(codes), numbers)
+    assert levels.decode(torch.zeros(3, dtype=torch.int8)).tolist() == [0, 0, 0]
+    assert torch.equal(levels.unpack(levels.pack(codes), len(codes)), codes)
+    some = torch.linspace(-140, 140, 281).view(-1, 1)
+    assert torch.equal((levels.nearest(some) - some).abs(), (numbers - some).abs().amin(1, keepdim=True))
+    matrix, errors = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), []
+    for values in (levels, evenly):
+        steps, group_steps = grid_steps(matrix, torch.ones(256), values=values, dtype=torch.float32)
+        found = values.dequantize(values.quantize(matrix, steps, group_steps), steps, group_steps)
+        errors.append(float((found - matrix).square().mean()))
+    assert errors[0] < 0.85 * errors[1]
+    assert errors[0] == pytest.approx(levels.rounding_error, rel=0.12)
+
+
 def test_what_is_measured_by_default() -> None:
-    names = ["int3", "int4", "int4g64", "int5", "int5g64", "int6", "int8"]
+    names = ["nl2g64", "nl3", "nl3g64", "nl4", "nl4g64", "nl5", "nl5g64", "int6", "int8"]
     assert [one.name for one in automatic_values()] == names
     errors = [values_named(f"int{bits}").rounding_error for bits in range(2, 9)]
     assert errors == sorted(errors, reverse=True)

@@ -18,7 +18,18 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install fips[
 
 from dataclasses import replace
 
-from test_kernels import FORMATS, TOLERANCE, assert_close, exact, exact_grouped, example, grouped, inputs, narrow
+from test_kernels import (
+    FORMATS,
+    TOLERANCE,
+    assert_close,
+    exact,
+    exact_grouped,
+    example,
+    grouped,
+    inputs,
+    leveled,
+    narrow,
+)
 
 from fips.errors import BackendError, ShapeError
 from fips.formats.packed import Packed, in_place, to_dense
@@ -82,6 +93,21 @@ def test_group_scales(fmt: str, bits: int, group: int) -> None:
             y = triton_kernel.multiply(x.to(DEVICE), prepared).cpu()
             assert_close(y, exact_grouped(x, packed), TOLERANCE[dtype])
         assert torch.equal(triton_kernel.decode(prepared, torch.float32).cpu(), to_dense(packed))
+
+
+@pytest.mark.parametrize(("values", "rotation"), [("nl4g64", 16), ("nl3", 1), ("nl5", 16)])
+@pytest.mark.parametrize("fmt", ["full", "bitmask"])
+@pytest.mark.slow
+def test_levels_and_turned_columns(fmt: str, values: str, rotation: int) -> None:
+    packed = leveled(example(fmt, (72, 144), dtype=torch.int8), values, rotation)
+    prepared = triton_kernel.prepare(moved(packed))
+    for tokens, dtype in ((5, torch.float32), (3, torch.bfloat16)):
+        x = inputs(tokens, 144, dtype)
+        y = triton_kernel.multiply(x.to(DEVICE), prepared).cpu()
+        assert_close(y, exact_grouped(x, packed), TOLERANCE[dtype])
+    assert_close(
+        triton_kernel.decode(prepared, torch.float32).cpu(), to_dense(packed).double(), TOLERANCE[torch.float32]
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (13, 77), (65, 130)])

@@ -97,7 +97,7 @@ def test_int8_values_stay_while_bases_train(tmp_path: Path) -> None:
     for name, layer in factored_layers(model).items():
         kinds.add(layer.kind)
         assert torch.equal(layer.values, before.get_submodule(name).values) == (layer.kind != "float"), name
-    assert kinds == {"int8", "int6", "int4", "int3", "float"}
+    assert kinds == {"int8", "int6", "int4", "int3", "nl4g16", "nl3", "float"}
     assert not torch.equal(model.model.fips_bases["g0"].weight, before.model.fips_bases["g0"].weight)
 
 

@@ -23,7 +23,7 @@ from fips.errors import BackendError, ConfigError, ShapeError
 from fips.formats.masks import nm_mask
 from fips.formats.packed import Packed, to_dense
 from fips.formats.patterns import pattern_named
-from fips.formats.values import integers, pack_integers, unpack_integers
+from fips.formats.values import integers, pack_integers, unpack_integers, values_named
 from fips.kernels import cpu, ops, reference
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
@@ -183,6 +183,58 @@ def test_group_scales_on_every_path(fmt: str, bits: int, group: int, isa: str) -
                         assert path in ("direct", "tiles")
                         continue
                     assert_close(y, expected, TOLERANCE[dtype])
+
+
+def leveled(packed: Packed, values: str, rotation: int = 1) -> Packed:
+    """The matrix of int8 values with their highest bits as codes of levels, and random group scales where there are."""
+    numbers = values_named(values)
+    assert numbers.bits is not None
+    packed = narrow(packed, numbers.bits)
+    if numbers.scale_group is not None:
+        packed = grouped(replace(packed, value_format="int8"), 8, numbers.scale_group)
+    return replace(packed, value_format=values, rotation=rotation)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize(
+    ("values", "rotation"), [("nl2", 4), ("nl3g16", 16), ("nl4", 64), ("nl4g64", 1), ("nl5g128", 64), ("nl5", 1)]
+)
+@pytest.mark.parametrize("fmt", ["full", "bitmask", "2:4", "block4"])
+@pytest.mark.slow
+def test_levels_and_turned_columns_on_every_path(fmt: str, values: str, rotation: int, isa: str) -> None:
+    for shape in ((96, 192), (40, 384), (13, 64 if fmt == "full" else 128)):
+        for axis in (0, 1) if fmt == "block4" else (1,):
+            if not fits(fmt, shape, axis):
+                continue
+            packed = leveled(example(fmt, shape, dtype=torch.int8, axis=axis), values, rotation)
+            prepared = cpu.prepare(packed)
+            bias = inputs(1, shape[0], torch.float32)[0]
+            for tokens in (1, 2, 3, 4, 7, 33):
+                dtype = {3: torch.bfloat16, 7: torch.bfloat16, 2: torch.float16}.get(tokens, torch.float32)
+                x = inputs(tokens, shape[1], dtype)
+                expected = exact_grouped(x, packed) + bias.to(dtype).double()
+                assert_close(reference.multiply(x, packed, bias), expected, TOLERANCE[dtype])
+                ran = 0
+                for path in cpu.PATHS:
+                    with contextlib.suppress(BackendError):
+                        assert_close(cpu.multiply(x, prepared, bias, path=path, isa=isa), expected, TOLERANCE[dtype])
+                        ran += 1
+                assert ran >= 2
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+def test_what_is_not_finite_stays_so_in_turned_columns(isa: str) -> None:
+    packed = leveled(example("full", (72, 192), dtype=torch.int8), "nl4", 64)
+    for dtype in TOLERANCE:
+        x = strange_tokens(192, dtype)
+        for path in cpu.PATHS:
+            for part in (slice(0, 3), slice(0, 10)):
+                with contextlib.suppress(BackendError):
+                    y = cpu.multiply(x[part], cpu.prepare(packed), path=path, isa=isa)
+                    assert torch.equal(y.isfinite().all(1), x[part].isfinite().all(1))
+                    assert torch.equal(y.isfinite().any(1), x[part].isfinite().all(1))
 
 
 @needs_library
@@ -376,7 +428,7 @@ def test_gradients_of_the_operator(fmt: str, axis: int) -> None:
 def test_the_operator_compiles() -> None:
     packed = example("bitmask", (96, 160))
     x = inputs(6, 160, torch.float32)
-    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, "float", 0, None)
+    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, "float", 0, 1, None)
     torch.library.opcheck(torch.ops.fips.packed_linear, sample, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -541,10 +593,11 @@ def test_numbers_that_are_no_code_are_refused(fmt: str) -> None:
 @pytest.mark.parametrize("fmt", ["bitmask", "block4", "block8"])
 def test_a_pattern_changed_behind_torch_reads_nothing_that_is_not_there(fmt: str, isa: str) -> None:
     """Values lie at the end of a page that is followed by one nobody may read."""
-    for values in (torch.float32, torch.bfloat16, torch.int8, 6):
+    for values in (torch.float32, torch.bfloat16, torch.int8, 6, "nl5"):
         for axis in (0, 1) if pattern_named(fmt).block > 1 else (1,):
-            packed = example(fmt, (48, 160), dtype=torch.int8 if values == 6 else values, axis=axis)  # type: ignore[arg-type]
-            packed = narrow(packed, 6) if values == 6 else packed
+            dtype = values if isinstance(values, torch.dtype) else torch.int8
+            packed = example(fmt, (48, 160), dtype=dtype, axis=axis)
+            packed = narrow(packed, 6) if values == 6 else leveled(packed, "nl5", 16) if values == "nl5" else packed
             packed = replace(packed, values_Z=at_the_end_of_a_page(packed.values_Z))
             prepared, kept = cpu.prepare(packed), packed.pattern.clone()
             for tokens in (1, 4, 9):
@@ -558,6 +611,19 @@ def test_a_pattern_changed_behind_torch_reads_nothing_that_is_not_there(fmt: str
                     cpu.multiply(x, prepared, isa=isa)
                 packed.pattern.numpy()[:] = kept.numpy()
                 assert torch.equal(cpu.multiply(x, prepared, isa=isa), y)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("values", ["int2", "int3", "int4", "int5", "int6", "int7", "nl2", "nl3", "nl4", "nl5"])
+def test_no_byte_behind_whole_rows_is_read(values: str, isa: str) -> None:
+    numbers = values_named(values)
+    whole = example("full", (24, 192), dtype=torch.int8)
+    packed = leveled(whole, values) if numbers.levels else narrow(whole, numbers.bits or 8)
+    packed = replace(packed, values_Z=at_the_end_of_a_page(packed.values_Z))
+    for tokens in (1, 4):
+        x = inputs(tokens, 192, torch.float32)
+        assert_close(cpu.multiply(x, cpu.prepare(packed), isa=isa), exact_grouped(x, packed), TOLERANCE[torch.float32])
 
 
 def at_the_end_of_a_page(values: Tensor) -> Tensor:
@@ -584,7 +650,8 @@ CALL_LIES = [
     ("x", None), ("y", None), ("tokens", -1), ("tokens", 4), ("tokens", BIG), ("x_columns", 63), ("x_columns", 65),
     ("y_columns", 39), ("y_columns", 41), ("x_stride", -1), ("x_stride", 65), ("x_stride", BIG), ("y_stride", 39),
     ("y_stride", 41), ("y_stride", -BIG), ("x_length", 191), ("x_length", -1), ("x_length", BIG), ("y_length", 119),
-    ("bias_length", 40), ("x_type", 3), ("x_type", -1), ("threads", 0), ("threads", 2**31 - 1), ("isa", -1), ("isa", 5),
+    ("bias_length", 40), ("x_type", 3), ("x_type", -1), ("y_type", 3), ("y_type", -1), ("threads", 0),
+    ("threads", 2**31 - 1), ("isa", -1), ("isa", 5),
     ("path", -1), ("path", 4), ("activation_bits", 0), ("activation_bits", 12),
 ]  # fmt: skip
 MATRIX_LIES = [
@@ -592,7 +659,8 @@ MATRIX_LIES = [
     ("format", -1), ("format", 5), ("value_type", 4), ("value_type", -1), ("value_type", 1), ("values", None),
     ("num_values", -1), ("num_values", BIG), ("value_bytes", 0), ("value_bytes", -1), ("pattern_bytes", -1),
     ("value_bits", 1), ("value_bits", 9), ("value_bits", 64), ("num_scales", 1), ("m", -4), ("n", 99),
-    ("scale_group", 32), ("scale_group", -1), ("num_group_scales", 80), ("group_scales", 4096),
+    ("scale_group", 32), ("scale_group", -1), ("num_group_scales", 80), ("group_scales", 4096), ("levels", 4096),
+    ("num_levels", 16), ("num_levels", -1), ("rotation", 0), ("rotation", -4), ("rotation", 8), ("rotation", 256),
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import fips
 from fips.errors import CheckpointError, ConfigError
 from fips.formats.masks import nm_mask
 from fips.formats.patterns import pattern_named
+from fips.formats.rotation import rotate
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
 from fips.models import Site, group_layers, locate_layers
 from fips.models.sites import Role
@@ -157,6 +158,43 @@ def test_hidden_features_must_fill_the_blocks_and_a_width_must_be_known() -> Non
         FactoredLinear(None, role="up", hidden=20, kept=0)
 
 
+@pytest.mark.parametrize("values", ["nl4", "int4g16", "nl2g16"])
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_turned_columns_are_turned_back(role: str, values: str) -> None:
+    """The layer is that of the turned matrix behind the turn of its inputs, and made again from its arguments."""
+    to_factor = Role(role).to_factor
+    weight_NK, x = torch.randn(24, 80, generator=torch.Generator().manual_seed(0)), torch.randn(5, 80)
+    turn = rotate(torch.eye(80), 16)
+    ones = to_factor(torch.ones(24, 80, dtype=torch.bool))
+    layer = FactoredLinear.from_factor(
+        None, to_factor(weight_NK), ones, role=role, fmt="full", values=values, rotation=16
+    )
+    plain = FactoredLinear.from_factor(None, to_factor(weight_NK @ turn), ones, role=role, fmt="full", values=values)
+    torch.testing.assert_close(layer.dense_weight(), plain.dense_weight() @ turn)
+    torch.testing.assert_close(layer(x), plain(x @ turn), rtol=1e-4, atol=1e-4)
+    again = FactoredLinear(None, **layer.arguments())
+    again.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
+    assert (again.rotation, again.kind) == (16, values)
+
+
+def test_a_rotation_that_does_not_fit_is_refused() -> None:
+    for change in ({"values": "float"}, {"rotation": 64}, {"rotation": 16, "hidden": 20, "role": "down"}):
+        arguments = {
+            "role": "up",
+            "hidden": 16,
+            "kept": 32 * 16,
+            "fmt": "full",
+            "width": 32,
+            "values": "int4",
+            "rotation": 16,
+        }
+        with pytest.raises(ConfigError, match="is for numbers on a grid, without a basis, whose"):
+            FactoredLinear(None, **{**arguments, **change})
+    with pytest.raises(ConfigError, match="rotation 4 is for numbers on a grid"):
+        FactoredLinear(make_basis(32, 24), role="up", hidden=16, kept=9, values="int4", rotation=4)
+
+
 STORAGE = [
     LayerStorage(0, "bitmask", "int8"),
     LayerStorage(0, "block4", "float", shared=False),
@@ -165,8 +203,8 @@ STORAGE = [
     LayerStorage(0, "full", "int3"),
     LayerStorage(0, "bitmask", "float", shared=False),
     LayerStorage(0, "block8", "float"),
-    LayerStorage(0, "2:4", "float"),
-    LayerStorage(0, "bitmask", "int8", shared=False),
+    LayerStorage(0, "full", "nl4g16", shared=False),
+    LayerStorage(0, "2:4", "nl3", shared=False),
 ]  # fmt: skip
 
 
@@ -190,8 +228,9 @@ def replacement(site: Site, plan: LayerStorage, basis: SharedBasis | None, dtype
     mask = mask_for(plan.fmt, site.role, rank, site.hidden)
     factor = torch.randn(rank, site.hidden, generator=torch.Generator().manual_seed(1)) * 0.1
     return FactoredLinear.from_factor(
-        basis, factor, mask, role=site.role, fmt=plan.fmt, dtype=dtype, values=plan.values
-    )
+        basis, factor, mask, role=site.role, fmt=plan.fmt, dtype=dtype, values=plan.values,
+        rotation=16 if plan.values.startswith("nl") else 1,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -205,7 +244,7 @@ def test_mixed_layers_are_saved_in_the_predicted_bytes_and_load_exactly(dtype: t
     assert fips.save(model, tmp_path / "out") == others + predicted
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == others + predicted
-    assert {t.dtype for name, t in tensors.items() if name.endswith("scales")} == {dtype}
+    assert {t.dtype for name, t in tensors.items() if name.endswith(".scales")} == {dtype}
     loaded = fips.load(tmp_path / "out")
     assert [layer.fmt for layer in factored_layers(loaded).values()] == [plan.fmt for plan in STORAGE]
     for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
@@ -258,6 +297,8 @@ def test_a_layout_written_before_the_new_fields_still_parses_and_is_written_unch
         ({"format": "bitmsk"}, "did you mean 'bitmask'[?] known: dense, bitmask"),
         ({"hidden": 80}, "hidden.*not permitted"),
         ({"kept": 5}, "kept.*not permitted"),
+        ({"rotation": 8}, "`rotation` is one of 1, 4, 16, 64"),
+        ({"rotation": 16}, "`rotation` is for numbers on a grid and layers without a basis"),
     ],
 )
 def test_contradictory_layouts_are_refused(change: dict[str, object], message: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fips.errors import BackendError
 from fips.formats.patterns import BlockAxis, Pattern, pattern_named
+from fips.formats.rotation import ROTATIONS, rotate
 from fips.formats.values import FLOAT, Values, values_named
 
 __all__ = ["Packed", "check_packed", "in_place", "to_dense"]
@@ -36,6 +37,8 @@ class Packed:
     """Kept entries, where the number of stored values does not say it: of integers of less than 8 bits."""
     group_scales: Tensor | None = None
     """A byte for every group of columns of every row, where the value format has them."""
+    rotation: int = 1
+    """Columns of a block that are stored turned, see ``fips.formats.rotation``; 1: none are."""
 
     @property
     def layout(self) -> Pattern:
@@ -92,6 +95,8 @@ def check_packed(packed: Packed) -> None:
             )
     if (packed.group_scales is None) != (numbers.scale_group is None):
         raise BackendError(f"values {packed.kind} {'lack' if packed.group_scales is None else 'have no'} group scales")
+    if packed.rotation not in ROTATIONS or cols % packed.rotation or (packed.rotation > 1 and not numbers.scaled):
+        raise BackendError(f"a matrix of {cols} columns and values {packed.kind} has no rotation {packed.rotation}")
     stored = packed.values_Z.dtype
     patterned = packed.pattern.numel() == 0 or packed.pattern.dtype == torch.uint8
     if not patterned or (numbers.dtype is not None and stored != numbers.dtype):
@@ -111,4 +116,4 @@ def to_dense(packed: Packed) -> Tensor:
     stored = in_place(packed)
     if packed.scales_N is None:
         return stored
-    return packed.numbers.dequantize(stored, packed.scales_N, packed.group_scales)
+    return rotate(packed.numbers.dequantize(stored, packed.scales_N, packed.group_scales), packed.rotation)

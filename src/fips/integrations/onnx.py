@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from fips.errors import ModelError
 from fips.formats.packed import in_place, to_dense
 from fips.formats.patterns import BITMASK, pattern_named
+from fips.formats.rotation import rotate
 from fips.layers.linear import FactoredLinear, factored_layers, replace_everywhere
 from fips.optional import require
 
@@ -94,12 +95,16 @@ class _DecodedLinear(nn.Module):
         self._up, self._shape = layer.reads_stream, layer.factor_shape
         self.bias = layer.bias
         self.weight = torch.empty(0)
-        plain = layer.value_format.plain  # others are decoded here: the graph multiplies by scales and no more
+        self._rotation = layer.rotation
+        levels = layer.value_format.levels
+        plain = layer.value_format.plain or bool(levels)  # others are decoded here: the graph has levels and scales
         packed = layer.packed()
         matrix = in_place(packed) if plain else to_dense(packed)
         values, pattern = pattern_named(BITMASK).pack(matrix.detach(), layer.mask())
         self.register_buffer("values", values)
         self.register_buffer("pattern", pattern)
+        if levels:
+            self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32))
         if layer.value_format.scaled and plain:
             self.register_buffer("scales", layer.scales)
             if layer.value_format.scale_group is not None:
@@ -112,7 +117,12 @@ class _DecodedLinear(nn.Module):
         count = self._shape[0] * self._shape[1]
         bits = (torch.div(bytes_, powers, rounding_mode="floor") % 2).flatten()[:count]
         places = (bits.cumsum(0) - 1).clamp(min=0)
-        values = self.get_buffer("values").float()
+        values = self.get_buffer("values")
+        if "levels" in self._buffers:
+            levels = self.get_buffer("levels")
+            values = levels[values.to(torch.int64) + len(levels) // 2]
+        else:
+            values = values.float()
         factor = torch.where(bits == 1, values[places], torch.zeros(())).view(self._shape)
         if "scales" not in self._buffers:
             return factor
@@ -120,7 +130,7 @@ class _DecodedLinear(nn.Module):
             rows, cols = self._shape
             groups = self.get_buffer("group_scales").float().view(rows, -1, 1)
             factor = factor * groups.expand(-1, -1, self._group).reshape(rows, -1)[:, :cols]
-        return factor * self.get_buffer("scales").float().unsqueeze(1)
+        return rotate(factor * self.get_buffer("scales").float().unsqueeze(1), self._rotation)
 
     def forward(self, x: Tensor) -> Tensor:
         (basis,) = self._borrowed

@@ -75,7 +75,8 @@ class Product:
         parts = (
             registry.choose(packed, x.device, x.dtype).name, f"{x.device.type}:{torch.get_num_threads()}",
             "in" if self.up else "out", f"{rows}x{cols}", packed.fmt,
-            f"{percent}%", packed.kind, "no basis" if self.basis_DR is None else self.basis_DR.shape[0],
+            f"{percent}%", packed.kind if packed.rotation == 1 else f"{packed.kind} turned",
+            "no basis" if self.basis_DR is None else self.basis_DR.shape[0],
             x.dtype, f"<={1 << (tokens - 1).bit_length()}",
         )  # fmt: skip
         return " ".join(str(part).removeprefix("torch.") for part in parts)

@@ -44,7 +44,7 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 6
+ABI = 7
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
@@ -59,7 +59,7 @@ class _Matrix(ctypes.Structure):
         ("m", c_int32), ("values", c_void_p), ("pattern", c_void_p), ("num_values", c_int64), ("value_bytes", c_int64),
         ("pattern_bytes", c_int64), ("row_start", c_void_p), ("scales", c_void_p), ("num_starts", c_int64),
         ("num_scales", c_int64), ("value_bits", c_int64), ("group_scales", c_void_p), ("num_group_scales", c_int64),
-        ("scale_group", c_int64),
+        ("scale_group", c_int64), ("levels", c_void_p), ("num_levels", c_int64), ("rotation", c_int64),
     ]  # fmt: skip
 
 
@@ -67,8 +67,8 @@ class _Call(ctypes.Structure):
     _fields_ = [
         ("x", c_void_p), ("y", c_void_p), ("bias", c_void_p), ("tokens", c_int64), ("x_columns", c_int64),
         ("y_columns", c_int64), ("x_stride", c_int64), ("y_stride", c_int64), ("x_length", c_int64),
-        ("y_length", c_int64), ("bias_length", c_int64), ("x_type", c_int32), ("threads", c_int32), ("isa", c_int32),
-        ("path", c_int32), ("activation_bits", c_int32),
+        ("y_length", c_int64), ("bias_length", c_int64), ("x_type", c_int32), ("y_type", c_int32), ("threads", c_int32),
+        ("isa", c_int32), ("path", c_int32), ("activation_bits", c_int32),
     ]  # fmt: skip
 
 
@@ -83,7 +83,8 @@ class CpuMatrix(PreparedMatrix):
             self.scales = None if packed.scales_N is None else packed.scales_N.detach().float().contiguous()
             if packed.layout.group_kept is None:
                 self.row_start = torch.empty(packed.shape[0], dtype=torch.int32)
-        self.struct = _describe(packed, self.scales)
+        self.levels = (ctypes.c_int8 * len(packed.numbers.levels))(*packed.numbers.levels)
+        self.struct = _describe(packed, self.scales, self.levels)
         self._count()
         self.reference = ctypes.byref(self.struct)
 
@@ -303,12 +304,12 @@ def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int,
     bits = activation_bits or (24 if x.dtype == torch.float32 else 16)
     return _Call(
         x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), tokens, features, y.shape[-1], stride,
-        y.shape[-1], length, y.numel(), 0 if bias is None else bias.numel(), TYPES[x.dtype], torch.get_num_threads(),
-        _best if isa is None else ISAS.index(isa), path, bits,
+        y.shape[-1], length, y.numel(), 0 if bias is None else bias.numel(), TYPES[x.dtype], TYPES[y.dtype],
+        torch.get_num_threads(), _best if isa is None else ISAS.index(isa), path, bits,
     )  # fmt: skip
 
 
-def _describe(packed: Packed, scales: Tensor | None) -> _Matrix:
+def _describe(packed: Packed, scales: Tensor | None, levels: ctypes.Array[ctypes.c_int8]) -> _Matrix:
     layout, values, pattern, groups = packed.layout, packed.values_Z.detach(), packed.pattern, packed.group_scales
     code = layout.code(packed.block_axis)
     if code is None or not packed.numbers.compiled:
@@ -320,7 +321,8 @@ def _describe(packed: Packed, scales: Tensor | None) -> _Matrix:
         pattern.data_ptr(), packed.kept, values.nbytes, pattern.numel(), None,
         None if scales is None else scales.data_ptr(), 0, 0 if scales is None else scales.numel(), packed.bits or 8,
         None if groups is None else groups.data_ptr(), 0 if groups is None else groups.numel(),
-        packed.numbers.scale_group or 0,
+        packed.numbers.scale_group or 0, ctypes.addressof(levels) if len(levels) else None, len(levels),
+        packed.rotation,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """``x S^T + bias`` by the first backend that takes it, differentiable in ``x``, floating values and bias."""
     y: Tensor = torch.ops.fips.packed_linear(
         x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis,
-        packed.value_format, packed.count, packed.group_scales,
+        packed.value_format, packed.count, packed.rotation, packed.group_scales,
     )  # fmt: skip
     return y
 
@@ -55,9 +55,11 @@ def _packed_linear(
     block_axis: int,
     value_format: str,
     count: int,
+    rotation: int,
     group_scales: Tensor | None,
 ) -> Tensor:
-    packed = _packed(values, pattern, scales, shape, fmt, block_axis, value_format, count, group_scales=group_scales)
+    layout = (shape, fmt, block_axis, value_format, count, rotation)
+    packed = _packed(values, pattern, scales, *layout, group_scales=group_scales)
     backend = registry.choose(packed, x.device, x.dtype)
     return backend.multiply(x, backend.prepare(packed), bias)
 
@@ -78,7 +80,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     packed = _packed(values, pattern, scales, *ctx.layout, group_scales=group_scales)
     grad_x, grad_values = reference.multiply_backward(grad, x, packed)
     bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_values, None, None, bias, None, None, None, None, None, None
+    return grad_x, grad_values, None, None, bias, *[None] * 7
 
 
 _packed_linear.register_autograd(_backward, setup_context=_keep_for_backward)
@@ -93,9 +95,10 @@ def _packed(
     block_axis: int,
     value_format: str,
     count: int,
+    rotation: int,
     *,
     group_scales: Tensor | None,
 ) -> Packed:
     rows, cols = shape
     axis: BlockAxis = 0 if block_axis == 0 else 1
-    return Packed(values, pattern, scales, (rows, cols), fmt, axis, value_format, count, group_scales)
+    return Packed(values, pattern, scales, (rows, cols), fmt, axis, value_format, count, group_scales, rotation)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fips.errors import BackendError
 from fips.formats.packed import Packed, check_packed
+from fips.formats.rotation import rotate
 from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
 from fips.kernels.reference import check_inputs
 
@@ -67,6 +68,8 @@ class TileLayout:
     """Kept entries of an N:M group."""
     SCALE_GROUP: int = 0
     """Columns under one group scale; 0 without."""
+    LEVELS: bool = False
+    """Whether integers are codes of levels."""
 
     @property
     def GROUPS(self) -> int:
@@ -80,7 +83,8 @@ class TileLayout:
 
     @classmethod
     def of(cls, packed: Packed) -> TileLayout:
-        return replace(cls._of(packed), SCALE_GROUP=packed.numbers.scale_group or 0)
+        numbers = packed.numbers
+        return replace(cls._of(packed), SCALE_GROUP=numbers.scale_group or 0, LEVELS=bool(numbers.levels))
 
     @classmethod
     def _of(cls, packed: Packed) -> TileLayout:
@@ -132,6 +136,7 @@ class TritonMatrix(PreparedMatrix):
         self.values, pattern = layout.read(packed)
         self.pattern = pattern if pattern.numel() else self.table
         self.group_scales = self.table if packed.group_scales is None else packed.group_scales
+        self.levels = torch.tensor(packed.numbers.levels or [0], dtype=torch.int8, device=device)
         tile = layout.GROUP * layout.GROUPS
         wanted = _splits(rows, device) if splits is None else splits
         self.split_columns = -(-cols // (wanted * tile)) * tile
@@ -195,7 +200,7 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
     rows, cols = packed.shape
     check_inputs(x_TK, cols, bias_N, rows)
     bias_N = None if bias_N is None else bias_N.contiguous()
-    x = x_TK.reshape(-1, cols)
+    x = rotate(x_TK.reshape(-1, cols), packed.rotation)
     tokens = x.shape[0]
     y = x.new_empty(tokens, rows)
     if y.numel() == 0:
@@ -208,11 +213,11 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
     scales, bias = (unused if part is None else part for part in (packed.scales_N, bias_N))
     affine = {"SCALED": packed.scales_N is not None, "BIASED": bias_N is not None}
     _multiply_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(tokens, block_t), prepared.splits)](
-        x, prepared.values, prepared.pattern, prepared.starts, prepared.table, scales, prepared.group_scales, bias,
-        sums, tokens, rows, cols, x.stride(0), x.stride(1), packed.pattern.numel(), packed.values_Z.numel(),
-        prepared.split_columns, prepared.splits, **prepared.layout.constants(),
-        SCALE_GROUP=prepared.layout.SCALE_GROUP, **affine, ALONE=alone, WIDE=not x.is_cuda, BLOCK_T=block_t,
-        ROWS=ROWS, UNROLL=UNROLL, num_warps=WARPS, num_stages=STAGES,
+        x, prepared.values, prepared.pattern, prepared.starts, prepared.table, scales, prepared.group_scales,
+        prepared.levels, bias, sums, tokens, rows, cols, x.stride(0), x.stride(1), packed.pattern.numel(),
+        packed.values_Z.numel(), prepared.split_columns, prepared.splits, **prepared.layout.constants(),
+        SCALE_GROUP=prepared.layout.SCALE_GROUP, LEVELS=prepared.layout.LEVELS, **affine, ALONE=alone,
+        WIDE=not x.is_cuda, BLOCK_T=block_t, ROWS=ROWS, UNROLL=UNROLL, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip  # WIDE is for the interpreter, whose dot product knows no bfloat16
     if not alone:
         _finish_kernel[(triton.cdiv(tokens * rows, 1024),)](
@@ -228,12 +233,12 @@ def decode(prepared: TritonMatrix, dtype: torch.dtype) -> Tensor:
     dense = torch.empty(rows, cols, dtype=dtype, device=packed.values_Z.device)
     _decode_kernel[(triton.cdiv(rows, DECODED_ROWS), prepared.splits)](
         prepared.values, prepared.pattern, prepared.starts, prepared.table,
-        prepared.table if packed.scales_N is None else packed.scales_N, prepared.group_scales, dense, rows, cols,
-        packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns, prepared.splits,
-        **prepared.layout.constants(), SCALE_GROUP=prepared.layout.SCALE_GROUP,
+        prepared.table if packed.scales_N is None else packed.scales_N, prepared.group_scales, prepared.levels, dense,
+        rows, cols, packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns, prepared.splits,
+        **prepared.layout.constants(), SCALE_GROUP=prepared.layout.SCALE_GROUP, LEVELS=prepared.layout.LEVELS,
         SCALED=packed.scales_N is not None, ROWS=DECODED_ROWS,
     )  # fmt: skip
-    return dense
+    return rotate(dense, packed.rotation)
 
 
 class TritonBackend(Backend):
@@ -376,6 +381,14 @@ if triton is not None:
         return found >> (32 - BITS)
 
     @triton.jit
+    def _level(codes, levels, BITS: tl.constexpr, LEVELS: tl.constexpr) -> Any:
+        """The numbers of codes; values that are no codes as they are."""
+        if LEVELS:
+            return tl.load(levels + (codes + (1 << (BITS - 1)))).to(tl.int32)
+        else:
+            return codes
+
+    @triton.jit
     def _in_group(weights, group_scales, row, k, cols, inside, SCALE_GROUP: tl.constexpr) -> Any:
         """Integers of columns ``k`` times their group scales; as they are where there are none."""
         if SCALE_GROUP == 0:
@@ -447,11 +460,12 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["tokens"])
     def _multiply_kernel(
-        x_ptr, values, pattern, starts, table, scales, group_scales, bias, y_ptr, tokens, rows, cols, stride_t,
-        stride_k, pattern_bytes, value_bytes, split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr,
-        SCALE_GROUP: tl.constexpr, UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr,
-        WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
-        ALONE: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+        x_ptr, values, pattern, starts, table, scales, group_scales, levels, bias, y_ptr, tokens, rows, cols,
+        stride_t, stride_k, pattern_bytes, value_bytes, split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr,
+        SCALE_GROUP: tl.constexpr, LEVELS: tl.constexpr, UNIT: tl.constexpr, CODE_BITS: tl.constexpr,
+        GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr,
+        BIASED: tl.constexpr, ALONE: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
+        UNROLL: tl.constexpr,
     ) -> None:  # fmt: skip
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -472,7 +486,7 @@ if triton is not None:
                     if i + 1 < GROUP * BITS // 32:
                         after = tl.load(at + (i + 1), mask=inside, other=0)
                     for j in tl.static_range((32 * i + BITS - 1) // BITS, (32 * i + 31 + BITS) // BITS):
-                        weights = _field(word, after, j * BITS - 32 * i, BITS)
+                        weights = _level(_field(word, after, j * BITS - 32 * i, BITS), levels, BITS, LEVELS)
                         weights = _in_group(weights, group_scales, row, k[None, :] + j, cols, inside, SCALE_GROUP)
                         total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
                     word = after
@@ -480,6 +494,7 @@ if triton is not None:
                 for j in tl.static_range(GROUP):
                     place = row * cols + k[None, :] + j
                     weights = _stored(values, place, inside & (k[None, :] + j < cols), value_bytes, BITS)
+                    weights = _level(weights, levels, BITS, LEVELS)
                     weights = _in_group(weights, group_scales, row, k[None, :] + j, cols, inside, SCALE_GROUP)
                     total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
             else:
@@ -490,7 +505,7 @@ if triton is not None:
                 )  # fmt: skip
                 for j in tl.range(0, GROUP, loop_unroll_factor=UNROLL):
                     bit = (bits >> j) & 1
-                    weights = _stored(values, place, bit != 0, value_bytes, BITS)
+                    weights = _level(_stored(values, place, bit != 0, value_bytes, BITS), levels, BITS, LEVELS)
                     weights = _in_group(weights, group_scales, row, k[None, :] + j, cols, inside, SCALE_GROUP)
                     total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
                     place += bit * stride
@@ -521,10 +536,10 @@ if triton is not None:
 
     @triton.jit
     def _decode_kernel(
-        values, pattern, starts, table, scales, group_scales, dense, rows, cols, pattern_bytes, value_bytes,
+        values, pattern, starts, table, scales, group_scales, levels, dense, rows, cols, pattern_bytes, value_bytes,
         split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr, SCALE_GROUP: tl.constexpr,
-        UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr,
-        GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+        LEVELS: tl.constexpr, UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr,
+        WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
     ) -> None:  # fmt: skip
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         split = tl.program_id(1)
@@ -562,5 +577,6 @@ if triton is not None:
                 stored = _stored(values, place[:, :, None] + before * stride, present, value_bytes, BITS)
             columns = k[None, :, None] + j
             step = _in_group(scale[:, None, None], group_scales, row[:, :, None], columns, cols, keep, SCALE_GROUP)
-            entries = tl.where(present, stored.to(tl.float32) * step, 0.0)
+            numbers = _level(stored, levels, BITS, LEVELS).to(tl.float32)
+            entries = tl.where(present, numbers * step, 0.0)
             tl.store(dense + at, entries.to(dense.dtype.element_ty), mask=keep)

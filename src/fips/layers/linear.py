@@ -6,7 +6,7 @@ Shape legend: D width of the residual stream, F hidden features of one matrix, R
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fips.errors import ConfigError
 from fips.formats.packed import Packed, to_dense
 from fips.formats.patterns import BITMASK, pattern_named
+from fips.formats.rotation import rotate
 from fips.formats.values import FLOAT, Values, values_named
 from fips.kernels import registry
 from fips.kernels.basis import BasisRuntime
@@ -68,6 +69,9 @@ class FactoredLinear(nn.Module):
     (``"int8"`` to ``"int2"``) it is a buffer and so are ``scales`` (one per stored row, in a floating type) and, of
     formats like ``"int4g32"``, ``group_scales``: training leaves them alone.
 
+    With a ``rotation`` b the columns of the matrix are stored turned in blocks of b, see ``fips.formats.rotation``; it
+    is for numbers on a grid without a basis.
+
     ``weight`` is an empty placeholder. Code that asks a linear layer for the device or type of its weight finds them,
     and a loader that does not know fips meets a weight of the wrong shape and refuses, where without it the layer
     would be missing from the file and be filled with random numbers.
@@ -75,7 +79,7 @@ class FactoredLinear(nn.Module):
     ``runtime`` chooses how the product is formed and says what that costs in memory; see ``fips.kernels.runtime``.
 
     Raises ``ConfigError`` if neither basis nor width is given, or the hidden features do not fill the blocks of
-    the format.
+    the format or the rotation, or a rotation where there is a basis or no grid.
     """
 
     pattern: Tensor
@@ -96,11 +100,13 @@ class FactoredLinear(nn.Module):
         dtype: torch.dtype | None = None,
         width: int | None = None,
         values: str = FLOAT,
+        rotation: int = 1,
     ) -> None:
         super().__init__()
         self._borrowed = (basis,)
         width, self.rank = _width_and_rank(basis, width)
         self.pattern_format, self.value_format = pattern_named(fmt), values_named(values)
+        self.rotation = rotation
         block = self.pattern_format.block
         if hidden % block:
             raise ConfigError(f"format {fmt} needs a multiple of {block} hidden features, got {hidden}")
@@ -114,6 +120,11 @@ class FactoredLinear(nn.Module):
         self.width, self.hidden = width, hidden
         self.in_features, self.out_features = self.role.features(width, hidden)
         self.factor_shape = self.role.stored_shape(self.rank, hidden)
+        if rotation > 1 and (basis is not None or not self.value_format.scaled or self.in_features % rotation):
+            raise ConfigError(
+                f"rotation {rotation} is for numbers on a grid, without a basis, whose {self.in_features} inputs fill "
+                "its blocks"
+            )
         if self.value_format.scaled:
             stored = torch.empty(self.value_format.length(kept), dtype=self.value_format.dtype)
             self.register_buffer("values", stored)
@@ -143,18 +154,22 @@ class FactoredLinear(nn.Module):
         values: str = FLOAT,
         scales: Tensor | None = None,
         group_scales: Tensor | None = None,
+        rotation: int = 1,
     ) -> Self:
         """Pack a dense factor on its support; the bias is set by the caller. Without a basis R is the width.
 
         ``dtype`` is that of the values, beside integers that of the scales. Integers are the nearest multiples of
         ``scales``, one for each of the F rows of a transposed ``up`` factor or of the R rows of a ``down`` factor;
-        without them every row's (and group's) largest magnitude becomes the largest integer.
+        without them every row's (and group's) largest magnitude becomes the largest integer. With a ``rotation`` all
+        of that is done, and the support meant, in turned columns.
         """
         numbers = values_named(values)
         to_linear, to_factor = Role(role).to_linear, Role(role).to_factor
-        matrix_NK, mask_NK = to_linear(factor_RF).detach(), to_linear(mask_RF)
+        matrix_NK, mask_NK = rotate(to_linear(factor_RF).detach(), rotation), to_linear(mask_RF)
         if not numbers.scaled:
-            layer, entries_Z = cls._packed_on(basis, factor_RF.detach(), mask_RF, role=role, fmt=fmt, values=values)
+            layer, entries_Z = cls._packed_on(
+                basis, factor_RF.detach(), mask_RF, role=role, fmt=fmt, values=values, rotation=rotation
+            )
             layer.values = nn.Parameter(entries_Z.to(dtype or entries_Z.dtype))
             return layer
         dtype = dtype or matrix_NK.dtype
@@ -164,7 +179,15 @@ class FactoredLinear(nn.Module):
         _check_scales(numbers, matrix_NK.shape, scales, group_scales)
         integers_RF = to_factor(numbers.quantize(matrix_NK, scales, group_scales))
         return cls.from_integers(
-            basis, integers_RF, mask_RF, scales, role=role, fmt=fmt, values=values, group_scales=group_scales
+            basis,
+            integers_RF,
+            mask_RF,
+            scales,
+            role=role,
+            fmt=fmt,
+            values=values,
+            group_scales=group_scales,
+            rotation=rotation,
         )
 
     @classmethod
@@ -179,17 +202,21 @@ class FactoredLinear(nn.Module):
         fmt: str,
         values: str,
         group_scales: Tensor | None = None,
+        rotation: int = 1,
     ) -> Self:
         """Pack integers (int8, within the bits of ``values``), or the codes of another grid, on their support.
 
         ``scales``, in the type they are stored in, are what the integers of every stored row are multiplied by, as in
-        ``from_factor``, and ``group_scales`` what those of every group are multiplied by before. Raises ``ConfigError``
-        for another number of them, or if ``values`` are floating.
+        ``from_factor``, and ``group_scales`` what those of every group are multiplied by before. With a ``rotation``
+        they are those of the turned matrix. Raises ``ConfigError`` for another number of them, if ``values`` are
+        floating, or if the rotation does not fit.
         """
         numbers = values_named(values)
         if not numbers.scaled:
             raise ConfigError(f"integers cannot be stored as `values: {values}`; use `from_factor`")
-        layer, entries_Z = cls._packed_on(basis, integers_RF, mask_RF, role=role, fmt=fmt, values=values)
+        layer, entries_Z = cls._packed_on(
+            basis, integers_RF, mask_RF, role=role, fmt=fmt, values=values, rotation=rotation
+        )
         _check_scales(numbers, layer.factor_shape, scales, group_scales)
         layer.values, layer.scales = numbers.pack(entries_Z), scales.detach()
         if group_scales is not None:
@@ -198,7 +225,15 @@ class FactoredLinear(nn.Module):
 
     @classmethod
     def _packed_on(
-        cls, basis: SharedBasis | None, matrix_RF: Tensor, mask_RF: Tensor, *, role: str, fmt: str, values: str
+        cls,
+        basis: SharedBasis | None,
+        matrix_RF: Tensor,
+        mask_RF: Tensor,
+        *,
+        role: str,
+        fmt: str,
+        values: str,
+        rotation: int = 1,
     ) -> tuple[Self, Tensor]:
         """A layer with its pattern, and the entries kept, in their order."""
         side = Role(role)
@@ -206,10 +241,20 @@ class FactoredLinear(nn.Module):
         entries_Z, pattern = pattern_named(fmt).pack(matrix_NK, mask_NK, side.hidden_axis)
         rank, hidden = matrix_RF.shape
         width = None if basis else rank
-        layer = cls(basis, role=role, hidden=hidden, kept=entries_Z.numel(), fmt=fmt, width=width, values=values)
+        layer = cls(
+            basis, role=role, hidden=hidden, kept=entries_Z.numel(), fmt=fmt, width=width, values=values,
+            rotation=rotation,
+        )  # fmt: skip
         if layer.pattern_format.group_bits:
             layer.pattern = pattern
         return layer, entries_Z
+
+    def arguments(self) -> dict[str, Any]:
+        """What makes a layer like this one, empty, beside its basis and type."""
+        return {
+            "role": self.role.value, "hidden": self.hidden, "kept": self.kept, "fmt": self.fmt, "values": self.kind,
+            "bias": self.bias is not None, "width": self.width, "rotation": self.rotation,
+        }  # fmt: skip
 
     @property
     def basis(self) -> SharedBasis | None:
@@ -226,8 +271,9 @@ class FactoredLinear(nn.Module):
         groups = self.group_scales if self.value_format.scale_group else None
         count = 0 if self.bits in (None, 8) else self.kept
         return Packed(
-            self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, self.kind, count, groups
-        )
+            self.values, pattern, scales, self.factor_shape, self.fmt, self.block_axis, self.kind, count, groups,
+            self.rotation,
+        )  # fmt: skip
 
     def mask(self) -> Tensor:
         """The support of ``factor()``."""
@@ -279,6 +325,7 @@ class FactoredLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={'none' if self.basis is None else self.rank}, role={self.role}, density={density:.3f}, "
             f"pattern={'N:M ' + self.fmt if ':' in self.fmt else self.fmt}, values={self.kind}, "
+            f"rotation={self.rotation}, "
             f"bias={self.bias is not None}"
         )
 

@@ -296,11 +296,7 @@ def _packed(layers: Mapping[str, PackedLayer]) -> Made:
     fields: dict[str, Any] = {}
     for name, one in layers.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in one.layer.state_dict().items() if key != "weight"}
-        fields[name] = {
-            "width": one.layer.width, "hidden": one.layer.hidden, "kept": one.layer.kept, "fmt": one.layer.fmt,
-            "values": one.layer.kind, "role": one.layer.role.value, "conv1d": one.layer.conv1d,
-            "bias": one.layer.bias is not None, "storage": asdict(one.storage),
-        }  # fmt: skip
+        fields[name] = {**one.layer.arguments(), "conv1d": one.layer.conv1d, "storage": asdict(one.storage)}
     return tensors, {"layers": fields}
 
 

@@ -420,7 +420,7 @@ def pack_group(
             grid = found.grids[index]
             layer = FactoredLinear.from_integers(
                 basis, grid.codes_RF, mask_RF, grid.steps_N, role=site.role, fmt=storage.fmt, values=storage.values,
-                group_scales=grid.group_steps,
+                group_scales=grid.group_steps, rotation=grid.rotation,
             )  # fmt: skip
         layer.bias = bias
         layer.conv1d = site.conv1d

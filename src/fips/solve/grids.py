@@ -96,8 +96,8 @@ def grid_for(values: Values, matrix_NK: Tensor, weight_K: Tensor, dtype: torch.d
 
 def side_by_side(parts: Sequence[Rounding], rows: int) -> Rounding:
     """Several roundings of matrices of so many rows each as one of a taller matrix."""
-    even = [part for part in parts if isinstance(part, GridRounding) and type(part.values).nearest is Values.nearest]
-    return _EvenGrids(even, rows) if len(even) == len(parts) else _Apart(parts, rows)
+    grids = [part for part in parts if isinstance(part, GridRounding) and part.values.table() is not None]
+    return _Together(grids, rows) if len(grids) == len(parts) else _Apart(parts, rows)
 
 
 class _Apart(Rounding):
@@ -118,13 +118,16 @@ class _Apart(Rounding):
         return torch.cat(found, dim=-1)
 
 
-class _EvenGrids(_Apart):
-    """All at once: evenly spaced integers, which differ in their steps and their largest."""
+class _Together(_Apart):
+    """All at once: numbers are rounded to integers, and these looked up in the table of their grid."""
 
     def __init__(self, parts: Sequence[GridRounding], rows: int) -> None:
         super().__init__(parts, rows)
         self.grids = parts
-        self.largest_N = torch.cat([torch.full((rows,), part.values.largest) for part in parts])
+        tables = [table for part in parts if (table := part.values.table()) is not None]
+        self.tables = torch.cat(tables)
+        starts = [sum(map(len, tables[:index])) for index in range(len(tables))]
+        self.middle_N = torch.tensor(starts).repeat_interleave(rows) + 128.5  # behind it lie the positive integers
         self._steps_N: tuple[Tensor, Tensor] | None = None
 
     def begin(self, rest_JN: Tensor, start: int) -> None:
@@ -137,6 +140,7 @@ class _EvenGrids(_Apart):
                 torch.cat([getattr(part, name) for part in self.grids]) for name in ("wide_N", "inverse_N")
             )
             self._steps_N = wide_N, inverse_N
-            self.largest_N = self.largest_N.to(wide_N.device)
+            self.tables, self.middle_N = (one.to(wide_N.device) for one in (self.tables, self.middle_N))
         wide_N, inverse_N = self._steps_N
-        return (columns * inverse_N).round().clamp(-self.largest_N, self.largest_N) * wide_N
+        places = (columns * inverse_N).clamp_(-128, 128).add_(self.middle_N).int().flatten()
+        return self.tables.index_select(0, places).view(columns.shape) * wide_N

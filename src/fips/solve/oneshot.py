@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fips.errors import BudgetError
+from fips.formats.rotation import rotate
 from fips.formats.values import Values
 from fips.solve.alternate import Factorization
 from fips.solve.feedback import RUN, Chooser, Rounding, diagonal, inverse_root, with_feedback
@@ -46,7 +47,8 @@ class OneShot(Structures):
     for. ``power_O`` is the mean square of the gradient at each output, summed over the tokens of an example; ``dtype``
     the type that steps of integers are stored in. With ``held_II``, the moment of other data, errors are told by that.
 
-    ``damping`` is added to the moment, relative to its mean diagonal; see ``damping_for``.
+    ``damping`` is added to the moment, relative to its mean diagonal; see ``damping_for``. With a ``rotation`` b all of
+    it is solved in columns turned in blocks of b (``fips.formats.rotation``).
     """
 
     def __init__(
@@ -59,18 +61,29 @@ class OneShot(Structures):
         dtype: torch.dtype = torch.float32,
         held_II: Tensor | None = None,
         damping: float = 2 * UNKNOWN_NOISE,
+        rotation: int = 1,
     ) -> None:
         super().__init__([(weight_DF.shape[0], weight_DF.shape[1])], [axis], pricing)
         self.axis: Reduction = axis
         self.dtype = dtype
-        self.matrix_NK = weight_DF.T if axis == 0 else weight_DF
-        self.moment_KK = usable_diagonal(moment_II) if moment_II.dim() == 1 else usable_moment(moment_II)
-        self.judge_KK = self.moment_KK if held_II is None else usable_moment(held_II)
+        self.rotation = rotation
+        self.matrix_NK = rotate(weight_DF.T if axis == 0 else weight_DF, rotation)
+        self.moment_KK = self._turned(usable_diagonal(moment_II) if moment_II.dim() == 1 else usable_moment(moment_II))
+        self.judge_KK = self.moment_KK if held_II is None else self._turned(usable_moment(held_II))
         self.weight_N = ROW_SHARE * power_O + (1 - ROW_SHARE) * power_O.mean()
         self.damping = damping
         self.overfit: float | None = None
         """After trials: error on data held out over that on the data fitted, of what is nearest to an equal share."""
         self._upper_KK: Tensor | None = None
+
+    def _turned(self, moment_KK: Tensor) -> Tensor:
+        """A moment in turned columns; of a diagonal (K,) the diagonal, its blocks' means."""
+        if self.rotation == 1:
+            return moment_KK
+        if moment_KK.dim() == 1:
+            means = moment_KK.view(-1, self.rotation).mean(1, keepdim=True)
+            return means.expand(-1, self.rotation).flatten()
+        return rotate(rotate(moment_KK, self.rotation), self.rotation, 0)
 
     @property
     def upper_KK(self) -> Tensor:
@@ -88,11 +101,14 @@ class OneShot(Structures):
         )
         mask_NK = torch.ones_like(found_NK, dtype=torch.bool) if mask_NK is None else mask_NK
         loss = self.loss(found_NK)
-        factor_RF, mask_RF = self._as_factor(found_NK), self._as_factor(mask_NK)
+        factor_RF, mask_RF = self._as_factor(rotate(found_NK, self.rotation)), self._as_factor(mask_NK)
         if not isinstance(task.rounding, GridRounding):
             return Factorization(None, [factor_RF], [mask_RF], [loss])
         codes_NK, steps_N, group_steps = task.rounding.stored(found_NK)
-        grid = Grid(self._as_factor(codes_NK), steps_N, choice.numbers, self.axis, group_steps=group_steps)
+        grid = Grid(
+            self._as_factor(codes_NK), steps_N, choice.numbers, self.axis, group_steps=group_steps,
+            rotation=self.rotation,
+        )  # fmt: skip
         return Factorization(None, [factor_RF], [mask_RF], [loss], [grid])
 
     def _task(self, choice: Choice, size: float) -> _Task:
@@ -117,8 +133,10 @@ class OneShot(Structures):
         return (weighted_NK * error_NK).sum(1)
 
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
-        """Keeping all is cheap to try and is tried at every width; pruning where it is promising."""
-        return self._tried(sorted({*self._whole(choices), *self.wanted(choices, size)}), size)
+        """Keeping all is cheap to try and is tried at every width; pruning where it is promising, unless columns are
+        turned."""
+        pruned = self.wanted(choices, size) if self.rotation == 1 else []
+        return self._tried(sorted({*self._whole(choices), *pruned}), size)
 
     def quick_trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Of keeping all, where several widths can be had; else as ``trials``."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fips.formats.rotation import rotate
 from fips.formats.values import Values
 from fips.solve.feedback import inverse_root
 from fips.solve.problems import DAMPING, LayerProblem
@@ -46,10 +47,16 @@ class Grid:
     """What was rounded, in units of the steps."""
     group_steps: Tensor | None = None
     """A byte for every group of a stored row, where the format has them: what its step is multiplied by."""
+    rotation: int = 1
+    """Entries along ``axis`` of a block that is stored turned, see ``fips.formats.rotation``."""
 
     def factor(self) -> Tensor:
         """The factor (R, F), float32."""
-        return self.numbers() * self.spread(self.steps_N.float())
+        return self.turned(self.numbers() * self.spread(self.steps_N.float()))
+
+    def turned(self, factor_RF: Tensor) -> Tensor:
+        """What is stored as the layer has it, or the other way round."""
+        return rotate(factor_RF, self.rotation, self.axis)
 
     def spread(self, steps_N: Tensor) -> Tensor:
         """What every entry of the factor is multiplied by, for steps of the stored rows; one axis may be 1."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fips.errors import CheckpointError
 from fips.formats.patterns import pattern_in_file, pattern_named
+from fips.formats.rotation import ROTATIONS
 from fips.formats.values import FLOAT, values_named
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
 from fips.models.sites import Role
@@ -19,6 +20,8 @@ from fips.models.sites import Role
 __all__ = ["QUANT_METHOD", "Layout", "check_layers", "describe_layout", "install_layout", "replace_linear"]
 
 QUANT_METHOD = "fips"
+Version = Literal[1, 2, 3]
+VERSIONS: tuple[Version, ...] = get_args(Version)
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 """Features on one side of a matrix."""
 
@@ -45,6 +48,8 @@ class LayerLayout(_Strict):
     format: str
     """Name of its pattern, which files may call otherwise."""
     values: str = FLOAT
+    rotation: int = 1
+    """Columns of a block that are stored turned, see ``fips.formats.rotation``."""
     activation_bits: Literal[8] | None = None
     """8 where kernels may round the inputs, see ``fips.kernels.runtime``."""
     bias: bool
@@ -73,14 +78,25 @@ class LayerLayout(_Strict):
             raise ValueError(f"`columns` {self.hidden} does not fill the blocks of {self.format}")
         if self.activation_bits is not None and not values_named(self.values).scaled:
             raise ValueError("`activation_bits` is for integer `values`")
+        if self.rotation not in ROTATIONS:
+            raise ValueError(f"`rotation` is one of {', '.join(map(str, ROTATIONS))}")
+        if self.rotation > 1 and (self.basis is not None or not values_named(self.values).scaled):
+            raise ValueError("`rotation` is for numbers on a grid and layers without a basis")
         return self
+
+    @property
+    def version(self) -> Version:
+        """The first format version that has what this layer has."""
+        values = values_named(self.values)
+        return 3 if values.levels or self.rotation > 1 else 1 if values.scale_group is None else 2
 
 
 class Layout(_Strict):
-    """Bases and factored layers by name. Format version 2 has values with group scales, version 1 has not."""
+    """Bases and factored layers by name. Format version 2 has values with group scales, version 3 levels that are not
+    evenly spaced and rotated columns."""
 
     quant_method: Literal["fips"] = "fips"
-    format_version: Literal[1, 2] = 1
+    format_version: Version = 1
     bases: dict[str, BasisLayout]
     layers: dict[str, LayerLayout]
 
@@ -96,8 +112,14 @@ class Layout(_Strict):
             if entry.basis is not None and entry.basis not in self.bases:
                 raise ValueError(f"layer `{name}` names basis `{entry.basis}`; known: {', '.join(self.bases)}")
             _require_kept(name, entry, self.rank(entry))
-            if self.format_version == 1 and values_named(entry.values).scale_group is not None:
-                raise ValueError(f"layer `{name}` has `values` {entry.values}, which format_version 1 does not know")
+            if self.format_version < entry.version:
+                what = f"`rotation` {entry.rotation}" if entry.rotation > 1 else f"`values` {entry.values}"
+                raise ValueError(f"layer `{name}` has {what}, which format_version {self.format_version} does not know")
+            inputs, _ = self.features(entry)
+            if inputs % entry.rotation:
+                raise ValueError(
+                    f"layer `{name}` has `rotation` {entry.rotation}, which does not divide {inputs} inputs"
+                )
         unused = set(self.bases) - {entry.basis for entry in self.layers.values()}
         if unused:
             raise ValueError(f"no layer uses basis `{min(unused)}`")
@@ -121,10 +143,10 @@ class Layout(_Strict):
         """Validate what a file holds; ``where`` names it in errors. Raises ``CheckpointError``."""
         if not isinstance(fields, dict) or fields.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(f"{where} has no `quantization_config` of fips; give a directory written by fips")
-        if fields.get("format_version") not in (1, 2):
+        if fields.get("format_version") not in VERSIONS:
             raise CheckpointError(
-                f"{where} has format_version {fields.get('format_version')!r}, this fips reads 1 and 2; install the "
-                "fips version that wrote it"
+                f"{where} has format_version {fields.get('format_version')!r}, this fips reads 1 to {max(VERSIONS)}; "
+                "install the fips version that wrote it"
             )
         try:
             return cls.model_validate(fields)
@@ -143,27 +165,29 @@ def describe_layout(model: nn.Module) -> Layout:
     """The layout of a compressed model, read off its modules."""
     bases: dict[str, SharedBasis] = dict(getattr(basis_owner(model), BASES).items())
     names = {id(basis): name for name, basis in bases.items()}
-    grouped = any(layer.value_format.scale_group for layer in factored_layers(model).values())
+    layers = {name: _layer_layout(layer, names) for name, layer in factored_layers(model).items()}
     return Layout(
-        format_version=2 if grouped else 1,
+        format_version=max((layer.version for layer in layers.values()), default=1),
         bases={
             name: BasisLayout(width=basis.weight.shape[0], rank=basis.weight.shape[1]) for name, basis in bases.items()
         },
-        layers={
-            name: LayerLayout(
-                basis=None if layer.basis is None else names[id(layer.basis)],
-                width=layer.width if layer.basis is None else None,
-                role=layer.role.value,
-                columns=layer.hidden,
-                nonzeros=layer.kept,
-                format=layer.pattern_format.file_name,
-                values=layer.kind,
-                activation_bits=8 if layer.bits is not None and layer.runtime.activation_bits == 8 else None,
-                bias=layer.bias is not None,
-                conv1d=layer.conv1d,
-            )
-            for name, layer in factored_layers(model).items()
-        },
+        layers=layers,
+    )
+
+
+def _layer_layout(layer: FactoredLinear, names: Mapping[int, str]) -> LayerLayout:
+    return LayerLayout(
+        basis=None if layer.basis is None else names[id(layer.basis)],
+        width=layer.width if layer.basis is None else None,
+        role=layer.role.value,
+        columns=layer.hidden,
+        nonzeros=layer.kept,
+        format=layer.pattern_format.file_name,
+        values=layer.kind,
+        rotation=layer.rotation,
+        activation_bits=8 if layer.bits is not None and layer.runtime.activation_bits == 8 else None,
+        bias=layer.bias is not None,
+        conv1d=layer.conv1d,
     )
 
 
@@ -206,6 +230,7 @@ def _empty_layer(entry: LayerLayout, basis: SharedBasis | None) -> FactoredLinea
         bias=entry.bias,
         width=entry.width,
         values=entry.values,
+        rotation=entry.rotation,
     )
     layer.conv1d = entry.conv1d
     if entry.activation_bits is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -50,15 +51,14 @@ class _TrainableGrid(nn.Module):
 
     def forward(self, entries: Tensor) -> Tensor:
         """The numbers that entries in units of the steps stand for."""
-        return _straight_through(
-            entries.clamp(-self.values.largest, self.values.largest), self.values.nearest
-        ) * self.grid.spread(self.steps())
+        numbers = _straight_through(entries.clamp(-self.values.largest, self.values.largest), self.values.nearest)
+        return self.grid.turned(numbers * self.grid.spread(self.steps()))
 
     def found(self, entries_RF: Tensor, mask_RF: Tensor) -> Grid:
         """The numbers of the grid next to the entries, 0 outside the mask, and the steps."""
         codes_RF = self.values.encode(self.values.nearest(entries_RF) * mask_RF)
         steps_N = self.steps().to(self.dtype)
-        return Grid(codes_RF, steps_N, self.values, self.grid.axis, group_steps=self.grid.group_steps)
+        return replace(self.grid, codes_RF=codes_RF, steps_N=steps_N, wanted_RF=None)
 
 
 def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,7 +6,9 @@
 #include "exact.h"
 #include "magnitudes.h"
 #include "paths.h"
+#include "rotate256.h"
 #include "tokens.h"
+#include "whole256.h"
 
 namespace {
 
@@ -19,12 +21,6 @@ struct Vector8 {
   static type set(float value) { return _mm256_set1_ps(value); }
   static type fma(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
 };
-
-inline float total(__m256 v) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
 
 // With group scales: the sums of a group, or of its part among 64 columns, are scaled when they are complete.
 template <int T, class Reader, class Cursor>
@@ -63,6 +59,7 @@ template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
   for (int t = 0; t < T; ++t)
     for (int64_t k = 0; k < padded; ++k)
       x[t * padded + k] = k < a.cols ? load_float(c.x, c.x_type, t * c.x_stride + k) : 0.0f;
+  if (reads_whole(a)) return whole_path<T>(a, c, x), true;
   return with_cursor(a, [&](const auto &reader, auto cursor) {
     using Reader = std::decay_t<decltype(reader)>;
     with_groups<reads_integers<decltype(cursor)>>(a, [&](auto tag) {
@@ -91,6 +88,28 @@ bool fips_avx2(const fips_matrix &a, const fips_call &c) {
 }
 
 uint32_t fips_magnitude_avx2(const fips_call &c, int64_t t) { return largest_magnitude(c, t); }
+
+namespace {
+
+template <class Values> void read_row(const void *x, int64_t at, int64_t cols, float *to) {
+  const auto *from = static_cast<const typename Values::type *>(x) + at;
+  int64_t k = 0;
+  for (; k + 8 <= cols; k += 8) _mm256_storeu_ps(to + k, read8<Values>(from + k));
+  for (; k < cols; ++k) to[k] = Values::get(from[k]);
+}
+
+} // namespace
+
+void fips_rotate_avx2(const fips_matrix &a, const fips_call &c, float *to) {
+#pragma omp parallel for num_threads(c.threads) schedule(static) if (c.tokens > 1)
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    float *row = to + t * a.cols;
+    with_inputs(c, [&](auto values) { read_row<decltype(values)>(c.x, t * c.x_stride, a.cols, row); });
+    if (a.rotation == 64) rotate_row256<64>(row, a.cols);
+    else if (a.rotation == 16) rotate_row256<16>(row, a.cols);
+    else rotate_row(a, row);
+  }
+}
 
 bool fips_columns_avx2(const fips_matrix &a, const fips_call &c) { return columns_path<Vector8>(a, c); }
 

@@ -43,6 +43,16 @@ bool group_scales_fit(const fips_matrix &a) {
          a.num_group_scales == a.rows * groups_of_row(a);
 }
 
+bool levels_fit(const fips_matrix &a) {
+  if (a.num_levels == 0) return !a.levels;
+  return a.levels && a.value_type == FIPS_I8 && a.value_bits <= 5 && a.num_levels == int64_t(1) << a.value_bits;
+}
+
+bool rotation_fits(const fips_matrix &a) {
+  if (a.rotation == 1) return true;
+  return (a.rotation == 4 || a.rotation == 16 || a.rotation == 64) && a.cols % a.rotation == 0 && a.value_type == FIPS_I8;
+}
+
 } // namespace
 
 bool fips_format_is_known(const fips_matrix &a) {
@@ -78,7 +88,7 @@ int fips_check_matrix(const fips_matrix &a) {
   if (!fips_format_is_known(a)) return FIPS_UNSUPPORTED;
   if (!values_fit(a) || !pattern_fits(a)) return FIPS_INVALID;
   if (!is_there(a.scales, a.num_scales) || a.num_scales != (a.scales ? a.rows : 0)) return FIPS_INVALID;
-  if (!group_scales_fit(a)) return FIPS_INVALID;
+  if (!group_scales_fit(a) || !levels_fit(a) || !rotation_fits(a)) return FIPS_INVALID;
   return a.value_type == FIPS_I8 && a.cols > kMostByteColumns ? FIPS_UNSUPPORTED : 0;
 }
 
@@ -104,7 +114,8 @@ int fips_check_rows(const fips_matrix &a) {
 
 int fips_check_call(const fips_call &c, int64_t inputs, int64_t outputs) {
   if (c.tokens < 0 || c.x_columns != inputs || c.y_columns != outputs) return FIPS_INVALID;
-  if (c.x_type < FIPS_F32 || c.x_type > FIPS_F16 || c.threads < 1 || c.threads > kMostThreads) return FIPS_INVALID;
+  if (c.x_type < FIPS_F32 || c.x_type > FIPS_F16 || c.y_type < FIPS_F32 || c.y_type > FIPS_F16) return FIPS_INVALID;
+  if (c.threads < 1 || c.threads > kMostThreads) return FIPS_INVALID;
   if (c.isa < FIPS_PORTABLE || c.isa > FIPS_AMX || c.path < FIPS_AUTO || c.path > FIPS_TILES) return FIPS_INVALID;
   if (c.activation_bits != 8 && c.activation_bits != 16 && c.activation_bits != 24) return FIPS_INVALID;
   if (!is_there(c.bias, c.bias_length) || c.bias_length != (c.bias ? outputs : 0)) return FIPS_INVALID;

@@ -24,7 +24,7 @@ void columns_chunk(const fips_matrix &a, const fips_call &c, int64_t j0, const f
     for (int j = 0; j < NV; ++j) {
       V::store(sums, acc[t][j]);
       for (int i = 0; i < V::width; ++i)
-        store_float(c.y, c.x_type, t * c.y_stride + j0 + j * V::width + i, sums[i]);
+        store_float(c.y, c.y_type, t * c.y_stride + j0 + j * V::width + i, sums[i]);
     }
   }
 }
@@ -35,7 +35,7 @@ template <class Values> void columns_rest(const fips_matrix &a, const fips_call 
     for (int64_t j = j0; j < a.cols; ++j) {
       float sum = 0;
       for (int64_t k = 0; k < a.rows; ++k) sum += x[t * a.rows + k] * Values::get(w[k * a.cols + j]);
-      store_float(c.y, c.x_type, t * c.y_stride + j, sum);
+      store_float(c.y, c.y_type, t * c.y_stride + j, sum);
     }
   }
 }

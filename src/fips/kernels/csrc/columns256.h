@@ -8,6 +8,12 @@
 
 namespace {
 
+inline float total(__m256 v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
 template <class Values> __m256 read8(const typename Values::type *v) {
   if constexpr (std::is_same_v<Values, F32Values>) {
     return _mm256_loadu_ps(v);
@@ -61,11 +67,13 @@ struct NarrowLanes {
       for (int j = 0; j < 4; ++j) place[4 * i + j] = byte + j < 8 ? uint8_t(byte + j) : 0x80;
     }
   }
-  FIPS_INLINE __m256i integers(uint64_t word) const {
+  FIPS_INLINE __m256i top(uint64_t word) const { // integers in the highest bits of each lane
     const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i *>(place));
     const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi64x(int64_t(word)), places);
-    const __m256i top = _mm256_sllv_epi32(bytes, _mm256_load_si256(reinterpret_cast<const __m256i *>(above)));
-    return _mm256_sra_epi32(top, _mm_cvtsi32_si128(32 - bits));
+    return _mm256_sllv_epi32(bytes, _mm256_load_si256(reinterpret_cast<const __m256i *>(above)));
+  }
+  FIPS_INLINE __m256i integers(uint64_t word) const {
+    return _mm256_sra_epi32(top(word), _mm_cvtsi32_si128(32 - bits));
   }
 };
 
@@ -82,6 +90,26 @@ struct NarrowCursor {
         bytes((a.num_values * a.value_bits + 7) / 8), bits(a.value_bits), at(first * a.value_bits) {}
   FIPS_INLINE __m256 read() const { return _mm256_cvtepi32_ps(lanes->integers(bits_at(stream, bytes, at))); }
   FIPS_INLINE void skip(int count) { at += count * bits; }
+};
+
+// Codes of at most 5 bits of a matrix kept whole, whose numbers are levels: a byte shuffle looks them up.
+struct LevelCursor : NarrowCursor {
+  __m256i low = {}, high = {};
+  __m128i down = {};
+  LevelCursor() = default;
+  LevelCursor(const fips_matrix &a, int64_t first) : NarrowCursor(a, first), down(_mm_cvtsi32_si128(32 - int(bits))) {
+    alignas(16) uint8_t table[32] = {}; // by the codes as numbers without sign, 128 more than the levels
+    for (int i = 0; i < 1 << bits; ++i) table[i] = uint8_t(a.levels[i ^ 1 << (bits - 1)] + 128);
+    low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
+    high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table + 16)));
+  }
+  FIPS_INLINE __m256 read() const {
+    const __m256i codes = _mm256_srl_epi32(lanes->top(bits_at(stream, bytes, at)), down);
+    const __m256i places = _mm256_or_si256(codes, _mm256_set1_epi32(int(0x80808000))); // other bytes become 0
+    __m256i found = _mm256_shuffle_epi8(low, places);
+    if (bits == 5) found = _mm256_blendv_epi8(found, _mm256_shuffle_epi8(high, places), _mm256_slli_epi32(codes, 3));
+    return _mm256_sub_ps(_mm256_cvtepi32_ps(found), _mm256_set1_ps(128));
+  }
 };
 
 // `body(j, w)` for eight columns from k + j on, j = 0, 8, ... 56: w is zero where nothing is kept.
@@ -103,12 +131,16 @@ FIPS_INLINE void read_columns(const Reader &reader, int64_t row, int64_t k, Curs
 
 template <class Cursor> constexpr bool reads_integers = false;
 template <> constexpr bool reads_integers<NarrowCursor> = true;
+template <> constexpr bool reads_integers<LevelCursor> = true;
 template <> constexpr bool reads_integers<ValueCursor<I8Values>> = true;
 
 // Calls `body` with the reader of a matrix whose rows have their values together, and a value of the type of its cursors.
 template <class Body> bool with_cursor(const fips_matrix &a, Body &&body) {
   return with_reader(a, [&](const auto &reader) {
     if constexpr (std::decay_t<decltype(reader)>::contiguous) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(reader)>, FullReader>) {
+        if (a.num_levels) return body(reader, LevelCursor());
+      }
       if (a.value_bits < 8) return body(reader, NarrowCursor());
       with_values(a, [&](auto values) { body(reader, ValueCursor<decltype(values)>()); });
     }

@@ -110,6 +110,7 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
 // Whether the variant that will run reads integers of less than 8 bits as they are.
 bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS || c.path == FIPS_TOKENS) return false;
+  if (a.num_levels && a.format != FIPS_FULL) return false;
   if (a.scale_group && c.path == FIPS_TILES && level >= FIPS_AVX512) return false;
   return level >= FIPS_AVX2;
 }
@@ -132,8 +133,15 @@ fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
   const int64_t bytes = a.value_bytes, run = 1 << 14;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
   for (int64_t first = 0; first < a.num_values; first += run)
-    widen(stream, bytes, bits, first, a.num_values - first < run ? a.num_values - first : run, to + first);
+  {
+    const int64_t count = min_of(a.num_values - first, run);
+    widen(stream, bytes, bits, first, count, to + first);
+    const int8_t *middle = a.levels + a.num_levels / 2; // that of code 0
+    for (int64_t i = first; a.num_levels && i < first + count; ++i) to[i] = middle[to[i]];
+  }
   (void)level;
+  wide.levels = nullptr;
+  wide.num_levels = 0;
   wide.values = to;
   return wide;
 }
@@ -154,6 +162,24 @@ bool multiply(const fips_matrix &a, const fips_call &c, int level) {
   return fips_portable(a, c);
 }
 
+// The call with its tokens in the rotated columns of the matrix, in scratch memory.
+fips_call rotated(const fips_matrix &a, const fips_call &c, int level) {
+  float *to = scratch<float>(Scratch::rotated, c.tokens * a.cols);
+#if defined(FIPS_HAVE_AVX2)
+  auto *rotate = level >= FIPS_AVX2 ? fips_rotate_avx2 : fips_rotate_portable;
+#else
+  auto *rotate = fips_rotate_portable;
+#endif
+  rotate(a, c, to);
+  (void)level;
+  fips_call turned = c;
+  turned.x = to;
+  turned.x_type = FIPS_F32;
+  turned.x_stride = a.cols;
+  turned.x_length = c.tokens * a.cols;
+  return turned;
+}
+
 FipsMagnitude *magnitude_of(int level) {
 #if defined(FIPS_HAVE_AVX512)
   if (level >= FIPS_AVX512) return fips_magnitude_avx512;
@@ -169,7 +195,8 @@ FipsMagnitude *magnitude_of(int level) {
 int64_t tokens_at_a_time(const fips_matrix &a, const fips_call &c) {
   constexpr int64_t fewest = 64; // a row is decoded once for every part
   const int64_t widest = a.value_type == FIPS_BF16 && c.x_type == FIPS_F32 ? 6 : 4; // bytes of a laid out number
-  const int64_t fit = FIPS_KEPT_SCRATCH / (widest * a.cols);
+  const int64_t turned = a.rotation > 1 ? 4 : 0;
+  const int64_t fit = FIPS_KEPT_SCRATCH / ((widest + turned) * a.cols);
   if (c.tokens <= fit || c.tokens <= fewest) return c.tokens;
   const int64_t unit = fit >= 512 ? 512 : 16, most = fit < fewest ? fewest : fit / unit * unit;
   const int64_t parts = (c.tokens + most - 1) / most;
@@ -177,10 +204,10 @@ int64_t tokens_at_a_time(const fips_matrix &a, const fips_call &c) {
 }
 
 fips_call part_of(const fips_call &c, int64_t first, int64_t count) {
-  const int64_t size = c.x_type == FIPS_F32 ? 4 : 2;
+  const auto size = [](int32_t type) { return type == FIPS_F32 ? 4 : 2; };
   fips_call part = c;
-  part.x = static_cast<const char *>(c.x) + first * c.x_stride * size;
-  part.y = static_cast<char *>(c.y) + first * c.y_stride * size;
+  part.x = static_cast<const char *>(c.x) + first * c.x_stride * size(c.x_type);
+  part.y = static_cast<char *>(c.y) + first * c.y_stride * size(c.y_type);
   part.tokens = count;
   return part;
 }
@@ -197,7 +224,8 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   const bool fixed_point = a.value_type == FIPS_I8 && level >= FIPS_AVX512 && !floats;
   const int64_t at_a_time = tokens_at_a_time(a, c);
   for (int64_t first = 0; first < c.tokens; first += at_a_time) {
-    const fips_call part = part_of(chosen, first, min_of(at_a_time, c.tokens - first));
+    fips_call part = part_of(chosen, first, min_of(at_a_time, c.tokens - first));
+    if (a.rotation > 1) part = rotated(a, part, level);
     if (!multiply(read, part, level)) return FIPS_UNSUPPORTED;
     fips_mend_tokens(a, part, fixed_point, magnitude_of(level));
   }
@@ -285,6 +313,9 @@ int64_t fips_layout(int64_t *numbers, int64_t length) {
       int64_t(offsetof(fips_matrix, group_scales)),
       int64_t(offsetof(fips_matrix, num_group_scales)),
       int64_t(offsetof(fips_matrix, scale_group)),
+      int64_t(offsetof(fips_matrix, levels)),
+      int64_t(offsetof(fips_matrix, num_levels)),
+      int64_t(offsetof(fips_matrix, rotation)),
       int64_t(sizeof(fips_call)),
       int64_t(offsetof(fips_call, x)),
       int64_t(offsetof(fips_call, y)),
@@ -298,6 +329,7 @@ int64_t fips_layout(int64_t *numbers, int64_t length) {
       int64_t(offsetof(fips_call, y_length)),
       int64_t(offsetof(fips_call, bias_length)),
       int64_t(offsetof(fips_call, x_type)),
+      int64_t(offsetof(fips_call, y_type)),
       int64_t(offsetof(fips_call, threads)),
       int64_t(offsetof(fips_call, isa)),
       int64_t(offsetof(fips_call, path)),
@@ -335,7 +367,7 @@ int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {
   int status = fips_check_matrix(*matrix);
   if (!status) status = fips_check_call(*call, matrix->rows, matrix->cols);
   if (status) return status;
-  if (call->bias || matrix->scales || matrix->group_scales) return FIPS_INVALID;
+  if (call->bias || matrix->scales || matrix->group_scales || matrix->rotation > 1) return FIPS_INVALID;
   if (!matrix->rows || !call->tokens) return FIPS_UNSUPPORTED;
   return guarded(call->threads, [&] { return multiply_columns(*matrix, *call) ? 0 : FIPS_UNSUPPORTED; });
 }

@@ -32,6 +32,7 @@ double stored_value(const fips_matrix &a, int64_t i) {
   const int bits = int(a.value_bits);
   const uint64_t word = bits_at(static_cast<const uint8_t *>(a.values), a.value_bytes, i * bits);
   const uint64_t sign = uint64_t(1) << (bits - 1);
+  if (a.num_levels) return a.levels[(word & (2 * sign - 1)) ^ sign];
   return double(int64_t((word & (2 * sign - 1)) ^ sign) - int64_t(sign));
 }
 
@@ -67,8 +68,8 @@ template <class Reader> double row_sum(const fips_matrix &a, const Reader &reade
 
 void store_exact(const fips_matrix &a, const fips_call &c, int64_t row, int64_t t, double sum) {
   double value = sum * (a.scales ? a.scales[row] : 1.0f);
-  if (c.bias) value += load_float(c.bias, c.x_type, row);
-  store_float(c.y, c.x_type, t * c.y_stride + row, float(value));
+  if (c.bias) value += load_float(c.bias, c.y_type, row);
+  store_float(c.y, c.y_type, t * c.y_stride + row, float(value));
 }
 
 void multiply_exactly(const fips_matrix &a, const fips_call &c, int64_t t, uint32_t most) {

@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 6 };
+enum { FIPS_ABI = 7 };
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
 enum fips_status {
@@ -64,16 +64,21 @@ typedef struct {
                              // scale of the row; null and 0 and 0: 1
   int64_t num_group_scales;  // rows times groups of a row, of which the last may be short
   int64_t scale_group;       // 16, 32, 64 or 128
+  const int8_t *levels;      // of I8 values of at most 5 bits: the number of every code, the lowest code first; null and
+                             // 0: codes are the numbers
+  int64_t num_levels;        // 2^value_bits
+  int64_t rotation;          // columns of a block that is stored rotated: 4, 16 or 64, which divides `cols`; 1: none.
+                             // Then an Inf in a token may come out as NaN
 } fips_matrix;
 
 typedef struct {
   const void *x;            // tokens by x_columns, `x_length` elements in all
   void *y;                  // tokens by y_columns, `y_length` elements in all
-  const void *bias;         // `bias_length` = rows elements of type x_type, or null
+  const void *bias;         // `bias_length` = rows elements of type y_type, or null
   int64_t tokens, x_columns, y_columns;
   int64_t x_stride, y_stride; // in elements, from one token to the next; of x it may be 0, of y not below y_columns
   int64_t x_length, y_length, bias_length;
-  int32_t x_type;           // of x, y and bias: F32, BF16 or F16
+  int32_t x_type, y_type;   // of x, and of y and bias: F32, BF16 or F16
   int32_t threads, isa, path;
   int32_t activation_bits;  // 24, 16 or 8: fixed-point width of x beside int8 values
 } fips_call;

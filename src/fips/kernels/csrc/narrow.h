@@ -11,13 +11,16 @@ namespace {
 
 struct NarrowTables {
   alignas(64) uint8_t places[8][64] = {};    // by bits
-  alignas(64) uint8_t shifts[8][8][64] = {}; // by bits and the bit within a byte where the first integer begins
+  // by bits and the bit within a byte where the first integer begins: into the high bits of a byte, and the low ones
+  alignas(64) uint8_t shifts[8][8][64] = {}, low_shifts[8][8][64] = {};
   constexpr NarrowTables() {
     for (int bits = 2; bits < 8; ++bits)
       for (int i = 0; i < 64; ++i) {
         places[bits][i] = uint8_t(i / 8 * bits + i % 8);
-        for (int first = 0; first < 8; ++first)
+        for (int first = 0; first < 8; ++first) {
           shifts[bits][first][i] = uint8_t((i % 8 * bits + first + bits - 8) & 63);
+          low_shifts[bits][first][i] = uint8_t((i % 8 * bits + first) & 63);
+        }
       }
   }
 };
@@ -26,20 +29,29 @@ constexpr NarrowTables narrow_tables;
 struct NarrowStream {
   const uint8_t *stream;
   int64_t last; // byte from which on 64 bytes would leave the stream
-  __m512i places, high;
+  __m512i places, high, levels;
+  bool by_level; // codes of levels: a permutation of bytes looks them up, whatever lies above their bits
   explicit NarrowStream(const fips_matrix &a) : stream(static_cast<const uint8_t *>(a.values)) {
     last = (a.num_values * a.value_bits + 7) / 8 - 64;
     places = _mm512_load_si512(narrow_tables.places[a.value_bits]);
     high = _mm512_set1_epi8(char(0xFF << (8 - a.value_bits)));
+    by_level = a.num_levels > 0;
+    alignas(64) int8_t table[64] = {};
+    for (int i = 0; by_level && i < 64; ++i) table[i] = a.levels[(i ^ 1 << (a.value_bits - 1)) & (a.num_levels - 1)];
+    levels = _mm512_load_si512(table);
   }
-  static float unit(const fips_matrix &a) { return 1.0f / float(1 << (8 - a.value_bits)); }
+  static float unit(const fips_matrix &a) { return a.num_levels ? 1.0f : 1.0f / float(1 << (8 - a.value_bits)); }
+  static const uint8_t (*shifts_of(const fips_matrix &a))[64] {
+    return a.num_levels ? narrow_tables.low_shifts[a.value_bits] : narrow_tables.shifts[a.value_bits];
+  }
   FIPS_INLINE void prefetch(int64_t byte) const {
     _mm_prefetch(reinterpret_cast<const char *>(stream) + byte + 1024, _MM_HINT_T0);
   }
   FIPS_INLINE __m512i integers(int64_t byte, __m512i shifts) const {
     const __m512i raw = byte <= last ? _mm512_loadu_si512(stream + byte)
                                      : _mm512_maskz_loadu_epi8(first_columns(last + 64 - byte), stream + byte);
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw)), high);
+    const __m512i fields = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw));
+    return by_level ? _mm512_permutexvar_epi8(fields, levels) : _mm512_and_si512(fields, high);
   }
 };
 
@@ -49,7 +61,7 @@ struct NarrowCursor : NarrowStream { // of a matrix kept whole: 64 integers are 
   __m512i shifts;
   NarrowCursor(const fips_matrix &a, int64_t first)
       : NarrowStream(a), byte(first * a.value_bits >> 3), step(8 * a.value_bits),
-        shifts(_mm512_load_si512(narrow_tables.shifts[a.value_bits][first * a.value_bits & 7])) {}
+        shifts(_mm512_load_si512(shifts_of(a)[first * a.value_bits & 7])) {}
   FIPS_INLINE void prefetch() const { NarrowStream::prefetch(byte); }
   FIPS_INLINE __m512i next(uint64_t) { // beyond the last column it is anything
     const __m512i out = integers(byte, shifts);
@@ -63,7 +75,7 @@ struct KeptCursor : NarrowStream { // of the entries under a mask
   const uint8_t (*shifts)[64];
   int64_t bit, bits;
   KeptCursor(const fips_matrix &a, int64_t first)
-      : NarrowStream(a), shifts(narrow_tables.shifts[a.value_bits]), bit(first * a.value_bits), bits(a.value_bits) {}
+      : NarrowStream(a), shifts(shifts_of(a)), bit(first * a.value_bits), bits(a.value_bits) {}
   FIPS_INLINE void prefetch() const { NarrowStream::prefetch(bit >> 3); }
   FIPS_INLINE __m512i next(uint64_t mask) {
     const __m512i kept = integers(bit >> 3, _mm512_load_si512(shifts[bit & 7]));

@@ -275,8 +275,8 @@ inline void store_float(void *data, int type, int64_t index, float value) {
 // One output from the sum of its products.
 inline void store_sum(const fips_matrix &a, const fips_call &c, int64_t row, int64_t token, float sum) {
   float value = sum * (a.scales ? a.scales[row] : 1.0f);
-  if (c.bias) value += load_float(c.bias, c.x_type, row);
-  store_float(c.y, c.x_type, token * c.y_stride + row, value);
+  if (c.bias) value += load_float(c.bias, c.y_type, row);
+  store_float(c.y, c.y_type, token * c.y_stride + row, value);
 }
 
 // What values are multiplied by besides the scale of their row, by column.
@@ -342,6 +342,13 @@ template <class Body> bool with_values(const fips_matrix &a, Body &&body) {
   default: return false;
   }
 #undef FIPS_ROW
+}
+
+// Calls `body` with the reader of the type of x.
+template <class Body> void with_inputs(const fips_call &c, Body &&body) {
+  if (c.x_type == FIPS_F32) return body(F32Values());
+  if (c.x_type == FIPS_BF16) return body(BF16Values());
+  body(F16Values());
 }
 
 inline int value_type_bits(int type) { // in memory; 0 for an unknown type

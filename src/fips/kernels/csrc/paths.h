@@ -14,6 +14,10 @@ void fips_widen_portable(const uint8_t *stream, int64_t bytes, int bits, int64_t
 void fips_widen_avx2(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
 void fips_widen_avx512(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
 
+// The tokens of a call as floats in the rotated columns of the matrix, `cols` apart.
+using FipsRotate = void(const fips_matrix &matrix, const fips_call &call, float *to);
+FipsRotate fips_rotate_portable, fips_rotate_avx2;
+
 bool fips_columns_portable(const fips_matrix &matrix, const fips_call &call);
 bool fips_columns_avx2(const fips_matrix &matrix, const fips_call &call);
 bool fips_columns_avx512(const fips_matrix &matrix, const fips_call &call);

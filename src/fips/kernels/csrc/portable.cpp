@@ -3,6 +3,7 @@
 
 #include "columns.h"
 #include "paths.h"
+#include "rotate.h"
 #include "tokens.h"
 
 namespace {
@@ -49,6 +50,15 @@ void fips_widen_portable(const uint8_t *stream, int64_t bytes, int bits, int64_t
     uint64_t word = bits_at(stream, bytes, (first + i) * bits);
     for (int64_t j = 0; j < 8 && i + j < count; ++j, word >>= bits)
       to[i + j] = int8_t(int64_t((word & mask) ^ sign) - int64_t(sign));
+  }
+}
+
+void fips_rotate_portable(const fips_matrix &a, const fips_call &c, float *to) {
+#pragma omp parallel for num_threads(c.threads) schedule(static) if (c.tokens > 1)
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    float *row = to + t * a.cols;
+    for (int64_t k = 0; k < a.cols; ++k) row[k] = load_float(c.x, c.x_type, t * c.x_stride + k);
+    rotate_row(a, row);
   }
 }
 

@@ -265,7 +265,7 @@ void finish_tile(const fips_matrix &a, const fips_call &c, const PackedTokens &p
   }
   transpose(lines);
   if (!c.bias) return;
-  for (int r = 0; r < rows; ++r) bias[r] = load_float(c.bias, c.x_type, row + r);
+  for (int r = 0; r < rows; ++r) bias[r] = load_float(c.bias, c.y_type, row + r);
   for (int t = 0; t < 16; ++t)
     lines[t] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(lines[t]), _mm512_load_ps(bias)));
 }
@@ -290,11 +290,11 @@ FIPS_INLINE __m512i to_bf16(__m512 low, __m512 high) {
 // Up to 32 rows of one token.
 FIPS_INLINE void write_rows(const fips_call &c, int64_t at, int64_t rows, __m512 low, __m512 high) {
   const __mmask32 there = __mmask32(first_columns(rows));
-  if (c.x_type == FIPS_F32) {
+  if (c.y_type == FIPS_F32) {
     float *y = static_cast<float *>(c.y) + at;
     _mm512_mask_storeu_ps(y, __mmask16(there), low);
     _mm512_mask_storeu_ps(y + 16, __mmask16(there >> 16), high);
-  } else if (c.x_type == FIPS_BF16) {
+  } else if (c.y_type == FIPS_BF16) {
     _mm512_mask_storeu_epi16(static_cast<uint16_t *>(c.y) + at, there, to_bf16(low, high));
   } else {
     const __m512i half = _mm512_castsi256_si512(_mm512_cvtps_ph(low, 0));

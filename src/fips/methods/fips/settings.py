@@ -13,6 +13,9 @@ from fips.training.distill import DistillConfig
 
 __all__ = ["FipsConfig", "MetricConfig"]
 
+LEAST_ROTATED_BITS = 2.5
+"""Stored bits of a weight from which keeping all entries in turned columns was better than pruning."""
+
 
 class MetricConfig(InputMetricConfig):
     """What an error costs: the second-order change of the model's output."""
@@ -48,6 +51,9 @@ class FipsConfig(SparseConfig):
     measured per group."""
     schedule: Literal["static", "gmp", "rigl"] = "static"
     """Whether the support that was found stays (`static`) or changes while training (`rigl`)."""
+    rotate: bool = True
+    """Whether layers that keep all entries on a grid are stored in turned columns (``fips.formats.rotation``): `fast`
+    and `default`, with `pattern: auto`, from 2.5 bits on."""
     metric: MetricConfig = MetricConfig()
     distill: DistillConfig = DistillConfig()
 
@@ -83,6 +89,12 @@ class FipsConfig(SparseConfig):
     def one_shot(self) -> bool:
         """Whether layers are solved in one pass each, from moments of inputs."""
         return self.effort != "max" and self.sharing != "always" and not self.metric.propagate_errors
+
+    @property
+    def rotated(self) -> bool:
+        """Whether layers are stored in turned columns. Few entries of those are small: nothing is pruned then."""
+        whole = self.pattern == "auto" and self.schedule == "static"
+        return self.rotate and self.one_shot and self.has_integers and whole and (self.bits or 0) >= LEAST_ROTATED_BITS
 
     @property
     def resolved_pattern(self) -> str:

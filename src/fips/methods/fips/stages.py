@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments
 from fips.formats.patterns import FULL
+from fips.formats.rotation import widest_rotation
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.fips.settings import FipsConfig
 from fips.methods.workbench import (
@@ -167,9 +168,7 @@ def _searches(
         ]
         if config.one_shot:
             shots = [
-                _one_shot(
-                    bench, weight_DF, site, moments[site.name], order, _pricing(plan, config), plan.dtype, trial=trial
-                )
+                _one_shot(bench, plan, config, weight_DF, site, moments[site.name], order, trial=trial)
                 for weight_DF, site, order in zip(weights_DF, sites, orders, strict=True)
             ]
             return Search(weights_DF, shots, None, moments, orders)
@@ -188,12 +187,12 @@ def _searches(
 
 def _one_shot(
     bench: Workbench,
+    plan: GroupPlan,
+    config: FipsConfig,
     weight_DF: Tensor,
     site: Site,
     moments: LayerMoments | Tensor,
     order_F: Tensor,
-    pricing: Pricing,
-    dtype: torch.dtype,
     *,
     trial: bool = False,
 ) -> OneShot:
@@ -222,8 +221,11 @@ def _one_shot(
         return moment[order_F] if moment.dim() == 1 else moment[order_F][:, order_F]
 
     held = None if held is None else ordered(held)
-    damping = damping_for(noise, bench.config.bits or 16 * (bench.config.budget or 1))
-    return OneShot(weight_DF, ordered(moment), power_O, site.role.reduction, pricing, dtype, held, damping)
+    return OneShot(
+        weight_DF, ordered(moment), power_O, site.role.reduction, _pricing(plan, config), plan.dtype, held,
+        damping_for(noise, config.bits or 16 * (config.budget or 1)),
+        widest_rotation(site.inputs) if _rotated(plan, config) else 1,
+    )  # fmt: skip
 
 
 def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[str, tuple[Choice, float]]:
@@ -238,7 +240,7 @@ def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[s
         for number, (group, site) in enumerate(sites):
             (weight_DF,) = bench.weights([site])
             inputs_I, order_F = bench.influence[site.name].inputs_I, torch.arange(site.hidden, device=bench.device)
-            layer = _one_shot(bench, weight_DF.float(), site, inputs_I, order_F, _pricing(group, config), group.dtype)
+            layer = _one_shot(bench, group, config, weight_DF.float(), site, inputs_I, order_F)
             part = site.hidden / group.group.hidden * group_share(group, config)
             curves.append(layer.quick_trials(_choices(group, config), part))
             bench.report("allot", "all", number + 1, len(sites))
@@ -431,9 +433,28 @@ def _choices(plan: GroupPlan, config: FipsConfig) -> list[Choice]:
     patterns = [config.resolved_pattern]
     if patterns == ["auto"]:
         patterns = ["unstructured"]
-        if plan.group.width % 16 == 0 and all(site.hidden % 16 == 0 for site in plan.group.sites):
+        if (
+            not _rotated(plan, config)
+            and plan.group.width % 16 == 0
+            and all(site.hidden % 16 == 0 for site in plan.group.sites)
+        ):
             patterns += N16
     return [Choice(False, pattern, values.name) for pattern in patterns for values in config.value_choices]
+
+
+def _rotated(plan: GroupPlan, config: FipsConfig) -> bool:
+    """Whether columns are turned: then all entries are kept, for which there must be room."""
+    if not config.rotated:
+        return False
+    item = itemsize(plan.dtype)
+    whole = [
+        sum(
+            values.length(site.inputs * site.outputs) + values.scale_bytes(site.outputs, site.inputs, item)
+            for site in plan.group.sites
+        )
+        for values in config.value_choices
+    ]
+    return min(whole) <= group_share(plan, config)
 
 
 def group_share(plan: GroupPlan, config: FipsConfig) -> float:

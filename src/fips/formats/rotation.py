@@ -1,0 +1,47 @@
+r"""Coordinates in which rows look normal: blocks of neighbouring columns turned by a Walsh-Hadamard matrix.
+
+:math:`H_b`, symmetric and its own inverse, has entries :math:`\pm 1 / \sqrt b`. A matrix whose columns are turned,
+:math:`S' = S (I \otimes H_b)`, times inputs that are turned alike is S times the inputs. Every new entry is a sum of b
+old ones: single large weights are spread over their block, so that a grid of few bits serves all. It costs no bytes and
+b additions in :math:`\log_2 b` steps for every b inputs.
+
+References: Tseng et al., arXiv 2402.04396; Ashkboos et al., arXiv 2404.00456, who turn whole rows.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+__all__ = ["ROTATIONS", "rotate", "widest_rotation"]
+
+ROTATIONS = (1, 4, 16, 64)
+"""Columns of a block; 1 turns nothing. Square roots of the others are powers of 2: entries are exact in every type."""
+
+
+def widest_rotation(columns: int) -> int:
+    """The widest block that divides so many columns."""
+    return max(block for block in ROTATIONS if columns % block == 0)
+
+
+@functools.cache
+def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    found: Tensor = (matrix / block**0.5).to(device=device, dtype=dtype)
+    return found
+
+
+def rotate(numbers: Tensor, block: int, dim: int = -1) -> Tensor:
+    """Blocks of neighbouring entries along ``dim`` turned; twice is as before, up to rounding.
+
+    The number of entries along ``dim`` must be a multiple of ``block``.
+    """
+    if block == 1:
+        return numbers
+    moved = numbers.movedim(dim, -1)
+    turned: Tensor = moved.unflatten(-1, (-1, block)) @ _hadamard(block, numbers.dtype, numbers.device)
+    return turned.flatten(-2).movedim(-1, dim)

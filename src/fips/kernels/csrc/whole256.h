@@ -1,0 +1,138 @@
+// Few tokens by codes of 2 to 7 bits, all of them kept, with AVX2: 32 at a time from whole bytes.
+//
+// The products of 32 columns run in two chains, since a sum takes longer to finish than to start.
+#pragma once
+#include "columns256.h"
+
+namespace {
+
+// Whether rows are made of whole runs of 64 columns, and so begin with whole bytes.
+inline bool reads_whole(const fips_matrix &a) {
+  return a.format == FIPS_FULL && a.value_bits < 8 && a.cols % 64 == 0;
+}
+
+// Codes of 16 columns in the lowest or highest bits of 16-bit lanes: a byte shuffle brings two bytes that hold a code
+// into each lane, a product shifts it to the top.
+template <int BITS> struct Windows {
+  alignas(32) uint8_t place[32] = {};
+  alignas(32) uint16_t factor[16] = {};
+  constexpr Windows() {
+    for (int i = 0; i < 16; ++i) {
+      const int bit = i * BITS;
+      place[2 * i] = uint8_t(bit / 8), place[2 * i + 1] = uint8_t(bit / 8 + 1);
+      factor[i] = uint16_t(1 << (16 - BITS - bit % 8));
+    }
+  }
+};
+template <int BITS> constexpr Windows<BITS> windows;
+
+// Reads 32 numbers; `LEVELS`: codes are looked up.
+template <int BITS, bool LEVELS> struct Codes {
+  static constexpr int bytes = 4 * BITS; // of 32 codes
+  __m256i low, high;                     // the numbers of the codes as they lie in the stream, below 16 and from there on
+  const uint8_t *end;
+  explicit Codes(const fips_matrix &a) : end(static_cast<const uint8_t *>(a.values) + a.value_bytes) {
+    alignas(32) int8_t table[32] = {};
+    constexpr int sign = 1 << (BITS - 1);
+    for (int i = 0; BITS < 6 && i < 2 * sign; ++i) table[i] = LEVELS ? a.levels[i ^ sign] : int8_t((i ^ sign) - sign);
+    low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
+    high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table + 16)));
+  }
+  FIPS_INLINE static __m256i top(const uint8_t *from) {
+    const __m256i raw = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+    const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i *>(windows<BITS>.place));
+    const __m256i factors = _mm256_load_si256(reinterpret_cast<const __m256i *>(windows<BITS>.factor));
+    return _mm256_mullo_epi16(_mm256_shuffle_epi8(raw, places), factors);
+  }
+  // Numbers of columns 0 to 7, 16 to 23, 8 to 15 and 24 to 31.
+  FIPS_INLINE __m256i numbers(const uint8_t *from) const {
+    if constexpr (BITS == 4) {
+      const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from)), mask = _mm_set1_epi8(15);
+      const __m128i even = _mm_and_si128(pairs, mask), odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
+      const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+      return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(low, codes), 0xD8);
+    } else if constexpr (LEVELS) {
+      const __m256i first = _mm256_srli_epi16(top(from), 16 - BITS);
+      const __m256i codes = _mm256_packus_epi16(first, _mm256_srli_epi16(top(from + 2 * BITS), 16 - BITS));
+      const __m256i found = _mm256_shuffle_epi8(low, codes);
+      if constexpr (BITS < 5) return found;
+      return _mm256_blendv_epi8(found, _mm256_shuffle_epi8(high, codes), _mm256_slli_epi16(codes, 3));
+    } else {
+      return _mm256_packs_epi16(_mm256_srai_epi16(top(from), 16 - BITS),
+                                _mm256_srai_epi16(top(from + 2 * BITS), 16 - BITS));
+    }
+  }
+  FIPS_INLINE void read(const uint8_t *from, __m256 (&to)[4]) const {
+    alignas(32) uint8_t last[64];
+    if (BITS != 4 && from + 2 * BITS + 16 > end) { // 16 bytes would leave the stream
+      std::memcpy(last, from, bytes);
+      from = last;
+    }
+    const __m256i all = numbers(from);
+    const __m128i one = _mm256_castsi256_si128(all), two = _mm256_extracti128_si256(all, 1);
+    to[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(one));
+    to[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(two));
+    to[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(one, one)));
+    to[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(two, two)));
+  }
+};
+
+enum class Scales { none, fine, wide }; // of a row alone, and of groups of less than 64 columns or more
+
+template <int T, Scales SCALES, class Codes>
+void whole_row(const fips_matrix &a, const fips_call &c, const Codes &codes, int64_t row, const float *x) {
+  const auto *from = static_cast<const uint8_t *>(a.values) + row * (a.cols / 32) * Codes::bytes;
+  const RowGroups groups = SCALES == Scales::none ? RowGroups() : RowGroups(a, row);
+  __m256 acc[T][2];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < a.cols; k += 32, from += Codes::bytes) {
+    if (k % 64 == 0) _mm_prefetch(reinterpret_cast<const char *>(from) + 1024, _MM_HINT_T0);
+    __m256 w[4];
+    codes.read(from, w);
+    if constexpr (SCALES == Scales::fine) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) w[i] = _mm256_mul_ps(w[i], _mm256_set1_ps(groups.at(k + 8 * i)));
+    }
+    const __m256 scale = SCALES == Scales::wide ? _mm256_set1_ps(groups.at(k)) : _mm256_setzero_ps();
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const float *xk = x + t * a.cols + k;
+      __m256 one = SCALES == Scales::wide ? _mm256_mul_ps(w[0], _mm256_load_ps(xk))
+                                          : _mm256_fmadd_ps(w[0], _mm256_load_ps(xk), acc[t][0]);
+      __m256 two = SCALES == Scales::wide ? _mm256_mul_ps(w[1], _mm256_load_ps(xk + 8))
+                                          : _mm256_fmadd_ps(w[1], _mm256_load_ps(xk + 8), acc[t][1]);
+      one = _mm256_fmadd_ps(w[2], _mm256_load_ps(xk + 16), one);
+      two = _mm256_fmadd_ps(w[3], _mm256_load_ps(xk + 24), two);
+      acc[t][0] = SCALES == Scales::wide ? _mm256_fmadd_ps(one, scale, acc[t][0]) : one;
+      acc[t][1] = SCALES == Scales::wide ? _mm256_fmadd_ps(two, scale, acc[t][1]) : two;
+    }
+  }
+  for (int t = 0; t < T; ++t) store_sum(a, c, row, t, total(_mm256_add_ps(acc[t][0], acc[t][1])));
+}
+
+template <int T, Scales SCALES, class Codes> void whole_rows(const fips_matrix &a, const fips_call &c, const float *x) {
+  const Codes codes(a);
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+  for (int64_t row = 0; row < a.rows; ++row) whole_row<T, SCALES>(a, c, codes, row, x);
+}
+
+template <int T, int BITS, bool LEVELS> void whole_path(const fips_matrix &a, const fips_call &c, const float *x) {
+  if (!a.scale_group) return whole_rows<T, Scales::none, Codes<BITS, LEVELS>>(a, c, x);
+  if (a.scale_group < 64) return whole_rows<T, Scales::fine, Codes<BITS, LEVELS>>(a, c, x);
+  whole_rows<T, Scales::wide, Codes<BITS, LEVELS>>(a, c, x);
+}
+
+// `x`: the tokens as floats, one behind the other.
+template <int T> void whole_path(const fips_matrix &a, const fips_call &c, const float *x) {
+  switch (a.value_bits) {
+  case 2: return a.num_levels ? whole_path<T, 2, true>(a, c, x) : whole_path<T, 2, false>(a, c, x);
+  case 3: return a.num_levels ? whole_path<T, 3, true>(a, c, x) : whole_path<T, 3, false>(a, c, x);
+  case 4: return a.num_levels ? whole_path<T, 4, true>(a, c, x) : whole_path<T, 4, false>(a, c, x);
+  case 5: return a.num_levels ? whole_path<T, 5, true>(a, c, x) : whole_path<T, 5, false>(a, c, x);
+  case 6: return whole_path<T, 6, false>(a, c, x);
+  default: return whole_path<T, 7, false>(a, c, x);
+  }
+}
+
+} // namespace
