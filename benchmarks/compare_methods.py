@@ -72,6 +72,7 @@ def in_memory(batches: Batches) -> Batches:
 
 def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
     source, calibration, evaluation = settings(args.name, args.models, args.data, scratch)
+    evaluation = evaluation.replace(num_samples=args.eval_samples or evaluation.num_samples)
     model = load_dense(source, dtype="auto", device=torch.device("cpu"))
     kind = model_kind(model)
     options: dict[str, Any] = {"processor": load_processor(source, kind), "kind": kind}
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--bits", default="9.6,8,6.4,4.8")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--eval-samples", type=int, help="images or windows scored; default: all of the benchmark's")
     parser.add_argument("--suffix", default="", help="added to the name of the result directory")
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -94,6 +94,15 @@ class Comparison:
     def bits(self, method: str, size: float) -> float:
         return REFERENCE_BITS * float(median(stored(run) for run in self.runs(method, size)))
 
+    def median(self, method: str, size: float, field: str) -> float:
+        return float(median(run[field] for run in self.runs(method, size)))
+
+    def divergence(self, method: str, size: float, *, spread: bool = False) -> str:
+        """KL to the original, with the smallest and largest of several seeds."""
+        found = sorted(run["kl"] for run in self.runs(method, size))
+        ends = f" ({found[0]:.4f} to {found[-1]:.4f})" if spread and len(found) > 1 else ""
+        return f"{median(found):.4f}{ends}"
+
     def cell(self, method: str, size: float, digits: int, *, always: bool = False) -> str:
         """The quality, and the bits in brackets where they are not those asked for."""
         found = self.quality(method, size)
@@ -104,15 +113,15 @@ class Comparison:
         return quality(found, digits) + (f" ({bits:.2f})" if differs else "")
 
 
-def file_sizes(name: str) -> dict[str, int]:
-    """Bytes of the tensor file before and after, at 4.8 bits per weight."""
+def original_bytes(name: str) -> int:
+    """Bytes of the tensor file before."""
     labels = {"vit": "vit-tiny", "demo": "demo model"}
     if name in labels:
         wanted = f"{labels[name]}, stored MLP bytes 0.30 of 16-bit dense"
         found = next(run for run in load("end-to-end-zen4")["results"] if run["directory"] == wanted)
-        return {"before": found["file_bytes"]["dense"], "after": found["file_bytes"]["compressed"]}
+        return int(found["file_bytes"]["dense"])
     sizes = next(run for run in load("file-sizes")["results"] if (run["model"], asked(run)) == (name, 0.3))
-    return dict(sizes["file_bytes"])
+    return int(sizes["file_bytes"]["before"])
 
 
 WEIGHTS = {"vit": 3538944, "stories260k": 165120, "tinystories-656k": 294912, "demo": 2654208}
@@ -121,23 +130,63 @@ FILE_BYTES = {"vit": 4, "stories260k": 4, "tinystories-656k": 4, "demo": 2}
 """Bytes of a number in the original file."""
 
 
+OVERVIEW_BITS = 4.2
+"""Size asked for in the first table of README."""
+
+
 def overview() -> str:
     rows = []
     for name, label in MODELS.items():
-        found, digits, size = Comparison(name), DIGITS[name], file_sizes(name)
-        rest = (size["before"] - FILE_BYTES[name] * WEIGHTS[name]) * 2 / FILE_BYTES[name]
-        halves = (rest + 2 * WEIGHTS[name], rest + found.bits("fips", 0.3) / 8 * WEIGHTS[name])
+        found, digits, before = Comparison(f"{name}-default"), DIGITS[name], original_bytes(name)
+        size = OVERVIEW_BITS / REFERENCE_BITS
+        rest, layers = before - FILE_BYTES[name] * WEIGHTS[name], found.bits("fips", size) / 8 * WEIGHTS[name]
+        halves = rest * 2 / FILE_BYTES[name]
         rows.append([
             label,
-            f"{megabytes(size['before'])} → {megabytes(size['after'])}",
-            f"{megabytes(halves[0])} → {megabytes(halves[1])}",
+            f"{megabytes(before)} → {megabytes(rest + layers)}",
+            f"{megabytes(halves + 2 * WEIGHTS[name])} → {megabytes(halves + layers)}",
             quality(found.original, digits),
-            f"**{found.cell('fips', 0.3, digits, always=True)}**",
-            found.cell("gptq", 0.3, digits, always=True),
-            found.cell("gptq", 0.4, digits, always=True),
+            f"**{found.cell('fips', size, digits, always=True)}**",
+            found.cell("gptq", size, digits, always=True),
+            f"**{found.divergence('fips', size)}**",
+            found.divergence("gptq", size),
         ])  # fmt: skip
-    head = ["", "whole file", "with all else in 16 bits", "original", "fips (bits)", "gptq (bits)", "gptq (bits)"]
-    return markdown(head, rows)
+    head = ["", "whole file", "with all else in 16 bits", "original", "fips (bits)", "gptq (bits)"]
+    return markdown([*head, "KL, fips", "KL, gptq"], rows)
+
+
+def now() -> str:
+    """The default beside gptq: quality, KL to the original and agreement with it."""
+    rows = []
+    for name, label in MODELS.items():
+        found, digits = Comparison(f"{name}-default"), DIGITS[name]
+        for size in sorted({asked(run) for run in found.fields["runs"]}, reverse=True):
+            cells = [
+                [
+                    found.cell(method, size, digits, always=True),
+                    found.divergence(method, size, spread=True),
+                    f"{found.median(method, size, 'agreement_percent'):.1f}",
+                ]
+                for method in ("fips", "gptq")
+            ]
+            ratio = found.median("fips", size, "kl") / found.median("gptq", size, "kl")
+            head = [label, f"{REFERENCE_BITS * size:g}", quality(found.original, digits)]
+            rows.append([*head, *(part for pair in zip(*cells, strict=True) for part in pair), f"{ratio:.2f}"])
+    head = ["", "bits asked", "original", "fips (bits)", "gptq (bits)", "KL, fips", "KL, gptq", "same top 1, fips, %"]
+    return markdown([*head, "gptq, %", "KL, ratio"], rows)
+
+
+def real_model() -> str:
+    rows = []
+    for run in load("real-models-smollm2")["runs"]:
+        found = run["quality"]["against"]
+        options = run["options"].replace(" --sequence-length 512", "")
+        rows.append([
+            f"`{options}`", f"{run['stored_bits']:.2f}", f"{run['compress_seconds']:.0f} s",
+            f"{run['peak_memory_bytes'] / 1e9:.2f} GB", f"{run['quality']['perplexity']:.2f}",
+            f"{found['kl']:.4f} ± {found['kl_standard_error']:.4f}", f"{found['agreement_percent']:.1f}",
+        ])  # fmt: skip
+    return markdown(["SmolLM2-135M", "bits", "time", "peak memory", "perplexity", "KL", "same top 1, %"], rows)
 
 
 def comparison(name: str) -> str:
@@ -394,6 +443,8 @@ def _span(values: Sequence[float]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     **{f"compare-{name}": functools.partial(comparison, name) for name in MODELS},
+    "now": now,
+    "real-model": real_model,
     "low-bits": low_bits,
     "distillation": distillation,
     "parts": parts,

@@ -15,7 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
-__all__ = ["ROTATIONS", "rotate", "widest_rotation"]
+__all__ = ["ROTATIONS", "rotate", "rotate_moment", "widest_rotation"]
 
 ROTATIONS = (1, 4, 16, 64)
 """Columns of a block; 1 turns nothing. Square roots of the others are powers of 2: entries are exact in every type."""
@@ -45,3 +45,19 @@ def rotate(numbers: Tensor, block: int, dim: int = -1) -> Tensor:
     moved = numbers.movedim(dim, -1)
     turned: Tensor = moved.unflatten(-1, (-1, block)) @ _hadamard(block, numbers.dtype, numbers.device)
     return turned.flatten(-2).movedim(-1, dim)
+
+
+def rotate_moment(moment_KK: Tensor, block: int) -> Tensor:
+    """A second moment, or its diagonal (K,), of inputs that are turned; one tensor more than the moment at any time.
+
+    Of a diagonal it is the diagonal: the mean of every block.
+    """
+    if block == 1:
+        return moment_KK
+    if moment_KK.dim() == 1:
+        means = moment_KK.view(-1, block).mean(1, keepdim=True)
+        return means.expand(-1, block).flatten()
+    turned, matrix = rotate(moment_KK, block), _hadamard(block, moment_KK.dtype, moment_KK.device)
+    for rows in turned.split(block):
+        rows.copy_(matrix @ rows)
+    return turned

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fips.errors import BudgetError
-from fips.formats.rotation import rotate
+from fips.formats.rotation import rotate, rotate_moment
 from fips.formats.values import Values
 from fips.solve.alternate import Factorization
 from fips.solve.feedback import RUN, Chooser, Rounding, diagonal, inverse_root, with_feedback
@@ -68,22 +68,14 @@ class OneShot(Structures):
         self.dtype = dtype
         self.rotation = rotation
         self.matrix_NK = rotate(weight_DF.T if axis == 0 else weight_DF, rotation)
-        self.moment_KK = self._turned(usable_diagonal(moment_II) if moment_II.dim() == 1 else usable_moment(moment_II))
-        self.judge_KK = self.moment_KK if held_II is None else self._turned(usable_moment(held_II))
+        usable_II = usable_diagonal(moment_II) if moment_II.dim() == 1 else usable_moment(moment_II)
+        self.moment_KK = rotate_moment(usable_II, rotation)
+        self.judge_KK = self.moment_KK if held_II is None else rotate_moment(usable_moment(held_II), rotation)
         self.weight_N = ROW_SHARE * power_O + (1 - ROW_SHARE) * power_O.mean()
         self.damping = damping
         self.overfit: float | None = None
         """After trials: error on data held out over that on the data fitted, of what is nearest to an equal share."""
         self._upper_KK: Tensor | None = None
-
-    def _turned(self, moment_KK: Tensor) -> Tensor:
-        """A moment in turned columns; of a diagonal (K,) the diagonal, its blocks' means."""
-        if self.rotation == 1:
-            return moment_KK
-        if moment_KK.dim() == 1:
-            means = moment_KK.view(-1, self.rotation).mean(1, keepdim=True)
-            return means.expand(-1, self.rotation).flatten()
-        return rotate(rotate(moment_KK, self.rotation), self.rotation, 0)
 
     @property
     def upper_KK(self) -> Tensor:
