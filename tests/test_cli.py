@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fips
 from fips.cli import main
+from fips.layers.linear import factored_layers
 
 TEXT = "the cat sat on the mat and the dog ran to the cat . " * 400
 
@@ -242,6 +243,15 @@ def test_a_full_output_directory_is_refused_before_the_model_is_read(
     assert main(command) == 1
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_of_few_examples_a_part_is_held_out_too(llama_directory: Path, text: Path, tmp_path: Path) -> None:
+    """One batch of them all could not be parted."""
+    command = ["compress", str(llama_directory), "--data", str(text), "--bits", "6", "--output", str(tmp_path / "out")]
+    assert main([*command, "--num-samples", "16", "--sequence-length", "16"]) == 0
+    report = json.loads((tmp_path / "out" / "fips_report.json").read_text())
+    assert len(report["overfit"]) == len(factored_layers(fips.load(tmp_path / "out"))) == 9
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fips.app.sources import kind_of, longest_sequence
 from fips.app.tables import format_bytes
+from fips.calibration.sweep import CHUNKS
 from fips.config import CompressionConfig, DataConfig
 from fips.data import Kind
 from fips.data.load import window_length
@@ -39,14 +40,18 @@ def fitting_data(
 
     ``model`` is on the meta device.
 
-    A batch size that the user has ``chosen`` is kept or refused, the default one is lowered with a warning. Where not
+    A batch size that the user has ``chosen`` is kept or refused. The default one is small enough for every one of the
+    ``CHUNKS`` parts that moments are made of to have a batch, and lowered further with a warning. Where not
     even one example fits, a run is refused; a plan alone (``only_planned``) may be meant for another machine and gets
     a warning. Nothing is said where the need cannot be told. Raises ``ConfigError``.
     """
     kind = kind_of(model)
     need = calibration_memory(model, plan, config, examples_of(model, data), device=device)
     available = available_memory(device)
-    wanted = min(data.batch_size, data.num_samples or (DEFAULT_CALIBRATION_WINDOWS if kind == "text" else 1 << 60))
+    count = data.num_samples or (DEFAULT_CALIBRATION_WINDOWS if kind == "text" else 1 << 60)
+    if not chosen:
+        data = data.replace(batch_size=max(1, min(data.batch_size, count // CHUNKS)))
+    wanted = min(data.batch_size, count)
     if need is None or available is None or need.fits(wanted, available):
         return data, need
     largest = need.largest(available)
