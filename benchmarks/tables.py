@@ -95,11 +95,12 @@ class Comparison:
         return REFERENCE_BITS * float(median(stored(run) for run in self.runs(method, size)))
 
     def median(self, method: str, size: float, field: str) -> float:
-        return float(median(run[field] for run in self.runs(method, size)))
+        """Of a field of what runs say against the original."""
+        return float(median(run["against"][field] for run in self.runs(method, size)))
 
     def divergence(self, method: str, size: float, *, spread: bool = False) -> str:
         """KL to the original, with the smallest and largest of several seeds."""
-        found = sorted(run["kl"] for run in self.runs(method, size))
+        found = sorted(run["against"]["kl"] for run in self.runs(method, size))
         ends = f" ({found[0]:.4f} to {found[-1]:.4f})" if spread and len(found) > 1 else ""
         return f"{median(found):.4f}{ends}"
 
@@ -180,7 +181,7 @@ def real_model() -> str:
     rows = []
     for run in load("real-models-smollm2")["runs"]:
         found = run["quality"]["against"]
-        options = run["options"].replace(" --sequence-length 512", "")
+        options = run["options"].replace(" --num-samples 32 --sequence-length 512", "")
         rows.append([
             f"`{options}`", f"{run['stored_bits']:.2f}", f"{run['compress_seconds']:.0f} s",
             f"{run['peak_memory_bytes'] / 1e9:.2f} GB", f"{run['quality']['perplexity']:.2f}",

@@ -14,7 +14,8 @@ from fips.training.distill import DistillConfig
 __all__ = ["FipsConfig", "MetricConfig"]
 
 LEAST_ROTATED_BITS = 2.5
-"""Stored bits of a weight from which keeping all entries in turned columns was better than pruning."""
+"""Stored bits of a weight from which columns are turned and all entries kept: at 2.6 that left 0.88 of the KL of the
+best mixture with pruning (ViT-Tiny); fewer were not compared."""
 
 
 class MetricConfig(InputMetricConfig):
