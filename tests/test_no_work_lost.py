@@ -758,7 +758,7 @@ def test_a_batch_size_nobody_chose_is_lowered_aloud(
     caplog: Log,
 ) -> None:
     command = compress_command(llama_directory, text, tmp_path / "out")[:-2]
-    assert main([*command[:-2], "--num-samples", "20"]) == 0
+    assert main([*command[:-2], "--num-samples", "200"]) == 0
     assert "calibrating with batches of 4" in caplog.text
     assert json.loads((tmp_path / "out" / "fips_report.json").read_text())["data"]["batch_size"] == 4
 
@@ -773,7 +773,7 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
     plan, place = plan_compression(model, config), torch.device("cpu")
     if planned:
         found, _ = fitting.fitting_data(model, plan, config, data, device=place, chosen=False, only_planned=True)
-        assert found is data
+        assert found == data.replace(batch_size=16)  # one for every part of the moments
         assert "needs a machine with more memory" in caplog.text
     else:
         with pytest.raises(ConfigError, match="one alone about"):
