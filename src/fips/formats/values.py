@@ -269,7 +269,7 @@ class _Levels(Values):
         super().__init__(name)
         self.bits, self.scale_group, self.levels = bits, group, self._LEVELS[bits]
         self.rounding_error = self._ERRORS[bits] * (1.0 if group is None else self._SHARE[group])
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
@@ -280,13 +280,16 @@ class _Levels(Values):
     def dtype(self) -> torch.dtype:
         return torch.uint8
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``(levels, nearest)``: the number of every code, and the code next to every integer from -128 to 128."""
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """``(levels, codes, nearest)``: the number of every code, and code and number next to every integer from -128
+        to 128."""
         if device not in self._tables:
             levels = torch.tensor(self.levels, dtype=torch.float32)
             middles = (levels[1:] + levels[:-1]) / 2
-            nearest = torch.bucketize(torch.arange(-128.0, 129.0), middles).to(torch.int8)
-            self._tables[device] = levels.to(device), nearest.to(device)
+            places = torch.bucketize(torch.arange(-128.0, 129.0), middles)
+            tables = levels, places.to(torch.int8), levels[places]
+            levels, codes, nearest = (table.to(device) for table in tables)
+            self._tables[device] = levels, codes, nearest
         return self._tables[device]
 
     def _places(self, numbers: Tensor) -> Tensor:
@@ -294,20 +297,18 @@ class _Levels(Values):
         return numbers.clamp(-128, 128).add_(128.5).int().flatten()
 
     def table(self) -> Tensor:
-        levels, nearest = self._on(torch.device("cpu"))
-        return levels[nearest.long()]
+        return self._on(torch.device("cpu"))[2]
 
     def nearest(self, steps: Tensor) -> Tensor:
-        levels, nearest = self._on(steps.device)
-        of_integers = levels[nearest.long()].to(steps.dtype)
-        return of_integers.index_select(0, self._places(steps)).view(steps.shape)
+        nearest = self._on(steps.device)[2]
+        return nearest.to(steps.dtype).index_select(0, self._places(steps)).view(steps.shape)
 
     def encode(self, numbers: Tensor) -> Tensor:
-        _, nearest = self._on(numbers.device)
-        return nearest.index_select(0, self._places(numbers)).view(numbers.shape) - (1 << (self.bits - 1))
+        codes = self._on(numbers.device)[1]
+        return codes.index_select(0, self._places(numbers)).view(numbers.shape) - (1 << (self.bits - 1))
 
     def decode(self, codes: Tensor) -> Tensor:
-        levels, _ = self._on(codes.device)
+        levels = self._on(codes.device)[0]
         return levels.index_select(0, (codes.int() + (1 << (self.bits - 1))).flatten()).view(codes.shape)
 
 

@@ -102,16 +102,16 @@ def grid_steps(
 def best_steps(matrix: Tensor, weight: Tensor, *, values: Values, dim: int = -1) -> Tensor:
     """Step for every line along ``dim`` with the least weighted rounding error, among a few clipped maxima."""
     peaks = matrix.abs().amax(dim, keepdim=True) / values.largest
+    numbers = in_steps(matrix, peaks)  # errors of a line count in its largest step
     best = torch.full_like(peaks, torch.inf)
-    steps = peaks
+    ratios = torch.ones_like(peaks)
     for ratio in RATIOS:
-        tried = peaks * ratio
-        error = matrix - values.nearest(in_steps(matrix, tried)) * tried
+        error = values.nearest(numbers / ratio).mul_(ratio).sub_(numbers)
         loss = error.square_().mul_(weight).sum(dim, keepdim=True)
         better = loss < best
         best = torch.where(better, loss, best)
-        steps = torch.where(better, tried, steps)
-    return steps.squeeze(dim)
+        ratios = torch.where(better, ratio, ratios)
+    return (peaks * ratios).squeeze(dim)
 
 
 def round_rows(

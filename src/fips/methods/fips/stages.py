@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fips.calibration.moments import LayerMoments
 from fips.formats.patterns import FULL
 from fips.formats.rotation import widest_rotation
+from fips.formats.values import Values
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.methods.fips.settings import FipsConfig
 from fips.methods.workbench import (
@@ -61,6 +62,8 @@ __all__ = [
 ENOUGH = 2
 """Gradients per output of a layer from which their second moment is taken as it is. With 24 and 128 examples, 80
 outputs and a head of two classes mixing made the error of the logits 8 and 3 times smaller."""
+NEAR_BITS = 1.8
+"""Stored bits between the size asked for and value formats that are tried. None farther was taken on two models."""
 N16 = ("2:16", "4:16", "8:16")
 
 Packed = tuple[dict[str, SharedBasis], dict[str, FactoredLinear]]
@@ -439,22 +442,38 @@ def _choices(plan: GroupPlan, config: FipsConfig) -> list[Choice]:
             and all(site.hidden % 16 == 0 for site in plan.group.sites)
         ):
             patterns += N16
-    return [Choice(False, pattern, values.name) for pattern in patterns for values in config.value_choices]
+    values = _near(plan, config) if _rotated(plan, config) else config.value_choices
+    return [Choice(False, pattern, one.name) for pattern in patterns for one in values]
+
+
+def _near(plan: GroupPlan, config: FipsConfig) -> list[Values]:
+    """The value formats around the size asked for, where all entries are kept; one that fits is among them."""
+    share, sizes = group_share(plan, config), _whole_bytes(plan, config)
+    weights = plan.group.width * plan.group.hidden
+    fits = max(size for size in sizes if size <= share)
+    return [
+        values for values, size in zip(config.value_choices, sizes, strict=True)
+        if size == fits or 8 * abs(size - share) / weights <= NEAR_BITS
+    ]  # fmt: skip
 
 
 def _rotated(plan: GroupPlan, config: FipsConfig) -> bool:
     """Whether columns are turned: then all entries are kept, for which there must be room."""
     if not config.rotated:
         return False
+    return min(_whole_bytes(plan, config)) <= group_share(plan, config)
+
+
+def _whole_bytes(plan: GroupPlan, config: FipsConfig) -> list[float]:
+    """Of the layers of a group with all entries, in every value format."""
     item = itemsize(plan.dtype)
-    whole = [
+    return [
         sum(
             values.length(site.inputs * site.outputs) + values.scale_bytes(site.outputs, site.inputs, item)
             for site in plan.group.sites
         )
         for values in config.value_choices
     ]
-    return min(whole) <= group_share(plan, config)
 
 
 def group_share(plan: GroupPlan, config: FipsConfig) -> float:
