@@ -404,7 +404,6 @@ def layer_cost() -> str:
 def against_llm_compressor() -> str:
     names = {
         "llm-compressor GPTQ float32": "llm-compressor, GPTQ W4A16",
-        'fips {"method": "gptq", "bits": 4.25}': "fips, `--method gptq`, 4.25 bits",
         'fips {"bits": 4.25, "effort": "fast"}': "fips, `--effort fast`, 4.25 bits",
         'fips {"bits": 4.25}': "fips, the default, 4.25 bits",
     }
