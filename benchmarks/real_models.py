@@ -12,39 +12,31 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from paper_recipe import fips
 
 from fips.record import environment
-
-
-def fips(*arguments: str) -> tuple[dict[str, Any], float]:
-    """What a command prints as JSON, and the seconds of the whole process."""
-    command = [sys.executable, "-m", "fips", *arguments, "--json"]
-    started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found, time.perf_counter() - started
 
 
 def measure(args: argparse.Namespace, options: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         output = str(Path(scratch) / "small")
-        report, seconds = fips("compress", args.model, "--data", args.data, "--output", output, *shlex.split(options))
-        quality, _ = fips(
+        started = time.perf_counter()
+        report = fips("compress", args.model, "--data", args.data, "--output", output, *shlex.split(options))
+        seconds = time.perf_counter() - started
+        quality = fips(
             *("evaluate", output, "--against", args.model, "--data", args.eval_data),
             *("--num-samples", str(args.eval_samples), "--sequence-length", str(args.eval_length)),
         )
     layers = report["layers"]
-    overfit = [value for value in report.get("overfit", {}).values() if value is not None]
+    overfit = report["overfit"].values()
     return {
         "options": options,
         "stored_bits": 8 * layers["factored"]["bytes"] / layers["dense"]["parameters"],
@@ -53,7 +45,7 @@ def measure(args: argparse.Namespace, options: str) -> dict[str, Any]:
         "peak_memory_bytes": report["peak_memory_bytes"],
         "directory_bytes": report["directory_bytes"],
         "formats": sorted({part for group in report["groups"] for part in group["values"].split(", ")}),
-        "overfit": {"median": sorted(overfit)[len(overfit) // 2], "largest": max(overfit)} if overfit else None,
+        "overfit": {"median": median(overfit), "largest": max(overfit)} if overfit else None,
         "quality": quality,
     }
 

@@ -93,7 +93,10 @@ def compress(
     group: Annotated[
         str | None, typer.Option(help="Who shares a basis: `auto` as measured, `none`, or a number of blocks.")
     ] = None,
-    values: Annotated[str | None, typer.Option(help="Type of the values: auto, float, or int2 to int8.")] = None,
+    values: Annotated[
+        str | None,
+        typer.Option(help="Type of the values: auto, float, int2 to int8, nl2 to nl5; nl4g64: a scale per 64."),
+    ] = None,
     activation_bits: Annotated[
         int | None, typer.Option(help="8: layers of integers may round their inputs to 8 bits.")
     ] = None,

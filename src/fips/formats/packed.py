@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fips.errors import BackendError
 from fips.formats.patterns import BlockAxis, Pattern, pattern_named
-from fips.formats.rotation import ROTATIONS, rotate
+from fips.formats.rotation import rotate, rotation_fits
 from fips.formats.values import FLOAT, Values, values_named
 
 __all__ = ["Packed", "check_packed", "in_place", "to_dense"]
@@ -95,7 +95,7 @@ def check_packed(packed: Packed) -> None:
             )
     if (packed.group_scales is None) != (numbers.scale_group is None):
         raise BackendError(f"values {packed.kind} {'lack' if packed.group_scales is None else 'have no'} group scales")
-    if packed.rotation not in ROTATIONS or cols % packed.rotation or (packed.rotation > 1 and not numbers.scaled):
+    if not rotation_fits(cols, packed.rotation) or (packed.rotation > 1 and not numbers.scaled):
         raise BackendError(f"a matrix of {cols} columns and values {packed.kind} has no rotation {packed.rotation}")
     stored = packed.values_Z.dtype
     patterned = packed.pattern.numel() == 0 or packed.pattern.dtype == torch.uint8

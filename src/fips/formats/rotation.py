@@ -15,15 +15,20 @@ import functools
 import torch
 from torch import Tensor
 
-__all__ = ["ROTATIONS", "rotate", "rotate_moment", "widest_rotation"]
+__all__ = ["ROTATIONS", "rotate", "rotate_moment", "rotation_fits", "widest_rotation"]
 
 ROTATIONS = (1, 4, 16, 64)
 """Columns of a block; 1 turns nothing. Square roots of the others are powers of 2: entries are exact in every type."""
 
 
+def rotation_fits(columns: int, block: int) -> bool:
+    """Whether blocks are of a width that there is, and fill so many columns."""
+    return block in ROTATIONS and columns % block == 0
+
+
 def widest_rotation(columns: int) -> int:
-    """The widest block that divides so many columns."""
-    return max(block for block in ROTATIONS if columns % block == 0)
+    """The widest block that fills so many columns."""
+    return max(block for block in ROTATIONS if rotation_fits(columns, block))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fips.errors import ConfigError
 from fips.formats.packed import Packed, to_dense
 from fips.formats.patterns import BITMASK, pattern_named
-from fips.formats.rotation import rotate
+from fips.formats.rotation import rotate, rotation_fits
 from fips.formats.values import FLOAT, Values, values_named
 from fips.kernels import registry
 from fips.kernels.basis import BasisRuntime
@@ -120,7 +120,8 @@ class FactoredLinear(nn.Module):
         self.width, self.hidden = width, hidden
         self.in_features, self.out_features = self.role.features(width, hidden)
         self.factor_shape = self.role.stored_shape(self.rank, hidden)
-        if rotation > 1 and (basis is not None or not self.value_format.scaled or self.in_features % rotation):
+        alone = basis is None and self.value_format.scaled
+        if rotation != 1 and not (alone and rotation_fits(self.in_features, rotation)):
             raise ConfigError(
                 f"rotation {rotation} is for numbers on a grid, without a basis, whose {self.in_features} inputs fill "
                 "its blocks"

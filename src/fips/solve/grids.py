@@ -96,8 +96,9 @@ def grid_for(values: Values, matrix_NK: Tensor, weight_K: Tensor, dtype: torch.d
 
 def side_by_side(parts: Sequence[Rounding], rows: int) -> Rounding:
     """Several roundings of matrices of so many rows each as one of a taller matrix."""
-    grids = [part for part in parts if isinstance(part, GridRounding) and part.values.table() is not None]
-    return _Together(grids, rows) if len(grids) == len(parts) else _Apart(parts, rows)
+    grids = [part for part in parts if isinstance(part, GridRounding)]
+    tables = [table for part in grids if (table := part.values.table()) is not None]
+    return _Together(grids, tables, rows) if len(tables) == len(parts) else _Apart(parts, rows)
 
 
 class _Apart(Rounding):
@@ -121,13 +122,11 @@ class _Apart(Rounding):
 class _Together(_Apart):
     """All at once: numbers are rounded to integers, and these looked up in the table of their grid."""
 
-    def __init__(self, parts: Sequence[GridRounding], rows: int) -> None:
+    def __init__(self, parts: Sequence[GridRounding], tables: Sequence[Tensor], rows: int) -> None:
         super().__init__(parts, rows)
-        self.grids = parts
-        tables = [table for part in parts if (table := part.values.table()) is not None]
-        self.tables = torch.cat(tables)
-        starts = [sum(map(len, tables[:index])) for index in range(len(tables))]
-        self.middle_N = torch.tensor(starts).repeat_interleave(rows) + 128.5  # behind it lie the positive integers
+        self.grids, self.tables = parts, torch.cat(list(tables))
+        starts = len(tables[0]) * torch.arange(len(tables))
+        self.middle_N = starts.repeat_interleave(rows) + 128.5  # behind it lie the positive integers
         self._steps_N: tuple[Tensor, Tensor] | None = None
 
     def begin(self, rest_JN: Tensor, start: int) -> None:

@@ -99,7 +99,7 @@ struct LevelCursor : NarrowCursor {
   LevelCursor() = default;
   LevelCursor(const fips_matrix &a, int64_t first) : NarrowCursor(a, first), down(_mm_cvtsi32_si128(32 - int(bits))) {
     alignas(16) uint8_t table[32] = {}; // by the codes as numbers without sign, 128 more than the levels
-    for (int i = 0; i < 1 << bits; ++i) table[i] = uint8_t(a.levels[i ^ 1 << (bits - 1)] + 128);
+    for (int i = 0; i < 1 << bits; ++i) table[i] = uint8_t(number_of(a, i) + 128);
     low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
     high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table + 16)));
   }

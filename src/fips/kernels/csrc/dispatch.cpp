@@ -132,8 +132,7 @@ fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
   const int bits = int(a.value_bits);
   const int64_t bytes = a.value_bytes, run = 1 << 14;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t first = 0; first < a.num_values; first += run)
-  {
+  for (int64_t first = 0; first < a.num_values; first += run) {
     const int64_t count = min_of(a.num_values - first, run);
     widen(stream, bytes, bits, first, count, to + first);
     const int8_t *middle = a.levels + a.num_levels / 2; // that of code 0

@@ -31,9 +31,7 @@ double stored_value(const fips_matrix &a, int64_t i) {
   if (a.value_bits == 8) return load_float(a.values, a.value_type, i);
   const int bits = int(a.value_bits);
   const uint64_t word = bits_at(static_cast<const uint8_t *>(a.values), a.value_bytes, i * bits);
-  const uint64_t sign = uint64_t(1) << (bits - 1);
-  if (a.num_levels) return a.levels[(word & (2 * sign - 1)) ^ sign];
-  return double(int64_t((word & (2 * sign - 1)) ^ sign) - int64_t(sign));
+  return number_of(a, int64_t(word & ((uint64_t(1) << bits) - 1)));
 }
 
 struct Token {

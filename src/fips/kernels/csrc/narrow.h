@@ -37,7 +37,7 @@ struct NarrowStream {
     high = _mm512_set1_epi8(char(0xFF << (8 - a.value_bits)));
     by_level = a.num_levels > 0;
     alignas(64) int8_t table[64] = {};
-    for (int i = 0; by_level && i < 64; ++i) table[i] = a.levels[(i ^ 1 << (a.value_bits - 1)) & (a.num_levels - 1)];
+    for (int i = 0; by_level && i < 64; ++i) table[i] = int8_t(number_of(a, i & (a.num_levels - 1)));
     levels = _mm512_load_si512(table);
   }
   static float unit(const fips_matrix &a) { return a.num_levels ? 1.0f : 1.0f / float(1 << (8 - a.value_bits)); }

@@ -344,6 +344,12 @@ template <class Body> bool with_values(const fips_matrix &a, Body &&body) {
 #undef FIPS_ROW
 }
 
+// The number that a code of less than 8 bits stands for, given its bits as they lie in the stream.
+inline int number_of(const fips_matrix &a, int64_t bits) {
+  const int64_t sign = int64_t(1) << (a.value_bits - 1);
+  return a.num_levels ? a.levels[bits ^ sign] : int((bits ^ sign) - sign);
+}
+
 // Calls `body` with the reader of the type of x.
 template <class Body> void with_inputs(const fips_call &c, Body &&body) {
   if (c.x_type == FIPS_F32) return body(F32Values());

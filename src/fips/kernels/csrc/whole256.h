@@ -26,15 +26,14 @@ template <int BITS> struct Windows {
 };
 template <int BITS> constexpr Windows<BITS> windows;
 
-// Reads 32 numbers; `LEVELS`: codes are looked up.
+// Reads 32 numbers; `LEVELS`: codes are looked up, of 4 bits always.
 template <int BITS, bool LEVELS> struct Codes {
   static constexpr int bytes = 4 * BITS; // of 32 codes
   __m256i low, high;                     // the numbers of the codes as they lie in the stream, below 16 and from there on
   const uint8_t *end;
   explicit Codes(const fips_matrix &a) : end(static_cast<const uint8_t *>(a.values) + a.value_bytes) {
     alignas(32) int8_t table[32] = {};
-    constexpr int sign = 1 << (BITS - 1);
-    for (int i = 0; BITS < 6 && i < 2 * sign; ++i) table[i] = LEVELS ? a.levels[i ^ sign] : int8_t((i ^ sign) - sign);
+    for (int i = 0; LEVELS && i < 1 << BITS; ++i) table[i] = int8_t(number_of(a, i));
     low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
     high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table + 16)));
   }
@@ -128,7 +127,7 @@ template <int T> void whole_path(const fips_matrix &a, const fips_call &c, const
   switch (a.value_bits) {
   case 2: return a.num_levels ? whole_path<T, 2, true>(a, c, x) : whole_path<T, 2, false>(a, c, x);
   case 3: return a.num_levels ? whole_path<T, 3, true>(a, c, x) : whole_path<T, 3, false>(a, c, x);
-  case 4: return a.num_levels ? whole_path<T, 4, true>(a, c, x) : whole_path<T, 4, false>(a, c, x);
+  case 4: return whole_path<T, 4, true>(a, c, x);
   case 5: return a.num_levels ? whole_path<T, 5, true>(a, c, x) : whole_path<T, 5, false>(a, c, x);
   case 6: return whole_path<T, 6, false>(a, c, x);
   default: return whole_path<T, 7, false>(a, c, x);

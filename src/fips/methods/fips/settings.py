@@ -44,8 +44,9 @@ class FipsConfig(SparseConfig):
     sharing: Literal["auto", "always", "never"] = "auto"
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning)."""
     values: str | None = None
-    """Type of the factor values: floating, integers of 2 to 8 bits with a scale per row (`int4`), or `auto`, 3 to 8
-    bits as measured per layer. Default: `auto` with `bits`, else float."""
+    """Type of the factor values: floating, integers of 2 to 8 bits (`int4`) or levels of 2 to 5 (`nl4`) with a scale
+    per row, or beside it one per group of weights (`nl4g64`), or `auto`, 2 to 8 bits as measured per layer. Default:
+    `auto` with `bits`, else float."""
     pattern: str = "auto"
     """`unstructured`; `N:M`, N entries kept of every M consecutive ones along the reduction; `block4` or `block8`, one
     mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as

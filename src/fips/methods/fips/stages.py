@@ -39,7 +39,7 @@ from fips.methods.workbench import (
     pack_group,
 )
 from fips.models import Site
-from fips.plan.footprint import LayerStorage, itemsize
+from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
 from fips.plan.plan import CompressionPlan
 from fips.solve.allocate import allocate, expected_total, tempered
@@ -433,17 +433,14 @@ def _storage(mask_RF: Tensor, choice: Choice) -> LayerStorage:
 
 def _choices(plan: GroupPlan, config: FipsConfig) -> list[Choice]:
     """What a layer of the group may become without sharing."""
+    if _rotated(plan, config):
+        return [Choice(False, "unstructured", values.name) for values in _near(plan, config)]
     patterns = [config.resolved_pattern]
     if patterns == ["auto"]:
         patterns = ["unstructured"]
-        if (
-            not _rotated(plan, config)
-            and plan.group.width % 16 == 0
-            and all(site.hidden % 16 == 0 for site in plan.group.sites)
-        ):
+        if plan.group.width % 16 == 0 and all(site.hidden % 16 == 0 for site in plan.group.sites):
             patterns += N16
-    values = _near(plan, config) if _rotated(plan, config) else config.value_choices
-    return [Choice(False, pattern, one.name) for pattern in patterns for one in values]
+    return [Choice(False, pattern, values.name) for pattern in patterns for values in config.value_choices]
 
 
 def _near(plan: GroupPlan, config: FipsConfig) -> list[Values]:
@@ -464,16 +461,14 @@ def _rotated(plan: GroupPlan, config: FipsConfig) -> bool:
     return min(_whole_bytes(plan, config)) <= group_share(plan, config)
 
 
-def _whole_bytes(plan: GroupPlan, config: FipsConfig) -> list[float]:
+def _whole_bytes(plan: GroupPlan, config: FipsConfig) -> list[int]:
     """Of the layers of a group with all entries, in every value format."""
-    item = itemsize(plan.dtype)
-    return [
-        sum(
-            values.length(site.inputs * site.outputs) + values.scale_bytes(site.outputs, site.inputs, item)
-            for site in plan.group.sites
-        )
+    sites, item = plan.group.sites, itemsize(plan.dtype)
+    stored = [
+        [LayerStorage(site.width * site.hidden, FULL, values.name, shared=False) for site in sites]
         for values in config.value_choices
     ]
+    return [factored_footprint(plan.group, rank=0, itemsize=item, layers=layers).bytes for layers in stored]
 
 
 def group_share(plan: GroupPlan, config: FipsConfig) -> float:
