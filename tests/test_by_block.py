@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -23,14 +24,16 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import fips
 from fips.calibration.influence import collect_influence
-from fips.calibration.inputs import few_examples
+from fips.calibration.inputs import CalibrationData, few_examples, numbered
 from fips.calibration.moments import LayerMoments
 from fips.calibration.record import ActivationSpool
 from fips.calibration.relay import NotAChain, Relay
 from fips.calibration.sweep import Sweep
+from fips.data import Batches
 from fips.errors import ConfigError, FipsError, OutputError
 from fips.formats.values import values_named
 from fips.layers.linear import factored_layers
+from fips.methods.sweep import bytes_beside, steps_of
 from fips.methods.workbench import ProgressEvent
 from fips.models import locate_layers
 from fips.solve.feedback import Rounding, inverse_root, with_feedback
@@ -91,9 +94,9 @@ def test_moments_do_not_depend_on_the_steps(family: str, steps: int, spool: Acti
     model, batches = made(family)
     located, blocks = locate_layers(model).sublayers, blocks_of(model)
     sites = [site for sublayer in located for site in sublayer.sites]
-    with Sweep(model, blocks, lambda: batches, len(batches), run, spool, torch.device("cpu")) as sweep:
+    with Sweep(model, blocks, numbered(batches), len(batches), run, spool, torch.device("cpu")) as sweep:
         whole = sweep.step(len(blocks), sites).moments
-    with Sweep(model, blocks, lambda: batches, len(batches), run, spool, torch.device("cpu")) as sweep:
+    with Sweep(model, blocks, numbered(batches), len(batches), run, spool, torch.device("cpu")) as sweep:
         found = {}
         for start in range(0, len(blocks), steps):
             names = blocks[start : start + steps]
@@ -111,7 +114,7 @@ def test_a_moment_is_the_mean_of_the_products(spool: ActivationSpool) -> None:
     (mlp, *_) = locate_layers(model).sublayers
     seen: list[Tensor] = []
     handle = model.get_submodule(mlp.sites[0].name).register_forward_hook(lambda _, args, __: seen.append(args[0]))
-    with Sweep(model, blocks_of(model), lambda: batches, len(batches), run, spool, torch.device("cpu")) as sweep:
+    with Sweep(model, blocks_of(model), numbered(batches), len(batches), run, spool, torch.device("cpu")) as sweep:
         found = sweep.step(3, mlp.sites).moments
     handle.remove()
     x_TI = torch.cat([one.flatten(0, 1) for one in seen[1:]])  # the first is that of the example that shows the order
@@ -178,7 +181,7 @@ def test_each_block_of_a_chain_runs_once_per_batch(spool: ActivationSpool) -> No
     for name in blocks:
         inner = model.get_submodule(f"{name}.self_attn")  # a block that is done answers without computing
         inner.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-    with Sweep(model, blocks, lambda: batches, len(batches), run, spool, torch.device("cpu")) as sweep:
+    with Sweep(model, blocks, numbered(batches), len(batches), run, spool, torch.device("cpu")) as sweep:
         for sublayer in locate_layers(model).sublayers:
             sweep.step(1, sublayer.sites)
     assert set(calls.values()) == {1 + len(batches)}
@@ -590,6 +593,34 @@ def test_killed_processes_are_gone_on_with(source: tuple[Path, Path], tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     found, expected = (load_file(place / "model.safetensors") for place in (output, tmp_path / "whole"))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_part_of_the_batches_is_made_without_the_others() -> None:
+    made: list[int] = []
+
+    def collate(chunk: Sequence[int]) -> dict[str, Tensor]:
+        made.append(chunk[0])
+        return {"input_ids": torch.tensor([[3, 4 + chunk[0]]])}
+
+    batches = Batches(kind="text", description={}, num_samples=6, chunks=[[n] for n in range(6)], collate=collate)
+    data = CalibrationData(tiny_model("llama"), batches, seed=0)
+    data.check()
+    made.clear()
+    found = [(number, int(batch["input_ids"][0, 1])) for number, batch in data.part(lambda number: number % 4 == 1)]
+    assert found == [(1, 5), (5, 9)]
+    assert made == [1, 5]
+    listed = CalibrationData(tiny_model("llama"), list(batches), seed=0)
+    listed.check()
+    again = [(number, int(batch["input_ids"][0, 1])) for number, batch in listed.part(lambda number: number % 4 == 1)]
+    assert again == found
+
+
+def test_several_processes_keep_the_moments_of_their_own_blocks() -> None:
+    """3 blocks of 100 bytes: of 2 ranks the first keeps two of them, and a step of one block holds 6 moments a rank."""
+    blocks = [SimpleNamespace(moment_bytes=100) for _ in range(3)]
+    assert [len(step) for step in steps_of(blocks, 700, ranks=2)] == [1, 1, 1]  # type: ignore[arg-type]
+    assert bytes_beside(blocks, 700, ranks=2) is None  # type: ignore[arg-type]
+    assert bytes_beside(blocks, 800, ranks=2) == 200  # type: ignore[arg-type]
 
 
 def test_methods_that_do_not_share_the_work_refuse_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

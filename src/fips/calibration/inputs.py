@@ -20,9 +20,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
+from itertools import count as counting
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from transformers.utils.generic import find_labels
 from fips.calibration.preserve import RandomState
 from fips.errors import DataError
 
-__all__ = ["CalibrationData", "few_examples", "first_examples", "place"]
+__all__ = ["CalibrationData", "Wanted", "few_examples", "first_examples", "numbered", "place"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,23 @@ _CALL_OPTIONS = ("use_cache", "return_dict", "return_loss")
 _INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "inputs_embeds", "attention_mask")
 
 
+Wanted = Callable[[int], bool]
+"""Whether the batch with a number is wanted."""
+
+
+@runtime_checkable
+class Selectable(Protocol):
+    """Batches of which some can be made without the others."""
+
+    def only(self, numbers: Sequence[int]) -> Iterable[Any]:
+        """Those with these numbers, in this order."""
+
+
+def numbered(batches: Sequence[Any]) -> Callable[[Wanted], Iterator[tuple[int, Any]]]:
+    """A list of batches as a pass over those that are wanted, with their numbers."""
+    return lambda wanted: ((number, batch) for number, batch in enumerate(batches) if wanted(number))
+
+
 class CalibrationData:
     """Batches ready for a model: a sized iterable of dicts for ``model(**batch)`` and tensors for ``model(batch)``.
 
@@ -63,6 +81,7 @@ class CalibrationData:
         self._reader = _Reader.of(model, from_loader=_is_loader(batches) or isinstance(batches, TensorDataset))
         self._source: Iterable[Any] = _slices(batches) if isinstance(batches, TensorDataset) else batches
         self._same_every_pass = bool(getattr(batches, "same_every_pass", False))
+        self._selects = isinstance(batches, Selectable)
         self._seed = seed
         self._digests: list[str] = []
         self._count = len(batches) if isinstance(batches, Sized) else 0
@@ -75,14 +94,14 @@ class CalibrationData:
         Raises ``DataError`` naming the batch that cannot be used, or if a second pass gives other batches.
         """
         self._digests = [
-            _digest(batch) for batch in islice(self._passed(check=True), 1 if self._same_every_pass else None)
+            _digest(batch) for _, batch in islice(self._passed(check=True), 1 if self._same_every_pass else None)
         ]
         if not self._digests:
             raise DataError("the calibration data has no batch; give at least one")
         if self._same_every_pass:
             return
         self._count = len(self._digests)
-        again = next(iter(self._passed(check=False)), None)
+        again = next((batch for _, batch in self._passed(check=False)), None)
         if again is None:
             raise DataError("the batches were used up by the first pass, several are needed; give a list of them")
         if _digest(again) != self._digests[0]:
@@ -94,36 +113,49 @@ class CalibrationData:
         return self._count
 
     def __iter__(self) -> Iterator[Any]:
-        number = 0
-        for batch in self._passed(check=self._same_every_pass):
+        return (batch for _, batch in self.part())
+
+    def part(self, wanted: Wanted = lambda _: True) -> Iterator[tuple[int, Any]]:
+        """Those batches whose numbers are wanted, with their numbers; others are made only where the source can make
+        none but all in turn."""
+        chosen = [number for number in range(self._count) if wanted(number)]
+        seen = 0
+        for number, batch in self._passed(check=self._same_every_pass, chosen=chosen):
             if number < len(self._digests) and _digest(batch) != self._digests[number]:
                 log.warning("calibration batch %d is another one than on the first pass", number)
-            number += 1
-            yield batch
-        if number != self._count:
-            log.warning("this pass over the calibration data had %d batches, the first %d", number, self._count)
+            seen += 1
+            if wanted(number):
+                yield number, batch
+        if seen != self._count and not self._selects:
+            log.warning("this pass over the calibration data had %d batches, the first %d", seen, self._count)
 
     def key(self) -> str:
         """A digest of the data: equal for equal batches."""
         if self._same_every_pass and len(self._digests) < self._count:
-            self._digests = [_digest(batch) for batch in self._passed(check=True)]
+            self._digests = [_digest(batch) for _, batch in self._passed(check=True)]
         return hashlib.sha256("".join(self._digests).encode()).hexdigest()
 
-    def _passed(self, *, check: bool) -> Iterator[Any]:
-        """One pass; the loader draws its random numbers from a seed of its own."""
+    def _passed(self, *, check: bool, chosen: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
+        """One pass, or its ``chosen`` batches if the source selects, with their numbers.
+
+        The loader draws its random numbers from a seed of its own.
+        """
+        source: Iterable[Any] = self._source
+        numbers: Iterator[int] = counting()
+        if chosen is not None and isinstance(source, Selectable):
+            source, numbers = source.only(chosen), iter(chosen)
         with _own_generators(self._source):
             randomness = _Randomness(self._seed)
-            iterator = randomness.run(lambda: iter(self._source))
-            number = 0
+            iterator = randomness.run(lambda: iter(source))
             while True:
                 found = randomness.run(lambda: next(iterator, _END))
                 if found is _END:
                     return
+                number = next(numbers)
                 batch = self._reader.read(found, where=f"batch {number}")
                 if check:
                     self._reader.check(batch, where=f"batch {number}")
-                number += 1
-                yield batch
+                yield number, batch
 
 
 _END = object()

@@ -15,7 +15,7 @@ Shape legend: T tokens of a batch, I inputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fips.calibration.inputs import few_examples
+from fips.calibration.inputs import Wanted, few_examples
 from fips.calibration.moments import LayerMoments, real_device
 from fips.calibration.record import ActivationSpool, BlockCall, BlockRecorder, Stored, map_leaves
 from fips.calibration.relay import NotAChain, Relay
@@ -65,7 +65,7 @@ class Step:
 class Sweep(AbstractContextManager["Sweep"]):
     """``blocks`` of a model in the order in which they run; ``batches`` are counted and the same on every pass.
 
-    ``run(model, batch)`` makes a forward pass. ``spool`` keeps what is handed from step to step, and what the first
+    ``batches(wanted)`` are those with the numbers that are wanted. ``run(model, batch)`` makes a forward pass. ``spool`` keeps what is handed from step to step, and what the first
     ``recorded`` batches do to blocks, for ``Step.records``. With ``hold`` moments say what every other of the parts
     says alone, too.
     """
@@ -74,7 +74,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         self,
         model: nn.Module,
         blocks: Sequence[str],
-        batches: Callable[[], Iterable[Any]],
+        batches: Callable[[Wanted], Iterator[tuple[int, Any]]],
         count: int,
         run: Callable[[nn.Module, Any], Any],
         spool: ActivationSpool,
@@ -133,7 +133,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         self._probed = True
         relay = Relay(self.model, self.blocks, self.run, self.spool, self.device)
         with suppress(NotAChain):
-            relay.probe(next(few_examples(self._batches(), 1)))
+            relay.probe(next(few_examples(self._first(), 1)))
             self._relay = relay
 
     def _recorder(self, names: Sequence[str]) -> BlockRecorder | None:
@@ -142,17 +142,21 @@ class Sweep(AbstractContextManager["Sweep"]):
         return BlockRecorder(self.model, blocks, self.spool) if wanted else None
 
     def _watched(self, taps: _Taps, recorder: BlockRecorder | None) -> Iterator[Any]:
-        """The batches, closed one by one."""
-        for index, batch in enumerate(self._batches()):
-            chunk = index * CHUNKS // max(self._count, 1)
-            if self.ranks.owner(chunk) != self.ranks.index:
-                continue
-            taps.begin(chunk)
+        """The batches of this rank, closed one by one."""
+        for index, batch in self._batches(lambda index: self.ranks.owner(self._chunk(index)) == self.ranks.index):
+            taps.begin(self._chunk(index))
             if recorder is not None:
                 recorder.wants = index < self._recorded or recorder.missing
             yield batch
             if recorder is not None:
                 recorder.end_pass()
+
+    def _chunk(self, index: int) -> int:
+        """The part that the batch with a number belongs to."""
+        return index * CHUNKS // max(self._count, 1)
+
+    def _first(self) -> Iterator[Any]:
+        return (batch for _, batch in self._batches(lambda index: index == 0))
 
     def _pass(self, batches: Iterator[Any]) -> None:
         """Run the model up to where the sweep is now."""
@@ -171,7 +175,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         self._relay = Relay(self.model, self.blocks, self.run, self.spool, self.device, keep_all=True) if keep else None
 
     def _overflow(self, name: str) -> Exception:
-        batch = next(iter(self._batches()))
+        batch = next(self._first())
         where = f"activations of `{name}`, or their squares, are not finite"
         return overflow_error(self.model, batch, self.run, where=where)
 

@@ -53,6 +53,10 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return map(self.collate, self.chunks)
 
+    def only(self, numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        """The batches with these numbers."""
+        return (self.collate(self.chunks[number]) for number in numbers)
+
 
 def choose(available: int, config: DataConfig, *, default: int | None = None) -> np.ndarray:
     """Indices of the samples in random order: the first of a seeded permutation, all of it without a limit."""

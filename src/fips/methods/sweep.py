@@ -69,15 +69,26 @@ class Block:
 def steps_of(blocks: Sequence[Block], memory: int, *, ranks: int = 1) -> list[list[Block]]:
     """Blocks that are measured together: a moment, what is held out of it and the parts that wait are counted."""
     if ranks > 1:  # the parts of all wait for each other, and each rank wants a block to work on
-        return list(runs_within(blocks, lambda block: (2 - (-CHUNKS // ranks)) * block.moment_bytes, memory))
+        return list(runs_within(blocks, lambda block: _beside_parts(ranks) * block.moment_bytes, memory))
     return list(runs_within(blocks, lambda block: 3 * block.moment_bytes, min(memory, STEP_MEMORY)))
 
 
-def bytes_beside(blocks: Sequence[Block], memory: int) -> int | None:
-    """Bytes of the moments of all other layers that are kept beside those of a step; None where that is too much."""
-    step = max(sum(block.moment_bytes for block in step) for step in steps_of(blocks, memory))
-    beside = sum(block.moment_bytes for block in blocks) - step
-    return beside if beside + 3 * step <= memory else None
+def _beside_parts(ranks: int) -> int:
+    """Moments of a block that one of several ranks holds at once: its parts of the data, and two more."""
+    return 2 - (-CHUNKS // ranks)
+
+
+def bytes_beside(blocks: Sequence[Block], memory: int, *, ranks: int = 1) -> int | None:
+    """Bytes of the moments of all other layers that are kept beside those of a step; None where that is too much.
+
+    Of several ranks each keeps those of the blocks that it works on: what is told is the most of one.
+    """
+    steps = [[block.moment_bytes for block in step] for step in steps_of(blocks, memory, ranks=ranks)]
+    held = max(sum(sum(step[rank::ranks]) for step in steps) for rank in range(ranks))
+    largest = max(steps, key=sum)
+    step = max(sum(largest[rank::ranks]) for rank in range(ranks))
+    needed = 3 * step if ranks == 1 else _beside_parts(ranks) * sum(largest)
+    return held - step if held - step + needed <= memory else None
 
 
 T = TypeVar("T")

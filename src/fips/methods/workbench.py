@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fips.calibration.heads import first_tensor
 from fips.calibration.influence import Influence, collect_influence
-from fips.calibration.inputs import CalibrationData, few_examples, first_examples, place
+from fips.calibration.inputs import CalibrationData, Wanted, few_examples, first_examples, numbered, place
 from fips.calibration.moments import LayerMoments, collect_moments
 from fips.calibration.preserve import RandomState
 from fips.calibration.record import ActivationSpool, record_blocks
@@ -237,7 +238,7 @@ class Workbench:
         cache = None if changed else self.cache
         if cache is None:
             return measure()
-        key = (tuple(names), *how, self.batches.key())
+        key = (tuple(names), *how, "" if self.owns_cache else self.batches.key())
         if key not in cache or (hold and not all(one.held or one.parts < 2 for one in cache[key].values())):
             cache[key] = measure()
         return cache[key]
@@ -267,7 +268,7 @@ class Workbench:
         with (
             ActivationSpool(self.config.activation_memory) as spool,
             Sweep(
-                self.model, blocks, lambda: batches, len(batches), self.run_body, spool, self.device,
+                self.model, blocks, numbered(batches), len(batches), self.run_body, spool, self.device,
                 recorded=len(batches),
             ) as found,
         ):  # fmt: skip
@@ -279,8 +280,8 @@ class Workbench:
         with (
             ActivationSpool(self.config.activation_memory) as spool,
             Sweep(
-                self.model, blocks, lambda: self.counted("measure", name), len(self.batches), self.run_body, spool,
-                self.device, ranks=self.ranks, hold=hold,
+                self.model, blocks, partial(self.counted_part, "measure", name), len(self.batches), self.run_body,
+                spool, self.device, ranks=self.ranks, hold=hold,
             ) as found,
         ):  # fmt: skip
             yield found
@@ -365,9 +366,18 @@ class Workbench:
         """The batches, reported one by one; ``limit`` says how many will be asked for, more are not counted."""
         total = len(self.batches)
         total = min(total, limit) if limit is not None else total
-        for index, batch in enumerate(self.batches):
+        yield from (batch for _, batch in self._reported(stage, group, self.batches.part(), total))
+
+    def counted_part(self, stage: str, group: str, wanted: Wanted) -> Iterator[tuple[int, Any]]:
+        """The batches whose numbers are wanted, with their numbers, reported one by one."""
+        return self._reported(stage, group, self.batches.part(wanted), len(self.batches))
+
+    def _reported(
+        self, stage: str, group: str, batches: Iterator[tuple[int, Any]], total: int
+    ) -> Iterator[tuple[int, Any]]:
+        for index, batch in batches:
             self.report(stage, group, min(index, total or index), total)
-            yield batch
+            yield index, batch
             self.report(stage, group, min(index + 1, total or index + 1), total)
 
     def report(self, stage: str, group: str, done: int, total: int, loss: float | None = None) -> None:

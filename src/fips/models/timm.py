@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,3 +173,6 @@ class PixelBatches:
 
     def __iter__(self) -> Iterator[Tensor]:
         return (batch["pixel_values"] for batch in self.batches)
+
+    def only(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        return (batch["pixel_values"] for batch in self.batches.only(numbers))

@@ -182,7 +182,7 @@ def _tried(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[
     Where the moments of all layers fit into memory they are kept for the pass that solves.
     """
     blocks = blocks_of(plan)
-    if bench.ranks.count == 1 and bytes_beside(blocks, config.metric.memory) is not None:
+    if bytes_beside(blocks, config.metric.memory, ranks=bench.ranks.count) is not None:
         bench.keep_moments()
 
     def make(block: Block, moments: Mapping[str, LayerMoments]) -> Made:
