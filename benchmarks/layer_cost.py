@@ -2,8 +2,8 @@
 
     python benchmarks/layer_cost.py --output benchmarks/results/layer-cost.json
 
-Of each width d a matrix that reads d and one that reads 3.5 d inputs, random, as `method: fips` does at 4.25 bits: the
-moment of half of the data is factorised for the trials, that of all for the solution. Weights are float32. ``exponent``
+Of each width d a matrix that reads d and one that reads 3.5 d inputs, random, as `method: fips` does at 4.25 bits, in
+turned columns: the moment of half of the data is factorised for the trials, that of all for the solution. Weights are float32. ``exponent``
 is the slope of the line through the logarithms of width and seconds.
 """
 
@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 import fips
+from fips.formats.rotation import widest_rotation
 from fips.methods.fips.settings import FipsConfig
+from fips.methods.fips.stages import NEAR_BITS
 from fips.record import environment
 from fips.solve.oneshot import OneShot
 from fips.solve.structures import Choice, Pricing
@@ -50,16 +52,20 @@ def measure(width: int, inputs: int) -> dict[str, float]:
     axis: Any = 1 if inputs > width else 0
     config = fips.CompressionConfig(bits=BITS)
     assert isinstance(config, FipsConfig)
-    choices = [Choice(False, "unstructured", values.name) for values in config.value_choices]
+    near = [values for values in config.value_choices if abs((values.bits or 0) - BITS) <= NEAR_BITS]
+    choices = [Choice(False, "unstructured", values.name) for values in near]
     size = BITS / 8 * weight_DF.numel()
+    shared: dict[str, Any] = {"rotation": widest_rotation(inputs)}
     power_O = torch.ones(outputs)
     seconds = {}
     begin = time.perf_counter()
-    points = OneShot(weight_DF, moment_II, power_O, axis, PRICING, torch.bfloat16, held_II).trials(choices, size)
+    trial = OneShot(weight_DF, moment_II, power_O, axis, PRICING, torch.bfloat16, held_II, **shared)
+    points = trial.trials(choices, size)
+    del trial, held_II
     seconds["trials"] = time.perf_counter() - begin
     best = min((point for point in points if point.bytes <= size), key=lambda point: point.loss)
     begin = time.perf_counter()
-    OneShot(weight_DF, moment_II, power_O, axis, PRICING, torch.bfloat16).solve(best.choice, size)
+    OneShot(weight_DF, moment_II, power_O, axis, PRICING, torch.bfloat16, **shared).solve(best.choice, size)
     seconds["solution"] = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**{name: round(value, 3) for name, value in seconds.items()}, "peak_bytes": peak}
