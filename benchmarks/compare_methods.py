@@ -21,6 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import field_methods  # noqa: F401 - `rtn`, `field-gptq` and `awq`
 import torch
 from paper_recipe import SEPARATOR, STORY_WINDOWS, story_job
 

@@ -5,7 +5,7 @@
 
 Every setting runs in a process of its own. On a CPU the weights come from a checkpoint on disk, as a user's do. Shapes
 decide the time, numbers do not; quality is not looked at. ``whole_model_s`` says what all blocks and ``--full-windows``
-windows would take: measuring grows with both, solving with the blocks.
+windows would take: measuring grows with both, solving with the blocks, and training with blocks and steps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,14 @@ from fips.methods.workbench import ProgressEvent
 from fips.models.transformers import build_empty, config_from_fields, load_dense
 from fips.recipes import load_recipe
 
-STAGES = {"measure": "measuring", "try": "solving", "solve": "solving", "allot": "allotting", "record": "measuring"}
+STAGES = {
+    "measure": "measuring",
+    "try": "solving",
+    "solve": "solving",
+    "allot": "allotting",
+    "record": "measuring",
+    "reconstruct": "training",
+}
 
 
 def architecture(args: argparse.Namespace) -> tuple[Any, int]:
@@ -87,7 +95,9 @@ def measure(args: argparse.Namespace) -> None:
         last = now
 
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    settings = {"metric": {"memory": args.memory}, "activation_memory": args.memory // 2, **json.loads(args.one)}
+    asked = json.loads(args.one)
+    metric = {} if asked.get("method") == "fips-paper" else {"metric": {"memory": args.memory}}
+    settings = {**metric, "activation_memory": args.memory // 2, **asked}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = last = time.perf_counter()
@@ -97,8 +107,10 @@ def measure(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     layers = report.plan["layers"]
     share = args.full_windows / args.windows
-    rest = seconds - spent["measuring"] - spent["solving"]
-    scaled = (whole / blocks_of(config)) * (spent["measuring"] * share + spent["solving"]) + rest
+    rest = seconds - spent["measuring"] - spent["solving"] - spent["training"]
+    steps = asked.get("reconstruction", {}).get("steps", 0)
+    training = spent["training"] * args.full_steps / steps if steps else 0.0
+    scaled = (whole / blocks_of(config)) * (spent["measuring"] * share + spent["solving"] + training) + rest
     result = {
         "settings": json.loads(args.one),
         "seconds": round(seconds, 1),
@@ -120,6 +132,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="blocks of the model; default: all")
     parser.add_argument("--windows", type=int, default=8, help="texts or images")
     parser.add_argument("--full-windows", type=int, default=128, help="of the run that is extrapolated to")
+    parser.add_argument("--full-steps", type=int, default=600, help="training steps of that run, where there are any")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--memory", type=int, default=2 << 30, help="bytes of moments")
@@ -138,7 +151,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "benchmark": "time and memory at real sizes",
         "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
