@@ -9,8 +9,8 @@ bits a zero point as a weight has; the usual files take 16 bits a scale, so size
 * `field-gptq` rounds the columns in the order of their power (act-order), with scales and zero points of groups
   fixed beforehand from the original weights (static groups), damping 1 % (arXiv 2210.17323).
 * `awq` multiplies column k by :math:`(E x_k^2)^{\alpha / 2}` and rounds plainly, with the alpha of 0, 0.05 ... 1 that
-  leaves the least error of the outputs (arXiv 2306.00978). The field folds these factors into the layer before; they
-  are stored here, 16 bits each, which is at most 0.08 bits a weight on the models of the tables.
+  leaves the least error of the outputs (arXiv 2306.00978). The field folds these factors into the layer before, so
+  they are stored here and not counted.
 
 Shape legend: N rows (outputs), K columns (inputs), G groups of columns, J columns of a group.
 """
@@ -68,6 +68,10 @@ class ZeroPoints(Values):
     def num_scales_of(self, rows: int, cols: int) -> tuple[int, int]:
         groups = rows * -(-cols // self.scale_group)
         return rows + cols * self.columns, groups + packed_length(groups, self.bits)
+
+    def scale_bytes(self, rows: int, cols: int, itemsize: float) -> float:
+        scales, groups = self.num_scales_of(rows, cols)
+        return (scales - cols * self.columns) * itemsize + groups
 
     def stored(self, steps_NG: Tensor, zeros_NG: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """``(scales_N, bytes, steps_NG)``: the tensors of the file, and the steps as they will be read."""

@@ -3,8 +3,9 @@
     python benchmarks/layer_cost.py --output benchmarks/results/layer-cost.json
 
 Of each width d a matrix that reads d and one that reads 3.5 d inputs, random, as `method: fips` does at 4.25 bits, in
-turned columns: the moment of half of the data is factorised for the trials, that of all for the solution. Weights are float32. ``exponent``
-is the slope of the line through the logarithms of width and seconds.
+turned columns: the moment of half of the data is factorised for the trials, that of all for the solution, which is then
+made better in sweeps. Weights are float32. ``exponent`` is the slope of the line through the logarithms of width and
+seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import fips
 from fips.formats.rotation import widest_rotation
 from fips.methods.fips.settings import FipsConfig
-from fips.methods.fips.stages import NEAR_BITS
+from fips.methods.fips.stages import NEAR_BITS, SWEEPS
 from fips.record import environment
 from fips.solve.oneshot import OneShot
 from fips.solve.structures import Choice, Pricing
@@ -55,7 +56,7 @@ def measure(width: int, inputs: int) -> dict[str, float]:
     near = [values for values in config.value_choices if abs((values.bits or 0) - BITS) <= NEAR_BITS]
     choices = [Choice(False, "unstructured", values.name) for values in near]
     size = BITS / 8 * weight_DF.numel()
-    shared: dict[str, Any] = {"rotation": widest_rotation(inputs)}
+    shared: dict[str, Any] = {"rotation": widest_rotation(inputs), "sweeps": SWEEPS}
     power_O = torch.ones(outputs)
     seconds = {}
     begin = time.perf_counter()

@@ -4,7 +4,8 @@
         --data ../shared/data/tiny-imagenet/train --output benchmarks/results/ranks.json -- --num-samples 384
 
 What follows ``--`` goes to `fips compress`. The runs take turns; seconds are those of the report, without imports and
-loading, and medians over ``--repeats``. However many processes there are, those of one thread must write the same bytes.
+loading, and medians over ``--repeats``. However many processes there are, those of one thread must write the same
+bytes.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ import torch
 import transformers
 from conftest import DECODER, FAMILIES, SMALL, batches_for, quick_settings, tiny_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import fips
 from fips.layers.linear import factored_layers
@@ -121,6 +122,19 @@ class FamilyTests:
         model.save_pretrained(tmp_path / "dense")
         before, after = (set(load_file(tmp_path / name / "model.safetensors")) for name in ("original", "dense"))
         assert after == before
+
+    def test_all_matrices_of_the_blocks_are_compressed_where_that_is_asked_for(self, tmp_path: Path) -> None:
+        model = self.model()
+        batch = self.inputs(model, 0)
+        in_blocks = {
+            name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+        }  # fmt: skip
+        fips.compress(model, [batch], fips.CompressionConfig(bits=5.0, layers="blocks"))
+        assert set(factored_layers(model)) == {name for name in in_blocks if "downsample" not in name}
+        assert len(factored_layers(model)) > self.matrices
+        fips.save(model, tmp_path / "packed")
+        assert torch.equal(self.outputs(fips.load(tmp_path / "packed")), self.outputs(model))
 
 
 class AudioTests(FamilyTests):

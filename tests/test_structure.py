@@ -18,6 +18,7 @@ from fips.errors import ConfigError, NoMatchError
 from fips.layers.linear import factored_layers
 from fips.models import Part, Site, group_layers, locate_layers
 from fips.models.sites import Linear
+from fips.plan.plan import plan_compression
 
 EXPECTED = {
     "llama": (3, "gated", "model.layers.0.mlp", "model.layers.0", (32, 80)),
@@ -127,6 +128,53 @@ def test_targets_replace_the_search_and_may_name_attention() -> None:
         [f"{i}.self_attn.{p}_proj" for i in range(3) for p in "qo"]
         + [f"1.mlp.{p}_proj" for p in ("gate", "up", "down")]
     )
+
+
+def test_blocks_have_their_attention_beside_their_mlps() -> None:
+    located = locate_layers(tiny_model("llama"), layers="blocks")
+    kinds = [(sublayer.name.removeprefix("model.layers."), sublayer.kind) for sublayer in located.sublayers]
+    assert kinds == [
+        (f"{i}.{name}", kind) for i in range(3) for name, kind in (("self_attn", "attention"), ("mlp", "gated"))
+    ]
+    assert {len(sublayer.sites) for sublayer in located.sublayers} == {3, 4}
+
+
+def test_ignore_takes_one_layer_of_attention_and_leaves_the_others() -> None:
+    located = locate_layers(tiny_model("llama"), layers="blocks", ignore=["k_proj", "layers.1.self_attn"])
+    left = [site.name.split(".")[-1] for sublayer in located.sublayers[:1] for site in sublayer.sites]
+    assert left == ["q_proj", "v_proj", "o_proj"]
+    assert "model.layers.1.self_attn" not in [sublayer.name for sublayer in located.sublayers]
+    assert [item.name for item in located.skipped] == [f"model.layers.{i}.self_attn" for i in range(3)]
+
+
+def test_low_rank_attention_is_compressed_with_what_lies_between(tmp_path: Path) -> None:
+    """Latent attention of DeepSeek: q_b_proj and kv_b_proj neither read nor write the residual stream."""
+    config = AutoConfig.for_model(
+        "deepseek_v3", vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+        first_k_dense_replace=2, max_position_embeddings=64, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(NoMatchError, match="q_b_proj"):
+        locate_layers(model, targets=["*q_b_proj"])
+    alone = [one for one in locate_layers(model, layers="blocks").sublayers if len(one.sites) == 1]
+    assert [one.name.split(".")[-1] for one in alone] == ["q_b_proj", "kv_b_proj"] * 2
+    ids = {"input_ids": torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))}
+    fips.compress(model, [ids], fips.CompressionConfig(bits=5.0, layers="blocks"))
+    assert {name.split(".")[-1] for name in factored_layers(model)} == {
+        "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    fips.save(model, tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(fips.load(tmp_path / "m")(**ids).logits, model(**ids).logits)
+
+
+def test_what_reorders_neurons_takes_mlps_alone() -> None:
+    with pytest.raises(ConfigError, match=r"`layers` takes other layers of `model\.layers\.0`"):
+        plan_compression(tiny_model("llama"), fips.CompressionConfig(bits=6.0, layers="blocks", pattern="block4"))
+    with pytest.raises(ConfigError, match="`targets` names the layers"):
+        fips.CompressionConfig(bits=6.0, layers="blocks", targets=["q_proj"])
 
 
 def test_a_target_that_matches_nothing_shows_the_closest_names() -> None:

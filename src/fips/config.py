@@ -149,6 +149,8 @@ class CompressionConfig(Settings):
     """Consecutive blocks of equal width that share a basis."""
     groups: tuple[tuple[int, ...], ...] | None = None
     """Explicit groups of block indices, counted over all blocks found; overrides `share_blocks`."""
+    layers: Literal["mlp", "blocks"] = "mlp"
+    """`mlp`: the linear layers of the MLPs; `blocks`: those of attention too."""
     targets: tuple[str, ...] | None = None
     """Layers to compress instead of those found: names, suffixes, globs, or `re:` patterns."""
     ignore: tuple[str, ...] = ()
@@ -178,6 +180,8 @@ class CompressionConfig(Settings):
             raise ValueError(
                 f"give either `budget` (fraction of parameters) or `bits` (stored bits per weight), got {given}"
             )
+        if self.targets is not None and self.layers != "mlp":
+            raise ValueError(f"`targets` names the layers, so `layers: {self.layers}` says nothing; leave one out")
         if self.activation_bits is not None and not self.has_integers:
             raise ValueError("`activation_bits` goes with integer `values`, got `values: float`")
         self.check()

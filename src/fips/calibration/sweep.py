@@ -65,9 +65,9 @@ class Step:
 class Sweep(AbstractContextManager["Sweep"]):
     """``blocks`` of a model in the order in which they run; ``batches`` are counted and the same on every pass.
 
-    ``batches(wanted)`` are those with the numbers that are wanted. ``run(model, batch)`` makes a forward pass. ``spool`` keeps what is handed from step to step, and what the first
-    ``recorded`` batches do to blocks, for ``Step.records``. With ``hold`` moments say what every other of the parts
-    says alone, too.
+    ``batches(wanted)`` are those whose numbers are wanted. ``run(model, batch)`` makes a forward pass. ``spool`` keeps
+    what is handed from step to step, and what the first ``recorded`` batches do to blocks, for ``Step.records``. With
+    ``hold`` moments say what every other of the parts says alone, too.
     """
 
     def __init__(

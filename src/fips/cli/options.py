@@ -25,6 +25,7 @@ Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the f
 Pattern = Annotated[str | None, typer.Option(help="auto, unstructured, N:M such as 4:16, block4 or block8.")]
 ShareBlocks = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
 Groups = Annotated[str | None, typer.Option(help="Explicit groups of block indices, such as `0-3,4-7,8-11`.")]
+Layers = Annotated[str | None, typer.Option(help="mlp, or blocks: the matrices of attention too.")]
 Targets = Annotated[
     list[str] | None, typer.Option(help="Layers to compress: name, suffix, glob or re:... (repeatable).")
 ]
@@ -39,7 +40,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples per batch.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of samples and batch order.")]
 
 COMPRESSION = ("budget", "bits", "method", "effort", "values", "sparsity", "pattern", "schedule", "threshold_scope",
-               "share_blocks", "groups", "targets", "ignore", "factor_dtype", "activation_bits", "precision",
+               "share_blocks", "groups", "layers", "targets", "ignore", "factor_dtype", "activation_bits", "precision",
                "activation_memory", "seed")  # fmt: skip
 RECONSTRUCTION = ("steps", "learning_rate")
 DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -28,12 +28,12 @@ __all__ = ["Located", "Skipped", "Sublayer", "locate_layers"]
 
 @dataclass(frozen=True, slots=True)
 class Sublayer:
-    """The linear layers of one MLP, or those of a block that ``targets`` names, and the block they belong to."""
+    """The linear layers of one MLP or attention, or those of a block that ``targets`` names, and their block."""
 
     name: str
     block: str
     block_list: str
-    kind: Literal["plain", "gated", "fused-gated", "custom"]
+    kind: Literal["plain", "gated", "fused-gated", "attention", "custom"]
     sites: tuple[Site, ...]
 
     @property
@@ -55,11 +55,18 @@ class Located:
     skipped: tuple[Skipped, ...]
 
 
-def locate_layers(model: nn.Module, *, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> Located:
+def locate_layers(
+    model: nn.Module,
+    *,
+    layers: Literal["mlp", "blocks"] = "mlp",
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+) -> Located:
     """Every MLP inside a repeated block, in module order, and what was passed over with the reason.
 
-    ``targets`` replaces the search: all linear layers inside blocks whose name, or whose MLP's name, fits a pattern
-    are taken, attention projections included. ``ignore`` then removes layers the same way.
+    With ``layers`` of ``blocks`` the linear layers of attention too. ``targets`` replaces the search: all linear layers
+    inside blocks whose name, or whose MLP's name, fits a pattern are taken. ``ignore`` then removes layers the same
+    way; of attention the one layer that it names.
 
     Raises ``NoMatchError`` if a pattern fits nothing or nothing is left.
     """
@@ -68,19 +75,25 @@ def locate_layers(model: nn.Module, *, targets: Sequence[str] | None = None, ign
     _scan(model, "", model, found, skipped)
     every = {linear.name: linear for linear in _linears(model)}
     found = list(_once(found, every, skipped))
+    if layers == "blocks" and targets is None:
+        found = _with_attention(model, found, every, skipped)
     names = list(every) + [sublayer.name for sublayer in found]
     if targets is not None:
         require_matches("targets", targets, names)
         found = _select_targets(model, found, every, targets)
     require_matches("ignore", ignore, names)
-    kept = [sublayer for sublayer in found if not _ignored(sublayer, ignore)]
-    skipped += [Skipped(sublayer.name, "matched by `ignore`") for sublayer in found if _ignored(sublayer, ignore)]
+    kept = []
+    for sublayer in found:
+        left = _without_ignored(sublayer, ignore)
+        if left is not sublayer:
+            skipped.append(Skipped(sublayer.name, "matched by `ignore`"))
+        if left is not None:
+            kept.append(left)
     if not kept:
         reasons = "; ".join(f"`{item.name}`: {item.reason}" for item in skipped[:3])
         raise NoMatchError(
-            f"no MLP to compress among the {len(every)} linear layers of `{type(model).__name__}`"
-            + (f" ({reasons})" if reasons else "")
-            + "; name the layers with `targets`"
+            f"no {'MLP' if layers == 'mlp' else 'MLP or attention'} to compress among the {len(every)} linear layers "
+            f"of `{type(model).__name__}`" + (f" ({reasons})" if reasons else "") + "; name the layers with `targets`"
         )
     return Located(tuple(kept), tuple(skipped))
 
@@ -97,8 +110,14 @@ def _once(found: Sequence[Sublayer], every: Mapping[str, Linear], skipped: list[
             )
 
 
-def _ignored(sublayer: Sublayer, ignore: Sequence[str]) -> bool:
-    return matches(sublayer.name, ignore) or any(matches(site.name, ignore) for site in sublayer.sites)
+def _without_ignored(sublayer: Sublayer, ignore: Sequence[str]) -> Sublayer | None:
+    """The same if nothing of it is to be ignored. An MLP is left alone as a whole."""
+    named = [site for site in sublayer.sites if matches(site.name, ignore)]
+    if not named and not matches(sublayer.name, ignore):
+        return sublayer
+    if sublayer.kind != "attention" or matches(sublayer.name, ignore) or len(named) == len(sublayer.sites):
+        return None
+    return replace(sublayer, sites=tuple(site for site in sublayer.sites if site not in named))
 
 
 def _as_linear(name: str, module: nn.Module) -> Linear | None:
@@ -234,6 +253,38 @@ def _fused_experts(model: nn.Module) -> Iterator[Skipped]:
         if shapes:
             listed = " and ".join(str(shape) for shape in shapes)
             yield Skipped(name, f"{shapes[0][0]} experts fused in tensors of shape {listed}; not compressed")
+
+
+def _with_attention(
+    model: nn.Module, mlps: Sequence[Sublayer], every: Mapping[str, Linear], skipped: list[Skipped]
+) -> list[Sublayer]:
+    """MLPs and what lies in the attention of blocks, in the order of their first layers."""
+    taken = {site.name for sublayer in mlps for site in sublayer.sites}
+    widths = {sublayer.block: sublayer.width for sublayer in mlps}
+    modules: dict[str, tuple[str, str]] = {}
+    for name in every:
+        block = None if name in taken else _block_of(model, name)
+        place = None if block is None else attention_around(model, block[0], name)
+        if block is not None and place is not None:
+            modules.setdefault(place, block)
+    found = list(mlps)
+    for place, (block_name, block_list) in modules.items():
+        members = [linear for name, linear in every.items() if name.startswith(f"{place}.") and name not in taken]
+        width = widths.get(block_name) or _norm_width(model.get_submodule(block_name)) or _width_of(members)
+        sites = []
+        for linear in members:
+            odd = _odd(linear.module)
+            site = attention_site(linear, members, width)
+            if odd is not None:
+                skipped.append(Skipped(linear.name, f"it is {odd}, not a plain linear layer"))
+            elif site is None:  # between two small spaces, as in low-rank queries: by itself
+                found.append(Sublayer(linear.name, block_name, block_list, "attention", (Site.inner(linear),)))
+            else:
+                sites.append(site)
+        if sites:
+            found.append(Sublayer(place, block_name, block_list, "attention", tuple(sites)))
+    places = {name: index for index, name in enumerate(every)}
+    return sorted(found, key=lambda sublayer: places[sublayer.sites[0].name])
 
 
 def _select_targets(

@@ -22,9 +22,9 @@ __all__ = ["Linear", "Part", "Role", "Site", "Space"]
 
 T = TypeVar("T")
 Axis = Literal[0, 1]
-Space = Literal["residual", "hidden", "queries", "keys", "values", "heads"]
+Space = Literal["residual", "hidden", "queries", "keys", "values", "heads", "latent"]
 """Where features live: the residual stream, the neurons of an MLP, what attention compares and adds up, or what its
-heads put out (also queries, keys and values in an order of their own)."""
+heads put out (also queries, keys and values in an order of their own), the small space inside a low-rank projection."""
 
 
 class Role(StrEnum):
@@ -99,7 +99,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One linear layer and what it reads and writes; one of the two is the residual stream."""
+    """One linear layer and what it reads and writes; one of the two is the residual stream, but for ``inner`` ones."""
 
     name: str
     reads: tuple[Part, ...]
@@ -123,6 +123,11 @@ class Site:
     def writer(cls, linear: Linear, space: Space = "hidden") -> Site:
         """A layer that reads a space and writes the stream."""
         return cls.of(linear, reads=(Part(space, linear.inputs),), writes=(Part("residual", linear.outputs),))
+
+    @classmethod
+    def inner(cls, linear: Linear) -> Site:
+        """A layer that does neither. What it writes takes the place of the stream: nothing else shares its basis."""
+        return cls.of(linear, reads=(Part("latent", linear.inputs),), writes=(Part("heads", linear.outputs),))
 
     @property
     def role(self) -> Role:

@@ -90,7 +90,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     model = unwrap(model)
     if factored_layers(model):
         raise ModelError("the model is already compressed; `fips.merge(model)` turns it back into dense layers")
-    located = locate_layers(model, targets=config.targets, ignore=config.ignore)
+    located = locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
     _check_whole(model, located.sublayers, config)
     groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
     _check_sizes(model, groups, config)
@@ -183,13 +183,14 @@ def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) 
 
 def _check_whole(model: nn.Module, sublayers: Sequence[Sublayer], config: CompressionConfig) -> None:
     """Blocks of neighbours reorder hidden neurons, which all layers around them must do alike."""
-    if config.targets is None or not planner_of(config).moves_neurons:
+    if not planner_of(config).moves_neurons or (config.targets is None and config.layers == "mlp"):
         return
     whole = [{site.name for site in sublayer.sites} for sublayer in locate_layers(model).sublayers]
     for sublayer in sublayers:
         if {site.name for site in sublayer.sites} not in whole:
             names = ", ".join(f"`{site.name}`" for site in sublayer.sites)
             raise ConfigError(
-                f"`method: {config.method}` reorders the hidden neurons of whole MLPs, but `targets` takes other "
+                f"`method: {config.method}` reorders the hidden neurons of whole MLPs, but "
+                f"`{'layers' if config.targets is None else 'targets'}` takes other "
                 f"layers of `{sublayer.block}`: {names}; use `pattern: unstructured`"
             )

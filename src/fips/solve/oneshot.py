@@ -22,6 +22,7 @@ from fips.errors import BudgetError
 from fips.formats.rotation import rotate, rotate_moment
 from fips.formats.values import Values
 from fips.solve.alternate import Factorization
+from fips.solve.descent import Stored, descend
 from fips.solve.feedback import RUN, Chooser, Rounding, diagonal, inverse_root, with_feedback
 from fips.solve.grids import GridRounding, grid_for, side_by_side
 from fips.solve.moments import usable_diagonal, usable_moment
@@ -48,7 +49,8 @@ class OneShot(Structures):
     the type that steps of integers are stored in. With ``held_II``, the moment of other data, errors are told by that.
 
     ``damping`` is added to the moment, relative to its mean diagonal; see ``damping_for``. With a ``rotation`` b all of
-    it is solved in columns turned in blocks of b (``fips.formats.rotation``).
+    it is solved in columns turned in blocks of b (``fips.formats.rotation``). What is solved on a grid is made better
+    in some ``sweeps`` (``fips.solve.descent``).
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class OneShot(Structures):
         held_II: Tensor | None = None,
         damping: float = 2 * UNKNOWN_NOISE,
         rotation: int = 1,
+        sweeps: int = 0,
     ) -> None:
         super().__init__([(weight_DF.shape[0], weight_DF.shape[1])], [axis], pricing)
         self.axis: Reduction = axis
@@ -72,7 +75,7 @@ class OneShot(Structures):
         self.moment_KK = rotate_moment(usable_II, rotation)
         self.judge_KK = self.moment_KK if held_II is None else rotate_moment(usable_moment(held_II), rotation)
         self.weight_N = ROW_SHARE * power_O + (1 - ROW_SHARE) * power_O.mean()
-        self.damping = damping
+        self.damping, self.sweeps = damping, sweeps
         self.overfit: float | None = None
         """After trials: error on data held out over that on the data fitted, of what is nearest to an equal share."""
         self._upper_KK: Tensor | None = None
@@ -91,15 +94,24 @@ class OneShot(Structures):
         found_NK, mask_NK = with_feedback(
             self.matrix_NK, self.upper_KK, task.rounding, task.choose, run_length=task.run_length
         )
+        stored = None
+        if isinstance(task.rounding, GridRounding):
+            stored = Stored(*task.rounding.stored(found_NK))
+            if self.sweeps and self.moment_KK.dim() == 2:
+                self.forget()  # as large as the moment
+                stored = descend(
+                    self.matrix_NK, stored, choice.numbers, self.moment_KK, damping=self.damping, mask_NK=mask_NK,
+                    sweeps=self.sweeps,
+                )  # fmt: skip
+                found_NK = choice.numbers.dequantize(*stored)
         mask_NK = torch.ones_like(found_NK, dtype=torch.bool) if mask_NK is None else mask_NK
         loss = self.loss(found_NK)
         factor_RF, mask_RF = self._as_factor(rotate(found_NK, self.rotation)), self._as_factor(mask_NK)
-        if not isinstance(task.rounding, GridRounding):
+        if stored is None:
             return Factorization(None, [factor_RF], [mask_RF], [loss])
-        codes_NK, steps_N, group_steps = task.rounding.stored(found_NK)
         grid = Grid(
-            self._as_factor(codes_NK), steps_N, choice.numbers, self.axis, group_steps=group_steps,
-            rotation=self.rotation,
+            self._as_factor(stored.codes_NK), stored.steps_N, choice.numbers, self.axis,
+            group_steps=stored.group_steps, rotation=self.rotation,
         )  # fmt: skip
         return Factorization(None, [factor_RF], [mask_RF], [loss], [grid])
 

@@ -1,0 +1,155 @@
+r"""A matrix on a grid made better in place: entry after entry, and step after step, to where it costs least.
+
+What ``fips.solve.feedback`` leaves is not the best that its grid holds: a column is never looked at again. With W the
+matrix, Q what stands for it and H the metric, :math:`R = (W - Q) H`, the best an entry can be while all others stay is
+
+.. math:: q_{nk} + R_{nk} / H_{kk},
+
+rounded to its grid, and the best step of a group of entries with numbers c, metric among them :math:`H_{gg}`, is
+
+.. math:: s + \frac{\sum_k R_{nk} c_k}{c H_{gg} c^\top},
+
+rounded to what can be stored. Neither ever makes the loss larger. Two sweeps over all columns take a tenth off the loss
+of the pass before them, and about as much off the KL of a model; more take little more.
+
+Everything is laid out (K, N), so that a column is contiguous, and what a run of columns changes reaches all others by
+one product.
+
+Shape legend: N stored rows, K stored columns, J columns of a run, G groups of columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fips.formats.values import Values
+
+__all__ = ["Stored", "descend"]
+
+RUN = 64
+"""Columns whose changes are told to all others together."""
+
+
+class Stored(NamedTuple):
+    """A matrix as it is stored: see ``fips.formats.values``."""
+
+    codes_NK: Tensor
+    steps_N: Tensor
+    group_steps: Tensor | None
+
+
+def descend(
+    matrix_NK: Tensor,
+    start: Stored,
+    values: Values,
+    metric_KK: Tensor,
+    *,
+    damping: float = 0.0,
+    mask_NK: Tensor | None = None,
+    sweeps: int = 2,
+) -> Stored:
+    """The matrix after some sweeps over its columns; entries outside the mask stay 0.
+
+    ``damping`` is added to the metric, relative to its mean diagonal. Steps of groups change, in what they are stored
+    in; where the format has none, the step of a row does, once, before the sweeps.
+    """
+    return _Descent(matrix_NK, start, values, metric_KK, damping, mask_NK).after(sweeps)
+
+
+class _Descent:
+    def __init__(
+        self,
+        matrix_NK: Tensor,
+        start: Stored,
+        values: Values,
+        metric_KK: Tensor,
+        damping: float,
+        mask_NK: Tensor | None,
+    ) -> None:
+        self.values, self.metric_KK = values, metric_KK
+        self.extra = damping * metric_KK.diagonal().mean()
+        self.power_K = metric_KK.diagonal() + self.extra
+        self.mask_KN = None if mask_NK is None else mask_NK.T.contiguous()
+        self.rows_N = start.steps_N
+        self.wide_N = start.steps_N.float()
+        self.found_KN = values.dequantize(*start).T.contiguous()
+        self.group = values.scale_group or len(metric_KK)
+        if start.group_steps is None:
+            self.steps_GN = self.wide_N.unsqueeze(0)
+            self._fit_rows(matrix_NK)
+        else:
+            self.steps_GN = start.group_steps.view(len(matrix_NK), -1).T * self.wide_N
+        error_KN = matrix_NK.T - self.found_KN
+        self.rest_KN = metric_KK @ error_KN + self.extra * error_KN
+
+    def _fit_rows(self, matrix_NK: Tensor) -> None:
+        """The best step of every row for its numbers as they are."""
+        answered_KN = self.metric_KK @ self.found_KN + self.extra * self.found_KN
+        own_N = (self.found_KN * answered_KN).sum(0)
+        ratio_N = (matrix_NK.T * answered_KN).sum(0) / own_N
+        ratio_N = torch.where((own_N > 0) & (ratio_N > 0), ratio_N, 1.0)
+        before_N, self.rows_N = self.wide_N, (self.wide_N * ratio_N).to(self.rows_N.dtype)
+        self.wide_N = self.rows_N.float()
+        self.found_KN *= torch.where(before_N > 0, self.wide_N / before_N, 1.0)
+        self.steps_GN = self.wide_N.unsqueeze(0)
+
+    def after(self, sweeps: int) -> Stored:
+        run = max(RUN, self.values.scale_group or 1)
+        for _ in range(sweeps):
+            for first in range(0, len(self.found_KN), run):
+                self._run(slice(first, min(first + run, len(self.found_KN))))
+        codes_NK = self.values.encode(self.values.nearest((self.found_KN * self._inverse_KN()).T.contiguous()))
+        if self.values.scale_group is None:
+            return Stored(codes_NK, self.rows_N, None)
+        return Stored(codes_NK, self.rows_N, self._stored_steps(self.steps_GN).T.flatten())
+
+    def _inverse_KN(self) -> Tensor:
+        inverse_GN = _inverse(self.steps_GN)
+        return inverse_GN.repeat_interleave(self.group, 0)[: len(self.found_KN)]
+
+    def _stored_steps(self, steps_GN: Tensor) -> Tensor:
+        return self.values.group_scales(steps_GN, self.wide_N.unsqueeze(0))
+
+    def _run(self, run: slice) -> None:
+        found_JN, rest_JN = self.found_KN[run], self.rest_KN[run]
+        before_JN, metric_JJ = found_JN.clone(), self.metric_KK[run, run].clone()
+        metric_JJ.diagonal().add_(self.extra)
+        for start in range(0, len(found_JN), self.group):
+            own = slice(start, min(start + self.group, len(found_JN)))
+            place = (run.start + start) // self.group
+            if self.values.scale_group is not None:
+                self._fit_group(place, found_JN, rest_JN, metric_JJ, own)
+            step_N = self.steps_GN[place]
+            inverse_N = _inverse(step_N)
+            for column in range(own.start, own.stop):
+                gap_N = rest_JN[column] / metric_JJ[column, column]
+                wanted_N = found_JN[column] + gap_N
+                best_N = self.values.nearest(wanted_N * inverse_N) * step_N
+                if self.mask_KN is not None:
+                    best_N *= self.mask_KN[run.start + column]
+                better_N = (wanted_N - best_N).abs() < gap_N.abs()  # `nearest` is not exact between two levels
+                change_N = (best_N - found_JN[column]) * better_N
+                rest_JN.addr_(metric_JJ[:, column], change_N, alpha=-1)
+                found_JN[column] += change_N
+        change_JN = found_JN - before_JN
+        for others in (slice(0, run.start), slice(run.stop, len(self.found_KN))):
+            self.rest_KN[others].addmm_(self.metric_KK[others, run], change_JN, alpha=-1)
+
+    def _fit_group(self, place: int, found_JN: Tensor, rest_JN: Tensor, metric_JJ: Tensor, own: slice) -> None:
+        """Give a group the best step that can be stored, its numbers as they are."""
+        step_N = self.steps_GN[place]
+        numbers_JN = found_JN[own] * _inverse(step_N)
+        power_N = ((metric_JJ[own, own] @ numbers_JN) * numbers_JN).sum(0)
+        wanted_N = step_N + torch.where(power_N > 0, (rest_JN[own] * numbers_JN).sum(0) / power_N, 0.0)
+        wanted_N = torch.where((wanted_N > 0) & (step_N > 0), wanted_N, step_N)
+        self.steps_GN[place] = self._stored_steps(wanted_N.unsqueeze(0)).squeeze(0) * self.wide_N
+        fitted_JN = numbers_JN * self.steps_GN[place]
+        rest_JN.addmm_(metric_JJ[:, own], fitted_JN - found_JN[own], alpha=-1)
+        found_JN[own] = fitted_JN
+
+
+def _inverse(steps: Tensor) -> Tensor:
+    return torch.where(steps == 0, 0.0, 1 / steps)
