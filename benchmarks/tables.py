@@ -401,6 +401,28 @@ def layer_cost() -> str:
     return markdown(["one matrix, width", *map(str, widths), "exponent"], rows)
 
 
+def ranks() -> str:
+    """Processes and threads of one compression."""
+    fields = load("ranks")
+    seconds = {(run["ranks"], run["threads"]): run["seconds"] for run in fields["runs"]}
+    rows = [
+        [str(count), str(threads), f"{value:.0f} s", f"{seconds[1, 1] / value:.2f}"]
+        for (count, threads), value in seconds.items()
+    ]
+    return markdown(["processes", "threads of each", "time", "as fast"], rows)
+
+
+def operations() -> str:
+    """Counted operations, and the time they would take."""
+    rows = []
+    for run in load("operations")["models"]:
+        gpus = "one GPU" if run["gpus"] == 1 else f"{run['gpus']} GPUs"
+        time = f"{run['estimated_s']:.0f} s" if run["estimated_s"] < 120 else f"{run['estimated_s'] / 60:.0f} min"
+        counts = (f"{run[name]:.1e}" for name in ("products", "roots", "rounding"))
+        rows.append([f"{run['model']}, `{run['effort']}`", *counts, f"{time}, {gpus}"])
+    return markdown(["", "products", "roots", "rounding", "estimated"], rows)
+
+
 def against_llm_compressor() -> str:
     names = {
         "llm-compressor GPTQ float32": "llm-compressor, GPTQ W4A16",
@@ -453,6 +475,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "against-llm-compressor": against_llm_compressor,
     "real-sizes": real_sizes,
     "layer-cost": layer_cost,
+    "ranks": ranks,
+    "operations": operations,
     "solver-cost": solver_cost,
     "solver-cost-4096": solver_cost_large,
     "activation-bits": activation_bits,

@@ -60,9 +60,9 @@ def compress(
     ``moments``, a dict that is filled and read, saves measuring anew where one model is compressed several times on
     the same batches.
 
-    ``work`` is a directory where what is finished is kept, for the methods that go block by block (``fips`` without
-    training and sharing, ``gptq``, pruning): a run that was ended goes on with the same call, and the processes of
-    ``torchrun``, which all make it, share the work. It is left there. Another call is refused, naming what differs.
+    ``work`` is a directory where what is finished is kept, blocks or groups: a run that was ended goes on with the same
+    call, and the processes of ``torchrun``, which all make it, share the work of methods that go block by block. It is
+    left there. Another call is refused, naming what differs.
 
     Raises ``ConfigError``, ``BudgetError``, ``NoMatchError``, ``ModelError`` before any work, ``DataError`` for
     unusable batches. Reference: arXiv 2411.09816.
@@ -89,7 +89,7 @@ def compress(
             model, config, data, device, method.needs, method.temperature, progress, cache=moments,
             influence_examples=method.influence_examples, ranks=ranks,
         )  # fmt: skip
-        if work is not None and method.by_block:
+        if work is not None:
             bench.store = WorkDirectory(work, _fingerprint(model, config, data))
         blocks = list(dict.fromkeys(block for group in plan.groups for block in group.group.blocks))
         with preserved(model), in_native_types(model, blocks if method.by_block else ()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Literal
 
@@ -21,6 +22,7 @@ from fips.config import CompressionConfig, InputsConfig
 from fips.errors import BudgetError
 from fips.formats.patterns import FULL
 from fips.layers.linear import FactoredLinear, SharedBasis
+from fips.methods.keeping import is_kept, kept_group
 from fips.methods.registry import Method, register
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, dense_matrix
 from fips.models import LayerGroup, Site
@@ -81,26 +83,26 @@ class _LowRank(Method[C]):
         return basis_DR, [factor_RF]
 
     def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
-        sites = [site for group in plan.groups for site in group.group.sites]
+        left = [group.group for group in plan.groups if not is_kept(bench, group)]
         moments: Mapping[str, LayerMoments] | None = None
-        if Needs.INPUTS not in self.needs:
+        if Needs.INPUTS not in self.needs or not left:
             moments = {}
-        elif moment_bytes(sites, gradients=False) <= self.moment_memory:
-            moments = bench.input_moments("all", [group.group for group in plan.groups])
-        found = []
-        for group in plan.groups:
-            known = bench.input_moments(group.group.name, [group.group]) if moments is None else moments
-            started = time.perf_counter()
-            with torch.autocast(bench.device.type, enabled=False):
-                about_zero = {site.name: known[site.name].about_zero() for site in group.group.sites if known}
-                done = self.compress_group(bench, group, about_zero)
-            for site in group.group.sites:
-                done.layers[site.name].bias = bench.bias(site)
-                done.layers[site.name].conv1d = site.conv1d
-            done.start = done.final = bench.final_errors(group.group, done.layers)
-            done.seconds = time.perf_counter() - started
-            found.append(done)
-        return found
+        elif moment_bytes([site for group in left for site in group.sites], gradients=False) <= self.moment_memory:
+            moments = bench.input_moments("all", left)
+        return [kept_group(bench, group, partial(self._make, bench, group, moments)) for group in plan.groups]
+
+    def _make(self, bench: Workbench, group: GroupPlan, moments: Mapping[str, LayerMoments] | None) -> CompressedGroup:
+        known = bench.input_moments(group.group.name, [group.group]) if moments is None else moments
+        started = time.perf_counter()
+        with torch.autocast(bench.device.type, enabled=False):
+            about_zero = {site.name: known[site.name].about_zero() for site in group.group.sites if known}
+            done = self.compress_group(bench, group, about_zero)
+        for site in group.group.sites:
+            done.layers[site.name].bias = bench.bias(site)
+            done.layers[site.name].conv1d = site.conv1d
+        done.start = done.final = bench.final_errors(group.group, done.layers)
+        done.seconds = time.perf_counter() - started
+        return done
 
     def compress_group(self, bench: Workbench, plan: GroupPlan, moments: Mapping[str, Tensor]) -> CompressedGroup:
         bases: dict[str, SharedBasis] = {}

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -23,6 +24,7 @@ from fips.calibration.record import ActivationSpool
 from fips.config import ReconstructionConfig, SparseConfig
 from fips.errors import BudgetError
 from fips.formats.patterns import BITMASK, FULL
+from fips.methods.keeping import kept_group
 from fips.methods.registry import Method, register
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, measured, pack_group
 from fips.models import LayerGroup
@@ -123,7 +125,7 @@ class Paper(Method[PaperConfig]):
 
     def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
         """Every group on its own: record, factorize, train, pack."""
-        return [_compress_group(bench, group, self.config) for group in plan.groups]
+        return [kept_group(bench, group, partial(_compress_group, bench, group, self.config)) for group in plan.groups]
 
     def _vector_bytes(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """What one vector of the basis takes, with the entries of the factors that belong to it."""

@@ -60,6 +60,11 @@ class Method(Planner[C]):
         return 0
 
     @property
+    def sweeps(self) -> int:
+        """Over the columns of a matrix after it was rounded."""
+        return 0
+
+    @property
     def trains_blocks(self) -> bool:
         """Whether it trains block by block."""
         return False

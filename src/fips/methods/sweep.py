@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.calibration.sweep import CHUNKS, Sweep
 from fips.layers.linear import FactoredLinear
+from fips.methods.keeping import Made, layer_from, layer_parts
 from fips.methods.workbench import CompressedGroup, Needs, Workbench, measured
 from fips.models import Site
 from fips.models.locate import Sublayer
@@ -31,7 +32,6 @@ from fips.training.reconstruct import BlockError, Records, block_errors
 
 __all__ = [
     "Block",
-    "Made",
     "PackedLayer",
     "blocks_of",
     "bytes_beside",
@@ -92,8 +92,6 @@ def bytes_beside(blocks: Sequence[Block], memory: int, *, ranks: int = 1) -> int
 
 
 T = TypeVar("T")
-Made = tuple[dict[str, Tensor], dict[str, Any]]
-"""What is made of a block: tensors, and fields for JSON."""
 Make = Callable[[Block, Mapping[str, LayerMoments]], Made]
 
 
@@ -306,8 +304,9 @@ def _packed(layers: Mapping[str, PackedLayer]) -> Made:
     tensors: dict[str, Tensor] = {}
     fields: dict[str, Any] = {}
     for name, one in layers.items():
-        tensors |= {f"{name}.{key}": tensor for key, tensor in one.layer.state_dict().items() if key != "weight"}
-        fields[name] = {**one.layer.arguments(), "conv1d": one.layer.conv1d, "storage": asdict(one.storage)}
+        own, known = layer_parts(name, one.layer)
+        tensors |= own
+        fields[name] = {**known, "storage": asdict(one.storage)}
     return tensors, {"layers": fields}
 
 
@@ -317,12 +316,6 @@ def unpacked(bench: Workbench, block: Block, made: Made) -> dict[str, PackedLaye
     found = {}
     for site in block.sites:
         known = dict(fields["layers"][site.name])
-        storage, conv1d = LayerStorage(**known.pop("storage")), known.pop("conv1d")
-        with torch.device("meta"):
-            layer = FactoredLinear(None, **known)
-        prefix = f"{site.name}."
-        own = {key.removeprefix(prefix): one.to(bench.device) for key, one in tensors.items() if key.startswith(prefix)}
-        layer.load_state_dict({**own, "weight": torch.empty(0, device=bench.device)}, assign=True)
-        layer.conv1d = conv1d
-        found[site.name] = PackedLayer(layer, storage)
+        storage = LayerStorage(**known.pop("storage"))
+        found[site.name] = PackedLayer(layer_from(site.name, tensors, known, bench.device, None), storage)
     return found

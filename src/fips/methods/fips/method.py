@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from statistics import median
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,11 +26,13 @@ from fips.methods.fips.stages import (
     open_search,
     pack,
     solve,
+    sweeps_of,
     train,
     try_choices,
 )
+from fips.methods.keeping import Made, is_kept, kept_group
 from fips.methods.registry import Method, register
-from fips.methods.sweep import Block, Made, PackedLayer, blocks_of, bytes_beside, make_blocks, runs_within, solve_blocks
+from fips.methods.sweep import Block, PackedLayer, blocks_of, bytes_beside, make_blocks, runs_within, solve_blocks
 from fips.methods.workbench import (
     CompressedGroup,
     Needs,
@@ -70,12 +72,21 @@ class Fips(Method[FipsConfig]):
         return self.config.one_shot and not (self.trains_blocks or self.trains_model)
 
     @property
+    def keeps_groups(self) -> bool:
+        """Whether a group is finished when it is solved: nothing trains all of them, none is measured behind others."""
+        return not self.trains_model and not self.config.metric.propagate_errors
+
+    @property
     def holds_out(self) -> bool:
         return self.by_block and self.config.effort == "default"
 
     @property
     def tried_rows(self) -> int:
         return SAMPLE * len(self.config.value_choices) if self.holds_out else 0
+
+    @property
+    def sweeps(self) -> int:
+        return sweeps_of(self.config)
 
     @property
     def influence_examples(self) -> int:
@@ -145,7 +156,9 @@ class Fips(Method[FipsConfig]):
         config = self.config
         if self.by_block:
             return _by_block(bench, plan, config)
-        solved = _solve_groups(bench, plan, config)
+        if self.keeps_groups:
+            return _finished_groups(bench, plan, config)
+        solved = list(_solve_groups(bench, plan, config))
         if config.distill.steps:
             blocks = [block for item in solved for block in bench.blocks(item.plan.group).values()]
             losses = distill_(
@@ -198,11 +211,17 @@ def _tried(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[
     curves: dict[str, list[Point]] = {}
     for _, fields in make_blocks(bench, blocks, "try", make, memory=config.metric.memory, hold=True):
         for name, points in fields["points"].items():
-            curves[name] = [Point(Choice(*choice), *measured) for choice, *measured in points]
+            curves[name] = [_point(fields) for fields in points]
         bench.overfit |= {name: ratio for name, ratio in fields["overfit"].items() if ratio is not None}
     _say_overfit(bench)
     split = allocate(tempered(list(curves.values())), sum(group_share(group, config) for group in plan.groups))
     return dict(zip(curves, split, strict=True))
+
+
+def _point(fields: Sequence[Any]) -> Point:
+    """A point of a curve that was kept."""
+    choice, *measured = fields
+    return Point(Choice(*choice), *measured)
 
 
 def _say_overfit(bench: Workbench) -> None:
@@ -223,8 +242,19 @@ def _alone(group: GroupPlan, sublayer: Sublayer) -> GroupPlan:
     return replace(group, group=LayerGroup(group.group.name, (sublayer,)))
 
 
-def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[Solved]:
-    """Every group with the structure and size that the measured errors ask for."""
+def _finished_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[CompressedGroup]:
+    """Every group as it was kept, or solved and finished now."""
+    solved = _solve_groups(bench, plan, config)
+
+    def make() -> CompressedGroup:
+        item = next(solved)
+        return finish(bench, item, *pack(item))
+
+    return [kept_group(bench, group, make) for group in plan.groups]
+
+
+def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> Iterator[Solved]:
+    """Every group that is not finished, with the structure and size that the measured errors ask for."""
     metric = config.metric
     memory = 0 if metric.propagate_errors else metric.memory  # with none each group is behind the one before
     chunks = list(runs_within(plan.groups, _need, memory))
@@ -235,22 +265,21 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
         chosen = {group.group.name: [found[site.name] for site in group.group.sites] for group in plan.groups}
     else:
         chosen, searches = _choose(bench, plan, config, chunks)
-    solved: list[Solved] = []
     with ExitStack() as installed:
         for chunk in chunks:
-            if not searches:
+            left = [group for group in chunk if not is_kept(bench, group)]
+            if left and not searches:
                 moments = measure(bench, config, chunk)
-            for group in chunk:
+            for group in left:
                 started = time.perf_counter()
                 name = group.group.name
                 search = searches.pop(name, None) or open_search(bench, group, config, moments)
                 item = solve(bench, group, config, search, chosen[name])
                 train(bench, item, config)
                 item.seconds = time.perf_counter() - started
-                solved.append(item)
+                yield item
                 if metric.propagate_errors:
                     installed.enter_context(swapped(bench.model, item.modules(bench.model)))
-    return solved
 
 
 def _choose(
@@ -261,17 +290,24 @@ def _choose(
     sizes: dict[str, int] = {}
     searches: dict[str, Search] = {}
     for chunk in chunks:
-        moments = measure(bench, config, chunk)
         searches.clear()
-        for group in chunk:
-            search = open_search(bench, group, config, moments)
-            with torch.autocast(bench.device.type, enabled=False):
-                found = try_choices(search, group, config)
-            search.forget()
+        names = {group.group.name: f"try-{group.group.name}" for group in chunk}
+        if not all(map(bench.store.has, names.values())):
+            moments = measure(bench, config, chunk)
+            for group in chunk:
+                search = open_search(bench, group, config, moments)
+                with torch.autocast(bench.device.type, enabled=False):
+                    found = try_choices(search, group, config)
+                search.forget()
+                searches[group.group.name] = search
+                bench.store.put(names[group.group.name], {}, {"units": found})
+                bench.report("solve", "trials", len(sizes) + len(searches), len(plan.groups))
+        for name, piece in names.items():
+            kept = bench.store.get(piece)
+            assert kept is not None
+            found = [[_point(fields) for fields in unit] for unit in kept[1]["units"]]
             units += found
-            searches[group.group.name] = search
-            sizes[group.group.name] = len(found)
-            bench.report("solve", "trials", len(sizes), len(plan.groups))
+            sizes[name] = len(found)
     split = iter(allocate(units, sum(group_share(group, config) for group in plan.groups)))
     chosen: dict[str, Split] = {name: [next(split) for _ in range(count)] for name, count in sizes.items()}
     keep = len(chunks) == 1 and not config.metric.propagate_errors

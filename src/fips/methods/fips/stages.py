@@ -55,7 +55,7 @@ from fips.training.reconstruct import BlockError, reconstruct_
 
 __all__ = [
     *("Packed", "Search", "Solved", "Split"),
-    *("allot", "finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve"),
+    *("allot", "finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve", "sweeps_of"),
     *("train", "try_choices"),
 ]
 
@@ -230,7 +230,7 @@ def _one_shot(
         weight_DF, ordered(moment), power_O, site.role.reduction, _pricing(plan, config), plan.dtype, held,
         damping_for(noise, config.bits or 16 * (config.budget or 1)),
         widest_rotation(site.inputs) if _rotated(plan, config) else 1,
-        0 if config.effort == "fast" else SWEEPS,
+        sweeps_of(config),
     )  # fmt: skip
 
 
@@ -472,6 +472,11 @@ def _whole_bytes(plan: GroupPlan, config: FipsConfig) -> list[int]:
         for values in config.value_choices
     ]
     return [factored_footprint(plan.group, rank=0, itemsize=item, layers=layers).bytes for layers in stored]
+
+
+def sweeps_of(config: FipsConfig) -> int:
+    """Sweeps over every matrix after it was rounded."""
+    return SWEEPS if config.one_shot and config.effort == "default" else 0
 
 
 def group_share(plan: GroupPlan, config: FipsConfig) -> float:
