@@ -177,7 +177,7 @@ BAD_INPUT: dict[str, Case] = {
         ["compress", "VIT", "--data", "IMAGES", "--bits", "0.16"], 2, "the smallest `bits`"
     ),
     "budget and bits": (
-        ["compress", "VIT", "--data", "IMAGES", "--bits", "8.0", "--budget", "0.5"], 2, "got both"
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "8.0", "--budget", "0.5"], 2, "got bits and budget"
     ),
     "strange group": (
         ["compress", "VIT", "--data", "IMAGES", "--bits", "8.0", "--group", "some"], 2, "`--group` wants"

@@ -23,8 +23,8 @@ from fips.recipes import load_recipe, recipe_names
     [
         ({"budget": 0}, r"`budget`.*greater than 0, got 0"),
         ({"budget": 1.5}, r"`budget`.*less than or equal to 1, got 1.5"),
-        ({}, r"either `budget` .* or `bits` .*, got neither"),
-        ({"budget": 0.5, "bits": 8.0}, r"got both"),
+        ({}, r"one of `bits` .*, `size` .* and `budget` .*, got none"),
+        ({"budget": 0.5, "bits": 8.0}, r"got bits and budget"),
         ({"budget": 0.5, "sparsity": 0.5}, r"`sparsity` belongs to `method: fips-paper`, not to `method: fips`"),
         ({"budget": 0.5, "schedule": "gmp"}, r"starts from dense factors"),
         ({"budget": 0.5, "schedule": "rigl", "pattern": "block4"}, r"needs `pattern: unstructured`"),

@@ -23,7 +23,7 @@ from fips.methods.registry import Method, method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
-from fips.plan.plan import leave_dense, plan_compression
+from fips.plan.plan import leave_dense, plan_compression, settle_size
 from fips.ranks import Ranks, joined
 from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_linear
@@ -71,9 +71,10 @@ def compress(
     if not isinstance(config, CompressionConfig):
         hint = "use its `.compression`" if hasattr(config, "compression") else "write `CompressionConfig(...)`"
         raise ConfigError(f"`config` must be a `CompressionConfig`, got `{type(config).__name__}`; {hint}")
-    method = method_of(config)
     model = unwrap(model)
     check_model(model)
+    asked, config = config, settle_size(model, config)
+    method = method_of(config)
     device = next(model.parameters()).device
     with joined() as ranks, neutral_torch(device), plain_forward(model):
         _check_ranks(method, ranks, work)
@@ -90,17 +91,23 @@ def compress(
             influence_examples=method.influence_examples, ranks=ranks,
         )  # fmt: skip
         if work is not None:
-            bench.store = WorkDirectory(work, _fingerprint(model, config, data))
+            bench.store = WorkDirectory(work, _fingerprint(model, asked, data))
         blocks = list(dict.fromkeys(block for group in plan.groups for block in group.group.blocks))
         with preserved(model), in_native_types(model, blocks if method.by_block else ()):
             bench.try_batch()
             with autocast_for(config.precision, device):
-                plan = leave_dense(plan, model, config, bench.survey([group.group for group in plan.groups]))
+                left = bench.survey([group.group for group in plan.groups])
+                if left and asked.size is not None:
+                    config = bench.config = settle_size(model, asked, left)
+                    method, plan = method_of(config), plan_compression(model, config)
+                plan = leave_dense(plan, model, config, left)
                 groups = method.compress(bench, plan)
         ranks.wait()  # until all have read what the others have made
         for group in groups:
             require_finite_layers(group.layers, group.bases, method=config.method)
         _install(model, groups, activation_bits=config.activation_bits)
+        if asked.size is not None:
+            bench.notes.append(_size_note(asked, config, groups))
         report = CompressionReport(
             config=config,
             plan=replace(plan, groups=tuple(group.plan for group in groups)).to_dict(),
@@ -118,6 +125,17 @@ def compress(
         )
     model.fips_report = report  # type: ignore[assignment]
     return report
+
+
+def _size_note(asked: CompressionConfig, config: CompressionConfig, groups: Sequence[CompressedGroup]) -> str:
+    """What became of the size of the whole file."""
+    used = 8 * sum(group.plan.factored.bytes for group in groups) / sum(group.plan.dense.parameters for group in groups)
+    note = f"{config.bits:.4g} bits a weight, so that all tensors take {asked.size}"
+    return (
+        note
+        if config.bits is None or used > 0.97 * config.bits
+        else f"{note}; with {used:.4g}, the most, they take less"
+    )
 
 
 def _check_ranks(method: Method[Any], ranks: Ranks, work: Path | None) -> None:

@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializeAsAny,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -37,6 +38,7 @@ __all__ = [
     "Settings",
     "SparseConfig",
     "settings_of",
+    "size_bytes",
 ]
 
 FactorDtype = Literal["float32", "bfloat16", "float16"]
@@ -129,7 +131,7 @@ class InputMetricConfig(Settings):
 
 
 class CompressionConfig(Settings):
-    """How to compress: the method, and what all methods share. One of `budget` and `bits` is required.
+    """How to compress: the method, and what all methods share. One of `bits`, `size` and `budget` is required.
 
     ``CompressionConfig(method="gptq", ...)`` makes settings of the class that belongs to the method and takes the
     fields of that class too; they are listed where the method is, in ``fips.methods``.
@@ -142,6 +144,9 @@ class CompressionConfig(Settings):
     """Fraction of the parameters of the layers to keep: basis entries plus kept entries of the factors."""
     bits: float | None = Field(default=None, gt=0, le=16)
     """Stored bits per weight of the compressed layers, on average: values, patterns, scales and bases."""
+    size: str | None = None
+    """Bytes of all tensors of the compressed model together: `400MB`, `25%` of what they take now, `4x` less. What is
+    not compressed keeps its type."""
     activation_bits: Literal[8] | None = None
     """8: kernels may round the inputs of layers with integer values to 8 bits, one scale per token; written with the
     model. Faster for many tokens; results differ a little. Default: inputs as exact as their type."""
@@ -168,6 +173,13 @@ class CompressionConfig(Settings):
     recipe: ClassVar[str] = "fips"
     """Name of the recipe that the command line starts from."""
 
+    @field_validator("size")
+    @classmethod
+    def _known_size(cls, size: str | None) -> str | None:
+        if size is not None:
+            size_bytes(size, 1)
+        return size
+
     def __new__(cls, **fields: Any) -> Self:
         found: type[Any] = settings_of(fields.get("method", DEFAULT_METHOD)) if cls is CompressionConfig else cls
         instance: Self = object.__new__(found)
@@ -175,10 +187,11 @@ class CompressionConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.budget is None) == (self.bits is None):
-            given = "both" if self.budget is not None else "neither"
+        given = [name for name in ("bits", "size", "budget") if getattr(self, name) is not None]
+        if len(given) != 1:
             raise ValueError(
-                f"give either `budget` (fraction of parameters) or `bits` (stored bits per weight), got {given}"
+                "give one of `bits` (stored bits per weight), `size` (of the whole file) and `budget` (fraction of "
+                f"parameters), got {' and '.join(given) or 'none'}"
             )
         if self.targets is not None and self.layers != "mlp":
             raise ValueError(f"`targets` names the layers, so `layers: {self.layers}` says nothing; leave one out")
@@ -221,6 +234,23 @@ class CompressionConfig(Settings):
         return (
             f"unknown field `{name}` of `method: {method}`; {_guess(name, everywhere)}known fields: {', '.join(known)}"
         )
+
+
+def size_bytes(size: str, before: int) -> float:
+    """What ``400MB``, ``25%`` or ``4x`` says of ``before`` bytes; raises ``ValueError`` for anything else."""
+    number, unit = size.strip().rstrip("%x"), size.strip()[-1:]
+    try:
+        if unit == "%":
+            share = float(number) / 100
+        elif unit == "x":
+            share = 1 / float(number)
+        else:
+            return float(TypeAdapter(ByteSize).validate_python(size))
+    except (ValueError, ZeroDivisionError):
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"wants bytes (`400MB`), a share (`25%`) or how much smaller (`4x`), got {size!r}")
+    return share * before
 
 
 SETTINGS: dict[str, type[CompressionConfig]] = {}

@@ -49,7 +49,7 @@ from fips.models.transformers import (
     resolve_dtype,
 )
 from fips.plan.footprint import state_bytes
-from fips.plan.plan import CompressionPlan, plan_compression
+from fips.plan.plan import CompressionPlan, plan_compression, settle_size
 from fips.ranks import joined
 from fips.record import CompressionReport, environment
 from fips.storage.checkpoint import load, save, write_model
@@ -84,7 +84,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def plan_source(
-    source: str | None, recipe: Recipe, *, trust_remote_code: bool = False
+    source: str | None, recipe: Recipe, *, dtype: Any = "auto", trust_remote_code: bool = False
 ) -> tuple[nn.Module, CompressionPlan]:
     """The plan for a model, built without weights from its configuration or from the recipe's own."""
     if source is not None:
@@ -95,6 +95,9 @@ def plan_source(
         model = empty_model(recipe.model, compressed=False, trust_remote_code=trust_remote_code)
     else:
         raise ConfigError("no model: give MODEL, or a recipe that names one")
+    wanted = resolve_dtype(dtype)
+    if isinstance(wanted, torch.dtype):
+        model.to(dtype=wanted)  # sizes are those of the types that weights are loaded in
     return model, plan_compression(model, recipe.compression)
 
 
@@ -108,8 +111,9 @@ def plan_batches(
     except (ConfigError, ModelError):
         return None
     data = recipe.data or DataConfig(source="")
-    data, need = fitting_data(model, plan, recipe.compression, data, device=place, chosen=chosen, only_planned=True)
-    return forecast(model, plan, recipe.compression, data, need, device=place, output=output)
+    sized = settle_size(model, recipe.compression)
+    data, need = fitting_data(model, plan, sized, data, device=place, chosen=chosen, only_planned=True)
+    return forecast(model, plan, sized, data, need, device=place, output=output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +153,10 @@ def compress_to_directory(
         if ranks.first:
             require_empty(output)
         place = ranks.device(pick_device(device))
-        empty, plan = plan_source(source, recipe, trust_remote_code=trust_remote_code)
+        empty, plan = plan_source(source, recipe, dtype=dtype, trust_remote_code=trust_remote_code)
+        sized = settle_size(empty, recipe.compression)
         data, need = fitting_data(
-            empty, plan, recipe.compression, recipe.data, device=place,
+            empty, plan, sized, recipe.data, device=place,
             chosen="batch_size" in recipe.data.model_fields_set,
         )  # fmt: skip
         recipe = recipe.model_copy(update={"data": data})
@@ -164,7 +169,7 @@ def compress_to_directory(
                     processor.save_pretrained(target.scratch)
             if announce is not None and ranks.first:
                 expected = forecast(
-                    empty, plan, recipe.compression, data, need, device=place, count=batches.num_samples, output=output
+                    empty, plan, sized, data, need, device=place, count=batches.num_samples, output=output
                 )
                 announce(expected.line())
             model = read_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)

@@ -34,6 +34,7 @@ from fips.cli.options import (
     Separator,
     SequenceLength,
     ShareBlocks,
+    Size,
     Sparsity,
     Split,
     Targets,
@@ -62,6 +63,7 @@ def inspect(
     recipe: RecipeOption = None,
     budget: Budget = None,
     bits: Bits = None,
+    size: Size = None,
     sparsity: Sparsity = None,
     pattern: Pattern = None,
     share_blocks: ShareBlocks = None,
@@ -86,6 +88,7 @@ def compress(
     data: Data = None,
     budget: Budget = None,
     bits: Bits = None,
+    size: Size = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write; absent or empty.")] = None,
     recipe: RecipeOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.")] = False,
@@ -148,7 +151,7 @@ def compress(
         data=data_fields(options),
     )
     if dry_run:
-        empty, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
+        empty, plan = plan_source(model, setting, dtype=dtype, trust_remote_code=trust_remote_code)
         estimate = plan_batches(
             empty, plan, setting, device=device, chosen=batch_size is not None, output=output or Path()
         )

@@ -21,6 +21,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name or YAML file; options override it.")]
 Budget = Annotated[float | None, typer.Option(help="Fraction of the layers' parameters to keep.")]
 Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the layers, patterns and scales included.")]
+Size = Annotated[str | None, typer.Option(help="Of the whole file instead: 400MB, 25% of it, or 4x smaller.")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the factors.")]
 Pattern = Annotated[str | None, typer.Option(help="auto, unstructured, N:M such as 4:16, block4 or block8.")]
 ShareBlocks = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
@@ -39,9 +40,9 @@ Separator = Annotated[str | None, typer.Option("--document-separator", help="Str
 BatchSize = Annotated[int | None, typer.Option(help="Examples per batch.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of samples and batch order.")]
 
-COMPRESSION = ("budget", "bits", "method", "effort", "values", "sparsity", "pattern", "schedule", "threshold_scope",
-               "share_blocks", "groups", "layers", "targets", "ignore", "factor_dtype", "activation_bits", "precision",
-               "activation_memory", "seed")  # fmt: skip
+COMPRESSION = ("budget", "bits", "size", "method", "effort", "values", "sparsity", "pattern", "schedule",
+               "threshold_scope", "share_blocks", "groups", "layers", "targets", "ignore", "factor_dtype",
+               "activation_bits", "precision", "activation_memory", "seed")  # fmt: skip
 RECONSTRUCTION = ("steps", "learning_rate")
 DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
 
@@ -118,15 +119,16 @@ def settings_of_options(
     from fips.recipes import load_recipe
 
     base = load_recipe(name or settings_of(compression.get("method", DEFAULT_METHOD)).recipe)
-    sized = "budget" in compression or "bits" in compression
+    sized = bool({"budget", "bits", "size"} & compression.keys())
     if name is None and not sized:
         if default_size is None:
             raise ConfigError(
-                "no size: give --bits (stored bits per weight), --budget (fraction of parameters) or --recipe"
+                "no size: give --bits (stored bits per weight), --size (of the whole file), --budget (fraction of "
+                "parameters) or --recipe"
             )
         compression = {**compression, "bits": default_size}
     if sized or name is None:
-        compression = {"budget": None, "bits": None, **compression}
+        compression = {"budget": None, "bits": None, "size": None, **compression}
     method = settings_of(compression.get("method", base.compression.method))
     if "pattern" in compression and "sparsity" in method.model_fields:
         compression = {"sparsity": None, **compression}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_byte
 from fips.plan.groups import GroupPlan, storage_dtype
 from fips.plan.least import require_sensible_size
 from fips.plan.planner import planner_of
+from fips.plan.size import with_bits
 
-__all__ = ["CompressionPlan", "LeftDense", "leave_dense", "plan_compression"]
+__all__ = ["CompressionPlan", "LeftDense", "leave_dense", "plan_compression", "settle_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,8 @@ class CompressionPlan:
 def plan_compression(model: nn.Module, config: CompressionConfig) -> CompressionPlan:
     """Decide groups, ranks and formats for a model, which may be on the meta device.
 
+    A ``size`` of the whole file becomes bits (``settle_size``).
+
     Raises ``NoMatchError`` (nothing to compress), ``BudgetError`` (a size too small to be sensible,
     see ``fips.plan.least``), ``ConfigError``
     (groups or an N:M pattern that do not fit) and ``ModelError`` (already compressed).
@@ -93,6 +96,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     located = locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
     _check_whole(model, located.sublayers, config)
     groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
+    config = with_bits(model, groups, config)
     _check_sizes(model, groups, config)
     grouped = {block for group in groups for block in group.blocks}
     outside = [
@@ -106,6 +110,19 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
         model_parameters=sum(p.numel() for p in model.parameters()),
         model_bytes=state_bytes(model),
     )
+
+
+def settle_size(model: nn.Module, config: CompressionConfig, left: Collection[str] = ()) -> CompressionConfig:
+    """Settings with bits in place of the ``size`` of the whole file, for a model some of whose layers are left dense.
+
+    Raises what ``plan_compression`` raises.
+    """
+    if config.size is None:
+        return config
+    model = unwrap(model)
+    located = locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
+    groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
+    return with_bits(model, groups, config, left)
 
 
 def _check_sizes(model: nn.Module, groups: Sequence[LayerGroup], config: CompressionConfig) -> None:

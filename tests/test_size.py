@@ -1,0 +1,98 @@
+"""A size of the whole file becomes bits per weight, is met, and is refused where it cannot be."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batches_for, tiny_model
+from test_cli import llama_directory, text  # noqa: F401 - fixtures
+from torch import nn
+
+import fips
+from fips.cli import main
+from fips.config import size_bytes
+from fips.errors import BudgetError, ConfigError
+from fips.layers.linear import factored_layers
+from fips.plan.footprint import state_bytes
+from fips.plan.plan import plan_compression, settle_size
+
+
+def wide_model() -> nn.Module:
+    return tiny_model("llama", hidden_size=128, intermediate_size=384)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("400MB", 400e6), ("1.5 GiB", 1.5 * 2**30), ("123456", 123456.0), ("25%", 250.0), ("4x", 250.0), ("2.5x", 400.0)],
+)
+def test_sizes_are_bytes_shares_and_factors(size: str, expected: float) -> None:
+    assert size_bytes(size, 1000) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", ["", "small", "0%", "120%", "0.5x", "0x", "-3x", "%"])
+def test_what_is_no_size_is_refused_with_examples(size: str) -> None:
+    with pytest.raises(ConfigError, match=r"wants bytes \(`400MB`\), a share \(`25%`\) or how much smaller \(`4x`\)"):
+        fips.CompressionConfig(size=size)
+
+
+@pytest.mark.parametrize(("size", "layers"), [("20%", "blocks"), ("5.5x", "blocks"), ("35%", "mlp"), ("950kB", "mlp")])
+def test_the_size_is_met_to_one_percent(size: str, layers: str) -> None:
+    model = wide_model()
+    wanted = size_bytes(size, state_bytes(model))
+    report = fips.compress(model, batches_for(model), fips.CompressionConfig(size=size, layers=layers))
+    assert 0.99 * wanted <= state_bytes(model) <= wanted
+    assert report.plan["compressed_model"]["bytes"] == state_bytes(model)
+    assert report.config.bits is not None
+    assert re.search(rf"bits a weight, so that all tensors take {re.escape(size)}", " ".join(report.notes))
+
+
+def test_what_is_left_dense_counts_among_the_rest() -> None:
+    model = wide_model()
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight.zero_()  # nothing reaches gate and up
+    wanted = size_bytes("35%", state_bytes(model))
+    fips.compress(model, batches_for(model), fips.CompressionConfig(size="35%"))
+    assert "model.layers.1.mlp.up_proj" not in factored_layers(model)
+    assert 0.985 * wanted <= state_bytes(model) <= wanted
+
+
+def test_an_impossible_size_is_refused_with_the_smallest_one() -> None:
+    model = wide_model()
+    with pytest.raises(BudgetError, match="take attention too") as refused:
+        plan_compression(model, fips.CompressionConfig(size="12%"))
+    found = re.search(r"the smallest size with the MLPs compressed is ([\d,]+) bytes", str(refused.value))
+    assert found is not None
+    least = int(found[1].replace(",", ""))
+    assert settle_size(model, fips.CompressionConfig(size=str(least + 1))).bits is not None
+    with pytest.raises(BudgetError, match="the smallest size"):
+        settle_size(model, fips.CompressionConfig(size=str(least - 2)))
+
+
+def test_a_size_that_is_not_used_up_is_said() -> None:
+    model = wide_model()
+    report = fips.compress(model, batches_for(model), fips.CompressionConfig(size="60%", layers="blocks"))
+    assert state_bytes(model) < size_bytes("30%", report.plan["model"]["bytes"])
+    assert "they take less" in " ".join(report.notes)
+
+
+def test_one_of_bits_size_and_budget_is_given() -> None:
+    with pytest.raises(ConfigError, match="got bits and size"):
+        fips.CompressionConfig(bits=4.0, size="4x")
+    with pytest.raises(ConfigError, match="got none"):
+        fips.CompressionConfig()
+
+
+def test_the_command_writes_a_file_of_the_size_asked_for(
+    llama_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    options = ["--layers", "blocks", "--size", "28%", "--sequence-length", "32", "--num-samples", "8"]
+    command = ["compress", str(llama_directory), "--data", str(text), "--output", str(tmp_path / "out"), *options]
+    before = state_bytes(fips.models.transformers.load_dense(llama_directory, dtype="auto", device=torch.device("cpu")))
+    assert main([*command, "--dry-run"]) == 0
+    assert main(command) == 0
+    after = state_bytes(fips.load(tmp_path / "out"))
+    assert 0.95 * 0.28 * before <= after <= 0.28 * before
+    assert "so that all tensors take 28%" in capsys.readouterr().out
