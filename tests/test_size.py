@@ -53,8 +53,8 @@ def test_what_is_left_dense_counts_among_the_rest() -> None:
     model = wide_model()
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.down_proj").weight.zero_()  # nothing reaches gate and up
-    wanted = size_bytes("35%", state_bytes(model))
-    fips.compress(model, batches_for(model), fips.CompressionConfig(size="35%"))
+    wanted = size_bytes("55%", state_bytes(model))
+    fips.compress(model, batches_for(model), fips.CompressionConfig(size="55%"))
     assert "model.layers.1.mlp.up_proj" not in factored_layers(model)
     assert 0.985 * wanted <= state_bytes(model) <= wanted
 
