@@ -92,17 +92,25 @@ class Comparison:
         return median(run["quality"] for run in runs) if runs else None
 
     def bits(self, method: str, size: float) -> float:
-        return REFERENCE_BITS * float(median(stored(run) for run in self.runs(method, size)))
+        runs = [run for run in self.runs(method, size) if run["quality"] is not None]
+        return REFERENCE_BITS * float(median(stored(run) for run in runs))
 
     def median(self, method: str, size: float, field: str) -> float:
         """Of a field of what runs say against the original."""
-        return float(median(run["against"][field] for run in self.runs(method, size)))
+        return float(median(run["against"][field] for run in self.runs(method, size) if run["against"] is not None))
 
-    def divergence(self, method: str, size: float, *, spread: bool = False) -> str:
-        """KL to the original, with the smallest and largest of several seeds."""
-        found = sorted(run["against"]["kl"] for run in self.runs(method, size))
-        ends = f" ({found[0]:.4f} to {found[-1]:.4f})" if spread and len(found) > 1 else ""
-        return f"{median(found):.4f}{ends}"
+    def divergence(self, method: str, size: float, *, used: bool = False) -> str:
+        """KL to the original, with the bits ``used`` in brackets where they are clearly fewer than those asked for."""
+        found = [run["against"]["kl"] for run in self.runs(method, size) if run["against"] is not None]
+        if not found:
+            return ""
+        bits = self.bits(method, size)
+        return f"{median(found):.4f}" + (f" ({bits:.2f})" if used and bits < 0.97 * REFERENCE_BITS * size else "")
+
+    def best(self, size: float) -> str:
+        """The other method that is nearest to the original; none where no other has that size."""
+        there = [other for other in OTHERS if any(run["against"] is not None for run in self.runs(other, size))]
+        return min(there, key=lambda other: self.median(other, size, "kl"), default="")
 
     def cell(self, method: str, size: float, digits: int, *, always: bool = False) -> str:
         """The quality, and the bits in brackets where they are not those asked for."""
@@ -135,46 +143,68 @@ OVERVIEW_BITS = 4.2
 """Size asked for in the first table of README."""
 
 
+OTHERS = {
+    "field-gptq": "GPTQ, zero points",
+    "gptq": "GPTQ, symmetric",
+    "awq": "AWQ",
+    "rtn": "plain rounding",
+    "sparsegpt+values=int4": "SparseGPT, int4",
+}
+"""What the default is compared with."""
+
+
 def overview() -> str:
     rows = []
+    size = OVERVIEW_BITS / REFERENCE_BITS
     for name, label in MODELS.items():
         found, digits, before = Comparison(f"{name}-default"), DIGITS[name], original_bytes(name)
-        size = OVERVIEW_BITS / REFERENCE_BITS
         rest, layers = before - FILE_BYTES[name] * WEIGHTS[name], found.bits("fips", size) / 8 * WEIGHTS[name]
         halves = rest * 2 / FILE_BYTES[name]
+        best = found.best(size)
         rows.append([
             label,
             f"{megabytes(before)} → {megabytes(rest + layers)}",
             f"{megabytes(halves + 2 * WEIGHTS[name])} → {megabytes(halves + layers)}",
             quality(found.original, digits),
             f"**{found.cell('fips', size, digits, always=True)}**",
-            found.cell("gptq", size, digits, always=True),
+            found.cell(best, size, digits, always=True),
             f"**{found.divergence('fips', size)}**",
-            found.divergence("gptq", size),
+            f"{found.divergence(best, size)}, {OTHERS[best]}",
         ])  # fmt: skip
-    head = ["", "whole file", "with all else in 16 bits", "original", "fips (bits)", "gptq (bits)"]
-    return markdown([*head, "KL, fips", "KL, gptq"], rows)
+    head = ["", "whole file", "with all else in 16 bits", "original", "fips (bits)", "best other (bits)"]
+    return markdown([*head, "KL, fips", "KL, best other"], rows)
 
 
 def now() -> str:
-    """The default beside gptq: quality, KL to the original and agreement with it."""
+    """The default beside what the field runs: quality, and KL to the original."""
     rows = []
     for name, label in MODELS.items():
         found, digits = Comparison(f"{name}-default"), DIGITS[name]
         for size in sorted({asked(run) for run in found.fields["runs"]}, reverse=True):
-            cells = [
-                [
-                    found.cell(method, size, digits, always=True),
-                    found.divergence(method, size, spread=True),
-                    f"{found.median(method, size, 'agreement_percent'):.1f}",
-                ]
-                for method in ("fips", "gptq")
-            ]
-            ratio = found.median("fips", size, "kl") / found.median("gptq", size, "kl")
-            head = [label, f"{REFERENCE_BITS * size:g}", quality(found.original, digits)]
-            rows.append([*head, *(part for pair in zip(*cells, strict=True) for part in pair), f"{ratio:.2f}"])
-    head = ["", "bits asked", "original", "fips (bits)", "gptq (bits)", "KL, fips", "KL, gptq", "same top 1, fips, %"]
-    return markdown([*head, "gptq, %", "KL, ratio"], rows)
+            if not found.runs("fips", size):
+                continue
+            best = found.best(size)
+            ratio = found.median("fips", size, "kl") / found.median(best, size, "kl") if best else None
+            rows.append([
+                label, f"{REFERENCE_BITS * size:g}", found.cell("fips", size, digits),
+                f"**{found.divergence('fips', size)}**",
+                *(found.divergence(other, size, used=True) for other in OTHERS),
+                "" if ratio is None else f"{ratio:.2f}",
+            ])  # fmt: skip
+    head = ["", "bits asked", "fips", "KL: fips", *OTHERS.values(), "fips / best other"]
+    return markdown(head, rows)
+
+
+def blocks() -> str:
+    """All matrices of the blocks instead of the MLPs alone."""
+    rows = []
+    for name in ("stories260k", "tinystories-656k", "demo"):
+        found = Comparison(f"{name}-blocks")
+        for size in sorted({asked(run) for run in found.fields["runs"]}, reverse=True):
+            methods = ("fips+layers=blocks", "field-gptq+layers=blocks", "gptq+layers=blocks", "fips")
+            cells = (found.divergence(method, size, used=True) for method in methods)
+            rows.append([MODELS[name].partition(",")[0], f"{REFERENCE_BITS * size:g}", *cells])
+    return markdown(["", "bits", "fips", OTHERS["field-gptq"], OTHERS["gptq"], "fips, MLPs alone"], rows)
 
 
 def real_model() -> str:
@@ -466,6 +496,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     **{f"compare-{name}": functools.partial(comparison, name) for name in MODELS},
     "now": now,
+    "blocks": blocks,
     "real-model": real_model,
     "low-bits": low_bits,
     "distillation": distillation,

@@ -576,17 +576,17 @@ def test_any_number_of_processes_writes_the_same_bytes(source: tuple[Path, Path]
 
 @pytest.mark.slow
 def test_killed_processes_are_gone_on_with(source: tuple[Path, Path], tmp_path: Path) -> None:
-    """At once, in the middle and near the end; what is written then is what an undisturbed run writes."""
+    """In the middle; what is written then is what an undisturbed run writes (20 times at random moments:
+    benchmarks/kill_and_resume.py)."""
     from fips.cli import main
 
     assert main(command(*source, tmp_path / "whole")[1:]) == 0
     output = tmp_path / "out"
-    for pieces in (1, 5):
-        process = torchrun(2, *command(*source, output, "--memory", "20kB"))
-        while process.poll() is None and len(list((tmp_path / "out.work").glob("*.safetensors"))) < pieces:
-            time.sleep(0.02)
-        kill_family(process)
-        assert not output.exists()
+    process = torchrun(2, *command(*source, output, "--memory", "20kB"))
+    while process.poll() is None and len(list((tmp_path / "out.work").glob("*.safetensors"))) < 5:
+        time.sleep(0.02)
+    kill_family(process)
+    assert not output.exists()
     process = torchrun(2, *command(*source, output, "--memory", "20kB"))
     words, _ = process.communicate(timeout=300)
     assert process.returncode == 0, words

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,38 +110,43 @@ class TestOnnx:
     @pytest.fixture(scope="class")
     def exported(
         self, directories: dict[str, Path], images: Path, tmp_path_factory: pytest.TempPathFactory
-    ) -> dict[str, Path]:
+    ) -> Callable[[str], Path]:
+        """Each model is exported when the first test of a process asks for it: that takes seconds."""
         root = tmp_path_factory.mktemp("onnx")
-        for name, path in directories.items():
-            command = ["export", str(path), "--format", "onnx", "--output", str(root / name), "--json"]
+
+        @functools.cache
+        def export(name: str) -> Path:
+            command = ["export", str(directories[name]), "--format", "onnx", "--output", str(root / name), "--json"]
             assert main([*command, *(["--data", str(images)] if name == "vit" else [])]) == 0
-        return {name: root / name / "model.onnx" for name in directories}
+            return root / name / "model.onnx"
+
+        return export
 
     @pytest.mark.parametrize("name", ["llama", "mixed"])
     def test_text_with_other_lengths_and_padding(
-        self, exported: dict[str, Path], directories: dict[str, Path], name: str
+        self, exported: Callable[[str], Path], directories: dict[str, Path], name: str
     ) -> None:
         mask = torch.ones_like(IDS)
         mask[1, 7:] = 0
         expected = outputs_of(fips.load(directories[name]), input_ids=IDS, attention_mask=mask)
-        actual = self.run(exported[name], input_ids=IDS, attention_mask=mask)
+        actual = self.run(exported(name), input_ids=IDS, attention_mask=mask)
         scored = mask.bool()
         assert (actual - expected)[scored].norm() / expected[scored].norm() < 1e-5
 
-    def test_real_images(self, exported: dict[str, Path], directories: dict[str, Path], images: Path) -> None:
+    def test_real_images(self, exported: Callable[[str], Path], directories: dict[str, Path], images: Path) -> None:
         processor = ViTImageProcessor.from_pretrained(directories["vit"])
         pictures = [Image.open(path) for path in sorted(images.rglob("*.png"))]
         pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
         expected = outputs_of(fips.load(directories["vit"]), pixel_values=pixels)
-        assert (self.run(exported["vit"], pixel_values=pixels) - expected).norm() / expected.norm() < 1e-5
-        assert {path.name for path in exported["vit"].parent.iterdir()} >= {"config.json", "preprocessor_config.json"}
-        assert "fips" not in (exported["vit"].parent / "config.json").read_text()
+        assert (self.run(exported("vit"), pixel_values=pixels) - expected).norm() / expected.norm() < 1e-5
+        assert {path.name for path in exported("vit").parent.iterdir()} >= {"config.json", "preprocessor_config.json"}
+        assert "fips" not in (exported("vit").parent / "config.json").read_text()
 
     @pytest.mark.parametrize("name", ["llama", "vit", "mixed"])
     def test_every_basis_is_stored_once_and_factors_stay_packed(
-        self, exported: dict[str, Path], directories: dict[str, Path], name: str
+        self, exported: Callable[[str], Path], directories: dict[str, Path], name: str
     ) -> None:
-        graph = self.onnx.load(exported[name]).graph
+        graph = self.onnx.load(exported(name)).graph
         model = fips.load(directories[name])
         constants = [(tuple(c.dims), c.name) for c in graph.initializer]
         bases = [tuple(p.shape) for n, p in model.named_parameters() if "fips_bases" in n]
@@ -152,11 +159,11 @@ class TestOnnx:
                 assert not [dims for dims, _ in constants if dims in (layer.factor_shape, layer.factor_shape[::-1])]
             assert (pattern_named("bitmask").nbytes(size),) in [dims for dims, _ in constants]
 
-    def test_the_runtime_decodes_once_when_it_loads(self, exported: dict[str, Path], tmp_path: Path) -> None:
+    def test_the_runtime_decodes_once_when_it_loads(self, exported: Callable[[str], Path], tmp_path: Path) -> None:
         options = self.runtime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-        self.runtime.InferenceSession(str(exported["vit"]), options)
-        before = {node.op_type for node in self.onnx.load(exported["vit"]).graph.node}
+        self.runtime.InferenceSession(str(exported("vit")), options)
+        before = {node.op_type for node in self.onnx.load(exported("vit")).graph.node}
         after = {node.op_type for node in self.onnx.load(tmp_path / "optimized.onnx").graph.node}
         assert "CumSum" in before
         assert "CumSum" not in after

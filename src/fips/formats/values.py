@@ -214,7 +214,7 @@ class _Floats(Values):
 @VALUES.register
 class _Integers(Values):
     known: ClassVar[tuple[str, ...]] = ("int8", "int7", "int6", "int5", "int4", "int3", "int2")
-    automatic: ClassVar[tuple[str, ...]] = ("int6", "int8")
+    automatic: ClassVar[tuple[str, ...]] = ("int6", "int7", "int8")
     compiled = True
     bits: int
     _ERRORS: ClassVar = {2: 0.119, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.00104, 7: 0.0003, 8: 0.00009}
@@ -229,7 +229,7 @@ class _Integers(Values):
 @VALUES.register
 class _GroupedIntegers(_Integers):
     known: ClassVar[tuple[str, ...]] = (f"intBgG with B of 2 to 8 and G of {', '.join(map(str, SCALE_GROUPS))}",)
-    automatic: ClassVar[tuple[str, ...]] = ()
+    automatic: ClassVar[tuple[str, ...]] = ("int6g64",)
     scale_group: int
     _SHARE: ClassVar = {16: 0.62, 32: 0.72, 64: 0.81, 128: 0.88}
     """Of the rounding error with a scale per row, for a normal variable."""
