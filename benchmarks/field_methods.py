@@ -24,17 +24,16 @@ import torch
 from torch import Tensor
 
 from fips.config import InputsConfig
-from fips.errors import BudgetError
 from fips.formats.patterns import FULL
 from fips.formats.values import VALUES, Values, pack_integers, packed_length, unpack_integers, values_named
-from fips.methods.gptq import DAMPING
+from fips.methods.gptq import DAMPING, widest_that_fit
 from fips.methods.layerwise import MatrixMethod, StoredMatrix
 from fips.methods.registry import register
 from fips.methods.workbench import Needs
 from fips.models import LayerGroup
 from fips.plan.footprint import itemsize
 from fips.plan.groups import GroupPlan, byte_target
-from fips.plan.least import BYTES_PER_BIT, EPS
+from fips.plan.least import BYTES_PER_BIT
 from fips.solve.feedback import Rounding, inverse_root, with_feedback
 from fips.solve.moments import usable_moment
 
@@ -153,12 +152,7 @@ class _FieldMethod(MatrixMethod[Any]):
         return [one for one in found if isinstance(one, ZeroPoints)]
 
     def _values(self, plan: GroupPlan) -> ZeroPoints:
-        size, target = plan.group.width * plan.group.hidden, byte_target(plan.group, self.config)
-        for bits in range(8, 1, -1):
-            for values in self._choices(bits):
-                if size * bits / 8 + _scale_bytes(plan.group, values, plan.dtype) <= target * (1 + EPS):
-                    return values
-        raise BudgetError(f"{target:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes")
+        return widest_that_fit(plan, byte_target(plan.group, self.config), self._choices)
 
     def _stored(
         self, found_NK: Tensor, values: ZeroPoints, steps_NG: Tensor, zeros_NG: Tensor, scales: Tensor, groups: Tensor

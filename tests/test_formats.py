@@ -129,7 +129,7 @@ def test_levels_are_the_nearest_and_lose_less_than_integers(name: str) -> None:
 
 
 def test_what_is_measured_by_default() -> None:
-    names = ["nl2g64", "nl3", "nl3g64", "nl4", "nl4g64", "nl5", "nl5g64", "int6", "int8"]
+    names = ["nl2g64", "nl3", "nl3g64", "nl4", "nl4g64", "nl5", "nl5g64", "int6", "int6g64", "int7", "int8"]
     assert [one.name for one in automatic_values()] == names
     errors = [values_named(f"int{bits}").rounding_error for bits in range(2, 9)]
     assert errors == sorted(errors, reverse=True)

@@ -170,6 +170,16 @@ def test_low_rank_attention_is_compressed_with_what_lies_between(tmp_path: Path)
         assert torch.equal(fips.load(tmp_path / "m")(**ids).logits, model(**ids).logits)
 
 
+def test_attention_of_torch_itself_is_left_alone_with_the_reason() -> None:
+    """Its output projection is never called: the whole of it is one function of its weights."""
+    located = locate_layers(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 48), 2), layers="blocks")
+    assert [sublayer.kind for sublayer in located.sublayers] == ["plain", "plain"]
+    assert {(item.name, item.reason) for item in located.skipped} == {
+        (f"layers.{i}.self_attn.out_proj", "it is `NonDynamicallyQuantizableLinear`, not a plain linear layer")
+        for i in range(2)
+    }
+
+
 def test_what_reorders_neurons_takes_mlps_alone() -> None:
     with pytest.raises(ConfigError, match=r"`layers` takes other layers of `model\.layers\.0`"):
         plan_compression(tiny_model("llama"), fips.CompressionConfig(bits=6.0, layers="blocks", pattern="block4"))

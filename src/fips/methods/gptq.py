@@ -8,7 +8,8 @@ Reference: Frantar et al., GPTQ, arXiv 2210.17323.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ from fips.solve.feedback import inverse_root, with_feedback
 from fips.solve.grids import grid_for
 from fips.solve.moments import usable_moment
 
-__all__ = ["Gptq", "GptqConfig", "gptq"]
+__all__ = ["Gptq", "GptqConfig", "gptq", "widest_that_fit"]
+
+V = TypeVar("V", bound=Values)
 
 
 DAMPING = 0.01
@@ -71,19 +74,24 @@ class Gptq(MatrixMethod[GptqConfig]):
         return StoredMatrix(codes_OI, mask_OI, FULL, values.name, steps_O, group_steps)
 
     def _values(self, plan: GroupPlan) -> Values:
-        """The widest integers that fit, with the finest of the allowed scales that still do."""
-        size, target = plan.group.width * plan.group.hidden, byte_target(plan.group, self.config)
-        for bits in range(8, 1, -1):
-            for values in self._choices(bits):
-                if size * bits / 8 + _scale_bytes(plan.group, values, plan.dtype) <= target * (1 + EPS):
-                    return values
-        raise BudgetError(f"{target:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes")
+        return widest_that_fit(plan, byte_target(plan.group, self.config), self._choices)
 
     def _choices(self, bits: int) -> list[Values]:
         if self.config.scale_group != "auto":
             group = self.config.scale_group
             return [integers(bits, None if group == "row" else group)]
         return [integers(bits, group) for group in (32, 64, 128, None)]
+
+
+def widest_that_fit(plan: GroupPlan, target: float, choices: Callable[[int], Sequence[V]]) -> V:
+    """Of the value formats of 8 bits, 7 and so on, the finest scales first, the first whose bytes are no more than a
+    target. Raises ``BudgetError`` if not even 2 bits are."""
+    size = plan.group.width * plan.group.hidden
+    for bits in range(8, 1, -1):
+        for values in choices(bits):
+            if size * bits / 8 + _scale_bytes(plan.group, values, plan.dtype) <= target * (1 + EPS):
+                return values
+    raise BudgetError(f"{target:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes")
 
 
 def _scale_bytes(group: LayerGroup, values: Values, dtype: torch.dtype) -> float:
