@@ -28,6 +28,7 @@ import fips
 from fips.app import commands as jobs
 from fips.app import fitting
 from fips.app.compare import Run
+from fips.calibration.inputs import CalibrationData
 from fips.cli import main
 from fips.config import CompressionConfig, DataConfig
 from fips.errors import BackendError, ConfigError, OutputError, ShapeError
@@ -697,7 +698,8 @@ def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch
     with memory_module._Counted(known) as counted:
         method = method_of(config)
         groups = memory_module._at_work(plan, method)
-        bench = Workbench(model, config, [batch, batch], torch.device("cpu"), method.needs, influence_examples=1)
+        data = CalibrationData(model, [batch, batch], seed=0)
+        bench = Workbench(model, config, data, torch.device("cpu"), method.needs, influence_examples=1)
         bench.input_moments("all", groups, hold=method.holds_out)
         bench.shared_influence(groups)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
