@@ -25,8 +25,8 @@ import torch
 
 import fips
 from fips.formats.rotation import widest_rotation
-from fips.methods.fips.settings import FipsConfig
-from fips.methods.fips.stages import NEAR_BITS, SWEEPS
+from fips.methods.fips.settings import SWEEPS, FipsConfig
+from fips.methods.fips.stages import NEAR_BITS
 from fips.record import environment
 from fips.solve.oneshot import OneShot
 from fips.solve.structures import Choice, Pricing

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fips.formats.values import Values, values_named
-from fips.solve.descent import Stored, descend
+from fips.solve.descent import descend
 from fips.solve.feedback import inverse_root, with_feedback
-from fips.solve.grids import GridRounding, grid_for
+from fips.solve.grids import GridRounding, Stored, grid_for
 
 DAMPING = 0.02
 FORMATS = ["nl3g64", "nl4", "int4g32", "int3", "nl2g128", "int8"]
@@ -26,7 +26,7 @@ def problem(values: Values, *, rows: int = 12, columns: int = 144) -> tuple[Tens
     rounding = grid_for(values, matrix_NK, metric_KK.diagonal(), torch.bfloat16)
     found_NK, _ = with_feedback(matrix_NK, inverse_root(metric_KK, DAMPING), rounding)
     assert isinstance(rounding, GridRounding)
-    return matrix_NK, metric_KK, Stored(*rounding.stored(found_NK))
+    return matrix_NK, metric_KK, rounding.stored(found_NK)
 
 
 def loss(matrix_NK: Tensor, stored: Stored, values: Values, metric_KK: Tensor) -> Tensor:

@@ -81,7 +81,6 @@ class CalibrationData:
         self._reader = _Reader.of(model, from_loader=_is_loader(batches) or isinstance(batches, TensorDataset))
         self._source: Iterable[Any] = _slices(batches) if isinstance(batches, TensorDataset) else batches
         self._same_every_pass = bool(getattr(batches, "same_every_pass", False))
-        self._selects = isinstance(batches, Selectable)
         self._seed = seed
         self._digests: list[str] = []
         self._count = len(batches) if isinstance(batches, Sized) else 0
@@ -119,15 +118,15 @@ class CalibrationData:
         """Those batches whose numbers are wanted, with their numbers; others are made only where the source can make
         none but all in turn."""
         chosen = [number for number in range(self._count) if wanted(number)]
-        seen = 0
+        expected, seen = len(chosen) if isinstance(self._source, Selectable) else self._count, 0
         for number, batch in self._passed(check=self._same_every_pass, chosen=chosen):
             if number < len(self._digests) and _digest(batch) != self._digests[number]:
                 log.warning("calibration batch %d is another one than on the first pass", number)
             seen += 1
             if wanted(number):
                 yield number, batch
-        if seen != self._count and not self._selects:
-            log.warning("this pass over the calibration data had %d batches, the first %d", seen, self._count)
+        if seen != expected:
+            log.warning("this pass over the calibration data had %d batches, the first %d", seen, expected)
 
     def key(self) -> str:
         """A digest of the data: equal for equal batches."""

@@ -68,14 +68,14 @@ class Block:
 
 def steps_of(blocks: Sequence[Block], memory: int, *, ranks: int = 1) -> list[list[Block]]:
     """Blocks that are measured together: a moment, what is held out of it and the parts that wait are counted."""
-    if ranks > 1:  # the parts of all wait for each other, and each rank wants a block to work on
-        return list(runs_within(blocks, lambda block: _beside_parts(ranks) * block.moment_bytes, memory))
-    return list(runs_within(blocks, lambda block: 3 * block.moment_bytes, min(memory, STEP_MEMORY)))
+    if ranks == 1:
+        memory = min(memory, STEP_MEMORY)
+    return list(runs_within(blocks, lambda block: _held_at_once(ranks) * block.moment_bytes, memory))
 
 
-def _beside_parts(ranks: int) -> int:
-    """Moments of a block that one of several ranks holds at once: its parts of the data, and two more."""
-    return 2 - (-CHUNKS // ranks)
+def _held_at_once(ranks: int) -> int:
+    """Moments of a block that a rank holds: two and the part at work, of several ranks all parts, which wait."""
+    return 3 if ranks == 1 else 2 - (-CHUNKS // ranks)
 
 
 def bytes_beside(blocks: Sequence[Block], memory: int, *, ranks: int = 1) -> int | None:
@@ -87,7 +87,7 @@ def bytes_beside(blocks: Sequence[Block], memory: int, *, ranks: int = 1) -> int
     held = max(sum(sum(step[rank::ranks]) for step in steps) for rank in range(ranks))
     largest = max(steps, key=sum)
     step = max(sum(largest[rank::ranks]) for rank in range(ranks))
-    needed = 3 * step if ranks == 1 else _beside_parts(ranks) * sum(largest)
+    needed = _held_at_once(ranks) * sum(largest)
     return held - step if held - step + needed <= memory else None
 
 

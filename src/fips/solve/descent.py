@@ -20,25 +20,17 @@ Shape legend: N stored rows, K stored columns, J columns of a run, G groups of c
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fips.formats.values import Values
+from fips.solve.grids import Stored
+from fips.solve.rounding import inverse_of
 
-__all__ = ["Stored", "descend"]
+__all__ = ["descend"]
 
 RUN = 64
 """Columns whose changes are told to all others together."""
-
-
-class Stored(NamedTuple):
-    """A matrix as it is stored: see ``fips.formats.values``."""
-
-    codes_NK: Tensor
-    steps_N: Tensor
-    group_steps: Tensor | None
 
 
 def descend(
@@ -71,7 +63,6 @@ class _Descent:
     ) -> None:
         self.values, self.metric_KK = values, metric_KK
         self.extra = damping * metric_KK.diagonal().mean()
-        self.power_K = metric_KK.diagonal() + self.extra
         self.mask_KN = None if mask_NK is None else mask_NK.T.contiguous()
         self.rows_N = start.steps_N
         self.wide_N = start.steps_N.float()
@@ -101,14 +92,10 @@ class _Descent:
         for _ in range(sweeps):
             for first in range(0, len(self.found_KN), run):
                 self._run(slice(first, min(first + run, len(self.found_KN))))
-        codes_NK = self.values.encode(self.values.nearest((self.found_KN * self._inverse_KN()).T.contiguous()))
-        if self.values.scale_group is None:
-            return Stored(codes_NK, self.rows_N, None)
-        return Stored(codes_NK, self.rows_N, self._stored_steps(self.steps_GN).T.flatten())
-
-    def _inverse_KN(self) -> Tensor:
-        inverse_GN = _inverse(self.steps_GN)
-        return inverse_GN.repeat_interleave(self.group, 0)[: len(self.found_KN)]
+        grouped = self.values.scale_group is not None
+        group_steps = self._stored_steps(self.steps_GN).T.flatten() if grouped else None
+        codes_NK = self.values.quantize(self.found_KN.T.contiguous(), self.rows_N, group_steps)
+        return Stored(codes_NK, self.rows_N, group_steps)
 
     def _stored_steps(self, steps_GN: Tensor) -> Tensor:
         return self.values.group_scales(steps_GN, self.wide_N.unsqueeze(0))
@@ -123,7 +110,7 @@ class _Descent:
             if self.values.scale_group is not None:
                 self._fit_group(place, found_JN, rest_JN, metric_JJ, own)
             step_N = self.steps_GN[place]
-            inverse_N = _inverse(step_N)
+            inverse_N = inverse_of(step_N)
             for column in range(own.start, own.stop):
                 gap_N = rest_JN[column] / metric_JJ[column, column]
                 wanted_N = found_JN[column] + gap_N
@@ -141,7 +128,7 @@ class _Descent:
     def _fit_group(self, place: int, found_JN: Tensor, rest_JN: Tensor, metric_JJ: Tensor, own: slice) -> None:
         """Give a group the best step that can be stored, its numbers as they are."""
         step_N = self.steps_GN[place]
-        numbers_JN = found_JN[own] * _inverse(step_N)
+        numbers_JN = found_JN[own] * inverse_of(step_N)
         power_N = ((metric_JJ[own, own] @ numbers_JN) * numbers_JN).sum(0)
         wanted_N = step_N + torch.where(power_N > 0, (rest_JN[own] * numbers_JN).sum(0) / power_N, 0.0)
         wanted_N = torch.where((wanted_N > 0) & (step_N > 0), wanted_N, step_N)
@@ -149,7 +136,3 @@ class _Descent:
         fitted_JN = numbers_JN * self.steps_GN[place]
         rest_JN.addmm_(metric_JJ[:, own], fitted_JN - found_JN[own], alpha=-1)
         found_JN[own] = fitted_JN
-
-
-def _inverse(steps: Tensor) -> Tensor:
-    return torch.where(steps == 0, 0.0, 1 / steps)

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fips.formats.values import Values
 from fips.solve.feedback import Rounding
-from fips.solve.rounding import best_steps, grid_steps, in_steps
+from fips.solve.rounding import best_steps, grid_steps, in_steps, inverse_of
 
-__all__ = ["GridRounding", "grid_for", "side_by_side"]
+__all__ = ["GridRounding", "Stored", "grid_for", "side_by_side"]
 
 ROOM = 1.1
 """The largest group step that can be stored, relative to the largest that the matrix calls for: errors that are made up
 for let entries grow."""
+
+
+class Stored(NamedTuple):
+    """A matrix as it is stored: see ``fips.formats.values``."""
+
+    codes_NK: Tensor
+    steps_N: Tensor
+    group_steps: Tensor | None
 
 
 class GridRounding(Rounding):
@@ -34,14 +43,14 @@ class GridRounding(Rounding):
     """One over them; 0 for 0."""
 
     def _set(self, wide_N: Tensor) -> None:
-        self.wide_N, self.inverse_N = wide_N, torch.where(wide_N == 0, 0.0, 1 / wide_N)
+        self.wide_N, self.inverse_N = wide_N, inverse_of(wide_N)
 
     def nearest(self, columns: Tensor) -> Tensor:
         return self.values.nearest(columns * self.inverse_N) * self.wide_N
 
     @abstractmethod
-    def stored(self, found_NK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(codes_NK, steps_N, group_steps)`` of a matrix that was rounded."""
+    def stored(self, found_NK: Tensor) -> Stored:
+        """A matrix that was rounded."""
 
 
 class RowGrid(GridRounding):
@@ -52,9 +61,9 @@ class RowGrid(GridRounding):
         self.steps_N = steps_N
         self._set(steps_N.float())
 
-    def stored(self, found_NK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def stored(self, found_NK: Tensor) -> Stored:
         numbers_NK = self.values.nearest(in_steps(found_NK, self.wide_N.unsqueeze(1)))
-        return self.values.encode(numbers_NK), self.steps_N, None
+        return Stored(self.values.encode(numbers_NK), self.steps_N, None)
 
 
 class GroupGrid(GridRounding):
@@ -79,10 +88,11 @@ class GroupGrid(GridRounding):
         self._found.append(self.values.group_scales(steps_N, self._steps_N))
         self._set(self._found[-1] * self._steps_N)
 
-    def stored(self, found_NK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def stored(self, found_NK: Tensor) -> Stored:
         group_steps = torch.stack(self._found, dim=1).flatten()
         steps_NK = self.values.steps(self._steps_N, group_steps, found_NK.shape[1])
-        return self.values.encode(self.values.nearest(in_steps(found_NK, steps_NK))), self.steps_N, group_steps
+        codes_NK = self.values.encode(self.values.nearest(in_steps(found_NK, steps_NK)))
+        return Stored(codes_NK, self.steps_N, group_steps)
 
 
 def grid_for(values: Values, matrix_NK: Tensor, weight_K: Tensor, dtype: torch.dtype) -> GridRounding:

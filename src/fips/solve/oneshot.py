@@ -22,7 +22,7 @@ from fips.errors import BudgetError
 from fips.formats.rotation import rotate, rotate_moment
 from fips.formats.values import Values
 from fips.solve.alternate import Factorization
-from fips.solve.descent import Stored, descend
+from fips.solve.descent import descend
 from fips.solve.feedback import RUN, Chooser, Rounding, diagonal, inverse_root, with_feedback
 from fips.solve.grids import GridRounding, grid_for, side_by_side
 from fips.solve.moments import usable_diagonal, usable_moment
@@ -96,7 +96,7 @@ class OneShot(Structures):
         )
         stored = None
         if isinstance(task.rounding, GridRounding):
-            stored = Stored(*task.rounding.stored(found_NK))
+            stored = task.rounding.stored(found_NK)
             if self.sweeps and self.moment_KK.dim() == 2:
                 self.forget()  # as large as the moment
                 stored = descend(

@@ -25,7 +25,7 @@ from fips.formats.values import Values
 from fips.solve.feedback import inverse_root
 from fips.solve.problems import DAMPING, LayerProblem
 
-__all__ = ["Grid", "best_steps", "grid_steps", "in_steps", "round_factor", "round_rows"]
+__all__ = ["Grid", "best_steps", "grid_steps", "in_steps", "inverse_of", "round_factor", "round_rows"]
 
 RATIOS = tuple(1.0 - 0.04 * index for index in range(16))
 """Clipped maxima tried for every row, relative to its largest magnitude."""
@@ -140,6 +140,11 @@ def round_rows(
             numbers_NK[:, column] = found_N
         rest_NK[:, run.stop :] -= errors_NJ @ upper_KK[run, run.stop :]
     return numbers_NK, wanted_NK
+
+
+def inverse_of(steps: Tensor) -> Tensor:
+    """One over steps; 0 for 0."""
+    return torch.where(steps == 0, 0.0, 1 / steps)
 
 
 def in_steps(values: Tensor, steps: Tensor) -> Tensor:

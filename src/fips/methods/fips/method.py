@@ -26,7 +26,6 @@ from fips.methods.fips.stages import (
     open_search,
     pack,
     solve,
-    sweeps_of,
     train,
     try_choices,
 )
@@ -86,7 +85,7 @@ class Fips(Method[FipsConfig]):
 
     @property
     def sweeps(self) -> int:
-        return sweeps_of(self.config)
+        return self.config.sweeps
 
     @property
     def influence_examples(self) -> int:

@@ -55,7 +55,7 @@ from fips.training.reconstruct import BlockError, reconstruct_
 
 __all__ = [
     *("Packed", "Search", "Solved", "Split"),
-    *("allot", "finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve", "sweeps_of"),
+    *("allot", "finish", "group_share", "measure", "open_search", "pack", "site_problem", "solve"),
     *("train", "try_choices"),
 ]
 
@@ -64,8 +64,6 @@ ENOUGH = 2
 outputs and a head of two classes mixing made the error of the logits 8 and 3 times smaller."""
 NEAR_BITS = 1.8
 """Stored bits between the size asked for and value formats that are tried. None farther was taken on two models."""
-SWEEPS = 2
-"""Over the columns of a matrix after it was rounded. The first takes 8 % off its error, the second 3, a third 1."""
 N16 = ("2:16", "4:16", "8:16")
 
 Packed = tuple[dict[str, SharedBasis], dict[str, FactoredLinear]]
@@ -230,7 +228,7 @@ def _one_shot(
         weight_DF, ordered(moment), power_O, site.role.reduction, _pricing(plan, config), plan.dtype, held,
         damping_for(noise, config.bits or 16 * (config.budget or 1)),
         widest_rotation(site.inputs) if _rotated(plan, config) else 1,
-        sweeps_of(config),
+        config.sweeps,
     )  # fmt: skip
 
 
@@ -472,11 +470,6 @@ def _whole_bytes(plan: GroupPlan, config: FipsConfig) -> list[int]:
         for values in config.value_choices
     ]
     return [factored_footprint(plan.group, rank=0, itemsize=item, layers=layers).bytes for layers in stored]
-
-
-def sweeps_of(config: FipsConfig) -> int:
-    """Sweeps over every matrix after it was rounded."""
-    return SWEEPS if config.one_shot and config.effort == "default" else 0
 
 
 def group_share(plan: GroupPlan, config: FipsConfig) -> float:
