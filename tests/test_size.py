@@ -66,9 +66,11 @@ def test_an_impossible_size_is_refused_with_the_smallest_one() -> None:
     found = re.search(r"the smallest size with the MLPs compressed is ([\d,]+) bytes", str(refused.value))
     assert found is not None
     least = int(found[1].replace(",", ""))
-    assert settle_size(model, fips.CompressionConfig(size=str(least + 1))).bits is not None
+    enough = fips.CompressionConfig(size=str(least + 1))
+    plan = plan_compression(model, enough)
+    assert settle_size(plan, model, enough).bits is not None
     with pytest.raises(BudgetError, match="the smallest size"):
-        settle_size(model, fips.CompressionConfig(size=str(least - 2)))
+        settle_size(plan, model, fips.CompressionConfig(size=str(least - 2)))
 
 
 def test_a_size_that_is_not_used_up_is_said() -> None:

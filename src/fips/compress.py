@@ -23,7 +23,7 @@ from fips.methods.registry import Method, method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
-from fips.plan.plan import leave_dense, plan_compression, settle_size
+from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size
 from fips.ranks import Ranks, joined
 from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_linear
@@ -73,12 +73,12 @@ def compress(
         raise ConfigError(f"`config` must be a `CompressionConfig`, got `{type(config).__name__}`; {hint}")
     model = unwrap(model)
     check_model(model)
-    asked, config = config, settle_size(model, config)
-    method = method_of(config)
     device = next(model.parameters()).device
     with joined() as ranks, neutral_torch(device), plain_forward(model):
-        _check_ranks(method, ranks, work)
         plan = plan_compression(model, config)
+        asked, config = config, settle_size(plan, model, config)
+        method = method_of(config)
+        _check_ranks(method, ranks, work)
         require_finite_weights(model)
         sites = [site for group in plan.groups for site in group.group.sites]
         check_layers(model, sites)
@@ -98,7 +98,7 @@ def compress(
             with autocast_for(config.precision, device):
                 left = bench.survey([group.group for group in plan.groups])
                 if left and asked.size is not None:
-                    config = bench.config = settle_size(model, asked, left)
+                    config = bench.config = settle_size(plan, model, asked, left)
                     method, plan = method_of(config), plan_compression(model, config)
                 plan = leave_dense(plan, model, config, left)
                 groups = method.compress(bench, plan)
@@ -108,23 +108,31 @@ def compress(
         _install(model, groups, activation_bits=config.activation_bits)
         if asked.size is not None:
             bench.notes.append(_size_note(asked, config, groups))
-        report = CompressionReport(
-            config=config,
-            plan=replace(plan, groups=tuple(group.plan for group in groups)).to_dict(),
-            groups=[_result(group).to_dict() for group in groups],
-            seconds=time.perf_counter() - started,
-            peak_memory_bytes=measured("peak memory", lambda: peak_memory_bytes(device)),
-            activation_file_bytes=bench.file_bytes,
-            data=measured("the description of the data", lambda: _description(data)) or {},
-            notes=bench.notes,
-            overfit=bench.overfit,
-            environment={
-                **(measured("hardware and versions", lambda: environment(device)) or {}),
-                "precision": resolve_precision(config.precision, device),
-            },
-        )
+        report = _report(bench, plan, groups, started)
     model.fips_report = report  # type: ignore[assignment]
     return report
+
+
+def _report(
+    bench: Workbench, plan: CompressionPlan, groups: Sequence[CompressedGroup], started: float
+) -> CompressionReport:
+    """What was done, and on what."""
+    device = bench.device
+    return CompressionReport(
+        config=bench.config,
+        plan=replace(plan, groups=tuple(group.plan for group in groups)).to_dict(),
+        groups=[_result(group).to_dict() for group in groups],
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=measured("peak memory", lambda: peak_memory_bytes(device)),
+        activation_file_bytes=bench.file_bytes,
+        data=measured("the description of the data", lambda: _description(bench.batches)) or {},
+        notes=bench.notes,
+        overfit=bench.overfit,
+        environment={
+            **(measured("hardware and versions", lambda: environment(device)) or {}),
+            "precision": resolve_precision(bench.config.precision, device),
+        },
+    )
 
 
 def _size_note(asked: CompressionConfig, config: CompressionConfig, groups: Sequence[CompressedGroup]) -> str:

@@ -111,7 +111,7 @@ def plan_batches(
     except (ConfigError, ModelError):
         return None
     data = recipe.data or DataConfig(source="")
-    sized = settle_size(model, recipe.compression)
+    sized = settle_size(plan, model, recipe.compression)
     data, need = fitting_data(model, plan, sized, data, device=place, chosen=chosen, only_planned=True)
     return forecast(model, plan, sized, data, need, device=place, output=output)
 
@@ -154,7 +154,7 @@ def compress_to_directory(
             require_empty(output)
         place = ranks.device(pick_device(device))
         empty, plan = plan_source(source, recipe, dtype=dtype, trust_remote_code=trust_remote_code)
-        sized = settle_size(empty, recipe.compression)
+        sized = settle_size(plan, empty, recipe.compression)
         data, need = fitting_data(
             empty, plan, sized, recipe.data, device=place,
             chosen="batch_size" in recipe.data.model_fields_set,

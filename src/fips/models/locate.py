@@ -260,7 +260,6 @@ def _with_attention(
 ) -> list[Sublayer]:
     """MLPs and what lies in the attention of blocks, in the order of their first layers."""
     taken = {site.name for sublayer in mlps for site in sublayer.sites}
-    widths = {sublayer.block: sublayer.width for sublayer in mlps}
     modules: dict[str, tuple[str, str]] = {}
     for name in every:
         block = None if name in taken else _block_of(model, name)
@@ -270,7 +269,7 @@ def _with_attention(
     found = list(mlps)
     for place, (block_name, block_list) in modules.items():
         members = [linear for name, linear in every.items() if name.startswith(f"{place}.") and name not in taken]
-        width = widths.get(block_name) or _norm_width(model.get_submodule(block_name)) or _width_of(members)
+        width = _stream_width(model, block_name, mlps) or _width_of(members)
         sites = []
         for linear in members:
             odd = _odd(linear.module)
@@ -304,21 +303,20 @@ def _select_targets(
         odd = _odd(linear.module)
         if odd is not None:
             raise NoMatchError(f"`targets` matched `{name}`, which is {odd}, not a plain linear layer; leave it out")
-        site = site_mlp[0] if site_mlp is not None else _other_site(linear, block[0], model, known, every)
+        site = site_mlp[0] if site_mlp is not None else _other_site(linear, block[0], model, found, every)
         chosen.setdefault(block[0], []).append(site)
         lists[block[0]] = block[1]
     return [Sublayer(block, block, lists[block], "custom", tuple(sites)) for block, sites in chosen.items()]
 
 
 def _other_site(
-    linear: Linear, block: str, model: nn.Module, known: dict[str, tuple[Site, Sublayer]], every: Mapping[str, Linear]
+    linear: Linear, block: str, model: nn.Module, found: Sequence[Sublayer], every: Mapping[str, Linear]
 ) -> Site:
     """A layer of no MLP: by the rule of ``fips.models.attention``, elsewhere by the side that has the block's width.
 
     Elsewhere both sides may have it, or the width may be unknown: such a layer is taken to read the stream.
     """
-    widths = {site.width for site, sublayer in known.values() if sublayer.block == block}
-    width = widths.pop() if widths else _norm_width(model.get_submodule(block))
+    width = _stream_width(model, block, found)
     attention = attention_around(model, block, linear.name)
     site = None
     if attention is not None:
@@ -334,6 +332,12 @@ def _other_site(
             f"the residual stream, {width} wide in its block; leave it out"
         )
     return site
+
+
+def _stream_width(model: nn.Module, block: str, mlps: Sequence[Sublayer]) -> int | None:
+    """Width of the residual stream in a block, as its MLPs have it, or its normalization layers; None: unknown."""
+    widths = {sublayer.width for sublayer in mlps if sublayer.block == block}
+    return widths.pop() if widths else _norm_width(model.get_submodule(block))
 
 
 def _width_of(members: Sequence[Linear]) -> int:

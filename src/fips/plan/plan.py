@@ -19,7 +19,7 @@ from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_byte
 from fips.plan.groups import GroupPlan, storage_dtype
 from fips.plan.least import require_sensible_size
 from fips.plan.planner import planner_of
-from fips.plan.size import with_bits
+from fips.plan.size import smallest_sizes, weight_dtype, with_bits
 
 __all__ = ["CompressionPlan", "LeftDense", "leave_dense", "plan_compression", "settle_size"]
 
@@ -97,7 +97,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     _check_whole(model, located.sublayers, config)
     groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
     config = with_bits(model, groups, config)
-    _check_sizes(model, groups, config)
+    require_sensible_size(smallest_sizes(model, groups, config), config)
     grouped = {block for group in groups for block in group.blocks}
     outside = [
         Skipped(sublayer.name, "its block is in no group")
@@ -112,34 +112,14 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     )
 
 
-def settle_size(model: nn.Module, config: CompressionConfig, left: Collection[str] = ()) -> CompressionConfig:
-    """Settings with bits in place of the ``size`` of the whole file, for a model some of whose layers are left dense.
+def settle_size(
+    plan: CompressionPlan, model: nn.Module, config: CompressionConfig, left: Collection[str] = ()
+) -> CompressionConfig:
+    """Settings with bits in place of the ``size`` of the whole file that a plan was made for.
 
-    Raises what ``plan_compression`` raises.
+    Layers ``left`` dense count among the rest. Raises ``BudgetError`` with the smallest size there is.
     """
-    if config.size is None:
-        return config
-    model = unwrap(model)
-    located = locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
-    groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
-    return with_bits(model, groups, config, left)
-
-
-def _check_sizes(model: nn.Module, groups: Sequence[LayerGroup], config: CompressionConfig) -> None:
-    planner = planner_of(config)
-    require_sensible_size(
-        {
-            group.name: planner.smallest_size(group, storage_dtype(config, _weight_dtype(model, group)))
-            for group in groups
-        },
-        config,
-    )
-
-
-def _weight_dtype(model: nn.Module, group: LayerGroup) -> torch.dtype:
-    dtype = model.get_submodule(group.sites[0].name).weight.dtype
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    return with_bits(unwrap(model), [group.group for group in plan.groups], config, left)
 
 
 def leave_dense(
@@ -161,7 +141,8 @@ def leave_dense(
     left, groups = [], []
     smaller_groups = [group.group.without(reasons) for group in plan.groups]
     if any(smaller_groups):
-        _check_sizes(model, [group for group in smaller_groups if group is not None], config)
+        still_there = [group for group in smaller_groups if group is not None]
+        require_sensible_size(smallest_sizes(model, still_there, config), config)
     for group, smaller in zip(plan.groups, smaller_groups, strict=True):
         for site in group.group.sites:
             if site.name in reasons:
@@ -184,15 +165,15 @@ def leave_dense(
 def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) -> GroupPlan:
     planner = planner_of(config)
     planner.check(group)
-    weight_dtype = _weight_dtype(model, group)
+    dtype = weight_dtype(model, group)
     return planner.plan(
         GroupPlan(
             group=group,
             rank=0,
             kept=0,
             fmt=BITMASK,
-            dtype=storage_dtype(config, weight_dtype),
-            dense=dense_footprint(group, itemsize=itemsize(weight_dtype)),
+            dtype=storage_dtype(config, dtype),
+            dense=dense_footprint(group, itemsize=itemsize(dtype)),
             factored=Footprint(0, 0, 0, 0),
         )
     )

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from fips.config import CompressionConfig, size_bytes
 from fips.errors import BudgetError
 from fips.models import LayerGroup
-from fips.plan.footprint import state_bytes
+from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_bytes
 from fips.plan.groups import storage_dtype
 from fips.plan.least import BYTES_PER_BIT
 from fips.plan.planner import planner_of
 
-__all__ = ["with_bits"]
+__all__ = ["smallest_sizes", "weight_dtype", "with_bits"]
 
 MOST_BITS = 16
+
+
+def weight_dtype(model: nn.Module, group: LayerGroup) -> torch.dtype:
+    """Of the layers of a group, before."""
+    dtype = model.get_submodule(group.sites[0].name).weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def smallest_sizes(model: nn.Module, groups: Sequence[LayerGroup], config: CompressionConfig) -> dict[str, float]:
+    """The smallest sensible size of every group by name (``Planner.smallest_size``)."""
+    planner = planner_of(config)
+    return {
+        group.name: planner.smallest_size(group, storage_dtype(config, weight_dtype(model, group))) for group in groups
+    }
 
 
 def with_bits(
@@ -32,15 +48,9 @@ def with_bits(
     before = state_bytes(model)
     wanted = size_bytes(config.size, before)
     groups = [group for group in (one.without(left) for one in groups) if group is not None]
-    weights = sum(site.width * site.hidden for group in groups for site in group.sites)
-    dense, least = 0, 0.0
-    planner = planner_of(config.replace(size=None, bits=MOST_BITS))
-    for group in groups:
-        weight = model.get_submodule(group.sites[0].name).weight
-        assert isinstance(weight, Tensor)
-        dense += group.width * group.hidden * weight.element_size()
-        least = max(least, planner.smallest_size(group, storage_dtype(planner.config, weight.dtype)))
-    rest = before - dense
+    dense = Footprint.total(dense_footprint(group, itemsize=itemsize(weight_dtype(model, group))) for group in groups)
+    weights, rest = dense.parameters, before - dense.bytes
+    least = max(smallest_sizes(model, groups, config.replace(size=None, bits=MOST_BITS)).values())
     smallest_bytes = rest + least * weights * BYTES_PER_BIT
     if wanted < smallest_bytes:
         raise BudgetError(
