@@ -130,7 +130,7 @@ class FieldConfig(InputsConfig):
     """The width of the integers and the groups follow from `bits`."""
 
     def check(self) -> None:
-        if self.bits is None:
+        if self.budget is not None:
             raise ValueError(f"`method: {self.method}` keeps all parameters in fewer bits: give `bits`, not `budget`")
 
     @property

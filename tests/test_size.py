@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ def test_the_size_is_met_to_one_percent(size: str, layers: str) -> None:
     assert report.plan["compressed_model"]["bytes"] == state_bytes(model)
     assert report.config.bits is not None
     assert re.search(rf"bits a weight, so that all tensors take {re.escape(size)}", " ".join(report.notes))
+
+
+@pytest.mark.parametrize("settings", [{"method": "gptq"}, {"values": "auto"}, {"activation_bits": 8}])
+def test_a_size_goes_with_whatever_bits_go_with(settings: dict[str, Any]) -> None:
+    model = wide_model()
+    wanted = size_bytes("20%", state_bytes(model))
+    fips.compress(model, batches_for(model), fips.CompressionConfig(size="20%", layers="blocks", **settings))
+    least = 0.85 if "method" in settings else 0.99  # gptq has whole bits only
+    assert least * wanted <= state_bytes(model) <= wanted
 
 
 def test_what_is_left_dense_counts_among_the_rest() -> None:

@@ -324,7 +324,7 @@ def recipes(as_json: Json = False) -> None:
     table = Table("recipe", "model", "keeps", "description")
     for name, entry in entries.items():
         setting = entry.compression
-        size = f"{setting.budget:g} parameters" if setting.budget else f"{setting.bits:g} bits"
+        size = setting.size or (f"{setting.budget:g} parameters" if setting.budget else f"{setting.bits:g} bits")
         table.add_row(name, entry.model or "any", size, entry.description)
     stdout.print(table)
 

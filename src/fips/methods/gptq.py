@@ -47,7 +47,7 @@ class GptqConfig(InputsConfig):
     widest integers."""
 
     def check(self) -> None:
-        if self.bits is None:
+        if self.budget is not None:
             raise ValueError("`method: gptq` keeps all parameters in fewer bits: give `bits`, not `budget`")
 
     @property

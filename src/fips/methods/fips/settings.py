@@ -68,7 +68,7 @@ class FipsConfig(SparseConfig):
             raise ValueError(
                 "`sharing: always` needs a pattern of free size, got N:M; leave `pattern` or `sharing` out"
             )
-        if self.values == "auto" and self.bits is None:
+        if self.values == "auto" and self.budget is not None:
             raise ValueError("`values: auto` weighs bits against bytes: give `bits`, not `budget`")
         if self.schedule == "gmp":
             raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
@@ -87,7 +87,7 @@ class FipsConfig(SparseConfig):
     @property
     def value_choices(self) -> list[Values]:
         """The value formats that a layer may get, fewest bits first; by default `auto` where bytes are counted."""
-        found = self.values or ("auto" if self.bits is not None else FLOAT)
+        found = self.values or ("auto" if self.budget is None else FLOAT)
         return automatic_values() if found == "auto" else [values_named(found)]
 
     @property
