@@ -28,7 +28,23 @@ VALUES: tuple[Any, ...] = (
 ADDED = ("pytorch_model.bin", "model-00001-of-00002.safetensors", "tokenizer.json", "x.py", "notes.md",
          "preprocessor_config.json", "chat_template.jinja", "model.bak", "adapter_model.safetensors")  # fmt: skip
 FORMATS = ("dense", "bitmask", "2:4", "4:16", "1:2", "8:16", "3:7", "1:16", "31:32", "block4", "block8")
-KINDS = ("float", "int8", "int7", "int6", "int5", "int4", "int3", "int2", "int4g32", "int8g16", "nl4", "nl3g32")
+KINDS = (
+    "float",
+    "int8",
+    "int7",
+    "int6",
+    "int5",
+    "int4",
+    "int3",
+    "int2",
+    "int4g32",
+    "int8g16",
+    "nl4",
+    "nl3g32",
+    "tc2",
+    "tc3g32",
+    "tc4",
+)
 
 
 @dataclass
@@ -372,7 +388,7 @@ def rebuild_layer(rng: Random, directory: Path) -> str:
         tensors.entries[f"{name}.values"] = ("I8" if bits == 8 else "U8", [length], rng.randbytes(length))
         tensors.entries[f"{name}.scales"] = ("F32", [rows], struct.pack("<f", rng.choice([0.01, -0.01, 0.0])) * rows)
     if groups:
-        content["quantization_config"]["format_version"] = rng.choice([2, 2, 2, 1])
+        content["quantization_config"]["format_version"] = rng.choice([2, 2, 2, 4, 1])
         tensors.entries[f"{name}.group_scales"] = ("U8", [groups], rng.randbytes(groups))
     if entry["format"] != "dense":
         tensors.entries[f"{name}.pattern"] = ("U8", [len(pattern)], pattern)

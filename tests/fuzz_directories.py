@@ -95,6 +95,7 @@ RECIPES = {
         "llama", (("bitmask", "int4g32"), ("full", "int3g16"), ("4:16", "int8g64"), ("block4", "int5g128"))
     ),
     "levels": Recipe("llama", (("full", "nl4g64"), ("bitmask", "nl3"), ("full", "nl5"), ("4:16", "nl2g16"))),
+    "coded": Recipe("llama", (("full", "tc4g64"), ("full", "tc3"), ("full", "tc2g16")), layers=2),
     "conv1d": Recipe("gpt2", (("bitmask", "float"), ("4:16", "int4"), ("full", "int8")), layers=2),
     "sharded": Recipe("llama", (("bitmask", "int8"), ("full", "float")), shard=20_000),
     "images": Recipe("vit", (("bitmask", "int8"), ("full", "int4"))),

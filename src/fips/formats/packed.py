@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError
-from fips.formats.patterns import BlockAxis, Pattern, pattern_named
+from fips.formats.patterns import FULL, BlockAxis, Pattern, pattern_named
 from fips.formats.rotation import rotate, rotation_fits
 from fips.formats.values import FLOAT, Values, values_named
 
@@ -93,6 +93,8 @@ def check_packed(packed: Packed) -> None:
                 f"{name} of a matrix of shape {packed.shape} in format {packed.fmt}: want {wanted} numbers side by "
                 f"side, got {tuple(tensor.shape)}; load the checkpoint again"
             )
+    if numbers.memory and packed.fmt != FULL:
+        raise BackendError(f"values {packed.kind} leave no entry out, but the format is {packed.fmt}")
     if (packed.group_scales is None) != (numbers.scale_group is None):
         raise BackendError(f"values {packed.kind} {'lack' if packed.group_scales is None else 'have no'} group scales")
     if not rotation_fits(cols, packed.rotation) or (packed.rotation > 1 and not numbers.scaled):

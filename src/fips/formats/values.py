@@ -9,6 +9,8 @@ Values ``nl4`` are codes of 16 levels that are not evenly spaced: close where we
 On normal weights they leave 0.66 to 0.8 of the squared error of integers of as many bits. IQ4_NL of llama.cpp and NF4
 (arXiv 2305.14314) are the same idea with other levels.
 
+Values ``tc4`` are codes whose numbers depend on the codes above them, see ``fips.formats.trellis``.
+
 A further value format is a subclass of ``Values`` with ``VALUES.register`` above it.
 """
 
@@ -65,6 +67,9 @@ class Values:
     levels: tuple[int, ...] = ()
     """The numbers of the grid in the order of their codes, the first of which is :math:`-2^{b-1}`; none: codes are the
     numbers. They fit into a byte with sign."""
+    history: tuple[tuple[int, ...], ...] = ()
+    """What codes of the rows above an entry have to say in its number (``fips.formats.trellis``): the next row first,
+    by the bits of the code. With such a memory numbers cannot be rounded one by one, none is left out or trained."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -76,6 +81,11 @@ class Values:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def memory(self) -> int:
+        """Rows above an entry whose codes count."""
+        return len(self.history)
 
     @property
     def scaled(self) -> bool:
@@ -162,11 +172,11 @@ class Values:
         return self.decode(codes).to(wide.dtype) * self.steps(wide, group_scales, codes.shape[1])
 
     def encode(self, numbers: Tensor) -> Tensor:
-        """Codes of numbers of the grid, int8."""
+        """Codes of numbers of the grid, int8. Inverse of ``decode``."""
         return numbers.to(torch.int8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Numbers of the grid that codes stand for."""
+        """Numbers of the grid that codes stand for; codes are (rows, cols) where the format has a memory."""
         return codes
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -317,9 +327,12 @@ def integers(bits: int, group: int | None = None) -> Values:
     return VALUES.named(f"int{bits}" if group is None else f"int{bits}g{group}")
 
 
-def automatic_values() -> list[Values]:
-    """What ``values: auto`` chooses among, fewest bits first."""
+def automatic_values(*, coded: bool = True) -> list[Values]:
+    """What ``values: auto`` chooses among, fewest bits first; without those that have a memory unless ``coded``, and
+    with it without levels of as few bits, which leave more at the same size."""
     found = [values_named(name) for cls in VALUES.classes for name in cls.automatic]
+    most = max((one.bits or 0 for one in found if one.memory), default=0)
+    found = [one for one in found if (one.memory or (one.bits or 0) > most if coded else not one.memory)]
     return sorted(found, key=lambda one: one.scale_bytes(1, 4096, 2) + 512 * (one.bits or 0))
 
 

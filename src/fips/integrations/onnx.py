@@ -96,7 +96,7 @@ class _DecodedLinear(nn.Module):
         self.bias = layer.bias
         self.weight = torch.empty(0)
         self._rotation = layer.rotation
-        levels = layer.value_format.levels
+        levels = () if layer.value_format.memory else layer.value_format.levels
         plain = layer.value_format.plain or bool(levels)  # others are decoded here: the graph has levels and scales
         packed = layer.packed()
         matrix = in_place(packed) if plain else to_dense(packed)

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from fips.errors import BackendError, ConfigError
 from fips.formats.packed import Packed, check_packed
+from fips.formats.trellis import RUN
+from fips.formats.values import Values
 from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
 from fips.kernels.reference import check_inputs
 from fips.kernels.validity import Snapshot
@@ -39,17 +41,20 @@ __all__ = [
     "multiply_columns",
     "prepare",
     "scratch_bytes",
+    "search_paths",
     "unavailable_reason",
 ]
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 7
+ABI = 8
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 3}
 """uint8 are packed integers of less than 8 bits."""
+UNITS = 32.0
+"""Integers that a squared error of one level is counted in by searches."""
 _INVALID, _NO_MEMORY = -2, -3
 
 
@@ -59,7 +64,17 @@ class _Matrix(ctypes.Structure):
         ("m", c_int32), ("values", c_void_p), ("pattern", c_void_p), ("num_values", c_int64), ("value_bytes", c_int64),
         ("pattern_bytes", c_int64), ("row_start", c_void_p), ("scales", c_void_p), ("num_starts", c_int64),
         ("num_scales", c_int64), ("value_bits", c_int64), ("group_scales", c_void_p), ("num_group_scales", c_int64),
-        ("scale_group", c_int64), ("levels", c_void_p), ("num_levels", c_int64), ("rotation", c_int64),
+        ("scale_group", c_int64), ("levels", c_void_p), ("num_levels", c_int64), ("history", c_void_p),
+        ("num_history", c_int64), ("memory", c_int64), ("run", c_int64), ("rotation", c_int64),
+    ]  # fmt: skip
+
+
+class _Search(ctypes.Structure):
+    _fields_ = [
+        ("wanted", c_void_p), ("weight", c_void_p), ("codes", c_void_p), ("numbers", c_void_p), ("columns", c_int64),
+        ("rows", c_int64), ("length", c_int64), ("run", c_int64), ("bits", c_int64), ("memory", c_int64),
+        ("levels", c_void_p), ("history", c_void_p), ("num_levels", c_int64), ("num_history", c_int64),
+        ("threads", c_int64), ("isa", c_int64), ("unit", c_float),
     ]  # fmt: skip
 
 
@@ -70,6 +85,16 @@ class _Call(ctypes.Structure):
         ("y_length", c_int64), ("bias_length", c_int64), ("x_type", c_int32), ("y_type", c_int32), ("threads", c_int32),
         ("isa", c_int32), ("path", c_int32), ("activation_bits", c_int32),
     ]  # fmt: skip
+
+
+class _Tables:
+    """The levels of a value format, and what codes above add to their places, where C can read them."""
+
+    def __init__(self, numbers: Values) -> None:
+        history = bytes(number for row in numbers.history for number in row)
+        self.levels = (ctypes.c_int8 * len(numbers.levels))(*numbers.levels)
+        self.history = (ctypes.c_uint8 * len(history))(*history)
+        self.where = [ctypes.addressof(table) if len(table) else None for table in (self.levels, self.history)]
 
 
 class CpuMatrix(PreparedMatrix):
@@ -83,8 +108,8 @@ class CpuMatrix(PreparedMatrix):
             self.scales = None if packed.scales_N is None else packed.scales_N.detach().float().contiguous()
             if packed.layout.group_kept is None:
                 self.row_start = torch.empty(packed.shape[0], dtype=torch.int32)
-        self.levels = (ctypes.c_int8 * len(packed.numbers.levels))(*packed.numbers.levels)
-        self.struct = _describe(packed, self.scales, self.levels)
+        self.tables = _Tables(packed.numbers)
+        self.struct = _describe(packed, self.scales, self.tables)
         self._count()
         self.reference = ctypes.byref(self.struct)
 
@@ -309,7 +334,7 @@ def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int,
     )  # fmt: skip
 
 
-def _describe(packed: Packed, scales: Tensor | None, levels: ctypes.Array[ctypes.c_int8]) -> _Matrix:
+def _describe(packed: Packed, scales: Tensor | None, tables: _Tables) -> _Matrix:
     layout, values, pattern, groups = packed.layout, packed.values_Z.detach(), packed.pattern, packed.group_scales
     code = layout.code(packed.block_axis)
     if code is None or not packed.numbers.compiled:
@@ -321,9 +346,31 @@ def _describe(packed: Packed, scales: Tensor | None, levels: ctypes.Array[ctypes
         pattern.data_ptr(), packed.kept, values.nbytes, pattern.numel(), None,
         None if scales is None else scales.data_ptr(), 0, 0 if scales is None else scales.numel(), packed.bits or 8,
         None if groups is None else groups.data_ptr(), 0 if groups is None else groups.numel(),
-        packed.numbers.scale_group or 0, ctypes.addressof(levels) if len(levels) else None, len(levels),
-        packed.rotation,
+        packed.numbers.scale_group or 0, tables.where[0], len(tables.levels), tables.where[1], len(tables.history),
+        packed.numbers.memory, RUN if packed.numbers.memory else 0, packed.rotation,
     )  # fmt: skip
+
+
+def search_paths(numbers: Values, wanted_JN: Tensor, weight_JN: Tensor) -> tuple[Tensor, Tensor]:
+    """``(codes, numbers)`` of a value format with a memory next to wanted numbers, as ``Trellis.search`` finds them.
+
+    Both tensors are float32 on the CPU, side by side; weights are about 1. Raises ``BackendError`` for a format that
+    the library does not know.
+    """
+    tables = _Tables(numbers)
+    codes_JN, found_JN = torch.empty_like(wanted_JN, dtype=torch.int8), torch.empty_like(wanted_JN)
+    search = _Search(
+        wanted_JN.data_ptr(), weight_JN.data_ptr(), codes_JN.data_ptr(), found_JN.data_ptr(), *wanted_JN.shape,
+        wanted_JN.numel(), RUN, numbers.bits or 0, numbers.memory, tables.where[0], tables.where[1],
+        len(tables.levels), len(tables.history), torch.get_num_threads(), _best, UNITS,
+    )  # fmt: skip
+    with _as_memory_error():
+        status = _require().fips_search_paths(ctypes.byref(search))
+    if status == _NO_MEMORY:
+        raise MemoryError(f"no memory to search the codes of {len(wanted_JN)} columns")
+    if status < 0:
+        raise BackendError(f"the compiled library does not search codes of {numbers.name}")
+    return codes_JN, found_JN
 
 
 def _require() -> ctypes.CDLL:
@@ -358,6 +405,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library.fips_multiply.argtypes = [c_void_p, c_void_p]
         library.fips_multiply_again.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
         library.fips_multiply_columns.argtypes = [c_void_p, c_void_p]
+        library.fips_search_paths.argtypes = [c_void_p]
         library.fips_row_starts.argtypes = [c_void_p, c_void_p, c_int64]
         for counting in (library.fips_row_starts, library.fips_scratch_bytes, library.fips_free_scratch):
             counting.restype = c_int64

@@ -252,6 +252,8 @@ class TritonBackend(Backend):
             return f"Triton is not installed ({_missing}); `pip install fips[gpu]`"
         if packed.layout.code(packed.block_axis) == _FULL and packed.scales_N is None:
             return "a whole matrix of floats is a dense product"
+        if packed.numbers.memory:
+            return f"no Triton kernel reads values {packed.kind}, whose entries are coded together"
         return kernel_refuses(packed, device, dtype, "cuda")
 
     def prepare(self, packed: Packed) -> TritonMatrix:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fips.errors import ConfigError
 from fips.formats.packed import Packed, to_dense
-from fips.formats.patterns import BITMASK, pattern_named
+from fips.formats.patterns import BITMASK, FULL, pattern_named
 from fips.formats.rotation import rotate, rotation_fits
 from fips.formats.values import FLOAT, Values, values_named
 from fips.kernels import registry
@@ -110,6 +110,8 @@ class FactoredLinear(nn.Module):
         block = self.pattern_format.block
         if hidden % block:
             raise ConfigError(f"format {fmt} needs a multiple of {block} hidden features, got {hidden}")
+        if self.value_format.memory and fmt != FULL:
+            raise ConfigError(f"values {values} leave no entry out: they are stored with format {FULL}, got {fmt}")
         self.role = Role(role)
         self.reads_stream, self.block_axis = self.role.reads_stream, self.role.hidden_axis  # asked in every call
         self.fmt = fmt

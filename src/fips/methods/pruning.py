@@ -42,7 +42,9 @@ class PruningConfig(CompressionConfig):
     @field_validator("values")
     @classmethod
     def _known_values(cls, values: str) -> str:
-        return values_named(values).name
+        if values_named(values).memory:
+            raise ValueError(f"`{values}` leaves no entry out; pruned layers take floats, integers or levels (`nl4`)")
+        return values
 
     @property
     def has_integers(self) -> bool:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from fips.formats.values import Values
+from fips.solve.coded import rounded
 from fips.solve.grids import Stored
-from fips.solve.rounding import inverse_of
+from fips.solve.rounding import in_steps, inverse_of
 
 __all__ = ["descend"]
 
@@ -41,14 +42,17 @@ def descend(
     *,
     damping: float = 0.0,
     mask_NK: Tensor | None = None,
+    rows_N: Tensor | None = None,
     sweeps: int = 2,
 ) -> Stored:
     """The matrix after some sweeps over its columns; entries outside the mask stay 0.
 
+    Where the entries of a column are coded together, all of it moves at once, its rows weighted by ``rows_N``.
+
     ``damping`` is added to the metric, relative to its mean diagonal. Steps of groups change, in what they are stored
     in; where the format has none, the step of a row does, once, before the sweeps.
     """
-    return _Descent(matrix_NK, start, values, metric_KK, damping, mask_NK).after(sweeps)
+    return _Descent(matrix_NK, start, values, metric_KK, damping, mask_NK, rows_N).after(sweeps)
 
 
 class _Descent:
@@ -60,8 +64,10 @@ class _Descent:
         metric_KK: Tensor,
         damping: float,
         mask_NK: Tensor | None,
+        rows_N: Tensor | None,
     ) -> None:
         self.values, self.metric_KK = values, metric_KK
+        self.weight_N = matrix_NK.new_ones(len(matrix_NK)) if rows_N is None else rows_N
         self.extra = damping * metric_KK.diagonal().mean()
         self.mask_KN = None if mask_NK is None else mask_NK.T.contiguous()
         self.rows_N = start.steps_N
@@ -94,8 +100,11 @@ class _Descent:
                 self._run(slice(first, min(first + run, len(self.found_KN))))
         grouped = self.values.scale_group is not None
         group_steps = self._stored_steps(self.steps_GN).T.flatten() if grouped else None
-        codes_NK = self.values.quantize(self.found_KN.T.contiguous(), self.rows_N, group_steps)
-        return Stored(codes_NK, self.rows_N, group_steps)
+        found_NK = self.found_KN.T.contiguous()
+        if not self.values.memory:
+            return Stored(self.values.quantize(found_NK, self.rows_N, group_steps), self.rows_N, group_steps)
+        steps_NK = self.values.steps(self.wide_N, group_steps, found_NK.shape[1])
+        return Stored(self.values.encode(in_steps(found_NK, steps_NK)), self.rows_N, group_steps)
 
     def _stored_steps(self, steps_GN: Tensor) -> Tensor:
         return self.values.group_scales(steps_GN, self.wide_N.unsqueeze(0))
@@ -114,16 +123,21 @@ class _Descent:
             for column in range(own.start, own.stop):
                 gap_N = rest_JN[column] / metric_JJ[column, column]
                 wanted_N = found_JN[column] + gap_N
-                best_N = self.values.nearest(wanted_N * inverse_N) * step_N
+                best_N = rounded(self.values, wanted_N * inverse_N, self.weight_N * step_N.square()) * step_N
                 if self.mask_KN is not None:
                     best_N *= self.mask_KN[run.start + column]
-                better_N = (wanted_N - best_N).abs() < gap_N.abs()  # `nearest` is not exact between two levels
-                change_N = (best_N - found_JN[column]) * better_N
+                change_N = (best_N - found_JN[column]) * self._is_better(wanted_N - best_N, gap_N)
                 rest_JN.addr_(metric_JJ[:, column], change_N, alpha=-1)
                 found_JN[column] += change_N
         change_JN = found_JN - before_JN
         for others in (slice(0, run.start), slice(run.stop, len(self.found_KN))):
             self.rest_KN[others].addmm_(self.metric_KK[others, run], change_JN, alpha=-1)
+
+    def _is_better(self, left_N: Tensor, gap_N: Tensor) -> Tensor:
+        """Where to move: neither `nearest` between two levels nor the integers of a search are exact."""
+        if not self.values.memory:
+            return left_N.abs() < gap_N.abs()
+        return (left_N.square() * self.weight_N).sum() < (gap_N.square() * self.weight_N).sum()
 
     def _fit_group(self, place: int, found_JN: Tensor, rest_JN: Tensor, metric_JJ: Tensor, own: slice) -> None:
         """Give a group the best step that can be stored, its numbers as they are."""

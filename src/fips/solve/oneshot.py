@@ -101,7 +101,7 @@ class OneShot(Structures):
                 self.forget()  # as large as the moment
                 stored = descend(
                     self.matrix_NK, stored, choice.numbers, self.moment_KK, damping=self.damping, mask_NK=mask_NK,
-                    sweeps=self.sweeps,
+                    rows_N=self.weight_N, sweeps=self.sweeps,
                 )  # fmt: skip
                 found_NK = choice.numbers.dequantize(*stored)
         mask_NK = torch.ones_like(found_NK, dtype=torch.bool) if mask_NK is None else mask_NK
@@ -232,7 +232,7 @@ class OneShot(Structures):
             costs_KN = (matrix_NK / roots_K).square().T
             masks = [choose(part, index * run_length) for index, part in enumerate(costs_KN.split(run_length))]
             matrix_NK = matrix_NK * torch.cat(masks).T
-        return grid_for(values, matrix_NK, diagonal(self.moment_KK), self.dtype)
+        return grid_for(values, matrix_NK, diagonal(self.moment_KK), self.dtype, self.weight_N)
 
     def _chooser(self, choice: Choice, size: float) -> Chooser:
         """Entries to keep of each run of columns.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fips.formats.rotation import rotate
+from fips.formats.trellis import Trellis
 from fips.formats.values import Values
 from fips.solve.feedback import inverse_root
 from fips.solve.problems import DAMPING, LayerProblem
@@ -65,7 +66,7 @@ class Grid:
 
     def numbers(self) -> Tensor:
         """The factor in units of its steps."""
-        return self.values.decode(self.codes_RF)
+        return self.values.decode(self.codes_RF.T).T if self.axis == 0 else self.values.decode(self.codes_RF)
 
 
 def round_factor(
@@ -100,7 +101,12 @@ def grid_steps(
 
 
 def best_steps(matrix: Tensor, weight: Tensor, *, values: Values, dim: int = -1) -> Tensor:
-    """Step for every line along ``dim`` with the least weighted rounding error, among a few clipped maxima."""
+    """Step for every line along ``dim`` with the least weighted rounding error, among a few clipped maxima.
+
+    Where entries are coded together, the one that makes the line as wide as the numbers the code is for.
+    """
+    if isinstance(values, Trellis):
+        return values.best_steps(matrix, dim)
     peaks = matrix.abs().amax(dim, keepdim=True) / values.largest
     numbers = in_steps(matrix, peaks)  # errors of a line count in its largest step
     best = torch.full_like(peaks, torch.inf)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import CheckpointError
-from fips.formats.patterns import pattern_in_file, pattern_named
+from fips.formats.patterns import FULL, pattern_in_file, pattern_named
 from fips.formats.rotation import ROTATIONS
 from fips.formats.values import FLOAT, values_named
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
@@ -20,7 +20,7 @@ from fips.models.sites import Role
 __all__ = ["QUANT_METHOD", "Layout", "check_layers", "describe_layout", "install_layout", "replace_linear"]
 
 QUANT_METHOD = "fips"
-Version = Literal[1, 2, 3]
+Version = Literal[1, 2, 3, 4]
 VERSIONS: tuple[Version, ...] = get_args(Version)
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 """Features on one side of a matrix."""
@@ -76,6 +76,8 @@ class LayerLayout(_Strict):
             raise ValueError("wants either `basis` or `width`")
         if self.hidden % pattern_named(self.format).block:
             raise ValueError(f"`columns` {self.hidden} does not fill the blocks of {self.format}")
+        if values_named(self.values).memory and self.format != FULL:
+            raise ValueError(f"`values` {self.values} are of `format` {FULL}, got {self.format}")
         if self.activation_bits is not None and not values_named(self.values).scaled:
             raise ValueError("`activation_bits` is for integer `values`")
         if self.rotation not in ROTATIONS:
@@ -88,12 +90,14 @@ class LayerLayout(_Strict):
     def version(self) -> Version:
         """The first format version that has what this layer has."""
         values = values_named(self.values)
+        if values.memory:
+            return 4
         return 3 if values.levels or self.rotation > 1 else 1 if values.scale_group is None else 2
 
 
 class Layout(_Strict):
     """Bases and factored layers by name. Format version 2 has values with group scales, version 3 levels that are not
-    evenly spaced and rotated columns."""
+    evenly spaced and rotated columns, version 4 values that are coded together."""
 
     quant_method: Literal["fips"] = "fips"
     format_version: Version = 1

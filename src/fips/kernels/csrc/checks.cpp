@@ -1,6 +1,8 @@
 // Sizes are bounded so that no product of them leaves 64 bits.
 #include "checks.h"
 
+#include <initializer_list>
+
 #include "packed.h"
 
 namespace {
@@ -43,7 +45,23 @@ bool group_scales_fit(const fips_matrix &a) {
          a.num_group_scales == a.rows * groups_of_row(a);
 }
 
+// Of a matrix with a memory, or of a search: no code leads to a place behind the table.
+bool history_fits(const int8_t *levels, int64_t num_levels, const uint8_t *history, int64_t num_history, int64_t bits,
+                  int64_t memory, int64_t run) {
+  if (memory < 1 || memory > 3 || bits < 2 || bits > 4 || run < 4 || run % 4 || run > kMostSide) return false;
+  if (!levels || num_levels > 64 || num_levels < int64_t(1) << bits || (num_levels & (num_levels - 1))) return false;
+  if (!history || num_history != memory << bits) return false;
+  for (int64_t i = 0; i < num_history; ++i)
+    if (history[i] >= num_levels) return false;
+  return true;
+}
+
 bool levels_fit(const fips_matrix &a) {
+  if (a.memory) {
+    if (a.value_type != FIPS_I8 || a.format != FIPS_FULL || a.num_values != a.rows * a.cols) return false;
+    return history_fits(a.levels, a.num_levels, a.history, a.num_history, a.value_bits, a.memory, a.run);
+  }
+  if (a.history || a.num_history || a.run) return false;
   if (a.num_levels == 0) return !a.levels;
   return a.levels && a.value_type == FIPS_I8 && a.value_bits <= 5 && a.num_levels == int64_t(1) << a.value_bits;
 }
@@ -110,6 +128,16 @@ int fips_check_rows(const fips_matrix &a) {
     }
   });
   return fits ? 0 : FIPS_INVALID;
+}
+
+int fips_check_search(const fips_search &s) {
+  if (s.columns < 0 || s.rows < 0 || s.columns > kMostSide || s.rows > kMostSide) return FIPS_INVALID;
+  if (s.length != s.columns * s.rows || s.length > kMostEntries || s.threads < 1 || s.threads > kMostThreads) return FIPS_INVALID;
+  for (const void *data : {static_cast<const void *>(s.wanted), static_cast<const void *>(s.weight),
+                           static_cast<const void *>(s.codes), static_cast<const void *>(s.numbers)})
+    if (!is_there(data, s.length)) return FIPS_INVALID;
+  if (s.isa < FIPS_PORTABLE || s.isa > FIPS_AMX || !(s.unit > 0) || !(s.unit < 1e6f)) return FIPS_INVALID;
+  return history_fits(s.levels, s.num_levels, s.history, s.num_history, s.bits, s.memory, s.run) ? 0 : FIPS_INVALID;
 }
 
 int fips_check_call(const fips_call &c, int64_t inputs, int64_t outputs) {

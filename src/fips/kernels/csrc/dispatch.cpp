@@ -110,6 +110,7 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
 // Whether the variant that will run reads integers of less than 8 bits as they are.
 bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS || c.path == FIPS_TOKENS) return false;
+  if (a.memory) return level >= FIPS_AVX2 && c.path == FIPS_DIRECT && a.cols % 64 == 0 && recalls(a);
   if (a.num_levels && a.format != FIPS_FULL) return false;
   if (a.scale_group && c.path == FIPS_TILES && level >= FIPS_AVX512) return false;
   return level >= FIPS_AVX2;
@@ -136,9 +137,16 @@ fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
     const int64_t count = min_of(a.num_values - first, run);
     widen(stream, bytes, bits, first, count, to + first);
     const int8_t *middle = a.levels + a.num_levels / 2; // that of code 0
-    for (int64_t i = first; a.num_levels && i < first + count; ++i) to[i] = middle[to[i]];
+    for (int64_t i = first; a.num_levels && !a.memory && i < first + count; ++i) to[i] = middle[to[i]];
   }
+  auto recall = fips_recall_portable;
+#if defined(FIPS_HAVE_AVX2)
+  if (level >= FIPS_AVX2) recall = fips_recall_avx2;
+#endif
+  if (a.memory) recall(a, c.threads, to);
   (void)level;
+  wide.history = nullptr;
+  wide.num_history = wide.memory = wide.run = 0;
   wide.levels = nullptr;
   wide.num_levels = 0;
   wide.values = to;
@@ -146,6 +154,9 @@ fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
 }
 
 bool multiply(const fips_matrix &a, const fips_call &c, int level) {
+#if defined(FIPS_HAVE_AVX2)
+  if (a.memory) return fips_avx2(a, c); // the one that reads them as they are
+#endif
 #if defined(FIPS_HAVE_AMX)
   if (level >= FIPS_AMX && fips_amx(a, c)) return true;
 #endif
@@ -219,7 +230,7 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_AUTO) chosen.path = fastest_path(a, c, level);
   const bool widen = a.value_bits < 8 && !reads_narrow(a, chosen, level);
   const fips_matrix read = widen ? widened(a, chosen, level) : a;
-  const bool floats = chosen.path == FIPS_TOKENS || (a.scale_group && chosen.path == FIPS_TILES);
+  const bool floats = chosen.path == FIPS_TOKENS || (a.scale_group && chosen.path == FIPS_TILES) || read.memory;
   const bool fixed_point = a.value_type == FIPS_I8 && level >= FIPS_AVX512 && !floats;
   const int64_t at_a_time = tokens_at_a_time(a, c);
   for (int64_t first = 0; first < c.tokens; first += at_a_time) {
@@ -314,6 +325,10 @@ int64_t fips_layout(int64_t *numbers, int64_t length) {
       int64_t(offsetof(fips_matrix, scale_group)),
       int64_t(offsetof(fips_matrix, levels)),
       int64_t(offsetof(fips_matrix, num_levels)),
+      int64_t(offsetof(fips_matrix, history)),
+      int64_t(offsetof(fips_matrix, num_history)),
+      int64_t(offsetof(fips_matrix, memory)),
+      int64_t(offsetof(fips_matrix, run)),
       int64_t(offsetof(fips_matrix, rotation)),
       int64_t(sizeof(fips_call)),
       int64_t(offsetof(fips_call, x)),
@@ -333,6 +348,24 @@ int64_t fips_layout(int64_t *numbers, int64_t length) {
       int64_t(offsetof(fips_call, isa)),
       int64_t(offsetof(fips_call, path)),
       int64_t(offsetof(fips_call, activation_bits)),
+      int64_t(sizeof(fips_search)),
+      int64_t(offsetof(fips_search, wanted)),
+      int64_t(offsetof(fips_search, weight)),
+      int64_t(offsetof(fips_search, codes)),
+      int64_t(offsetof(fips_search, numbers)),
+      int64_t(offsetof(fips_search, columns)),
+      int64_t(offsetof(fips_search, rows)),
+      int64_t(offsetof(fips_search, length)),
+      int64_t(offsetof(fips_search, run)),
+      int64_t(offsetof(fips_search, bits)),
+      int64_t(offsetof(fips_search, memory)),
+      int64_t(offsetof(fips_search, levels)),
+      int64_t(offsetof(fips_search, history)),
+      int64_t(offsetof(fips_search, num_levels)),
+      int64_t(offsetof(fips_search, num_history)),
+      int64_t(offsetof(fips_search, threads)),
+      int64_t(offsetof(fips_search, isa)),
+      int64_t(offsetof(fips_search, unit)),
   };
   const int64_t count = int64_t(sizeof(found) / sizeof(*found));
   for (int64_t i = 0; numbers && i < length && i < count; ++i) numbers[i] = found[i];
@@ -369,6 +402,20 @@ int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {
   if (call->bias || matrix->scales || matrix->group_scales || matrix->rotation > 1) return FIPS_INVALID;
   if (!matrix->rows || !call->tokens) return FIPS_UNSUPPORTED;
   return guarded(call->threads, [&] { return multiply_columns(*matrix, *call) ? 0 : FIPS_UNSUPPORTED; });
+}
+
+int fips_search_paths(const fips_search *search) {
+  if (!search) return FIPS_INVALID;
+  const int status = fips_check_search(*search);
+  if (status || !search->length) return status;
+  const int level = search->isa < fips_isa_level() ? int(search->isa) : fips_isa_level();
+  return guarded(int(search->threads), [&] {
+#if defined(FIPS_HAVE_AVX2)
+    if (level >= FIPS_AVX2) return fips_search_avx2(*search) ? 0 : FIPS_UNSUPPORTED;
+#endif
+    (void)level;
+    return fips_search_portable(*search) ? 0 : FIPS_UNSUPPORTED;
+  });
 }
 
 int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length) {

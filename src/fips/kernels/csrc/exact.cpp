@@ -29,9 +29,7 @@ bool any_unusual(const fips_matrix &a, const fips_call &c, bool fixed_point, Fip
 
 double stored_value(const fips_matrix &a, int64_t i) {
   if (a.value_bits == 8) return load_float(a.values, a.value_type, i);
-  const int bits = int(a.value_bits);
-  const uint64_t word = bits_at(static_cast<const uint8_t *>(a.values), a.value_bytes, i * bits);
-  return number_of(a, int64_t(word & ((uint64_t(1) << bits) - 1)));
+  return a.memory ? recalled_number(a, i) : number_of(a, field_at(a, i));
 }
 
 struct Token {

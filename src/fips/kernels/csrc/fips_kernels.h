@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 7 };
+enum { FIPS_ABI = 8 };
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
 enum fips_status {
@@ -65,8 +65,14 @@ typedef struct {
   int64_t num_group_scales;  // rows times groups of a row, of which the last may be short
   int64_t scale_group;       // 16, 32, 64 or 128
   const int8_t *levels;      // of I8 values of at most 5 bits: the number of every code, the lowest code first; null and
-                             // 0: codes are the numbers
-  int64_t num_levels;        // 2^value_bits
+                             // 0: codes are the numbers. With a memory: of every place, which is the code as it lies in
+                             // the stream xor what `history` has for the codes of the rows above it
+  int64_t num_levels;        // 2^value_bits; with a memory a power of 2 from there to 64
+  const uint8_t *history;    // with a memory: for every row above, the next first, a number for every code
+  int64_t num_history;       // memory * 2^value_bits, or 0
+  int64_t memory;            // rows above an entry that have a say in its number, at most 3, of a matrix kept whole of
+                             // at most 4 bits; 0: none
+  int64_t run;               // rows after which codes above do not count, with a memory
   int64_t rotation;          // columns of a block that is stored rotated: 4, 16 or 64, which divides `cols`; 1: none.
                              // Then an Inf in a token may come out as NaN
 } fips_matrix;
@@ -83,14 +89,28 @@ typedef struct {
   int32_t activation_bits;  // 24, 16 or 8: fixed-point width of x beside int8 values
 } fips_call;
 
+// The cheapest way through a trellis, for every column and every run of `run` rows of it: see fips/formats/trellis.py.
+typedef struct {
+  const float *wanted, *weight; // columns times rows: numbers in units of the step, and what their squared errors weigh
+  int8_t *codes;                // what is found, and
+  float *numbers;               // the numbers of these codes
+  int64_t columns, rows, length; // `length` = columns * rows elements in each of the four
+  int64_t run, bits, memory;
+  const int8_t *levels;
+  const uint8_t *history;
+  int64_t num_levels, num_history; // as in fips_matrix
+  int64_t threads, isa;
+  float unit;                   // errors are counted in integers of one over this; a weight is about 1
+} fips_search;
+
 FIPS_API int fips_abi(void);
 // The row of the table of formats for a pattern: entries under one code, bits of a code, kept entries of a code or -1.
 // Returns 0 or a fips_status.
 FIPS_API int fips_pattern(int32_t format, int32_t n, int32_t m, int32_t row[3]);
 // Bits of a value of a fips_type in memory, or a fips_status.
 FIPS_API int fips_value_bits(int32_t value_type);
-// Size of fips_matrix, the offsets of its fields in order, the same of fips_call; returns how many numbers these are
-// and writes as many as `length`.
+// Size of fips_matrix, the offsets of its fields in order, the same of fips_call and fips_search; returns how many
+// numbers these are and writes as many as `length`.
 FIPS_API int64_t fips_layout(int64_t *numbers, int64_t length);
 // Best instruction set of this machine among those compiled in.
 FIPS_API int fips_isa_level(void);
@@ -101,6 +121,8 @@ FIPS_API int fips_multiply(const fips_matrix *matrix, const fips_call *call);
 FIPS_API int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y);
 // y = x S without bias, for a dense S of floats and at most four tokens: x has as many columns as S has rows.
 FIPS_API int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call);
+// Fill `codes` and `numbers`. FIPS_UNSUPPORTED for other codes than 2 bits with a memory of 3 rows, 3 and 4 with one of 2.
+FIPS_API int fips_search_paths(const fips_search *search);
 // Fill `row_start`, `length` = rows long (null and 0 for full and N:M); returns the number of kept entries, which is
 // `num_values` unless the pattern is damaged, or a fips_status.
 FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);

@@ -350,6 +350,25 @@ inline int number_of(const fips_matrix &a, int64_t bits) {
   return a.num_levels ? a.levels[bits ^ sign] : int((bits ^ sign) - sign);
 }
 
+// The bits of the code of an entry of less than 8, as they lie in the stream.
+inline int64_t field_at(const fips_matrix &a, int64_t i) {
+  const uint64_t word = bits_at(static_cast<const uint8_t *>(a.values), a.value_bytes, i * a.value_bits);
+  return int64_t(word & ((uint64_t(1) << a.value_bits) - 1));
+}
+
+// The number of an entry of a matrix with a memory.
+inline int recalled_number(const fips_matrix &a, int64_t i) {
+  int64_t place = field_at(a, i);
+  for (int64_t back = 1; back <= a.memory && back <= i / a.cols % a.run; ++back)
+    place ^= a.history[((back - 1) << a.value_bits) + field_at(a, i - back * a.cols)];
+  return a.levels[place];
+}
+
+// The codes with a memory that vectors read as they are.
+inline bool recalls(const fips_matrix &a) {
+  return (a.value_bits == 2 && a.memory == 3) || ((a.value_bits == 3 || a.value_bits == 4) && a.memory == 2);
+}
+
 // Calls `body` with the reader of the type of x.
 template <class Body> void with_inputs(const fips_call &c, Body &&body) {
   if (c.x_type == FIPS_F32) return body(F32Values());

@@ -21,3 +21,11 @@ FipsRotate fips_rotate_portable, fips_rotate_avx2;
 bool fips_columns_portable(const fips_matrix &matrix, const fips_call &call);
 bool fips_columns_avx2(const fips_matrix &matrix, const fips_call &call);
 bool fips_columns_avx512(const fips_matrix &matrix, const fips_call &call);
+
+// Fill a search; false for codes that it does not know.
+bool fips_search_portable(const fips_search &search);
+bool fips_search_avx2(const fips_search &search);
+
+// `wide` holds the codes of a matrix with a memory, as they lie in the stream: put their numbers in their place.
+void fips_recall_portable(const fips_matrix &matrix, int threads, int8_t *wide);
+void fips_recall_avx2(const fips_matrix &matrix, int threads, int8_t *wide);

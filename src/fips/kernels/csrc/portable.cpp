@@ -4,6 +4,7 @@
 #include "columns.h"
 #include "paths.h"
 #include "rotate.h"
+#include "search.h"
 #include "tokens.h"
 
 namespace {
@@ -63,3 +64,72 @@ void fips_rotate_portable(const fips_matrix &a, const fips_call &c, float *to) {
 }
 
 bool fips_columns_portable(const fips_matrix &a, const fips_call &c) { return columns_path<PlainVector<8>>(a, c); }
+
+namespace {
+
+template <int C> struct PlainCodes {
+  int32_t lane[C];
+  static PlainCodes all(int32_t value) {
+    PlainCodes v;
+    for (int i = 0; i < C; ++i) v.lane[i] = value;
+    return v;
+  }
+  static PlainCodes load(const int32_t *from) {
+    PlainCodes v;
+    for (int i = 0; i < C; ++i) v.lane[i] = from[i];
+    return v;
+  }
+  // Number i ^ `places` at i.
+  static void exchange(const int32_t *from, int places, int32_t *to) {
+    for (int i = 0; i < C; ++i) to[i] = from[i ^ places];
+  }
+  void store(int32_t *to) const {
+    for (int i = 0; i < C; ++i) to[i] = lane[i];
+  }
+  PlainCodes plus(int32_t value) const {
+    PlainCodes v;
+    for (int i = 0; i < C; ++i) v.lane[i] = lane[i] + value;
+    return v;
+  }
+  PlainCodes least(const PlainCodes &other) const {
+    PlainCodes v;
+    for (int i = 0; i < C; ++i) v.lane[i] = lane[i] < other.lane[i] ? lane[i] : other.lane[i];
+    return v;
+  }
+  PlainCodes high_bits() const {
+    PlainCodes v;
+    for (int i = 0; i < C; ++i) v.lane[i] = lane[i] & ~15;
+    return v;
+  }
+  void low_bits(uint8_t *to) const {
+    for (int i = 0; i < C; ++i) to[i] = uint8_t(lane[i] & 15);
+  }
+  int32_t smallest() const {
+    int32_t found = lane[0];
+    for (int i = 1; i < C; ++i) found = lane[i] < found ? lane[i] : found;
+    return found;
+  }
+};
+
+} // namespace
+
+bool fips_search_portable(const fips_search &search) { return search_paths<PlainCodes>(search); }
+
+void fips_recall_portable(const fips_matrix &a, int threads, int8_t *wide) {
+  const int mask = (1 << a.value_bits) - 1;
+  const int64_t run = 1 << 10; // columns that a thread takes, from the last row on: codes above are still there
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t k0 = 0; k0 < a.cols; k0 += run) {
+    const int64_t k1 = min_of(k0 + run, a.cols);
+    for (int64_t row = a.rows; row-- > 0;) {
+      int8_t *to = wide + row * a.cols;
+      const int64_t above = min_of(a.memory, row % a.run);
+      for (int64_t k = k0; k < k1; ++k) {
+        int place = to[k] & mask;
+        for (int64_t back = 1; back <= above; ++back)
+          place ^= a.history[((back - 1) << a.value_bits) + (to[k - back * a.cols] & mask)];
+        to[k] = a.levels[place];
+      }
+    }
+  }
+}

@@ -33,7 +33,7 @@ template <int BITS, bool LEVELS> struct Codes {
   const uint8_t *end;
   explicit Codes(const fips_matrix &a) : end(static_cast<const uint8_t *>(a.values) + a.value_bytes) {
     alignas(32) int8_t table[32] = {};
-    for (int i = 0; LEVELS && i < 1 << BITS; ++i) table[i] = int8_t(number_of(a, i));
+    for (int i = 0; LEVELS && !a.memory && i < 1 << BITS; ++i) table[i] = int8_t(number_of(a, i));
     low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
     high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table + 16)));
   }
@@ -43,17 +43,22 @@ template <int BITS, bool LEVELS> struct Codes {
     const __m256i factors = _mm256_load_si256(reinterpret_cast<const __m256i *>(windows<BITS>.factor));
     return _mm256_mullo_epi16(_mm256_shuffle_epi8(raw, places), factors);
   }
-  // Numbers of columns 0 to 7, 16 to 23, 8 to 15 and 24 to 31.
-  FIPS_INLINE __m256i numbers(const uint8_t *from) const {
+  // Codes as they lie in the stream, of columns 0 to 7, 16 to 23, 8 to 15 and 24 to 31.
+  FIPS_INLINE static __m256i fields(const uint8_t *from) {
     if constexpr (BITS == 4) {
       const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from)), mask = _mm_set1_epi8(15);
       const __m128i even = _mm_and_si128(pairs, mask), odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
       const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
-      return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(low, codes), 0xD8);
-    } else if constexpr (LEVELS) {
+      return _mm256_permute4x64_epi64(codes, 0xD8);
+    } else {
       const __m256i first = _mm256_srli_epi16(top(from), 16 - BITS);
-      const __m256i codes = _mm256_packus_epi16(first, _mm256_srli_epi16(top(from + 2 * BITS), 16 - BITS));
-      const __m256i found = _mm256_shuffle_epi8(low, codes);
+      return _mm256_packus_epi16(first, _mm256_srli_epi16(top(from + 2 * BITS), 16 - BITS));
+    }
+  }
+  // The numbers of these columns.
+  FIPS_INLINE __m256i numbers(const uint8_t *from) const {
+    if constexpr (BITS == 4 || LEVELS) {
+      const __m256i codes = fields(from), found = _mm256_shuffle_epi8(low, codes);
       if constexpr (BITS < 5) return found;
       return _mm256_blendv_epi8(found, _mm256_shuffle_epi8(high, codes), _mm256_slli_epi16(codes, 3));
     } else {
@@ -61,13 +66,17 @@ template <int BITS, bool LEVELS> struct Codes {
                                 _mm256_srai_epi16(top(from + 2 * BITS), 16 - BITS));
     }
   }
+  // `from`, or a copy of its last bytes where 16 would leave the stream.
+  FIPS_INLINE const uint8_t *within(const uint8_t *from, uint8_t (&last)[64]) const {
+    if (BITS == 4 || from + 2 * BITS + 16 <= end) return from;
+    std::memcpy(last, from, bytes);
+    return last;
+  }
   FIPS_INLINE void read(const uint8_t *from, __m256 (&to)[4]) const {
     alignas(32) uint8_t last[64];
-    if (BITS != 4 && from + 2 * BITS + 16 > end) { // 16 bytes would leave the stream
-      std::memcpy(last, from, bytes);
-      from = last;
-    }
-    const __m256i all = numbers(from);
+    as_floats(numbers(within(from, last)), to);
+  }
+  FIPS_INLINE static void as_floats(__m256i all, __m256 (&to)[4]) {
     const __m128i one = _mm256_castsi256_si128(all), two = _mm256_extracti128_si256(all, 1);
     to[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(one));
     to[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(two));
@@ -116,6 +125,12 @@ template <int T, Scales SCALES, class Codes> void whole_rows(const fips_matrix &
   for (int64_t row = 0; row < a.rows; ++row) whole_row<T, SCALES>(a, c, codes, row, x);
 }
 
+} // namespace
+
+#include "recall256.h"
+
+namespace {
+
 template <int T, int BITS, bool LEVELS> void whole_path(const fips_matrix &a, const fips_call &c, const float *x) {
   if (!a.scale_group) return whole_rows<T, Scales::none, Codes<BITS, LEVELS>>(a, c, x);
   if (a.scale_group < 64) return whole_rows<T, Scales::fine, Codes<BITS, LEVELS>>(a, c, x);
@@ -124,6 +139,7 @@ template <int T, int BITS, bool LEVELS> void whole_path(const fips_matrix &a, co
 
 // `x`: the tokens as floats, one behind the other.
 template <int T> void whole_path(const fips_matrix &a, const fips_call &c, const float *x) {
+  if (a.memory) return recalled_path<T>(a, c, x);
   switch (a.value_bits) {
   case 2: return a.num_levels ? whole_path<T, 2, true>(a, c, x) : whole_path<T, 2, false>(a, c, x);
   case 3: return a.num_levels ? whole_path<T, 3, true>(a, c, x) : whole_path<T, 3, false>(a, c, x);

@@ -81,7 +81,7 @@ class Fips(Method[FipsConfig]):
 
     @property
     def tried_rows(self) -> int:
-        return SAMPLE * len(self.config.value_choices) if self.holds_out else 0
+        return SAMPLE * len(self.config.whole_choices) if self.holds_out else 0
 
     @property
     def sweeps(self) -> int:
@@ -322,6 +322,8 @@ def _least(site: Site, config: FipsConfig, item: int) -> float:
     """The least that may be made of a matrix, without its basis: numbers or bytes."""
     size, pattern = site.width * site.hidden, config.format
     kept = math.ceil(max(site.width, site.hidden) / pattern.block) * pattern.block
+    if config.value_choices[0].memory:
+        kept = size
     if pattern.group_kept is not None:
         kept = size * pattern.group_kept // pattern.group
     if config.budget is not None:

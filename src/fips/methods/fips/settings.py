@@ -9,13 +9,14 @@ from pydantic import Field, field_validator
 from fips.config import InputMetricConfig, SparseConfig
 from fips.formats.patterns import Pattern, pattern_for
 from fips.formats.values import FLOAT, Values, automatic_values, values_named
+from fips.solve.coded import searches_fast
 from fips.training.distill import DistillConfig
 
 __all__ = ["FipsConfig", "MetricConfig"]
 
 LEAST_ROTATED_BITS = 2.5
-"""Stored bits of a weight from which columns are turned and all entries kept: at 2.6 that left 0.88 of the KL of the
-best mixture with pruning (ViT-Tiny); fewer were not compared."""
+"""Stored bits of a weight from which columns are turned and all entries kept where values are not coded together: at
+2.6 that left 0.88 of the KL of the best mixture with pruning (ViT-Tiny); fewer were not compared."""
 
 SWEEPS = 2
 """Over the columns of a matrix after it was rounded. The first takes 8 % off its error, the second 3, a third 1."""
@@ -47,9 +48,9 @@ class FipsConfig(SparseConfig):
     sharing: Literal["auto", "always", "never"] = "auto"
     """Whether the matrices of a group share a basis: as measured per group, always, or never (plain pruning)."""
     values: str | None = None
-    """Type of the factor values: floating, integers of 2 to 8 bits (`int4`) or levels of 2 to 5 (`nl4`) with a scale
-    per row, or beside it one per group of weights (`nl4g64`), or `auto`, 2 to 8 bits as measured per layer. Default:
-    `auto` with `bits`, else float."""
+    """Type of the factor values: floating, integers of 2 to 8 bits (`int4`), levels of 2 to 5 (`nl4`) or codes of 2 to
+    4 for the entries of a column together (`tc4`) with a scale per row, or beside it one per group of weights
+    (`nl4g64`), or `auto`, 2 to 8 bits as measured per layer. Default: `auto` with `bits`, else float."""
     pattern: str = "auto"
     """`unstructured`; `N:M`, N entries kept of every M consecutive ones along the reduction; `block4` or `block8`, one
     mask bit for that many neighbouring hidden neurons, which are reordered for it; `auto`, unstructured or N:16 as
@@ -57,8 +58,9 @@ class FipsConfig(SparseConfig):
     schedule: Literal["static", "gmp", "rigl"] = "static"
     """Whether the support that was found stays (`static`) or changes while training (`rigl`)."""
     rotate: bool = True
-    """Whether layers that keep all entries on a grid are stored in turned columns (``fips.formats.rotation``): `fast`
-    and `default`, with `pattern: auto`, from 2.5 bits on."""
+    """Whether layers that keep all entries on a grid are stored in turned columns (``fips.formats.rotation``), and may
+    have values that are coded together (``fips.formats.trellis``): `fast` and `default`, with `pattern: auto`, from 2.5
+    bits on, or 2 where they are coded."""
     metric: MetricConfig = MetricConfig()
     distill: DistillConfig = DistillConfig()
 
@@ -70,6 +72,12 @@ class FipsConfig(SparseConfig):
             )
         if self.values == "auto" and self.budget is not None:
             raise ValueError("`values: auto` weighs bits against bytes: give `bits`, not `budget`")
+        if self.values not in (None, "auto") and values_named(self.values).memory and not self._may_code:
+            raise ValueError(
+                f"`values: {self.values}` codes all entries of a column together, as they are solved in one pass: it "
+                "goes with `bits`, `effort: fast` or `default`, `pattern: auto`, and not with training, a shared basis "
+                "or `rotate: false`; take another format, such as `nl4`, or leave `values` out"
+            )
         if self.schedule == "gmp":
             raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
         if self.schedule == "rigl" and self.pattern not in ("auto", "unstructured"):
@@ -87,8 +95,22 @@ class FipsConfig(SparseConfig):
     @property
     def value_choices(self) -> list[Values]:
         """The value formats that a layer may get, fewest bits first; by default `auto` where bytes are counted."""
+        return self._choices(coded=False)
+
+    @property
+    def whole_choices(self) -> list[Values]:
+        """Those of a layer that keeps all entries: then they may be coded together, where the search for the codes is
+        there in compiled code."""
+        return self._choices(coded=self._may_code and searches_fast())
+
+    def _choices(self, *, coded: bool) -> list[Values]:
         found = self.values or ("auto" if self.budget is None else FLOAT)
-        return automatic_values() if found == "auto" else [values_named(found)]
+        return automatic_values(coded=coded) if found == "auto" else [values_named(found)]
+
+    @property
+    def _may_code(self) -> bool:
+        trained = self.reconstruction.steps or self.distill.steps
+        return self.rotate and self._keeps_all and self.bits is not None and not trained
 
     @property
     def one_shot(self) -> bool:
@@ -103,8 +125,13 @@ class FipsConfig(SparseConfig):
     @property
     def rotated(self) -> bool:
         """Whether layers are stored in turned columns. Few entries of those are small: nothing is pruned then."""
-        whole = self.pattern == "auto" and self.schedule == "static"
-        return self.rotate and self.one_shot and self.has_integers and whole and (self.bits or 0) >= LEAST_ROTATED_BITS
+        least = 0 if self.whole_choices[0].memory else LEAST_ROTATED_BITS
+        return self.rotate and self._keeps_all and self.has_integers and (self.bits or 0) >= least
+
+    @property
+    def _keeps_all(self) -> bool:
+        """Whether nothing is pruned where there is room for all entries."""
+        return self.one_shot and self.pattern == "auto" and self.schedule == "static"
 
     @property
     def resolved_pattern(self) -> str:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments
+from fips.errors import BudgetError
 from fips.formats.patterns import FULL
 from fips.formats.rotation import widest_rotation
 from fips.formats.values import Values
@@ -441,6 +442,12 @@ def _choices(plan: GroupPlan, config: FipsConfig) -> list[Choice]:
         patterns = ["unstructured"]
         if plan.group.width % 16 == 0 and all(site.hidden % 16 == 0 for site in plan.group.sites):
             patterns += N16
+    if config.value_choices[0].memory:
+        share, least = group_share(plan, config), min(_whole_bytes(plan, config))
+        raise BudgetError(
+            f"`values: {config.values}` keeps every entry, which takes {least} bytes in `{plan.group.name}`; got "
+            f"{share:.0f}: ask for more bits, or leave `values` out"
+        )
     return [Choice(False, pattern, values.name) for pattern in patterns for values in config.value_choices]
 
 
@@ -450,7 +457,7 @@ def _near(plan: GroupPlan, config: FipsConfig) -> list[Values]:
     weights = plan.group.width * plan.group.hidden
     fits = max(size for size in sizes if size <= share)
     return [
-        values for values, size in zip(config.value_choices, sizes, strict=True)
+        values for values, size in zip(config.whole_choices, sizes, strict=True)
         if size == fits or 8 * abs(size - share) / weights <= NEAR_BITS
     ]  # fmt: skip
 
@@ -467,7 +474,7 @@ def _whole_bytes(plan: GroupPlan, config: FipsConfig) -> list[int]:
     sites, item = plan.group.sites, itemsize(plan.dtype)
     stored = [
         [LayerStorage(site.width * site.hidden, FULL, values.name, shared=False) for site in sites]
-        for values in config.value_choices
+        for values in config.whole_choices
     ]
     return [factored_footprint(plan.group, rank=0, itemsize=item, layers=layers).bytes for layers in stored]
 

@@ -1,0 +1,118 @@
+// Numbers of codes that depend on the codes above them (fips/formats/trellis.py), with AVX2. Part of whole256.h.
+#pragma once
+
+namespace {
+
+// The numbers of 32 entries, given their codes and those of `MEMORY` rows above: byte shuffles say what each adds to the
+// place in the table of levels.
+template <int MEMORY> struct Recall {
+  __m256i added[MEMORY], tables[4];
+  explicit Recall(const fips_matrix &a) {
+    const int64_t codes = int64_t(1) << a.value_bits;
+    for (int back = 0; back < MEMORY; ++back) {
+      alignas(16) uint8_t one[16] = {};
+      std::memcpy(one, a.history + back * codes, size_t(codes));
+      added[back] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(one)));
+    }
+    for (int part = 0; part < 4; ++part) {
+      alignas(16) int8_t one[16];
+      for (int i = 0; i < 16; ++i) one[i] = a.levels[(16 * part + i) & (a.num_levels - 1)];
+      tables[part] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(one)));
+    }
+  }
+  FIPS_INLINE __m256i level(__m256i place) const {
+    const __m256i bit4 = _mm256_slli_epi16(place, 3), bit5 = _mm256_slli_epi16(place, 2);
+    const __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(tables[0], place), _mm256_shuffle_epi8(tables[1], place), bit4);
+    const __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(tables[2], place), _mm256_shuffle_epi8(tables[3], place), bit4);
+    return _mm256_blendv_epi8(low, high, bit5);
+  }
+  // `codes`: of the first row above all that is looked at; `row` counts from there.
+  FIPS_INLINE __m256i number(const __m256i *codes, int row) const {
+    __m256i place = codes[row];
+#pragma GCC unroll 4
+    for (int back = 1; back <= MEMORY; ++back)
+      place = _mm256_xor_si256(place, _mm256_shuffle_epi8(added[back - 1], codes[row - back]));
+    return level(place);
+  }
+};
+
+// Rows that share the codes above them. They divide `run`, so that nothing above the first of a run is theirs.
+constexpr int kRecalled = 4;
+
+// `kRecalled` rows from `row` on, or what is left of them.
+template <int T, Scales SCALES, int BITS, int MEMORY>
+void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, true> &codes, const Recall<MEMORY> &recall,
+                   int64_t row, const float *x) {
+  constexpr int64_t bytes = Codes<BITS, true>::bytes;
+  const bool first = row % a.run == 0;
+  const int left = int(min_of(kRecalled, a.rows - row));
+  const uint8_t *from[MEMORY + kRecalled]; // behind the last row that one again
+  RowGroups groups[kRecalled];
+  __m256 acc[kRecalled][T];
+#pragma GCC unroll 8
+  for (int r = -MEMORY; r < kRecalled; ++r) {
+    const int64_t place = row + (r < left ? r : left - 1);
+    from[MEMORY + r] = static_cast<const uint8_t *>(a.values) + (place < 0 ? 0 : place) * (a.cols / 32) * bytes;
+    if (r >= 0 && SCALES != Scales::none) groups[r] = RowGroups(a, place);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRecalled; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) acc[r][t] = _mm256_setzero_ps();
+  for (int64_t k = 0, at = 0; k < a.cols; k += 32, at += bytes) {
+    __m256i fields[MEMORY + kRecalled];
+#pragma GCC unroll 8
+    for (int r = 0; r < MEMORY + kRecalled; ++r) {
+      alignas(32) uint8_t last[64];
+      if (k % 64 == 0) _mm_prefetch(reinterpret_cast<const char *>(from[r]) + at + 1024, _MM_HINT_T0);
+      fields[r] = Codes<BITS, true>::fields(codes.within(from[r] + at, last));
+      if (r < MEMORY && first) fields[r] = _mm256_setzero_si256();
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRecalled; ++r) {
+      __m256 w[4];
+      Codes<BITS, true>::as_floats(recall.number(fields, MEMORY + r), w);
+      if constexpr (SCALES == Scales::fine) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) w[i] = _mm256_mul_ps(w[i], _mm256_set1_ps(groups[r].at(k + 8 * i)));
+      }
+      const __m256 scale = SCALES == Scales::wide ? _mm256_set1_ps(groups[r].at(k)) : _mm256_setzero_ps();
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const float *xk = x + t * a.cols + k;
+        __m256 sum = SCALES == Scales::wide ? _mm256_mul_ps(w[0], _mm256_load_ps(xk))
+                                            : _mm256_fmadd_ps(w[0], _mm256_load_ps(xk), acc[r][t]);
+#pragma GCC unroll 4
+        for (int i = 1; i < 4; ++i) sum = _mm256_fmadd_ps(w[i], _mm256_load_ps(xk + 8 * i), sum);
+        acc[r][t] = SCALES == Scales::wide ? _mm256_fmadd_ps(sum, scale, acc[r][t]) : sum;
+      }
+    }
+  }
+  for (int r = 0; r < left; ++r)
+    for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, total(acc[r][t]));
+}
+
+template <int T, Scales SCALES, int BITS, int MEMORY>
+void recalled_path(const fips_matrix &a, const fips_call &c, const float *x) {
+  const Codes<BITS, true> codes(a);
+  const Recall<MEMORY> recall(a);
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+  for (int64_t row = 0; row < a.rows; row += kRecalled) recalled_rows<T, SCALES>(a, c, codes, recall, row, x);
+}
+
+template <int T, int BITS, int MEMORY> void recalled_path(const fips_matrix &a, const fips_call &c, const float *x) {
+  if (!a.scale_group) return recalled_path<T, Scales::none, BITS, MEMORY>(a, c, x);
+  if (a.scale_group < 64) return recalled_path<T, Scales::fine, BITS, MEMORY>(a, c, x);
+  recalled_path<T, Scales::wide, BITS, MEMORY>(a, c, x);
+}
+
+// Of the codes that `recalls` knows.
+template <int T> void recalled_path(const fips_matrix &a, const fips_call &c, const float *x) {
+  switch (a.value_bits) {
+  case 2: return recalled_path<T, 2, 3>(a, c, x);
+  case 3: return recalled_path<T, 3, 2>(a, c, x);
+  default: return recalled_path<T, 4, 2>(a, c, x);
+  }
+}
+
+} // namespace

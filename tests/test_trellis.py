@@ -1,0 +1,268 @@
+"""Values that are coded together: what codes stand for, the search for the best, what it may be combined with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batches_for
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import fips
+from fips.errors import BackendError, BudgetError, ConfigError
+from fips.formats.packed import Packed, check_packed, to_dense
+from fips.formats.trellis import RUN, Trellis
+from fips.formats.values import automatic_values, values_named
+from fips.kernels import cpu
+from fips.layers.linear import FactoredLinear, factored_layers
+from fips.solve.coded import rounded
+from fips.solve.descent import descend
+from fips.solve.feedback import inverse_root, with_feedback
+from fips.solve.grids import grid_for
+
+needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
+NAMES = ["tc2", "tc3", "tc4", "tc2g64", "tc3g16", "tc4g128"]
+
+
+def code(name: str) -> Trellis:
+    found = values_named(name)
+    assert isinstance(found, Trellis)
+    return found
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cost(values: Trellis, codes_JN: Tensor, wanted_JN: Tensor, weight_JN: Tensor) -> Tensor:
+    return ((values.decode(codes_JN.T).T - wanted_JN).square() * weight_JN).sum(1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_are_those_of_the_formula_in_the_docstring(name: str) -> None:
+    values = code(name)
+    codes_NK = torch.randint(0, 1 << values.bits, (2 * RUN + 3, 5), generator=torch.Generator().manual_seed(1))
+    numbers_NK = values.decode(codes_NK)
+    for n, k in itertools.product((0, 1, 2, 3, 7, RUN - 1, RUN, RUN + 1, 2 * RUN + 2), range(5)):
+        place = int(codes_NK[n, k])
+        for back in range(1, min(values.memory, n % RUN) + 1):
+            place ^= values.history[back - 1][int(codes_NK[n - back, k])]
+        assert numbers_NK[n, k] == values.levels[place]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_lead_back_to_their_codes_and_stored_bytes_to_both(name: str) -> None:
+    values = code(name)
+    sign = 1 << (values.bits - 1)
+    codes_NK = torch.randint(-sign, sign, (RUN + 9, 7), generator=torch.Generator().manual_seed(2)).to(torch.int8)
+    assert torch.equal(values.encode(values.decode(codes_NK)), codes_NK)
+    stored = values.pack(codes_NK.flatten())
+    assert stored.numel() == values.nbytes(codes_NK.numel(), 4) == -(-codes_NK.numel() * values.bits // 8)
+    assert torch.equal(values.unpack(stored, codes_NK.numel()), codes_NK.flatten())
+
+
+@pytest.mark.parametrize("name", ["tc2", "tc3", "tc4"])
+def test_levels_that_can_follow_the_same_codes_differ(name: str) -> None:
+    values = code(name)
+    codes = 1 << values.bits
+    for first in range(0, len(values.levels), codes):
+        assert len(set(values.levels[first : first + codes])) == codes
+    assert all(0 <= place < len(values.levels) for row in values.history for place in row)
+
+
+@pytest.mark.parametrize("name", ["tc2", "tc3"])
+def test_the_search_finds_the_best_of_all_ways(name: str) -> None:
+    values = code(name)
+    wanted_JN = normal(3, 5) * values.deviation
+    weight_JN = normal(3, 5, seed=1).exp()
+    ways = torch.cartesian_prod(*[torch.arange(1 << values.bits)] * 5)
+    for wanted_N, weight_N in zip(wanted_JN, weight_JN, strict=True):
+        best = cost(values, ways, wanted_N.expand(len(ways), -1), weight_N.expand(len(ways), -1)).min()
+        found = values.search(wanted_N.unsqueeze(0), weight_N.unsqueeze(0))
+        assert torch.isclose(cost(values, found, wanted_N, weight_N)[0], best)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["tc2", "tc3", "tc4"])
+@pytest.mark.parametrize("rows", [1, 2, 5, RUN, RUN + 1, 2 * RUN + 40])
+def test_the_compiled_search_finds_as_good_a_way(name: str, rows: int) -> None:
+    values = code(name)
+    wanted_JN, weight_JN = normal(4, rows) * values.deviation, normal(4, rows, seed=1).exp()
+    wanted_JN[0, 0], wanted_JN[1] = 1e6, 0  # far outside the levels; all alike
+    codes_JN, numbers_JN = cpu.search_paths(values, wanted_JN, weight_JN)
+    assert torch.equal(values.decode(codes_JN.T).T, numbers_JN)
+    found, best = (cost(values, one, wanted_JN, weight_JN) for one in (codes_JN, values.search(wanted_JN, weight_JN)))
+    assert (found[1:] <= 1.002 * best[1:] + 1e-3).all()
+    assert found[0] <= (1 + 1e-5) * best[0]
+
+
+@needs_library
+def test_a_search_with_arguments_that_do_not_fit_is_refused() -> None:
+    wanted_JN = normal(2, 8)
+    with pytest.raises(BackendError, match="does not search codes of nl4"):
+        cpu.search_paths(values_named("nl4"), wanted_JN, wanted_JN)
+
+
+@pytest.mark.parametrize("name", ["tc2", "tc3", "tc4"])
+def test_normal_numbers_lose_what_the_docs_say(name: str) -> None:
+    values = code(name)
+    wanted_N = normal(256 * RUN) * values.deviation
+    found_N = rounded(values, wanted_N, torch.ones(len(wanted_N)))
+    error = float((found_N - wanted_N).square().mean() / values.deviation**2)
+    assert error == pytest.approx(values.rounding_error, rel=0.05)
+    assert error < 0.66 * float(values_named(f"nl{values.bits}").rounding_error)
+
+
+def test_rows_that_weigh_more_are_met_better() -> None:
+    values = code("tc2")
+    wanted_N = normal(4 * RUN) * values.deviation
+    weight_N = torch.where(torch.arange(4 * RUN) % 2 == 0, 20.0, 1.0)
+    error_N = (rounded(values, wanted_N, weight_N) - wanted_N).square()
+    assert error_N[::2].mean() < 0.6 * error_N[1::2].mean()
+
+
+def test_a_row_of_zeros_and_a_matrix_of_zeros_stay_zero() -> None:
+    matrix_NK = normal(40, 64)
+    matrix_NK[3] = 0
+    for name in ("tc3", "tc3g64"):
+        for matrix in (matrix_NK, torch.zeros(40, 64)):
+            grid = grid_for(code(name), matrix, torch.ones(64), torch.float32)
+            found_NK, _ = with_feedback(matrix, inverse_root(torch.eye(64), 0.01), grid)
+            back_NK = code(name).dequantize(*grid.stored(found_NK))
+            assert torch.equal(back_NK[3], torch.zeros(64))
+            torch.testing.assert_close(back_NK, found_NK)
+
+
+@pytest.mark.parametrize("name", ["tc2g64", "tc3", "tc4g16"])
+def test_sweeps_never_make_it_worse_and_weigh_rows(name: str) -> None:
+    values, matrix_NK = code(name), normal(300, 128)
+    inputs = normal(400, 128, seed=3) @ normal(128, 128, seed=4)
+    metric_KK = inputs.T @ inputs / 400
+    rows_N = normal(300, seed=5).exp()
+
+    def loss(found_NK: Tensor) -> float:
+        error_NK = matrix_NK - found_NK
+        return float((((error_NK @ metric_KK) * error_NK).sum(1) * rows_N).sum())
+
+    grid = grid_for(values, matrix_NK, metric_KK.diagonal(), torch.float32, rows_N)
+    found_NK, _ = with_feedback(matrix_NK, inverse_root(metric_KK, 0.01), grid)
+    losses = [loss(found_NK)]
+    for sweeps in (1, 2):
+        stored = descend(matrix_NK, grid.stored(found_NK), values, metric_KK, rows_N=rows_N, sweeps=sweeps)
+        losses.append(loss(values.dequantize(*stored)))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def packed(name: str, rows: int, cols: int, *, rotation: int = 1) -> Packed:
+    values = code(name)
+    generator = torch.Generator().manual_seed(rows)
+    sign = 1 << (values.bits - 1)
+    codes = torch.randint(-sign, sign, (rows * cols,), generator=generator).to(torch.int8)
+    groups = values.num_scales_of(rows, cols)[1]
+    return Packed(
+        values.pack(codes), torch.empty(0, dtype=torch.uint8), (torch.rand(rows, generator=generator) + 0.5) / 4096,
+        (rows, cols), "full", value_format=name, count=rows * cols, rotation=rotation,
+        group_scales=torch.randint(1, 256, (groups,), generator=generator).to(torch.uint8) if groups else None,
+    )  # fmt: skip
+
+
+SHAPES = [(1, 64), (3, 128), (40, 192), (RUN + 5, 64), (2 * RUN, 448), (9, 80), (RUN + 2, 33), (5, 96)]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("name", NAMES)
+def test_products_on_every_path(name: str, isa: str) -> None:
+    for rows, cols in SHAPES:
+        matrix = packed(name, rows, cols, rotation=16 if cols % 16 == 0 else 1)
+        prepared, dense = cpu.prepare(matrix), to_dense(matrix).double()
+        bias = normal(rows)
+        for tokens in (1, 2, 3, 4, 7, 33):
+            dtype = {3: torch.bfloat16, 7: torch.float16}.get(tokens, torch.float32)
+            x = normal(tokens, cols, seed=tokens).to(dtype)
+            expected = x.double() @ dense.T + bias.to(dtype).double()
+            for path in cpu.PATHS:
+                try:
+                    y = cpu.multiply(x, prepared, bias.to(dtype), path=path, isa=isa)
+                except BackendError:
+                    assert path in ("direct", "tiles")
+                    continue
+                scale = float((x.double().abs() @ dense.abs().T).max())
+                allowed = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}[dtype]
+                assert float((y.double() - expected).abs().max()) <= allowed * scale, (path, rows, cols, tokens)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+def test_tokens_that_are_not_finite_spoil_no_other(isa: str) -> None:
+    matrix = packed("tc3g64", 70, 128)
+    x = normal(5, 128)
+    x[1, 5], x[3, 7] = float("nan"), float("inf")
+    y, dense = cpu.multiply(x, cpu.prepare(matrix), isa=isa), torch.nn.functional.linear(x, to_dense(matrix))
+    assert torch.equal(y.isnan(), dense.isnan())
+    torch.testing.assert_close(y[::2], dense[::2], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(y[3], dense[3])
+
+
+def test_a_layer_leaves_no_entry_out() -> None:
+    mask = torch.ones(32, 24, dtype=torch.bool)
+    layer = FactoredLinear.from_factor(None, normal(32, 24), mask, role="up", fmt="full", values="tc4")
+    assert float((layer.dense_weight() - normal(32, 24).T).norm() / normal(32, 24).norm()) < 0.1
+    with pytest.raises(ConfigError, match="values tc4 leave no entry out"):
+        FactoredLinear.from_factor(None, normal(32, 24), mask, role="up", fmt="bitmask", values="tc4")
+    wrong = packed("tc4", 8, 64)
+    with pytest.raises(BackendError, match="leave no entry out"):
+        check_packed(Packed(wrong.values_Z, torch.zeros(64, dtype=torch.uint8), wrong.scales_N, (8, 64), "bitmask",
+                            value_format="tc4", count=512))  # fmt: skip
+
+
+def test_what_chooses_by_itself_takes_coded_values_instead_of_levels_as_wide() -> None:
+    coded, others = automatic_values(), automatic_values(coded=False)
+    assert {one.name for one in coded if one.memory} == {"tc2", "tc2g64", "tc3", "tc3g64", "tc4", "tc4g64"}
+    assert not any(one.memory for one in others)
+    assert {one.name for one in coded if not one.memory} == {one.name for one in others if (one.bits or 0) > 4}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"effort": "max"}, {"sharing": "always"}, {"pattern": "2:4"}, {"rotate": False}, {"distill": {"steps": 2}},
+        {"reconstruction": {"steps": 2}}, {"schedule": "rigl", "reconstruction": {"steps": 2}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_coded_values_do_not_go_with(fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="`values: tc4` codes all entries of a column together"):
+        fips.CompressionConfig(bits=5, values="tc4", **fields)
+    config = fips.CompressionConfig(bits=5, **fields)
+    assert not any(one.memory for one in config.whole_choices)
+
+
+def test_pruned_layers_do_not_take_them() -> None:
+    with pytest.raises(ConfigError, match="`tc4` leaves no entry out"):
+        fips.CompressionConfig(method="magnitude", bits=3, values="tc4")
+
+
+@needs_library
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_a_model_is_compressed_saved_and_loaded_with_them(tmp_path: Path, effort: str, llama: PreTrainedModel) -> None:
+    batches = batches_for(llama)
+    fips.compress(llama, batches, fips.CompressionConfig(bits=4.4, effort=effort))
+    kinds = {layer.kind for layer in factored_layers(llama).values()}
+    assert any(values_named(kind).memory for kind in kinds)
+    fips.save(llama, tmp_path / "packed")
+    assert json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]["format_version"] == 4
+    loaded = fips.load(tmp_path / "packed")
+    for name, layer in factored_layers(loaded).items():
+        assert torch.equal(layer.dense_weight(), llama.get_submodule(name).dense_weight())
+    torch.testing.assert_close(loaded(**batches[0]).logits, llama(**batches[0]).logits)
+
+
+@needs_library
+def test_too_few_bits_for_every_entry_are_an_error_before_any_work(llama: PreTrainedModel) -> None:
+    with pytest.raises(BudgetError, match="smallest `bits` for these settings"):
+        fips.compress(llama, batches_for(llama), fips.CompressionConfig(bits=3.0, values="tc4"))
