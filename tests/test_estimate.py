@@ -64,7 +64,7 @@ def test_the_default_tries_on_a_sample_and_asks_for_gradients() -> None:
     assert plain is not None
     assert found is not None
     sites = [site for group in plan.groups for site in group.group.sites]
-    tried = sum(3 * SAMPLE * len(config.value_choices) * site.inputs**2 for site in sites)
+    tried = sum(3 * SAMPLE * len(config.whole_choices) * site.inputs**2 for site in sites)
     assert found.rounding == pytest.approx(plain.rounding + tried)
     assert found.roots == pytest.approx(2 * plain.roots)
     assert found.products > 2 * plain.products, "a backward pass of each of the examples beside the forward pass"

@@ -174,6 +174,16 @@ inline I set1_epi8(char v) { return each<int8_t, I>([&](int) { return v; }); }
 inline I set1_epi16(short v) { return each<int16_t, I>([&](int) { return v; }); }
 inline I set1_epi32(int v) { return each<int32_t, I>([&](int) { return v; }); }
 inline I set1_epi64(long long v) { return each<int64_t, I>([&](int) { return v; }); }
+inline I broadcast_i64x4(__m256i v) {
+  int64_t all[4];
+  std::memcpy(all, &v, sizeof all);
+  return each<int64_t, I>([&](int i) { return all[i % 4]; });
+}
+inline I broadcast_i32x4(__m128i v) {
+  int64_t all[2];
+  std::memcpy(all, &v, sizeof all);
+  return each<int64_t, I>([&](int i) { return all[i % 2]; });
+}
 inline F set1_ps(float v) { return each<float, F>([&](int) { return v; }); }
 template <class... Number> inline I set_epi32(Number... from_the_last) {
   const int all[16] = {from_the_last...};
@@ -471,6 +481,10 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_reduce_add_ps emulated::mm::reduce_add_ps
 #undef _mm512_reduce_max_ps
 #define _mm512_reduce_max_ps emulated::mm::reduce_max_ps
+#undef _mm512_broadcast_i32x4
+#define _mm512_broadcast_i32x4 emulated::mm::broadcast_i32x4
+#undef _mm512_broadcast_i64x4
+#define _mm512_broadcast_i64x4 emulated::mm::broadcast_i64x4
 #undef _mm512_set1_epi16
 #define _mm512_set1_epi16 emulated::mm::set1_epi16
 #undef _mm512_set1_epi32

@@ -69,7 +69,7 @@ class Values:
     numbers. They fit into a byte with sign."""
     history: tuple[tuple[int, ...], ...] = ()
     """What codes of the rows above an entry have to say in its number (``fips.formats.trellis``): the next row first,
-    by the bits of the code. With such a memory numbers cannot be rounded one by one, none is left out or trained."""
+    by the bits of the code. With such a memory numbers cannot be rounded one by one, and none is left out."""
 
     def __init__(self, name: str) -> None:
         self.name = name

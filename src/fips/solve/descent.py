@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fips.formats.values import Values
-from fips.solve.coded import rounded
+from fips.solve.coded import codes_of, rounded
 from fips.solve.grids import Stored
-from fips.solve.rounding import in_steps, inverse_of
+from fips.solve.rounding import inverse_of
 
 __all__ = ["descend"]
 
@@ -101,10 +101,8 @@ class _Descent:
         grouped = self.values.scale_group is not None
         group_steps = self._stored_steps(self.steps_GN).T.flatten() if grouped else None
         found_NK = self.found_KN.T.contiguous()
-        if not self.values.memory:
-            return Stored(self.values.quantize(found_NK, self.rows_N, group_steps), self.rows_N, group_steps)
         steps_NK = self.values.steps(self.wide_N, group_steps, found_NK.shape[1])
-        return Stored(self.values.encode(in_steps(found_NK, steps_NK)), self.rows_N, group_steps)
+        return Stored(codes_of(self.values, found_NK, steps_NK), self.rows_N, group_steps)
 
     def _stored_steps(self, steps_GN: Tensor) -> Tensor:
         return self.values.group_scales(steps_GN, self.wide_N.unsqueeze(0))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fips.formats.values import Values
-from fips.solve.coded import rounded
+from fips.solve.coded import codes_of, rounded
 from fips.solve.feedback import Rounding
-from fips.solve.rounding import best_steps, grid_steps, in_steps, inverse_of
+from fips.solve.rounding import best_steps, grid_steps, inverse_of
 
 __all__ = ["GridRounding", "Stored", "grid_for", "side_by_side"]
 
@@ -51,11 +51,6 @@ class GridRounding(Rounding):
         weight_N = self.wide_N.square() if self.rows_N is None else self.rows_N * self.wide_N.square()
         return rounded(self.values, columns * self.inverse_N, weight_N) * self.wide_N
 
-    def _codes(self, found_NK: Tensor, steps_NK: Tensor) -> Tensor:
-        """Of numbers of the grid."""
-        numbers_NK = in_steps(found_NK, steps_NK)
-        return self.values.encode(numbers_NK if self.values.memory else self.values.nearest(numbers_NK))
-
     @abstractmethod
     def stored(self, found_NK: Tensor) -> Stored:
         """A matrix that was rounded."""
@@ -70,7 +65,7 @@ class RowGrid(GridRounding):
         self._set(steps_N.float())
 
     def stored(self, found_NK: Tensor) -> Stored:
-        return Stored(self._codes(found_NK, self.wide_N.unsqueeze(1)), self.steps_N, None)
+        return Stored(codes_of(self.values, found_NK, self.wide_N.unsqueeze(1)), self.steps_N, None)
 
 
 class GroupGrid(GridRounding):
@@ -109,7 +104,7 @@ class GroupGrid(GridRounding):
     def stored(self, found_NK: Tensor) -> Stored:
         group_steps = torch.stack(self._found, dim=1).flatten()
         steps_NK = self.values.steps(self._steps_N, group_steps, found_NK.shape[1])
-        return Stored(self._codes(found_NK, steps_NK), self.steps_N, group_steps)
+        return Stored(codes_of(self.values, found_NK, steps_NK), self.steps_N, group_steps)
 
 
 def grid_for(

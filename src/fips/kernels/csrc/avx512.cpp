@@ -43,15 +43,19 @@ template <class One, class Two, class Three> bool byte_path(const fips_matrix &a
   }
 }
 
+template <class Cursor> bool narrow_path(const fips_matrix &a, const fips_call &c) {
+  return byte_path<NarrowDot<1, Cursor>, NarrowDot<2, Cursor>, NarrowDot<3, Cursor>>(a, c);
+}
+
 bool direct_path(const fips_matrix &a, const fips_call &c) {
   switch (a.value_type) {
   case FIPS_F32: return direct_path<FloatDot>(a, c);
   case FIPS_F16: return direct_path<HalfDot>(a, c);
   case FIPS_I8:
     if (a.value_bits == 8) return byte_path<ByteDot<1>, ByteDot<2>, ByteDot<3>>(a, c);
-    if (a.format == FIPS_FULL)
-      return byte_path<NarrowDot<1, NarrowCursor>, NarrowDot<2, NarrowCursor>, NarrowDot<3, NarrowCursor>>(a, c);
-    return byte_path<NarrowDot<1, KeptCursor>, NarrowDot<2, KeptCursor>, NarrowDot<3, KeptCursor>>(a, c);
+    if (a.memory == 2) return narrow_path<RecalledCursor<2>>(a, c);
+    if (a.memory == 3) return narrow_path<RecalledCursor<3>>(a, c);
+    return a.format == FIPS_FULL ? narrow_path<NarrowCursor>(a, c) : narrow_path<KeptCursor>(a, c);
   default: return direct_path<BrainDot>(a, c);
   }
 }

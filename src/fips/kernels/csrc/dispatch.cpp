@@ -110,7 +110,8 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
 // Whether the variant that will run reads integers of less than 8 bits as they are.
 bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS || c.path == FIPS_TOKENS) return false;
-  if (a.memory) return level >= FIPS_AVX2 && c.path == FIPS_DIRECT && a.cols % 64 == 0 && recalls(a);
+  if (a.memory && !recalls(a)) return false;
+  if (a.memory && level < FIPS_AVX512 && (c.path != FIPS_DIRECT || a.cols % 64)) return false;
   if (a.num_levels && a.format != FIPS_FULL) return false;
   if (a.scale_group && c.path == FIPS_TILES && level >= FIPS_AVX512) return false;
   return level >= FIPS_AVX2;
@@ -154,9 +155,6 @@ fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
 }
 
 bool multiply(const fips_matrix &a, const fips_call &c, int level) {
-#if defined(FIPS_HAVE_AVX2)
-  if (a.memory) return fips_avx2(a, c); // the one that reads them as they are
-#endif
 #if defined(FIPS_HAVE_AMX)
   if (level >= FIPS_AMX && fips_amx(a, c)) return true;
 #endif
@@ -230,7 +228,7 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_AUTO) chosen.path = fastest_path(a, c, level);
   const bool widen = a.value_bits < 8 && !reads_narrow(a, chosen, level);
   const fips_matrix read = widen ? widened(a, chosen, level) : a;
-  const bool floats = chosen.path == FIPS_TOKENS || (a.scale_group && chosen.path == FIPS_TILES) || read.memory;
+  const bool floats = chosen.path == FIPS_TOKENS || (a.scale_group && chosen.path == FIPS_TILES);
   const bool fixed_point = a.value_type == FIPS_I8 && level >= FIPS_AVX512 && !floats;
   const int64_t at_a_time = tokens_at_a_time(a, c);
   for (int64_t first = 0; first < c.tokens; first += at_a_time) {

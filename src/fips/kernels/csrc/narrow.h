@@ -35,7 +35,7 @@ struct NarrowStream {
     last = (a.num_values * a.value_bits + 7) / 8 - 64;
     places = _mm512_load_si512(narrow_tables.places[a.value_bits]);
     high = _mm512_set1_epi8(char(0xFF << (8 - a.value_bits)));
-    by_level = a.num_levels > 0;
+    by_level = a.num_levels > 0 && !a.memory;
     alignas(64) int8_t table[64] = {};
     for (int i = 0; by_level && i < 64; ++i) table[i] = int8_t(number_of(a, i & (a.num_levels - 1)));
     levels = _mm512_load_si512(table);
@@ -47,11 +47,14 @@ struct NarrowStream {
   FIPS_INLINE void prefetch(int64_t byte) const {
     _mm_prefetch(reinterpret_cast<const char *>(stream) + byte + 1024, _MM_HINT_T0);
   }
-  FIPS_INLINE __m512i integers(int64_t byte, __m512i shifts) const {
+  FIPS_INLINE __m512i fields(int64_t byte, __m512i shifts) const {
     const __m512i raw = byte <= last ? _mm512_loadu_si512(stream + byte)
                                      : _mm512_maskz_loadu_epi8(first_columns(last + 64 - byte), stream + byte);
-    const __m512i fields = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw));
-    return by_level ? _mm512_permutexvar_epi8(fields, levels) : _mm512_and_si512(fields, high);
+    return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw));
+  }
+  FIPS_INLINE __m512i integers(int64_t byte, __m512i shifts) const {
+    const __m512i found = fields(byte, shifts);
+    return by_level ? _mm512_permutexvar_epi8(found, levels) : _mm512_and_si512(found, high);
   }
 };
 
@@ -67,6 +70,48 @@ struct NarrowCursor : NarrowStream { // of a matrix kept whole: 64 integers are 
     const __m512i out = integers(byte, shifts);
     byte += step;
     return out;
+  }
+};
+
+inline __m512i repeated(const void *from, int64_t bytes) { // 4 to 64 of them, a power of 2, all over a register
+  switch (bytes) {
+  case 64: return _mm512_loadu_si512(from);
+  case 32: return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i *>(from)));
+  case 16: return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i *>(from)));
+  default: break;
+  }
+  uint64_t word = 0;
+  std::memcpy(&word, from, size_t(bytes));
+  return _mm512_set1_epi64(int64_t(bytes == 8 ? word : word << 32 | word));
+}
+
+// Of a matrix whose codes depend on those of `MEMORY` rows above (fips/formats/trellis.py): permutations of bytes say what
+// each of them adds to the place, and what is there.
+template <int MEMORY> struct RecalledCursor : NarrowStream {
+  static constexpr bool whole = true;
+  int64_t byte[MEMORY + 1], step;
+  __m512i shifts[MEMORY + 1], added[MEMORY], mask, table;
+  RecalledCursor(const fips_matrix &a, int64_t first) : NarrowStream(a), step(8 * a.value_bits) {
+    const int64_t codes = int64_t(1) << a.value_bits, above = first / a.cols % a.run;
+    for (int back = 0; back <= MEMORY; ++back) {
+      const bool there = back <= above;
+      const int64_t bit = (there ? first - back * a.cols : first) * a.value_bits;
+      byte[back] = bit >> 3;
+      shifts[back] = _mm512_load_si512(narrow_tables.low_shifts[a.value_bits][bit & 7]);
+      if (back) added[back - 1] = there ? repeated(a.history + (back - 1) * codes, codes) : _mm512_setzero_si512();
+    }
+    mask = _mm512_set1_epi8(char(codes - 1));
+    table = repeated(a.levels, a.num_levels);
+  }
+  FIPS_INLINE void prefetch() const { NarrowStream::prefetch(byte[0]); }
+  FIPS_INLINE __m512i next(uint64_t) {
+    __m512i place = _mm512_and_si512(fields(byte[0], shifts[0]), mask);
+    byte[0] += step;
+    for (int back = 1; back <= MEMORY; ++back) {
+      place = _mm512_xor_si512(place, _mm512_permutexvar_epi8(fields(byte[back], shifts[back]), added[back - 1]));
+      byte[back] += step;
+    }
+    return _mm512_permutexvar_epi8(place, table);
   }
 };
 

@@ -208,18 +208,24 @@ private:
       return reinterpret_cast<const char *>(static_cast<const typename Values::type *>(a_.values) + value);
   }
 
+  template <class Cursor> int64_t decode_narrow(int64_t r, int64_t k0, int64_t k1, uint8_t *to) {
+    Cursor v(a_, next_[r]);
+    int64_t kept = Cursor::whole ? k1 - k0 : 0;
+    for (int64_t k = k0; k < k1; k += 64) { // beyond the last column x is 0, whatever is read there
+      const uint64_t mask = Cursor::whole ? 0 : reader_.mask(row0_ + r, k);
+      _mm512_store_si512(to + (k - k0), v.next(mask));
+      if (!Cursor::whole) kept += popcount64(mask);
+    }
+    next_[r] += kept;
+    return kept * a_.value_bits >> 3;
+  }
+
   int64_t decode_row(int64_t r, int64_t k0, int64_t k1, uint8_t *to) { // returns how many bytes of values it read
     if constexpr (std::is_same_v<Values, NarrowValues>) {
-      constexpr bool whole = std::is_same_v<Reader, FullReader>;
-      std::conditional_t<whole, NarrowCursor, KeptCursor> v(a_, next_[r]);
-      int64_t kept = whole ? k1 - k0 : 0;
-      for (int64_t k = k0; k < k1; k += 64) { // beyond the last column x is 0, whatever is read there
-        const uint64_t mask = whole ? 0 : reader_.mask(row0_ + r, k);
-        _mm512_store_si512(to + (k - k0), v.next(mask));
-        if (!whole) kept += popcount64(mask);
-      }
-      next_[r] += kept;
-      return kept * a_.value_bits >> 3;
+      if constexpr (!std::is_same_v<Reader, FullReader>) return decode_narrow<KeptCursor>(r, k0, k1, to);
+      else if (a_.memory == 2) return decode_narrow<RecalledCursor<2>>(r, k0, k1, to);
+      else if (a_.memory == 3) return decode_narrow<RecalledCursor<3>>(r, k0, k1, to);
+      else return decode_narrow<NarrowCursor>(r, k0, k1, to);
     } else {
       const auto *all = static_cast<const typename Values::type *>(a_.values), *begin = all + next_[r], *v = begin;
       for (int64_t k = k0; k < k1; k += 64, to += 64 / Kind<Values>::step * 64) {

@@ -75,8 +75,8 @@ class FipsConfig(SparseConfig):
         if self.values not in (None, "auto") and values_named(self.values).memory and not self._may_code:
             raise ValueError(
                 f"`values: {self.values}` codes all entries of a column together, as they are solved in one pass: it "
-                "goes with `bits`, `effort: fast` or `default`, `pattern: auto`, and not with training, a shared basis "
-                "or `rotate: false`; take another format, such as `nl4`, or leave `values` out"
+                "goes with `bits`, `effort: fast` or `default` and `pattern: auto`, not with a shared basis, `rigl` or "
+                "`rotate: false`; take another format, such as `nl4`, or leave `values` out"
             )
         if self.schedule == "gmp":
             raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
@@ -109,8 +109,7 @@ class FipsConfig(SparseConfig):
 
     @property
     def _may_code(self) -> bool:
-        trained = self.reconstruction.steps or self.distill.steps
-        return self.rotate and self._keeps_all and self.bits is not None and not trained
+        return self.rotate and self._keeps_all and self.bits is not None
 
     @property
     def one_shot(self) -> bool:
