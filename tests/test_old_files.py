@@ -16,7 +16,8 @@ from fips.record import CompressionReport
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DIRECTORIES = {"format-1-bitmask": 6, "format-1-nm": 4, "format-1-mixed": 9, "format-1-placeholders": 6,
-               "format-1-narrow": 9, "format-2-groups": 6, "format-3-levels": 6}  # fmt: skip
+               "format-1-narrow": 9, "format-2-groups": 6, "format-3-levels": 6,
+               "format-4-coded": 6}  # fmt: skip
 """Directory -> number of factored layers; `<directory>.safetensors` holds an input, the logits and the product of
 every layer's weight with `linspace(-1, 1)`."""
 
