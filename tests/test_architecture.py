@@ -22,12 +22,14 @@ ROOMS = [
         "record",
         "storage",
         "methods",
-        "compress",
+        "registration",
+        "compression",
         "estimate",
-        "fips",
         "data",
+        "evaluation",
+        "fips",
     ),
-    *("evaluation", "integrations", "app", "recipes", "demo", "cli", "lm_eval", "__main__"),
+    *("integrations", "app", "recipes", "demo", "cli", "lm_eval", "__main__"),
 ]
 """From the ground up: a room imports rooms before it. ``fips`` is ``__init__.py``, the public names."""
 

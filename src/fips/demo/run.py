@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fips.app.commands import compress_to_directory, evaluate_source, plan_source
 from fips.app.tables import format_bytes, layer_table, plan_table, result_table
-from fips.compress import Progress
+from fips.compression import Progress
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.demo.corpus import calibration_files, copy_files, held_out_files
 from fips.evaluation import EvaluationResult
