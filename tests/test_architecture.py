@@ -13,7 +13,20 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "fips"
 
 ROOMS = [
-    *("version", "errors", "signals", "optional", "ranks", "formats", "config", "files", "kernels", "solve", "models"),
+    *(
+        "version",
+        "errors",
+        "signals",
+        "optional",
+        "bars",
+        "ranks",
+        "formats",
+        "config",
+        "files",
+        "kernels",
+        "solve",
+        "models",
+    ),
     *(
         "layers",
         "plan",
