@@ -77,7 +77,7 @@ def test_inspect_lists_layers_and_changes_nothing(vit_directory: Path, capsys: C
     before = {path: path.stat().st_mtime_ns for path in vit_directory.iterdir()}
     assert main(["inspect", str(vit_directory)]) == 0
     out = capsys.readouterr().out
-    for word in ("vit.layers.0.mlp", "fc1 (up", "g0", "layers", "model"):
+    for word in ("vit.layers.0.mlp", "fc1 (up", "g0", "MLP up", "whole file", "smallest size: --bits"):
         assert word in out
     assert main(["inspect", str(vit_directory), "--json", "--budget", "0.25", "--share-blocks", "2"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -295,5 +295,5 @@ def test_an_interrupt_exits_cleanly_and_leaves_nothing(
 def test_help_names_every_subcommand(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("inspect", "compress", "evaluate", "compare", "bench", "export", "recipes", "demo"):
+    for name in ("plan", "inspect", "compress", "evaluate", "compare", "bench", "export", "recipes", "demo"):
         assert name in out

@@ -53,12 +53,14 @@ def fresh(code: str, *arguments: object) -> str:
         "from fips.cli import main; main(['--help'])",
         "from fips.cli import main; main(['compress', '--help'])",
         "from fips.cli import main; main(['--version'])",
-        "from fips.cli import main; main(['--show-completion', 'bash'])",
+        "import os; os.environ.update(_FIPS_COMPLETE='complete_bash', COMP_WORDS='fips comp', COMP_CWORD='1')\n"
+        "from fips.cli import main; main([])",
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
     """Neither prints anything but what was asked for."""
-    out = fresh(f"{code}\nimport sys\nprint('HEAVY', [name for name in {HEAVY} if name in sys.modules])")
+    seen = f"import atexit, sys\natexit.register(lambda: print('HEAVY', [n for n in {HEAVY} if n in sys.modules]))\n"
+    out = fresh(seen + code)
     assert out.splitlines()[-1] == "HEAVY []"
     assert ("import fips" in code) == (out == "HEAVY []\n"), "import prints nothing, commands do"
 

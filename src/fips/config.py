@@ -86,8 +86,16 @@ def _explain(error: ValidationError, owner: type[Settings]) -> str:
         elif item["type"] == "missing":
             lines.append(f"`{name}` is required in {owner.__name__}")
         else:
-            lines.append(f"`{name}`: {item['msg']}, got {item['input']!r}")
+            lines.append(f"`{name}`: {item['msg']}, got {item['input']!r}{_meaning(owner, item['loc'])}")
     return "; ".join(lines)
+
+
+def _meaning(owner: type[Settings], place: tuple[int | str, ...]) -> str:
+    """What a field is, in the first sentence that its documentation says of it."""
+    field = owner.model_fields.get(str(place[0])) if len(place) == 1 else None
+    words = "" if field is None or field.description is None else " ".join(field.description.split())
+    first = words.partition(". ")[0].rstrip(".")
+    return f" ({first[0].lower()}{first[1:]})" if first and not first.startswith("`") else ""
 
 
 def _guess(name: str, known: Iterable[str]) -> str:

@@ -53,7 +53,8 @@ def _describe_sites(sublayer: Sublayer) -> str:
 def plan_table(groups: Sequence[GroupPlan]) -> Table:
     """One line per group: width, hidden features of all matrices, rank, kept entries, bytes before and after."""
     title = f"Plan (factors stored as {groups[0].fmt}, {str(groups[0].dtype).removeprefix('torch.')})"
-    table = Table("group", "blocks", "width x hidden", "rank", "kept", "bytes", "after", "share", title=title)
+    blocks = Column("blocks", overflow="fold")
+    table = Table("group", blocks, "shape", "rank", "kept", "bytes", "after", "share", title=title)
     table.title_justify = "left"
     for plan in groups:
         table.add_row(

@@ -416,7 +416,7 @@ def _check_iterable(batches: Any) -> None:
     kind = type(batches).__name__
     if isinstance(batches, (str, bytes, Path)):
         raise DataError(
-            f"{WANTED}, got the {kind} {str(batches)[:60]!r}; load the data first (`fips.data.load_batches`)"
+            f"{WANTED}, got the {kind} {str(batches)[:60]!r}; load the data first (`fips.load_data`)"
         )
     if isinstance(batches, (Mapping, Tensor)):
         raise DataError(f"{WANTED}, got one {kind}; put it into a list: `[batch]`")

@@ -6,7 +6,7 @@ What does the work is imported when it is called, so that ``--help`` stays quick
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -235,6 +235,7 @@ def compress(
     from fips.app.outline import outline_of_plan
 
     options = locals()
+    _require_given(options)
     setting = settings_of_options(
         recipe,
         compression=given(options, COMPRESSION),
@@ -260,6 +261,21 @@ def compress(
         )  # fmt: skip
     if done is not None:
         print_compression(done, output, as_json=as_json)
+
+
+def _require_given(options: dict[str, Any]) -> None:
+    """Raise ``ConfigError`` with all that a compression lacks; a recipe may bring everything but the output."""
+    sized = any(options[name] is not None for name in ("bits", "size", "budget"))
+    run = not options["dry_run"]
+    wanted = {
+        "MODEL": options["model"] is not None or options["recipe"] is not None,
+        "a size (--bits, --size or --budget)": sized or options["recipe"] is not None,
+        "--data DATA": options["data"] is not None or options["recipe"] is not None or not run,
+        "--output DIR": options["output"] is not None or not run,
+    }
+    missing = [what for what, there in wanted.items() if not there]
+    if len(missing) > 1:
+        raise ConfigError(f"missing: {', '.join(missing)}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -505,11 +521,12 @@ def recipes(as_json: Json = False) -> None:
     if as_json:
         print_json({name: entry.model_dump(mode="json", exclude_none=True) for name, entry in entries.items()})
         return
-    table = Table("recipe", "model", "keeps", "description")
+    table = Table("recipe, model", "keeps", "description")
     for name, entry in entries.items():
         setting = entry.compression
         size = setting.size or (f"{setting.budget:g} parameters" if setting.budget else f"{setting.bits:g} bits")
-        table.add_row(name, entry.model or "any", size, entry.description)
+        table.add_row(f"{name}\n{entry.model or 'any model'}", size, entry.description)
+        table.add_section()
     stdout.print(table)
 
 

@@ -71,7 +71,8 @@ def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
 def print_evaluation(name: str, result: Any) -> None:
     from rich.table import Table
 
-    table = Table("measure", "value", title=name, title_justify="left")
+    stdout.print(name, highlight=False, soft_wrap=True)
+    table = Table("measure", "value")
     fields = result.to_dict()
     for key, value in {**fields, **(fields["against"] or {})}.items():
         if value is not None and not isinstance(value, dict):

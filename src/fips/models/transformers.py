@@ -345,7 +345,10 @@ def _from_source(source: str, load: Callable[..., _T], **options: Any) -> _T:
 
 
 def _first_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    """The first sentences of an error, as many as 200 characters hold; one that is longer is cut."""
+    text = " ".join(str(error).split())
+    end = text.rfind(". ", 0, 200)
+    return text if len(text) <= 200 else text[:end] if end > 0 else f"{text[:200]}..."
 
 
 @contextmanager
