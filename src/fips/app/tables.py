@@ -51,10 +51,10 @@ def _describe_sites(sublayer: Sublayer) -> str:
 
 
 def plan_table(groups: Sequence[GroupPlan]) -> Table:
-    """One line per group: width, hidden features of all matrices, rank, kept entries, bytes before and after."""
+    """One line per group: width x hidden features of all matrices, rank, kept entries, bytes and their share."""
     title = f"Plan (factors stored as {groups[0].fmt}, {str(groups[0].dtype).removeprefix('torch.')})"
     blocks = Column("blocks", overflow="fold")
-    table = Table("group", blocks, "shape", "rank", "kept", "bytes", "after", "share", title=title)
+    table = Table("group", blocks, "shape", "rank", "kept", "bytes", "share", title=title)
     table.title_justify = "left"
     for plan in groups:
         table.add_row(
@@ -63,7 +63,6 @@ def plan_table(groups: Sequence[GroupPlan]) -> Table:
             f"{plan.group.width}x{plan.group.hidden}",
             str(plan.rank),
             f"{plan.kept:,}" if plan.kept < 1_000_000 else f"{plan.kept / 1e6:.1f} M",
-            format_bytes(plan.dense.bytes),
             format_bytes(plan.factored.bytes),
             f"{plan.factored.bytes / plan.dense.bytes:.1%}",
         )

@@ -513,7 +513,7 @@ def bench(
 @app.command(rich_help_panel=LOOK)
 def recipes(as_json: Json = False) -> None:
     """List the recipes that ship with fips."""
-    from rich.table import Table
+    from rich import table as rich_table
 
     from fips.recipes import load_recipe, recipe_names
 
@@ -521,7 +521,7 @@ def recipes(as_json: Json = False) -> None:
     if as_json:
         print_json({name: entry.model_dump(mode="json", exclude_none=True) for name, entry in entries.items()})
         return
-    table = Table("recipe, model", "keeps", "description")
+    table = rich_table.Table(rich_table.Column("recipe, model", overflow="fold"), "keeps", "description")
     for name, entry in entries.items():
         setting = entry.compression
         size = setting.size or (f"{setting.budget:g} parameters" if setting.budget else f"{setting.bits:g} bits")
