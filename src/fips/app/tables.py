@@ -25,6 +25,7 @@ __all__ = [
     "layer_table",
     "left_dense_lines",
     "packed_table",
+    "parameter_lines",
     "plan_table",
     "record_lines",
     "result_table",
@@ -118,6 +119,14 @@ def _count(number: int) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:.3g} {unit}"
     return str(number)
+
+
+def parameter_lines(plan: CompressionPlan) -> list[str]:
+    """What is left of the parameters of the layers, where some are to go."""
+    before, after = plan.dense.parameters, plan.factored.parameters
+    if before == after:
+        return []
+    return [f"parameters of these layers: {_count(before)} -> {_count(after)} ({after / before:.1%})"]
 
 
 def smallest_line(outline: Outline) -> str:

@@ -14,7 +14,15 @@ def print_json(value: Any) -> None:
 
 
 def print_plan(outline: Any, *, as_json: bool, with_layers: bool = False, estimate: Any = None) -> None:
-    from fips.app.tables import kind_table, layer_table, plan_table, share_line, skipped_lines, smallest_line
+    from fips.app.tables import (
+        kind_table,
+        layer_table,
+        parameter_lines,
+        plan_table,
+        share_line,
+        skipped_lines,
+        smallest_line,
+    )
 
     if as_json:
         print_json({**outline.to_dict(), **({} if estimate is None else {"estimate": estimate.to_dict()})})
@@ -25,7 +33,7 @@ def print_plan(outline: Any, *, as_json: bool, with_layers: bool = False, estima
     if any(group.rank for group in plan.groups):  # otherwise groups share nothing that is planned
         stdout.print(plan_table(plan.groups))
     stdout.print(kind_table(outline.kinds))
-    lines = [share_line(outline.kinds), smallest_line(outline), *skipped_lines(plan)]
+    lines = [share_line(outline.kinds), *parameter_lines(plan), smallest_line(outline), *skipped_lines(plan)]
     if estimate is not None:
         lines.append(estimate.line())
     for line in lines:

@@ -255,9 +255,9 @@ def _check_causal(model: _Model, batch: dict[str, Tensor]) -> None:
     other_ET[0, -1] = 0 if ids_ET[0, -1] != 0 else 1
     first, second = model.logits(input_ids=ids_ET), model.logits(input_ids=other_ET)
     name = type(model.module).__name__
-    if first.dim() != 3 or first.shape[1] != length:
+    if first.dim() != 3 or first.shape[1] != length or first.shape[2] < (_vocabulary_size(model.module) or 0):
         raise ModelError(
-            f"`{name}` returns logits of shape {tuple(first.shape)} for {length} tokens, not one prediction for each; "
+            f"`{name}` returns logits of shape {tuple(first.shape)} for {length} tokens, not one prediction of a token for each; "
             "perplexity is for language models"
         )
     change, size = ((first - second)[:, :-1].abs().max(), first[:, :-1].abs().max())
