@@ -135,9 +135,13 @@ class TestText:
         assert sum(size[0] for size in sizes[LOOKS:]) == batches.num_samples
 
     @pytest.mark.parametrize(
-        ("kind", "words"), [("BertForMaskedLM", "sees the tokens that follow"), ("BertForTokenClassification", "not one prediction"),
-                            ("BertForSequenceClassification", "not one prediction")]
-    )  # fmt: skip
+        ("kind", "words"),
+        [
+            ("BertForMaskedLM", "sees the tokens that follow"),
+            ("BertForTokenClassification", "not one prediction"),
+            ("BertForSequenceClassification", "not one prediction"),
+        ],
+    )
     def test_models_that_do_not_predict_the_next_token_are_refused(self, kind: str, words: str, tmp_path: Path) -> None:
         torch.manual_seed(0)
         config = transformers.BertConfig(

@@ -257,8 +257,8 @@ def _check_causal(model: _Model, batch: dict[str, Tensor]) -> None:
     name = type(model.module).__name__
     if first.dim() != 3 or first.shape[1] != length or first.shape[2] < (_vocabulary_size(model.module) or 0):
         raise ModelError(
-            f"`{name}` returns logits of shape {tuple(first.shape)} for {length} tokens, not one prediction of a token for each; "
-            "perplexity is for language models"
+            f"`{name}` returns logits of shape {tuple(first.shape)} for {length} tokens, not one prediction of a token "
+            "for each; perplexity is for language models"
         )
     change, size = ((first - second)[:, :-1].abs().max(), first[:, :-1].abs().max())
     if bool(change > 1e-3 * size):
