@@ -13,7 +13,20 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "fips"
 
 ROOMS = [
-    *("version", "errors", "signals", "optional", "ranks", "formats", "config", "files", "kernels", "solve", "models"),
+    *(
+        "version",
+        "errors",
+        "signals",
+        "optional",
+        "bars",
+        "ranks",
+        "formats",
+        "config",
+        "files",
+        "kernels",
+        "solve",
+        "models",
+    ),
     *(
         "layers",
         "plan",
@@ -22,12 +35,14 @@ ROOMS = [
         "record",
         "storage",
         "methods",
-        "compress",
+        "registration",
+        "compression",
         "estimate",
-        "fips",
         "data",
+        "evaluation",
+        "fips",
     ),
-    *("evaluation", "integrations", "app", "recipes", "demo", "cli", "lm_eval", "__main__"),
+    *("integrations", "app", "recipes", "demo", "cli", "lm_eval", "__main__"),
 ]
 """From the ground up: a room imports rooms before it. ``fips`` is ``__init__.py``, the public names."""
 

@@ -630,7 +630,7 @@ def test_methods_that_do_not_share_the_work_refuse_several_processes(monkeypatch
     def two() -> Iterator[Ranks]:
         yield Ranks(0, 2)
 
-    monkeypatch.setattr(sys.modules["fips.compress"], "joined", two)
+    monkeypatch.setattr(sys.modules["fips.compression"], "joined", two)
     model = tiny_model("vit")
     for config in (fips.CompressionConfig(bits=8.0, method="svd"), fips.CompressionConfig(bits=8.0, effort="max")):
         with pytest.raises(ConfigError, match="runs in one process, got 2"):

@@ -77,7 +77,7 @@ def test_inspect_lists_layers_and_changes_nothing(vit_directory: Path, capsys: C
     before = {path: path.stat().st_mtime_ns for path in vit_directory.iterdir()}
     assert main(["inspect", str(vit_directory)]) == 0
     out = capsys.readouterr().out
-    for word in ("vit.layers.0.mlp", "fc1 (up", "g0", "layers", "model"):
+    for word in ("vit.layers.0.mlp", "fc1 (up", "g0", "MLP up", "whole file", "smallest size: --bits"):
         assert word in out
     assert main(["inspect", str(vit_directory), "--json", "--budget", "0.25", "--share-blocks", "2"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -199,7 +199,22 @@ BAD_INPUT: dict[str, Case] = {
     ),
     "unknown pattern": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--pattern", "2-4"], 2, "`pattern`"),
     "unknown device": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--device", "tpu9"], 2, "tpu9"),
-    "unknown option": (["compress", "VIT", "--frobnicate"], 2, "frobnicate"),
+    "unknown option": (["compress", "VIT", "--frobnicate"], 2, "`fips compress --help` lists the options"),
+    "option of another type": (["compress", "VIT", "--bits", "x"], 2, "'--bits': Input should be a valid number"),
+    "unknown command": (["comprss", "VIT"], 2, "Did you mean 'compress'"),
+    "nothing but an output": (["compress"], 2, "missing: MODEL, a size (--bits, --size or --budget), --data DATA"),
+    "bits beyond 16": (
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "35"], 2, "got 35.0 (stored bits per weight of the compressed"
+    ),
+    "part of names": (
+        ["compress", "LLAMA", "--data", "TEXT", "--bits", "6", "--targets", "self_attn"], 1, "`*.self_attn.*` fits"
+    ),
+    "chats": (["compress", "LLAMA", "--data", "CHAT", "--bits", "6"], 1, "tokenizer.apply_chat_template"),
+    "text to score images": (["evaluate", "VIT", "--data", "TEXT"], 1, "reads images"),
+    "nothing to evaluate on": (["evaluate", "VIT"], 2, "give --data or --tasks"),
+    "dense to export": (["export", "VIT", "--output", "OUT"], 1, "is not a compressed model"),
+    "dense to bench": (["bench", "VIT"], 1, "is not a compressed directory"),
+    "no model to plan": (["plan", "--bits", "6"], 2, "no model: give MODEL"),
 }  # fmt: skip
 
 
@@ -217,20 +232,23 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(
     arguments, code, message = BAD_INPUT[case]
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "chat.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "hi"}]}] * 9))
     places = {
+        "OUT": tmp_path / "out",
         "VIT": vit_directory, "LLAMA": llama_directory, "IMAGES": images, "TEXT": text, "EMPTY": tmp_path / "empty",
-        "BLANK": tmp_path / "blank.txt", "RECIPE": write_recipe("compression: {budget: 0.5, rnk: 3}"),
+        "BLANK": tmp_path / "blank.txt", "CHAT": tmp_path / "chat.json",
+        "RECIPE": write_recipe("compression: {budget: 0.5, rnk: 3}"),
     }  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
     given = [str(places.get(argument, argument)) for argument in arguments]
-    assert main([*given, "--output", str(tmp_path / "out")]) == code
+    output = ["--output", str(tmp_path / "out")] if arguments[0] in ("compress", "compare") else []
+    assert main([*given, *output]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
     assert "Traceback" not in captured.err
-    if case != "unknown option":
-        assert captured.err.startswith("error: ")
-        assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -295,5 +313,5 @@ def test_an_interrupt_exits_cleanly_and_leaves_nothing(
 def test_help_names_every_subcommand(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("inspect", "compress", "evaluate", "compare", "bench", "export", "recipes", "demo"):
+    for name in ("plan", "inspect", "compress", "evaluate", "compare", "bench", "export", "recipes", "demo"):
         assert name in out

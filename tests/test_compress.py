@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import fips
-from fips.compress import ProgressEvent
+from fips.compression import ProgressEvent
 from fips.formats.patterns import pattern_named
 from fips.layers.linear import factored_layers
 from fips.methods.workbench import dense_matrix

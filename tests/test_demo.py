@@ -71,7 +71,7 @@ def test_the_demo_compresses_saves_and_reports(tmp_path: Path, monkeypatch: pyte
     console = Console(record=True, width=100)
     result = demo_module.run_demo(tmp_path / "out", bits=8.0, console=console)
     text = console.export_text()
-    for word in ("model.layers.0.mlp", "Plan", "bits_per_byte", "model.safetensors:", "fips.load("):
+    for word in ("model.layers.0.mlp", "Sizes", "bits_per_byte", "model.safetensors:", "fips.load("):
         assert word in text
     assert result["file_bytes"]["after"] < 0.75 * result["file_bytes"]["before"]
     before, after = (result["bits_per_byte"][key]["bits_per_byte"] for key in ("before", "after"))

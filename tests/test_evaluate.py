@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import tiny_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -27,6 +28,8 @@ from fips.evaluation import ImageResult, TextResult, evaluate
 from fips.evaluation import quality as module
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .é"
+LOOKS = 2
+"""Passes at the start that find out whether a model sees the tokens that follow."""
 CLASSES = [f"class {index}" for index in range(10)]
 
 
@@ -112,6 +115,7 @@ class TestText:
         )
         batches = text_batches(tmp_path)
         evaluate(sharp_llama, batches)
+        masks = masks[LOOKS:]
         expected = [batch.get("attention_mask") for batch in batches]
         assert [mask is None for mask in masks] == [mask is None for mask in expected]
         assert sum(mask is None for mask in masks) not in (0, len(masks)), "some batches have padding, some have none"
@@ -128,7 +132,23 @@ class TestText:
         monkeypatch.setattr(module, "MAX_LOSS_LOGITS", 5 * 64)
         assert evaluate(sharp_llama, batches).headline.value == pytest.approx(expected, rel=1e-6)
         assert max(math.prod(size) for size in sizes) == 2 * 12 * 64
-        assert sum(size[0] for size in sizes) == batches.num_samples
+        assert sum(size[0] for size in sizes[LOOKS:]) == batches.num_samples
+
+    @pytest.mark.parametrize(
+        ("kind", "words"),
+        [
+            ("BertForMaskedLM", "sees the tokens that follow"),
+            ("BertForTokenClassification", "not one prediction"),
+            ("BertForSequenceClassification", "not one prediction"),
+        ],
+    )
+    def test_models_that_do_not_predict_the_next_token_are_refused(self, kind: str, words: str, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+        )
+        with pytest.raises(ModelError, match=words):
+            evaluate(getattr(transformers, kind)(config), text_batches(tmp_path))
 
     def test_bfloat16(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
         batches = text_batches(tmp_path)

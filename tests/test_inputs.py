@@ -783,7 +783,7 @@ def test_hooks_on_replaced_layers_go_on_and_their_handles_remove_them() -> None:
 
 def test_an_interrupt_while_layers_are_put_in_place_puts_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model, original = tiny_model("llama"), tiny_model("llama")
-    module = sys.modules["fips.compress"]
+    module = sys.modules["fips.compression"]
     calls: list[str] = []
     replace = module.replace_linear
 

@@ -126,8 +126,6 @@ class TestLora:
         self.peft = importlib.import_module("peft")
 
     def adapted(self, model: PreTrainedModel, targets: list[str], **options: Any) -> Any:
-        import fips.layers.lora  # noqa: F401
-
         torch.manual_seed(0)
         config = self.peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, **options)
         return self.peft.get_peft_model(model, config)
@@ -205,8 +203,6 @@ class TestLora:
         assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr[-2000:]
 
     def test_transformers_own_adapter_calls_work(self, tmp_path: Path) -> None:
-        import fips.layers.lora
-
         try:
             transformers.utils.peft_utils.check_peft_version(transformers.integrations.peft.MIN_PEFT_VERSION)
         except ValueError as error:

@@ -453,7 +453,7 @@ def test_measurements_that_fail_cost_nothing_but_themselves(
     monkeypatch.setattr(Workbench, "errors", fail)
     monkeypatch.setattr("fips.methods.sweep.block_errors", fail)
     for name in ("environment", "peak_memory_bytes"):
-        monkeypatch.setattr(sys.modules["fips.compress"], name, fail)
+        monkeypatch.setattr(sys.modules["fips.compression"], name, fail)
     model = tiny_model("llama")
     report = fips.compress(model, batches_for(model), CompressionConfig(**settings))
     assert len(factored_layers(model)) == 9

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -37,6 +38,7 @@ __all__ = [
     "ReconstructionConfig",
     "Settings",
     "SparseConfig",
+    "all_settings",
     "settings_of",
     "size_bytes",
 ]
@@ -63,7 +65,9 @@ class Settings(BaseModel):
     @classmethod
     def unknown_field(cls, name: str) -> str:
         """What to say about a field that these settings do not have."""
-        owners = [method for method, owner in SETTINGS.items() if any(name in inner for inner in _nested(owner, cls))]
+        owners = [
+            method for method, owner in all_settings().items() if any(name in inner for inner in _nested(owner, cls))
+        ]
         if owners:
             return f"`{name}` of {cls.__name__} belongs to {_methods(owners)}"
         known = sorted(cls.model_fields)
@@ -82,8 +86,16 @@ def _explain(error: ValidationError, owner: type[Settings]) -> str:
         elif item["type"] == "missing":
             lines.append(f"`{name}` is required in {owner.__name__}")
         else:
-            lines.append(f"`{name}`: {item['msg']}, got {item['input']!r}")
+            lines.append(f"`{name}`: {item['msg']}, got {item['input']!r}{_meaning(owner, item['loc'])}")
     return "; ".join(lines)
+
+
+def _meaning(owner: type[Settings], place: tuple[int | str, ...]) -> str:
+    """What a field is, in the first sentence that its documentation says of it."""
+    field = owner.model_fields.get(str(place[0])) if len(place) == 1 else None
+    words = "" if field is None or field.description is None else " ".join(field.description.split())
+    first = words.partition(". ")[0].rstrip(".")
+    return f" ({first[0].lower()}{first[1:]})" if first and not first.startswith("`") else ""
 
 
 def _guess(name: str, known: Iterable[str]) -> str:
@@ -226,11 +238,11 @@ class CompressionConfig(Settings):
     @classmethod
     def unknown_field(cls, name: str) -> str:
         method = cls.model_fields["method"].default
-        owners = [other for other, owner in SETTINGS.items() if name in owner.model_fields]
+        owners = [other for other, owner in all_settings().items() if name in owner.model_fields]
         if owners:
             return f"`{name}` belongs to {_methods(owners)}, not to `method: {method}`"
         known = sorted(cls.model_fields)
-        everywhere = [*known, *(field for owner in SETTINGS.values() for field in owner.model_fields)]
+        everywhere = [*known, *(field for owner in all_settings().values() for field in owner.model_fields)]
         return (
             f"unknown field `{name}` of `method: {method}`; {_guess(name, everywhere)}known fields: {', '.join(known)}"
         )
@@ -254,15 +266,27 @@ def size_bytes(size: str, before: int) -> float:
 
 
 SETTINGS: dict[str, type[CompressionConfig]] = {}
-"""The settings of every method by its name, entered by ``fips.methods.registry.register``."""
+"""The settings of every method by its name, entered by ``fips.methods.registry.register``; read ``all_settings()``."""
+METHODS = "fips.methods"
+"""The package that enters them."""
+
+
+def all_settings() -> Mapping[str, type[CompressionConfig]]:
+    """The settings of every method by its name.
+
+    Methods stand above settings and enter theirs as plug-ins do, when they are imported: here, at the latest.
+    """
+    import_module(METHODS)
+    return SETTINGS
 
 
 def settings_of(method: str) -> type[CompressionConfig]:
     """The class of a method's settings; raises ``ConfigError`` for a name that no method has."""
-    if not isinstance(method, str) or method not in SETTINGS:
-        guess = _guess(str(method), SETTINGS)
-        raise ConfigError(f"`method`: there is no `{method}`; {guess}known methods: {', '.join(SETTINGS)}")
-    return SETTINGS[method]
+    known = all_settings()
+    if not isinstance(method, str) or method not in known:
+        guess = _guess(str(method), known)
+        raise ConfigError(f"`method`: there is no `{method}`; {guess}known methods: {', '.join(known)}")
+    return known[method]
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,5 +16,6 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingPackageError(
-            f"{purpose} needs `{module.partition('.')[0]}` ({error}); install fips with its extra: fips[{extra}]"
+            f"{purpose} needs `{module.partition('.')[0]}` ({error}); install fips with its extra: "
+            f"`pip install 'fips[{extra}]'`, or `pip install '.[{extra}]'` in a checkout"
         ) from None

@@ -6,7 +6,9 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, Self
 
 import torch
@@ -14,6 +16,7 @@ import transformers
 
 from fips.config import CompressionConfig
 from fips.formats.patterns import FILE_NAMES, FULL
+from fips.plan.footprint import format_bytes
 from fips.training.reconstruct import BlockError
 
 __all__ = ["REPORT_FILE", "CompressionReport", "GroupResult", "environment", "peak_memory_bytes"]
@@ -101,6 +104,43 @@ class CompressionReport:
             "overfit": {name: round(ratio, 3) for name, ratio in self.overfit.items()},
         }
 
+    def summary(self) -> str:
+        """What became of the model, in a few lines for people."""
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._rows())
+        return f'<table class="fips-report" style="text-align: left">{rows}</table>'
+
+    def _rows(self) -> list[tuple[str, str]]:
+        dense, packed = (self.plan["layers"][key] for key in ("dense", "factored"))
+        bits = 8 * packed["bytes"] / dense["parameters"]
+        left = self.plan.get("left_dense", {}).get("layers", [])
+        errors = [group["relative_error_final"] for group in self.groups if group["relative_error_final"] is not None]
+        peak = self.peak_memory_bytes
+        rows = [
+            ("method", self.config.method),
+            ("layers", f"{_bytes_after(dense['bytes'], packed['bytes'])}, {bits:.2f} bits per weight"),
+            ("model", _bytes_after(self.plan["model"]["bytes"], self.plan["compressed_model"]["bytes"])),
+            ("values", _each(group.get("values", "float") for group in self.plan["groups"])),
+            ("patterns", _each(group["format"] for group in self.plan["groups"])),
+        ]
+        if errors:
+            mean = sum(errors) / len(errors)
+            rows.append(("error", f"{mean:.5f} of the variance of block outputs, calibration data"))
+        if self.overfit:
+            mean = sum(self.overfit.values()) / len(self.overfit)
+            rows.append(("held out", f"errors are {mean:.3f} times those on the data that was fitted"))
+        if left:
+            rows.append(
+                ("left dense", f"{len(left)} layers: {'; '.join(dict.fromkeys(one['reason'] for one in left))}")
+            )
+        rows.append(("took", f"{self.seconds:.0f} s" + ("" if peak is None else f", peak memory {format_bytes(peak)}")))
+        return [*rows, *(("note", note) for note in self.notes)]
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         plan_keys = ("model", "compressed_model", "layers", "groups", "skipped")
@@ -125,6 +165,15 @@ class CompressionReport:
                 )
             },
         )
+
+
+def _each(lists: Iterable[str]) -> str:
+    """Every word of lists with commas, once."""
+    return ", ".join(dict.fromkeys(word for words in lists for word in words.split(", ")))
+
+
+def _bytes_after(before: int, after: int) -> str:
+    return f"{format_bytes(before)} -> {format_bytes(after)} ({after / before:.1%})"
 
 
 def _renamed(group: dict[str, Any]) -> dict[str, Any]:

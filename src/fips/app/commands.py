@@ -20,15 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from fips.app.compare import Comparison, Run, compare, method_config, write_comparison
 from fips.app.fitting import fitting_data
 from fips.app.forecast import Forecast, forecast
-from fips.app.sources import (
-    empty_model,
-    is_compressed_source,
-    kind_of,
-    longest_sequence,
-    processor_of,
-    read_model,
-)
-from fips.compress import Progress, compress
+from fips.app.sources import empty_model, is_compressed_source, read_model
+from fips.compression import Progress, compress
 from fips.config import DataConfig, Recipe
 from fips.data import Batches, load_batches
 from fips.errors import BudgetError, ConfigError, DataError, ModelError, OutputError
@@ -38,6 +31,7 @@ from fips.integrations.lm_eval import run_tasks
 from fips.integrations.onnx import export_onnx
 from fips.layers.merge import merge
 from fips.methods.registry import aliases
+from fips.models.reading import kind_of, longest_sequence, processor_of
 from fips.models.timm import PixelBatches, is_timm_model
 from fips.models.transformers import (
     build_empty,

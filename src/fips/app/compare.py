@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from fips.app.plots import quality_plot
-from fips.compress import compress
+from fips.compression import compress
 from fips.config import CompressionConfig
 from fips.data import Batches
 from fips.errors import BudgetError, ConfigError

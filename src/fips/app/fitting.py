@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fips.app.sources import kind_of, longest_sequence
 from fips.app.tables import format_bytes
 from fips.calibration.sweep import CHUNKS
 from fips.config import CompressionConfig, DataConfig
@@ -17,6 +16,7 @@ from fips.data.load import window_length
 from fips.data.text import DEFAULT_CALIBRATION_WINDOWS
 from fips.errors import ConfigError
 from fips.estimate import MemoryNeed, available_memory, calibration_memory
+from fips.models.reading import kind_of, longest_sequence
 from fips.models.timm import TimmProcessor, is_timm_model
 from fips.models.transformers import example_inputs
 from fips.plan.plan import CompressionPlan

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from fips.app.fitting import examples_of
-from fips.app.sources import kind_of
 from fips.app.tables import format_bytes
 from fips.config import CompressionConfig, DataConfig
 from fips.data.images import DEFAULT_CALIBRATION_IMAGES
 from fips.data.text import DEFAULT_CALIBRATION_WINDOWS
 from fips.estimate import MemoryNeed, Speed, available_memory, operations, timed_dtype
+from fips.models.reading import kind_of
 from fips.plan.plan import CompressionPlan
 
 __all__ = ["Forecast", "forecast"]

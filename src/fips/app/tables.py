@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
+from fips.app.outline import Outline, PackedOutline
 from fips.models import Sublayer
+from fips.plan.footprint import format_bytes
 from fips.plan.groups import GroupPlan
+from fips.plan.kinds import KindSize
 from fips.plan.plan import CompressionPlan
 from fips.record import CompressionReport
 
 __all__ = [
+    "block_table",
     "comparison_table",
+    "error_lines",
     "format_bytes",
+    "kind_table",
     "layer_table",
     "left_dense_lines",
+    "packed_table",
+    "parameter_lines",
     "plan_table",
+    "record_lines",
     "result_table",
-    "size_table",
+    "share_line",
     "skipped_lines",
+    "smallest_line",
 ]
-
-
-def format_bytes(count: int) -> str:
-    """Three digits, ``1.23 MB`` or ``865 MB`` (10^6 bytes), exact below 1 kB."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 999.5 or unit == "GB":
-            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-            return f"{count} B" if unit == "B" else f"{value:.{digits}f} {unit}"
-        value /= 1000
-    raise AssertionError("unreachable")
 
 
 def layer_table(plan: CompressionPlan) -> Table:
@@ -52,9 +52,10 @@ def _describe_sites(sublayer: Sublayer) -> str:
 
 
 def plan_table(groups: Sequence[GroupPlan]) -> Table:
-    """One line per group: width, hidden features of all matrices, rank, kept entries, bytes before and after."""
+    """One line per group: width x hidden features of all matrices, rank, kept entries, bytes and their share."""
     title = f"Plan (factors stored as {groups[0].fmt}, {str(groups[0].dtype).removeprefix('torch.')})"
-    table = Table("group", "blocks", "width x hidden", "rank", "kept", "bytes", "after", "share", title=title)
+    blocks = Column("blocks", overflow="fold")
+    table = Table("group", blocks, "shape", "rank", "kept", "bytes", "share", title=title)
     table.title_justify = "left"
     for plan in groups:
         table.add_row(
@@ -63,7 +64,6 @@ def plan_table(groups: Sequence[GroupPlan]) -> Table:
             f"{plan.group.width}x{plan.group.hidden}",
             str(plan.rank),
             f"{plan.kept:,}" if plan.kept < 1_000_000 else f"{plan.kept / 1e6:.1f} M",
-            format_bytes(plan.dense.bytes),
             format_bytes(plan.factored.bytes),
             f"{plan.factored.bytes / plan.dense.bytes:.1%}",
         )
@@ -76,39 +76,151 @@ def _span(blocks: Sequence[str]) -> str:
     return first if len(blocks) == 1 else f"{first}-{last.rpartition('.')[2]}"
 
 
-def size_table(plan: CompressionPlan) -> Table:
-    """Parameters and bytes of the compressed layers and of the whole model, before and after."""
-    table = Table("", "parameters", "after", "share", "bytes", "after", "share", title="Size", title_justify="left")
-    rows = (
-        ("layers", plan.dense.parameters, plan.factored.parameters, plan.dense.bytes, plan.factored.bytes),
-        ("model", plan.model_parameters, plan.compressed_parameters, plan.model_bytes, plan.compressed_bytes),
-    )
-    for name, parameters, parameters_after, size, size_after in rows:
-        table.add_row(
-            name,
-            f"{parameters:,}",
-            f"{parameters_after:,}",
-            f"{parameters_after / parameters:.1%}",
-            format_bytes(size),
-            format_bytes(size_after),
-            f"{size_after / size:.1%}",
-        )
+def kind_table(kinds: Sequence[KindSize]) -> Table:
+    """Tensors, weights, bits per weight and bytes of every kind of layer, before and after, and of all."""
+    names = ("tensors", "weights", "bits per weight", "bytes")
+    right = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("kind", no_wrap=True), *right, title="Sizes", title_justify="left")
+    for kind in kinds:
+        table.add_row(*_kind_row(kind))
+    table.add_section()
+    table.add_row(*_kind_row(_all(kinds)))
     return table
 
 
+def _kind_row(kind: KindSize) -> tuple[str, ...]:
+    before, after = format_bytes(kind.bytes_before), format_bytes(kind.bytes_after)
+    bits = f"{kind.bits_before:.3g}"
+    if kind.bytes_after != kind.bytes_before:
+        before, bits = f"{before} -> {after}", f"{bits} -> {kind.bits_after:.3g}"
+    return kind.kind, f"{kind.tensors:,}", _count(kind.weights), bits, before
+
+
+def _all(kinds: Sequence[KindSize]) -> KindSize:
+    return KindSize(
+        "all",
+        sum(kind.tensors for kind in kinds),
+        sum(kind.weights for kind in kinds),
+        sum(kind.bytes_before for kind in kinds),
+        sum(kind.bytes_after for kind in kinds),
+    )
+
+
+def share_line(kinds: Sequence[KindSize]) -> str:
+    """What the whole file takes of what it took."""
+    total = _all(kinds)
+    share, times = total.bytes_after / total.bytes_before, total.bytes_before / total.bytes_after
+    return f"whole file: {share:.1%} of what it was, {times:.2f}x smaller"
+
+
+def _count(number: int) -> str:
+    """Three digits, ``1.23 M``, exact below a thousand."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def parameter_lines(plan: CompressionPlan) -> list[str]:
+    """What is left of the parameters of the layers, where some are to go."""
+    before, after = plan.dense.parameters, plan.factored.parameters
+    if before == after:
+        return []
+    return [f"parameters of these layers: {_count(before)} -> {_count(after)} ({after / before:.1%})"]
+
+
+def smallest_line(outline: Outline) -> str:
+    """The smallest size that can be asked for."""
+    least = outline.smallest
+    if "budget" in least:
+        return f"smallest size: --budget {least['budget']:g}"
+    return f"smallest size: --bits {least['bits']:g}, {format_bytes(least['bytes'])} for the whole file"
+
+
+def packed_table(packed: PackedOutline) -> Table:
+    """One line per packed layer, below the module it is in."""
+    with_basis = any(layer.rank for layer in packed.layers)
+    measured = any(layer.held_out is not None for layer in packed.layers)
+    table = Table(Column("layer", overflow="fold"), title="Packed layers", title_justify="left")
+    table.add_column("in x out", no_wrap=True)
+    table.add_column("bits", justify="right", no_wrap=True)
+    table.add_column("pattern", no_wrap=True)
+    table.add_column("values", no_wrap=True)
+    if with_basis:
+        table.add_column("rank", justify="right", no_wrap=True)
+    if measured:
+        table.add_column("held out", justify="right", no_wrap=True)
+    layers = sorted(packed.layers, key=lambda layer: _natural(layer.name))
+    for parent, members in groupby(layers, key=lambda layer: layer.name.rpartition(".")[0]):
+        table.add_section()
+        table.add_row(parent, style="bold")
+        for layer in members:
+            row = [f"  {layer.name.rpartition('.')[2]}", f"{layer.inputs}x{layer.outputs}", f"{layer.bits:.2f}"]
+            row += [layer.pattern, layer.values, *([str(layer.rank or "")] if with_basis else [])]
+            row += ["" if layer.held_out is None else f"{layer.held_out:.3f}"] if measured else []
+            table.add_row(*row)
+    return table
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Numbers in the order of numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def block_table(errors: Mapping[str, float]) -> Table:
+    """Errors of the outputs of blocks."""
+    table = Table("block", Column("error", justify="right"), title="Blocks", title_justify="left")
+    for name, error in errors.items():
+        table.add_row(name, f"{error:.5f}")
+    return table
+
+
+def error_lines(packed: PackedOutline) -> list[str]:
+    """What the errors of these tables are."""
+    lines = []
+    if any(layer.held_out is not None for layer in packed.layers):
+        lines.append("held out: a layer's error on data it was not fitted to, over that on the data it was fitted to")
+    if packed.block_errors:
+        lines.append("error: MSE of a block's output over its variance, on calibration data")
+    return lines
+
+
+def record_lines(report: CompressionReport) -> list[str]:
+    """How a packed directory came to be."""
+    data = report.data
+    parts = [f"method {report.config.method}"]
+    if report.source is not None:
+        parts.append(f"made from {report.source}")
+    if data.get("source") is not None:
+        parts.append(f"calibrated on {data.get('num_samples', '?')} examples of {data['source']}")
+    parts.append(f"in {report.seconds:.0f} s")
+    return ["; ".join(parts), *report.notes]
+
+
 def result_table(report: CompressionReport) -> Table:
-    """One line per group: what it became, relative error of its block outputs at the start and at the end, and time."""
-    columns = ("group", "blocks", "rank", "formats", "values", "error of the start", "final error", "time")
-    table = Table(*columns, title="Result", title_justify="left")
-    table.caption = "errors: MSE of the block outputs / their variance, mean over blocks, calibration data"
-    for result, group in zip(report.groups, report.plan["groups"], strict=True):
+    """One line per group: what it became, relative error of its block outputs, and time.
+
+    The error of the start is shown where something was trained after it, the rank where there is a basis.
+    """
+    plans = report.plan["groups"]
+    with_basis = any(group["rank"] for group in plans)
+    trained = any(result["relative_error_start"] != result["relative_error_final"] for result in report.groups)
+    columns = ["group", "blocks", *(["rank"] if with_basis else []), "bits", "patterns", "values"]
+    table = Table(*columns, *(["start"] if trained else []), "error", "time", title="Result", title_justify="left")
+    table.caption = (
+        "error: MSE of the block outputs / their variance, mean over blocks, calibration data"
+        + ("; start: before training" if trained else "")
+    )  # fmt: skip
+    table.caption_justify = "left"
+    for result, group in zip(report.groups, plans, strict=True):
         table.add_row(
             result["name"],
             str(len(result["blocks"])),
-            str(group["rank"]),
+            *([str(group["rank"])] if with_basis else []),
+            f"{8 * group['factored']['bytes'] / group['dense']['parameters']:.2f}",
             group["format"],
             group.get("values", "float"),
-            _number(result["relative_error_start"], ".5f"),
+            *([_number(result["relative_error_start"], ".5f")] if trained else []),
             _number(result["relative_error_final"], ".5f"),
             f"{result['seconds']:.1f} s",
         )

@@ -415,9 +415,7 @@ def _check_iterable(batches: Any) -> None:
     """Raise ``DataError`` for what is one batch, no batch, or can be read only once."""
     kind = type(batches).__name__
     if isinstance(batches, (str, bytes, Path)):
-        raise DataError(
-            f"{WANTED}, got the {kind} {str(batches)[:60]!r}; load the data first (`fips.data.load_batches`)"
-        )
+        raise DataError(f"{WANTED}, got the {kind} {str(batches)[:60]!r}; load the data first (`fips.load_data`)")
     if isinstance(batches, (Mapping, Tensor)):
         raise DataError(f"{WANTED}, got one {kind}; put it into a list: `[batch]`")
     if isinstance(batches, Dataset) and not isinstance(batches, TensorDataset):

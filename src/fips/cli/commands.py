@@ -6,14 +6,24 @@ What does the work is imported when it is called, so that ``--help`` stays quick
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fips.cli.console import counter, progress_bars, say, stderr, stdout
+from fips.bars import progress_bars
+from fips.cli.console import say, stderr, stdout
 from fips.cli.options import (
     COMPRESSION,
+    DATA_PANEL,
+    DEFAULT_BITS,
+    MACHINE,
+    METHOD,
+    MODEL,
     RECONSTRUCTION,
+    SHARING,
+    SIZE,
+    TASKS,
+    TRAINING,
     BatchSize,
     Bits,
     Budget,
@@ -26,8 +36,10 @@ from fips.cli.options import (
     Json,
     Layers,
     ModelArgument,
+    ModelOrPacked,
     NumSamples,
     OptionalModel,
+    Output,
     Pattern,
     RecipeOption,
     Seed,
@@ -39,111 +51,191 @@ from fips.cli.options import (
     Split,
     Targets,
     Trust,
+    Written,
     data_fields,
     given,
     numbers,
     settings_of_options,
 )
-from fips.cli.printing import print_bench, print_compression, print_evaluation, print_json, print_plan, print_tasks
+from fips.cli.printing import (
+    print_bench,
+    print_compression,
+    print_evaluation,
+    print_json,
+    print_packed,
+    print_plan,
+    print_tasks,
+)
 from fips.errors import ConfigError
 
 app = typer.Typer(
     name="fips",
-    help="Smaller transformers: MLPs as one shared basis times sparse factors (arXiv 2411.09816).",
+    help="Smaller transformers: matrices as numbers of few bits, measured by the output of the model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="markdown",
 )
+COMPRESS, MEASURE, LOOK = "Compress", "Measure", "Look"
+"""Panels of commands."""
 
 
-@app.command()
-def inspect(
-    model: ModelArgument,
-    recipe: RecipeOption = None,
-    budget: Budget = None,
+def _print_version(asked: bool) -> None:
+    """Of fips and of what models are built with, which are not imported for it."""
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        from fips.version import __version__
+
+        stdout.print(f"fips {__version__}", highlight=False)
+        for name in ("torch", "transformers"):
+            try:
+                stdout.print(f"{name} {version(name)}", highlight=False)
+            except PackageNotFoundError:
+                stdout.print(f"{name} is not installed", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Versions of fips, torch and transformers."
+        ),
+    ] = False,
+) -> None:
+    """Smaller transformers: matrices as numbers of few bits, chosen by what they do to the output of the model."""
+
+
+@app.command(rich_help_panel=COMPRESS)
+def compress(
+    model: OptionalModel = None,
     bits: Bits = None,
     size: Size = None,
-    sparsity: Sparsity = None,
-    pattern: Pattern = None,
-    share_blocks: ShareBlocks = None,
-    groups: Groups = None,
+    budget: Budget = None,
+    output: Output = None,
+    data: Data = None,
+    num_samples: NumSamples = None,
+    sequence_length: SequenceLength = None,
+    batch_size: BatchSize = None,
+    split: Split = None,
+    column: Column = None,
+    document_separator: Separator = None,
+    seed: Seed = None,
     layers: Layers = None,
     targets: Targets = None,
     ignore: Ignore = None,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """List the layers found, their groups, ranks, parameters and bytes; changes nothing and reads no weights."""
-    from fips.app.commands import plan_source
-
-    setting = settings_of_options(recipe, compression=given(locals(), COMPRESSION), default_size=8.0)
-    _, plan = plan_source(model, setting, trust_remote_code=trust_remote_code)
-    print_plan(plan, as_json=as_json, with_layers=True)
-
-
-@app.command()
-def compress(
-    model: OptionalModel = None,
-    data: Data = None,
-    budget: Budget = None,
-    bits: Bits = None,
-    size: Size = None,
-    output: Annotated[Path | None, typer.Option(help="Directory to write; absent or empty.")] = None,
     recipe: RecipeOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.")] = False,
-    sparsity: Sparsity = None,
-    pattern: Pattern = None,
-    method: Annotated[str | None, typer.Option(help="fips, fips-paper, or a method to compare with.")] = None,
-    group: Annotated[
-        str | None, typer.Option(help="Who shares a basis: `auto` as measured, `none`, or a number of blocks.")
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="fips, fips-paper, or a method to compare with.", rich_help_panel=METHOD),
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(metavar="LEVEL", help="fast, default or max.", rich_help_panel=METHOD)
     ] = None,
     values: Annotated[
         str | None,
-        typer.Option(help="Type of the values: auto, float, int2 to int8, nl2 to nl5; nl4g64: a scale per 64."),
+        typer.Option(
+            metavar="TYPE",
+            help="Of the numbers: auto, float, int2 to int8, nl2 to nl5; nl4g64: a scale per 64 weights.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
+    pattern: Pattern = None,
     activation_bits: Annotated[
-        int | None, typer.Option(help="8: layers of integers may round their inputs to 8 bits.")
+        int | None,
+        typer.Option(
+            metavar="BITS", help="8: layers of integers may round their inputs to 8 bits.", rich_help_panel=METHOD
+        ),
     ] = None,
-    distill: Annotated[
-        int | None, typer.Option(metavar="STEPS", help="End-to-end steps with the original as teacher.")
+    factor_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="Of scales and floating values: float32, bfloat16 or float16.", rich_help_panel=METHOD
+        ),
     ] = None,
-    effort: Annotated[str | None, typer.Option(help="fast, default or max.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="static, gmp or rigl.")] = None,
-    threshold_scope: Annotated[str | None, typer.Option(help="One threshold per `group` or per `layer`.")] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|none|BLOCKS",
+            help="Who shares a basis: auto (as measured), none, or a number of blocks.",
+            rich_help_panel=SHARING,
+        ),
+    ] = None,
     share_blocks: ShareBlocks = None,
     groups: Groups = None,
-    layers: Layers = None,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    factor_dtype: Annotated[str | None, typer.Option(help="Storage type: float32, bfloat16 or float16.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of block-wise reconstruction per group.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Calibration arithmetic: auto, float32, bfloat16.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="For what is measured, such as 6GiB: two thirds moments, a third activations.")
+    sparsity: Sparsity = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Which entries are kept while training: static, gmp or rigl.", rich_help_panel=SHARING
+        ),
     ] = None,
-    activation_memory: Annotated[str | None, typer.Option(help="RAM for recorded activations, such as 2GiB.")] = None,
-    work: Annotated[
-        Path | None, typer.Option(help="Where finished blocks are kept until the end; default: OUTPUT.work.")
+    threshold_scope: Annotated[
+        str | None,
+        typer.Option(metavar="group|layer", help="What one threshold holds for.", rich_help_panel=SHARING),
     ] = None,
-    keep_work: Annotated[bool, typer.Option("--keep-work", help="Leave that directory there at the end.")] = False,
-    split: Split = None,
-    column: Column = None,
-    num_samples: NumSamples = None,
-    sequence_length: SequenceLength = None,
-    document_separator: Separator = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
-    dtype: Dtype = "auto",
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS", help="End-to-end training steps with the original as teacher.", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Training steps of every group, block by block.", rich_help_panel=TRAINING),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Peak learning rate of these.", rich_help_panel=TRAINING)
+    ] = None,
     device: Device = "auto",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="Of calibration arithmetic: auto, float32 or bfloat16.", rich_help_panel=MACHINE
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="For what is measured, such as 6GiB: two thirds moments, a third activations.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    activation_memory: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="RAM for recorded activations, such as 2GiB.", rich_help_panel=MACHINE),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where finished blocks are kept until the end; default: OUTPUT.work.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    keep_work: Annotated[
+        bool, typer.Option("--keep-work", help="Leave that directory there at the end.", rich_help_panel=MACHINE)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan, and the time and memory of the run, and stop; reads no weights.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
+    dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Compress layers of a model, by default its MLPs, and write a directory that `fips.load` reads."""
     from fips.app.commands import compress_to_directory, plan_batches, plan_source
+    from fips.app.outline import outline_of_plan
 
     options = locals()
+    _require_given(options)
     setting = settings_of_options(
         recipe,
         compression=given(options, COMPRESSION),
@@ -151,27 +243,106 @@ def compress(
         data=data_fields(options),
     )
     if dry_run:
-        empty, plan = plan_source(model, setting, dtype=dtype, trust_remote_code=trust_remote_code)
+        empty, made = plan_source(model, setting, dtype=dtype, trust_remote_code=trust_remote_code)
         estimate = plan_batches(
-            empty, plan, setting, device=device, chosen=batch_size is not None, output=output or Path()
+            empty, made, setting, device=device, chosen=batch_size is not None, output=output or Path()
         )
-        print_plan(plan, as_json=as_json, estimate=estimate)
+        print_plan(outline_of_plan(empty, made, setting.compression), as_json=as_json, estimate=estimate)
         return
     source = model or setting.model
     if source is None:
         raise ConfigError("no model: give MODEL, or a recipe that names one")
     if output is None:
         raise ConfigError("no output directory: give --output DIR, or --dry-run to see the plan")
-    with progress_bars() as progress:
+    with progress_bars(stderr) as bars:
         done = compress_to_directory(
-            source, setting, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress,
-            announce=say, work=work, keep_work=keep_work,
+            source, setting, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+            progress=bars.event, announce=say, work=work, keep_work=keep_work,
         )  # fmt: skip
     if done is not None:
         print_compression(done, output, as_json=as_json)
 
 
-@app.command()
+def _require_given(options: dict[str, Any]) -> None:
+    """Raise ``ConfigError`` with all that a compression lacks; a recipe may bring everything but the output."""
+    sized = any(options[name] is not None for name in ("bits", "size", "budget"))
+    run = not options["dry_run"]
+    wanted = {
+        "MODEL": options["model"] is not None or options["recipe"] is not None,
+        "a size (--bits, --size or --budget)": sized or options["recipe"] is not None,
+        "--data DATA": options["data"] is not None or options["recipe"] is not None or not run,
+        "--output DIR": options["output"] is not None or not run,
+    }
+    missing = [what for what, there in wanted.items() if not there]
+    if len(missing) > 1:
+        raise ConfigError(f"missing: {', '.join(missing)}")
+
+
+@app.command(rich_help_panel=LOOK)
+def plan(
+    model: OptionalModel = None,
+    bits: Bits = None,
+    size: Size = None,
+    budget: Budget = None,
+    layers: Layers = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    recipe: RecipeOption = None,
+    pattern: Pattern = None,
+    sparsity: Sparsity = None,
+    share_blocks: ShareBlocks = None,
+    groups: Groups = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Sizes by kind of layer before and after, and the smallest size there is; from the configuration alone."""
+    from fips.app.commands import plan_source
+    from fips.app.outline import outline_of_plan
+
+    setting = settings_of_options(recipe, compression=given(locals(), COMPRESSION), default_size=DEFAULT_BITS)
+    empty, made = plan_source(model, setting, dtype=dtype, trust_remote_code=trust_remote_code)
+    print_plan(outline_of_plan(empty, made, setting.compression), as_json=as_json)
+
+
+@app.command(rich_help_panel=LOOK)
+def inspect(
+    model: ModelOrPacked,
+    bits: Bits = None,
+    size: Size = None,
+    budget: Budget = None,
+    layers: Layers = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    recipe: RecipeOption = None,
+    pattern: Pattern = None,
+    sparsity: Sparsity = None,
+    share_blocks: ShareBlocks = None,
+    groups: Groups = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Layers of a model with roles and shapes, or of a compressed directory with bits, formats and errors.
+
+    Changes nothing and reads no weights.
+    """
+    from fips.app.commands import plan_source
+    from fips.app.outline import outline_of_directory, outline_of_plan
+    from fips.app.sources import is_compressed_source
+
+    options = given(locals(), COMPRESSION)
+    if is_compressed_source(model):
+        if options or recipe is not None:
+            name = next(iter(options), "recipe").replace("_", "-")
+            raise ConfigError(f"`{model}` is compressed: what it is cannot be changed by --{name}; leave it out")
+        print_packed(outline_of_directory(model, trust_remote_code=trust_remote_code), as_json=as_json)
+        return
+    setting = settings_of_options(recipe, compression=options, default_size=DEFAULT_BITS)
+    empty, made = plan_source(model, setting, trust_remote_code=trust_remote_code)
+    print_plan(outline_of_plan(empty, made, setting.compression), as_json=as_json, with_layers=True)
+
+
+@app.command(rich_help_panel=MEASURE)
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Compressed directory, model directory or hub id.")],
     data: Data = None,
@@ -184,12 +355,21 @@ def evaluate(
     seed: Seed = None,
     dtype: Dtype = "auto",
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original: KL and agreement of the predictions with it.")
+        str | None, typer.Option(metavar="MODEL", help="The original: KL (nats) and agreement (%) of the predictions.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead of --data, such as arc_easy,piqa.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question of a task.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Directory with further lm-eval task files.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Instead of --data, such as arc_easy,piqa.", rich_help_panel=TASKS),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Examples per task.", rich_help_panel=TASKS)] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Worked examples before each question of a task.", rich_help_panel=TASKS),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory with further lm-eval task files.", rich_help_panel=TASKS),
+    ] = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -210,19 +390,21 @@ def evaluate(
         )  # fmt: skip
         print_json(metrics) if as_json else print_tasks(metrics)
         return
-    with counter("evaluate") as progress:
+    with progress_bars(stderr) as bars:
         result = evaluate_source(
             model, DataConfig(**fields), against=against, dtype=dtype, device=device,
-            trust_remote_code=trust_remote_code, progress=progress,
+            trust_remote_code=trust_remote_code, progress=bars.counter("evaluate"),
         )  # fmt: skip
     print_json(result.to_dict()) if as_json else print_evaluation(model, result)
 
 
-@app.command()
+@app.command(rich_help_panel=COMPRESS)
 def export(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Compressed directory.")],
-    output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")],
-    format_: Annotated[str, typer.Option("--format", help="dense (a plain checkpoint) or onnx.")] = "dense",
+    output: Written,
+    format_: Annotated[
+        str, typer.Option("--format", metavar="dense|onnx", help="A plain checkpoint, or ONNX.", rich_help_panel=MODEL)
+    ] = "dense",
     data: Data = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -242,24 +424,34 @@ def export(
     stdout.print(f"written to {output}: {done.file_bytes:,} bytes{checked}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def compare(
     model: ModelArgument,
-    data: Annotated[str, typer.Option(help="Calibration data, as for `fips compress`.")],
-    output: Annotated[Path, typer.Option(help="Directory for compare.json, compare.md and compare.svg.")],
+    data: Annotated[
+        str, typer.Option(metavar="DATA", help="Calibration data, as for `fips compress`.", rich_help_panel=DATA_PANEL)
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="For compare.json, compare.md and compare.svg.", rich_help_panel=MODEL)
+    ],
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100. Default: all."
+            metavar="NAMES",
+            help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100. Default: all.",
         ),
     ] = None,
     sizes: Annotated[
-        str, typer.Option("--bits", help="Stored bits per weight of the layers, with commas between them.")
+        str, typer.Option("--bits", metavar="BITS,...", help="Stored bits per weight of the layers.")
     ] = "4,4.8,6.4,8",
-    seeds: Annotated[str, typer.Option(help="Seeds of calibration samples and solvers.")] = "0",
-    eval_data: Annotated[str | None, typer.Option(help="Data to score on; default: --data.")] = None,
-    eval_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
-    eval_samples: Annotated[int | None, typer.Option(help="How many of them; default: all.")] = None,
+    seeds: Annotated[str, typer.Option(metavar="N,...", help="Seeds of calibration samples and solvers.")] = "0",
+    eval_data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="To score on; default: --data.", rich_help_panel=DATA_PANEL)
+    ] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split of that.", rich_help_panel=DATA_PANEL)] = None,
+    eval_samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Images or windows of that; default: all.", rich_help_panel=DATA_PANEL),
+    ] = None,
     split: Split = None,
     column: Column = None,
     num_samples: NumSamples = None,
@@ -278,23 +470,31 @@ def compare(
 
     fields = data_fields({**locals(), "seed": None})
     scored = {**fields, "source": eval_data or data, "split": eval_split, "num_samples": eval_samples}
-    with counter("compare") as progress:
+    with progress_bars(stderr) as bars:
         result = compare_source(
             model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(",") if methods else None,
             sizes=numbers("--bits", sizes, float), seeds=numbers("--seeds", seeds, int), dtype=dtype,
-            device=device, trust_remote_code=trust_remote_code, progress=progress,
+            device=device, trust_remote_code=trust_remote_code, progress=bars.counter("compare"),
         )  # fmt: skip
     print_json(result.to_dict()) if as_json else stdout.print(comparison_table(result))
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def bench(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Compressed directory.", show_default=False)],
-    against: Annotated[str | None, typer.Option(help="Model to compare with; else DIR merged to dense layers.")] = None,
-    policy: Annotated[str, typer.Option(help="auto, speed, packed, decode, merge or merged.")] = "auto",
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes (repeatable); 1, 8 and 64 unless given.")] = None,
-    prompt: Annotated[list[int] | None, typer.Option(help="Prompt lengths (repeatable); else 1, 128, 1024.")] = None,
-    repeats: Annotated[int, typer.Option(help="Alternating runs per case.")] = 9,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Model to compare with; else DIR merged to dense layers.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(metavar="NAME", help="How layers compute: auto, speed, packed, decode, merge or merged.")
+    ] = "auto",
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Examples at once (repeatable); else 1, 8 and 64.")
+    ] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(metavar="TOKENS", help="Lengths of the prompt (repeatable); else 1, 128, 1024.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Alternating runs per case.")] = 9,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -310,10 +510,10 @@ def bench(
     print_json(result) if as_json else print_bench(result)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def recipes(as_json: Json = False) -> None:
     """List the recipes that ship with fips."""
-    from rich.table import Table
+    from rich import table as rich_table
 
     from fips.recipes import load_recipe, recipe_names
 
@@ -321,27 +521,27 @@ def recipes(as_json: Json = False) -> None:
     if as_json:
         print_json({name: entry.model_dump(mode="json", exclude_none=True) for name, entry in entries.items()})
         return
-    table = Table("recipe", "model", "keeps", "description")
+    table = rich_table.Table(rich_table.Column("recipe, model", overflow="fold"), "keeps", "description")
     for name, entry in entries.items():
         setting = entry.compression
         size = setting.size or (f"{setting.budget:g} parameters" if setting.budget else f"{setting.bits:g} bits")
-        table.add_row(name, entry.model or "any", size, entry.description)
+        table.add_row(f"{name}\n{entry.model or 'any model'}", size, entry.description)
+        table.add_section()
     stdout.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=COMPRESS)
 def demo(
-    output: Annotated[Path, typer.Option(help="Directory to write; absent or empty.")] = Path("fips-demo"),
+    output: Written = Path("fips-demo"),
     bits: Annotated[
-        float, typer.Option(help="Stored bits per weight of the layers, patterns and scales included.")
+        float,
+        typer.Option(metavar="BITS", help="Stored bits per weight of the layers.", rich_help_panel=SIZE),
     ] = 4.8,
     as_json: Json = False,
 ) -> None:
     """Compress the embedded byte-level Llama on your interpreter's standard library; no network, under 3 minutes."""
     from fips.demo import run_demo
 
-    console = stderr if as_json else stdout
-    with progress_bars() as progress:
-        result = run_demo(output, bits=bits, console=console, progress=progress)
+    result = run_demo(output, bits=bits, console=stderr if as_json else stdout, bars=stderr)
     if as_json:
         print_json(result)

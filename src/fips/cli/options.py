@@ -2,43 +2,135 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fips.errors import ConfigError
 
+MODEL, SIZE, LAYERS, DATA_PANEL = "Model and output", "Size (give one)", "Layers", "Data"
+METHOD, SHARING, TRAINING = "Method", "Shared bases", "Training"
+TASKS, MACHINE = "Tasks of lm-eval", "Machine and work"
+"""Panels of the help."""
+DEFAULT_BITS = 4.8
+"""Of a plan without a size, as in the demo."""
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.", show_default=False)]
+ModelOrPacked = Annotated[
+    str,
+    typer.Argument(metavar="MODEL|DIR", help="Model directory, hub id or compressed directory.", show_default=False),
+]
 OptionalModel = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Model directory or hub id.", show_default=False)
+    str | None, typer.Argument(metavar="MODEL", help="Model directory or hub id.", show_default=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=MODEL)]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)]
 Dtype = Annotated[
-    str, typer.Option(help="Type to load the weights in: auto (the checkpoint's), float32, bfloat16 or float16.")
+    str,
+    typer.Option(
+        metavar="TYPE",
+        help="To load the weights in: auto (the checkpoint's), float32, bfloat16 or float16.",
+        rich_help_panel=MODEL,
+    ),
 ]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's repository.")]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name or YAML file; options override it.")]
-Budget = Annotated[float | None, typer.Option(help="Fraction of the layers' parameters to keep.")]
-Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the layers, patterns and scales included.")]
-Size = Annotated[str | None, typer.Option(help="Of the whole file instead: 400MB, 25% of it, or 4x smaller.")]
-Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the factors.")]
-Pattern = Annotated[str | None, typer.Option(help="auto, unstructured, N:M such as 4:16, block4 or block8.")]
-ShareBlocks = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
-Groups = Annotated[str | None, typer.Option(help="Explicit groups of block indices, such as `0-3,4-7,8-11`.")]
-Layers = Annotated[str | None, typer.Option(help="mlp, or blocks: the matrices of attention too.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that lies in the model's repository.", rich_help_panel=MODEL),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", metavar="NAME|FILE", help="Recipe name or YAML file; options override it.", rich_help_panel=METHOD
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(metavar="FRACTION", help="Parameters of the layers to keep, 0 to 1.", rich_help_panel=SIZE),
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS",
+        help="Stored bits per weight of the layers, patterns and scales included, such as 4.8.",
+        rich_help_panel=SIZE,
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Of the whole file: bytes (400MB), a share (25%), or 4x smaller.", rich_help_panel=SIZE
+    ),
+]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(metavar="FRACTION", help="Zeros in the factors, 0 to 1.", rich_help_panel=SHARING),
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Which entries are kept: auto, unstructured, N:M (4:16), block4 or block8.",
+                 rich_help_panel=METHOD),
+]  # fmt: skip
+ShareBlocks = Annotated[
+    int | None, typer.Option(metavar="BLOCKS", help="Consecutive blocks that share a basis.", rich_help_panel=SHARING)
+]
+Groups = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RANGES", help="Explicit groups of block indices, such as 0-3,4-7,8-11.", rich_help_panel=SHARING
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="mlp|blocks", help="mlp, or blocks: the matrices of attention too.", rich_help_panel=LAYERS),
+]
 Targets = Annotated[
-    list[str] | None, typer.Option(help="Layers to compress: name, suffix, glob or re:... (repeatable).")
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN", help="Layers to compress: name, suffix, glob or re:... (repeatable).", rich_help_panel=LAYERS
+    ),
 ]
-Ignore = Annotated[list[str] | None, typer.Option(help="Layers to leave alone (repeatable).")]
-Data = Annotated[str | None, typer.Option(help="Image folder, text file, or datasets id[:configuration].")]
-Split = Annotated[str | None, typer.Option(help="Split of the data.")]
-Column = Annotated[str | None, typer.Option(help="Column with the text or the image.")]
-NumSamples = Annotated[int | None, typer.Option(help="Images or text windows to use.")]
-SequenceLength = Annotated[int | None, typer.Option(help="Tokens per text window.")]
-Separator = Annotated[str | None, typer.Option("--document-separator", help="String between the documents of a text.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples per batch.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of samples and batch order.")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers to leave alone (repeatable).", rich_help_panel=LAYERS),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Image folder, text file, or datasets id, also id:configuration.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+Split = Annotated[str | None, typer.Option(metavar="NAME", help="Split of the data.", rich_help_panel=DATA_PANEL)]
+Column = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column with the text or the image.", rich_help_panel=DATA_PANEL)
+]
+NumSamples = Annotated[
+    int | None, typer.Option(metavar="N", help="Images or text windows to use.", rich_help_panel=DATA_PANEL)
+]
+SequenceLength = Annotated[
+    int | None, typer.Option(metavar="TOKENS", help="Tokens per text window.", rich_help_panel=DATA_PANEL)
+]
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        "--document-separator",
+        metavar="TEXT",
+        help="String between the documents of a text; windows then cross none.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Examples per batch.", rich_help_panel=DATA_PANEL)]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Seed of samples and batch order.", rich_help_panel=DATA_PANEL)
+]
+Output = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Directory to write; absent or empty.", rich_help_panel=MODEL)
+]
+Written = Annotated[
+    Path, typer.Option(metavar="DIR", help="Directory to write; absent or empty.", rich_help_panel=MODEL)
+]
 
 COMPRESSION = ("budget", "bits", "size", "method", "effort", "values", "sparsity", "pattern", "schedule",
                "threshold_scope", "share_blocks", "groups", "layers", "targets", "ignore", "factor_dtype",

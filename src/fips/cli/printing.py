@@ -13,20 +13,47 @@ def print_json(value: Any) -> None:
     stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def print_plan(plan: Any, *, as_json: bool, with_layers: bool = False, estimate: Any = None) -> None:
-    from fips.app.tables import layer_table, plan_table, size_table, skipped_lines
+def print_plan(outline: Any, *, as_json: bool, with_layers: bool = False, estimate: Any = None) -> None:
+    from fips.app.tables import (
+        kind_table,
+        layer_table,
+        parameter_lines,
+        plan_table,
+        share_line,
+        skipped_lines,
+        smallest_line,
+    )
 
     if as_json:
-        print_json({**plan.to_dict(), **({} if estimate is None else {"estimate": estimate.to_dict()})})
+        print_json({**outline.to_dict(), **({} if estimate is None else {"estimate": estimate.to_dict()})})
         return
+    plan = outline.plan
     if with_layers:
         stdout.print(layer_table(plan))
-    stdout.print(plan_table(plan.groups))
-    stdout.print(size_table(plan))
-    for line in skipped_lines(plan):
-        stdout.print(line, highlight=False)
+    if any(group.rank for group in plan.groups):  # otherwise groups share nothing that is planned
+        stdout.print(plan_table(plan.groups))
+    stdout.print(kind_table(outline.kinds))
+    lines = [share_line(outline.kinds), *parameter_lines(plan), smallest_line(outline), *skipped_lines(plan)]
     if estimate is not None:
-        stdout.print(estimate.line(), highlight=False, soft_wrap=True)
+        lines.append(estimate.line())
+    for line in lines:
+        stdout.print(line, highlight=False, soft_wrap=True)
+
+
+def print_packed(packed: Any, *, as_json: bool) -> None:
+    from fips.app.tables import block_table, error_lines, kind_table, packed_table, record_lines, share_line
+
+    if as_json:
+        print_json(packed.to_dict())
+        return
+    stdout.print(packed_table(packed))
+    if packed.block_errors:
+        stdout.print(block_table(packed.block_errors))
+    stdout.print(kind_table(packed.kinds))
+    lines = [share_line(packed.kinds), *error_lines(packed)]
+    lines += ["no record beside the weights"] if packed.report is None else record_lines(packed.report)
+    for line in lines:
+        stdout.print(line, highlight=False, soft_wrap=True)
 
 
 def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
@@ -52,7 +79,8 @@ def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
 def print_evaluation(name: str, result: Any) -> None:
     from rich.table import Table
 
-    table = Table("measure", "value", title=name, title_justify="left")
+    stdout.print(name, highlight=False, soft_wrap=True)
+    table = Table("measure", "value")
     fields = result.to_dict()
     for key, value in {**fields, **(fields["against"] or {})}.items():
         if value is not None and not isinstance(value, dict):

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     stdout.failure = None
     try:
         with stoppable():
-            result = app(args=argv, standalone_mode=False)
+            result = app(args=argv, standalone_mode=False, prog_name="fips")  # also as `python -m fips`
         if stdout.failure is not None:
             if not isinstance(stdout.failure, BrokenPipeError):  # a reader that has seen enough needs no words
                 reason = f"cannot write to standard output: {stdout.failure.strerror}"
@@ -31,10 +31,15 @@ def main(argv: list[str] | None = None) -> int:
         say(f"interrupted: {'; '.join(_notes(stopped)) or 'nothing was written'}")
         return stopped.exit_code if isinstance(stopped, Stopped) else 128 + signal.SIGINT
     except Exception as error:
-        show = getattr(error, "show", None)  # usage errors of the option parser print themselves
+        show = getattr(error, "show", None)  # of the option parser
         if show is None:
             raise
-        show()
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError" or context is None:
+            show()
+        else:
+            words = " ".join(str(error.format_message()).split()).rstrip(".")  # type: ignore[attr-defined]
+            say(f"error: {words}; `{context.command_path} --help` lists the options")
         return int(getattr(error, "exit_code", 2))
 
 

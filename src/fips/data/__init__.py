@@ -5,7 +5,7 @@ are ``numpy.random.default_rng(seed).permutation(n)[:num_samples]``, so a smalle
 """
 
 from fips.data.batches import IGNORED_LABEL, Batches, Kind, Purpose
-from fips.data.load import load_batches
+from fips.data.load import load_batches, load_data
 from fips.data.source import Source, describe_source
 
-__all__ = ["IGNORED_LABEL", "Batches", "Kind", "Purpose", "Source", "describe_source", "load_batches"]
+__all__ = ["IGNORED_LABEL", "Batches", "Kind", "Purpose", "Source", "describe_source", "load_batches", "load_data"]

@@ -143,7 +143,14 @@ def find_column(features: Any, config: DataConfig, kind: Kind) -> str:
         raise DataError(wrong_kind(config, kind))
     if len(candidates) != 1:
         what = f"several {kind} columns, set `column`" if candidates else f"no {kind} column"
-        raise DataError(f"`source={config.source}` has {what}; its columns: {columns}")
+        lists = kind == "text" and not candidates and any(not hasattr(it, "dtype") for it in features.values())
+        advice = (
+            "; write every list as one string first, chats with `tokenizer.apply_chat_template(messages, "
+            "tokenize=False)`"
+            if lists
+            else ""
+        )
+        raise DataError(f"`source={config.source}` has {what}; its columns: {columns}{advice}")
     return candidates[0]
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fips.app.commands import compress_to_directory, evaluate_source, plan_source
-from fips.app.tables import format_bytes, layer_table, plan_table, result_table
-from fips.compress import Progress
+from fips.app.outline import outline_of_plan
+from fips.app.tables import format_bytes, kind_table, layer_table, result_table
+from fips.bars import progress_bars
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.demo.corpus import calibration_files, copy_files, held_out_files
 from fips.evaluation import EvaluationResult
@@ -33,16 +34,20 @@ def demo_recipe(*, bits: float) -> Recipe:
     return recipe.model_copy(update={"compression": CompressionConfig(**fields)})
 
 
-def run_demo(output: Path, *, bits: float, console: Console, progress: Progress | None = None) -> dict[str, Any]:
-    """Compress the embedded model into ``output`` and print each step; returns the figures as a JSON-able dict."""
+def run_demo(output: Path, *, bits: float, console: Console, bars: Console | None = None) -> dict[str, Any]:
+    """Compress the embedded model into ``output`` and print each step; returns the figures as a JSON-able dict.
+
+    Progress is drawn on ``bars``, if given, while nothing is printed.
+    """
     started = time.perf_counter()
     recipe = demo_recipe(bits=bits)
     require_free(output)
     source = str(MODEL_DIRECTORY)
-    _, plan = plan_source(source, recipe)
+    model, plan = plan_source(source, recipe)
     console.print(layer_table(plan))
-    console.print(plan_table(plan.groups))
-    with tempfile.TemporaryDirectory(prefix="fips-demo-") as scratch:
+    console.print(kind_table(outline_of_plan(model, plan, recipe.compression).kinds))
+    drawn = progress_bars(bars or Console(quiet=True))
+    with tempfile.TemporaryDirectory(prefix="fips-demo-") as scratch, drawn as progress:
         held_out = copy_files(held_out_files(), Path(scratch) / "held-out")
         calibration = copy_files(calibration_files(seed=recipe.compression.seed), Path(scratch) / "calibration")
         assert recipe.data is not None
@@ -50,10 +55,10 @@ def run_demo(output: Path, *, bits: float, console: Console, progress: Progress 
         evaluation = DataConfig(
             source=str(held_out), num_samples=EVALUATION_WINDOWS, sequence_length=WINDOW, batch_size=16
         )
-        before = evaluate_source(source, evaluation)
-        done = compress_to_directory(source, recipe, output, progress=progress)
+        before = evaluate_source(source, evaluation, progress=progress.counter("original"))
+        done = compress_to_directory(source, recipe, output, progress=progress.event)
         assert done is not None  # a single process
-        after = evaluate_source(str(output), evaluation)
+        after = evaluate_source(str(output), evaluation, progress=progress.counter("compressed"))
     console.print(result_table(done.report))
     console.print(_quality_table(before, after))
     seconds = time.perf_counter() - started
@@ -64,7 +69,7 @@ def run_demo(output: Path, *, bits: float, console: Console, progress: Progress 
         highlight=False,
     )
     console.print(f'Compressed model in {output}. Load it:\n\n    import fips\n    model = fips.load("{output}")\n',
-                  highlight=False)  # fmt: skip
+                  highlight=False, soft_wrap=True)  # fmt: skip
     return {
         "output": str(output),
         "bits_per_byte": {"before": before.to_dict(), "after": after.to_dict()},

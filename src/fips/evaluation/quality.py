@@ -203,8 +203,11 @@ def _check_text(batches: Batches) -> None:
 
 def _evaluate_text(models: Sequence[_Model], batches: Batches, progress: Progress | None) -> TextResult:
     scores = RatioMean()
-    for batch in _counted(batches, len(batches), progress):
+    for number, batch in enumerate(_counted(batches, len(batches), progress)):
         _check_vocabulary(models[0].module, batch["input_ids"])
+        if number == 0:
+            for model in models:
+                _check_causal(model, batch)
         for rows in _passes(models, batch):
             found = [model.logits(**{name: rows[name] for name in rows if name != "labels"}) for model in models]
             scores.add(_sums(found, rows["labels"]), (rows["labels"][:, 1:] != IGNORED_LABEL).sum(1))
@@ -236,6 +239,32 @@ def _check_vocabulary(model: nn.Module, input_ids_ET: Tensor) -> None:
     if size is not None and largest >= size:
         raise DataError(
             f"got token {largest}, the model knows {size} tokens; use the tokenizer that belongs to the model"
+        )
+
+
+def _check_causal(model: _Model, batch: dict[str, Tensor]) -> None:
+    """Raise ``ModelError`` unless a model predicts every token from those before it, which perplexity is made of.
+
+    The last of a few tokens is changed: what was predicted at those before it must stay.
+    """
+    length = min(8, int(batch["attention_mask"][0].sum()) if "attention_mask" in batch else batch["input_ids"].shape[1])
+    if length < 2:
+        return
+    ids_ET = batch["input_ids"][:1, :length]
+    other_ET = ids_ET.clone()
+    other_ET[0, -1] = 0 if ids_ET[0, -1] != 0 else 1
+    first, second = model.logits(input_ids=ids_ET), model.logits(input_ids=other_ET)
+    name = type(model.module).__name__
+    if first.dim() != 3 or first.shape[1] != length or first.shape[2] < (_vocabulary_size(model.module) or 0):
+        raise ModelError(
+            f"`{name}` returns logits of shape {tuple(first.shape)} for {length} tokens, not one prediction of a token "
+            "for each; perplexity is for language models"
+        )
+    change, size = ((first - second)[:, :-1].abs().max(), first[:, :-1].abs().max())
+    if bool(change > 1e-3 * size):
+        raise ModelError(
+            f"`{name}` sees the tokens that follow, so it does not predict them and perplexity means nothing; "
+            "give a causal language model"
         )
 
 

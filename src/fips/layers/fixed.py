@@ -44,7 +44,7 @@ def _look(model: nn.Module, _: Any) -> None:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.warning(
         "training leaves the integers and scales of %d packed layers as they are: %s of %s numbers (%.0f %%). "
-        "Compressed with `values: float` (`--values float`) they train; LoRA (`import fips.layers.lora`) adapts "
+        "Compressed with `values: float` (`--values float`) they train; LoRA adapts "
         "them as they are; `distill` (`--distill STEPS`) trains integers while compressing",
         len(surprising), f"{fixed:,}", f"{fixed + trained:,}", 100 * fixed / (fixed + trained),
     )  # fmt: skip

@@ -1,6 +1,4 @@
-"""LoRA on packed layers: importing this module teaches peft the layer type.
-
-Loading or making a packed model does it where peft was imported before; otherwise ``import fips.layers.lora``.
+"""LoRA on packed layers; ``fips.registration`` hands them to peft.
 
 An adapter leaves the packed layer as it is and adds ``scaling * B A x``. It is trained, saved and loaded by peft as any
 other. Merging an adapter gives a plain dense layer, since basis times factor cannot hold a dense update exactly.
@@ -12,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraConfig, LoraModel
+from peft.tuners.lora import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from fips.layers.linear import FactoredLinear
 from fips.layers.merge import dense_layer
 
-__all__ = ["LoraFactoredLinear", "register"]
+__all__ = ["LoraFactoredLinear", "packed_adapter"]
 
 
 class LoraFactoredLinear(LoraLinear):  # type: ignore[misc]
@@ -64,21 +62,12 @@ class LoraFactoredLinear(LoraLinear):  # type: ignore[misc]
         return dense_layer(packed, packed.weight.dtype, weight=weight, bias=bias)
 
 
-def register() -> None:
-    """Let every ``LoraConfig`` dispatch packed layers to ``LoraFactoredLinear``; called by the import, once."""
-    create = LoraModel._create_new_module
-    if getattr(create, "knows_fips", False):
-        return
-
-    def create_new_module(config: LoraConfig, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, FactoredLinear) and not config._custom_modules:
-            options.pop("device_map", None)
-            return LoraFactoredLinear(target, adapter_name, config=config, **options)
-        return create(config, adapter_name, target, **options)  # type: ignore[no-any-return]
-
-    create_new_module.knows_fips = True  # type: ignore[attr-defined]
-    LoraModel._create_new_module = staticmethod(create_new_module)
-
-
-register()
+def packed_adapter(
+    config: LoraConfig, adapter_name: str, target: nn.Module, **options: Any
+) -> LoraFactoredLinear | None:
+    """What peft puts in the place of a packed layer, or of one that has adapters; None for every other layer."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not isinstance(base, FactoredLinear) or config._custom_modules:
+        return None
+    options.pop("device_map", None)
+    return LoraFactoredLinear(target, adapter_name, config=config, **options)

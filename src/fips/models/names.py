@@ -47,7 +47,9 @@ def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) 
     for pattern in patterns:
         if not any(_fits(name, pattern) for name in names):
             near = ", ".join(f"`{name}`" for name in closest(pattern, names)) or "none: the model has no linear layer"
+            inside = sum(f".{pattern}." in f".{name}" for name in names)
+            hint = f"`*.{pattern}.*` fits the {inside} whose names hold it; " if inside else ""
             raise NoMatchError(
-                f"`{option}` pattern `{pattern}` matched none of {len(names)} layers; closest names: {near}; "
+                f"`{option}` pattern `{pattern}` matched none of {len(names)} layers; {hint}closest names: {near}; "
                 "`fips inspect MODEL` lists them"
             )

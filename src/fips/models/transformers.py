@@ -335,7 +335,7 @@ def _from_source(source: str, load: Callable[..., _T], **options: Any) -> _T:
         with quiet():
             return load(source, **options)
     except Exception as error:  # whatever readers of damaged files and foreign fields may raise
-        advice = "give a model directory, or a hub id while online"
+        advice = "there is no directory of this name; give one, or a hub id while online"
         if Path(source).is_dir():
             advice = "copy the directory again"
             if any(Path(source).glob("*.bin")) and not any(Path(source).glob("*.safetensors")):
@@ -345,7 +345,10 @@ def _from_source(source: str, load: Callable[..., _T], **options: Any) -> _T:
 
 
 def _first_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    """The first sentences of an error, as many as 200 characters hold; one that is longer is cut."""
+    text = " ".join(str(error).split())
+    end = text.rfind(". ", 0, 200)
+    return text if len(text) <= 200 else text[:end] if end > 0 else f"{text[:200]}..."
 
 
 @contextmanager

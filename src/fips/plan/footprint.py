@@ -12,7 +12,15 @@ from fips.formats.patterns import BITMASK, pattern_named
 from fips.formats.values import FLOAT, values_named
 from fips.models import LayerGroup, Site
 
-__all__ = ["Footprint", "LayerStorage", "dense_footprint", "factored_footprint", "named_state", "state_bytes"]
+__all__ = [
+    "Footprint",
+    "LayerStorage",
+    "dense_footprint",
+    "factored_footprint",
+    "format_bytes",
+    "named_state",
+    "state_bytes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +129,14 @@ def state_bytes(model: nn.Module) -> int:
 
 def itemsize(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype, device="meta").element_size()
+
+
+def format_bytes(count: float) -> str:
+    """Three digits, ``1.23 MB`` or ``865 MB`` (10^6 bytes), exact below 1 kB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 999.5 or unit == "GB":
+            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+            return f"{count:.0f} B" if unit == "B" else f"{value:.{digits}f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")

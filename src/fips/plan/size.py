@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from fips.plan.groups import storage_dtype
 from fips.plan.least import BYTES_PER_BIT
 from fips.plan.planner import planner_of
 
-__all__ = ["smallest_sizes", "weight_dtype", "with_bits"]
+__all__ = ["Sizes", "sizes_of", "smallest_sizes", "weight_dtype", "with_bits"]
 
 MOST_BITS = 16
 
@@ -35,6 +36,36 @@ def smallest_sizes(model: nn.Module, groups: Sequence[LayerGroup], config: Compr
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the groups of a model take, and the least that they can take."""
+
+    weights: int
+    """Of the groups."""
+    before: int
+    """Bytes of all tensors of the model as it is."""
+    rest: int
+    """Bytes of what is in no group."""
+    least_bits: float
+    """The smallest sensible bits per weight of the groups."""
+
+    @property
+    def least_bytes(self) -> float:
+        """Of all tensors of the model."""
+        return self.rest + self.least_bits * self.weights * BYTES_PER_BIT
+
+
+def sizes_of(model: nn.Module, groups: Sequence[LayerGroup], config: CompressionConfig) -> Sizes:
+    """Sizes of a model, which may be on the meta device, and of those of its layers that are to be compressed.
+
+    For settings with `bits` or `size`; a `budget` counts parameters.
+    """
+    before = state_bytes(model)
+    dense = Footprint.total(dense_footprint(group, itemsize=itemsize(weight_dtype(model, group))) for group in groups)
+    least = max(smallest_sizes(model, groups, config.replace(size=None, bits=MOST_BITS)).values())
+    return Sizes(weights=dense.parameters, before=before, rest=before - dense.bytes, least_bits=least)
+
+
 def with_bits(
     model: nn.Module, groups: Sequence[LayerGroup], config: CompressionConfig, left: Collection[str] = ()
 ) -> CompressionConfig:
@@ -45,20 +76,16 @@ def with_bits(
     """
     if config.size is None:
         return config
-    before = state_bytes(model)
-    wanted = size_bytes(config.size, before)
     groups = [group for group in (one.without(left) for one in groups) if group is not None]
-    dense = Footprint.total(dense_footprint(group, itemsize=itemsize(weight_dtype(model, group))) for group in groups)
-    weights, rest = dense.parameters, before - dense.bytes
-    least = max(smallest_sizes(model, groups, config.replace(size=None, bits=MOST_BITS)).values())
-    smallest_bytes = rest + least * weights * BYTES_PER_BIT
-    if wanted < smallest_bytes:
+    sizes = sizes_of(model, groups, config)
+    wanted = size_bytes(config.size, sizes.before)
+    if wanted < sizes.least_bytes:
+        what = "MLPs" if config.layers == "mlp" else "blocks"
         raise BudgetError(
-            f"`size` {config.size} is {wanted:,.0f} bytes of {before:,}; what is not compressed takes {rest:,}, and "
-            f"the smallest size with the {'MLPs' if config.layers == 'mlp' else 'blocks'} compressed is "
-            f"{smallest_bytes:,.0f} bytes; "
+            f"`size` {config.size} is {wanted:,.0f} bytes of {sizes.before:,}; what is not compressed takes "
+            f"{sizes.rest:,}, and the smallest size with the {what} compressed is {sizes.least_bytes:,.0f} bytes; "
             + ("take attention too (`layers: blocks`), or " if config.layers == "mlp" else "")
             + "load the weights in 16 bits (`--dtype bfloat16`) if they have 32"
         )
-    bits = min((wanted - rest) / (weights * BYTES_PER_BIT), MOST_BITS)
+    bits = min((wanted - sizes.rest) / (sizes.weights * BYTES_PER_BIT), MOST_BITS)
     return config.replace(size=None, bits=bits)

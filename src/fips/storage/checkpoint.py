@@ -46,7 +46,7 @@ from fips.storage.weights import (
     weight_files,
 )
 
-__all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "save", "write_model"]
+__all__ = ["RECIPE_FILE", "REPORT_FILE", "is_compressed", "load", "local_directory", "save", "write_model"]
 
 log = logging.getLogger("fips.storage")
 
@@ -178,7 +178,7 @@ def load(
     compared with the headers of the files before anything is allocated, and tensors are copied out of the files: the
     model does not depend on them.
     """
-    path = _local(directory)
+    path = local_directory(directory)
     listed = path / MANIFEST
     if verify and (listed.is_symlink() or listed.exists()):
         verify_manifest(path, _files_read(path))
@@ -217,7 +217,7 @@ def _build(path: Path, fields: Mapping[str, Any], trust_remote_code: bool) -> nn
     )
 
 
-def _local(source: str | Path) -> Path:
+def local_directory(source: str | Path) -> Path:
     """The directory itself, or the one a hub id is downloaded to."""
     path = Path(source)
     if path.is_dir():

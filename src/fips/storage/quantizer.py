@@ -1,8 +1,8 @@
 """Packed models as any other checkpoint of transformers: ``from_pretrained``, ``save_pretrained``, ``dequantize``.
 
-``import fips`` registers the quantization method ``fips``. ``from_pretrained`` then builds the model on the meta
-device, puts empty bases and factored layers in place and fills them from the packed tensors: no dense matrix ever
-exists.
+``import fips`` registers the quantization method ``fips`` (``fips.registration``). ``from_pretrained`` then builds the
+model on the meta device, puts empty bases and factored layers in place and fills them from the packed tensors: no dense
+matrix ever exists.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fips.errors import CheckpointError, ConfigError
@@ -51,7 +50,6 @@ __all__ = ["FipsConfig", "FipsHfQuantizer", "attach", "read_report"]
 log = logging.getLogger("fips")
 
 
-@register_quantization_config(QUANT_METHOD)
 class FipsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The ``quantization_config`` of a packed model."""
 
@@ -66,7 +64,6 @@ class FipsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         yield from self.to_dict().items()
 
 
-@register_quantizer(QUANT_METHOD)
 class FipsHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Builds packed layers for ``from_pretrained`` and writes them in ``save_pretrained``.
 
@@ -143,8 +140,6 @@ def attach(model: nn.Module) -> None:
     if "_fips_conversions" not in vars(model):
         model._fips_conversions = vars(model).get("_weight_conversions")
     model._weight_conversions = []  # packed tensors are named after their modules, not after older checkpoints
-    if "peft" in sys.modules:  # whoever imported peft means to use it; others are spared the import
-        import fips.layers.lora  # noqa: F401
     model.save_pretrained = partial(_save_pretrained, model)  # unlike bound methods, these pickle
     model._upload_modified_files = partial(_upload_modified_files, model)
 

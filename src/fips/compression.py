@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fips.bars import progress_bars
 from fips.calibration.inputs import CalibrationData
 from fips.calibration.precision import autocast_for, in_native_types, resolve_precision
 from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
@@ -40,7 +42,7 @@ def compress(
     batches: Iterable[Any],
     config: CompressionConfig,
     *,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     moments: MomentCache | None = None,
     work: Path | None = None,
 ) -> CompressionReport:
@@ -56,6 +58,9 @@ def compress(
     tensors for ``model(batch)``. Peak memory is the model, the moments of the groups at work (``metric.memory``), one
     group's factors with optimizer state, and recorded activations up to ``calibration.activation_memory``;
     distillation holds the factors of all groups.
+
+    ``progress=True`` draws bars on stderr or in a notebook; a function is called with a ``ProgressEvent`` at every
+    step. Nothing is printed otherwise; what there is to say goes to the logger ``fips``.
 
     ``moments``, a dict that is filled and read, saves measuring anew where one model is compressed several times on
     the same batches.
@@ -74,7 +79,7 @@ def compress(
     model = unwrap(model)
     check_model(model)
     device = next(model.parameters()).device
-    with joined() as ranks, neutral_torch(device), plain_forward(model):
+    with joined() as ranks, neutral_torch(device), plain_forward(model), _shown(progress) as shown:
         plan = plan_compression(model, config)
         asked, config = config, settle_size(plan, model, config)
         method = method_of(config)
@@ -87,7 +92,7 @@ def compress(
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()
         bench = Workbench(
-            model, config, data, device, method.needs, method.temperature, progress, cache=moments,
+            model, config, data, device, method.needs, method.temperature, shown, cache=moments,
             influence_examples=method.influence_examples, ranks=ranks,
         )  # fmt: skip
         if work is not None:
@@ -111,6 +116,19 @@ def compress(
         report = _report(bench, plan, groups, started)
     model.fips_report = report  # type: ignore[assignment]
     return report
+
+
+def _shown(progress: Progress | bool | None) -> AbstractContextManager[Progress | None]:
+    """What is called at every step."""
+    if isinstance(progress, bool):
+        return _drawn() if progress else nullcontext()
+    return nullcontext(progress)
+
+
+@contextmanager
+def _drawn() -> Iterator[Progress]:
+    with progress_bars() as bars:
+        yield bars.event
 
 
 def _report(

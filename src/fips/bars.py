@@ -1,0 +1,85 @@
+"""Progress on a terminal: one bar per stage of the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+__all__ = ["Bars", "progress_bars"]
+
+
+class Event(Protocol):
+    """What ``fips.ProgressEvent`` says."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def loss(self) -> float | None: ...
+
+
+class Bars:
+    """Bars on a terminal or in a notebook, a line per tenth of the work in a log.
+
+    A stage has one bar, whatever the number of groups it goes through: more bars than lines of the screen would leave
+    the upper ones there for good. Nothing appears before the first step, so that an early error stays a single line.
+    """
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+        self._console = console
+        self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+        self._tasks: dict[str, TaskID] = {}
+
+    def event(self, event: Event) -> None:
+        """Show a ``fips.ProgressEvent``."""
+        loss = "" if event.loss is None else f"loss {event.loss:.3g}"
+        self.show(event.stage, event.done, event.total, group=event.group, note=loss)
+
+    def counter(self, label: str) -> Callable[[int, int], None]:
+        """A function of what is done and what there is to do."""
+        return lambda done, total: self.show(label, done, total)
+
+    def show(self, label: str, done: int, total: int, *, group: str = "", note: str = "") -> None:
+        with suppress(OSError, ValueError):  # a terminal or a pipe that is gone must not cost the work
+            if self._console.is_terminal or self._console.is_jupyter:
+                self._draw(label, done, total, f"{group} {note}".strip())
+            elif done in (1, total) or (total >= 10 and done % (total // 10) == 0):
+                words = (label, group, f"{done}/{total or '?'}", note)
+                self._console.print(" ".join(word for word in words if word), highlight=False, soft_wrap=True)
+
+    def _draw(self, label: str, done: int, total: int, note: str) -> None:
+        if not self._tasks:
+            self._bars.start()
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total or None, note="")
+        for task in self._bars.tasks:
+            if task.id == self._tasks[label] and done < total:
+                task.finished_time = None  # the next group is in this stage: its clock goes on
+        self._bars.update(self._tasks[label], completed=done, total=total or None, note=note)
+
+    def stop(self) -> None:
+        """What is printed from now on stands below the bars."""
+        with suppress(OSError, ValueError):
+            if self._tasks:
+                self._bars.stop()
+                self._tasks = {}
+
+
+@contextmanager
+def progress_bars(console: Console | None = None) -> Iterator[Bars]:
+    """Bars that are drawn within the block, by default on stderr; nothing else may be printed there meanwhile."""
+    bars = Bars(console or Console(stderr=True))
+    try:
+        yield bars
+    finally:
+        bars.stop()
