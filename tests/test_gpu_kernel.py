@@ -30,10 +30,12 @@ from test_kernels import (
     leveled,
     narrow,
 )
+from test_trellis import coded
 
 from fips.errors import BackendError, ShapeError
 from fips.formats.packed import Packed, in_place, to_dense
 from fips.formats.patterns import pattern_named
+from fips.formats.trellis import RUN
 from fips.kernels import triton_kernel
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models.sites import Role
@@ -105,6 +107,21 @@ def test_levels_and_turned_columns(fmt: str, values: str, rotation: int) -> None
         x = inputs(tokens, 144, dtype)
         y = triton_kernel.multiply(x.to(DEVICE), prepared).cpu()
         assert_close(y, exact_grouped(x, packed), TOLERANCE[dtype])
+    assert_close(
+        triton_kernel.decode(prepared, torch.float32).cpu(), to_dense(packed).double(), TOLERANCE[torch.float32]
+    )
+
+
+@pytest.mark.parametrize("name", ["tc2g64", "tc3", "tc4g16"])
+@pytest.mark.parametrize("shape", [(5, 80), (RUN + 7, 64)])
+@pytest.mark.slow
+def test_values_that_are_coded_together(shape: tuple[int, int], name: str) -> None:
+    packed = coded(name, *shape, rotation=16)
+    prepared = triton_kernel.prepare(moved(packed))
+    for tokens, dtype in ((5, torch.float32), (3, torch.bfloat16)):
+        x = inputs(tokens, shape[1], dtype)
+        y = triton_kernel.multiply(x.to(DEVICE), prepared).cpu()
+        assert_close(y, x.double() @ to_dense(packed).double().T, TOLERANCE[dtype])
     assert_close(
         triton_kernel.decode(prepared, torch.float32).cpu(), to_dense(packed).double(), TOLERANCE[torch.float32]
     )

@@ -162,7 +162,7 @@ def test_sweeps_never_make_it_worse_and_weigh_rows(name: str) -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
-def packed(name: str, rows: int, cols: int, *, rotation: int = 1) -> Packed:
+def coded(name: str, rows: int, cols: int, *, rotation: int = 1) -> Packed:
     values = code(name)
     generator = torch.Generator().manual_seed(rows)
     sign = 1 << (values.bits - 1)
@@ -183,7 +183,7 @@ SHAPES = [(1, 64), (3, 128), (40, 192), (RUN + 5, 64), (2 * RUN, 448), (9, 80), 
 @pytest.mark.parametrize("name", NAMES)
 def test_products_on_every_path(name: str, isa: str) -> None:
     for rows, cols in SHAPES:
-        matrix = packed(name, rows, cols, rotation=16 if cols % 16 == 0 else 1)
+        matrix = coded(name, rows, cols, rotation=16 if cols % 16 == 0 else 1)
         prepared, dense = cpu.prepare(matrix), to_dense(matrix).double()
         bias = normal(rows)
         for tokens in (1, 2, 3, 4, 7, 33):
@@ -204,7 +204,7 @@ def test_products_on_every_path(name: str, isa: str) -> None:
 @needs_library
 @pytest.mark.parametrize("isa", cpu.isa_names())
 def test_tokens_that_are_not_finite_spoil_no_other(isa: str) -> None:
-    matrix = packed("tc3g64", 70, 128)
+    matrix = coded("tc3g64", 70, 128)
     x = normal(5, 128)
     x[1, 5], x[3, 7] = float("nan"), float("inf")
     y, dense = cpu.multiply(x, cpu.prepare(matrix), isa=isa), torch.nn.functional.linear(x, to_dense(matrix))
@@ -219,7 +219,7 @@ def test_a_layer_leaves_no_entry_out() -> None:
     assert float((layer.dense_weight() - normal(32, 24).T).norm() / normal(32, 24).norm()) < 0.1
     with pytest.raises(ConfigError, match="values tc4 leave no entry out"):
         FactoredLinear.from_factor(None, normal(32, 24), mask, role="up", fmt="bitmask", values="tc4")
-    wrong = packed("tc4", 8, 64)
+    wrong = coded("tc4", 8, 64)
     with pytest.raises(BackendError, match="leave no entry out"):
         check_packed(Packed(wrong.values_Z, torch.zeros(64, dtype=torch.uint8), wrong.scales_N, (8, 64), "bitmask",
                             value_format="tc4", count=512))  # fmt: skip

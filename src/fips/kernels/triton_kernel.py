@@ -26,6 +26,7 @@ from torch import Tensor
 from fips.errors import BackendError
 from fips.formats.packed import Packed, check_packed
 from fips.formats.rotation import rotate
+from fips.formats.trellis import RUN
 from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
 from fips.kernels.reference import check_inputs
 
@@ -70,6 +71,8 @@ class TileLayout:
     """Columns under one group scale; 0 without."""
     LEVELS: bool = False
     """Whether integers are codes of levels."""
+    MEMORY: int = 0
+    """Rows above an entry whose codes count."""
 
     @property
     def GROUPS(self) -> int:
@@ -84,7 +87,8 @@ class TileLayout:
     @classmethod
     def of(cls, packed: Packed) -> TileLayout:
         numbers = packed.numbers
-        return replace(cls._of(packed), SCALE_GROUP=numbers.scale_group or 0, LEVELS=bool(numbers.levels))
+        found = replace(cls._of(packed), SCALE_GROUP=numbers.scale_group or 0, LEVELS=bool(numbers.levels))
+        return replace(found, MEMORY=numbers.memory, WORDS=False) if numbers.memory else found
 
     @classmethod
     def _of(cls, packed: Packed) -> TileLayout:
@@ -114,6 +118,10 @@ class TileLayout:
         names = ("FORMAT", "BITS", "GROUP", "GROUPS", "WORDS", "UNIT", "CODE_BITS", "GROUP_KEPT")
         return {name: getattr(self, name) for name in names}
 
+    def meanings(self) -> dict[str, int | bool]:
+        """What kernels that look at values want beside ``constants``."""
+        return {"SCALE_GROUP": self.SCALE_GROUP, "LEVELS": self.LEVELS, "MEMORY": self.MEMORY, "RUN": RUN}
+
 
 class TritonMatrix(PreparedMatrix):
     """A packed matrix with its layout and the places of the first values of its rows.
@@ -137,6 +145,7 @@ class TritonMatrix(PreparedMatrix):
         self.pattern = pattern if pattern.numel() else self.table
         self.group_scales = self.table if packed.group_scales is None else packed.group_scales
         self.levels = torch.tensor(packed.numbers.levels or [0], dtype=torch.int8, device=device)
+        self.history = torch.tensor(packed.numbers.history or [0], dtype=torch.uint8, device=device)
         tile = layout.GROUP * layout.GROUPS
         wanted = _splits(rows, device) if splits is None else splits
         self.split_columns = -(-cols // (wanted * tile)) * tile
@@ -214,9 +223,9 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
     affine = {"SCALED": packed.scales_N is not None, "BIASED": bias_N is not None}
     _multiply_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(tokens, block_t), prepared.splits)](
         x, prepared.values, prepared.pattern, prepared.starts, prepared.table, scales, prepared.group_scales,
-        prepared.levels, bias, sums, tokens, rows, cols, x.stride(0), x.stride(1), packed.pattern.numel(),
-        packed.values_Z.numel(), prepared.split_columns, prepared.splits, **prepared.layout.constants(),
-        SCALE_GROUP=prepared.layout.SCALE_GROUP, LEVELS=prepared.layout.LEVELS, **affine, ALONE=alone,
+        prepared.levels, prepared.history, bias, sums, tokens, rows, cols, x.stride(0), x.stride(1),
+        packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns, prepared.splits, **prepared.layout.constants(),
+        **prepared.layout.meanings(), **affine, ALONE=alone,
         WIDE=not x.is_cuda, BLOCK_T=block_t, ROWS=ROWS, UNROLL=UNROLL, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip  # WIDE is for the interpreter, whose dot product knows no bfloat16
     if not alone:
@@ -233,10 +242,11 @@ def decode(prepared: TritonMatrix, dtype: torch.dtype) -> Tensor:
     dense = torch.empty(rows, cols, dtype=dtype, device=packed.values_Z.device)
     _decode_kernel[(triton.cdiv(rows, DECODED_ROWS), prepared.splits)](
         prepared.values, prepared.pattern, prepared.starts, prepared.table,
-        prepared.table if packed.scales_N is None else packed.scales_N, prepared.group_scales, prepared.levels, dense,
-        rows, cols, packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns, prepared.splits,
-        **prepared.layout.constants(), SCALE_GROUP=prepared.layout.SCALE_GROUP, LEVELS=prepared.layout.LEVELS,
-        SCALED=packed.scales_N is not None, ROWS=DECODED_ROWS,
+        prepared.table if packed.scales_N is None else packed.scales_N, prepared.group_scales, prepared.levels,
+        prepared.history, dense, rows, cols, packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns,
+        prepared.splits,
+        **prepared.layout.constants(), **prepared.layout.meanings(), SCALED=packed.scales_N is not None,
+        ROWS=DECODED_ROWS,
     )  # fmt: skip
     return rotate(dense, packed.rotation)
 
@@ -252,8 +262,6 @@ class TritonBackend(Backend):
             return f"Triton is not installed ({_missing}); `pip install fips[gpu]`"
         if packed.layout.code(packed.block_axis) == _FULL and packed.scales_N is None:
             return "a whole matrix of floats is a dense product"
-        if packed.numbers.memory:
-            return f"no Triton kernel reads values {packed.kind}, whose entries are coded together"
         return kernel_refuses(packed, device, dtype, "cuda")
 
     def prepare(self, packed: Packed) -> TritonMatrix:
@@ -391,6 +399,20 @@ if triton is not None:
             return codes
 
     @triton.jit
+    def _recalled(
+        values, place, mask, row, cols, value_bytes, history, levels, BITS: tl.constexpr, MEMORY: tl.constexpr,
+        RUN: tl.constexpr,
+    ) -> Any:  # fmt: skip
+        """The numbers of a matrix kept whole whose codes depend on those above them."""
+        CODES: tl.constexpr = 1 << BITS
+        found = _stored(values, place, mask, value_bytes, BITS) & (CODES - 1)
+        for back in tl.static_range(1, MEMORY + 1):
+            counts = mask & (row % RUN >= back)
+            above = _stored(values, place - back * cols, counts, value_bytes, BITS) & (CODES - 1)
+            found ^= tl.load(history + (back - 1) * CODES + above, mask=counts, other=0).to(tl.int32)
+        return tl.load(levels + found).to(tl.int32)
+
+    @triton.jit
     def _in_group(weights, group_scales, row, k, cols, inside, SCALE_GROUP: tl.constexpr) -> Any:
         """Integers of columns ``k`` times their group scales; as they are where there are none."""
         if SCALE_GROUP == 0:
@@ -462,12 +484,12 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["tokens"])
     def _multiply_kernel(
-        x_ptr, values, pattern, starts, table, scales, group_scales, levels, bias, y_ptr, tokens, rows, cols,
+        x_ptr, values, pattern, starts, table, scales, group_scales, levels, history, bias, y_ptr, tokens, rows, cols,
         stride_t, stride_k, pattern_bytes, value_bytes, split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr,
         SCALE_GROUP: tl.constexpr, LEVELS: tl.constexpr, UNIT: tl.constexpr, CODE_BITS: tl.constexpr,
         GROUP_KEPT: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr,
         BIASED: tl.constexpr, ALONE: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
-        UNROLL: tl.constexpr,
+        UNROLL: tl.constexpr, MEMORY: tl.constexpr, RUN: tl.constexpr,
     ) -> None:  # fmt: skip
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -495,8 +517,13 @@ if triton is not None:
             elif FORMAT == 0:
                 for j in tl.static_range(GROUP):
                     place = row * cols + k[None, :] + j
-                    weights = _stored(values, place, inside & (k[None, :] + j < cols), value_bytes, BITS)
-                    weights = _level(weights, levels, BITS, LEVELS)
+                    there = inside & (k[None, :] + j < cols)
+                    if MEMORY > 0:
+                        weights = _recalled(
+                            values, place, there, row, cols, value_bytes, history, levels, BITS, MEMORY, RUN
+                        )
+                    else:
+                        weights = _level(_stored(values, place, there, value_bytes, BITS), levels, BITS, LEVELS)
                     weights = _in_group(weights, group_scales, row, k[None, :] + j, cols, inside, SCALE_GROUP)
                     total = _product(total, weights, x_ptr, x_at, k + j, t_inside, cols, stride_k, WIDE)
             else:
@@ -538,10 +565,11 @@ if triton is not None:
 
     @triton.jit
     def _decode_kernel(
-        values, pattern, starts, table, scales, group_scales, levels, dense, rows, cols, pattern_bytes, value_bytes,
-        split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr, SCALE_GROUP: tl.constexpr,
+        values, pattern, starts, table, scales, group_scales, levels, history, dense, rows, cols, pattern_bytes,
+        value_bytes, split_columns, splits, BITS: tl.constexpr, FORMAT: tl.constexpr, SCALE_GROUP: tl.constexpr,
         LEVELS: tl.constexpr, UNIT: tl.constexpr, CODE_BITS: tl.constexpr, GROUP_KEPT: tl.constexpr,
         WORDS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+        MEMORY: tl.constexpr, RUN: tl.constexpr,
     ) -> None:  # fmt: skip
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         split = tl.program_id(1)
@@ -566,6 +594,10 @@ if triton is not None:
                     after = tl.load(values + place + 1, mask=keep & (shift + BITS > 32), other=0)
                     word |= ((after << 1) << (31 - shift)).to(tl.uint32, bitcast=True)
                 stored = (word.to(tl.int32, bitcast=True) << (32 - BITS)) >> (32 - BITS)
+            elif MEMORY > 0:
+                stored = _recalled(
+                    values, at, keep, row[:, :, None], cols, value_bytes, history, levels, BITS, MEMORY, RUN
+                )
             elif FORMAT == 0:
                 stored = _stored(values, at, keep, value_bytes, BITS)
             else:
@@ -579,6 +611,8 @@ if triton is not None:
                 stored = _stored(values, place[:, :, None] + before * stride, present, value_bytes, BITS)
             columns = k[None, :, None] + j
             step = _in_group(scale[:, None, None], group_scales, row[:, :, None], columns, cols, keep, SCALE_GROUP)
-            numbers = _level(stored, levels, BITS, LEVELS).to(tl.float32)
+            if MEMORY == 0:
+                stored = _level(stored, levels, BITS, LEVELS)
+            numbers = stored.to(tl.float32)
             entries = tl.where(present, numbers * step, 0.0)
             tl.store(dense + at, entries.to(dense.dtype.element_ty), mask=keep)
