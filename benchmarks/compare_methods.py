@@ -33,6 +33,7 @@ from fips.demo.run import EVALUATION_WINDOWS, MODEL_DIRECTORY, WINDOW
 from fips.models.transformers import load_dense, load_processor, model_kind
 from fips.record import environment
 
+IMAGE_MODELS = {"vit": "vit-tiny-tinyimagenet", "dinov2-small": "dinov2-small"}
 METHODS = (
     "fips,fips+values=float,no-sharing,no-sharing+values=float,sparsegpt,sparsegpt+values=int8,"
     "wanda,magnitude,svd-llm,basis-sharing,svd"
@@ -41,11 +42,11 @@ METHODS = (
 
 def settings(name: str, models: Path, data: Path, scratch: Path) -> tuple[str, DataConfig, DataConfig]:
     """Model, calibration data and evaluation data."""
-    if name == "vit":
+    if name in IMAGE_MODELS:
         images = data / "tiny-imagenet"
         calibration = DataConfig(source=str(images / "train"), num_samples=1024, batch_size=64)
         return (
-            str(models / "vit-tiny-tinyimagenet"),
+            str(models / IMAGE_MODELS[name]),
             calibration,
             DataConfig(source=str(images / "validation"), batch_size=100),
         )
@@ -101,7 +102,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("vit", "demo", *STORY_WINDOWS))
+    parser.add_argument("name", choices=(*IMAGE_MODELS, "demo", *STORY_WINDOWS))
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)

@@ -35,6 +35,7 @@ from fips.plan.finite import count_bad
 from fips.plan.least import round_up
 from fips.plan.planner import PLANNERS
 from fips.solve.conjugate import conjugate_gradients
+from fips.solve.feedback import inverse_root
 from fips.solve.problems import LayerProblem
 from fips.solve.search import GroupSearch
 from fips.solve.structures import Choice, Pricing
@@ -677,3 +678,19 @@ def test_blocks_of_neighbours_need_whole_mlps() -> None:
     with pytest.raises(fips.FipsError, match=r"reorders the hidden neurons of whole MLPs, but `targets` takes other"):
         fips.compress(chain(), inputs(), settings(pattern="block4", targets=["fc1"]))
     fips.compress(chain(), inputs(), settings(pattern="block4", targets=["fc1", "fc2"], bits=11.2))
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_activations_whose_squares_leave_float32_end(effort: str, llama: PreTrainedModel) -> None:
+    """The spread of the moments of parts came out as NaN, and damping was raised for ever."""
+    for part in (llama.model.layers[0].mlp.up_proj, llama.model.layers[0].mlp.gate_proj):
+        part.weight.data *= 1e6
+    fips.compress(llama, batches_for(llama), settings(effort=effort))
+    weight = llama.model.layers[0].mlp.down_proj.dense_weight()
+    assert bool(weight.isfinite().all())
+    assert bool(weight.any())
+
+
+def test_a_metric_without_an_inverse_is_an_error_whatever_the_damping() -> None:
+    with pytest.raises(torch.linalg.LinAlgError, match="not finite"):
+        inverse_root(-torch.eye(4), math.nan)

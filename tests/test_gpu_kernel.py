@@ -112,6 +112,13 @@ def test_levels_and_turned_columns(fmt: str, values: str, rotation: int) -> None
     )
 
 
+def test_the_kernels_have_the_numbers_of_the_patterns() -> None:
+    names = [("full", 1), ("bitmask", 1), ("2:4", 1), ("block4", 0), ("block4", 1)]
+    numbers = [triton_kernel._FULL, triton_kernel._BITMASK, triton_kernel._NM, triton_kernel._BLOCK_ROWS,
+               triton_kernel._BLOCK_COLS]  # fmt: skip
+    assert [pattern_named(name).code(axis) for name, axis in names] == numbers
+
+
 @pytest.mark.parametrize("name", ["tc2g64", "tc3", "tc4g16"])
 @pytest.mark.parametrize("shape", [(5, 80), (RUN + 7, 64)])
 @pytest.mark.slow

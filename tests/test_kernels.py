@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -643,6 +644,24 @@ def call_of(prepared: cpu.CpuMatrix, tokens: int = 3) -> tuple[cpu._Call, Tensor
     rows, cols = prepared.packed.shape
     x, y = inputs(tokens, cols, torch.float32), torch.full((tokens, rows), 7.0)
     return cpu._call(x, y, None, None, 0, None), x, y
+
+
+@needs_library
+def test_the_library_is_chosen_by_a_variable(tmp_path: Path) -> None:
+    """`off`, or another path; what cannot be had is told, and torch does the work."""
+    copied = shutil.copy(cpu._library._name, tmp_path)
+    program = "from fips.kernels import cpu; print(cpu.available(), cpu.unavailable_reason(), cpu._library)"
+
+    def told(wish: str) -> str:
+        environment = {**os.environ, "FIPS_KERNELS": wish}
+        return subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert told("off") == "False FIPS_KERNELS=off None\n"
+    assert told(str(copied)).startswith("True")
+    assert str(copied) in told(str(copied))
+    assert "cannot be loaded" in told(str(tmp_path / "missing.so"))
 
 
 BIG = 2**62

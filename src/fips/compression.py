@@ -56,7 +56,7 @@ def compress(
 
     ``batches`` is iterated a few times; its items are dicts for ``model(**batch)`` (``labels`` are ignored) or
     tensors for ``model(batch)``. Peak memory is the model, the moments of the groups at work (``metric.memory``), one
-    group's factors with optimizer state, and recorded activations up to ``calibration.activation_memory``;
+    group's factors with optimizer state, and recorded activations up to ``activation_memory``;
     distillation holds the factors of all groups.
 
     ``progress=True`` draws bars on stderr or in a notebook; a function is called with a ``ProgressEvent`` at every

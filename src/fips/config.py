@@ -180,7 +180,7 @@ class CompressionConfig(Settings):
     activation_memory: ByteSize = ByteSize(1 << 30)
     """Upper bound for recorded activations in RAM, per group; what exceeds it goes to a temporary file."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the order in which calibration batches are drawn."""
+    """Seed of the order in which calibration batches are drawn and of the random directions of gradients."""
 
     recipe: ClassVar[str] = "fips"
     """Name of the recipe that the command line starts from."""

@@ -34,7 +34,7 @@ class ConfigError(FipsError, ValueError):
 
 
 class BudgetError(ConfigError):
-    """The budget cannot be met: it is smaller than what a single basis vector costs."""
+    """The size asked for cannot be met: it is smaller than the smallest that the method can make."""
 
 
 class NoMatchError(FipsError, ValueError):

@@ -34,7 +34,8 @@ class GroupResult:
     name: str
     blocks: tuple[str, ...]
     start: tuple[BlockError, ...]
-    """The SVD start pruned to the final sparsity at once, before any gradient step; empty where not measured."""
+    """What was solved (by the paper's recipe: the SVD, pruned at once), before any gradient step; empty where not
+    measured."""
     final: tuple[BlockError, ...]
     """Empty where not measured."""
     losses: tuple[float, ...]

@@ -43,6 +43,7 @@ _FULL, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
 ROWS, DECODED_ROWS = 64, 4
 """Of S, in one program that multiplies, or that writes them out."""
 TILE_COLUMNS, FEWEST_GROUPS = 128, 16
+"""Of S at a time, unless groups are so wide that the fewest of them are more: products want 16 along the sum."""
 MOST_TOKENS, MOST_FLOAT32_TOKENS = 64, 16
 """In one program."""
 MOST_SPLITS, PROGRAMS = 8, 4
@@ -224,8 +225,8 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
     _multiply_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(tokens, block_t), prepared.splits)](
         x, prepared.values, prepared.pattern, prepared.starts, prepared.table, scales, prepared.group_scales,
         prepared.levels, prepared.history, bias, sums, tokens, rows, cols, x.stride(0), x.stride(1),
-        packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns, prepared.splits, **prepared.layout.constants(),
-        **prepared.layout.meanings(), **affine, ALONE=alone,
+        packed.pattern.numel(), packed.values_Z.numel(), prepared.split_columns, prepared.splits,
+        **prepared.layout.constants(), **prepared.layout.meanings(), **affine, ALONE=alone,
         WIDE=not x.is_cuda, BLOCK_T=block_t, ROWS=ROWS, UNROLL=UNROLL, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip  # WIDE is for the interpreter, whose dot product knows no bfloat16
     if not alone:

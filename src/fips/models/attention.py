@@ -1,4 +1,4 @@
-"""What the linear layers of an attention module read and write; used for those that ``targets`` names.
+"""What the linear layers of an attention module read and write; for ``layers: blocks`` and ``targets``.
 
 Query, key and value read the residual stream, the output projection writes it. Where all are square their shapes do
 not tell them apart, and neither does their order: Phi-3 registers the output projection first. So the rule is

@@ -68,7 +68,7 @@ def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
             if not failed:
                 upper_KK: Tensor = work_KK
                 return upper_KK
-        if not bool(moment_KK.isfinite().all()) or damping > MOST_DAMPING:
+        if not bool(moment_KK.isfinite().all()) or not damping <= MOST_DAMPING:  # or NaN
             raise torch.linalg.LinAlgError("the metric of a layer is not finite")  # type: ignore[attr-defined]
         damping = max(10 * damping, 1e-6)
 
