@@ -36,8 +36,9 @@ def main() -> None:
     ordered.sort(key=lambda run: methods.index(run.method))
     merged = Comparison(first["metric"], first["higher_is_better"], first["original"], tuple(ordered))
     known = ("metric", "higher_is_better", "original")
-    parts = [{key: value for key, value in part.items() if key not in known} for part in parts]
-    write_comparison(merged, args.output, facts={"benchmark": first["benchmark"], "made_of": parts})
+    facts = [{key: value for key, value in part.items() if key not in known} for part in parts]
+    made_of = [fact for part in facts for fact in part.get("made_of", [part])]  # of results that were merged before
+    write_comparison(merged, args.output, facts={"benchmark": first["benchmark"], "made_of": made_of})
 
 
 if __name__ == "__main__":
