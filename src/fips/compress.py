@@ -18,7 +18,7 @@ from fips.calibration.precision import autocast_for, in_native_types, resolve_pr
 from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
 from fips.config import CompressionConfig
 from fips.errors import ConfigError
-from fips.layers.linear import BASES, basis_owner
+from fips.layers.linear import BASES, FactoredLinear, basis_owner
 from fips.methods.registry import Method, method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.models.wrappers import check_layers, check_model, unwrap
@@ -26,7 +26,7 @@ from fips.plan.finite import require_finite_layers, require_finite_weights, requ
 from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size
 from fips.ranks import Ranks, joined
 from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
-from fips.storage.layout import replace_linear
+from fips.storage.layout import replace_embedding, replace_linear
 from fips.storage.quantizer import attach
 from fips.storage.reload import check_reloadable
 from fips.storage.work import WorkDirectory
@@ -83,7 +83,7 @@ def compress(
         sites = [site for group in plan.groups for site in group.group.sites]
         check_layers(model, sites)
         require_storable(model, plan)
-        check_reloadable(model, [site.name for site in sites])
+        check_reloadable(model, [name for site in sites for name in (site.name, *site.tied)])
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()
         bench = Workbench(
@@ -92,6 +92,9 @@ def compress(
         )  # fmt: skip
         if work is not None:
             bench.store = WorkDirectory(work, _fingerprint(model, asked, data))
+        for item in plan.skipped:
+            if item.end:
+                bench.note(f"`{item.name}` is left dense: {item.reason}")
         blocks = list(dict.fromkeys(block for group in plan.groups for block in group.group.blocks))
         with preserved(model), in_native_types(model, blocks if method.by_block else ()):
             bench.try_batch()
@@ -191,10 +194,16 @@ def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_
     """Put the new layers in place, all of them or, if that is interrupted, none."""
     layers = {name: layer for group in groups for name, layer in group.layers.items()}
     bases = {name: basis for group in groups for name, basis in group.bases.items()}
+    tied = {site.name: site.tied for group in groups for site in group.plan.group.sites if site.looked_up}
     trained: set[int] = set()
-    with in_place_of(model, list(layers), basis_owner(model), BASES):
+    with in_place_of(
+        model, [*layers, *(name for names in tied.values() for name in names)], basis_owner(model), BASES
+    ):
         setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
         for name, layer in layers.items():
+            if name in tied:
+                _install_embedding(model, name, layer, tied[name], activation_bits=activation_bits)
+                continue
             dense = model.get_submodule(name)
             take_over(layer, dense)
             if layer.basis is not None and dense.weight.requires_grad:
@@ -205,3 +214,15 @@ def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_
         for basis in bases.values():
             basis.train(model.training).requires_grad_(id(basis) in trained)
         attach(model)
+
+
+def _install_embedding(
+    model: nn.Module, name: str, layer: FactoredLinear, tied: Sequence[str], *, activation_bits: int | None
+) -> None:
+    """The same of an embedding and of the further places of its matrix."""
+    dense = {place: model.get_submodule(place) for place in (name, *tied)}
+    if activation_bits is not None:
+        layer.runtime.activation_bits = activation_bits
+    replace_embedding(model, name, layer, tied)
+    for place, module in dense.items():
+        take_over(model.get_submodule(place), module)

@@ -26,7 +26,7 @@ Sparsity = Annotated[float | None, typer.Option(help="Fraction of zeros in the f
 Pattern = Annotated[str | None, typer.Option(help="auto, unstructured, N:M such as 4:16, block4 or block8.")]
 ShareBlocks = Annotated[int | None, typer.Option(help="Consecutive blocks that share a basis.")]
 Groups = Annotated[str | None, typer.Option(help="Explicit groups of block indices, such as `0-3,4-7,8-11`.")]
-Layers = Annotated[str | None, typer.Option(help="mlp, or blocks: the matrices of attention too.")]
+Layers = Annotated[str | None, typer.Option(help="mlp; blocks: attention too; all: also embedding and head.")]
 Targets = Annotated[
     list[str] | None, typer.Option(help="Layers to compress: name, suffix, glob or re:... (repeatable).")
 ]

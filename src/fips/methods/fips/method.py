@@ -37,8 +37,9 @@ from fips.methods.workbench import (
     Needs,
     Workbench,
 )
+from fips.formats.patterns import FULL
 from fips.models import LayerGroup, Site
-from fips.models.locate import Sublayer
+from fips.models.sublayers import Sublayer
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
 from fips.plan.least import BYTES_PER_BIT
@@ -132,6 +133,10 @@ class Fips(Method[FipsConfig]):
     def _equal_layers(self, group: LayerGroup, dtype: torch.dtype, kind: str) -> tuple[list[LayerStorage], bool]:
         config = self.config
         pattern = config.format
+        if group.is_end:
+            whole = [LayerStorage(site.width * site.hidden, FULL, kind, shared=False) for site in group.sites]
+            spent = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=whole).bytes
+            return whole, spent <= byte_target(group, config)
         if pattern.group_kept is None:
             return equal_layers(group, config, dtype, kind, fmt=pattern.name)
         n, m = pattern.group_kept, pattern.group
@@ -144,7 +149,7 @@ class Fips(Method[FipsConfig]):
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """A shared basis if there must be one, and an entry for every row and column of every matrix."""
         item, unit = itemsize(dtype), BYTES_PER_BIT if self.config.budget is None else 1
-        least = {site: _least(site, self.config, item) for site in group.sites}
+        least = {site: _least(site, self.config, item, whole=group.is_end) for site in group.sites}
         if self.config.sharing == "always" and len(group.sites) > 1:
             basis = group.width**2 * (item if self.config.budget is None else 1)
             return (basis + sum(least.values())) / (group.hidden * group.width * unit)
@@ -318,10 +323,10 @@ def _need(group: GroupPlan) -> int:
     return 2 * moment_bytes(group.group.sites)
 
 
-def _least(site: Site, config: FipsConfig, item: int) -> float:
-    """The least that may be made of a matrix, without its basis: numbers or bytes."""
+def _least(site: Site, config: FipsConfig, item: int, *, whole: bool) -> float:
+    """The least that may be made of a matrix, without its basis: numbers or bytes. A ``whole`` one keeps all entries."""
     size, pattern = site.width * site.hidden, config.format
-    kept = math.ceil(max(site.width, site.hidden) / pattern.block) * pattern.block
+    kept = size if whole else math.ceil(max(site.width, site.hidden) / pattern.block) * pattern.block
     if pattern.group_kept is not None:
         kept = size * pattern.group_kept // pattern.group
     if config.budget is not None:
@@ -331,5 +336,7 @@ def _least(site: Site, config: FipsConfig, item: int) -> float:
     if numbers.bits is not None:
         scales = numbers.scale_bytes(site.outputs, site.inputs, item)
         values = kept * numbers.bits / 8 + scales + (numbers.bits % 8 > 0)
+    if whole:
+        return values
     bits = size / pattern.group * pattern.group_bits if pattern.density is None else pattern.bits(size)
     return values + bits / 8
