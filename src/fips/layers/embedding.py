@@ -108,31 +108,24 @@ class TiedLayer(nn.Module):
     """Another place of the matrix of a packed embedding: an output head, or a further embedding where ``lookup`` is set.
 
     The embedding is borrowed: it owns the matrix, which is saved, moved and held once. A head multiplies by it with the
-    kernels of any packed layer and adds its own ``bias``.
+    kernels of any packed layer and adds its own ``bias``. ``weight`` is the placeholder of the embedding and in no file.
     """
 
     bias: nn.Parameter | None
+    weight: Tensor
     conv1d = False
 
     def __init__(self, embedding: PackedEmbedding, *, bias: nn.Parameter | None = None, lookup: Lookup | None = None):
         super().__init__()
         self._borrowed = (embedding,)
         self.lookup = lookup
+        self.register_buffer("weight", embedding.weight, persistent=False)
         self.register_parameter("bias", None)
         self._parameters["bias"] = bias  # the very parameter: BERT has it under two names
 
     @property
     def embedding(self) -> PackedEmbedding:
         return self._borrowed[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """The placeholder of the embedding. Setting it does nothing: the two are one as long as this module stands."""
-        return self.embedding.weight
-
-    @weight.setter
-    def weight(self, _: Any) -> None:
-        return
 
     @property
     def in_features(self) -> int:
