@@ -209,6 +209,9 @@ def _one_shot(
         moment, noise = moments.inputs_II, moments.noise
         if trial and moments.held is not None:
             moment, held, noise = moments.fitted_II, moments.held.inputs_II, moments.fitted_noise
+        if site.looked_up:
+            extra_I = _cost_of_lookups(bench, site)
+            moment, held = (one if one is None else one + extra_I.diag() for one in (moment, held))
     if not bool(power_O.any()):  # errors count by themselves, relative to what the layer writes
         weight_OI = site.role.to_linear(weight_DF)
         outputs = float(((weight_OI * moment if moment.dim() == 1 else weight_OI @ moment) * weight_OI).sum())
@@ -240,12 +243,29 @@ def _diagonal_metric(bench: Workbench, site: Site) -> tuple[Tensor, Tensor]:
     a token for input, the two sides of a layer change places.
     """
     head = site.multiplied_by
-    if head is not None:
-        return bench.influence[head].inputs_I, bench.influence[head].outputs_O
+    if head is None:
+        return _lookups(bench, site)
+    found = bench.influence[head]
+    return found.inputs_I + _cost_of_lookups(bench, site) if site.looked_up else found.inputs_I, found.outputs_O
+
+
+def _lookups(bench: Workbench, site: Site) -> tuple[Tensor, Tensor]:
+    """Power of the gradients at the outputs of embeddings (I,), and how often each of their rows is looked up (O,)."""
     seen = [bench.influence[name] for name in site.lookups]
     tokens = max(sum(one.tokens for one in seen), 1)
-    columns = torch.stack([one.outputs_O for one in seen]).sum(0)
-    return columns, torch.stack([one.inputs_I * (one.tokens / tokens) for one in seen]).sum(0)
+    columns_I = torch.stack([one.outputs_O for one in seen]).sum(0)
+    return columns_I, torch.stack([one.inputs_I * (one.tokens / tokens) for one in seen]).sum(0)
+
+
+def _cost_of_lookups(bench: Workbench, site: Site) -> Tensor:
+    """What errors of the embedding add to the metric (I, I) of its tied head, on the diagonal (I,).
+
+    Row n of the matrix costs the head :math:`p_n e A e^T` and the embedding :math:`f_n \sum_i g_i e_i^2`. Both fit into
+    one metric if the ratio of f to p is that of their means in all rows.
+    """
+    columns_I, rows_O = _lookups(bench, site)
+    power = bench.influence[site.judges[0]].outputs_O.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return columns_I * (rows_O.mean() / power)
 
 
 def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[str, tuple[Choice, float]]:
