@@ -196,9 +196,7 @@ def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_
     bases = {name: basis for group in groups for name, basis in group.bases.items()}
     tied = {site.name: site.tied for group in groups for site in group.plan.group.sites if site.looked_up}
     trained: set[int] = set()
-    with in_place_of(
-        model, [*layers, *(name for names in tied.values() for name in names)], basis_owner(model), BASES
-    ):
+    with in_place_of(model, [*layers, *(name for names in tied.values() for name in names)], basis_owner(model), BASES):
         setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
         for name, layer in layers.items():
             if name in tied:

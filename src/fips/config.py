@@ -201,8 +201,8 @@ class CompressionConfig(Settings):
         if self.layers == "all" and not self.packs_ends:
             able = [name for name, owner in SETTINGS.items() if owner.packs_ends]
             raise ValueError(
-                f"`layers: all` is for {_methods(able)}, got `method: {self.method}`; take `layers: blocks`, which leaves "
-                "embedding and head as they are"
+                f"`layers: all` is for {_methods(able)}, got `method: {self.method}`; take `layers: blocks`, which "
+                "leaves embedding and head as they are"
             )
         if self.layers == "all" and self.budget is not None:
             raise ValueError("`layers: all` stores embedding and head in few bits: give `bits` or `size`, not `budget`")

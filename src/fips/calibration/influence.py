@@ -63,7 +63,8 @@ class Influence:
         return cls(inputs_I, outputs_O, sum_I, **facts)
 
     @classmethod
-    def empty(cls, inputs: int, outputs: int, device: torch.device) -> Influence:
+    def empty(cls, site: Site, device: torch.device, *, looked_up: bool = False) -> Influence:
+        inputs, outputs = (site.outputs, site.inputs) if looked_up else (site.inputs, site.outputs)
         inputs_I = torch.zeros(inputs, device=device)
         return cls(inputs_I, torch.zeros(outputs, device=device), torch.zeros_like(inputs_I))
 
@@ -130,11 +131,7 @@ def collect_influence(
     """
     device = next(model.parameters()).device
     lookups = {name for site in sites if site.looked_up for name in site.lookups}
-    found = {
-        name: Influence.empty(*((site.outputs, site.inputs) if name in lookups else (site.inputs, site.outputs)), device)
-        for site in sites
-        for name in site.modules
-    }
+    found = {name: Influence.empty(site, device, looked_up=name in lookups) for site in sites for name in site.modules}
     generator = torch.Generator(real_device(device)).manual_seed(seed)
     seen = 0
     with _Probe(model, blocks, found, lookups) as probe, torch.enable_grad():

@@ -62,7 +62,7 @@ class PackedEmbedding(FactoredLinear):
 
     @classmethod
     def of(cls, layer: FactoredLinear, lookup: Lookup) -> Self:
-        """The embedding with the tensors of a layer. Raises ``ConfigError`` if entries are left out or not on a grid."""
+        """The embedding with the tensors of a layer; ``ConfigError`` if entries are left out or not on a grid."""
         known = layer.arguments()
         if known.pop("fmt") != FULL or layer.bits is None or not layer.reads_stream or layer.bias is not None:
             raise ConfigError(f"an embedding keeps all entries on a grid, got {layer}")
@@ -105,10 +105,10 @@ class PackedEmbedding(FactoredLinear):
 
 
 class TiedLayer(nn.Module):
-    """Another place of the matrix of a packed embedding: an output head, or a further embedding where ``lookup`` is set.
+    """Another place of the matrix of a packed embedding: an output head, or with a ``lookup`` a further embedding.
 
     The embedding is borrowed: it owns the matrix, which is saved, moved and held once. A head multiplies by it with the
-    kernels of any packed layer and adds its own ``bias``. ``weight`` is the placeholder of the embedding and in no file.
+    kernels of any packed layer and adds its own ``bias``. ``weight`` is the placeholder of the embedding, in no file.
     """
 
     bias: nn.Parameter | None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import ModelError
-from fips.layers.fixed import ignore_training
 from fips.layers.embedding import PackedEmbedding, TiedLayer, tied_layers
+from fips.layers.fixed import ignore_training
 from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers, replace_everywhere
 
 __all__ = ["dense_layer", "drop_unused_bases", "merge"]
@@ -111,7 +111,11 @@ def _other_dtype(model: nn.Module, layers: Mapping[str, FactoredLinear]) -> torc
 
 
 def dense_layer(
-    layer: FactoredLinear | TiedLayer, dtype: torch.dtype, *, weight: Tensor | None = None, bias: nn.Parameter | None = None
+    layer: FactoredLinear | TiedLayer,
+    dtype: torch.dtype,
+    *,
+    weight: Tensor | None = None,
+    bias: nn.Parameter | None = None,
 ) -> nn.Module:
     """The plain layer in whose place ``layer`` stands, with weight B C or another (out, in) weight and bias."""
     weight = (layer.dense_weight() if weight is None else weight).detach().to(dtype)

@@ -29,14 +29,14 @@ def find_ends(model: nn.Module, skipped: list[Skipped]) -> list[Sublayer]:
         found = _embedding(model, places, skipped)
     else:
         skipped.append(
-            Skipped("(embedding)", "the model has no embedding of tokens; `layers: all` takes its blocks alone", end=True)
+            Skipped("(embedding)", "the model has none of tokens; `layers: all` takes its blocks alone", end=True)
         )
     name = _name_of(model, head)
     if head is None or name is None or name in places:
         return found
     reason = _head_reason(model, name, head)
-    if reason is not None:
-        skipped.append(Skipped(name, reason, end=True))
+    if reason is not None or not isinstance(head, nn.Linear):
+        skipped.append(Skipped(name, reason or "it is no linear layer", end=True))
         return found
     linear = Linear(name, head, head.in_features, head.out_features)
     return [*found, Sublayer(name, name, "", "head", (Site.reader(linear, "vocabulary", absorbs=False),))]

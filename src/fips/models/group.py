@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from fips.errors import ConfigError
-from fips.models.sublayers import Sublayer
 from fips.models.sites import Site
+from fips.models.sublayers import Sublayer
 
 __all__ = ["LayerGroup", "group_layers"]
 

@@ -45,9 +45,9 @@ def locate_layers(
 ) -> Located:
     """Every MLP inside a repeated block, in module order, and what was passed over with the reason.
 
-    With ``layers`` of ``blocks`` the linear layers of attention too, with ``all`` also the embedding and the head. ``targets`` replaces the search: all linear layers
-    inside blocks whose name, or whose MLP's name, fits a pattern are taken. ``ignore`` then removes layers the same
-    way; of attention the one layer that it names.
+    With ``layers`` of ``blocks`` the linear layers of attention too, with ``all`` also the embedding and the head.
+    ``targets`` replaces the search: all linear layers inside blocks whose name, or whose MLP's name, fits a pattern
+    are taken. ``ignore`` then removes layers the same way; of attention the one layer that it names.
 
     Raises ``NoMatchError`` if a pattern fits nothing or nothing is left.
     """
@@ -78,9 +78,9 @@ def locate_layers(
             f"no {'MLP' if layers == 'mlp' else 'MLP or attention'} to compress among the {len(every)} linear layers "
             f"of `{type(model).__name__}`" + (f" ({reasons})" if reasons else "") + "; name the layers with `targets`"
         )
-    left = [end for end in ends if not any(matches(name, ignore) for name in (end.name, *end.sites[0].tied))]
-    skipped += [Skipped(end.name, "matched by `ignore`") for end in ends if end not in left]
-    return Located(tuple(kept), tuple(skipped), tuple(left))
+    taken = [end for end in ends if not any(matches(name, ignore) for name in (end.name, *end.sites[0].tied))]
+    skipped += [Skipped(end.name, "matched by `ignore`") for end in ends if end not in taken]
+    return Located(tuple(kept), tuple(skipped), tuple(taken))
 
 
 def _once(found: Sequence[Sublayer], every: Mapping[str, Linear], skipped: list[Skipped]) -> Iterator[Sublayer]:

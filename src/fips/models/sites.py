@@ -24,8 +24,8 @@ T = TypeVar("T")
 Axis = Literal[0, 1]
 Space = Literal["residual", "hidden", "queries", "keys", "values", "heads", "latent", "vocabulary"]
 """Where features live: the residual stream, the neurons of an MLP, what attention compares and adds up, or what its
-heads put out (also queries, keys and values in an order of their own), the small space inside a low-rank projection, the
-tokens of a vocabulary."""
+heads put out (also queries, keys and values in an order of their own), the small space inside a low-rank projection,
+the tokens of a vocabulary."""
 
 
 class Role(StrEnum):

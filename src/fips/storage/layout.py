@@ -394,7 +394,8 @@ def replace_embedding(model: nn.Module, name: str, layer: FactoredLinear, tied: 
     """
     dense = {place: model.get_submodule(place) for place in (name, *tied)}
     owner, weight = dense[name], dense[name].weight
-    assert isinstance(owner, nn.Embedding) and isinstance(weight, Tensor)
+    assert isinstance(owner, nn.Embedding)
+    assert isinstance(weight, Tensor)
     packed = PackedEmbedding.of(layer, Lookup.of(owner))
     packed.runtime.activation_bits = layer.runtime.activation_bits
     packed.weight = torch.empty(packed.placeholder_shape, dtype=weight.dtype, device=weight.device)
@@ -404,10 +405,10 @@ def replace_embedding(model: nn.Module, name: str, layer: FactoredLinear, tied: 
         bias = other.bias if isinstance(other, nn.Linear) else None
         lookup = Lookup.of(other) if isinstance(other, nn.Embedding) else None
         replace_everywhere(model, place, TiedLayer(packed, bias=bias, lookup=lookup).train(other.training))
-    keys = getattr(model, "all_tied_weights_keys", None)
+    keys = vars(model).get("all_tied_weights_keys")
     if keys is not None:
         gone = {f"{place}.weight" for place in dense}
-        model.all_tied_weights_keys = {one: two for one, two in keys.items() if not gone & {one, two}}
+        vars(model)["all_tied_weights_keys"] = {one: two for one, two in keys.items() if not gone & {one, two}}
 
 
 def _place(model: nn.Module, name: str) -> str | None:

@@ -25,8 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fips.errors import CheckpointError, ConfigError, ModelError
 from fips.files.manifest import MANIFEST, read_json, write_json
 from fips.files.untrusted import file_inside
-from fips.layers.fixed import watch_training
 from fips.layers.embedding import PackedEmbedding
+from fips.layers.fixed import watch_training
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
 from fips.layers.merge import drop_unused_bases, merge
 from fips.models.architectures import architecture_names, library_class

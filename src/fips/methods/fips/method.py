@@ -14,12 +14,14 @@ import torch
 
 from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.errors import ConfigError
+from fips.formats.patterns import FULL
 from fips.methods.fips.settings import FipsConfig
 from fips.methods.fips.stages import (
     Search,
     Solved,
     Split,
     allot,
+    ends_of,
     finish,
     group_share,
     measure,
@@ -37,7 +39,6 @@ from fips.methods.workbench import (
     Needs,
     Workbench,
 )
-from fips.formats.patterns import FULL
 from fips.models import LayerGroup, Site
 from fips.models.sublayers import Sublayer
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
@@ -218,7 +219,8 @@ def _tried(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[
             curves[name] = [_point(fields) for fields in points]
         bench.overfit |= {name: ratio for name, ratio in fields["overfit"].items() if ratio is not None}
     _say_overfit(bench)
-    split = allocate(tempered(list(curves.values())), sum(group_share(group, config) for group in plan.groups))
+    trials = tempered(list(curves.values()), ends_of(plan, list(curves)))
+    split = allocate(trials, sum(group_share(group, config) for group in plan.groups))
     return dict(zip(curves, split, strict=True))
 
 
@@ -324,7 +326,7 @@ def _need(group: GroupPlan) -> int:
 
 
 def _least(site: Site, config: FipsConfig, item: int, *, whole: bool) -> float:
-    """The least that may be made of a matrix, without its basis: numbers or bytes. A ``whole`` one keeps all entries."""
+    """The least that may be made of a matrix, without its basis: numbers or bytes; all entries of a ``whole`` one."""
     size, pattern = site.width * site.hidden, config.format
     kept = size if whole else math.ceil(max(site.width, site.hidden) / pattern.block) * pattern.block
     if pattern.group_kept is not None:

@@ -82,8 +82,8 @@ class FipsConfig(SparseConfig):
         """Embedding and head are rounded once, all their entries kept."""
         if not self.one_shot or self.reconstruction.steps or self.distill.steps:
             raise ValueError(
-                "`layers: all` goes with `effort: default` or `fast`, without sharing, `propagate_errors` and training; "
-                "leave those out or take `layers: blocks`"
+                "`layers: all` goes with `effort: default` or `fast`, without sharing, `propagate_errors` and "
+                "training; leave those out or take `layers: blocks`"
             )
         if not self.has_integers:
             raise ValueError(f"`layers: all` stores embedding and head in few bits, got `values: {self.values}`")
