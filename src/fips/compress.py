@@ -17,10 +17,11 @@ from fips.calibration.inputs import CalibrationData
 from fips.calibration.precision import autocast_for, in_native_types, resolve_precision
 from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
 from fips.config import CompressionConfig
-from fips.errors import ConfigError
+from fips.errors import ConfigError, DataError, ModelError
 from fips.layers.linear import BASES, FactoredLinear, basis_owner
 from fips.methods.registry import Method, method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
+from fips.models import Site
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
 from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size
@@ -30,6 +31,7 @@ from fips.storage.layout import replace_embedding, replace_linear
 from fips.storage.quantizer import attach
 from fips.storage.reload import check_reloadable
 from fips.storage.work import WorkDirectory
+from fips.training.factors import swapped
 from fips.version import __version__
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
@@ -98,6 +100,7 @@ def compress(
         blocks = list(dict.fromkeys(block for group in plan.groups for block in group.group.blocks))
         with preserved(model), in_native_types(model, blocks if method.by_block else ()):
             bench.try_batch()
+            _require_called(bench, sites)
             with autocast_for(config.precision, device):
                 left = bench.survey([group.group for group in plan.groups])
                 if left and asked.size is not None:
@@ -147,6 +150,35 @@ def _size_note(asked: CompressionConfig, config: CompressionConfig, groups: Sequ
         if config.bits is None or used > 0.97 * config.bits
         else f"{note}; with {used:.4g}, the most, they take less"
     )
+
+
+class _Called(nn.Module):
+    """A module that computes as another does, and whose weight cannot be read."""
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        self._dense = (dense,)
+        self.weight = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._dense[0](*args, **kwargs)
+
+
+def _require_called(bench: Workbench, sites: Sequence[Site]) -> None:
+    """Raise ``ModelError`` if the model reads the matrix of an embedding past the module that has it."""
+    names = {name: site.name for site in sites if site.looked_up for name in site.modules}
+    stand_ins = {name: _Called(bench.model.get_submodule(name)) for name in names}
+    if not stand_ins:
+        return
+    try:
+        with swapped(bench.model, stand_ins):
+            bench.try_batch()
+    except DataError as error:
+        name = next(iter(names.values()))
+        raise ModelError(
+            f"`{type(bench.model).__name__}` does not only call its embedding `{name}` but reads its weight, which a "
+            f"packed one has not ({error.__cause__}); leave it out: `ignore` (`--ignore {name}`)"
+        ) from error
 
 
 def _check_ranks(method: Method[Any], ranks: Ranks, work: Path | None) -> None:
