@@ -335,7 +335,7 @@ def test_blocks_alone_say_that_there_is_more(tied: PreTrainedModel) -> None:
         plan_compression(made("llama"), fips.CompressionConfig(size="3%", layers="blocks"))
 
 
-# ----------------------------------------------------------------------------------------------------------- work around
+# --------------------------------------------------------------------------------------------------------- work around
 
 
 def test_it_generates(tied: PreTrainedModel, directory: Path) -> None:
