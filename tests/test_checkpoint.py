@@ -137,7 +137,7 @@ def test_without_a_manifest_nothing_is_verified_but_tensors_still_are(copy: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=4), r"format_version 4, this fips reads 1 to 3"),
+        (lambda q: q.update(format_version=5), r"format_version 5, this fips reads 1 to 4"),
         (lambda q: q.update(quant_method="gptq"), r"no `quantization_config` of fips"),
         (lambda q: q["bases"]["g0"].update(rank=-1), r"`quantization_config\.bases\.g0\.rank`"),
         (lambda q: q.update(extra=1), r"`quantization_config\.extra`"),
