@@ -19,19 +19,21 @@ from fips.calibration.inputs import CalibrationData
 from fips.calibration.precision import autocast_for, in_native_types, resolve_precision
 from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
 from fips.config import CompressionConfig
-from fips.errors import ConfigError
-from fips.layers.linear import BASES, basis_owner
+from fips.errors import ConfigError, DataError, ModelError
+from fips.layers.linear import BASES, FactoredLinear, basis_owner
 from fips.methods.registry import Method, method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
+from fips.models import Site
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
 from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size
 from fips.ranks import Ranks, joined
 from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
-from fips.storage.layout import replace_linear
+from fips.storage.layout import replace_embedding, replace_linear
 from fips.storage.quantizer import attach
 from fips.storage.reload import check_reloadable
 from fips.storage.work import WorkDirectory
+from fips.training.factors import swapped
 from fips.version import __version__
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
@@ -88,7 +90,7 @@ def compress(
         sites = [site for group in plan.groups for site in group.group.sites]
         check_layers(model, sites)
         require_storable(model, plan)
-        check_reloadable(model, [site.name for site in sites])
+        check_reloadable(model, [name for site in sites for name in (site.name, *site.tied)])
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()
         bench = Workbench(
@@ -97,9 +99,13 @@ def compress(
         )  # fmt: skip
         if work is not None:
             bench.store = WorkDirectory(work, _fingerprint(model, asked, data))
+        for item in plan.skipped:
+            if item.end:
+                bench.note(f"`{item.name}` is left dense: {item.reason}")
         blocks = list(dict.fromkeys(block for group in plan.groups for block in group.group.blocks))
         with preserved(model), in_native_types(model, blocks if method.by_block else ()):
             bench.try_batch()
+            _require_called(bench, sites)
             with autocast_for(config.precision, device):
                 left = bench.survey([group.group for group in plan.groups])
                 if left and asked.size is not None:
@@ -164,6 +170,35 @@ def _size_note(asked: CompressionConfig, config: CompressionConfig, groups: Sequ
     )
 
 
+class _Called(nn.Module):
+    """A module that computes as another does, and whose weight cannot be read."""
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        self._dense = (dense,)
+        self.weight = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._dense[0](*args, **kwargs)
+
+
+def _require_called(bench: Workbench, sites: Sequence[Site]) -> None:
+    """Raise ``ModelError`` if the model reads the matrix of an embedding past the module that has it."""
+    names = {name: site.name for site in sites if site.looked_up for name in site.modules}
+    stand_ins = {name: _Called(bench.model.get_submodule(name)) for name in names}
+    if not stand_ins:
+        return
+    try:
+        with swapped(bench.model, stand_ins):
+            bench.try_batch()
+    except DataError as error:
+        name = next(iter(names.values()))
+        raise ModelError(
+            f"`{type(bench.model).__name__}` does not only call its embedding `{name}` but reads its weight, which a "
+            f"packed one has not ({error.__cause__}); leave it out: `ignore` (`--ignore {name}`)"
+        ) from error
+
+
 def _check_ranks(method: Method[Any], ranks: Ranks, work: Path | None) -> None:
     """Raise ``ConfigError`` where several processes cannot share the work."""
     if ranks.count == 1:
@@ -209,10 +244,14 @@ def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_
     """Put the new layers in place, all of them or, if that is interrupted, none."""
     layers = {name: layer for group in groups for name, layer in group.layers.items()}
     bases = {name: basis for group in groups for name, basis in group.bases.items()}
+    tied = {site.name: site.tied for group in groups for site in group.plan.group.sites if site.looked_up}
     trained: set[int] = set()
-    with in_place_of(model, list(layers), basis_owner(model), BASES):
+    with in_place_of(model, [*layers, *(name for names in tied.values() for name in names)], basis_owner(model), BASES):
         setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
         for name, layer in layers.items():
+            if name in tied:
+                _install_embedding(model, name, layer, tied[name], activation_bits=activation_bits)
+                continue
             dense = model.get_submodule(name)
             take_over(layer, dense)
             if layer.basis is not None and dense.weight.requires_grad:
@@ -223,3 +262,15 @@ def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_
         for basis in bases.values():
             basis.train(model.training).requires_grad_(id(basis) in trained)
         attach(model)
+
+
+def _install_embedding(
+    model: nn.Module, name: str, layer: FactoredLinear, tied: Sequence[str], *, activation_bits: int | None
+) -> None:
+    """The same of an embedding and of the further places of its matrix."""
+    dense = {place: model.get_submodule(place) for place in (name, *tied)}
+    if activation_bits is not None:
+        layer.runtime.activation_bits = activation_bits
+    replace_embedding(model, name, layer, tied)
+    for place, module in dense.items():
+        take_over(model.get_submodule(place), module)

@@ -166,8 +166,9 @@ class CompressionConfig(Settings):
     """Consecutive blocks of equal width that share a basis."""
     groups: tuple[tuple[int, ...], ...] | None = None
     """Explicit groups of block indices, counted over all blocks found; overrides `share_blocks`."""
-    layers: Literal["mlp", "blocks"] = "mlp"
-    """`mlp`: the linear layers of the MLPs; `blocks`: those of attention too."""
+    layers: Literal["mlp", "blocks", "all"] = "mlp"
+    """`mlp`: the linear layers of the MLPs; `blocks`: those of attention too; `all`: also the embedding of tokens and
+    the output head."""
     targets: tuple[str, ...] | None = None
     """Layers to compress instead of those found: names, suffixes, globs, or `re:` patterns."""
     ignore: tuple[str, ...] = ()
@@ -182,6 +183,8 @@ class CompressionConfig(Settings):
     seed: int = Field(default=0, ge=0)
     """Seed of the order in which calibration batches are drawn and of the random directions of gradients."""
 
+    packs_ends: ClassVar[bool] = False
+    """Whether the method knows what to do with an embedding and a head."""
     recipe: ClassVar[str] = "fips"
     """Name of the recipe that the command line starts from."""
 
@@ -207,6 +210,14 @@ class CompressionConfig(Settings):
             )
         if self.targets is not None and self.layers != "mlp":
             raise ValueError(f"`targets` names the layers, so `layers: {self.layers}` says nothing; leave one out")
+        if self.layers == "all" and not self.packs_ends:
+            able = [name for name, owner in SETTINGS.items() if owner.packs_ends]
+            raise ValueError(
+                f"`layers: all` is for {_methods(able)}, got `method: {self.method}`; take `layers: blocks`, which "
+                "leaves embedding and head as they are"
+            )
+        if self.layers == "all" and self.budget is not None:
+            raise ValueError("`layers: all` stores embedding and head in few bits: give `bits` or `size`, not `budget`")
         if self.activation_bits is not None and not self.has_integers:
             raise ValueError("`activation_bits` goes with integer `values`, got `values: float`")
         self.check()

@@ -60,7 +60,7 @@ def plan_table(groups: Sequence[GroupPlan]) -> Table:
     for plan in groups:
         table.add_row(
             plan.group.name,
-            _span(plan.group.blocks),
+            _span(plan.group.blocks or [sublayer.name for sublayer in plan.group.sublayers]),
             f"{plan.group.width}x{plan.group.hidden}",
             str(plan.rank),
             f"{plan.kept:,}" if plan.kept < 1_000_000 else f"{plan.kept / 1e6:.1f} M",

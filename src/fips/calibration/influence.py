@@ -8,12 +8,15 @@ for every input i, about its mean :math:`\mu` where a bias can absorb that:
 An error of an output costs the first on average, whatever its tokens; both together tell beforehand, roughly, what
 rounding a layer to so many bits does to the model. They are vectors and no matrices, so a few examples are enough.
 
+An embedding is a layer whose inputs are 1 for the token at hand and 0 for all others: the mean square of input i is how
+often token i occurs.
+
 Shape legend: T tokens, E examples, I inputs of a layer, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,9 +63,10 @@ class Influence:
         return cls(inputs_I, outputs_O, sum_I, **facts)
 
     @classmethod
-    def empty(cls, site: Site, device: torch.device) -> Influence:
-        inputs_I = torch.zeros(site.inputs, device=device)
-        return cls(inputs_I, torch.zeros(site.outputs, device=device), torch.zeros_like(inputs_I))
+    def empty(cls, site: Site, device: torch.device, *, looked_up: bool = False) -> Influence:
+        inputs, outputs = (site.outputs, site.inputs) if looked_up else (site.inputs, site.outputs)
+        inputs_I = torch.zeros(inputs, device=device)
+        return cls(inputs_I, torch.zeros(outputs, device=device), torch.zeros_like(inputs_I))
 
     @property
     def fed(self) -> bool:
@@ -82,6 +86,13 @@ class Influence:
         self.inputs_I += x_TI.square().sum(0)
         self.sum_I += x_TI.sum(0)
         self.tokens += len(x_TI)
+
+    def add_ids(self, ids_T: Tensor) -> None:
+        """Of an embedding the tokens it looked up."""
+        counts_I = torch.bincount(ids_T, minlength=len(self.inputs_I)).to(self.inputs_I.dtype)
+        self.inputs_I += counts_I
+        self.sum_I += counts_I
+        self.tokens += len(ids_T)
 
     def add_gradient(self, gradient: Tensor, valid_T: Tensor | None) -> None:
         self.reached = True
@@ -110,19 +121,22 @@ def collect_influence(
     temperature: float,
     seed: int,
 ) -> dict[str, Influence]:
-    """What the first ``examples`` tell of the layers named by ``sites``, and more where some have not counted yet.
+    """What the first ``examples`` tell of the layers of ``sites``, and more where some have not counted yet.
+
+    By the names of modules: a matrix that an embedding looks up and a head multiplies by has both.
 
     ``run(model, batch)`` returns the model's output, whose parameters must not require gradients. The graph of one of
     ``blocks`` at a time is in memory: what happens inside is computed again in the backward pass. Raises ``ModelError``
     or ``DataError`` if an output is NaN, ``DataError`` if there is no batch.
     """
     device = next(model.parameters()).device
-    found = {site.name: Influence.empty(site, device) for site in sites}
+    lookups = {name for site in sites if site.looked_up for name in site.lookups}
+    found = {name: Influence.empty(site, device, looked_up=name in lookups) for site in sites for name in site.modules}
     generator = torch.Generator(real_device(device)).manual_seed(seed)
     seen = 0
-    with _Probe(model, blocks, found) as probe, torch.enable_grad():
+    with _Probe(model, blocks, found, lookups) as probe, torch.enable_grad():
         for batch in batches:
-            if seen >= examples and all(one.counts for one in found.values()):
+            if seen >= examples and all(any(found[name].counts for name in site.judges) for site in sites):
                 break
             with probe.forward():
                 heads = probe.tokens.heads(run(model, batch))
@@ -140,16 +154,19 @@ def collect_influence(
     if not seen:
         raise DataError("the calibration data has no batch; give at least one")
     for site in sites:
-        found[site.name].finish(centered=site.has_bias, examples=seen)
+        for name in site.modules:
+            found[name].finish(centered=site.has_bias, examples=seen)
     return found
 
 
 class _Probe(AbstractContextManager["_Probe"]):
     """Hooks on layers, and blocks that forget what they computed until their gradients are wanted."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], found: Mapping[str, Influence]) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[str], found: Mapping[str, Influence], lookups: Collection[str] = ()
+    ) -> None:
         self._stack = ExitStack()
-        self._found, self._forward = found, False
+        self._found, self._forward, self._lookups = found, False, lookups
         for name in blocks:
             self._stack.enter_context(_checkpointed(model.get_submodule(name)))
         for name in found:
@@ -171,11 +188,14 @@ class _Probe(AbstractContextManager["_Probe"]):
             self._forward = False
 
     def _hook(self, name: str) -> Any:
-        influence = self._found[name]
+        influence, looks_up = self._found[name], name in self._lookups
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             valid_T = self.tokens.counted(args[0]) if self._forward else None
-            if self._forward:
+            if self._forward and looks_up:
+                ids_T = args[0].detach().flatten()
+                influence.add_ids(ids_T if valid_T is None else ids_T[valid_T])
+            elif self._forward:
                 x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
                 influence.add_inputs((x_TI if valid_T is None else x_TI[valid_T]).float())
             if not output.requires_grad:

@@ -196,9 +196,12 @@ def take_over(layer: nn.Module, dense: nn.Module) -> None:
 def in_place_of(model: nn.Module, names: list[str], owner: nn.Module, added: str) -> Iterator[None]:
     """A block that replaces submodules and adds one to ``owner``; if it does not reach its end, neither happened."""
     before = {name: model.get_submodule(name) for name in names}
+    tied = vars(model).get("all_tied_weights_keys")  # of transformers, replaced where tied matrices are packed
     try:
         yield
     except BaseException:
+        if tied is not None:
+            vars(model)["all_tied_weights_keys"] = tied
         for name, module in before.items():
             model.set_submodule(name, module)
         if hasattr(owner, added):

@@ -65,19 +65,25 @@ class Survey:
     """Whether no layer got a gradient other than 0, so that the output cannot be the measure."""
 
 
-def survey_influence(found: Mapping[str, Influence]) -> Survey:
-    """The same of what the gradients of some examples have told."""
+def survey_influence(sites: Sequence[Site], found: Mapping[str, Influence]) -> Survey:
+    """The same of what the gradients of some examples have told of modules."""
     seen = {
         name: _Seen(ran=one.tokens > 0, fed=one.fed, reached=one.reached, moved=one.moves)
         for name, one in found.items()
     }
-    return _result(seen, gradients=True)
+    return _result(sites, seen, gradients=True)
 
 
-def _result(seen: Mapping[str, _Seen], *, gradients: bool) -> Survey:
+def _result(sites: Sequence[Site], seen: Mapping[str, _Seen], *, gradients: bool) -> Survey:
     blind = gradients and not any(one.moved for one in seen.values())
-    reasons = {name: _reason(one, gradients=gradients, blind=blind) for name, one in seen.items()}
+    reasons = {site.name: _reason_of(site, seen, gradients=gradients, blind=blind) for site in sites}
     return Survey({name: reason for name, reason in reasons.items() if reason is not None}, blind)
+
+
+def _reason_of(site: Site, seen: Mapping[str, _Seen], *, gradients: bool, blind: bool) -> str | None:
+    """Why a matrix is to be left dense: what all modules lack that say what it does."""
+    reasons = [_reason(seen[name], gradients=gradients, blind=blind) for name in site.judges]
+    return None if None in reasons else reasons[-1]
 
 
 def survey_layers(
@@ -98,20 +104,20 @@ def survey_layers(
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    seen = {site.name: _Seen() for site in sites}
+    seen = {name: _Seen() for site in sites for name in site.modules}
     some = False
     with ExitStack() as stack:
-        for site in sites:
-            hook = _watch(seen[site.name], gradients=gradients)
-            stack.callback(model.get_submodule(site.name).register_forward_hook(hook).remove)
+        for name, one in seen.items():
+            hook = _watch(one, gradients=gradients)
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         for batch in batches:
             some = True
             _pass(model, batch, run, temperature, generator, gradients=gradients)
-            if all(_reason(one, gradients=gradients, blind=False) is None for one in seen.values()):
+            if all(_reason_of(site, seen, gradients=gradients, blind=False) is None for site in sites):
                 return Survey()
     if not some:
         raise DataError("the calibration data has no batch; give at least one")
-    return _result(seen, gradients=gradients)
+    return _result(sites, seen, gradients=gradients)
 
 
 def _pass(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fips.calibration.inputs import Wanted, few_examples
 from fips.calibration.moments import LayerMoments, real_device
+from fips.calibration.preserve import replaced_forward
 from fips.calibration.record import ActivationSpool, BlockCall, BlockRecorder, Stored, map_leaves
 from fips.calibration.relay import NotAChain, Relay
 from fips.calibration.tokens import TokenTracker
@@ -67,7 +68,8 @@ class Sweep(AbstractContextManager["Sweep"]):
 
     ``batches(wanted)`` are those whose numbers are wanted. ``run(model, batch)`` makes a forward pass. ``spool`` keeps
     what is handed from step to step, and what the first ``recorded`` batches do to blocks, for ``Step.records``. With
-    ``hold`` moments say what every other of the parts says alone, too.
+    ``hold`` moments say what every other of the parts says alone, too. Of ``heads`` only the inputs are of interest:
+    they answer with zeros that take no memory.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class Sweep(AbstractContextManager["Sweep"]):
         recorded: int = 0,
         ranks: Ranks = ALONE,
         hold: bool = False,
+        heads: Mapping[str, int] | None = None,
     ) -> None:
-        self.hold = hold
+        self.hold, self._heads = hold, heads or {}
         self.ranks = ranks
         self.model, self.blocks, self.run, self.spool, self.device = model, list(blocks), run, spool, device
         self._batches, self._count, self._recorded = batches, count, recorded
@@ -118,6 +121,8 @@ class Sweep(AbstractContextManager["Sweep"]):
                     recorder = self._recorder(names)
                     if recorder is not None:
                         stack.enter_context(recorder)
+                    for name, outputs in self._heads.items():
+                        stack.enter_context(replaced_forward(self.model.get_submodule(name), _zeros(outputs)))
                     stack.enter_context(taps)
                     self._pass(self._watched(taps, recorder))
             except NotAChain:
@@ -180,6 +185,10 @@ class Sweep(AbstractContextManager["Sweep"]):
         return overflow_error(self.model, batch, self.run, where=where)
 
 
+def _zeros(outputs: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.new_zeros(()).expand(*x.shape[:-1], outputs)
+
+
 class _Taps(AbstractContextManager["_Taps"]):
     """Hooks that add up what layers read, chunk by chunk."""
 
@@ -204,10 +213,11 @@ class _Taps(AbstractContextManager["_Taps"]):
         self._last: tuple[Tensor, str] | None = None
         self._sites, self._device = {site.name: site for site in sites}, device
         self._stack = ExitStack()
-        for site in sites:
-            hook = model.get_submodule(site.name).register_forward_hook(self._hook(site.name))
+        modules = {site.name: site.multiplied_by or site.name for site in sites}
+        for name, module in modules.items():
+            hook = model.get_submodule(module).register_forward_hook(self._hook(name))
             self._stack.callback(hook.remove)
-        self._tokens = TokenTracker(model, list(self._sites))
+        self._tokens = TokenTracker(model, list(modules.values()))
 
     def __exit__(self, *error: object) -> None:
         self._tokens.__exit__(*error)

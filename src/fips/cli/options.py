@@ -82,7 +82,11 @@ Groups = Annotated[
 ]
 Layers = Annotated[
     str | None,
-    typer.Option(metavar="mlp|blocks", help="mlp, or blocks: the matrices of attention too.", rich_help_panel=LAYERS),
+    typer.Option(
+        metavar="mlp|blocks|all",
+        help="mlp; blocks: attention too; all: also embedding and head.",
+        rich_help_panel=LAYERS,
+    ),
 ]
 Targets = Annotated[
     list[str] | None,

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from fips.errors import BackendError
 from fips.formats.patterns import FULL, BlockAxis, Pattern, pattern_named
 from fips.formats.rotation import rotate, rotation_fits
+from fips.formats.trellis import Trellis
 from fips.formats.values import FLOAT, Values, values_named
 
-__all__ = ["Packed", "check_packed", "in_place", "to_dense"]
+__all__ = ["Packed", "check_packed", "in_place", "rows_of", "to_dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +121,35 @@ def to_dense(packed: Packed) -> Tensor:
     if packed.scales_N is None:
         return stored
     return rotate(packed.numbers.dequantize(stored, packed.scales_N, packed.group_scales), packed.rotation)
+
+
+def rows_of(packed: Packed, places: Tensor) -> Tensor:
+    """Rows of S at some places: (..., K) for integers (...), as ``to_dense`` has them; nothing else is decoded.
+
+    Raises ``BackendError`` where entries are left out or values have no grid, ``IndexError`` for a place outside.
+    """
+    numbers, (_, cols) = packed.numbers, packed.shape
+    if packed.scales_N is None or packed.layout.group_bits:
+        raise BackendError(f"rows are read of whole matrices on a grid, not of {packed.kind} in format {packed.fmt}")
+    flat = places.flatten()
+    scales_T = embedding(flat, packed.scales_N.unsqueeze(1)).squeeze(1)  # refuses places that there are not
+    codes = [_codes_of(packed, (flat - back).clamp(min=0)).view(-1, cols) for back in range(numbers.memory + 1)]
+    found = numbers.numbers_of(codes, flat) if isinstance(numbers, Trellis) else numbers.decode(codes[0])
+    groups = packed.group_scales
+    steps = None if groups is None else groups.view(packed.shape[0], -1)[flat].flatten()
+    rows = rotate(numbers.in_scale(found, scales_T, steps), packed.rotation)
+    return rows.view(*places.shape, cols)
+
+
+def _codes_of(packed: Packed, flat: Tensor) -> Tensor:
+    """The codes of some rows, int8, flat."""
+    numbers, (rows, cols), stored = packed.numbers, packed.shape, packed.values_Z
+    bits = packed.bits
+    if cols * bits % 8 == 0:
+        return numbers.unpack(stored.view(rows, -1)[flat].flatten(), flat.numel() * cols)
+    # rows begin within bytes: of two bytes side by side the bits from the first of a code on
+    places = flat.unsqueeze(1) * (cols * bits) + bits * torch.arange(cols, device=stored.device)
+    first = places >> 3
+    pairs = stored[first].int() | stored[(first + 1).clamp(max=stored.numel() - 1)].int() << 8
+    codes, sign = pairs >> (places & 7) & ((1 << bits) - 1), 1 << (bits - 1)
+    return ((codes ^ sign) - sign).to(torch.int8).flatten()

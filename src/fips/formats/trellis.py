@@ -23,6 +23,7 @@ Shape legend: N stored rows, K stored columns, J columns at a time, C codes, P p
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -118,21 +119,19 @@ class Trellis(Values):
         wanted = torch.where(steps == 0, torch.zeros_like(matrix), matrix / steps)
         return self.search(wanted.T, steps.T.square()).T.contiguous()
 
-    def places(self, codes_NK: Tensor) -> Tensor:
-        """The place of every entry in the table of levels, int64."""
-        fields_NK = codes_NK.long() & ((1 << self.bits) - 1)
-        found_NK = fields_NK.clone()
-        row_N1 = torch.arange(len(codes_NK), device=codes_NK.device).unsqueeze(1) % RUN
-        for back, added in enumerate(self.history, start=1):
-            above_NK = torch.zeros_like(fields_NK)
-            above_NK[back:] = fields_NK[:-back]
-            table_C = torch.tensor(added, device=codes_NK.device)
-            found_NK ^= torch.where(row_N1 >= back, table_C[above_NK], 0)
-        return found_NK
-
     def decode(self, codes: Tensor) -> Tensor:
-        levels_P = torch.tensor(self.levels, dtype=torch.float32, device=codes.device)
-        return levels_P[self.places(codes)]
+        above = [torch.nn.functional.pad(codes, (0, 0, back, 0))[: len(codes)] for back in range(self.memory + 1)]
+        return self.numbers_of(above, torch.arange(len(codes), device=codes.device))
+
+    def numbers_of(self, above: Sequence[Tensor], row_N: Tensor) -> Tensor:
+        """Numbers of some rows, given their codes (N, K) and those 1, 2, ... rows above; what is above a run does
+        not count."""
+        mask, device = (1 << self.bits) - 1, row_N.device
+        place_NK = above[0].long() & mask
+        for back, added in enumerate(self.history, start=1):
+            found_NK = torch.tensor(added, device=device)[above[back].long() & mask]
+            place_NK ^= torch.where((row_N % RUN >= back).unsqueeze(1), found_NK, 0)
+        return torch.tensor(self.levels, dtype=torch.float32, device=device)[place_NK]
 
     def encode(self, numbers: Tensor) -> Tensor:
         raise NotImplementedError(f"codes of {self.name} are found together, by `search`")

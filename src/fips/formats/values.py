@@ -168,8 +168,12 @@ class Values:
 
     def dequantize(self, codes: Tensor, scales: Tensor, group_scales: Tensor | None = None) -> Tensor:
         """``decode(codes) * steps`` in float32, or in the type of the scales if that is wider."""
+        return self.in_scale(self.decode(codes), scales, group_scales)
+
+    def in_scale(self, numbers: Tensor, scales: Tensor, group_scales: Tensor | None = None) -> Tensor:
+        """Numbers of the grid times their steps."""
         wide = scales.to(torch.promote_types(scales.dtype, torch.float32))
-        return self.decode(codes).to(wide.dtype) * self.steps(wide, group_scales, codes.shape[1])
+        return numbers.to(wide.dtype) * self.steps(wide, group_scales, numbers.shape[1])
 
     def encode(self, numbers: Tensor) -> Tensor:
         """Codes of numbers of the grid, int8. Inverse of ``decode``."""

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
 
 from fips.errors import ModelError
 from fips.formats.packed import in_place, to_dense
 from fips.formats.patterns import BITMASK, pattern_named
 from fips.formats.rotation import rotate
+from fips.layers.embedding import Lookup, PackedEmbedding, TiedLayer, tied_layers
 from fips.layers.linear import FactoredLinear, factored_layers, replace_everywhere
 from fips.optional import require
 
@@ -91,6 +92,7 @@ class _DecodedLinear(nn.Module):
 
     def __init__(self, layer: FactoredLinear) -> None:
         super().__init__()
+        self._lookup = layer.lookup if isinstance(layer, PackedEmbedding) else None
         self._borrowed = (layer.basis,)
         self._up, self._shape = layer.reads_stream, layer.factor_shape
         self.bias = layer.bias
@@ -132,7 +134,13 @@ class _DecodedLinear(nn.Module):
             factor = factor * groups.expand(-1, -1, self._group).reshape(rows, -1)[:, :cols]
         return rotate(factor * self.get_buffer("scales").float().unsqueeze(1), self._rotation)
 
+    def rows(self, ids: Tensor, lookup: Lookup) -> Tensor:
+        """Rows of the matrix of an embedding."""
+        return lookup.scaled(embedding(ids, self._factor()), torch.float32)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._lookup is not None and not x.is_floating_point():
+            return self.rows(x, self._lookup)
         (basis,) = self._borrowed
         if basis is None:
             return linear(x, self._factor(), self.bias)
@@ -142,11 +150,30 @@ class _DecodedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class _DecodedTied(nn.Module):
+    """Another place of the matrix of a packed embedding."""
+
+    def __init__(self, owner: _DecodedLinear, layer: TiedLayer) -> None:
+        super().__init__()
+        self._borrowed, self._lookup, self.bias = (owner,), layer.lookup, layer.bias
+        self.weight = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (owner,) = self._borrowed
+        if self._lookup is not None:
+            return owner.rows(x, self._lookup)
+        y: Tensor = owner(x)
+        return y if self.bias is None else y + self.bias
+
+
 def _exportable(model: PreTrainedModel) -> PreTrainedModel:
     """A copy on the CPU, in float32 but for the packed values, without key-value cache."""
     twin: PreTrainedModel = copy.deepcopy(model).cpu().eval()
+    decoded = {id(layer): _DecodedLinear(layer) for layer in factored_layers(twin).values()}
+    for name, place in tied_layers(twin).items():
+        replace_everywhere(twin, name, _DecodedTied(decoded[id(place.embedding)], place))
     for name, layer in factored_layers(twin).items():
-        replace_everywhere(twin, name, _DecodedLinear(layer))
+        replace_everywhere(twin, name, decoded[id(layer)])
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()

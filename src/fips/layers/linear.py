@@ -141,7 +141,7 @@ class FactoredLinear(nn.Module):
             size = self.pattern_format.nbytes(hidden * self.rank)
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
-        self.register_buffer("weight", torch.empty(0, dtype=dtype))
+        self.register_buffer("weight", torch.empty(self.placeholder_shape, dtype=dtype))
         self.runtime = LayerRuntime()
 
     @classmethod
@@ -258,6 +258,11 @@ class FactoredLinear(nn.Module):
             "role": self.role.value, "hidden": self.hidden, "kept": self.kept, "fmt": self.fmt, "values": self.kind,
             "bias": self.bias is not None, "width": self.width, "rotation": self.rotation,
         }  # fmt: skip
+
+    @property
+    def placeholder_shape(self) -> tuple[int, ...]:
+        """Of ``weight``, which has no entries."""
+        return (0,)
 
     @property
     def basis(self) -> SharedBasis | None:

@@ -14,6 +14,8 @@ from peft.tuners.lora import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from fips.errors import ModelError
+from fips.layers.embedding import PackedEmbedding, TiedLayer
 from fips.layers.linear import FactoredLinear
 from fips.layers.merge import dense_layer
 
@@ -24,10 +26,10 @@ class LoraFactoredLinear(LoraLinear):  # type: ignore[misc]
     r"""A packed layer plus low-rank adapters: :math:`y = W x + b + \sum_a s_a B_a A_a x` with packed :math:`W`."""
 
     base_layer: nn.Module
-    _packed: tuple[FactoredLinear]
+    _packed: tuple[FactoredLinear | TiedLayer]
     """The packed layer while a merged one stands in its place; a tuple keeps it out of the module tree."""
 
-    def _get_in_out_features(self, module: FactoredLinear) -> tuple[int, int]:
+    def _get_in_out_features(self, module: FactoredLinear | TiedLayer) -> tuple[int, int]:
         return module.in_features, module.out_features
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -36,7 +38,7 @@ class LoraFactoredLinear(LoraLinear):  # type: ignore[misc]
         if not names:
             return
         if not self.merged:
-            assert isinstance(self.base_layer, FactoredLinear)
+            assert isinstance(self.base_layer, FactoredLinear | TiedLayer)
             self._packed = (self.base_layer,)
         merged = self._dense([*self.merged_adapters, *names])
         if safe_merge and not all(bool(tensor.isfinite().all()) for tensor in merged.parameters()):
@@ -67,7 +69,12 @@ def packed_adapter(
 ) -> LoraFactoredLinear | None:
     """What peft puts in the place of a packed layer, or of one that has adapters; None for every other layer."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not isinstance(base, FactoredLinear) or config._custom_modules:
+    if isinstance(base, PackedEmbedding) or (isinstance(base, TiedLayer) and base.lookup is not None):
+        raise ModelError(
+            f"an adapter is asked for on a packed embedding of {base.num_embeddings} rows; LoRA adapts the linear "
+            "layers: leave it out of `target_modules`, or call `fips.merge(model)` first"
+        )
+    if not isinstance(base, FactoredLinear | TiedLayer) or config._custom_modules:
         return None
     options.pop("device_map", None)
     return LoraFactoredLinear(target, adapter_name, config=config, **options)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import ModelError
+from fips.layers.embedding import PackedEmbedding, TiedLayer, tied_layers
 from fips.layers.fixed import ignore_training
 from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers, replace_everywhere
 
@@ -31,8 +32,16 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     if not layers:
         raise ModelError("the model has no factored layer to merge; it is already dense")
     dtype = dtype or _other_dtype(model, layers)
+    tied = tied_layers(model)
     for name, layer in layers.items():
-        replace_everywhere(model, name, dense_layer(layer, dtype))
+        if isinstance(layer, PackedEmbedding):
+            weight_VD = nn.Parameter(layer.dense_weight().detach().to(dtype))
+            replace_everywhere(model, name, layer.lookup.dense(weight_VD).train(layer.training))
+            for place, other in tied.items():
+                if other.embedding is layer:
+                    replace_everywhere(model, place, other.dense(weight_VD))
+        else:
+            replace_everywhere(model, name, dense_layer(layer, dtype))
     drop_unused_bases(model)
     return model
 
@@ -58,8 +67,13 @@ def _forget_packing(model: nn.Module) -> None:
         vars(config).pop("quantization_config", None)
         _forget_remote_code(config)
     attributes = vars(model)
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "save_pretrained", "_upload_modified_files"):
+    for name in (
+        "hf_quantizer", "quantization_method", "is_quantized", "save_pretrained", "_upload_modified_files",
+        "resize_token_embeddings",
+    ):  # fmt: skip
         attributes.pop(name, None)
+    if "all_tied_weights_keys" in attributes:  # packed matrices were taken out of it
+        attributes["all_tied_weights_keys"] = model.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
     if "_fips_conversions" in attributes:
         conversions = attributes.pop("_fips_conversions")
         attributes.pop("_weight_conversions", None)
@@ -97,7 +111,11 @@ def _other_dtype(model: nn.Module, layers: Mapping[str, FactoredLinear]) -> torc
 
 
 def dense_layer(
-    layer: FactoredLinear, dtype: torch.dtype, *, weight: Tensor | None = None, bias: nn.Parameter | None = None
+    layer: FactoredLinear | TiedLayer,
+    dtype: torch.dtype,
+    *,
+    weight: Tensor | None = None,
+    bias: nn.Parameter | None = None,
 ) -> nn.Module:
     """The plain layer in whose place ``layer`` stands, with weight B C or another (out, in) weight and bias."""
     weight = (layer.dense_weight() if weight is None else weight).detach().to(dtype)

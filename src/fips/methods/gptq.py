@@ -9,7 +9,7 @@ Reference: Frantar et al., GPTQ, arXiv 2210.17323.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ DAMPING = 0.01
 class GptqConfig(InputsConfig):
     """The width of the integers follows from `bits`."""
 
+    packs_ends: ClassVar[bool] = True
     method: Literal["gptq"] = "gptq"
     scale_group: Literal["auto", "row", 128, 64, 32, 16] = "auto"
     """Weights along a row under one scale; `row`: all of them; `auto`: the fewest of 32, 64, 128 that fit beside the

@@ -18,7 +18,7 @@ from fips.methods.registry import Method
 from fips.methods.sweep import PackedLayer, solve_blocks
 from fips.methods.workbench import CompressedGroup, Workbench, dense_matrix
 from fips.models import Site
-from fips.models.locate import Sublayer
+from fips.models.sublayers import Sublayer
 from fips.plan.footprint import LayerStorage
 from fips.plan.groups import GroupPlan
 from fips.plan.plan import CompressionPlan
@@ -65,7 +65,10 @@ class MatrixMethod(Method[C]):
 
     def _solve(self, bench: Workbench, plan: GroupPlan, site: Site, moments: LayerMoments | None) -> PackedLayer:
         weight_OI = site.role.to_linear(dense_matrix(bench.model, site).float())
-        found = self.store(weight_OI, None if moments is None else moments.about_zero(), plan)
+        moment_II = None if moments is None else moments.about_zero()
+        if site.multiplied_by is None:  # an embedding by itself: no column of it makes up for another
+            moment_II = torch.eye(weight_OI.shape[1], device=weight_OI.device)
+        found = self.store(weight_OI, moment_II, plan)
         layer = _packed(found, site, plan.dtype)
         layer.bias, layer.conv1d = bench.bias(site), site.conv1d
         return PackedLayer(layer, LayerStorage(int(found.mask_OI.sum()), found.fmt, found.values, shared=False))

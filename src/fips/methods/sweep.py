@@ -21,9 +21,9 @@ from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.calibration.sweep import CHUNKS, Sweep
 from fips.layers.linear import FactoredLinear
 from fips.methods.keeping import Made, layer_from, layer_parts
-from fips.methods.workbench import CompressedGroup, Needs, Workbench, measured
+from fips.methods.workbench import CompressedGroup, Needs, Workbench, heads_of, measured
 from fips.models import Site
-from fips.models.locate import Sublayer
+from fips.models.sublayers import Sublayer
 from fips.plan.footprint import LayerStorage
 from fips.plan.groups import GroupPlan, solved_plan
 from fips.plan.plan import CompressionPlan
@@ -52,7 +52,7 @@ fewer steps over the data, which hand on what they have computed, and nothing is
 
 @dataclass(slots=True)
 class Block:
-    """A block of the model and its MLPs, with the groups that they belong to."""
+    """A block of the model and its MLPs, with the groups that they belong to; or an embedding or a head."""
 
     name: str
     parts: list[tuple[GroupPlan, Sublayer]] = field(default_factory=list)
@@ -62,8 +62,17 @@ class Block:
         return [site for _, sublayer in self.parts for site in sublayer.sites]
 
     @property
+    def measured(self) -> list[Site]:
+        """The layers whose inputs are measured: not an embedding by itself."""
+        return [site for site in self.sites if site.multiplied_by is not None]
+
+    @property
+    def is_end(self) -> bool:
+        return self.parts[0][1].is_end
+
+    @property
     def moment_bytes(self) -> int:
-        return moment_bytes(self.sites, gradients=False)
+        return moment_bytes(self.measured, gradients=False)
 
 
 def steps_of(blocks: Sequence[Block], memory: int, *, ranks: int = 1) -> list[list[Block]]:
@@ -120,14 +129,17 @@ def make_blocks(
     their block. With ``hold`` moments say what a part of the data says alone, too.
     """
     run = _Pass(bench, blocks, stage, make, errors, hold)
-    names = [block.name for block in blocks]
+    passed, apart = ([block for block in blocks if bool(block.measured) is wanted] for wanted in (True, False))
+    heads = heads_of([group.group for block in passed for group, _ in block.parts])
     if not all(run.is_made(block) for block in blocks):
         with ExitStack() as stack:
-            sweep = stack.enter_context(bench.sweep(names, hold=hold))
+            sweep = stack.enter_context(bench.sweep([block.name for block in passed], hold=hold, heads=heads))
+            names = [block.name for block in passed if not block.is_end]
             seen = stack.enter_context(bench.recording(names, SHOWN)) if errors and bench.ranks.first else None
-            units = steps_of(blocks, memory, ranks=bench.ranks.count)
-            for unit in units if Needs.INPUTS in bench.needs else [list(blocks)]:
+            units = steps_of(passed, memory, ranks=bench.ranks.count)
+            for unit in units if Needs.INPUTS in bench.needs else [list(passed)]:
                 run.make_unit(sweep, seen, unit)
+            run.make_apart(apart)
     for block in blocks:
         made = bench.store.get(f"{stage}-{block.name}")
         assert made is not None
@@ -153,18 +165,19 @@ class _Pass:
     def make_unit(self, sweep: Sweep, seen: Sweep | None, unit: Sequence[Block]) -> None:
         """The next blocks; ``seen`` is a pass over the examples that errors are measured on."""
         left = [block for block in unit if not self.is_made(block)]
+        shown = sum(not block.is_end for block in unit)
         ranks = self.bench.ranks
         ranks.wait()
         if not left:
-            for one in (sweep, seen):
-                if one is not None:
-                    one.skip(len(unit))
+            sweep.skip(len(unit))
+            if seen is not None:
+                seen.skip(shown)
             return
-        owners = {site.name: ranks.owner(number) for number, block in enumerate(left) for site in block.sites}
+        owners = {site.name: ranks.owner(number) for number, block in enumerate(left) for site in block.measured}
         start = sweep.at
 
         def measure() -> dict[str, LayerMoments]:
-            return sweep.step(len(unit), [site for block in left for site in block.sites], owners).moments
+            return sweep.step(len(unit), [site for block in left for site in block.measured], owners).moments
 
         inputs = Needs.INPUTS in self.bench.needs
         moments = self.bench.cached(list(owners), ("inputs",), measure, hold=self.hold) if inputs else {}
@@ -178,7 +191,25 @@ class _Pass:
             for moment in moments.values():
                 moment.held = None  # what comes after uses all data
         if seen is not None:
-            self._measure(left, seen, len(unit))
+            self._measure(left, seen, shown)
+
+    def make_apart(self, blocks: Sequence[Block]) -> None:
+        """What no pass over the data is needed for."""
+        ranks = self.bench.ranks
+        left = [block for block in blocks if not self.is_made(block)]
+        ranks.wait()
+        for number, block in enumerate(left):
+            if ranks.owner(number) == ranks.index:
+                self._make(block, {})
+        ranks.wait()
+        if self.errors and ranks.first:
+            self._say_unmeasured(left)
+
+    def _say_unmeasured(self, blocks: Sequence[Block]) -> None:
+        """Of embeddings and heads, which are no blocks whose outputs could be compared."""
+        for block in blocks:
+            self.bench.store.put(f"errors-{block.name}", {}, {"errors": []})
+            _say_finished(self.bench, block, [])
 
     def _make(self, block: Block, moments: Mapping[str, LayerMoments]) -> None:
         started = time.perf_counter()
@@ -192,6 +223,11 @@ class _Pass:
     def _measure(self, blocks: Sequence[Block], seen: Sweep, count: int) -> None:
         """The errors of blocks among the next ``count`` of a pass over a few examples."""
         bench = self.bench
+        self._say_unmeasured([block for block in blocks if block.is_end])
+        blocks = [block for block in blocks if not block.is_end]
+        if not blocks:
+            seen.skip(count)
+            return
         modules = {block.name: bench.model.get_submodule(block.name) for block in blocks}
         layers: dict[str, nn.Module] = {}
         for block in blocks:
@@ -295,7 +331,7 @@ def _group(
     names = [site.name for site in plan.group.sites]
     solved = solved_plan(plan, rank=0, layers=[layers[name].storage for name in names])
     known = tuple(errors[name] for name in plan.group.blocks if name in errors)
-    spent = sum(seconds[name] for name in plan.group.blocks)
+    spent = sum(seconds[name] for name in dict.fromkeys(sublayer.block for sublayer in plan.group.sublayers))
     return CompressedGroup(solved, {}, {name: layers[name].layer for name in names}, known, known, seconds=spent)
 
 

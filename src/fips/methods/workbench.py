@@ -45,6 +45,7 @@ __all__ = [
     "Store",
     "Workbench",
     "dense_matrix",
+    "heads_of",
     "measured",
     "pack_group",
 ]
@@ -178,7 +179,7 @@ class Workbench:
         sites = [site for group in groups for site in group.sites]
         if Needs.INFLUENCE in self.needs:
             self.influence = self.shared_influence(groups)
-            found = survey_influence(self.influence)
+            found = survey_influence(sites, self.influence)
         else:
             found = survey_layers(
                 self.model, sites, few_examples(self.batches, FEW), self.run, gradients=Needs.GRADIENTS in self.needs,
@@ -205,7 +206,8 @@ class Workbench:
         kept = self.store.get("influence")
         assert kept is not None
         tensors, facts = kept
-        return {site.name: Influence.of(site.name, tensors, facts[site.name], self.device) for site in sites}
+        names = [name for site in sites for name in site.modules]
+        return {name: Influence.of(name, tensors, facts[name], self.device) for name in names}
 
     def moments(
         self, name: str, sites: Sequence[Site], *, floor: float = 1.0, changed: bool = False
@@ -247,12 +249,13 @@ class Workbench:
         """Second moments of what the layers of some groups read, all tokens alike."""
         assert Needs.INPUTS in self.needs, "a method that asks for moments must declare that it needs them"
 
-        sites = [site for group in groups for site in group.sites]
+        sites = [site for group in groups for site in group.sites if site.multiplied_by is not None]
         blocks = list(dict.fromkeys(block for group in groups for block in group.blocks))
+        heads = heads_of(groups)
 
         def measure() -> dict[str, LayerMoments]:
-            with self.sweep(blocks, name, hold=hold) as sweep:
-                return sweep.step(len(blocks), sites).moments
+            with self.sweep([*blocks, *heads], name, hold=hold, heads=heads) as sweep:
+                return sweep.step(len(blocks) + len(heads), sites).moments
 
         return self.cached([site.name for site in sites], ("inputs",), measure, hold=hold)
 
@@ -275,13 +278,18 @@ class Workbench:
             yield found
 
     @contextmanager
-    def sweep(self, blocks: Sequence[str], name: str = "all", *, hold: bool = False) -> Iterator[Sweep]:
-        """A pass over the data, a few of the blocks, in the order in which they run, at a time."""
+    def sweep(
+        self, blocks: Sequence[str], name: str = "all", *, hold: bool = False, heads: Mapping[str, int] | None = None
+    ) -> Iterator[Sweep]:
+        """A pass over the data, a few of the blocks, in the order in which they run, at a time.
+
+        ``heads`` are those of them that are output heads, with their outputs.
+        """
         with (
             ActivationSpool(self.config.activation_memory) as spool,
             Sweep(
-                self.model, blocks, partial(self.counted_part, "measure", name), len(self.batches), self.run_body,
-                spool, self.device, ranks=self.ranks, hold=hold,
+                self.model, blocks, partial(self.counted_part, "measure", name), len(self.batches),
+                self.run if heads else self.run_body, spool, self.device, ranks=self.ranks, hold=hold, heads=heads,
             ) as found,
         ):  # fmt: skip
             yield found
@@ -391,6 +399,12 @@ class Workbench:
         found = getattr(self.model.get_submodule(site.name), "bias", None)
         assert found is None or isinstance(found, nn.Parameter)
         return found
+
+
+def heads_of(groups: Sequence[LayerGroup]) -> dict[str, int]:
+    """The output heads among some groups, with their outputs."""
+    sites = [site for group in groups if group.is_end for site in group.sites]
+    return {site.multiplied_by: site.outputs for site in sites if site.multiplied_by is not None}
 
 
 def measured(what: str, measure: Callable[[], T]) -> T | None:

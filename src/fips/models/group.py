@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from fips.errors import ConfigError
-from fips.models.locate import Sublayer
 from fips.models.sites import Site
+from fips.models.sublayers import Sublayer
 
 __all__ = ["LayerGroup", "group_layers"]
 
@@ -47,8 +47,13 @@ class LayerGroup:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the member blocks, in order, each once."""
-        return tuple(dict.fromkeys(sublayer.block for sublayer in self.sublayers))
+        """Names of the member blocks, in order, each once; an embedding or a head is none."""
+        return tuple(dict.fromkeys(sublayer.block for sublayer in self.sublayers if not sublayer.is_end))
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is an embedding, a head, or the one matrix of both, which is a group by itself."""
+        return self.sublayers[0].is_end
 
 
 def group_layers(

@@ -20,53 +20,34 @@ from transformers.pytorch_utils import Conv1D
 
 from fips.errors import NoMatchError
 from fips.models.attention import attention_around, attention_site, is_attention
+from fips.models.ends import find_ends
 from fips.models.names import matches, require_matches
 from fips.models.sites import Linear, Site
+from fips.models.sublayers import Skipped, Sublayer, oddity
 
-__all__ = ["Located", "Skipped", "Sublayer", "locate_layers"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sublayer:
-    """The linear layers of one MLP or attention, or those of a block that ``targets`` names, and their block."""
-
-    name: str
-    block: str
-    block_list: str
-    kind: Literal["plain", "gated", "fused-gated", "attention", "custom"]
-    sites: tuple[Site, ...]
-
-    @property
-    def width(self) -> int:
-        return self.sites[0].width
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Something that holds MLP-like parameters and is left as it is."""
-
-    name: str
-    reason: str
+__all__ = ["Located", "locate_layers"]
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
     sublayers: tuple[Sublayer, ...]
     skipped: tuple[Skipped, ...]
+    ends: tuple[Sublayer, ...] = ()
+    """Embedding and head, where they are asked for."""
 
 
 def locate_layers(
     model: nn.Module,
     *,
-    layers: Literal["mlp", "blocks"] = "mlp",
+    layers: Literal["mlp", "blocks", "all"] = "mlp",
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
 ) -> Located:
     """Every MLP inside a repeated block, in module order, and what was passed over with the reason.
 
-    With ``layers`` of ``blocks`` the linear layers of attention too. ``targets`` replaces the search: all linear layers
-    inside blocks whose name, or whose MLP's name, fits a pattern are taken. ``ignore`` then removes layers the same
-    way; of attention the one layer that it names.
+    With ``layers`` of ``blocks`` the linear layers of attention too, with ``all`` also the embedding and the head.
+    ``targets`` replaces the search: all linear layers inside blocks whose name, or whose MLP's name, fits a pattern
+    are taken. ``ignore`` then removes layers the same way; of attention the one layer that it names.
 
     Raises ``NoMatchError`` if a pattern fits nothing or nothing is left.
     """
@@ -75,9 +56,11 @@ def locate_layers(
     _scan(model, "", model, found, skipped)
     every = {linear.name: linear for linear in _linears(model)}
     found = list(_once(found, every, skipped))
-    if layers == "blocks" and targets is None:
+    ends: list[Sublayer] = []
+    if layers != "mlp" and targets is None:
         found = _with_attention(model, found, every, skipped)
-    names = list(every) + [sublayer.name for sublayer in found]
+        ends = find_ends(model, skipped) if layers == "all" else []
+    names = list(every) + [sublayer.name for sublayer in (*found, *ends)]
     if targets is not None:
         require_matches("targets", targets, names)
         found = _select_targets(model, found, every, targets)
@@ -95,7 +78,9 @@ def locate_layers(
             f"no {'MLP' if layers == 'mlp' else 'MLP or attention'} to compress among the {len(every)} linear layers "
             f"of `{type(model).__name__}`" + (f" ({reasons})" if reasons else "") + "; name the layers with `targets`"
         )
-    return Located(tuple(kept), tuple(skipped))
+    taken = [end for end in ends if not any(matches(name, ignore) for name in (end.name, *end.sites[0].tied))]
+    skipped += [Skipped(end.name, "matched by `ignore`") for end in ends if end not in taken]
+    return Located(tuple(kept), tuple(skipped), tuple(taken))
 
 
 def _once(found: Sequence[Sublayer], every: Mapping[str, Linear], skipped: list[Skipped]) -> Iterator[Sublayer]:
@@ -191,7 +176,7 @@ def _accept(
     skipped: list[Skipped],
 ) -> None:
     kind, sites = pairing
-    odd = next((reason for site in sites if (reason := _odd(root.get_submodule(site.name))) is not None), None)
+    odd = next((reason for site in sites if (reason := oddity(root.get_submodule(site.name))) is not None), None)
     block = _block_of(root, sites[0].name)
     if odd is not None:
         skipped.append(Skipped(name, f"its layers are {odd}, not plain linear layers"))
@@ -201,15 +186,6 @@ def _accept(
         skipped.append(Skipped(name, "it is one expert of a mixture; only dense MLPs are compressed"))
     else:
         found.append(Sublayer(name, block[0], block[1], kind, tuple(sites)))  # type: ignore[arg-type]
-
-
-def _odd(module: nn.Module) -> str | None:
-    """What makes a layer more than its weight and bias; None for a plain one."""
-    if type(module) not in (nn.Linear, Conv1D):
-        return f"`{type(module).__name__}`"
-    if "weight" not in module._parameters:  # weight_norm and pruning of torch before parametrizations
-        return "made anew from other parameters in every call (weight norm, pruning masks)"
-    return "given another `forward`" if "forward" in vars(module) else None
 
 
 def _block_of(root: nn.Module, name: str) -> tuple[str, str] | None:
@@ -272,7 +248,7 @@ def _with_attention(
         width = _stream_width(model, block_name, mlps) or _width_of(members)
         sites = []
         for linear in members:
-            odd = _odd(linear.module)
+            odd = oddity(linear.module)
             site = attention_site(linear, members, width)
             if odd is not None:
                 skipped.append(Skipped(linear.name, f"it is {odd}, not a plain linear layer"))
@@ -300,7 +276,7 @@ def _select_targets(
         block = _block_of(model, name)
         if block is None:
             raise NoMatchError(f"`targets` matched `{name}`, which is not inside a repeated block")
-        odd = _odd(linear.module)
+        odd = oddity(linear.module)
         if odd is not None:
             raise NoMatchError(f"`targets` matched `{name}`, which is {odd}, not a plain linear layer; leave it out")
         site = site_mlp[0] if site_mlp is not None else _other_site(linear, block[0], model, found, every)

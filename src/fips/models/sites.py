@@ -9,7 +9,7 @@ rank (D without a basis).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal, NamedTuple, TypeVar
 
@@ -22,9 +22,10 @@ __all__ = ["Linear", "Part", "Role", "Site", "Space"]
 
 T = TypeVar("T")
 Axis = Literal[0, 1]
-Space = Literal["residual", "hidden", "queries", "keys", "values", "heads", "latent"]
+Space = Literal["residual", "hidden", "queries", "keys", "values", "heads", "latent", "vocabulary"]
 """Where features live: the residual stream, the neurons of an MLP, what attention compares and adds up, or what its
-heads put out (also queries, keys and values in an order of their own), the small space inside a low-rank projection."""
+heads put out (also queries, keys and values in an order of their own), the small space inside a low-rank projection,
+the tokens of a vocabulary."""
 
 
 class Role(StrEnum):
@@ -107,6 +108,13 @@ class Site:
     conv1d: bool
     """Stored as ``(in, out)`` like GPT-2's Conv1D instead of ``(out, in)``."""
     has_bias: bool
+    """Whether a bias can take up the mean error."""
+    looked_up: bool = False
+    """Whether it is the matrix of an embedding, whose rows are looked up."""
+    tied: tuple[str, ...] = ()
+    """Other modules that have the matrix of an embedding too: the output head, further embeddings."""
+    heads: tuple[str, ...] = ()
+    """Those of them that multiply by it."""
 
     @classmethod
     def of(cls, linear: Linear, *, reads: tuple[Part, ...], writes: tuple[Part, ...]) -> Site:
@@ -114,10 +122,14 @@ class Site:
         return cls(linear.name, reads, writes, isinstance(linear.module, Conv1D), has_bias)
 
     @classmethod
-    def reader(cls, linear: Linear, space: Space = "hidden", *, parts: int = 1) -> Site:
-        """A layer that reads the stream and writes a space, ``parts`` times side by side."""
+    def reader(cls, linear: Linear, space: Space = "hidden", *, parts: int = 1, absorbs: bool = True) -> Site:
+        """A layer that reads the stream and writes a space, ``parts`` times side by side.
+
+        Where its bias is not to be changed it ``absorbs`` nothing.
+        """
         written = (Part(space, linear.outputs // parts),) * parts
-        return cls.of(linear, reads=(Part("residual", linear.inputs),), writes=written)
+        site = cls.of(linear, reads=(Part("residual", linear.inputs),), writes=written)
+        return site if absorbs else replace(site, has_bias=False)
 
     @classmethod
     def writer(cls, linear: Linear, space: Space = "hidden") -> Site:
@@ -128,6 +140,35 @@ class Site:
     def inner(cls, linear: Linear) -> Site:
         """A layer that does neither. What it writes takes the place of the stream: nothing else shares its basis."""
         return cls.of(linear, reads=(Part("latent", linear.inputs),), writes=(Part("heads", linear.outputs),))
+
+    @classmethod
+    def embedding(
+        cls, name: str, shape: tuple[int, int], *, tied: tuple[str, ...] = (), heads: tuple[str, ...] = ()
+    ) -> Site:
+        """The matrix (tokens, D) of an embedding, which lies as that of a head does."""
+        tokens, width = shape
+        reads, writes = (Part("residual", width),), (Part("vocabulary", tokens),)
+        return cls(name, reads, writes, conv1d=False, has_bias=False, looked_up=True, tied=tied, heads=heads)
+
+    @property
+    def lookups(self) -> tuple[str, ...]:
+        """The embeddings that look its rows up."""
+        return tuple(name for name in (self.name, *self.tied) if name not in self.heads) if self.looked_up else ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that compute with the matrix, whose inputs and outputs say what an error costs."""
+        return (*self.lookups, *self.heads) if self.looked_up else (self.name,)
+
+    @property
+    def multiplied_by(self) -> str | None:
+        """The module that multiplies its inputs by the matrix; None for an embedding by itself."""
+        return next(iter(self.heads), None) if self.looked_up else self.name
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Modules of which one has to run and count, or nothing is known of the matrix."""
+        return (self.heads or self.lookups) if self.looked_up else (self.name,)
 
     @property
     def role(self) -> Role:

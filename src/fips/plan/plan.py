@@ -96,6 +96,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     located = locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
     _check_whole(model, located.sublayers, config)
     groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
+    groups += tuple(LayerGroup(end.kind, (end,)) for end in located.ends)
     config = with_bits(model, groups, config)
     require_sensible_size(smallest_sizes(model, groups, config), config)
     grouped = {block for group in groups for block in group.blocks}

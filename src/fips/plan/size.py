@@ -11,6 +11,7 @@ from torch import nn
 from fips.config import CompressionConfig, size_bytes
 from fips.errors import BudgetError
 from fips.models import LayerGroup
+from fips.models.ends import find_ends
 from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_bytes
 from fips.plan.groups import storage_dtype
 from fips.plan.least import BYTES_PER_BIT
@@ -19,6 +20,7 @@ from fips.plan.planner import planner_of
 __all__ = ["Sizes", "sizes_of", "smallest_sizes", "weight_dtype", "with_bits"]
 
 MOST_BITS = 16
+_COVERED = {"mlp": "MLPs", "blocks": "blocks", "all": "blocks, embedding and head"}
 
 
 def weight_dtype(model: nn.Module, group: LayerGroup) -> torch.dtype:
@@ -80,12 +82,21 @@ def with_bits(
     sizes = sizes_of(model, groups, config)
     wanted = size_bytes(config.size, sizes.before)
     if wanted < sizes.least_bytes:
-        what = "MLPs" if config.layers == "mlp" else "blocks"
         raise BudgetError(
             f"`size` {config.size} is {wanted:,.0f} bytes of {sizes.before:,}; what is not compressed takes "
-            f"{sizes.rest:,}, and the smallest size with the {what} compressed is {sizes.least_bytes:,.0f} bytes; "
-            + ("take attention too (`layers: blocks`), or " if config.layers == "mlp" else "")
+            f"{sizes.rest:,}, and the smallest size with the {_COVERED[config.layers]} compressed is "
+            f"{sizes.least_bytes:,.0f} bytes; "
+            + _more(model, config)
             + "load the weights in 16 bits (`--dtype bfloat16`) if they have 32"
         )
     bits = min((wanted - sizes.rest) / (sizes.weights * BYTES_PER_BIT), MOST_BITS)
     return config.replace(size=None, bits=bits)
+
+
+def _more(model: nn.Module, config: CompressionConfig) -> str:
+    """What else could be compressed."""
+    if config.layers == "mlp":
+        return "take attention too (`layers: blocks`), or "
+    if config.layers == "blocks" and config.targets is None and find_ends(model, []):
+        return "take embedding and head too (`layers: all`), or "
+    return ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fips.errors import BudgetError
 from fips.solve.structures import FLOOR, Choice, Point
@@ -32,19 +32,28 @@ def expected_total(trials: Sequence[Sequence[Point]], size: float) -> float:
         return math.inf
 
 
-def tempered(trials: Sequence[Sequence[Point]]) -> list[list[Point]]:
+def tempered(trials: Sequence[Sequence[Point]], believed: Collection[int] = ()) -> list[list[Point]]:
     r"""Curves whose levels differ less: errors times :math:`m^{\tau - 1}`, m their geometric mean at full density.
 
     Gradients of a few examples in the original model say how much layers count beside each other only roughly, and a
-    split that believes them takes bits away where they were underestimated.
+    split that believes them takes bits away where they were underestimated. Curves that are ``believed``, by their
+    place, keep their level beside the mean level of the others: for these m is the geometric mean of all of those.
     """
-    found = []
-    for points in trials:
-        ends = {point.choice: point for point in sorted(points, key=lambda point: point.bytes) if point.choice.free}
-        known = [point.loss for point in (ends.values() or points) if point.loss > 0]
-        mean = sum(map(math.log, known)) / max(len(known), 1)
-        found.append([point._replace(loss=point.loss * math.exp((TRUST - 1) * mean)) for point in points])
-    return found
+    levels = [_level(points) for points in trials]
+    others = [level for place, level in enumerate(levels) if place not in believed] or levels
+    middle = sum(others) / max(len(others), 1)
+    factors = [math.exp((TRUST - 1) * (middle if place in believed else level)) for place, level in enumerate(levels)]
+    return [
+        [point._replace(loss=point.loss * factor) for point in points]
+        for points, factor in zip(trials, factors, strict=True)
+    ]
+
+
+def _level(points: Sequence[Point]) -> float:
+    """Logarithm of the geometric mean of a curve's errors at full density."""
+    ends = {point.choice: point for point in sorted(points, key=lambda point: point.bytes) if point.choice.free}
+    known = [point.loss for point in (ends.values() or points) if point.loss > 0]
+    return sum(map(math.log, known)) / max(len(known), 1)
 
 
 def allocate(trials: Sequence[Sequence[Point]], total: float) -> list[tuple[Choice, float]]:

@@ -50,7 +50,7 @@ class OneShot(Structures):
 
     ``damping`` is added to the moment, relative to its mean diagonal; see ``damping_for``. With a ``rotation`` b all of
     it is solved in columns turned in blocks of b (``fips.formats.rotation``). What is solved on a grid is made better
-    in some ``sweeps`` (``fips.solve.descent``).
+    in some ``sweeps`` (``fips.solve.descent``). With ``whole`` all entries are kept.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class OneShot(Structures):
         damping: float = 2 * UNKNOWN_NOISE,
         rotation: int = 1,
         sweeps: int = 0,
+        *,
+        whole: bool = False,
     ) -> None:
         super().__init__([(weight_DF.shape[0], weight_DF.shape[1])], [axis], pricing)
         self.axis: Reduction = axis
@@ -75,7 +77,7 @@ class OneShot(Structures):
         self.moment_KK = rotate_moment(usable_II, rotation)
         self.judge_KK = self.moment_KK if held_II is None else rotate_moment(usable_moment(held_II), rotation)
         self.weight_N = ROW_SHARE * power_O + (1 - ROW_SHARE) * power_O.mean()
-        self.damping, self.sweeps = damping, sweeps
+        self.damping, self.sweeps, self.whole = damping, sweeps, whole
         self.overfit: float | None = None
         """After trials: error on data held out over that on the data fitted, of what is nearest to an equal share."""
         self._upper_KK: Tensor | None = None
@@ -139,13 +141,13 @@ class OneShot(Structures):
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Keeping all is cheap to try and is tried at every width; pruning where it is promising, unless columns are
         turned."""
-        pruned = self.wanted(choices, size) if self.rotation == 1 else []
+        pruned = self.wanted(choices, size) if self.rotation == 1 and not self.whole else []
         return self._tried(sorted({*self._whole(choices), *pruned}), size)
 
     def quick_trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
         """Of keeping all, where several widths can be had; else as ``trials``."""
         whole = self._whole(choices)
-        free = len(whole) > 1 and sum(bytes_ <= size for _, bytes_ in whole) > 0
+        free = self.whole or (len(whole) > 1 and sum(bytes_ <= size for _, bytes_ in whole) > 0)
         return self._tried(sorted(whole), size) if free else self.trials(choices, size)
 
     def _whole(self, choices: Sequence[Choice]) -> set[tuple[Choice, float]]:

@@ -22,6 +22,7 @@ from fips.errors import CheckpointError, ModelError
 from fips.files.manifest import MANIFEST, read_json, verify_manifest, write_json, write_manifest
 from fips.files.output import Output
 from fips.files.untrusted import file_inside
+from fips.layers.embedding import packed_places
 from fips.layers.linear import factored_layers
 from fips.models.building import build_within, check_fields, naming
 from fips.models.timm import build_timm, is_timm_config, is_timm_model, restore_buffers, write_timm_config
@@ -133,7 +134,7 @@ def _check_savable(model: nn.Module, processor: Any) -> None:
         raise ModelError("the model has no factored layer to save; call `fips.compress` first")
     if not isinstance(model, PreTrainedModel) and not is_timm_model(model):
         raise ModelError(f"`{type(model).__name__}` is neither of transformers nor of timm; only those can be saved")
-    check_reloadable(model, factored_layers(model))
+    check_reloadable(model, packed_places(model))
     require_finite_state(model)
     if processor is not None and not callable(getattr(processor, "save_pretrained", None)):
         raise ModelError(
@@ -255,7 +256,7 @@ def _fill(model: nn.Module, weights: StoredWeights, device: torch.device | str) 
     check_types(model, weights)
     tensors = dict(weights.read(device))
     for name in placeholders - set(tensors):  # directories of the first kind hold none
-        tensors[name] = torch.empty(0, dtype=expected[name].dtype)
+        tensors[name] = torch.empty(expected[name].shape, dtype=expected[name].dtype)
     for name, tensor in tensors.items():
         if name not in placeholders and (tensor.shape, tensor.dtype) != (
             weights.tensors[name].shape,

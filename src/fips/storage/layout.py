@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
@@ -14,10 +15,20 @@ from fips.errors import CheckpointError
 from fips.formats.patterns import FULL, pattern_in_file, pattern_named
 from fips.formats.rotation import ROTATIONS
 from fips.formats.values import FLOAT, values_named
+from fips.layers.embedding import Lookup, PackedEmbedding, TiedLayer, tied_layers
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
+from fips.models.ends import embedding_scale
 from fips.models.sites import Role
 
-__all__ = ["QUANT_METHOD", "Layout", "check_layers", "describe_layout", "install_layout", "replace_linear"]
+__all__ = [
+    "QUANT_METHOD",
+    "Layout",
+    "check_layers",
+    "describe_layout",
+    "install_layout",
+    "replace_embedding",
+    "replace_linear",
+]
 
 QUANT_METHOD = "fips"
 Version = Literal[1, 2, 3, 4]
@@ -54,6 +65,15 @@ class LayerLayout(_Strict):
     """8 where kernels may round the inputs, see ``fips.kernels.runtime``."""
     bias: bool
     conv1d: bool
+    embedding: bool = False
+    """Whether its rows are looked up."""
+    tied: tuple[str, ...] = ()
+    """Of an embedding: other modules that have its matrix, such as the output head."""
+
+    @field_validator("tied", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # JSON has no tuples
 
     @field_validator("format")
     @classmethod
@@ -84,20 +104,25 @@ class LayerLayout(_Strict):
             raise ValueError(f"`rotation` is one of {', '.join(map(str, ROTATIONS))}")
         if self.rotation > 1 and (self.basis is not None or not values_named(self.values).scaled):
             raise ValueError("`rotation` is for numbers on a grid and layers without a basis")
+        if self.tied and not self.embedding:
+            raise ValueError("`tied` is for embeddings")
+        whole = self.format == FULL and self.basis is None and values_named(self.values).scaled
+        if self.embedding and (not whole or self.role != "up" or self.bias or self.conv1d):
+            raise ValueError("an `embedding` is an up layer without basis and bias that keeps all entries on a grid")
         return self
 
     @property
     def version(self) -> Version:
         """The first format version that has what this layer has."""
         values = values_named(self.values)
-        if values.memory:
+        if values.memory or self.embedding:
             return 4
         return 3 if values.levels or self.rotation > 1 else 1 if values.scale_group is None else 2
 
 
 class Layout(_Strict):
     """Bases and factored layers by name. Format version 2 has values with group scales, version 3 levels that are not
-    evenly spaced and rotated columns, version 4 values that are coded together."""
+    evenly spaced and rotated columns, version 4 values that are coded together and embeddings."""
 
     quant_method: Literal["fips"] = "fips"
     format_version: Version = 1
@@ -109,15 +134,20 @@ class Layout(_Strict):
         if not self.layers:
             raise ValueError("`layers` is empty; a compressed model has at least one")
         odd = [name for name in self.bases if not name or "." in name]
-        odd += [name for name in self.layers if not all(name.split("."))]
+        places = [name for layer in self.layers.values() for name in layer.tied]
+        odd += [name for name in (*self.layers, *places) if not all(name.split("."))]
+        twice = [name for name, count in Counter([*self.layers, *places]).items() if count > 1]
         if odd:
             raise ValueError(f"{odd[0][:100]!r} cannot be the name of a module")
+        if twice:
+            raise ValueError(f"`{twice[0][:100]}` is named twice")
         for name, entry in self.layers.items():
             if entry.basis is not None and entry.basis not in self.bases:
                 raise ValueError(f"layer `{name}` names basis `{entry.basis}`; known: {', '.join(self.bases)}")
             _require_kept(name, entry, self.rank(entry))
             if self.format_version < entry.version:
                 what = f"`rotation` {entry.rotation}" if entry.rotation > 1 else f"`values` {entry.values}"
+                what = "`embedding`" if entry.embedding else what
                 raise ValueError(f"layer `{name}` has {what}, which format_version {self.format_version} does not know")
             inputs, _ = self.features(entry)
             if inputs % entry.rotation:
@@ -169,7 +199,13 @@ def describe_layout(model: nn.Module) -> Layout:
     """The layout of a compressed model, read off its modules."""
     bases: dict[str, SharedBasis] = dict(getattr(basis_owner(model), BASES).items())
     names = {id(basis): name for name, basis in bases.items()}
-    layers = {name: _layer_layout(layer, names) for name, layer in factored_layers(model).items()}
+    tied: dict[int, list[str]] = {}
+    for name, place in tied_layers(model).items():
+        tied.setdefault(id(place.embedding), []).append(name)
+    layers = {
+        name: _layer_layout(layer, names, tuple(tied.get(id(layer), ())))
+        for name, layer in factored_layers(model).items()
+    }
     return Layout(
         format_version=max((layer.version for layer in layers.values()), default=1),
         bases={
@@ -179,7 +215,7 @@ def describe_layout(model: nn.Module) -> Layout:
     )
 
 
-def _layer_layout(layer: FactoredLinear, names: Mapping[int, str]) -> LayerLayout:
+def _layer_layout(layer: FactoredLinear, names: Mapping[int, str], tied: tuple[str, ...]) -> LayerLayout:
     return LayerLayout(
         basis=None if layer.basis is None else names[id(layer.basis)],
         width=layer.width if layer.basis is None else None,
@@ -192,6 +228,8 @@ def _layer_layout(layer: FactoredLinear, names: Mapping[int, str]) -> LayerLayou
         activation_bits=8 if layer.bits is not None and layer.runtime.activation_bits == 8 else None,
         bias=layer.bias is not None,
         conv1d=layer.conv1d,
+        embedding=isinstance(layer, PackedEmbedding),
+        tied=tied,
     )
 
 
@@ -211,9 +249,13 @@ def install_layout(model: nn.Module, layout: Layout, *, partial: bool = False) -
     if len(present) != sum(place is not None for place in places.values()):
         raise CheckpointError(f"two layers of the checkpoint have one place in `{type(model).__name__}`")
     tied = _tied_weights(model)
+    others = {name: _tied_places(model, entry) for name, entry in present.items()}
     for name, entry in present.items():
-        _require_fit(name, model.get_submodule(name), layout, entry)
-        if f"{name}.weight" in tied:
+        for place in (name, *others[name]):
+            _require_fit(place, model.get_submodule(place), layout, entry)
+        if entry.embedding:
+            _require_tied_alike(model, name, others[name])
+        elif f"{name}.weight" in tied:
             raise CheckpointError(
                 f"layer `{name}` of the checkpoint shares its weight with another; it cannot be packed"
             )
@@ -221,7 +263,11 @@ def install_layout(model: nn.Module, layout: Layout, *, partial: bool = False) -
     bases = {name: SharedBasis(basis.width, basis.rank) for name, basis in layout.bases.items() if name in used}
     setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
     for name, entry in present.items():
-        replace_linear(model, name, _empty_layer(entry, None if entry.basis is None else bases[entry.basis]))
+        layer = _empty_layer(entry, None if entry.basis is None else bases[entry.basis])
+        if entry.embedding:
+            replace_embedding(model, name, layer, others[name])
+        else:
+            replace_linear(model, name, layer)
 
 
 def _empty_layer(entry: LayerLayout, basis: SharedBasis | None) -> FactoredLinear:
@@ -254,6 +300,9 @@ def _require_kept(name: str, entry: LayerLayout, rank: int) -> None:
 
 def _require_fit(name: str, dense: nn.Module, layout: Layout, entry: LayerLayout) -> None:
     """Raise ``CheckpointError`` unless the packed layer takes and gives what the dense one in its place does."""
+    if entry.embedding:
+        _require_same_matrix(name, dense, layout, entry)
+        return
     if isinstance(dense, Conv1D):
         features = (dense.nx, dense.nf)
     elif isinstance(dense, nn.Linear) and not isinstance(dense, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -272,6 +321,43 @@ def _require_fit(name: str, dense: nn.Module, layout: Layout, entry: LayerLayout
         raise CheckpointError(
             f"layer `{name}` of the checkpoint has {field} {got[index]}, the model wants {wanted[index]}; "
             "`config.json` and its `quantization_config` are not of one model"
+        )
+
+
+def _require_same_matrix(name: str, dense: nn.Module, layout: Layout, entry: LayerLayout) -> None:
+    """Raise ``CheckpointError`` unless a module can have the matrix of an embedding."""
+    plain = isinstance(dense, nn.Embedding) and embedding_scale(dense) is not None
+    if not plain and type(dense) is not nn.Linear:
+        raise CheckpointError(
+            f"layer `{name}` of the checkpoint is a `{type(dense).__name__}` in the model; an embedding or a linear "
+            "layer was packed"
+        )
+    weight, (width, tokens) = dense.weight, layout.features(entry)
+    assert isinstance(weight, Tensor)
+    if tuple(weight.shape) != (tokens, width):
+        raise CheckpointError(
+            f"layer `{name}` of the checkpoint has {tokens} rows of {width}, the model wants {tuple(weight.shape)}; "
+            "`config.json` and its `quantization_config` are not of one model"
+        )
+
+
+def _tied_places(model: nn.Module, entry: LayerLayout) -> list[str]:
+    """Further places of an embedding that the model has: one without a head has no tied head."""
+    return [place for name in entry.tied if (place := _place(model, name)) is not None]
+
+
+def _require_tied_alike(model: nn.Module, name: str, others: Sequence[str]) -> None:
+    """Raise ``CheckpointError`` unless an embedding shares its weight with just the places that the layout names."""
+    weight, tied = model.get_submodule(name).weight, getattr(model, "all_tied_weights_keys", None) or {}
+    same = {place for place, module in model.named_modules() if module._parameters.get("weight") is weight}
+    sources = {tied.get(f"{place}.weight", f"{place}.weight") for place in same}
+    same |= {place.rpartition(".")[0] for pair in tied.items() if sources & {*pair} for place in pair}
+    odd = next((place for place in sorted(same ^ {name, *others}) if place != name), None)
+    if odd is not None:
+        words = "shares" if odd in same else "does not share"
+        raise CheckpointError(
+            f"`{odd}` {words} the weight of the embedding `{name}` in the model, the checkpoint says otherwise; "
+            "`config.json` (`tie_word_embeddings`) and its `quantization_config` are not of one model"
         )
 
 
@@ -301,6 +387,30 @@ def replace_linear(model: nn.Module, name: str, layer: FactoredLinear) -> None:
     assert isinstance(dense, torch.Tensor)
     layer.weight = torch.empty(0, dtype=dense.dtype, device=dense.device)
     replace_everywhere(model, name, layer)
+
+
+def replace_embedding(model: nn.Module, name: str, layer: FactoredLinear, tied: Sequence[str]) -> None:
+    """Put a packed embedding with the tensors of a layer in the place of a dense one, and its further places beside it.
+
+    A head keeps its bias. Nothing is left to be tied then.
+    """
+    dense = {place: model.get_submodule(place) for place in (name, *tied)}
+    owner, weight = dense[name], dense[name].weight
+    assert isinstance(owner, nn.Embedding)
+    assert isinstance(weight, Tensor)
+    packed = PackedEmbedding.of(layer, Lookup.of(owner))
+    packed.runtime.activation_bits = layer.runtime.activation_bits
+    packed.weight = torch.empty(packed.placeholder_shape, dtype=weight.dtype, device=weight.device)
+    replace_everywhere(model, name, packed.train(owner.training))
+    for place in tied:
+        other = dense[place]
+        bias = other.bias if isinstance(other, nn.Linear) else None
+        lookup = Lookup.of(other) if isinstance(other, nn.Embedding) else None
+        replace_everywhere(model, place, TiedLayer(packed, bias=bias, lookup=lookup).train(other.training))
+    keys = vars(model).get("all_tied_weights_keys")
+    if keys is not None:
+        gone = {f"{place}.weight" for place in dense}
+        vars(model)["all_tied_weights_keys"] = {one: two for one, two in keys.items() if not gone & {one, two}}
 
 
 def _place(model: nn.Module, name: str) -> str | None:

@@ -21,9 +21,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fips.errors import CheckpointError, ConfigError
+from fips.errors import CheckpointError, ConfigError, ModelError
 from fips.files.manifest import MANIFEST, read_json, write_json
 from fips.files.untrusted import file_inside
+from fips.layers.embedding import PackedEmbedding
 from fips.layers.fixed import watch_training
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
 from fips.layers.merge import drop_unused_bases, merge
@@ -142,6 +143,22 @@ def attach(model: nn.Module) -> None:
     model._weight_conversions = []  # packed tensors are named after their modules, not after older checkpoints
     model.save_pretrained = partial(_save_pretrained, model)  # unlike bound methods, these pickle
     model._upload_modified_files = partial(_upload_modified_files, model)
+    if any(isinstance(layer, PackedEmbedding) for layer in factored_layers(model).values()):
+        model.resize_token_embeddings = partial(_resize_token_embeddings, model)
+
+
+def _resize_token_embeddings(model: PreTrainedModel, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
+    """``resize_token_embeddings`` of a packed embedding, which has as many rows as it has."""
+    found: Any = model.get_input_embeddings()
+    if not isinstance(found, PackedEmbedding):
+        return type(model).resize_token_embeddings(model, new_num_tokens, *_, **__)
+    if new_num_tokens in (None, found.num_embeddings) and not (_ or __):
+        return found
+    raise ModelError(
+        f"the embedding of `{type(model).__name__}` is packed with {found.num_embeddings} rows, which cannot become "
+        f"{new_num_tokens}; wanted a dense embedding: call `fips.merge(model)` first, or resize the original model and "
+        "compress it again"
+    )
 
 
 def _refresh_config(model: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from fips.files.manifest import read_json
 from fips.files.untrusted import MAX_JSON_BYTES, file_inside, parse_object
 from fips.formats.patterns import pattern_named
 from fips.formats.values import values_named
+from fips.layers.embedding import TiedLayer
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis
 from fips.models.sites import Role
 from fips.storage.layout import LayerLayout, Layout
@@ -245,7 +246,7 @@ def _kinds(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """
     kinds: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, FactoredLinear | SharedBasis):
+        if isinstance(module, FactoredLinear | SharedBasis | TiedLayer):
             continue
         name = type(module).__name__
         last = "" if "norm" in name.lower() else path.rpartition(".")[2]

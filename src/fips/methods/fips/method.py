@@ -14,12 +14,14 @@ import torch
 
 from fips.calibration.moments import LayerMoments, moment_bytes
 from fips.errors import ConfigError
+from fips.formats.patterns import FULL
 from fips.methods.fips.settings import FipsConfig
 from fips.methods.fips.stages import (
     Search,
     Solved,
     Split,
     allot,
+    ends_of,
     finish,
     group_share,
     measure,
@@ -38,7 +40,7 @@ from fips.methods.workbench import (
     Workbench,
 )
 from fips.models import LayerGroup, Site
-from fips.models.locate import Sublayer
+from fips.models.sublayers import Sublayer
 from fips.plan.footprint import LayerStorage, factored_footprint, itemsize
 from fips.plan.groups import GroupPlan, byte_target, solved_plan
 from fips.plan.least import BYTES_PER_BIT
@@ -132,6 +134,10 @@ class Fips(Method[FipsConfig]):
     def _equal_layers(self, group: LayerGroup, dtype: torch.dtype, kind: str) -> tuple[list[LayerStorage], bool]:
         config = self.config
         pattern = config.format
+        if group.is_end:
+            whole = [LayerStorage(site.width * site.hidden, FULL, kind, shared=False) for site in group.sites]
+            spent = factored_footprint(group, rank=0, itemsize=itemsize(dtype), layers=whole).bytes
+            return whole, spent <= byte_target(group, config)
         if pattern.group_kept is None:
             return equal_layers(group, config, dtype, kind, fmt=pattern.name)
         n, m = pattern.group_kept, pattern.group
@@ -144,7 +150,7 @@ class Fips(Method[FipsConfig]):
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """A shared basis if there must be one, and an entry for every row and column of every matrix."""
         item, unit = itemsize(dtype), BYTES_PER_BIT if self.config.budget is None else 1
-        least = {site: _least(site, self.config, item) for site in group.sites}
+        least = {site: _least(site, self.config, item, whole=group.is_end) for site in group.sites}
         if self.config.sharing == "always" and len(group.sites) > 1:
             basis = group.width**2 * (item if self.config.budget is None else 1)
             return (basis + sum(least.values())) / (group.hidden * group.width * unit)
@@ -213,7 +219,8 @@ def _tried(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[
             curves[name] = [_point(fields) for fields in points]
         bench.overfit |= {name: ratio for name, ratio in fields["overfit"].items() if ratio is not None}
     _say_overfit(bench)
-    split = allocate(tempered(list(curves.values())), sum(group_share(group, config) for group in plan.groups))
+    trials = tempered(list(curves.values()), ends_of(plan, list(curves)))
+    split = allocate(trials, sum(group_share(group, config) for group in plan.groups))
     return dict(zip(curves, split, strict=True))
 
 
@@ -318,12 +325,11 @@ def _need(group: GroupPlan) -> int:
     return 2 * moment_bytes(group.group.sites)
 
 
-def _least(site: Site, config: FipsConfig, item: int) -> float:
-    """The least that may be made of a matrix, without its basis: numbers or bytes."""
+def _least(site: Site, config: FipsConfig, item: int, *, whole: bool) -> float:
+    """The least that may be made of a matrix, without its basis: numbers or bytes; all entries of a ``whole`` one."""
     size, pattern = site.width * site.hidden, config.format
-    kept = math.ceil(max(site.width, site.hidden) / pattern.block) * pattern.block
-    if config.value_choices[0].memory:
-        kept = size
+    whole = whole or config.value_choices[0].memory > 0
+    kept = size if whole else math.ceil(max(site.width, site.hidden) / pattern.block) * pattern.block
     if pattern.group_kept is not None:
         kept = size * pattern.group_kept // pattern.group
     if config.budget is not None:
@@ -333,5 +339,7 @@ def _least(site: Site, config: FipsConfig, item: int) -> float:
     if numbers.bits is not None:
         scales = numbers.scale_bytes(site.outputs, site.inputs, item)
         values = kept * numbers.bits / 8 + scales + (numbers.bits % 8 > 0)
+    if whole:
+        return values
     bits = size / pattern.group * pattern.group_bits if pattern.density is None else pattern.bits(size)
     return values + bits / 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -39,6 +39,7 @@ class MetricConfig(InputMetricConfig):
 class FipsConfig(SparseConfig):
     """What each group may become, the metric, and training afterwards; structure and sparsity follow from the size."""
 
+    packs_ends: ClassVar[bool] = True
     method: Literal["fips"] = "fips"
     effort: Literal["fast", "default", "max"] = "default"
     """How hard to look. `fast` and `default` prune and round every layer once, with error feedback; `fast` decides on
@@ -82,6 +83,20 @@ class FipsConfig(SparseConfig):
             raise ValueError("`schedule: gmp` starts from dense factors; `method: fips` takes `static` or `rigl`")
         if self.schedule == "rigl" and self.pattern not in ("auto", "unstructured"):
             raise ValueError(f"`schedule: rigl` needs `pattern: unstructured`, got {self.pattern!r}")
+        if self.layers == "all":
+            self._check_ends()
+
+    def _check_ends(self) -> None:
+        """Embedding and head are rounded once, all their entries kept."""
+        if not self.one_shot or self.reconstruction.steps or self.distill.steps:
+            raise ValueError(
+                "`layers: all` goes with `effort: default` or `fast`, without sharing, `propagate_errors` and "
+                "training; leave those out or take `layers: blocks`"
+            )
+        if not self.has_integers:
+            raise ValueError(f"`layers: all` stores embedding and head in few bits, got `values: {self.values}`")
+        if self.pattern not in ("auto", "unstructured"):
+            raise ValueError(f"`layers: all` keeps all entries of embedding and head, got `pattern: {self.pattern}`")
 
     @field_validator("values")
     @classmethod
