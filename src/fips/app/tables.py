@@ -121,10 +121,11 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def parameter_lines(plan: CompressionPlan) -> list[str]:
-    """What is left of the parameters of the layers, where some are to go."""
-    before, after = plan.dense.parameters, plan.factored.parameters
-    if before == after:
+def parameter_lines(outline: Outline) -> list[str]:
+    """What is left of the parameters of the layers, where a share of them was asked for: with bytes instead the default
+    decides by trials how many it keeps, often all."""
+    before, after = outline.plan.dense.parameters, outline.plan.factored.parameters
+    if "budget" not in outline.smallest:
         return []
     return [f"parameters of these layers: {_count(before)} -> {_count(after)} ({after / before:.1%})"]
 
