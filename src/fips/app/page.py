@@ -182,29 +182,37 @@ def _layers(packed: PackedOutline) -> dict[str, Any]:
     """Blocks as rows and their layers as columns, or a row for every layer where blocks have many."""
     layers = sorted(packed.layers, key=lambda layer: natural(layer.name))
     places = {layer.name: _place(layer.name, packed.block_errors) for layer in layers}
+    blocks = {name: block for name, (block, _) in places.items()}
     columns = list(dict.fromkeys(rest for _, rest in places.values()))
-    if len(columns) > MOST_COLUMNS:
-        places = {name: (name, "layer") for name in places}
-        columns = ["layer"]
+    row_for_each = len(columns) > MOST_COLUMNS
+    if row_for_each:
+        places = {name: (name, "stored as") for name in places}
+        columns = ["stored as"]
     most_bits = max(1, -int(-max(layer.bits for layer in layers) // 1))  # rounded up
     most_error = max(packed.block_errors.values(), default=0.0)
     rows: dict[str, dict[str, PackedLayer]] = {}
     for layer in layers:
         block, rest = places[layer.name]
         rows.setdefault(block, {})[rest] = layer
+    shapes = {rest: _one_shape([cells[rest] for cells in rows.values() if rest in cells]) for rest in columns}
+    of_rows = {row: blocks[next(iter(cells.values())).name] for row, cells in rows.items()}
+    first = {block: row for row, block in reversed(of_rows.items())}
+    errors = {row: packed.block_errors.get(block) for block, row in first.items()}
     return {
-        "columns": columns,
-        "with_errors": bool(packed.block_errors.keys() & rows.keys()),
+        "head": "layer" if row_for_each else "block",
+        "head_width": min(16, 2 + max(map(len, rows)) // 2),
+        "columns": [{"parts": rest.split("."), "shape": shapes[rest]} for rest in columns],
+        "with_errors": any(error is not None for error in errors.values()),
         "most_bits": most_bits,
         "legend": error_lines(packed),
         "rows": [
             {
-                "name": block,
-                "cells": [_cell(cells[rest], most_bits) if rest in cells else None for rest in columns],
-                "error": f"{packed.block_errors[block]:.5f}" if block in packed.block_errors else None,
-                "error_width": _percent(packed.block_errors.get(block, 0.0), most_error),
+                "name": row,
+                "cells": [_cell(cells[rest], most_bits, shapes[rest]) if rest in cells else None for rest in columns],
+                "error": None if (error := errors.get(row)) is None else f"{error:.5f}",
+                "error_width": _percent(error or 0.0, most_error),
             }
-            for block, cells in rows.items()
+            for row, cells in rows.items()
         ],
     }
 
@@ -219,14 +227,26 @@ def _place(name: str, blocks: Mapping[str, float]) -> tuple[str, str]:
     return (".".join(parts[: last + 1]), ".".join(parts[last + 1 :])) if last >= 0 else (name, "layer")
 
 
-def _cell(layer: PackedLayer, most_bits: float) -> dict[str, Any]:
+def _one_shape(layers: Sequence[PackedLayer]) -> str | None:
+    """The shape of layers that all have the same."""
+    shapes = {_shape(layer) for layer in layers}
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def _shape(layer: PackedLayer) -> str:
+    return f"{layer.inputs}x{layer.outputs}"
+
+
+def _cell(layer: PackedLayer, most_bits: float, said: str | None) -> dict[str, Any]:
+    """What a layer is, with its shape unless the head of its column has ``said`` it."""
+    shape = "" if said else f", {_shape(layer)}"
     pattern = "" if layer.pattern == "full" else f", {layer.pattern}"
     basis = f", rank {layer.rank}" if layer.rank else ""
     return {
         "bits": f"{layer.bits:.2f}",
         "width": _percent(layer.bits, most_bits),
         "kind": "attention" if any(word in layer.name.lower() for word in ("attn", "attention")) else "mlp",
-        "stored": f"{layer.values}{pattern}{basis}, {layer.inputs}x{layer.outputs}",
+        "stored": f"{layer.values}{pattern}{basis}{shape}",
         "held_out": None if layer.held_out is None else f"{layer.held_out:.3f}",
     }
 
