@@ -74,9 +74,9 @@ def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
         f"peak memory {'not measured' if peak is None else format_bytes(peak)}",
         highlight=False,
     )
-    stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False, soft_wrap=True)
     if (output / PAGE).is_file():
         stdout.print(f"report: {output / PAGE}", highlight=False, soft_wrap=True)
+    stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False, soft_wrap=True)
 
 
 def print_evaluation(name: str, result: Any) -> None:
