@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import tiny_model
 from PIL import Image
@@ -375,7 +376,7 @@ def test_report_shows_images_with_their_classes(
 ) -> None:
     model, small = vit
     out = tmp_path / "x.html"
-    options = ["--data", str(images), "--against", str(model), "--examples", "2", "--json"]
+    options = ["--data", str(images), "--against", str(model), "--examples", "2", "--batch-size", "3", "--json"]
     assert main(["report", str(small), "--output", str(out), *options]) == 0
     quality = json.loads(capsys.readouterr().out)["quality"]
     original = evaluate_source(str(model), DataConfig(source=str(images))).to_dict()
@@ -488,3 +489,6 @@ def test_no_license_is_taken_from_the_working_directory(tmp_path: Path, monkeypa
     model = tiny_model("llama")
     model.config.license = "gpl-3.0"
     assert license_of(model) == {"license": "gpl-3.0"}
+    of_timm = torch.nn.Linear(2, 2)
+    of_timm.pretrained_cfg = {"license": "apache-2.0"}  # type: ignore[assignment]
+    assert license_of(of_timm) == {"license": "apache-2.0"}
