@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from fips.training.factors import swapped
 from fips.version import __version__
 
 __all__ = ["Progress", "ProgressEvent", "compress"]
+
+SIZES = ("bits", "size", "budget")
 
 
 def compress(
@@ -120,6 +123,7 @@ def compress(
         if asked.size is not None:
             bench.notes.append(_size_note(asked, config, groups))
         report = _report(bench, plan, groups, started)
+        report.asked = {name: value for name in SIZES if (value := getattr(asked, name)) is not None}
     model.fips_report = report  # type: ignore[assignment]
     return report
 
@@ -152,6 +156,8 @@ def _report(
         data=measured("the description of the data", lambda: _description(bench.batches)) or {},
         notes=bench.notes,
         overfit=bench.overfit,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        phases=bench.phases,
         environment={
             **(measured("hardware and versions", lambda: environment(device)) or {}),
             "precision": resolve_precision(bench.config.precision, device),

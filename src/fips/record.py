@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Self
@@ -19,7 +20,16 @@ from fips.formats.patterns import FILE_NAMES, FULL
 from fips.plan.footprint import format_bytes
 from fips.training.reconstruct import BlockError
 
-__all__ = ["REPORT_FILE", "CompressionReport", "GroupResult", "environment", "peak_memory_bytes"]
+__all__ = [
+    "REPORT_FILE",
+    "CompressionReport",
+    "GroupResult",
+    "Score",
+    "environment",
+    "peak_memory_bytes",
+    "scores",
+    "size_asked_for",
+]
 
 REPORT_FILE = "fips_report.json"
 REPORT_VERSION = 1
@@ -88,6 +98,14 @@ class CompressionReport:
     """What went otherwise than asked for, one sentence each."""
     overfit: dict[str, float] = field(default_factory=dict)
     """By layer the error on half of the data over that on the other half, which was fitted; where it was measured."""
+    created: str | None = None
+    """When, as ISO 8601 with the time zone."""
+    asked: dict[str, float | str] = field(default_factory=dict)
+    """The size asked for: ``bits``, ``size`` or ``budget``, as given; ``config`` has the bits that a size came to."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds by stage of ``ProgressEvent``, in the process that wrote the report; parts of ``seconds``."""
+    quality: dict[str, Any] | None = None
+    """``EvaluationResult.to_dict()`` of the compressed model, where somebody evaluated it before it was saved."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -103,20 +121,25 @@ class CompressionReport:
             "environment": self.environment,
             "notes": self.notes,
             "overfit": {name: round(ratio, 3) for name, ratio in self.overfit.items()},
+            "created": self.created,
+            "asked": self.asked,
+            "phases": {stage: round(seconds, 2) for stage, seconds in self.phases.items()},
+            "quality": self.quality,
         }
 
     def summary(self) -> str:
         """What became of the model, in a few lines for people."""
-        rows = self._rows()
+        rows = self.rows()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._rows())
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.rows())
         return f'<table class="fips-report" style="text-align: left">{rows}</table>'
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str]]:
+        """What ``summary`` shows: names and values, the notes last."""
         dense, packed = (self.plan["layers"][key] for key in ("dense", "factored"))
         bits = 8 * packed["bytes"] / dense["parameters"]
         left = self.plan.get("left_dense", {}).get("layers", [])
@@ -135,6 +158,8 @@ class CompressionReport:
         if self.overfit:
             mean = sum(self.overfit.values()) / len(self.overfit)
             rows.append(("held out", f"errors are {mean:.3f} times those on the data that was fitted"))
+        if self.quality is not None:
+            rows += [(score.name, score.line()) for score in scores(self.quality)]
         if left:
             rows.append(
                 ("left dense", f"{len(left)} layers: {'; '.join(dict.fromkeys(one['reason'] for one in left))}")
@@ -154,6 +179,10 @@ class CompressionReport:
             groups=fields["results"],
             notes=fields.get("notes", []),
             overfit=fields.get("overfit", {}),
+            created=fields.get("created"),
+            asked=fields.get("asked", {}),
+            phases=fields.get("phases", {}),
+            quality=fields.get("quality"),
             **{
                 key: fields[key]
                 for key in (
@@ -166,6 +195,71 @@ class CompressionReport:
                 )
             },
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """One measure of quality, in words."""
+
+    name: str
+    before: str | None
+    """Of the original; None where it was not measured, and for what compares the two."""
+    after: str
+
+    def line(self) -> str:
+        return self.after if self.before is None else f"{self.before} -> {self.after}"
+
+
+def scores(quality: Mapping[str, Any]) -> list[Score]:
+    """What an evaluation (``EvaluationResult.to_dict()``) says about a model and the original beside it.
+
+    Those of the original are its own: an evaluation beside it holds the mean difference on the same examples.
+    """
+    found = _image_scores(quality) if quality["kind"] == "image" else _text_scores(quality)
+    against = quality.get("against")
+    if against is not None:
+        unit = "image" if quality["kind"] == "image" else "token"
+        kl, error = against["kl"], against["kl_standard_error"]
+        words = f"{kl:.3g}{'' if error is None else f' ± {error:.1g}'} nats per {unit}"
+        same = f"{against['agreement_percent']:.2f} % of {unit}s"
+        found += [
+            Score(name="KL to the original", before=None, after=words),
+            Score(name="same first choice", before=None, after=same),
+        ]
+    return found
+
+
+def _image_scores(quality: Mapping[str, Any]) -> list[Score]:
+    against, top1, top5 = quality.get("against"), quality["top1_percent"], quality["top5_percent"]
+    before = None if against is None else f"{top1 - against['change']:.2f} %"
+    return [
+        Score(name="top-1", before=before, after=f"{top1:.2f} %"),
+        Score(name="top-5", before=None, after=f"{top5:.2f} %"),
+    ]
+
+
+def _text_scores(quality: Mapping[str, Any]) -> list[Score]:
+    against, perplexity, rate = quality.get("against"), quality["perplexity"], quality["bits_per_byte"]
+    before, rate_before = None, None
+    if against is not None:  # the change is in nats per token
+        change = against["change"]
+        before = f"{perplexity * math.exp(-change):.4g}"
+        rate_before = f"{rate - change * quality['num_tokens'] / quality['num_bytes'] / math.log(2):.4f}"
+    return [
+        Score(name="perplexity", before=before, after=f"{perplexity:.4g}"),
+        Score(name="bits per byte", before=rate_before, after=f"{rate:.4f}"),
+    ]
+
+
+def size_asked_for(report: CompressionReport) -> str:
+    """The size that was asked for, in words."""
+    kept = report.config
+    asked = report.asked or {name: getattr(kept, name) for name in ("size", "bits", "budget")}
+    if asked.get("size") is not None:
+        return f"{asked['size']} for the whole file"
+    if asked.get("bits") is not None:
+        return f"{asked['bits']:.4g} bits per weight"
+    return f"{asked['budget']:.4g} of the parameters"
 
 
 def _each(lists: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from fips.app.compare import Comparison, Run, compare, method_config, write_comparison
 from fips.app.fitting import fitting_data
 from fips.app.forecast import Forecast, forecast
+from fips.app.outline import outline_of_directory
+from fips.app.page import PAGE, report_page
 from fips.app.sources import empty_model, is_compressed_source, read_model
 from fips.compression import Progress, compress
 from fips.config import DataConfig, Recipe
@@ -31,6 +34,7 @@ from fips.integrations.lm_eval import run_tasks
 from fips.integrations.onnx import export_onnx
 from fips.layers.merge import merge
 from fips.methods.registry import aliases
+from fips.methods.workbench import measured
 from fips.models.reading import kind_of, longest_sequence, processor_of
 from fips.models.timm import PixelBatches, is_timm_model
 from fips.models.transformers import (
@@ -51,9 +55,11 @@ from fips.storage.work import Keeper, kept_work
 
 __all__ = [
     "Compression",
+    "Evaluable",
     "Export",
     "compare_source",
     "compress_to_directory",
+    "evaluable_source",
     "evaluate_source",
     "evaluate_tasks",
     "export_directory",
@@ -131,9 +137,11 @@ def compress_to_directory(
     announce: Callable[[str], None] | None = None,
     work: Path | None = None,
     keep_work: bool = False,
+    quality: Callable[[nn.Module], EvaluationResult] | None = None,
 ) -> Compression | None:
     """Compress a model and write it; everything that can be refused is refused before the weights are read.
 
+    ``quality`` evaluates the compressed model for the record, the model card and the page that are written with it.
     What is finished is kept in ``work``, by default a directory beside the output, so that the same command goes on
     after a crash. ``announce`` is given a line about what the run will take. Of the processes that ``torchrun`` has
     started, the first writes; the others return None.
@@ -172,14 +180,25 @@ def compress_to_directory(
             if target is None:
                 return None
             report.source = source
+            if quality is not None:
+                found = measured("quality", partial(quality, model))
+                report.quality = None if found is None else found.to_dict()
             used = recipe.model_copy(update={"model": source, "architecture": None})
-            return Compression(report, *_write(model, target, processor, used.to_yaml(), keeper))
+            beside = partial(_write_page, output, trust_remote_code=trust_remote_code)
+            return Compression(report, *_write(model, target, processor, used.to_yaml(), keeper, beside))
 
 
-def _write(model: nn.Module, target: Output, processor: Any, recipe: str, keeper: Keeper) -> tuple[int, int]:
+def _write(
+    model: nn.Module,
+    target: Output,
+    processor: Any,
+    recipe: str,
+    keeper: Keeper,
+    beside: Callable[[Path], None],
+) -> tuple[int, int]:
     """Bytes of tensors and of files written; what cannot be written where it should is written elsewhere."""
     try:
-        tensor_bytes = write_model(model, target, recipe=recipe)
+        tensor_bytes = write_model(model, target, recipe=recipe, beside=beside)
         file_bytes = _size(target.scratch)
         target.commit()
     except Exception as error:
@@ -194,6 +213,13 @@ def _write(model: nn.Module, target: Output, processor: Any, recipe: str, keeper
             else f"{error}; it could be written nowhere else either"
         ) from error
     return tensor_bytes, file_bytes
+
+
+def _write_page(output: Path, directory: Path, *, trust_remote_code: bool) -> None:
+    """The report on what was written into ``directory``, which will be ``output``."""
+    packed = outline_of_directory(str(directory), trust_remote_code=trust_remote_code)
+    page = report_page(packed, name=output.resolve().name)
+    (directory / PAGE).write_text(page, encoding="utf-8")
 
 
 def _rescue(model: nn.Module, directory: Path, processor: Any, recipe: str) -> Path | None:
@@ -214,6 +240,39 @@ def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluable:
+    """A model with its examples, and the original it is compared with."""
+
+    model: nn.Module
+    original: nn.Module | None
+    batches: Batches
+    processor: Any
+    """Tokenizer or image processor."""
+
+    def evaluate(self, progress: Any = None) -> EvaluationResult:
+        return evaluate(self.model, self.batches, against=self.original, progress=progress)
+
+
+def evaluable_source(
+    source: str,
+    data: DataConfig,
+    *,
+    against: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Evaluable:
+    """A compressed directory or a dense model, and ``against``, read after everything cheap has been checked."""
+    place = pick_device(device)
+    dtype = resolve_dtype(dtype)
+    empty = empty_model(source, trust_remote_code=trust_remote_code)
+    batches, processor = _batches(source, data, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype, "device": place, "trust_remote_code": trust_remote_code}
+    original = None if against is None else _read(against, **options)
+    return Evaluable(_read(source, **options), original, batches, processor)
+
+
 def evaluate_source(
     source: str,
     data: DataConfig,
@@ -225,13 +284,9 @@ def evaluate_source(
     progress: Any = None,
 ) -> EvaluationResult:
     """Accuracy or perplexity of a compressed directory or of a dense model, and how far it is from ``against``."""
-    place = pick_device(device)
-    dtype = resolve_dtype(dtype)
-    empty = empty_model(source, trust_remote_code=trust_remote_code)
-    batches, _ = _batches(source, data, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"dtype": dtype, "device": place, "trust_remote_code": trust_remote_code}
-    original = None if against is None else _read(against, **options)
-    return evaluate(_read(source, **options), batches, against=original, progress=progress)
+    return evaluable_source(
+        source, data, against=against, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    ).evaluate(progress)
 
 
 def _read(source: str, *, dtype: Any, device: torch.device, trust_remote_code: bool) -> nn.Module:

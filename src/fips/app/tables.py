@@ -24,6 +24,7 @@ __all__ = [
     "kind_table",
     "layer_table",
     "left_dense_lines",
+    "natural",
     "packed_table",
     "parameter_lines",
     "plan_table",
@@ -151,7 +152,7 @@ def packed_table(packed: PackedOutline) -> Table:
         table.add_column("rank", justify="right", no_wrap=True)
     if measured:
         table.add_column("held out", justify="right", no_wrap=True)
-    layers = sorted(packed.layers, key=lambda layer: _natural(layer.name))
+    layers = sorted(packed.layers, key=lambda layer: natural(layer.name))
     for parent, members in groupby(layers, key=lambda layer: layer.name.rpartition(".")[0]):
         table.add_section()
         table.add_row(parent, style="bold")
@@ -163,7 +164,7 @@ def packed_table(packed: PackedOutline) -> Table:
     return table
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Numbers in the order of numbers."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 

@@ -342,6 +342,52 @@ def inspect(
     print_plan(outline_of_plan(empty, made, setting.compression), as_json=as_json, with_layers=True)
 
 
+@app.command(rich_help_panel=LOOK)
+def report(
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="Compressed directory, or hub id of one.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.", rich_help_panel=MODEL)] = Path(
+        "report.html"
+    ),
+    data: Data = None,
+    split: Split = None,
+    column: Column = None,
+    num_samples: NumSamples = None,
+    sequence_length: SequenceLength = None,
+    document_separator: Separator = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original, to compare with on --data.")
+    ] = None,
+    examples: Annotated[
+        int,
+        typer.Option(metavar="N", help="Examples of the data to show.", rich_help_panel=DATA_PANEL),
+    ] = 3,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Sizes, layers, settings and notes of a compressed directory as one HTML file; with --data also its quality."""
+    from fips.app.reporting import report_on
+    from fips.config import DataConfig
+
+    fields = data_fields(locals())
+    if fields and "source" not in fields:
+        raise ConfigError("data options without data: give --data")
+    with progress_bars(stderr) as bars:
+        done = report_on(
+            directory, output, data=DataConfig(**fields) if fields else None, against=against, examples=examples,
+            device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=bars.counter("evaluate"),
+        )  # fmt: skip
+    if as_json:
+        print_json({"output": str(done.path), "bytes": done.bytes, "quality": done.quality, "examples": done.examples})
+        return
+    stdout.print(f"written to {done.path}: {done.bytes:,} bytes", highlight=False, soft_wrap=True)
+
+
 @app.command(rich_help_panel=MEASURE)
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Compressed directory, model directory or hub id.")],

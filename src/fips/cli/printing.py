@@ -57,6 +57,7 @@ def print_packed(packed: Any, *, as_json: bool) -> None:
 
 
 def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
+    from fips.app.page import PAGE
     from fips.app.tables import format_bytes, left_dense_lines, result_table
 
     if as_json:
@@ -73,6 +74,8 @@ def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
         f"peak memory {'not measured' if peak is None else format_bytes(peak)}",
         highlight=False,
     )
+    if (output / PAGE).is_file():
+        stdout.print(f"report: {output / PAGE}", highlight=False, soft_wrap=True)
     stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False, soft_wrap=True)
 
 

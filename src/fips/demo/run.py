@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from fips.app.commands import compress_to_directory, evaluate_source, plan_source
+from fips.app.commands import compress_to_directory, evaluable_source, evaluate_source, plan_source
 from fips.app.outline import outline_of_plan
+from fips.app.page import PAGE
 from fips.app.tables import format_bytes, kind_table, layer_table, result_table
 from fips.bars import progress_bars
 from fips.config import CompressionConfig, DataConfig, Recipe
@@ -55,10 +58,18 @@ def run_demo(output: Path, *, bits: float, console: Console, bars: Console | Non
         evaluation = DataConfig(
             source=str(held_out), num_samples=EVALUATION_WINDOWS, sequence_length=WINDOW, batch_size=16
         )
-        before = evaluate_source(source, evaluation, progress=progress.counter("original"))
-        done = compress_to_directory(source, recipe, output, progress=progress.event)
+        original = evaluable_source(source, evaluation)
+        before = original.evaluate(progress.counter("original"))
+        scored: list[EvaluationResult] = []
+
+        def quality(compressed: nn.Module) -> EvaluationResult:
+            pair = replace(original, model=compressed, original=original.model)
+            scored.append(pair.evaluate(progress.counter("compressed")))
+            return scored[0]
+
+        done = compress_to_directory(source, recipe, output, progress=progress.event, quality=quality)
         assert done is not None  # a single process
-        after = evaluate_source(str(output), evaluation, progress=progress.counter("compressed"))
+        after = scored[0] if scored else evaluate_source(str(output), evaluation)
     console.print(result_table(done.report))
     console.print(_quality_table(before, after))
     seconds = time.perf_counter() - started
@@ -68,8 +79,11 @@ def run_demo(output: Path, *, bits: float, console: Console, bars: Console | Non
         f"model.safetensors: {format_bytes(original_file)} -> {format_bytes(compressed_file)}; {seconds:.0f} s in all",
         highlight=False,
     )
-    console.print(f'Compressed model in {output}. Load it:\n\n    import fips\n    model = fips.load("{output}")\n',
-                  highlight=False, soft_wrap=True)  # fmt: skip
+    for line in (
+        f"Compressed model in {output}, a report on it in {output / PAGE}. Load it:",
+        f'\n    import fips\n    model = fips.load("{output}")\n',
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
     return {
         "output": str(output),
         "bits_per_byte": {"before": before.to_dict(), "after": after.to_dict()},

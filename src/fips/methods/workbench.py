@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,6 +166,9 @@ class Workbench:
     """By layer the error on data held out over that on the data fitted, where it was measured."""
     notes: list[str] = field(default_factory=list)
     """What went otherwise than asked for, for the report."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds that passed before each report of a stage, after the report before it."""
+    _reported_at: float = field(default_factory=time.perf_counter)
 
     def note(self, text: str) -> None:
         """Say something in the report and, as a warning, in the log."""
@@ -389,6 +393,9 @@ class Workbench:
             self.report(stage, group, min(index + 1, total or index + 1), total)
 
     def report(self, stage: str, group: str, done: int, total: int, loss: float | None = None) -> None:
+        now = time.perf_counter()
+        self.phases[stage] = self.phases.get(stage, 0.0) + now - self._reported_at
+        self._reported_at = now
         if self.progress is not None:
             self.progress(ProgressEvent(stage, group, done, total, loss))
 

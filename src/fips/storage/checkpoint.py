@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from fips.models.wrappers import unwrap
 from fips.plan.finite import require_finite_state
 from fips.plan.footprint import named_state, state_bytes
 from fips.record import REPORT_FILE
-from fips.storage.companions import CARD, architecture_of, saved_fields, write_card, write_remote_code
+from fips.storage.companions import CARD, architecture_of, license_of, saved_fields, write_card, write_remote_code
 from fips.storage.layout import QUANT_METHOD, Layout, check_layers, describe_layout, install_layout
 from fips.storage.quantizer import attach, read_report
 from fips.storage.reload import check_reloadable
@@ -102,9 +102,12 @@ def write_model(
     processor: Any = None,
     recipe: str | None = None,
     max_shard_size: str | int = "5GB",
+    beside: Callable[[Path], None] | None = None,
 ) -> int:
     """What ``save`` writes, into a place that is held already and stays to be committed; returns the same.
 
+    ``beside`` is given the directory before its manifest is made, to write further files for people, which loading does
+    not read: where it fails, what it wrote is removed and the failure is logged.
     Once weights and configuration are written they are kept whatever fails after them: ``output.kept`` says where.
     """
     with output.writing("the weights"):
@@ -125,6 +128,8 @@ def write_model(
         if recipe is not None:
             (output.scratch / RECIPE_FILE).write_text(recipe, encoding="utf-8")
         _write_report(model, output)
+        if beside is not None:
+            _write_beside(beside, output.scratch)
         write_manifest(output.scratch)
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
@@ -151,14 +156,25 @@ def _write_report(model: nn.Module, output: Output) -> None:
         if fields is not None:
             write_json(output.scratch / REPORT_FILE, fields)
         write_card(
-            output.scratch, name=output.directory.resolve().name, architecture=architecture_of(model), report=fields
-        )
+            output.scratch, name=output.directory.resolve().name, architecture=architecture_of(model), report=fields,
+            license_fields=license_of(model),
+        )  # fmt: skip
     except OSError:
         raise
     except Exception as error:
         log.warning("no report or no model card written: %s: %s", type(error).__name__, error)
         for name in (REPORT_FILE, CARD):
             (output.scratch / name).unlink(missing_ok=True)
+
+
+def _write_beside(beside: Callable[[Path], None], directory: Path) -> None:
+    before = set(directory.iterdir())
+    try:
+        beside(directory)
+    except Exception as error:
+        log.warning("the directory lacks its report for people: %s: %s", type(error).__name__, error)
+        for path in set(directory.iterdir()) - before:
+            path.unlink(missing_ok=True)
 
 
 def load(

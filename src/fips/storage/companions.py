@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from fips.errors import ModelError
+from fips.files.names import without_directories
 from fips.models.architectures import (
     REMOTE_MODULE,
     code_of,
@@ -20,12 +24,14 @@ from fips.models.architectures import (
     saved_class,
     saved_config_class,
 )
+from fips.record import REPORT_FILE, CompressionReport, scores, size_asked_for
 
 __all__ = [
     "CARD",
     "REMOTE_CODE",
     "architecture_of",
     "auto_map",
+    "license_of",
     "model_card",
     "saved_classes",
     "saved_fields",
@@ -35,6 +41,15 @@ __all__ = [
 
 REMOTE_CODE = f"{REMOTE_MODULE}.py"
 CARD = "README.md"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_WORD = r"[\w.+-]{1,100}"
+_LICENSE = {
+    "license": rf"^license:\s*[\"']?({_WORD})[\"']?\s*$",
+    "license_name": r"^license_name:\s*[\"']?([\w.+ -]{1,100}?)[\"']?\s*$",
+    "license_link": r"^license_link:\s*[\"']?(https://[\w./%~-]{1,300})[\"']?\s*$",
+}
+"""Single words and links; a list of licenses, or a link that is relative to the source, is not copied."""
+_LONGEST_CARD = 1 << 20
 _TEMPLATE_MARK = "has been automatically generated"
 
 _REMOTE_TEXT = '''"""Runs under `trust_remote_code=True`: fips teaches transformers the layers of this model."""
@@ -54,16 +69,14 @@ class {name}({base}):
 '''
 
 _NOTICE = """\
-> **The MLPs of this model are packed by fips** (shared basis times sparse factors,
-> [arXiv 2411.09816](https://arxiv.org/abs/2411.09816)). Load it with fips installed and
+> **Layers of this model are packed by fips**, as numbers of few bits. Load it with fips installed and
 > `import fips` before `from_pretrained`, or with `trust_remote_code=True`. Without either, loading stops with a size
 > mismatch and the warning `Unknown quantization type, got fips`: never pass `ignore_mismatched_sizes=True`.
 """
 
 _NOTICE_TIMM = """\
-> **The MLPs of this timm model are packed by fips** (shared basis times sparse factors,
-> [arXiv 2411.09816](https://arxiv.org/abs/2411.09816)). Load it with `import fips` and `fips.load`; timm alone refuses
-> its weights.
+> **Layers of this timm model are packed by fips**, as numbers of few bits. Load it with `import fips` and `fips.load`;
+> timm alone refuses its weights.
 """
 
 _USAGE_TIMM = """
@@ -149,27 +162,66 @@ def _code_files(model: PreTrainedModel) -> list[Path]:
     return list(files.values())
 
 
-def write_card(directory: Path, *, name: str, architecture: str | None, report: Mapping[str, Any] | None) -> None:
+def write_card(
+    directory: Path,
+    *,
+    name: str,
+    architecture: str | None,
+    report: Mapping[str, Any] | None,
+    license_fields: Mapping[str, str] | None = None,
+) -> None:
     """Write the card of model ``name``; one that a person wrote is kept below the notice on how to load the model."""
     path = directory / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not text or _TEMPLATE_MARK in text:
-        path.write_text(model_card(name, architecture=architecture, report=report), encoding="utf-8")
+        card = model_card(name, architecture=architecture, report=report, license_fields=license_fields)
+        path.write_text(card, encoding="utf-8")
     elif "import fips" not in text:
         header, body = _split_header(text)
         path.write_text(f"{header}{_NOTICE}\n{body}", encoding="utf-8")
 
 
-def model_card(name: str, *, architecture: str | None, report: Mapping[str, Any] | None) -> str:
-    """Model card with the loading notice first, then what was done and measured."""
+def model_card(
+    name: str,
+    *,
+    architecture: str | None,
+    report: Mapping[str, Any] | None,
+    license_fields: Mapping[str, str] | None = None,
+) -> str:
+    """Model card with the loading notice first, then what was done and measured.
+
+    Paths of the machine it was made on are not in it, only their last parts.
+    """
     source = (report or {}).get("source")
-    base = f"base_model: {source}\n" if source and not Path(source).exists() and source.count("/") == 1 else ""
-    library = "transformers" if architecture else "timm"
-    header = f"---\nlibrary_name: {library}\ntags:\n- fips\n{base}---\n\n"
-    results = _results(report) if report else ""
+    header: dict[str, Any] = {"library_name": "transformers" if architecture else "timm", "tags": ["fips"]}
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not Path(source).exists():
+        header["base_model"] = source
+    text = f"---\n{yaml.safe_dump({**header, **(license_fields or {})}, sort_keys=False)}---\n\n"
+    results = _results(CompressionReport.from_dict(without_directories(report)), license_fields) if report else ""
     if architecture is None:
-        return f"{header}{_NOTICE_TIMM}{_USAGE_TIMM.format(name=name)}{results}"
-    return f"{header}{_NOTICE}{_USAGE.format(name=name, auto_class=_auto_class(architecture))}{results}"
+        return f"{text}{_NOTICE_TIMM}{_USAGE_TIMM.format(name=name)}{results}"
+    return f"{text}{_NOTICE}{_USAGE.format(name=name, auto_class=_auto_class(architecture))}{results}"
+
+
+def license_of(model: nn.Module) -> dict[str, str]:
+    """The license of the model something was made of: ``license``, and ``license_name`` and ``license_link``, if any.
+
+    From the card in the directory the model was loaded from, else from its configuration, or that of timm; empty where
+    none of them says one.
+    """
+    config = getattr(model, "config", None)
+    place = str(getattr(config, "_name_or_path", None) or "")
+    text = ""
+    with suppress(OSError):
+        if place and (card := Path(place) / CARD).is_file():
+            with card.open(encoding="utf-8", errors="replace") as file:
+                text, _ = _split_header(file.read(_LONGEST_CARD))
+    found = {key: match[1] for key in _LICENSE if (match := re.search(_LICENSE[key], text, re.MULTILINE))}
+    if "license" in found:
+        return found
+    timm: Any = getattr(model, "pretrained_cfg", None) or {}
+    named = str(getattr(config, "license", None) or timm.get("license") or "")
+    return {"license": named} if re.fullmatch(_WORD, named) else {}
 
 
 def architecture_of(model: nn.Module) -> str | None:
@@ -196,25 +248,56 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.5f}"
 
 
-def _results(report: Mapping[str, Any]) -> str:
-    layers, config = report["layers"], report["config"]
-    rows = [
-        ("parameters of the model", report["model"]["parameters"], report["compressed_model"]["parameters"]),
-        ("bytes of the model", report["model"]["bytes"], report["compressed_model"]["bytes"]),
+def _results(report: CompressionReport, license_fields: Mapping[str, str] | None) -> str:
+    plan = report.plan
+    layers = plan["layers"]
+    sizes = [
+        ("parameters of the model", plan["model"]["parameters"], plan["compressed_model"]["parameters"]),
+        ("bytes of the model", plan["model"]["bytes"], plan["compressed_model"]["bytes"]),
         ("bytes of the compressed layers", layers["dense"]["bytes"], layers["factored"]["bytes"]),
     ]
-    lines = ["", "## Compression", "", f"Source: `{report.get('source') or 'a model in memory'}`", ""]
-    lines += ["| | before | after | share |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {before:,} | {after:,} | {after / before:.1%} |" for name, before, after in rows]
-    lines += ["", "| group | blocks | relative block error |", "| --- | --- | --- |"]
-    lines += [
-        f"| {result['name']} | {len(result['blocks'])} | {_number(result['relative_error_final'])} |"
-        for result in report["results"]
-    ]
-    settings = ", ".join(
-        f"{key} {config[key]}" for key in ("method", "budget", "sparsity", "pattern") if config.get(key)
+    lines = ["", "## Compression", "", f"Made from `{_plain(report.source or 'a model in memory')}`, "]
+    lines[-1] += f"{size_asked_for(report)} asked for."
+    if license_fields:
+        lines[-1] += f" Its license: {license_fields.get('license_name', license_fields['license'])}."
+    lines += ["", "| | before | after | share |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {before:,} | {after:,} | {after / before:.1%} |" for name, before, after in sizes]
+    quality, report.quality = report.quality, None  # in a table of its own
+    lines += ["", *_table(("", ""), [row for row in report.rows() if row[0] != "note"])]
+    lines += ["", "## Quality", "", *_quality(quality)]
+    lines += ["", "## Data", "", _data_line(report.data), "", "## Errors", ""]
+    rows = [(str(one["name"]), str(len(one["blocks"])), _number(one["relative_error_final"])) for one in report.groups]
+    lines += _table(("group", "blocks", "relative block error"), rows)
+    versions = ", ".join(
+        f"{key} {report.environment[key]}" for key in ("fips", "torch", "transformers") if key in report.environment
     )
-    environment = report.get("environment", {})
-    versions = ", ".join(f"{key} {environment[key]}" for key in ("fips", "torch", "transformers") if key in environment)
-    lines += ["", f"Settings: {settings}. {versions}.", ""]
+    lines += ["", f"Made with {_plain(versions) or 'fips'}; all settings are in `{REPORT_FILE}`.", ""]
     return "\n".join(lines)
+
+
+def _quality(quality: Mapping[str, Any] | None) -> list[str]:
+    if quality is None:
+        return ["Not evaluated when this card was written: `fips evaluate DIR --data DATA --against MODEL` does it."]
+    rows = [(score.name, score.before or "", score.after) for score in scores(quality)]
+    return [_data_line(quality.get("data", {})), "", *_table(("", "original", "this model"), rows)]
+
+
+def _data_line(data: Mapping[str, Any]) -> str:
+    """What examples were used."""
+    if data.get("source") is None:
+        return "Batches that were given in memory." if not data else f"{data.get('num_samples', 'Some')} examples."
+    split = f", split `{_plain(data['split'])}`" if data.get("split") else ""
+    return f"{data.get('num_samples', 'Some')} examples of `{_plain(data['source'])}`{split}, seed {data.get('seed')}."
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{' --- |' * len(head)}",
+        *(f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows),
+    ]
+
+
+def _plain(text: Any) -> str:
+    """A text as one line that ends no cell, no code and opens no tag."""
+    return " ".join(str(text).split()).replace("|", "/").replace("`", "'").replace("<", "&lt;")

@@ -33,7 +33,14 @@ from fips.models.building import naming, try_build
 from fips.models.transformers import build_empty, build_from_classes
 from fips.plan.footprint import named_state
 from fips.record import REPORT_FILE, CompressionReport
-from fips.storage.companions import architecture_of, model_card, saved_classes, write_card, write_remote_code
+from fips.storage.companions import (
+    architecture_of,
+    license_of,
+    model_card,
+    saved_classes,
+    write_card,
+    write_remote_code,
+)
 from fips.storage.layout import QUANT_METHOD, Layout, check_layers, describe_layout, install_layout
 from fips.storage.weights import (
     FLOATS,
@@ -217,7 +224,9 @@ def _write_companions(model: PreTrainedModel, directory: Path, name: str) -> Non
     fields = None if report is None else report.to_dict()
     if fields is not None:
         write_json(directory / REPORT_FILE, fields)
-    write_card(directory, name=name, architecture=architecture_of(model), report=fields)
+    write_card(
+        directory, name=name, architecture=architecture_of(model), report=fields, license_fields=license_of(model)
+    )
 
 
 def read_report(directory: Path) -> CompressionReport | None:
