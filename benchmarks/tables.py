@@ -178,8 +178,8 @@ def overview() -> str:
 def now() -> str:
     """The default beside what the field runs: quality, and KL to the original."""
     rows = []
-    for name, label in MODELS.items():
-        found, digits = Comparison(f"{name}-default"), DIGITS[name]
+    for name, label in {**MODELS, "dinov2-small": "DINOv2-small, top-1 %"}.items():
+        found, digits = Comparison(f"{name}-default"), DIGITS.get(name, 2)
         for size in sorted({asked(run) for run in found.fields["runs"]}, reverse=True):
             if not found.runs("fips", size):
                 continue
