@@ -38,6 +38,8 @@ class Choice:
     """Whether the integers of the file are those of the layer."""
     kept: bool = False
     """Whether these, or the floating numbers, are."""
+    larger: bool = False
+    """Whether it takes more bits than the layer since llama.cpp has no such numbers."""
 
 
 def choose(layer: FactoredLinear, wanted: GgufType) -> Choice:
@@ -54,15 +56,16 @@ def choose(layer: FactoredLinear, wanted: GgufType) -> Choice:
     kind = ", ".join([layer.packed().kind, *extras])
     if not numbers.scaled:
         type_ = half_type(layer.factor() if own else layer.dense_weight())
-        return Choice(kind, type_, kept=own and (type_ == "F32" or layer.values.dtype != torch.float32))
+        kept = own and (type_ == "F32" or layer.values.dtype != torch.float32)
+        return Choice(kind, type_, kept=kept, larger=not columns % BLOCK)
     shared = numbers.scale_group is None or numbers.scale_group % BLOCK == 0
     if own and shared and not columns % BLOCK:
         if float(block_scales(layer).abs().max()) > LARGEST_HALF:
             return Choice(kind, "F32", kept=True)
-        bits = max(layer.bits or 8, 4) if numbers.plain else 8
-        return Choice(kind, _INTEGERS.get(bits, "Q8_0"), integers=True, kept=True)
+        type_ = _INTEGERS.get(max(layer.bits or 8, 4), "Q8_0") if numbers.plain else "Q8_0"
+        return Choice(kind, type_, integers=True, kept=True, larger=not numbers.plain or layer.bits in (2, 3))
     whole = wanted == "q8_0" and not columns % BLOCK
-    return Choice(kind, "Q8_0" if whole else half_type(layer.dense_weight()))
+    return Choice(kind, "Q8_0" if whole else half_type(layer.dense_weight()), larger=not columns % BLOCK)
 
 
 def half_type(matrix: Tensor) -> str:
@@ -73,9 +76,9 @@ def half_type(matrix: Tensor) -> str:
 
 
 def block_scales(layer: FactoredLinear) -> Tensor:
-    """What the integers of every block are multiplied by, (N, B) in float32: the product of the scales of a layer."""
+    """What the integers of every block are multiplied by, (N, B) in float64: the product of the scales of a layer."""
     groups = layer.group_scales if layer.value_format.scale_group else None
-    steps = layer.value_format.steps(layer.scales.detach().float(), groups, layer.in_features)
+    steps = layer.value_format.steps(layer.scales.detach().double(), groups, layer.in_features)
     blocks = layer.in_features // BLOCK
     return steps.expand(-1, blocks) if steps.shape[1] == 1 else steps[:, ::BLOCK]
 

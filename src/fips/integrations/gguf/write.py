@@ -15,7 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fips.errors import ModelError
-from fips.integrations.gguf.blocks import GgufType, block_scales, choose, half_type, integer_array, rounded_array
+from fips.integrations.gguf.blocks import (
+    BLOCK,
+    Choice,
+    GgufType,
+    block_scales,
+    choose,
+    half_type,
+    integer_array,
+    rounded_array,
+)
 from fips.integrations.gguf.families import Family, add_parameters, require_family, rope_factors, tensors_of
 from fips.integrations.gguf.tokens import Vocabulary, add_vocabulary
 from fips.layers.linear import FactoredLinear, SharedBasis
@@ -24,8 +33,8 @@ from fips.optional import require
 __all__ = ["GgufFile", "Kind", "export_gguf"]
 
 FEWER_BYTES = (
-    "a smaller file needs integers that llama.cpp has too: compress with `--values int4g32 --pattern unstructured`, "
-    "or int5g32"
+    "a smaller file needs integers that llama.cpp has too, in columns that are not turned: compress with `--bits 4.5 "
+    "--values int4g32 --pattern unstructured`"
 )
 
 
@@ -69,10 +78,10 @@ class _Entry:
     kept: bool
     shape: tuple[int, ...]
     make: Callable[[], Any]
-    packed: bool = False
-    """Whether fips packed it."""
     layer: FactoredLinear | None = None
-    """Whose integers they are, where they are kept."""
+    """Of fips, that it comes from."""
+    choice: Choice | None = None
+    """What became of it."""
 
 
 def export_gguf(
@@ -155,8 +164,7 @@ def _packed(
         return rounded_array(arrange(key, layer.dense_weight()), choice.type, package)
 
     shape = (layer.out_features, layer.in_features)
-    kept = layer if choice.integers else None
-    return _Entry(_name(names, key), choice.kind, choice.type, choice.kept, shape, make, True, kept)
+    return _Entry(_name(names, key), choice.kind, choice.type, choice.kept, shape, make, layer, choice)
 
 
 def _dense(tensor: Tensor, key: str, names: Any, arrange: Callable[[str, Tensor], Tensor], package: Any) -> _Entry:
@@ -197,10 +205,14 @@ def _kinds(entries: list[_Entry], package: Any) -> tuple[Kind, ...]:
 
 def _notes(entries: list[_Entry], vocabulary: Vocabulary) -> list[str]:
     notes = []
-    layers = [entry.layer for entry in entries if entry.layer is not None]
+    packed = [(entry.layer, entry.choice) for entry in entries if entry.layer is not None and entry.choice is not None]
+    layers = [layer for layer, choice in packed if choice.integers]
     if layers:
         notes.append(f"scales of kept integers are rounded to float16, by at most {100 * _rounding(layers):.2g} %")
-    if any(entry.packed and entry.type not in ("Q4_0", "Q5_0") for entry in entries):
+    short = sorted({layer.in_features for layer, _ in packed if layer.in_features % BLOCK})
+    if short:
+        notes.append(f"rows of {', '.join(map(str, short))} do not fill blocks of {BLOCK}: they are not quantized")
+    if any(choice.larger for _, choice in packed):
         notes.append(FEWER_BYTES)
     if vocabulary.ambiguous:
         notes.append(
@@ -217,5 +229,5 @@ def _rounding(layers: list[FactoredLinear]) -> float:
         scales = block_scales(layer)
         scales = scales[scales != 0]
         if scales.numel():
-            found = max(found, float(((scales.half().float() - scales) / scales).abs().max()))
+            found = max(found, float(((scales.half().double() - scales) / scales).abs().max()))
     return found
