@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fips.errors import ModelError
+from fips.integrations.gguf.tokens import NEXT_STEP
 
 __all__ = ["FAMILIES", "Family", "add_parameters", "require_family", "rope_factors", "tensors_of"]
 
-NEXT_STEP = "`fips export --format dense` writes a plain checkpoint"
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -16,6 +16,7 @@ from fips.errors import ModelError
 
 __all__ = ["Vocabulary", "add_vocabulary", "vocabulary_of"]
 
+NEXT_STEP = "`fips export --format dense` writes a plain checkpoint"
 SPACE = "▁"
 """Stands for a space in pieces."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -76,11 +77,15 @@ def vocabulary_of(tokenizer: Any, config: Any, *, source: str) -> Vocabulary:
         )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError(f"the tokenizer `{type(tokenizer).__name__}` has no `tokenizer.json`, which GGUF is made from")
+        raise ModelError(
+            f"the tokenizer `{type(tokenizer).__name__}` has no `tokenizer.json`, which GGUF is made from. {NEXT_STEP}"
+        )
     described = json.loads(backend.to_str())
     model = described["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"a tokenizer of type {model['type']} cannot be written as GGUF; BPE can, SentencePiece's too")
+        raise ModelError(
+            f"a tokenizer of type {model['type']} cannot be written as GGUF; BPE can, SentencePiece's too. {NEXT_STEP}"
+        )
     pieces = bool(model.get("byte_fallback"))
     pre = "default" if pieces else _pre_tokenizer(described)
     _check_normalizer(described.get("normalizer"), pieces=pieces)
@@ -133,8 +138,7 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
         known = ", ".join(PRE_TOKENIZERS.values())
         raise ModelError(
             f"llama.cpp may cut text otherwise than this tokenizer ({' then '.join(str(step[0]) for step in shape)}); "
-            f"known are those of {known}. `fips export --format dense` writes a plain checkpoint, which its own "
-            "converter may know"
+            f"known are those of {known}. {NEXT_STEP}"
         )
     return "smaug-bpe" if name == "llama-bpe" and not described["model"].get("ignore_merges") else name
 
@@ -158,7 +162,9 @@ def _check_normalizer(normalizer: dict[str, Any] | None, *, pieces: bool) -> Non
     known = ({"type": "Prepend", "prepend": SPACE}, spaces) if pieces else ({"type": "NFC"},)
     for step in steps:
         if step not in known:
-            raise ModelError(f"the tokenizer changes text by `{step['type']}`, which llama.cpp does not do")
+            raise ModelError(
+                f"the tokenizer changes text by `{step['type']}`, llama.cpp does not. {NEXT_STEP}"
+            )
 
 
 def _tokens(model: dict[str, Any], added: list[dict[str, Any]], size: int) -> list[str]:
