@@ -162,9 +162,7 @@ def _check_normalizer(normalizer: dict[str, Any] | None, *, pieces: bool) -> Non
     known = ({"type": "Prepend", "prepend": SPACE}, spaces) if pieces else ({"type": "NFC"},)
     for step in steps:
         if step not in known:
-            raise ModelError(
-                f"the tokenizer changes text by `{step['type']}`, llama.cpp does not. {NEXT_STEP}"
-            )
+            raise ModelError(f"the tokenizer changes text by `{step['type']}`, llama.cpp does not. {NEXT_STEP}")
 
 
 def _tokens(model: dict[str, Any], added: list[dict[str, Any]], size: int) -> list[str]:
