@@ -74,7 +74,8 @@ def test_dense_export_loads_without_fips(directories: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--format", "gguf"], 2, "must be dense or onnx"),
+        (["--format", "pdf"], 2, "must be dense, onnx or gguf"),
+        (["--format", "gguf"], 1, "cannot be written as GGUF"),
         (["--format", "onnx", "--output", "."], 1, "is not empty"),
     ],
 )

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fips.data import Batches, load_batches
 from fips.errors import BudgetError, ConfigError, DataError, ModelError, OutputError
 from fips.evaluation import EvaluationResult, evaluate
 from fips.files.output import Output, require_empty
+from fips.integrations.gguf import Kind, Vocabulary, export_gguf, require_family, vocabulary_of
 from fips.integrations.lm_eval import run_tasks
 from fips.integrations.onnx import export_onnx
 from fips.layers.merge import merge
@@ -46,6 +47,7 @@ from fips.models.transformers import (
     quiet,
     resolve_dtype,
 )
+from fips.optional import require
 from fips.plan.footprint import state_bytes
 from fips.plan.plan import CompressionPlan, plan_compression, settle_size
 from fips.ranks import joined
@@ -417,46 +419,85 @@ class Export:
 
     format: str
     file_bytes: int
-    relative_error: float | None
-    """Of ONNX Runtime against torch; None for a dense checkpoint."""
+    relative_error: float | None = None
+    """Of ONNX Runtime against torch; None for other formats."""
+    kinds: tuple[Kind, ...] = ()
+    """What became of the tensors in a GGUF file."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing of it."""
 
 
 def export_directory(
-    source: str, output: Path, *, fmt: str, data: DataConfig | None = None, trust_remote_code: bool = False
+    source: str,
+    output: Path,
+    *,
+    fmt: str,
+    data: DataConfig | None = None,
+    gguf_type: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Export:
     """Write a compressed directory in a form that needs nothing of fips.
 
     ``dense`` is a plain checkpoint of the original architecture; ``onnx`` a ``model.onnx`` with packed constants,
-    checked with ONNX Runtime on the first batch of ``data``, or on made-up inputs without it. Tokenizer or image
-    processor are copied. Raises ``ConfigError`` for another format and everything ``load`` raises.
+    checked with ONNX Runtime on the first batch of ``data``, or on made-up inputs without it; both with the tokenizer
+    or image processor. ``gguf`` is a ``model.gguf`` for llama.cpp, in which layers that it has no integers for are
+    ``gguf_type``: ``q8_0``, the default, or ``f16``. Raises ``ConfigError`` for another format or type and everything
+    ``load`` raises.
     """
-    if fmt not in ("dense", "onnx"):
-        raise ConfigError(f"`--format` must be dense or onnx, got {fmt!r}")
+    if fmt not in ("dense", "onnx", "gguf"):
+        raise ConfigError(f"`--format` must be dense, onnx or gguf, got {fmt!r}")
+    if gguf_type not in (None, "q8_0", "f16"):
+        raise ConfigError(f"`--gguf-type` must be q8_0 or f16, got {gguf_type!r}")
+    if gguf_type is not None and fmt != "gguf":
+        raise ConfigError(f"`--gguf-type` goes with `--format gguf`, got {fmt}")
     require_empty(output)
     if not is_compressed_source(source):
         raise ModelError(f"`{source}` is not a compressed model; `fips compress` makes one")
+    vocabulary = _vocabulary(source, trust_remote_code=trust_remote_code) if fmt == "gguf" else None
     with Output(output, needed=_export_bytes(source, fmt, trust_remote_code=trust_remote_code)) as target:
         model = load(source, trust_remote_code=trust_remote_code)
         if not isinstance(model, PreTrainedModel):
             raise ModelError(f"`{source}` holds a `{type(model).__name__}`; only transformers models can be exported")
-        error = None
-        if fmt == "onnx":
-            example = _example(source, model, data, trust_remote_code=trust_remote_code)
-            with target.writing("the ONNX file"):
-                error = export_onnx(model, target.scratch / "model.onnx", example).relative_error
-        merge(model)
-        with quiet(), target.writing("the model"):
+        done = Export(fmt, 0)
+        if vocabulary is not None:
+            with target.writing("the GGUF file"):
+                file = export_gguf(
+                    model, target.scratch / "model.gguf", vocabulary,
+                    name=Path(os.path.abspath(source)).name, packed_type="f16" if gguf_type == "f16" else "q8_0",
+                )  # fmt: skip
+            done = Export(fmt, 0, kinds=file.kinds, notes=file.notes)
+        else:
             if fmt == "onnx":
-                model.config.save_pretrained(target.scratch)
-            else:
-                _save_dense(model, target.scratch, source)
-        with quiet(), target.writing("the tokenizer or image processor", finished="the model"):
-            processor = load_processor(source, model_kind(model), trust_remote_code=trust_remote_code)
-            if processor is not None:
-                processor.save_pretrained(target.scratch)
+                example = _example(source, model, data, trust_remote_code=trust_remote_code)
+                with target.writing("the ONNX file"):
+                    done = Export(fmt, 0, export_onnx(model, target.scratch / "model.onnx", example).relative_error)
+            _write_plain(model, target, source, fmt, trust_remote_code=trust_remote_code)
         file_bytes = _size(target.scratch)
         target.commit()
-    return Export(fmt, file_bytes, error)
+    return replace(done, file_bytes=file_bytes)
+
+
+def _vocabulary(source: str, *, trust_remote_code: bool) -> Vocabulary:
+    """The tokenizer of a directory for llama.cpp, once it is known that a GGUF file can be written at all."""
+    require("gguf", extra="gguf", purpose="export to GGUF")
+    empty = empty_model(source, trust_remote_code=trust_remote_code)
+    require_family(empty)
+    tokenizer = load_processor(source, "text", trust_remote_code=trust_remote_code)
+    return vocabulary_of(tokenizer, empty.config, source=source)
+
+
+def _write_plain(model: PreTrainedModel, target: Output, source: str, fmt: str, *, trust_remote_code: bool) -> None:
+    """A dense model, or its configuration beside an ONNX file, with the tokenizer or image processor."""
+    merge(model)
+    with quiet(), target.writing("the model"):
+        if fmt == "onnx":
+            model.config.save_pretrained(target.scratch)
+        else:
+            _save_dense(model, target.scratch, source)
+    with quiet(), target.writing("the tokenizer or image processor", finished="the model"):
+        processor = load_processor(source, model_kind(model), trust_remote_code=trust_remote_code)
+        if processor is not None:
+            processor.save_pretrained(target.scratch)
 
 
 def _save_dense(model: PreTrainedModel, directory: Path, source: str) -> None:
@@ -473,10 +514,11 @@ def _save_dense(model: PreTrainedModel, directory: Path, source: str) -> None:
 
 
 def _export_bytes(source: str, fmt: str, *, trust_remote_code: bool) -> int:
-    """At least what an export writes: dense weights, or packed ones."""
+    """About what an export writes at least: dense weights, or packed ones, half as much where float32 becomes F16."""
     if fmt == "dense":
         return state_bytes(empty_model(source, trust_remote_code=trust_remote_code))
-    return sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+    packed = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+    return packed // 2 if fmt == "gguf" else packed
 
 
 def _example(

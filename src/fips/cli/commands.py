@@ -449,8 +449,22 @@ def export(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Compressed directory.")],
     output: Written,
     format_: Annotated[
-        str, typer.Option("--format", metavar="dense|onnx", help="A plain checkpoint, or ONNX.", rich_help_panel=MODEL)
+        str,
+        typer.Option(
+            "--format",
+            metavar="dense|onnx|gguf",
+            help="A plain checkpoint, ONNX, or GGUF for llama.cpp.",
+            rich_help_panel=MODEL,
+        ),
     ] = "dense",
+    gguf_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="q8_0|f16",
+            help="Of packed layers that llama.cpp has no integers for; default: q8_0.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     data: Data = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -462,10 +476,14 @@ def export(
     from fips.config import DataConfig
 
     example = DataConfig(source=data, num_samples=2) if data is not None else None
-    done = export_directory(model, output, fmt=format_, data=example, trust_remote_code=trust_remote_code)
+    done = export_directory(
+        model, output, fmt=format_, data=example, gguf_type=gguf_type, trust_remote_code=trust_remote_code
+    )
     if as_json:
         print_json(asdict(done))
         return
+    for line in (*(kind.line() for kind in done.kinds), *done.notes):
+        stdout.print(line, highlight=False, soft_wrap=True)
     checked = "" if done.relative_error is None else f"; ONNX Runtime differs from torch by {done.relative_error:.1e}"
     stdout.print(f"written to {output}: {done.file_bytes:,} bytes{checked}", highlight=False, soft_wrap=True)
 
