@@ -209,17 +209,20 @@ def blocks() -> str:
 
 def real_model() -> str:
     rows = []
-    runs = [(run, "") for run in load("real-models-smollm2")["runs"]]
-    runs += [(run, ", before sweeps") for run in load("real-models-smollm2-before-sweeps")["runs"]]
+    runs = [(run, ", with levels") for run in load("real-models-smollm2-levels")["runs"]]
+    runs += [(run, ", with levels, before sweeps") for run in load("real-models-smollm2-before-sweeps")["runs"]]
     for run, when in runs:
         found = run["quality"]["against"]
         rows.append([
-            f"`{run['options']}`{'' if '--effort fast' in run['options'] else when}", f"{run['stored_bits']:.2f}",
+            f"`{run['options']}`{when.removesuffix(', before sweeps') if '--effort fast' in run['options'] else when}",
+            f"{run['stored_bits']:.2f}", megabytes(run["directory_bytes"]),
             f"{run['compress_seconds']:.0f} s", f"{run['peak_memory_bytes'] / 1e9:.2f} GB",
             f"{run['quality']['perplexity']:.2f}", f"{found['kl']:.4f} ± {found['kl_standard_error']:.4f}",
             f"{found['agreement_percent']:.1f}",
         ])  # fmt: skip
-    return markdown(["SmolLM2-135M", "bits", "time", "peak memory", "perplexity", "KL", "same top 1, %"], rows)
+    return markdown(
+        ["SmolLM2-135M", "bits", "directory", "time", "peak memory", "perplexity", "KL", "same top 1, %"], rows
+    )
 
 
 def comparison(name: str) -> str:
@@ -455,6 +458,19 @@ def operations() -> str:
     return markdown(["", "products", "roots", "rounding", "estimated"], rows)
 
 
+def value_formats() -> str:
+    """Times as fast as the dense product in bfloat16."""
+    runs = load("value-formats")["runs"]
+    names = [name for name in runs[0]["milliseconds"] if name != "bfloat16"]
+    rows = []
+    for run in runs:
+        dense = run["milliseconds"]["bfloat16"]
+        speeds = (f"{dense / run['milliseconds'][name]:.1f}" for name in names)
+        tokens = f"{run['tokens']} token{'s' if run['tokens'] > 1 else ''}"
+        rows.append([f"{run['isa']}, {run['rows']} x {run['cols']}, {tokens}", *speeds])
+    return markdown(["", *(f"`{name}`" for name in names)], rows)
+
+
 def against_llm_compressor() -> str:
     names = {
         "llm-compressor GPTQ float32": "llm-compressor, GPTQ W4A16",
@@ -510,6 +526,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer-cost": layer_cost,
     "ranks": ranks,
     "operations": operations,
+    "value-formats": value_formats,
     "solver-cost": solver_cost,
     "solver-cost-4096": solver_cost_large,
     "activation-bits": activation_bits,

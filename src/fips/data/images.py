@@ -22,6 +22,10 @@ DEFAULT_CALIBRATION_IMAGES = 1024
 
 
 def image_batches(rows: Any, config: DataConfig, processor: Any, description: dict[str, Any]) -> Batches:
+    """Batches of ``pixel_values`` (batch, channels, height, width), with ``labels`` (batch,) for an evaluation.
+
+    Raises ``DataError`` without a column of images, or for labels that the model does not have.
+    """
     column = find_column(rows.features, config, "image")
     label_column = _find_label_column(rows.features)
     kept = rows.select_columns([column] if label_column is None else [column, label_column])

@@ -52,6 +52,9 @@ class _Window:
 
 
 def text_batches(rows: Any, config: DataConfig, tokenizer: Any, length: int, description: dict[str, Any]) -> Batches:
+    """Batches of windows of ``length`` tokens: ``input_ids`` and, where some are shorter, ``attention_mask``, both
+    (batch, length). Raises ``DataError`` for texts without a whole window.
+    """
     scored = description["purpose"] == "evaluation"
     limit = config.num_samples or (None if scored else DEFAULT_CALIBRATION_WINDOWS)
     streamed = isinstance(rows, datasets.IterableDataset)

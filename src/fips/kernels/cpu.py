@@ -10,6 +10,7 @@ Set ``FIPS_KERNELS=off`` to do without, or to the path of a library to use that 
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -97,6 +98,11 @@ class _Tables:
         self.where = [ctypes.addressof(table) if len(table) else None for table in (self.levels, self.history)]
 
 
+@functools.cache
+def _tables_of(numbers: Values) -> _Tables:
+    return _Tables(numbers)
+
+
 class CpuMatrix(PreparedMatrix):
     """Borrows the stored tensors; owns the index of every row's first value and float32 scales."""
 
@@ -108,7 +114,7 @@ class CpuMatrix(PreparedMatrix):
             self.scales = None if packed.scales_N is None else packed.scales_N.detach().float().contiguous()
             if packed.layout.group_kept is None:
                 self.row_start = torch.empty(packed.shape[0], dtype=torch.int32)
-        self.tables = _Tables(packed.numbers)
+        self.tables = _tables_of(packed.numbers)
         self.struct = _describe(packed, self.scales, self.tables)
         self._count()
         self.reference = ctypes.byref(self.struct)
@@ -357,7 +363,7 @@ def search_paths(numbers: Values, wanted_JN: Tensor, weight_JN: Tensor) -> tuple
     Both tensors are float32 on the CPU, side by side; weights are about 1. Raises ``BackendError`` for a format that
     the library does not know.
     """
-    tables = _Tables(numbers)
+    tables = _tables_of(numbers)
     codes_JN, found_JN = torch.empty_like(wanted_JN, dtype=torch.int8), torch.empty_like(wanted_JN)
     search = _Search(
         wanted_JN.data_ptr(), weight_JN.data_ptr(), codes_JN.data_ptr(), found_JN.data_ptr(), *wanted_JN.shape,

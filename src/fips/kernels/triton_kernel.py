@@ -2,7 +2,7 @@
 
 A program reads *groups* of columns, those that lie in one 32-bit word of the mask, in one N:M code, in one block or in
 the fewest whole words of a stream of integers. The first columns of 16 or more groups are one operand of a product of
-matrices, the second columns the next and so on: the sum does not mind the order, so nothing has to be put in order, and
+matrices, the second columns the next and so on: columns may be added in any order, so that none has to be moved, and
 the place of a kept value among all is found once per group. That is 6 to 32 instructions per entry of S where one entry
 at a time takes 66 to 84 (benchmarks/gpu_code.py counts them in what the compiler makes for sm_80 and sm_90).
 
@@ -41,11 +41,11 @@ __all__ = ["TileLayout", "TritonBackend", "TritonMatrix", "available", "decode",
 
 _FULL, _BITMASK, _NM, _BLOCK_ROWS, _BLOCK_COLS = range(5)
 ROWS, DECODED_ROWS = 64, 4
-"""Of S, in one program that multiplies, or that writes them out."""
+"""Rows of S that one program multiplies by, and that one program decodes to memory."""
 TILE_COLUMNS, FEWEST_GROUPS = 128, 16
-"""Of S at a time, unless groups are so wide that the fewest of them are more: products want 16 along the sum."""
+"""Columns of S that a program takes at a time, and groups at least: products of matrix units sum over 16 or more."""
 MOST_TOKENS, MOST_FLOAT32_TOKENS = 64, 16
-"""In one program."""
+"""Tokens that one program multiplies."""
 MOST_SPLITS, PROGRAMS = 8, 4
 """Programs per multiprocessor that few rows are split for."""
 UNROLL, WARPS, STAGES = 4, 4, 1

@@ -1,6 +1,6 @@
 """Columns rounded to a value format, whether its entries are coded each for itself or together.
 
-Shape legend: N stored rows, K stored columns, J columns.
+Shape legend: N stored rows, J columns.
 """
 
 from __future__ import annotations
@@ -11,37 +11,32 @@ from torch import Tensor
 from fips.formats.trellis import Trellis
 from fips.formats.values import Values
 from fips.kernels import cpu
-from fips.solve.rounding import in_steps
 
-__all__ = ["codes_of", "rounded", "searches_fast"]
+__all__ = ["relative", "rounded", "searches_fast"]
 
 MOST_WEIGHT = 200.0
 """Of a row beside the mean of all, so that the integers of the search can tell costs apart."""
 
 
-def rounded(values: Values, wanted: Tensor, weight_N: Tensor) -> Tensor:
-    """Numbers of the grid for columns (..., N) in units of their steps.
+def relative(weight_N: Tensor) -> Tensor:
+    """Weights of rows beside their mean, for ``rounded``; those of all rows may be 0."""
+    mean = weight_N.mean()
+    return (weight_N / torch.where(mean > 0, mean, 1.0)).clamp_max(MOST_WEIGHT)
+
+
+def rounded(values: Values, wanted: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Numbers of the grid for columns (..., N) in units of their steps, and their codes (int8) where those are found
+    together.
 
     Where entries are coded each for itself, the nearest; else those of the way through the rows with the least squared
-    error, rows weighted.
+    error, rows weighted as ``relative`` has made them. Codes of rows that weigh nothing, their step being 0, are any
+    that the others can follow.
     """
     if not isinstance(values, Trellis):
-        return values.nearest(wanted)
-    mean = weight_N.mean()
-    relative_N = (weight_N / torch.where(mean > 0, mean, 1.0)).clamp_max(MOST_WEIGHT)
+        return values.nearest(wanted), None
     wanted_JN = wanted.reshape(-1, wanted.shape[-1])
-    _, found_JN = _search(values, wanted_JN, relative_N.expand_as(wanted_JN))
-    return found_JN.to(wanted.dtype).reshape(wanted.shape)
-
-
-def codes_of(values: Values, found_NK: Tensor, steps_NK: Tensor) -> Tensor:
-    """Codes (int8) of numbers of the grid times steps (N, K), or (N, 1). Where a step is 0 the number is not known, and
-    any code will do that the others can follow."""
-    numbers_NK = in_steps(found_NK, steps_NK)
-    if not isinstance(values, Trellis):
-        return values.encode(values.nearest(numbers_NK))
-    codes_KN, _ = _search(values, numbers_NK.T, (steps_NK > 0).to(numbers_NK.dtype).expand_as(numbers_NK).T)
-    return codes_KN.T.contiguous()
+    codes_JN, found_JN = _search(values, wanted_JN, weight_N.expand_as(wanted_JN))
+    return found_JN.to(wanted.dtype).reshape(wanted.shape), codes_JN.reshape(wanted.shape)
 
 
 def _search(values: Trellis, wanted_JN: Tensor, weight_JN: Tensor) -> tuple[Tensor, Tensor]:

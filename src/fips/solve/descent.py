@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fips.formats.values import Values
-from fips.solve.coded import codes_of, rounded
+from fips.solve.coded import relative, rounded
 from fips.solve.grids import Stored
 from fips.solve.rounding import inverse_of
 
@@ -73,6 +73,7 @@ class _Descent:
         self.rows_N = start.steps_N
         self.wide_N = start.steps_N.float()
         self.found_KN = values.dequantize(*start).T.contiguous()
+        self.codes_KN = start.codes_NK.T.contiguous() if values.memory else None
         self.group = values.scale_group or len(metric_KK)
         if start.group_steps is None:
             self.steps_GN = self.wide_N.unsqueeze(0)
@@ -101,8 +102,9 @@ class _Descent:
         grouped = self.values.scale_group is not None
         group_steps = self._stored_steps(self.steps_GN).T.flatten() if grouped else None
         found_NK = self.found_KN.T.contiguous()
-        steps_NK = self.values.steps(self.wide_N, group_steps, found_NK.shape[1])
-        return Stored(codes_of(self.values, found_NK, steps_NK), self.rows_N, group_steps)
+        if self.codes_KN is not None:
+            return Stored(self.codes_KN.T.contiguous(), self.rows_N, group_steps)
+        return Stored(self.values.quantize(found_NK, self.rows_N, group_steps), self.rows_N, group_steps)
 
     def _stored_steps(self, steps_GN: Tensor) -> Tensor:
         return self.values.group_scales(steps_GN, self.wide_N.unsqueeze(0))
@@ -117,14 +119,19 @@ class _Descent:
             if self.values.scale_group is not None:
                 self._fit_group(place, found_JN, rest_JN, metric_JJ, own)
             step_N = self.steps_GN[place]
-            inverse_N = inverse_of(step_N)
+            inverse_N, weight_N = inverse_of(step_N), relative(self.weight_N * step_N.square())
             for column in range(own.start, own.stop):
                 gap_N = rest_JN[column] / metric_JJ[column, column]
                 wanted_N = found_JN[column] + gap_N
-                best_N = rounded(self.values, wanted_N * inverse_N, self.weight_N * step_N.square()) * step_N
+                best_N, codes_N = rounded(self.values, wanted_N * inverse_N, weight_N)
+                best_N = best_N * step_N
                 if self.mask_KN is not None:
                     best_N *= self.mask_KN[run.start + column]
-                change_N = (best_N - found_JN[column]) * self._is_better(wanted_N - best_N, gap_N)
+                better_N = self._is_better(wanted_N - best_N, gap_N)
+                change_N = (best_N - found_JN[column]) * better_N
+                if self.codes_KN is not None and codes_N is not None:
+                    own_N = self.codes_KN[run.start + column]
+                    self.codes_KN[run.start + column] = torch.where(better_N, codes_N, own_N)
                 rest_JN.addr_(metric_JJ[:, column], change_N, alpha=-1)
                 found_JN[column] += change_N
         change_JN = found_JN - before_JN

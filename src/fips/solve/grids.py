@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fips.formats.values import Values
-from fips.solve.coded import codes_of, rounded
+from fips.solve.coded import relative, rounded
 from fips.solve.feedback import Rounding
-from fips.solve.rounding import best_steps, grid_steps, inverse_of
+from fips.solve.rounding import best_steps, grid_steps, in_steps, inverse_of
 
 __all__ = ["GridRounding", "Stored", "grid_for", "side_by_side"]
 
@@ -38,6 +38,8 @@ class GridRounding(Rounding):
 
     def __init__(self, values: Values, rows_N: Tensor | None = None) -> None:
         self.values, self.rows_N = values, rows_N
+        self._weight_N = torch.empty(0)
+        self._codes: list[Tensor] = []
 
     wide_N: Tensor
     """Steps, float32."""
@@ -46,10 +48,20 @@ class GridRounding(Rounding):
 
     def _set(self, wide_N: Tensor) -> None:
         self.wide_N, self.inverse_N = wide_N, inverse_of(wide_N)
+        if self.values.memory:
+            self._weight_N = relative(wide_N.square() if self.rows_N is None else self.rows_N * wide_N.square())
 
     def nearest(self, columns: Tensor) -> Tensor:
-        weight_N = self.wide_N.square() if self.rows_N is None else self.rows_N * self.wide_N.square()
-        return rounded(self.values, columns * self.inverse_N, weight_N) * self.wide_N
+        numbers, codes = rounded(self.values, columns * self.inverse_N, self._weight_N)
+        if codes is not None:
+            self._codes.append(codes.reshape(-1, codes.shape[-1]))
+        return numbers * self.wide_N
+
+    def _codes_NK(self, found_NK: Tensor, steps_NK: Tensor) -> Tensor:
+        """Of all columns, which have been rounded one after another."""
+        if self.values.memory:
+            return torch.cat(self._codes).T.contiguous()
+        return self.values.encode(self.values.nearest(in_steps(found_NK, steps_NK)))
 
     @abstractmethod
     def stored(self, found_NK: Tensor) -> Stored:
@@ -65,7 +77,7 @@ class RowGrid(GridRounding):
         self._set(steps_N.float())
 
     def stored(self, found_NK: Tensor) -> Stored:
-        return Stored(codes_of(self.values, found_NK, self.wide_N.unsqueeze(1)), self.steps_N, None)
+        return Stored(self._codes_NK(found_NK, self.wide_N.unsqueeze(1)), self.steps_N, None)
 
 
 class GroupGrid(GridRounding):
@@ -95,7 +107,7 @@ class GroupGrid(GridRounding):
 
     def begin(self, rest_JN: Tensor, start: int) -> None:
         if start == 0:
-            self._found = []
+            self._found, self._codes = [], []
         group_JN, weight_J1 = rest_JN[: self.group], self._weight_K1[start : start + self.group]
         steps_N = best_steps(group_JN, weight_J1, values=self.values, dim=0)
         self._found.append(self.values.group_scales(steps_N, self._steps_N))
@@ -104,7 +116,7 @@ class GroupGrid(GridRounding):
     def stored(self, found_NK: Tensor) -> Stored:
         group_steps = torch.stack(self._found, dim=1).flatten()
         steps_NK = self.values.steps(self._steps_N, group_steps, found_NK.shape[1])
-        return Stored(codes_of(self.values, found_NK, steps_NK), self.steps_N, group_steps)
+        return Stored(self._codes_NK(found_NK, steps_NK), self.steps_N, group_steps)
 
 
 def grid_for(

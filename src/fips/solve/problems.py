@@ -121,15 +121,21 @@ class LayerProblem:
         return side.scale, side.metric
 
     def scaled(self, factor_RF: Tensor) -> Tensor:
+        """The factor in coordinates in which every entry has curvature 1: :math:`s_k c_j C_{kj}`."""
         return factor_RF * self.row_R.unsqueeze(1) * self.column_F
 
     def unscaled(self, scaled_RF: Tensor) -> Tensor:
+        """Inverse of ``scaled``."""
         return scaled_RF / self.row_R.unsqueeze(1) / self.column_F
 
     def apply(self, scaled_RF: Tensor) -> Tensor:
+        """Half the gradient of the quadratic part of the loss at a scaled factor: left metric times it times right."""
         return self._left.metric @ scaled_RF @ self._right.metric
 
     def prox(self, point_RF: Tensor, rho: float, *, iterations: int = WIDE_ITERATIONS) -> Tensor:
+        r"""The scaled factor Z with the least loss plus :math:`\rho \lVert Z - P \rVert^2` for a point P: the step of
+        ADMM (Boyd et al., 2011). By eigenvectors; where the right metric is cut into runs, by conjugate gradients
+        preconditioned with them, ``iterations`` at most."""
         wanted_RF = self.target_RF + rho * point_RF
         solved_RF = self._solve_runs(wanted_RF, rho)
         if len(self._right.eigen) == 1:
@@ -155,6 +161,8 @@ class LayerProblem:
         return vectors_RR @ torch.cat(parts, dim=1)
 
     def loss(self, basis_DR: Tensor | None, factor_RF: Tensor) -> float:
+        """Second-order change of the model's output for the product of a basis (None: the identity) and a factor, which
+        is not scaled."""
         product_DF = factor_RF if basis_DR is None else basis_DR @ factor_RF
         error_DF = self._weighted_DF - product_DF * self.column_F
         moved_DF = self.left_DD @ error_DF @ self._right.metric

@@ -343,7 +343,7 @@ template <class Dot, int T, class Reader>
 void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row, const char *x,
                 int64_t padded, const Token *tokens) {
   auto v = Dot::cursor(a, reader, row);
-  Sums<Dot, T> sums, more; // two sets: a dot product takes longer to finish than to start
+  Sums<Dot, T> sums, more; // two sets, since a dot product has a latency of several cycles
   int64_t k = 0;
   for (; k + 64 < a.cols; k += 128) {
     add_columns(sums, reader.mask(row, k), v, x, k, padded);

@@ -81,10 +81,10 @@ template <> struct Dots<I8Values, 8> : ByteDots8 {};
 template <> struct Dots<NarrowValues, 16> : ByteDots16 {};
 template <> struct Dots<NarrowValues, 8> : ByteDots8 {};
 
-// What the 128 in every digit add to the sums of a decoded row.
+// Digits are stored 128 larger, without sign: what that adds to the sums of a decoded row.
 template <class Values> int32_t excess_of(const uint8_t *row, int64_t steps) {
   if constexpr (!stays_bytes<Values>) return 0;
-  __m512i sum[4] = {}; // a dot product takes longer to finish than to start
+  __m512i sum[4] = {}; // several, since a dot product has a latency of several cycles
   int64_t s = 0;
   const auto add = [&](int i, int64_t at) {
     sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_set1_epi8(1), _mm512_load_si512(row + 64 * at));

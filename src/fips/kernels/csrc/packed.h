@@ -135,7 +135,7 @@ struct NmReader {
   }
 };
 
-struct BlockRowsReader { // the rows of a block take turns in the values
+struct BlockRowsReader { // the values of the rows of a block are interleaved
   static constexpr bool contiguous = false;
   const uint8_t *bits;
   int64_t bytes, cols, size;

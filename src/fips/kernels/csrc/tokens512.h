@@ -56,7 +56,7 @@ FIPS_INLINE void read_floats(const fips_call &c, int64_t t, int64_t k, int64_t c
 // The scale of one token as a fixed-point number of some planes of bytes
 inline float token_scale(const fips_call &c, int64_t t, int64_t cols, int planes) {
   return with_type(c, [&](auto type) {
-    __m512 most[4] = {}, x[4]; // a maximum takes longer to finish than to start
+    __m512 most[4] = {}, x[4]; // several, since a maximum has a latency of several cycles
     for (int64_t k = 0; k < cols; k += 64) {
       read_floats<decltype(type)::value>(c, t, k, cols, x);
       for (int i = 0; i < 4; ++i) most[i] = _mm512_max_ps(most[i], _mm512_abs_ps(x[i]));

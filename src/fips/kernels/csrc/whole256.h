@@ -1,6 +1,6 @@
-// Few tokens by codes of 2 to 7 bits, all of them kept, with AVX2: 32 at a time from whole bytes.
+// Few tokens by codes of 2 to 7 bits, of matrices without a pattern, with AVX2: 32 codes at a time from whole bytes.
 //
-// The products of 32 columns run in two chains, since a sum takes longer to finish than to start.
+// The products of 32 columns are added in two independent chains, since an addition has a latency of several cycles.
 #pragma once
 #include "columns256.h"
 
