@@ -41,7 +41,7 @@ FEW_CASES = [("full", 3), ("full", 4), ("bitmask", 8), ("4:16", 0), ("block8", 0
 TOKENS = (16, 64)
 POINTERS = (
     *("x_ptr", "values", "pattern", "starts", "table", "scales", "group_scales", "bias", "y_ptr", "dense", "counts"),
-    "sums",
+    *("sums", "levels", "history"),
 )
 ALIGNED = (*POINTERS, "rows", "cols", "stride_t", "split_columns")
 
@@ -68,7 +68,8 @@ def pointers(packed: Packed, inputs: torch.dtype) -> dict[str, torch.dtype]:
     return {
         **dict.fromkeys(("x_ptr", "y_ptr", "bias", "dense"), inputs),
         "scales": torch.bfloat16,
-        "group_scales": torch.uint8,
+        **dict.fromkeys(("group_scales", "history"), torch.uint8),
+        "levels": torch.int8,
         **dict.fromkeys(("starts", "table", "counts"), torch.int32),
         "sums": torch.float32,
         "values": values.dtype,
@@ -97,7 +98,7 @@ def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any,
     """Name, kernel, constants and entries of S in one tile."""
     layout, scaled = triton_kernel.TileLayout.of(packed), packed.scales_N is not None
     common, tile = layout.constants(), layout.GROUP * layout.GROUPS
-    groups = {"SCALE_GROUP": layout.SCALE_GROUP, "LEVELS": layout.LEVELS}
+    groups = layout.meanings()
     for count in tokens:
         constants = {**common, **groups, "SCALED": scaled, "BIASED": True, "ALONE": True, "WIDE": False, "stride_k": 1}
         constants |= {"BLOCK_T": count, "ROWS": triton_kernel.ROWS, "UNROLL": triton_kernel.UNROLL}

@@ -96,4 +96,5 @@ def _sites(model: nn.Module) -> dict[str, Site]:
 def _kind_of(site: Site) -> str:
     part = "MLP" if site.parts[0].space == "hidden" else "attention"
     reads = site.role.reads_stream
-    return f"{part} {'up' if reads else 'down'}" if part == "MLP" else f"{part} {'readers' if reads else 'writers'}"
+    first = 0 if part == "MLP" else 2
+    return KINDS[first if reads else first + 1]
