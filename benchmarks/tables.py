@@ -209,7 +209,8 @@ def blocks() -> str:
 
 def real_model() -> str:
     rows = []
-    runs = [(run, ", with levels") for run in load("real-models-smollm2-levels")["runs"]]
+    runs = [(run, "") for run in load("real-models-smollm2")["runs"]]
+    runs += [(run, ", with levels") for run in load("real-models-smollm2-levels")["runs"]]
     runs += [(run, ", with levels, before sweeps") for run in load("real-models-smollm2-before-sweeps")["runs"]]
     for run, when in runs:
         found = run["quality"]["against"]
