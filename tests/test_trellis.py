@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batches_for
+from conftest import batches_for, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -267,6 +267,16 @@ def test_a_model_is_compressed_saved_and_loaded_with_them(tmp_path: Path, effort
     for name, layer in factored_layers(loaded).items():
         assert torch.equal(layer.dense_weight(), llama.get_submodule(name).dense_weight())
     torch.testing.assert_close(loaded(**batches[0]).logits, llama(**batches[0]).logits)
+
+
+@needs_library
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_rows_that_no_block_of_a_rotation_fills_are_kept_whole_too(effort: str) -> None:
+    model = tiny_model("gpt2", n_embd=30, n_head=2)
+    fips.compress(model, batches_for(model), fips.CompressionConfig(bits=3.4, effort=effort))
+    layers = factored_layers(model).values()
+    assert {layer.rotation for layer in layers} == {1, 4}
+    assert {layer.fmt for layer in layers} == {"full"}
 
 
 @needs_library

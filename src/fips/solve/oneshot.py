@@ -139,9 +139,9 @@ class OneShot(Structures):
         return (weighted_NK * error_NK).sum(1)
 
     def trials(self, choices: Sequence[Choice], size: float) -> list[Point]:
-        """Keeping all is cheap to try and is tried at every width; pruning where it is promising, unless columns are
-        turned."""
-        pruned = self.wanted(choices, size) if self.rotation == 1 and not self.whole else []
+        """Keeping all is cheap to try and is tried at every width; pruning where it is promising, unless all entries
+        are kept."""
+        pruned = [] if self.whole else self.wanted(choices, size)
         return self._tried(sorted({*self._whole(choices), *pruned}), size)
 
     def quick_trials(self, choices: Sequence[Choice], size: float) -> list[Point]:

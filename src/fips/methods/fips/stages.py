@@ -235,7 +235,7 @@ def _one_shot(
         damping_for(noise, config.bits or 16 * (config.budget or 1)),
         widest_rotation(site.inputs) if _rotated(plan, config) else 1,
         config.sweeps,
-        whole=plan.group.is_end,
+        whole=_rotated(plan, config) or plan.group.is_end,
     )  # fmt: skip
 
 
