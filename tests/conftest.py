@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,17 @@ def batches_for(model: PreTrainedModel, *, count: int = 4, batch: int = 4, seed:
         shape = (batch, 3, 32, 32)
         return [{"pixel_values": torch.randn(shape, generator=generator)} for _ in range(count)]
     return [{"input_ids": torch.randint(3, 64, (batch, 16), generator=generator)} for _ in range(count)]
+
+
+def save_tiny_vit(path: Path) -> None:
+    """A directory with a tiny image classifier of two classes and its image processor."""
+    tiny_model("vit", num_labels=2).save_pretrained(path)
+    processor = {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2,
+        "rescale_factor": 1 / 255,
+    }  # fmt: skip
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_tiny_vit, tiny_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -27,13 +27,7 @@ TEXT = "the cat sat on the mat and the dog ran to the cat . " * 400
 @pytest.fixture(scope="module")
 def vit_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "vit"
-    tiny_model("vit", num_labels=2).save_pretrained(path)
-    processor = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
-        "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2,
-        "rescale_factor": 1 / 255,
-    }  # fmt: skip
-    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    save_tiny_vit(path)
     return path
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
+from conftest import save_tiny_vit, tiny_model
 from PIL import Image
 
 import fips
@@ -114,13 +114,7 @@ def images(home: Path) -> Path:
 def vit(home: Path, images: Path) -> tuple[Path, Path]:
     """A model and what it was compressed to."""
     path, out = home / "vit", home / "small-vit"
-    tiny_model("vit", num_labels=2).save_pretrained(path)
-    processor = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
-        "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2,
-        "rescale_factor": 1 / 255,
-    }  # fmt: skip
-    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    save_tiny_vit(path)
     assert main(["compress", str(path), "--data", str(images), "--size", "60%", "--output", str(out)]) == 0
     return path, out
 

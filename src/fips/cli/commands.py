@@ -137,7 +137,7 @@ def compress(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="Of the numbers: auto, float, int2 to int8, nl2 to nl5; nl4g64: a scale per 64 weights.",
+            help="Of the numbers: auto, float, int2 to int8, nl2 to nl5, tc2 to tc4; nl4g64: a scale per 64 weights.",
             rich_help_panel=METHOD,
         ),
     ] = None,

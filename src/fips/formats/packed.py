@@ -14,8 +14,7 @@ from torch.nn.functional import embedding
 from fips.errors import BackendError
 from fips.formats.patterns import FULL, BlockAxis, Pattern, pattern_named
 from fips.formats.rotation import rotate, rotation_fits
-from fips.formats.trellis import Trellis
-from fips.formats.values import FLOAT, Values, values_named
+from fips.formats.values import FLOAT, Values, signed, values_named
 
 __all__ = ["Packed", "check_packed", "in_place", "rows_of", "to_dense"]
 
@@ -134,10 +133,9 @@ def rows_of(packed: Packed, places: Tensor) -> Tensor:
     flat = places.flatten()
     scales_T = embedding(flat, packed.scales_N.unsqueeze(1)).squeeze(1)  # refuses places that there are not
     codes = [_codes_of(packed, (flat - back).clamp(min=0)).view(-1, cols) for back in range(numbers.memory + 1)]
-    found = numbers.numbers_of(codes, flat) if isinstance(numbers, Trellis) else numbers.decode(codes[0])
     groups = packed.group_scales
     steps = None if groups is None else groups.view(packed.shape[0], -1)[flat].flatten()
-    rows = rotate(numbers.in_scale(found, scales_T, steps), packed.rotation)
+    rows = rotate(numbers.in_scale(numbers.numbers_of(codes, flat), scales_T, steps), packed.rotation)
     return rows.view(*places.shape, cols)
 
 
@@ -151,5 +149,4 @@ def _codes_of(packed: Packed, flat: Tensor) -> Tensor:
     places = flat.unsqueeze(1) * (cols * bits) + bits * torch.arange(cols, device=stored.device)
     first = places >> 3
     pairs = stored[first].int() | stored[(first + 1).clamp(max=stored.numel() - 1)].int() << 8
-    codes, sign = pairs >> (places & 7) & ((1 << bits) - 1), 1 << (bits - 1)
-    return ((codes ^ sign) - sign).to(torch.int8).flatten()
+    return signed(pairs >> (places & 7) & ((1 << bits) - 1), bits).flatten()

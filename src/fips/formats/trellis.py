@@ -29,7 +29,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from fips.formats.values import SCALE_GROUPS, VALUES, Values
+from fips.formats.values import SCALE_GROUPS, VALUES, Values, signed
 
 __all__ = ["RUN", "Trellis"]
 
@@ -103,9 +103,6 @@ class Trellis(Values):
     def nearest(self, steps: Tensor) -> Tensor:
         raise NotImplementedError(f"numbers of {self.name} are rounded together, by `search`")
 
-    def table(self) -> None:
-        return None
-
     def best_steps(self, matrix: Tensor, dim: int) -> Tensor:
         """Steps of lines along ``dim`` for which they look like the numbers that the levels are for."""
         return matrix.square().mean(dim).sqrt() / self.deviation
@@ -123,14 +120,12 @@ class Trellis(Values):
         above = [torch.nn.functional.pad(codes, (0, 0, back, 0))[: len(codes)] for back in range(self.memory + 1)]
         return self.numbers_of(above, torch.arange(len(codes), device=codes.device))
 
-    def numbers_of(self, above: Sequence[Tensor], row_N: Tensor) -> Tensor:
-        """Numbers of some rows, given their codes (N, K) and those 1, 2, ... rows above; what is above a run does
-        not count."""
-        mask, device = (1 << self.bits) - 1, row_N.device
+    def numbers_of(self, above: Sequence[Tensor], rows: Tensor) -> Tensor:
+        mask, device = (1 << self.bits) - 1, rows.device
         place_NK = above[0].long() & mask
         for back, added in enumerate(self.history, start=1):
             found_NK = torch.tensor(added, device=device)[above[back].long() & mask]
-            place_NK ^= torch.where((row_N % RUN >= back).unsqueeze(1), found_NK, 0)
+            place_NK ^= torch.where((rows % RUN >= back).unsqueeze(1), found_NK, 0)
         return torch.tensor(self.levels, dtype=torch.float32, device=device)[place_NK]
 
     def encode(self, numbers: Tensor) -> Tensor:
@@ -168,11 +163,7 @@ class Trellis(Values):
             found.append(at_B1 & (codes - 1))
             at_B1 = (at_B1 >> bits) + rest * from_BS.gather(1, at_B1).long()
         fields_BT = torch.cat(found[::-1], dim=1)
-        return self._signed(fields_BT.view(length_B, -1)[:, : wanted_JN.shape[1]])
-
-    def _signed(self, fields: Tensor) -> Tensor:
-        sign = 1 << (self.bits - 1)
-        return ((fields ^ sign) - sign).to(torch.int8)
+        return signed(fields_BT.view(length_B, -1)[:, : wanted_JN.shape[1]], bits)
 
 
 def _combined(masks: tuple[int, ...], field: int) -> int:

@@ -17,6 +17,7 @@ A further value format is a subclass of ``Values`` with ``VALUES.register`` abov
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "integers",
     "pack_integers",
     "packed_length",
+    "signed",
     "unpack_integers",
     "values_named",
 ]
@@ -182,6 +184,11 @@ class Values:
     def decode(self, codes: Tensor) -> Tensor:
         """Numbers of the grid that codes stand for; codes are (rows, cols) where the format has a memory."""
         return codes
+
+    def numbers_of(self, above: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """Numbers of some ``rows``, given their codes (rows, cols) and, as far as the memory goes, those 1, 2, ... rows
+        above, whatever stands for rows that do not count."""
+        return self.decode(above[0])
 
     def pack(self, codes: Tensor) -> Tensor:
         """A flat tensor of codes as it is stored."""
@@ -362,5 +369,10 @@ def unpack_integers(packed: Tensor, *, bits: int, count: int) -> Tensor:
     bytes_ = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).long()
     words = (bytes_ << 8 * torch.arange(bits, device=packed.device)).sum(1, keepdim=True)
     fields = words >> bits * torch.arange(8, device=packed.device) & ((1 << bits) - 1)
+    return signed(fields, bits).flatten()[:count]
+
+
+def signed(fields: Tensor, bits: int) -> Tensor:
+    """Two's complement numbers, int8, whose lowest ``bits`` are these fields."""
     sign = 1 << (bits - 1)
-    return ((fields ^ sign) - sign).to(torch.int8).flatten()[:count]
+    return ((fields ^ sign) - sign).to(torch.int8)

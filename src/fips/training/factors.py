@@ -42,7 +42,7 @@ class _TrainableGrid(nn.Module):
         super().__init__()
         self.values, self.grid = start.values, start
         self.start = start.steps_N.float()
-        self.numbers_RF = start.numbers().float()
+        self.fixed_RF = start.numbers().float() if start.values.memory else None
         self.growth = nn.Parameter(torch.zeros_like(self.start))
         self.dtype = start.steps_N.dtype
 
@@ -52,15 +52,15 @@ class _TrainableGrid(nn.Module):
 
     def forward(self, entries: Tensor) -> Tensor:
         """The numbers that entries in units of the steps stand for."""
-        if self.values.memory:
-            return self.grid.turned(self.numbers_RF * self.grid.spread(self.steps()))
+        if self.fixed_RF is not None:
+            return self.grid.turned(self.fixed_RF * self.grid.spread(self.steps()))
         numbers = _straight_through(entries.clamp(-self.values.largest, self.values.largest), self.values.nearest)
         return self.grid.turned(numbers * self.grid.spread(self.steps()))
 
     def found(self, entries_RF: Tensor, mask_RF: Tensor) -> Grid:
         """The numbers of the grid next to the entries, 0 outside the mask, and the steps."""
         steps_N = self.steps().to(self.dtype)
-        if self.values.memory:
+        if self.fixed_RF is not None:
             return replace(self.grid, steps_N=steps_N, wanted_RF=None)
         codes_RF = self.values.encode(self.values.nearest(entries_RF) * mask_RF)
         return replace(self.grid, codes_RF=codes_RF, steps_N=steps_N, wanted_RF=None)
@@ -150,9 +150,7 @@ class TrainableGroup:
         free = [*([] if self.basis_DR is None else [self.basis_DR]), *biases]
         free += [layer.entries_RF for layer in self.layers if layer.grid is None]
         grids = [layer.grid.growth for layer in self.layers if layer.grid is not None]
-        integers = [
-            layer.entries_RF for layer in self.layers if layer.grid is not None and not layer.grid.values.memory
-        ]
+        integers = [layer.entries_RF for layer in self.layers if layer.grid is not None and layer.grid.fixed_RF is None]
         found = [
             {"params": free, "lr": learning_rate, "weight_decay": weight_decay},
             {"params": integers, "lr": INTEGER_RATE * learning_rate, "weight_decay": 0.0},

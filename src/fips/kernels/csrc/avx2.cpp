@@ -6,6 +6,7 @@
 #include "exact.h"
 #include "magnitudes.h"
 #include "paths.h"
+#include "recall256.h"
 #include "rotate256.h"
 #include "search.h"
 #include "tokens.h"
@@ -72,6 +73,7 @@ template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
     read_token(c, t, x + t * padded);
     for (int64_t k = a.cols; k < padded; ++k) x[t * padded + k] = 0.0f;
   }
+  if (a.memory) return recalled_path<T>(a, c, x), true; // whole rows, see `reads_narrow`
   if (reads_whole(a)) return whole_path<T>(a, c, x), true;
   return with_cursor(a, [&](const auto &reader, auto cursor) {
     using Reader = std::decay_t<decltype(reader)>;

@@ -1,5 +1,6 @@
-// Numbers of codes that depend on the codes above them (fips/formats/trellis.py), with AVX2. Part of whole256.h.
+// Numbers of codes that depend on the codes above them (fips/formats/trellis.py), with AVX2.
 #pragma once
+#include "codes256.h"
 
 namespace {
 
