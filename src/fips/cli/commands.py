@@ -16,32 +16,41 @@ from fips.cli.options import (
     COMPRESSION,
     DATA_PANEL,
     DEFAULT_BITS,
-    MACHINE,
-    METHOD,
     MODEL,
     RECONSTRUCTION,
-    SHARING,
     SIZE,
     TASKS,
-    TRAINING,
+    ActivationBits,
+    ActivationMemory,
     BatchSize,
     Bits,
     Budget,
     Column,
     Data,
     Device,
+    Distill,
+    DryRun,
     Dtype,
+    Effort,
+    FactorDtype,
+    Group,
     Groups,
     Ignore,
     Json,
+    KeepWork,
     Layers,
+    LearningRate,
+    Memory,
+    Method,
     ModelArgument,
     ModelOrPacked,
     NumSamples,
     OptionalModel,
     Output,
     Pattern,
+    Precision,
     RecipeOption,
+    Schedule,
     Seed,
     Separator,
     SequenceLength,
@@ -49,8 +58,12 @@ from fips.cli.options import (
     Size,
     Sparsity,
     Split,
+    Steps,
     Targets,
+    ThresholdScope,
     Trust,
+    ValueType,
+    Work,
     Written,
     data_fields,
     given,
@@ -126,106 +139,28 @@ def compress(
     targets: Targets = None,
     ignore: Ignore = None,
     recipe: RecipeOption = None,
-    method: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="fips, fips-paper, or a method to compare with.", rich_help_panel=METHOD),
-    ] = None,
-    effort: Annotated[
-        str | None, typer.Option(metavar="LEVEL", help="fast, default or max.", rich_help_panel=METHOD)
-    ] = None,
-    values: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Of the numbers: auto, float, int2 to int8, nl2 to nl5, tc2 to tc4; nl4g64: a scale per 64 weights.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
+    method: Method = None,
+    effort: Effort = None,
+    values: ValueType = None,
     pattern: Pattern = None,
-    activation_bits: Annotated[
-        int | None,
-        typer.Option(
-            metavar="BITS", help="8: layers of integers may round their inputs to 8 bits.", rich_help_panel=METHOD
-        ),
-    ] = None,
-    factor_dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE", help="Of scales and floating values: float32, bfloat16 or float16.", rich_help_panel=METHOD
-        ),
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|none|BLOCKS",
-            help="Who shares a basis: auto (as measured), none, or a number of blocks.",
-            rich_help_panel=SHARING,
-        ),
-    ] = None,
+    activation_bits: ActivationBits = None,
+    factor_dtype: FactorDtype = None,
+    group: Group = None,
     share_blocks: ShareBlocks = None,
     groups: Groups = None,
     sparsity: Sparsity = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Which entries are kept while training: static, gmp or rigl.", rich_help_panel=SHARING
-        ),
-    ] = None,
-    threshold_scope: Annotated[
-        str | None,
-        typer.Option(metavar="group|layer", help="What one threshold holds for.", rich_help_panel=SHARING),
-    ] = None,
-    distill: Annotated[
-        int | None,
-        typer.Option(
-            metavar="STEPS", help="End-to-end training steps with the original as teacher.", rich_help_panel=TRAINING
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="STEPS", help="Training steps of every group, block by block.", rich_help_panel=TRAINING),
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(metavar="RATE", help="Peak learning rate of these.", rich_help_panel=TRAINING)
-    ] = None,
+    schedule: Schedule = None,
+    threshold_scope: ThresholdScope = None,
+    distill: Distill = None,
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
     device: Device = "auto",
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE", help="Of calibration arithmetic: auto, float32 or bfloat16.", rich_help_panel=MACHINE
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BYTES",
-            help="For what is measured, such as 6GiB: two thirds moments, a third activations.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    activation_memory: Annotated[
-        str | None,
-        typer.Option(metavar="BYTES", help="RAM for recorded activations, such as 2GiB.", rich_help_panel=MACHINE),
-    ] = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where finished blocks are kept until the end; default: OUTPUT.work.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    keep_work: Annotated[
-        bool, typer.Option("--keep-work", help="Leave that directory there at the end.", rich_help_panel=MACHINE)
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Print the plan, and the time and memory of the run, and stop; reads no weights.",
-            rich_help_panel=MODEL,
-        ),
-    ] = False,
+    precision: Precision = None,
+    memory: Memory = None,
+    activation_memory: ActivationMemory = None,
+    work: Work = None,
+    keep_work: KeepWork = False,
+    dry_run: DryRun = False,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,

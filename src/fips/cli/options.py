@@ -136,6 +136,98 @@ Written = Annotated[
     Path, typer.Option(metavar="DIR", help="Directory to write; absent or empty.", rich_help_panel=MODEL)
 ]
 
+Method = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="fips, fips-paper, or a method to compare with.", rich_help_panel=METHOD),
+]
+Effort = Annotated[str | None, typer.Option(metavar="LEVEL", help="fast, default or max.", rich_help_panel=METHOD)]
+ValueType = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Of the numbers: auto, float, int2 to int8, nl2 to nl5, tc2 to tc4; nl4g64: a scale per 64 weights.",
+        rich_help_panel=METHOD,
+    ),
+]
+ActivationBits = Annotated[
+    int | None,
+    typer.Option(
+        metavar="BITS", help="8: layers of integers may round their inputs to 8 bits.", rich_help_panel=METHOD
+    ),
+]
+FactorDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE", help="Of scales and floating values: float32, bfloat16 or float16.", rich_help_panel=METHOD
+    ),
+]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|none|BLOCKS",
+        help="Who shares a basis: auto (as measured), none, or a number of blocks.",
+        rich_help_panel=SHARING,
+    ),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Which entries are kept while training: static, gmp or rigl.", rich_help_panel=SHARING
+    ),
+]
+ThresholdScope = Annotated[
+    str | None,
+    typer.Option(metavar="group|layer", help="What one threshold holds for.", rich_help_panel=SHARING),
+]
+Distill = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEPS", help="End-to-end training steps with the original as teacher.", rich_help_panel=TRAINING
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(metavar="STEPS", help="Training steps of every group, block by block.", rich_help_panel=TRAINING),
+]
+LearningRate = Annotated[
+    float | None, typer.Option(metavar="RATE", help="Peak learning rate of these.", rich_help_panel=TRAINING)
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(metavar="TYPE", help="Of calibration arithmetic: auto, float32 or bfloat16.", rich_help_panel=MACHINE),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="For what is measured, such as 6GiB: two thirds moments, a third activations.",
+        rich_help_panel=MACHINE,
+    ),
+]
+ActivationMemory = Annotated[
+    str | None,
+    typer.Option(metavar="BYTES", help="RAM for recorded activations, such as 2GiB.", rich_help_panel=MACHINE),
+]
+Work = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where finished blocks are kept until the end; default: OUTPUT.work.",
+        rich_help_panel=MACHINE,
+    ),
+]
+KeepWork = Annotated[
+    bool, typer.Option("--keep-work", help="Leave that directory there at the end.", rich_help_panel=MACHINE)
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print the plan, and the time and memory of the run, and stop; reads no weights.",
+        rich_help_panel=MODEL,
+    ),
+]
+
 COMPRESSION = ("budget", "bits", "size", "method", "effort", "values", "sparsity", "pattern", "schedule",
                "threshold_scope", "share_blocks", "groups", "layers", "targets", "ignore", "factor_dtype",
                "activation_bits", "precision", "activation_memory", "seed")  # fmt: skip
