@@ -150,7 +150,7 @@ COMMANDS = ("compress", "plan", "inspect", "evaluate", "compare", "bench", "expo
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_fits(command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("TERMINAL_WIDTH", str(columns))
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", columns)  # read from the environment once, when it is imported
     assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= columns
@@ -161,7 +161,7 @@ def test_help_fits(command: str, columns: int, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_options_stand_in_panels_with_their_units(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setenv("TERMINAL_WIDTH", "120")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 120)
     assert main(["compress", "--help"]) == 0
     shown = capsys.readouterr().out
     panels = re.findall(r"╭─ (.+?) ─", shown)
