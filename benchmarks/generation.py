@@ -1,0 +1,300 @@
+"""A whole language model that generates: packed directories, the dense model and llama.cpp, one after the other.
+
+    python benchmarks/generation.py make --recipe paper-llama-3.2-1b --values tc4g64 nl4g64 --dense --gguf Q4_0 Q4_K_M \
+        --llama-python /tmp/llamacpp/bin/python --output ~/.cache/fips-generation
+    python benchmarks/generation.py run ~/.cache/fips-generation/* --rounds 3 --threads 2 \
+        --llama-python /tmp/llamacpp/bin/python --out benchmarks/results/generation.json
+
+``make`` writes models of the shapes of a recipe in random numbers: speed does not depend on them. All matrices of packed
+models, embedding and head included, have the same values, columns turned in blocks of 64. ``run`` starts every contestant
+in a process of its own, all in turn, ``--rounds`` times: it loads the model, reads a prompt, then generates token after
+token, as ``generate`` does. llama.cpp needs a Python with llama-cpp-python. Nothing else should run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RUNNERS = {".gguf": "llama.cpp"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    making = commands.add_parser("make")
+    making.add_argument("--recipe", default="paper-llama-3.2-1b")
+    making.add_argument("--blocks", type=int, help="fewer blocks than the model has")
+    making.add_argument("--values", nargs="*", default=[])
+    making.add_argument("--dense", action="store_true")
+    making.add_argument("--gguf", nargs="*", default=[])
+    making.add_argument("--llama-python", default=sys.executable)
+    making.add_argument("--output", type=Path, required=True)
+    making.set_defaults(run=make)
+    running = commands.add_parser("run")
+    running.add_argument("models", nargs="+", type=Path)
+    running.add_argument("--rounds", type=int, default=3)
+    running.add_argument("--threads", type=int, default=2)
+    running.add_argument("--prompt", type=int, default=512)
+    running.add_argument("--tokens", type=int, default=48)
+    running.add_argument("--llama-python", default=sys.executable)
+    running.add_argument("--out", type=Path, required=True)
+    running.set_defaults(run=run)
+    one = commands.add_parser("one")
+    one.add_argument("model", type=Path)
+    one.add_argument("threads", type=int)
+    one.add_argument("prompt", type=int)
+    one.add_argument("tokens", type=int)
+    one.set_defaults(run=measure)
+    args = parser.parse_args()
+    args.run(args)
+
+
+def make(args: argparse.Namespace) -> None:
+    import torch
+
+    import fips
+    from fips.models.transformers import build_empty, config_from_fields
+    from fips.recipes import load_recipe
+
+    fields = dict(load_recipe(args.recipe).architecture or {})
+    if args.blocks:
+        fields["num_hidden_layers"] = args.blocks
+    config = config_from_fields(fields)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for values in args.values:
+        directory = args.output / values
+        if not directory.exists():
+            model = build_empty(copy.deepcopy(config)).to(torch.bfloat16)
+            fips.save(packed(model, values), directory)
+            print(directory, sum(path.stat().st_size for path in directory.iterdir()), flush=True)
+    if args.dense or args.gguf:
+        directory = args.output / "dense"
+        if not directory.exists():
+            filled(build_empty(copy.deepcopy(config)).to(torch.bfloat16)).save_pretrained(directory)
+    for kind in args.gguf:
+        to_gguf(args.output / "dense", kind, args.llama_python)
+    if not args.dense and (args.output / "dense").exists():
+        shutil.rmtree(args.output / "dense")
+
+
+def filled(model: Any) -> Any:
+    """The model with random numbers in all that is still on the meta device."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0, 0.02, generator=generator)
+    return with_positions(model)
+
+
+def with_positions(model: Any) -> Any:
+    """Buffers that are computed, not loaded, made again."""
+    for module in model.modules():
+        if hasattr(module, "rope_init_fn") or type(module).__name__.endswith("RotaryEmbedding"):
+            module.__init__(config=module.config)
+    model.tie_weights()
+    return model.eval()
+
+
+def packed(model: Any, values: str) -> Any:
+    """The model with random codes of a value format in all matrices."""
+    import torch
+    from torch import nn
+
+    from fips.formats.values import values_named
+    from fips.layers.linear import BASES, FactoredLinear, basis_owner
+    from fips.storage.layout import replace_embedding, replace_linear
+    from fips.storage.quantizer import attach
+
+    numbers, generator = values_named(values), torch.Generator().manual_seed(0)
+
+    def layer_of(rows: int, cols: int, *, role: str) -> FactoredLinear:
+        width, hidden = (cols, rows) if role == "up" else (rows, cols)
+        layer = FactoredLinear(
+            None, role=role, hidden=hidden, kept=rows * cols, fmt="full", dtype=torch.bfloat16, width=width,
+            values=values, rotation=64 if numbers.bits and numbers.bits < 5 and not values.startswith("int") else 1,
+        )  # fmt: skip
+        layer.values = torch.randint(0, 256, layer.values.shape, generator=generator).to(layer.values.dtype)
+        layer.scales = torch.full_like(layer.scales, 0.02 / (16 if numbers.scale_group else 1) / numbers.largest)
+        if numbers.scale_group:
+            layer.group_scales = torch.randint(8, 24, layer.group_scales.shape, generator=generator).to(torch.uint8)
+        return layer
+
+    tied = bool(model.config.tie_word_embeddings)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    embedding = next(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    heads = [name for name in linear if model.get_submodule(name) is model.get_output_embeddings()]
+    ends = {embedding: layer_of(*model.get_submodule(embedding).weight.shape, role="up")}
+    layers = {
+        name: layer_of(*module.weight.shape, role="down" if name.endswith(("o_proj", "down_proj")) else "up")
+        for name, module in linear.items()
+        if not (tied and name in heads)
+    }
+    filled(model)
+    model.requires_grad_(False)
+    setattr(basis_owner(model), BASES, nn.ModuleDict())
+    for name, layer in layers.items():
+        replace_linear(model, name, layer)
+    for name, layer in ends.items():
+        replace_embedding(model, name, layer, heads if tied else [])
+    attach(model)
+    return model
+
+
+def to_gguf(dense: Path, kind: str, python: str) -> None:
+    """The dense model as llama.cpp quantizes it."""
+    from transformers import AutoModelForCausalLM
+
+    from fips.integrations.gguf.tokens import Vocabulary
+    from fips.integrations.gguf.write import export_gguf
+
+    whole, target = dense.parent / "whole.gguf", dense.parent / f"{kind}.gguf"
+    if target.exists():
+        return
+    if not whole.exists():
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        count = model.config.vocab_size
+        tokens = [f"<0x{index:02X}>" if index < 256 else f"word{index}" for index in range(count)]
+        types = [6 if index < 256 else 1 for index in range(count)]
+        vocabulary = Vocabulary(
+            model="llama", pre="default", tokens=tokens, types=types, scores=[0.0] * count, merges=[],
+            special={"bos": 256, "eos": 257, "unk": 258}, adds={"bos": False, "eos": False, "space": False},
+            template=None, ambiguous=0,
+        )  # fmt: skip
+        export_gguf(model, whole, vocabulary, name="random")
+    script = (
+        "import sys, llama_cpp\n"
+        "source, target, kind, threads = sys.argv[1:]\n"
+        "settings = llama_cpp.llama_model_quantize_default_params()\n"
+        "settings.nthread, settings.ftype = int(threads), getattr(llama_cpp, 'LLAMA_FTYPE_MOSTLY_' + kind)\n"
+        "sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), settings))\n"
+    )
+    subprocess.run([python, "-c", script, str(whole), str(target), kind, str(os.cpu_count())], check=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for index in range(args.rounds):
+        for model in args.models:
+            python = args.llama_python if model.suffix in RUNNERS else sys.executable
+            command = [python, __file__, "one", model, args.threads, args.prompt, args.tokens]
+            done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{model}: {done.stderr[-2000:]}")
+            found[model.name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(index, model.name, found[model.name][-1], flush=True)
+    keys = next(iter(found.values()))[0].keys()
+    results = {
+        name: {"runs": runs, "median": {key: median(one[key] for one in runs) for key in keys}}
+        for name, runs in found.items()
+    }
+    import torch
+
+    from fips.record import environment
+
+    fields = {
+        "command": shlex.join(["python", *sys.argv]),
+        "environment": {**environment(torch.device("cpu")), "threads": args.threads},
+        "prompt": args.prompt,
+        "tokens": args.tokens,
+        "results": results,
+    }
+    args.out.write_text(json.dumps(fields, indent=1) + "\n")
+
+
+def measure(args: argparse.Namespace) -> None:
+    """One process, one model: load, prompt, tokens; printed as JSON."""
+    one = llama if args.model.suffix in RUNNERS else transformers
+    result = one(args)
+    size = args.model.stat().st_size if args.model.is_file() else tensor_bytes(args.model)
+    sys.stdout.write(json.dumps({"file_bytes": size, **result, "peak_bytes": peak()}) + "\n")
+
+
+def tensor_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def peak() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def transformers(args: argparse.Namespace) -> dict[str, float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import fips  # noqa: F401 - teaches transformers packed layers
+
+    torch.set_num_threads(args.threads)
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    loaded = time.perf_counter()
+    ids = torch.randint(300, model.config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(1))
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    ready = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=mask, max_new_tokens=1, **settings)
+        first = time.perf_counter() - ready
+        model.generate(ids[:, :8], attention_mask=mask[:, :8], max_new_tokens=4, **settings)
+        start = time.perf_counter()
+        model.generate(ids, attention_mask=mask, max_new_tokens=1, **settings)
+        prompt = time.perf_counter() - start
+        start = time.perf_counter()
+        model.generate(ids[:, :8], attention_mask=mask[:, :8], max_new_tokens=1, **settings)
+        short = time.perf_counter() - start
+        start = time.perf_counter()
+        model.generate(ids[:, :8], attention_mask=mask[:, :8], max_new_tokens=args.tokens + 1, **settings)
+        seconds = time.perf_counter() - start - short
+    return {
+        "load_s": loaded - started, "first_prompt_s": first, "prompt_per_s": args.prompt / prompt,
+        "tokens_per_s": args.tokens / seconds,
+    }  # fmt: skip
+
+
+def llama(args: argparse.Namespace) -> dict[str, float]:
+    from llama_cpp import Llama
+
+    started = time.perf_counter()
+    model = Llama(
+        str(args.model), n_ctx=args.prompt + args.tokens + 16, n_threads=args.threads, n_threads_batch=args.threads,
+        n_batch=512, verbose=False,
+    )  # fmt: skip
+    loaded = time.perf_counter()
+    ids = [300 + 37 * index % 30000 for index in range(args.prompt)]
+
+    def read(tokens: list[int]) -> float:
+        start = time.perf_counter()
+        model.eval(tokens)
+        return time.perf_counter() - start
+
+    first = read(ids)
+    model.reset()
+    prompt = read(ids)
+    model.reset()
+    read(ids[:8])
+    seconds = sum(read([int(token)]) for token in range(300, 300 + args.tokens))
+    return {
+        "load_s": loaded - started, "first_prompt_s": first, "prompt_per_s": args.prompt / prompt,
+        "tokens_per_s": args.tokens / seconds,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Whole models at sizes of the whole file: `layers: all` by fips and by the field's methods, on data not seen.
+
+    python benchmarks/whole_models.py smollm2-135m --models ~/.cache/real-models --data ../shared/data \
+        --sizes 50%,35%,25%,20% --methods fips,field-gptq --out benchmarks/results/whole-smollm2-135m.json
+
+Sizes are of all tensors of the model in 16 bits. Every model is compressed in bfloat16 and scored beside the original in
+its own type: top-1 or perplexity, KL of the predictions and how often the first ones agree. `rtn`, `awq` and `field-gptq`
+are those of field_methods.py; where a method has no format of the size asked for it takes the next smaller, and the
+bytes are those of the tensors that it wrote. The file is written after every run, and a later call goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import compare_methods
+import torch
+
+import fips
+from fips.config import DataConfig
+from fips.data import load_batches
+from fips.evaluation import evaluate
+from fips.models.transformers import load_dense, load_processor, model_kind
+from fips.plan.footprint import state_bytes
+from fips.record import environment
+
+TEXTS = {
+    "smollm2-135m": (
+        {"source": "text/wikitext2_valid.txt", "num_samples": 128, "sequence_length": 512},
+        {"source": "text/wikitext2_test.txt", "num_samples": 24, "sequence_length": 512},
+    ),
+    "antiberty": (
+        {"source": "antibodies/calibration.txt", "num_samples": 512, "sequence_length": 160},
+        {"source": "antibodies/test.txt", "num_samples": 256, "sequence_length": 160},
+    ),
+}
+
+
+def settings(args: argparse.Namespace, scratch: Path) -> tuple[str, DataConfig, DataConfig]:
+    if args.name in TEXTS:
+        calibration, evaluation = (
+            DataConfig(**{**fields, "source": str(args.data / str(fields["source"]))}, batch_size=8)
+            for fields in TEXTS[args.name]
+        )
+        return str(args.models / args.name), calibration, evaluation
+    return compare_methods.settings(args.name, args.models, args.data, scratch)
+
+
+def run(args: argparse.Namespace, method: str, size: str, examples: Any, scored: Any, source: str) -> dict[str, Any]:
+    """One method at one size."""
+    model = load_dense(source, dtype="bfloat16", device=torch.device("cpu"))
+    before = state_bytes(model)
+    started = time.perf_counter()
+    report = fips.compress(model, examples, fips.CompressionConfig(method=method, layers=args.layers, size=size))
+    seconds = time.perf_counter() - started
+    original = load_dense(source, dtype="auto", device=torch.device("cpu"))
+    found = evaluate(model, scored, against=original)
+    return {
+        "method": method, "size": size, "bytes_before": before, "bytes": state_bytes(model), "seconds": seconds,
+        "formats": sorted({part for group in report.groups for part in group.values.split(", ")}),
+        "quality": asdict(found),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sizes", default="50%,35%,25%,20%")
+    parser.add_argument("--methods", default="fips,field-gptq")
+    parser.add_argument("--layers", default="all")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    facts = {
+        "benchmark": f"whole models, {args.name}", "date": date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]), "commit": commit, "environment": environment(torch.device("cpu")),
+    }  # fmt: skip
+    runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    with tempfile.TemporaryDirectory() as scratch:
+        source, calibration, evaluation = settings(args, Path(scratch))
+        kind = model_kind(load_dense(source, dtype="bfloat16", device=torch.device("cpu")))
+        options = {"processor": load_processor(source, kind), "kind": kind}
+        examples, scored = (
+            compare_methods.in_memory(load_batches(data, purpose=purpose, **options))
+            for data, purpose in ((calibration, "calibration"), (evaluation, "evaluation"))
+        )
+        for size in args.sizes.split(","):
+            for method in args.methods.split(","):
+                if any((one["method"], one["size"]) == (method, size) for one in runs):
+                    continue
+                runs.append(run(args, method, size, examples, scored, source))
+                print(json.dumps(runs[-1])[:600], flush=True)
+                args.out.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
+                gc.collect()
+
+
+if __name__ == "__main__":
+    main()
