@@ -159,9 +159,10 @@ class CompressionConfig(Settings):
     size: str | None = None
     """Bytes of all tensors of the compressed model together: `400MB`, `25%` of what they take now, `4x` less. What is
     not compressed keeps its type."""
-    activation_bits: Literal[8] | None = None
-    """8: kernels may round the inputs of layers with integer values to 8 bits, one scale per token; written with the
-    model. Faster for many tokens; results differ a little. Default: inputs as exact as their type."""
+    activation_bits: Literal[8, 16] | None = None
+    """8: kernels may round the inputs of layers with integer values to 8 bits, 64 of which share a scale; 16: inputs
+    count as exactly as their type says. Written with the model. Default: 8 beside inputs of 16-bit types, exact beside
+    float32."""
     share_blocks: int = Field(default=4, ge=1)
     """Consecutive blocks of equal width that share a basis."""
     groups: tuple[tuple[int, ...], ...] | None = None

@@ -229,11 +229,10 @@ def multiply(
 ) -> Tensor:
     r""":math:`y = x S^\top + b` in the type of ``x``, from the packed bytes; no autograd.
 
-    Sums run in float32. Beside int8 values, machines with byte dot products turn every token into a fixed-point number
-    of ``activation_bits`` with one scale: 24 bits for float32 inputs and 16 for half types unless said otherwise. With
-    16 the error stays below the rounding of bfloat16 while a token's largest entry is below about 200 times its
-    typical one; 8 bits are faster and coarser, and never chosen by themselves. ``path`` and ``isa`` are for
-    measurements and tests.
+    Sums run in float32. Beside integers, machines with byte dot products turn every token into a fixed-point number
+    of ``activation_bits``: 24 bits for float32 inputs and 16 for half types unless said otherwise. These have one scale
+    for a token; with 16 the error stays below the rounding of bfloat16 while a token's largest entry is below about 200
+    times its typical one. With 8 bits 64 entries share a scale. ``path`` and ``isa`` are for measurements and tests.
 
     NaN and Inf come out as from a dense layer with zeros where S keeps nothing: an entry that is not kept, or kept
     as 0, makes NaN of Inf, so a token with either has no finite output. Other tokens do not feel it.
@@ -430,6 +429,11 @@ def _installed() -> Iterator[Path]:
                 yield Path(folder) / name
 
 
+def _input_bits(x: Tensor, wanted: int | None) -> int | None:
+    """8, or None: as exactly as their type says; what is not said is 8 where the type has no more than 16 bits itself."""
+    return 8 if wanted == 8 or (wanted is None and x.dtype != torch.float32) else None
+
+
 class CpuBackend(Backend):
     """The compiled kernels."""
 
@@ -451,12 +455,13 @@ class CpuBackend(Backend):
     def multiply(
         self, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, *, activation_bits: int | None = None
     ) -> Tensor:
-        return multiply(x, cast(CpuMatrix, prepared), bias, activation_bits=activation_bits)
+        return multiply(x, cast(CpuMatrix, prepared), bias, activation_bits=_input_bits(x, activation_bits))
 
     def repeat(
         self, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, activation_bits: int | None
     ) -> Repeat | None:
-        return Repeat(x, cast(CpuMatrix, prepared), bias, activation_bits) if Repeat.suits(x, bias) else None
+        bits = _input_bits(x, activation_bits)
+        return Repeat(x, cast(CpuMatrix, prepared), bias, bits) if Repeat.suits(x, bias) else None
 
     def few_tokens(self, packed: Packed) -> int:
         return 4 if packed.values_Z.dtype in (torch.float32, torch.bfloat16) else 0

@@ -12,9 +12,9 @@ The choice is made per layer shape, type, device, thread count and power of two 
 alternating runs at the first call, and remembered in ``~/.cache/fips`` (or ``$FIPS_CACHE``) under a fingerprint of the
 machine. ``packed`` wins ties within 5 %.
 
-All ways compute the same up to rounding, unless ``activation_bits`` is 8: then the packed kernel may round every token
-to 8 bits before it multiplies by integer values, with one scale per token. Processors with byte dot products (VNNI,
-AMX) do half the work then.
+All ways compute the same up to rounding. Beside integer values the packed kernel may round the inputs to 8 bits first,
+where ``activation_bits`` is 8, or None and their type has 16 bits: 64 inputs share a scale then, and processors with
+byte dot products do half the work or less. With 16 inputs count as exactly as their type says.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class LayerRuntime:
 
     @property
     def activation_bits(self) -> int | None:
-        """None: inputs count as exactly as their type says. 8: kernels of integer values may round them to 8 bits.
+        """8: kernels of integer values may round inputs to 8 bits; 16: they count as exactly as their type says; None: 8
+        for inputs of 16-bit types, exact for float32.
 
         Begins with ``$FIPS_ACTIVATION_BITS``. Raises ``ConfigError`` for other numbers.
         """

@@ -52,9 +52,9 @@ def check_policy(policy: str) -> str:
 
 
 def check_bits(bits: int | None) -> int | None:
-    """Raise ``ConfigError`` for bits of activations other than 8 or None."""
-    if bits not in (None, 8):
-        raise ConfigError(f"activation_bits is 8, or None for exact inputs; got {bits}")
+    """Raise ``ConfigError`` for bits of activations other than 8, 16 or None."""
+    if bits not in (None, 8, 16):
+        raise ConfigError(f"activation_bits is 8, 16 for exact inputs, or None for what the type has; got {bits}")
     return bits
 
 
@@ -62,7 +62,7 @@ def wished_bits() -> int | None:
     """``$FIPS_ACTIVATION_BITS``."""
     wish = os.environ.get("FIPS_ACTIVATION_BITS")
     if wish and not wish.isdecimal():
-        raise ConfigError(f"$FIPS_ACTIVATION_BITS is 8 or empty; got {wish!r}")
+        raise ConfigError(f"$FIPS_ACTIVATION_BITS is 8, 16 or empty; got {wish!r}")
     return int(wish) if wish else None
 
 

@@ -61,8 +61,8 @@ class LayerLayout(_Strict):
     values: str = FLOAT
     rotation: int = 1
     """Columns of a block that are stored turned, see ``fips.formats.rotation``."""
-    activation_bits: Literal[8] | None = None
-    """8 where kernels may round the inputs, see ``fips.kernels.runtime``."""
+    activation_bits: Literal[8, 16] | None = None
+    """What inputs may be rounded to, see ``fips.kernels.runtime``."""
     bias: bool
     conv1d: bool
     embedding: bool = False
@@ -225,7 +225,7 @@ def _layer_layout(layer: FactoredLinear, names: Mapping[int, str], tied: tuple[s
         format=layer.pattern_format.file_name,
         values=layer.kind,
         rotation=layer.rotation,
-        activation_bits=8 if layer.bits is not None and layer.runtime.activation_bits == 8 else None,
+        activation_bits=_input_bits(layer),
         bias=layer.bias is not None,
         conv1d=layer.conv1d,
         embedding=isinstance(layer, PackedEmbedding),
@@ -379,6 +379,11 @@ def _one_module(model: nn.Module, first: str, second: str) -> bool:
     return all(_has_submodule(model, place) for place in places) and (
         model.get_submodule(places[0]) is model.get_submodule(places[1])
     )
+
+
+def _input_bits(layer: FactoredLinear) -> Literal[8, 16] | None:
+    bits = layer.runtime.activation_bits
+    return None if layer.bits is None or bits is None else 8 if bits == 8 else 16
 
 
 def replace_linear(model: nn.Module, name: str, layer: FactoredLinear) -> None:

@@ -152,5 +152,7 @@ bool fips_amx(const fips_matrix &a, const fips_call &c) {
   if (c.path != FIPS_TILES || a.format == FIPS_BLOCK_ROWS) return false;
   if (a.value_type == FIPS_BF16) return tiles_path<BF16Values>(a, c);
   if (a.value_type != FIPS_I8 || a.scale_group) return false;
-  return a.value_bits < 8 ? tiles_path<NarrowValues>(a, c) : tiles_path<I8Values>(a, c);
+  fips_call finer = c; // a tile sums whole rows, so inputs of 8 bits, 64 of which share a scale, take 16 here
+  if (fixed_planes(c) == 1) finer.activation_bits = 16;
+  return a.value_bits < 8 ? tiles_path<NarrowValues>(a, finer) : tiles_path<I8Values>(a, finer);
 }

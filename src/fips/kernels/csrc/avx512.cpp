@@ -1,6 +1,6 @@
 // AVX-512 without bf16 dot products: the direct and the tokens path, and what other variants share.
 #include "columns.h"
-#include "direct512.h"
+#include "digits512.h"
 #include "exact.h"
 #include "magnitudes.h"
 #include "tokens.h"
@@ -29,17 +29,10 @@ struct Vector16 {
 };
 
 template <class One, class Two, class Three> bool byte_path(const fips_matrix &a, const fips_call &c) {
-  if (a.scale_group) {
-    switch (fixed_planes(c)) {
-    case 1: return direct_path<GroupedDot<One, 1>>(a, c);
-    case 2: return direct_path<GroupedDot<Two, 2>>(a, c);
-    default: return direct_path<GroupedDot<Three, 3>>(a, c);
-    }
-  }
   switch (fixed_planes(c)) {
-  case 1: return direct_path<One>(a, c);
-  case 2: return direct_path<Two>(a, c);
-  default: return direct_path<Three>(a, c);
+  case 1: return digits_path<One>(a, c);
+  case 2: return a.scale_group ? direct_path<GroupedDot<Two, 2>>(a, c) : direct_path<Two>(a, c);
+  default: return a.scale_group ? direct_path<GroupedDot<Three, 3>>(a, c) : direct_path<Three>(a, c);
   }
 }
 

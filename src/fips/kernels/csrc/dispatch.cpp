@@ -95,8 +95,8 @@ int detect() { return FIPS_PORTABLE; }
 // rest is faster.
 int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS) return FIPS_TOKENS; // values of a row do not lie together
-  const bool bytes = a.value_type == FIPS_I8 && !a.scale_group; // multiplied as they are
-  const bool matrix_unit = level >= FIPS_AMX && (a.value_type == FIPS_BF16 || bytes);
+  const bool bytes = a.value_type == FIPS_I8; // multiplied as they are
+  const bool matrix_unit = level >= FIPS_AMX && (a.value_type == FIPS_BF16 || (bytes && !a.scale_group));
   if (c.tokens <= (matrix_unit ? 1 : 4)) return FIPS_DIRECT;
   if (level < FIPS_AVX2) return FIPS_TOKENS;
   const double kept = double(a.num_values) / (double(a.rows) * double(a.cols)); // limits measured on Zen 4
@@ -113,7 +113,6 @@ bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   if (a.memory && !recalls(a)) return false;
   if (a.memory && level < FIPS_AVX512 && (c.path != FIPS_DIRECT || a.cols % 64)) return false;
   if (a.num_levels && a.format != FIPS_FULL) return false;
-  if (a.scale_group && c.path == FIPS_TILES && level >= FIPS_AVX512) return false;
   return level >= FIPS_AVX2;
 }
 
@@ -228,8 +227,7 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_AUTO) chosen.path = fastest_path(a, c, level);
   const bool widen = a.value_bits < 8 && !reads_narrow(a, chosen, level);
   const fips_matrix read = widen ? widened(a, chosen, level) : a;
-  const bool floats = chosen.path == FIPS_TOKENS || (a.scale_group && chosen.path == FIPS_TILES);
-  const bool fixed_point = a.value_type == FIPS_I8 && level >= FIPS_AVX512 && !floats;
+  const bool fixed_point = a.value_type == FIPS_I8 && level >= FIPS_AVX512 && chosen.path != FIPS_TOKENS;
   const int64_t at_a_time = tokens_at_a_time(a, c);
   for (int64_t first = 0; first < c.tokens; first += at_a_time) {
     fips_call part = part_of(chosen, first, min_of(at_a_time, c.tokens - first));

@@ -76,10 +76,34 @@ struct ByteDots8 {
   }
 };
 
+// The sum of a unit of columns, times the scales of a row and of the inputs, added to the floats at `to`.
+FIPS_INLINE void add_unit(uint8_t *to, __m512i sum, float row_scale, const float *scales, bool first) {
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scale), _mm512_load_ps(scales));
+  const __m512 before = first ? _mm512_setzero_ps() : _mm512_load_ps(to);
+  _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before));
+}
+
+FIPS_INLINE void add_unit(uint8_t *to, __m256i sum, float row_scale, const float *scales, bool first) {
+  const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(row_scale), _mm256_load_ps(scales));
+  auto *at = reinterpret_cast<float *>(to);
+  const __m256 before = first ? _mm256_setzero_ps() : _mm256_load_ps(at);
+  _mm256_store_ps(at, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, before));
+}
+
 template <> struct Dots<I8Values, 16> : ByteDots16 {};
 template <> struct Dots<I8Values, 8> : ByteDots8 {};
 template <> struct Dots<NarrowValues, 16> : ByteDots16 {};
 template <> struct Dots<NarrowValues, 8> : ByteDots8 {};
+template <class Values> struct Dots<Scaled<Values>, 16> : ByteDots16 {
+  FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
+    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(word), x);
+  }
+};
+template <class Values> struct Dots<Scaled<Values>, 8> : ByteDots8 {
+  FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
+    return _mm256_dpbusd_epi32(sum, _mm256_set1_epi32(word), x);
+  }
+};
 
 // Digits are stored 128 larger, without sign: what that adds to the sums of a decoded row.
 template <class Values> int32_t excess_of(const uint8_t *row, int64_t steps) {
@@ -110,7 +134,11 @@ struct Ahead {
 struct Column {
   const uint8_t *x;
   uint8_t *sums;
+  const float *scales = nullptr;   // of its tiles, and
+  const int32_t *starts = nullptr; // where sums of their units begin, where these are scaled
 };
+
+constexpr int64_t kUnits = kWords / 4; // of a row at a time, at most
 
 // Sums of R rows by C columns over some steps. `weights` and `excess` begin with the first of these rows, `row`.
 template <class Values, int W, int R, int C>
@@ -146,15 +174,65 @@ FIPS_APART void multiply_block(const uint8_t *weights, const Column *columns, in
     for (int j = 0; j < C; ++j) D::store(place(r, j), acc[r][j]);
 }
 
+// The same where sums are scaled after every unit: `scales` has the numbers of the units of these rows.
+template <class Values, int W, int R, int C>
+FIPS_APART void multiply_units(const uint8_t *weights, const Column *columns, int64_t steps, int64_t row,
+                               int64_t lower, bool first, const float *scales, int units, Ahead &ahead) {
+  using D = Dots<Values, W>;
+  const auto place = [&](int r, int j) { return columns[j].sums + (row + r) / 16 * lower + (row + r) % 16 * 64; };
+  const int64_t words = 16 / units;
+  for (int64_t s = 0; s < steps; ++s) {
+    ahead.fetch();
+    for (int64_t unit = s * units; unit < (s + 1) * units; ++unit) {
+      typename D::Sum acc[R][C];
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) {
+        const auto start = D::load(reinterpret_cast<const uint8_t *>(columns[j].starts + unit * 16));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) acc[r][j] = start;
+      }
+      for (int64_t at = unit * words; at < (unit + 1) * words; ++at) {
+        typename D::Tokens xs[C];
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) xs[j] = D::tokens(columns[j].x + at * 64);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          int32_t word;
+          std::memcpy(&word, weights + r * kRowBytes + at * 4, 4);
+#pragma GCC unroll 4
+          for (int j = 0; j < C; ++j) acc[r][j] = D::add(acc[r][j], xs[j], word);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j)
+          add_unit(place(r, j), acc[r][j], scales[r * kUnits + unit], columns[j].scales + s * 16, first && unit == 0);
+    }
+  }
+}
+
 // All rows of a part by some columns; rows behind the last of a slab are multiplied too, and not looked at.
 struct Part {
   const uint8_t *weights;
   const int32_t *excess;
+  const float *scales;
   int64_t row, rows, step, steps, lower;
+  int units;
 
   template <class Values, int W, int R, int C> void multiply(const Column *columns, Ahead &ahead) const {
     Column from[C];
     for (int j = 0; j < C; ++j) from[j] = {columns[j].x + step * kTileBytes, columns[j].sums};
+    if constexpr (is_scaled<Values>) {
+      for (int j = 0; j < C; ++j) {
+        from[j].scales = columns[j].scales + step * 16;
+        from[j].starts = columns[j].starts + step * units * 16;
+      }
+      for (int64_t r = 0; r < rows; r += R)
+        multiply_units<Values, W, R, C>(weights + r * kRowBytes, from, steps, row + r, lower, step == 0,
+                                        scales + r * kUnits, units, ahead);
+      return;
+    }
     for (int64_t r = 0; r < rows; r += R)
       multiply_block<Values, W, R, C>(weights + r * kRowBytes, from, steps, row + r, lower, step == 0, excess + r,
                                       ahead);
@@ -168,6 +246,15 @@ struct Part {
   }
 };
 
+// What the units of some rows are multiplied by, from one unit of so many columns on.
+inline void unit_scales(const fips_matrix &a, int64_t row, int64_t rows, int64_t first, int64_t count, int64_t columns,
+                        float *to) {
+  for (int64_t r = 0; r < rows; ++r, to += kUnits) {
+    const RowGroups groups = a.scale_group ? RowGroups(a, row + r) : RowGroups();
+    for (int64_t i = 0; i < count; ++i) to[i] = a.scale_group ? groups.at((first + i) * columns) : 1.0f;
+  }
+}
+
 // Rows [row0, row0 + rows) of at most kMostRows by token blocks [block0, block0 + blocks) of every plane.
 template <class Reader, class Values>
 void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p, int64_t row0,
@@ -177,8 +264,14 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
   const bool half = block0 + blocks == p.blocks && (c.tokens - 1) % 16 < 8;
   const int64_t halves = half ? p.planes : 0, whole = columns - halves;
   for (int64_t b = 0, i = 0, j = whole; b < blocks; ++b)
-    for (int plane = 0; plane < p.planes; ++plane)
-      all[half && b + 1 == blocks ? j++ : i++] = {p.tile(plane, block0 + b, 0), sums + (plane * blocks + b) * kTileBytes};
+    for (int plane = 0; plane < p.planes; ++plane) {
+      Column &one = all[half && b + 1 == blocks ? j++ : i++];
+      one = {p.tile(plane, block0 + b, 0), sums + (plane * blocks + b) * kTileBytes};
+      if (is_scaled<Values>) {
+        one.scales = p.tile_scales(block0 + b, 0);
+        one.starts = p.starts(plane, block0 + b, 0);
+      }
+    }
   const int64_t most = kWords / 16, runs = (p.steps + most - 1) / most;
   const int64_t run_steps = round_up((p.steps + runs - 1) / runs, 4);
   Decoder<Reader, Values> decoder(a, reader, row0, rows, kRowBytes);
@@ -192,7 +285,9 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
       int32_t excess[kPartRows] = {};
       decoder.decode(row, next - row, step, steps, weights, rows);
       for (int64_t r = 0; r < next - row; ++r) excess[r] = excess_of<Values>(weights + r * kRowBytes, steps);
-      const Part part{weights, excess, row, next - row, step, steps, lower};
+      float scales[is_scaled<Values> ? kPartRows * kUnits : 1];
+      if (is_scaled<Values>) unit_scales(a, row0 + row, next - row, step * p.units, steps * p.units, 64 / p.units, scales);
+      const Part part{weights, excess, scales, row, next - row, step, steps, lower, p.units};
       part.multiply<Values, 16>(all, whole, ahead);
       part.multiply<Values, 8>(all + whole, halves, ahead);
     }
@@ -231,7 +326,7 @@ template <class Values> bool dots_path(const fips_matrix &a, const fips_call &c)
   // Lines that another core has read are slow to write, several times so where the cores share no cache: two threads
   // are faster when each packs everything.
   const bool alone = c.threads <= kFewThreads && shape_tokens<Values>(a, c, 0).nbytes() <= kOwnBytes;
-  const PackedTokens p = place_tokens<Values>(a, c, 0, alone ? c.threads : 1);
+  const PackedTokens p = place_tokens<Values>(a, c, is_scaled<Values> ? char(0x80) : 0, alone ? c.threads : 1);
   return with_reader(a, [&](const auto &reader) {
     multiply_slabs<std::decay_t<decltype(reader)>, Values>(a, c, reader, p, alone);
   });
@@ -241,7 +336,8 @@ bool dots_path(const fips_matrix &a, const fips_call &c) {
   if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
   switch (a.value_type) {
   case FIPS_I8:
-    if (a.scale_group) return dots_path<Floats<I8Values>>(a, c); // narrower ones have been widened
+    if (a.scale_group || fixed_planes(c) == 1)
+      return a.value_bits < 8 ? dots_path<Scaled<NarrowValues>>(a, c) : dots_path<Scaled<I8Values>>(a, c);
     return a.value_bits < 8 ? dots_path<NarrowValues>(a, c) : dots_path<I8Values>(a, c);
   case FIPS_F32: return dots_path<Floats<F32Values>>(a, c);
   case FIPS_F16: return dots_path<Floats<F16Values>>(a, c);

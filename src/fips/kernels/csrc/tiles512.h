@@ -54,10 +54,21 @@ struct PackedTokens {
   int64_t blocks, steps;
   int planes;
   char sign; // added to every digit of a fixed-point number by exclusive or: 0x80 takes the 128 in it away
+  int units; // of a step, after which sums are scaled; 0: never
   int64_t nbytes() const { return planes * blocks * steps * kTileBytes; }
   int64_t padded_tokens() const { return round_up(blocks * 16, 32); } // scales of two copies share no line
+  int64_t side_numbers() const { return padded_tokens() + (units ? blocks * steps * 16 * (1 + planes * units) : 0); }
   uint8_t *tile(int plane, int64_t block, int64_t step) const {
     return tiles + ((plane * blocks + block) * steps + step) * kTileBytes;
+  }
+  // With units: what the digits of a tile are multiplied by, a number for each of its 16 tokens, ...
+  float *tile_scales(int64_t block, int64_t step) const {
+    return scales + padded_tokens() + (block * steps + step) * 16;
+  }
+  // ... and where their sums begin, 16 numbers for each unit.
+  int32_t *starts(int plane, int64_t block, int64_t step) const {
+    auto *first = reinterpret_cast<int32_t *>(tile_scales(blocks, 0));
+    return first + ((plane * blocks + block) * steps + step) * units * 16;
   }
 };
 
@@ -90,6 +101,7 @@ template <> struct Kind<BF16Values> {
     _mm512_store_si512(to + 64, _mm512_maskz_expandloadu_epi16(_cvtu32_mask32(uint32_t(mask >> 32)), v));
     v += popcount64(mask >> 32);
   }
+  static void finish(const PackedTokens &, int, int64_t, int64_t, const __m512i *) {} // nothing beside the tile
   static __m512 sum(const uint8_t *const *planes, int count, int row) {
     __m512 value = _mm512_load_ps(planes[0] + row * 64);
     for (int i = 1; i < count; ++i) value = _mm512_add_ps(value, _mm512_load_ps(planes[i] + row * 64));
@@ -116,6 +128,7 @@ template <> struct Kind<I8Values> {
     _mm512_store_si512(to, _mm512_maskz_expandloadu_epi8(_cvtu64_mask64(mask), v));
     v += popcount64(mask);
   }
+  static void finish(const PackedTokens &, int, int64_t, int64_t, const __m512i *) {}
   static __m512 sum(const uint8_t *const *planes, int count, int row) {
     __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(planes[count - 1] + row * 64));
     for (int i = count - 2; i >= 0; --i)
@@ -130,9 +143,44 @@ template <> struct Kind<NarrowValues> : Kind<I8Values> {};
 
 template <class Values> struct Floats : Values {}; // values widened to float32, one to a word
 
+// Bytes whose sums are scaled after every unit of columns, by the scales of groups of the matrix and, where inputs have
+// 8 bits, of 64 inputs. Weights have 128 added and digits their sign: sums of a token begin 128 times the sum of its
+// digits lower, which is the same for all rows.
+template <class Values> struct Scaled : Values {};
+
+template <class Values> constexpr bool is_scaled = false;
+template <class Values> constexpr bool is_scaled<Scaled<Values>> = true;
+template <class Values> constexpr bool is_narrow = std::is_base_of_v<NarrowValues, Values>;
 // Whether values are multiplied as bytes, beside tokens in fixed point.
 template <class Values>
 constexpr bool stays_bytes = std::is_same_v<Values, I8Values> || std::is_same_v<Values, NarrowValues>;
+
+template <class Values> struct Kind<Scaled<Values>> : Kind<I8Values> {
+  static void scale(const fips_matrix &a, const fips_call &c, int64_t t, const PackedTokens &p) {
+    p.scales[t] = p.planes == 1 ? 1.0f : token_scale(c, t, a.cols, p.planes);
+  }
+  static void line(const fips_matrix &a, const fips_call &c, const PackedTokens &p, int64_t t, int64_t k,
+                   __m512i (*lines)[16], int at) {
+    float *scale = p.tile_scales(t / 16, k / step) + at;
+    *scale = 1.0f;
+    if (p.planes > 1) return Kind<I8Values>::line(a, c, p, t, k, lines, at);
+    lines[0][at] = block_digits(c, t, k, a.cols, scale);
+  }
+  static void finish(const PackedTokens &p, int plane, int64_t b, int64_t s, const __m512i *lines) {
+    const int words = 16 / p.units;
+    for (int unit = 0; unit < p.units; ++unit) {
+      __m512i sum = _mm512_setzero_si512();
+      for (int i = 0; i < words; ++i) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), lines[unit * words + i]);
+      _mm512_store_si512(p.starts(plane, b, s) + unit * 16, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128)));
+    }
+  }
+  static __m512 sum(const uint8_t *const *planes, int count, int row) {
+    __m512 value = _mm512_load_ps(planes[count - 1] + row * 64);
+    for (int i = count - 2; i >= 0; --i)
+      value = _mm512_fmadd_ps(value, _mm512_set1_ps(256), _mm512_load_ps(planes[i] + row * 64));
+    return value;
+  }
+};
 
 template <class Values> struct Kind<Floats<Values>> {
   static constexpr int64_t step = 16;
@@ -146,9 +194,6 @@ template <class Values> struct Kind<Floats<Values>> {
     for (int i = 0; i < 4; ++i, mask >>= 16, to += 64) {
       if constexpr (std::is_same_v<Values, F32Values>) {
         _mm512_store_ps(reinterpret_cast<float *>(to), _mm512_maskz_expandloadu_ps(_cvtu32_mask16(uint16_t(mask)), v));
-      } else if constexpr (std::is_same_v<Values, I8Values>) {
-        const __m128i bytes = _mm_maskz_expandloadu_epi8(_cvtu32_mask16(uint16_t(mask)), v);
-        _mm512_store_ps(reinterpret_cast<float *>(to), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
       } else {
         const __m256i half = _mm256_maskz_expandloadu_epi16(_cvtu32_mask16(uint16_t(mask)), v);
         _mm512_store_ps(reinterpret_cast<float *>(to),
@@ -157,11 +202,13 @@ template <class Values> struct Kind<Floats<Values>> {
       v += popcount64(mask & 0xFFFF);
     }
   }
+  static void finish(const PackedTokens &, int, int64_t, int64_t, const __m512i *) {}
   static __m512 sum(const uint8_t *const *planes, int, int row) { return _mm512_load_ps(planes[0] + row * 64); }
 };
 
 template <class K> void pack_tile(const fips_matrix &a, const fips_call &c, const PackedTokens &p, int64_t b, int64_t s) {
   __m512i lines[kMaxPlanes][16];
+  if (p.units) _mm512_store_ps(p.tile_scales(b, s), _mm512_setzero_ps()); // of tokens that are not there
   for (int i = 0; i < 16; ++i) {
     const int64_t t = b * 16 + i;
     if (t < c.tokens)
@@ -172,6 +219,7 @@ template <class K> void pack_tile(const fips_matrix &a, const fips_call &c, cons
   for (int plane = 0; plane < p.planes; ++plane) {
     transpose(lines[plane]);
     for (int i = 0; i < 16; ++i) _mm512_store_si512(p.tile(plane, b, s) + i * 64, lines[plane][i]);
+    K::finish(p, plane, b, s, lines[plane]);
   }
 }
 
@@ -202,7 +250,7 @@ private:
   int64_t reader_end() const { return row0_ + rows_ < a_.rows ? reader_.start(row0_ + rows_) : a_.num_values; }
 
   const char *place(int64_t value) const {
-    if constexpr (std::is_same_v<Values, NarrowValues>)
+    if constexpr (is_narrow<Values>)
       return static_cast<const char *>(a_.values) + (value * a_.value_bits >> 3);
     else
       return reinterpret_cast<const char *>(static_cast<const typename Values::type *>(a_.values) + value);
@@ -213,7 +261,7 @@ private:
     int64_t kept = Cursor::whole ? k1 - k0 : 0;
     for (int64_t k = k0; k < k1; k += 64) { // beyond the last column x is 0, whatever is read there
       const uint64_t mask = Cursor::whole ? 0 : reader_.mask(row0_ + r, k);
-      _mm512_store_si512(to + (k - k0), v.next(mask));
+      _mm512_store_si512(to + (k - k0), is_scaled<Values> ? lifted(v.next(mask)) : v.next(mask));
       if (!Cursor::whole) kept += popcount64(mask);
     }
     next_[r] += kept;
@@ -221,7 +269,7 @@ private:
   }
 
   int64_t decode_row(int64_t r, int64_t k0, int64_t k1, uint8_t *to) { // returns how many bytes of values it read
-    if constexpr (std::is_same_v<Values, NarrowValues>) {
+    if constexpr (is_narrow<Values>) {
       if constexpr (!std::is_same_v<Reader, FullReader>) return decode_narrow<KeptCursor>(r, k0, k1, to);
       else if (a_.memory == 2) return decode_narrow<RecalledCursor<2>>(r, k0, k1, to);
       else if (a_.memory == 3) return decode_narrow<RecalledCursor<3>>(r, k0, k1, to);
@@ -238,18 +286,16 @@ private:
           }
         }
         Kind<Values>::decode(reader_.mask(row0_ + r, k), v, to);
-        if constexpr (std::is_same_v<Values, Floats<I8Values>>) scale_columns(r, k, reinterpret_cast<float *>(to));
       }
+      if constexpr (is_scaled<Values>)
+        for (uint8_t *at = to - round_up(k1 - k0, 64); at < to; at += 64)
+          _mm512_store_si512(at, lifted(_mm512_load_si512(at)));
       next_[r] = v - all;
       return (v - begin) * int64_t(sizeof *v);
     }
   }
 
-  void scale_columns(int64_t r, int64_t k, float *columns) const { // 64 of them
-    const RowGroups groups(a_, row0_ + r);
-    for (int64_t i = 0; i < 64; i += 16)
-      _mm512_store_ps(columns + i, _mm512_mul_ps(_mm512_load_ps(columns + i), _mm512_set1_ps(groups.at(k + i))));
-  }
+  FIPS_INLINE static __m512i lifted(__m512i bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(char(0x80))); }
 
   const fips_matrix &a_;
   const Reader reader_;
@@ -262,7 +308,7 @@ template <class Values>
 void finish_tile(const fips_matrix &a, const fips_call &c, const PackedTokens &p, const uint8_t *const *sums,
                  int64_t row, __m512 token_scale, __m512i *lines) {
   const int64_t rows = min_of(16, a.rows - row);
-  const float unit = std::is_same_v<Values, NarrowValues> ? NarrowStream::unit(a) : 1.0f;
+  const float unit = is_narrow<Values> ? NarrowStream::unit(a) : 1.0f;
   alignas(64) float bias[16] = {};
   for (int r = 0; r < 16; ++r) {
     const float scale = unit * (a.scales && r < rows ? a.scales[row + r] : 1.0f);
@@ -339,6 +385,7 @@ template <class Values> PackedTokens shape_tokens(const fips_matrix &a, const fi
   p.planes = Kind<Values>::planes(c);
   p.blocks = (c.tokens + 15) / 16;
   p.steps = round_up(a.cols, 64) / Kind<Values>::step;
+  if (is_scaled<Values>) p.units = a.scale_group && a.scale_group < 64 ? int(64 / a.scale_group) : 1;
   return p;
 }
 
@@ -346,15 +393,15 @@ template <class Values> PackedTokens shape_tokens(const fips_matrix &a, const fi
 template <class Values> PackedTokens place_tokens(const fips_matrix &a, const fips_call &c, char sign, int copies) {
   PackedTokens p = shape_tokens<Values>(a, c, sign);
   p.tiles = scratch<uint8_t>(Scratch::tokens, copies * p.nbytes());
-  if (stays_bytes<Values>)
-    p.scales = scratch<float>(Scratch::scales, copies * p.padded_tokens());
+  if (stays_bytes<Values> || is_scaled<Values>)
+    p.scales = scratch<float>(Scratch::scales, copies * p.side_numbers());
   return p;
 }
 
 // The next of several copies.
 inline PackedTokens copy_of(PackedTokens p, int index) {
   p.tiles += index * p.nbytes();
-  if (p.scales) p.scales += index * p.padded_tokens();
+  if (p.scales) p.scales += index * p.side_numbers();
   return p;
 }
 

@@ -110,4 +110,19 @@ FIPS_INLINE void fixed_point(const fips_call &c, int64_t t, int64_t k, int64_t c
   }
 }
 
+// 64 numbers of one token as signed bytes with one scale
+FIPS_INLINE __m512i block_digits(const fips_call &c, int64_t t, int64_t k, int64_t cols, float *scale) {
+  __m512 x[4];
+  with_type(c, [&](auto type) { read_floats<decltype(type)::value>(c, t, k, cols, x); });
+  const __m512 pairs[2] = {_mm512_max_ps(_mm512_abs_ps(x[0]), _mm512_abs_ps(x[1])),
+                           _mm512_max_ps(_mm512_abs_ps(x[2]), _mm512_abs_ps(x[3]))};
+  *scale = fixed_scale(_mm512_reduce_max_ps(_mm512_max_ps(pairs[0], pairs[1])), 1);
+  const __m512 inverse = _mm512_set1_ps(1 / *scale);
+  __m128i parts[4];
+  for (int i = 0; i < 4; ++i)
+    parts[i] = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)));
+  const __m256i low = _mm256_set_m128i(parts[1], parts[0]), high = _mm256_set_m128i(parts[3], parts[2]);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
 } // namespace
