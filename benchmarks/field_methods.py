@@ -129,6 +129,8 @@ class _Columns(Rounding):
 class FieldConfig(InputsConfig):
     """The width of the integers and the groups follow from `bits`."""
 
+    packs_ends: ClassVar[bool] = True  # only to be merged: rows with zero points are not looked up
+
     def check(self) -> None:
         if self.budget is not None:
             raise ValueError(f"`method: {self.method}` keeps all parameters in fewer bits: give `bits`, not `budget`")

@@ -5,10 +5,11 @@
     python benchmarks/generation.py run ~/.cache/fips-generation/* --rounds 3 --threads 2 \
         --llama-python /tmp/llamacpp/bin/python --out benchmarks/results/generation.json
 
-``make`` writes models of the shapes of a recipe in random numbers: speed does not depend on them. All matrices of packed
-models, embedding and head included, have the same values, columns turned in blocks of 64. ``run`` starts every contestant
-in a process of its own, all in turn, ``--rounds`` times: it loads the model, reads a prompt, then generates token after
-token, as ``generate`` does. llama.cpp needs a Python with llama-cpp-python. Nothing else should run.
+``make`` writes models of the shapes of a recipe in random numbers: speed does not depend on them. All matrices of
+packed models, embedding and head included, have the same values, columns turned in blocks of 64. ``run`` starts every
+contestant in a process of its own, all in turn, ``--rounds`` times: it loads the model, reads a prompt, then
+generates token after token, as ``generate`` does. llama.cpp needs a Python with llama-cpp-python. Nothing else should
+run.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Whole models at sizes of the whole file: `layers: all` by fips and by the field's methods, on data not seen.
 
     python benchmarks/whole_models.py smollm2-135m --models ~/.cache/real-models --data ../shared/data \
-        --sizes 50%,35%,25%,20% --methods fips,field-gptq --out benchmarks/results/whole-smollm2-135m.json
+        --sizes 51%,35%,27%,21% --methods field-gptq,fips --out benchmarks/results/whole-smollm2-135m.json
 
-Sizes are of all tensors of the model in 16 bits. Every model is compressed in bfloat16 and scored beside the original in
-its own type: top-1 or perplexity, KL of the predictions and how often the first ones agree. `rtn`, `awq` and `field-gptq`
-are those of field_methods.py; where a method has no format of the size asked for it takes the next smaller, and the
-bytes are those of the tensors that it wrote. The file is written after every run, and a later call goes on where it ended.
+Sizes are of all tensors of the model in 16 bits. Every model is compressed in bfloat16, merged to float32 and scored
+beside the original in its own type: top-1 or perplexity, KL of the predictions and how often the first ones agree.
+`rtn`, `awq` and `field-gptq` are those of field_methods.py, which take the finest of their formats that fits. fips gets
+exactly the bytes that the first method needed. The file is written after every run, and a later call goes on where it
+ended.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -30,6 +32,7 @@ import fips
 from fips.config import DataConfig
 from fips.data import load_batches
 from fips.evaluation import evaluate
+from fips.layers.linear import factored_layers
 from fips.models.transformers import load_dense, load_processor, model_kind
 from fips.plan.footprint import state_bytes
 from fips.record import environment
@@ -56,19 +59,22 @@ def settings(args: argparse.Namespace, scratch: Path) -> tuple[str, DataConfig, 
     return compare_methods.settings(args.name, args.models, args.data, scratch)
 
 
-def run(args: argparse.Namespace, method: str, size: str, examples: Any, scored: Any, source: str) -> dict[str, Any]:
+def run(
+    args: argparse.Namespace, method: str, size: str, given: str, examples: Any, scored: Any, source: str
+) -> dict[str, Any]:
     """One method at one size."""
     model = load_dense(source, dtype="bfloat16", device=torch.device("cpu"))
     before = state_bytes(model)
     started = time.perf_counter()
-    report = fips.compress(model, examples, fips.CompressionConfig(method=method, layers=args.layers, size=size))
+    fips.compress(model, examples, fips.CompressionConfig(method=method, layers=args.layers, size=given))
     seconds = time.perf_counter() - started
     original = load_dense(source, dtype="auto", device=torch.device("cpu"))
-    found = evaluate(model, scored, against=original)
+    size_after = state_bytes(model)
+    formats = dict(Counter(layer.kind for layer in factored_layers(model).values()))
+    found = evaluate(fips.merge(model, dtype=torch.float32).float(), scored, against=original)
     return {
-        "method": method, "size": size, "bytes_before": before, "bytes": state_bytes(model), "seconds": seconds,
-        "formats": sorted({part for group in report.groups for part in group.values.split(", ")}),
-        "quality": asdict(found),
+        "method": method, "size": size, "given": given, "bytes_before": before, "bytes": size_after, "seconds": seconds,
+        "formats": formats, "quality": asdict(found),
     }  # fmt: skip
 
 
@@ -77,8 +83,8 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sizes", default="50%,35%,25%,20%")
-    parser.add_argument("--methods", default="fips,field-gptq")
+    parser.add_argument("--sizes", default="51%,35%,27%,21%")
+    parser.add_argument("--methods", default="field-gptq,fips")
     parser.add_argument("--layers", default="all")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -100,7 +106,9 @@ def main() -> None:
             for method in args.methods.split(","):
                 if any((one["method"], one["size"]) == (method, size) for one in runs):
                     continue
-                runs.append(run(args, method, size, examples, scored, source))
+                same = [one["bytes"] for one in runs if one["size"] == size and one["method"] != "fips"]
+                given = f"{same[0] / 1e6:.6f}MB" if method == "fips" and same else size
+                runs.append(run(args, method, size, given, examples, scored, source))
                 print(json.dumps(runs[-1])[:600], flush=True)
                 args.out.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
                 gc.collect()
