@@ -343,18 +343,12 @@ def _seconds(part: dict[str, Any]) -> str:
 
 
 def activation_bits() -> str:
-    labels = {
-        "/tmp/vit0.3": (MODELS["vit"], 0.3, 2),
-        "/tmp/vit0.5": (MODELS["vit"], 0.5, 2),
-        "/tmp/demo": (MODELS["demo"], 0.3, 4),
-        "/tmp/demo5": (MODELS["demo"], 0.5, 4),
-    }
-    runs = load("activation-bits")["results"]
     rows = []
-    for directory, (label, size, digits) in labels.items():
-        values = {run["activation_bits"]: run["headline"]["value"] for run in runs if run["directory"] == directory}
-        rows.append([label, f"{16 * size:.1f}", f"{values[None]:.{digits}f}", f"{values[8]:.{digits}f}"])
-    return markdown(["", "bits per weight", "exact inputs", "8-bit inputs"], rows)
+    for run in load("activation-bits")["results"]:
+        exact, rounded = (run[key]["against"]["kl"] for key in ("exact", "rounded"))
+        change = f"{100 * (rounded / exact - 1):+.1f} %"
+        rows.append([run["model"], f"{run['bits']:.1f}", f"{exact:.4f}", f"{rounded:.4f}", change])
+    return markdown(["KL", "bits per weight", "exact inputs", "8-bit inputs", "change"], rows)
 
 
 def layer_speed(name: str, long: int) -> str:

@@ -24,6 +24,7 @@ from fips.errors import BackendError, ConfigError, ShapeError
 from fips.formats.masks import nm_mask
 from fips.formats.packed import Packed, to_dense
 from fips.formats.patterns import pattern_named
+from fips.formats.rotation import rotate
 from fips.formats.values import integers, pack_integers, unpack_integers, values_named
 from fips.kernels import cpu, ops, reference
 
@@ -184,6 +185,48 @@ def test_group_scales_on_every_path(fmt: str, bits: int, group: int, isa: str) -
                         assert path in ("direct", "tiles")
                         continue
                     assert_close(y, expected, TOLERANCE[dtype])
+
+
+def rounded_inputs(x: Tensor, rotation: int) -> Tensor:
+    """Inputs in 8 bits, 64 of the turned ones with one scale, as they then count, in float64."""
+    turned = rotate(x.double(), rotation)
+    blocks = torch.nn.functional.pad(turned, (0, -x.shape[1] % 64)).view(len(x), -1, 64)
+    step = (blocks.abs().amax(2, keepdim=True) / 127).clamp_min(1e-30)
+    rounded = ((blocks / step).round() * step).flatten(1)[:, : x.shape[1]]
+    return rotate(rounded, rotation)  # the turn is its own inverse
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("values", "rotation"),
+    [("int8", 1), ("int4", 1), ("int4g16", 1), ("int8g32", 1), ("int4g64", 1), ("int6g128", 1), ("nl4", 64),
+     ("nl3g64", 16)],
+)  # fmt: skip
+@pytest.mark.parametrize("fmt", ["full", "bitmask", "2:4"])
+def test_inputs_of_8_bits_share_a_scale_64_at_a_time(fmt: str, values: str, rotation: int) -> None:
+    numbers = values_named(values)
+    for shape in ((40, 384), (150, 64 * 9 + 32), (33, 2048 + 128)):
+        if shape[1] % rotation:
+            continue
+        packed = example(fmt, shape, dtype=torch.int8)
+        if numbers.levels:
+            packed = leveled(packed, values, rotation)
+        elif numbers.scale_group:
+            packed = grouped(packed, numbers.bits or 8, numbers.scale_group)
+        elif numbers.bits != 8:
+            packed = narrow(packed, numbers.bits or 8)
+        prepared = cpu.prepare(packed)
+        weight = to_dense(replace(packed, scales_N=torch.ones_like(packed.scales_N, dtype=torch.float64))).double()
+        for tokens in (1, 2, 3, 4, 5, 16, 24, 37, 130):
+            x = inputs(tokens, shape[1], torch.float32) * torch.logspace(-2, 2, shape[1])  # blocks differ
+            exact_y = exact_grouped(x, packed)
+            wanted = rounded_inputs(x, rotation).double() @ weight.T * packed.scales_N.double()
+            for path in ("auto", "tiles"):
+                y = cpu.multiply(x, prepared, path=path, activation_bits=8).double()
+                allowed = [wanted] if "avx512" in cpu.isa_names() else [exact_y]
+                allowed += [exact_y] if "amx" in cpu.isa_names() else []  # sums whole rows, so it rounds less
+                assert min(float((y - one).norm() / exact_y.norm()) for one in allowed) < 1e-3
+                assert float((y - exact_y).norm() / exact_y.norm()) < 2e-2
 
 
 def leveled(packed: Packed, values: str, rotation: int = 1) -> Packed:

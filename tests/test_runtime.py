@@ -272,7 +272,7 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @needs_library
 @pytest.mark.parametrize("values", ["int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_inputs_are_rounded_to_8_bits_only_where_asked(values: str, tokens: int) -> None:
+def test_inputs_of_32_bits_are_rounded_to_8_only_where_asked(values: str, tokens: int) -> None:
     factor = torch.randn(128, 96, generator=torch.Generator().manual_seed(0))
     layer = FactoredLinear.from_factor(
         None, factor, torch.ones_like(factor, dtype=torch.bool), role="up", fmt="full", values=values
@@ -289,6 +289,27 @@ def test_inputs_are_rounded_to_8_bits_only_where_asked(values: str, tokens: int)
     assert bool(((rounded - x @ dense).abs() <= step / 2 * dense.abs().sum(0) * 1.01).all())
     if "avx512" in cpu.isa_names():
         assert float((rounded - exact).norm() / exact.norm()) > 1e-4
+
+
+@needs_library
+def test_inputs_of_16_bits_are_rounded_to_8_unless_they_have_to_be_exact() -> None:
+    factor = torch.randn(128, 96, generator=torch.Generator().manual_seed(0))
+    layer = FactoredLinear.from_factor(
+        None, factor, torch.ones_like(factor, dtype=torch.bool), role="up", fmt="full", values="int8"
+    )
+    layer.runtime.policy = "packed"
+
+    def found(dtype: torch.dtype, bits: int | None, tokens: int) -> Tensor:
+        layer.runtime.activation_bits = bits
+        with torch.no_grad():
+            return layer(inputs(tokens, 128, dtype))
+
+    for tokens in (1, 40):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            default, coarse, exact = (found(dtype, bits, tokens) for bits in (None, 8, 16))
+            assert torch.equal(default, exact if dtype == torch.float32 else coarse)
+            if "avx512" in cpu.isa_names() and "amx" not in cpu.isa_names():
+                assert not torch.equal(coarse, exact)
 
 
 def test_other_activation_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ ValueType = Annotated[
 ActivationBits = Annotated[
     int | None,
     typer.Option(
-        metavar="BITS", help="8: layers of integers may round their inputs to 8 bits.", rich_help_panel=METHOD
+        metavar="BITS", help="8: layers of integers may round inputs to 8 bits; 16: never.", rich_help_panel=METHOD
     ),
 ]
 FactorDtype = Annotated[

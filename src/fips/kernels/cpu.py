@@ -430,7 +430,7 @@ def _installed() -> Iterator[Path]:
 
 
 def _input_bits(x: Tensor, wanted: int | None) -> int | None:
-    """8, or None: as exactly as their type says; what is not said is 8 where the type has no more than 16 bits itself."""
+    """8, or None: as exactly as their type says. Where nothing is said it is 8 for types of 16 bits."""
     return 8 if wanted == 8 or (wanted is None and x.dtype != torch.float32) else None
 
 

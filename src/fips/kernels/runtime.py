@@ -68,8 +68,8 @@ class LayerRuntime:
 
     @property
     def activation_bits(self) -> int | None:
-        """8: kernels of integer values may round inputs to 8 bits; 16: they count as exactly as their type says; None: 8
-        for inputs of 16-bit types, exact for float32.
+        """8: kernels of integer values may round inputs to 8 bits; 16: they count as exactly as their type says; None,
+        where nothing is said: 8 for inputs of 16-bit types, exact for float32.
 
         Begins with ``$FIPS_ACTIVATION_BITS``. Raises ``ConfigError`` for other numbers.
         """
