@@ -203,7 +203,8 @@ def rounded_inputs(x: Tensor, rotation: int) -> Tensor:
      ("nl3g64", 16)],
 )  # fmt: skip
 @pytest.mark.parametrize("fmt", ["full", "bitmask", "2:4"])
-def test_inputs_of_8_bits_share_a_scale_64_at_a_time(fmt: str, values: str, rotation: int) -> None:
+@pytest.mark.parametrize("isa", cpu.isa_names())
+def test_inputs_of_8_bits_share_a_scale_64_at_a_time(isa: str, fmt: str, values: str, rotation: int) -> None:
     numbers = values_named(values)
     for shape in ((40, 384), (150, 64 * 9 + 32), (33, 2048 + 128)):
         if shape[1] % rotation:
@@ -222,9 +223,15 @@ def test_inputs_of_8_bits_share_a_scale_64_at_a_time(fmt: str, values: str, rota
             exact_y = exact_grouped(x, packed)
             wanted = rounded_inputs(x, rotation).double() @ weight.T * packed.scales_N.double()
             for path in ("auto", "tiles"):
-                y = cpu.multiply(x, prepared, path=path, activation_bits=8).double()
-                allowed = [wanted] if "avx512" in cpu.isa_names() else [exact_y]
-                allowed += [exact_y] if "amx" in cpu.isa_names() else []  # sums whole rows, so it rounds less
+                try:
+                    y = cpu.multiply(x, prepared, path=path, activation_bits=8, isa=isa).double()
+                except BackendError:
+                    assert isa == "portable"
+                    continue
+                few = path == "auto" and tokens <= 4 and fmt == "full" and shape[1] % 64 == 0
+                rounds = isa.startswith("avx512") or (isa == "avx2" and few)
+                allowed = [wanted] if rounds else [exact_y]
+                allowed += [wanted] if isa == "amx" else []  # sums whole rows, so it rounds less
                 assert min(float((y - one).norm() / exact_y.norm()) for one in allowed) < 1e-3
                 assert float((y - exact_y).norm() / exact_y.norm()) < 2e-2
 

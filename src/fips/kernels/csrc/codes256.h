@@ -6,7 +6,16 @@ namespace {
 
 // Whether rows are made of whole runs of 64 columns, and so begin with whole bytes.
 inline bool reads_whole(const fips_matrix &a) {
-  return a.format == FIPS_FULL && a.value_bits < 8 && a.cols % 64 == 0;
+  return a.format == FIPS_FULL && a.value_type == FIPS_I8 && a.cols % 64 == 0;
+}
+
+// 32 numbers in the order of `Codes`, as floats in that of their columns.
+FIPS_INLINE void as_floats(__m256i all, __m256 (&to)[4]) {
+  const __m128i one = _mm256_castsi256_si128(all), two = _mm256_extracti128_si256(all, 1);
+  to[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(one));
+  to[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(two));
+  to[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(one, one)));
+  to[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(two, two)));
 }
 
 // Codes of 16 columns in the lowest or highest bits of 16-bit lanes: a byte shuffle brings two bytes that hold a code
@@ -70,16 +79,17 @@ template <int BITS, bool LEVELS> struct Codes {
     std::memcpy(last, from, bytes);
     return last;
   }
-  FIPS_INLINE void read(const uint8_t *from, __m256 (&to)[4]) const {
+  FIPS_INLINE __m256i read(const uint8_t *from) const {
     alignas(32) uint8_t last[64];
-    as_floats(numbers(within(from, last)), to);
+    return numbers(within(from, last));
   }
-  FIPS_INLINE static void as_floats(__m256i all, __m256 (&to)[4]) {
-    const __m128i one = _mm256_castsi256_si128(all), two = _mm256_extracti128_si256(all, 1);
-    to[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(one));
-    to[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(two));
-    to[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(one, one)));
-    to[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(two, two)));
+};
+
+struct WholeBytes { // integers of 8 bits, in the order of `Codes`
+  static constexpr int bytes = 32;
+  explicit WholeBytes(const fips_matrix &) {}
+  FIPS_INLINE static __m256i read(const uint8_t *from) {
+    return _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)), 0xD8);
   }
 };
 

@@ -227,7 +227,8 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_AUTO) chosen.path = fastest_path(a, c, level);
   const bool widen = a.value_bits < 8 && !reads_narrow(a, chosen, level);
   const fips_matrix read = widen ? widened(a, chosen, level) : a;
-  const bool fixed_point = a.value_type == FIPS_I8 && level >= FIPS_AVX512 && chosen.path != FIPS_TOKENS;
+  const bool digits = level >= FIPS_AVX512 || (level >= FIPS_AVX2 && fixed_planes(c) == 1);
+  const bool fixed_point = a.value_type == FIPS_I8 && digits && chosen.path != FIPS_TOKENS;
   const int64_t at_a_time = tokens_at_a_time(a, c);
   for (int64_t first = 0; first < c.tokens; first += at_a_time) {
     fips_call part = part_of(chosen, first, min_of(at_a_time, c.tokens - first));

@@ -1,6 +1,6 @@
 // Numbers of codes that depend on the codes above them (fips/formats/trellis.py), with AVX2.
 #pragma once
-#include "codes256.h"
+#include "inputs256.h"
 
 namespace {
 
@@ -41,15 +41,15 @@ template <int MEMORY> struct Recall {
 constexpr int kRecalled = 4;
 
 // `kRecalled` rows from `row` on, or what is left of them.
-template <int T, Scales SCALES, int BITS, int MEMORY>
+template <int T, Scales SCALES, int BITS, int MEMORY, class Inputs>
 void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, true> &codes, const Recall<MEMORY> &recall,
-                   int64_t row, const float *x) {
+                   int64_t row, const Inputs &inputs) {
   constexpr int64_t bytes = Codes<BITS, true>::bytes;
   const bool first = row % a.run == 0;
   const int left = int(min_of(kRecalled, a.rows - row));
   const uint8_t *from[MEMORY + kRecalled]; // behind the last row that one again
   RowGroups groups[kRecalled];
-  __m256 acc[kRecalled][T];
+  __m256 acc[kRecalled][T][1];
 #pragma GCC unroll 8
   for (int r = -MEMORY; r < kRecalled; ++r) {
     const int64_t place = row + (r < left ? r : left - 1);
@@ -59,7 +59,7 @@ void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, t
 #pragma GCC unroll 4
   for (int r = 0; r < kRecalled; ++r)
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) acc[r][t] = _mm256_setzero_ps();
+    for (int t = 0; t < T; ++t) acc[r][t][0] = _mm256_setzero_ps();
   for (int64_t k = 0, at = 0; k < a.cols; k += 32, at += bytes) {
     __m256i fields[MEMORY + kRecalled];
 #pragma GCC unroll 8
@@ -70,41 +70,20 @@ void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, t
       if (r < MEMORY && first) fields[r] = _mm256_setzero_si256();
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRecalled; ++r) {
-      __m256 w[4];
-      Codes<BITS, true>::as_floats(recall.number(fields, MEMORY + r), w);
-      if constexpr (SCALES == Scales::fine) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) w[i] = _mm256_mul_ps(w[i], _mm256_set1_ps(groups[r].at(k + 8 * i)));
-      }
-      const __m256 scale = SCALES == Scales::wide ? _mm256_set1_ps(groups[r].at(k)) : _mm256_setzero_ps();
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        const float *xk = x + t * a.cols + k;
-        __m256 sum = SCALES == Scales::wide ? _mm256_mul_ps(w[0], _mm256_load_ps(xk))
-                                            : _mm256_fmadd_ps(w[0], _mm256_load_ps(xk), acc[r][t]);
-#pragma GCC unroll 4
-        for (int i = 1; i < 4; ++i) sum = _mm256_fmadd_ps(w[i], _mm256_load_ps(xk + 8 * i), sum);
-        acc[r][t] = SCALES == Scales::wide ? _mm256_fmadd_ps(sum, scale, acc[r][t]) : sum;
-      }
-    }
+    for (int r = 0; r < kRecalled; ++r) inputs.add(recall.number(fields, MEMORY + r), k, groups[r], 0, acc[r]);
   }
   for (int r = 0; r < left; ++r)
-    for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, total(acc[r][t]));
-}
-
-template <int T, Scales SCALES, int BITS, int MEMORY>
-void recalled_path(const fips_matrix &a, const fips_call &c, const float *x) {
-  const Codes<BITS, true> codes(a);
-  const Recall<MEMORY> recall(a);
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t row = 0; row < a.rows; row += kRecalled) recalled_rows<T, SCALES>(a, c, codes, recall, row, x);
+    for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, total(acc[r][t][0]));
 }
 
 template <int T, int BITS, int MEMORY> void recalled_path(const fips_matrix &a, const fips_call &c, const float *x) {
-  if (!a.scale_group) return recalled_path<T, Scales::none, BITS, MEMORY>(a, c, x);
-  if (a.scale_group < 64) return recalled_path<T, Scales::fine, BITS, MEMORY>(a, c, x);
-  recalled_path<T, Scales::wide, BITS, MEMORY>(a, c, x);
+  const Codes<BITS, true> codes(a);
+  const Recall<MEMORY> recall(a);
+  with_scales_and_inputs<T>(a, c, x, [&](const auto &inputs) {
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+    for (int64_t row = 0; row < a.rows; row += kRecalled)
+      recalled_rows<T, std::decay_t<decltype(inputs)>::kind>(a, c, codes, recall, row, inputs);
+  });
 }
 
 // Of the codes that `recalls` knows.
