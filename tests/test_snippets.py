@@ -1,7 +1,8 @@
 """Every snippet of the pages, as it stands there: commands fit the command line, and pages run from top to bottom.
 
 A page runs in a directory of its own, beside tiny models: ``MODEL``, ``DATA`` and ``UNSEEN`` stand for what
-``STAND_INS`` says, everything else is taken literally. A block under a comment ``<!-- not run: reason -->`` is only read.
+``STAND_INS`` says, everything else is taken literally. A block under a comment ``<!-- not run: reason -->`` is only
+read.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -178,11 +181,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "text.txt").write_text(code[:18000])
     (root / "unseen.txt").write_text(code[18000:20000])
     generator = np.random.default_rng(0)
-    for folder in ("photos", "unseen-photos"):
+    for folder, images in (("photos", 256), ("unseen-photos", 32)):
         for name in ("cat", "dog"):
             (root / folder / name).mkdir(parents=True)
-            for index in range(16):
-                pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            for index in range(images // 2):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / folder / name / f"{index}.png")
     return root
 
@@ -210,12 +213,13 @@ def test_a_page_runs_from_top_to_bottom(
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fips.demo.run, "MODEL_DIRECTORY", Path("llama"))
-    scope: dict[str, Any] = {"__name__": "__main__"}
+    module = ModuleType("page")  # where classes that a page defines can be pickled
+    monkeypatch.setitem(sys.modules, "page", module)
     for block in steps(path):
         if block.language == "python":
             for name in re.findall(r'save\(\w+, "([\w-]+)"', block.code):
                 shutil.rmtree(name, ignore_errors=True)
-            exec(compile(block.code, name_of(path), "exec"), scope)
+            exec(compile(block.code, name_of(path), "exec"), module.__dict__)
         for words in block.commands:
             if words[0] not in ELSEWHERE:
                 run_command(words, capsys)
