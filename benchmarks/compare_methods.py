@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
 
     return compare(
         model, latest, scored, methods=args.methods.split(","), sizes=[float(part) for part in args.bits.split(",")],
-        seeds=[int(part) for part in args.seeds.split(",")], on_run=on_run,
+        seeds=[int(part) for part in args.seeds.split(",")], layers=args.layers, on_run=on_run,
     )  # fmt: skip
 
 
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--bits", default="9.6,8,6.4,4.8")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--layers", default="mlp", help="mlp, blocks or all")
     parser.add_argument("--eval-samples", type=int, help="images or windows scored; default: all of the benchmark's")
     parser.add_argument("--suffix", default="", help="added to the name of the result directory")
     args = parser.parse_args()

@@ -64,7 +64,7 @@ def test_what_is_left_dense_counts_among_the_rest() -> None:
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.down_proj").weight.zero_()  # nothing reaches gate and up
     wanted = size_bytes("55%", state_bytes(model))
-    fips.compress(model, batches_for(model), fips.CompressionConfig(size="55%"))
+    fips.compress(model, batches_for(model), fips.CompressionConfig(size="55%", layers="mlp"))
     assert "model.layers.1.mlp.up_proj" not in factored_layers(model)
     assert 0.985 * wanted <= state_bytes(model) <= wanted
 
@@ -72,15 +72,15 @@ def test_what_is_left_dense_counts_among_the_rest() -> None:
 def test_an_impossible_size_is_refused_with_the_smallest_one() -> None:
     model = wide_model()
     with pytest.raises(BudgetError, match="take attention too") as refused:
-        plan_compression(model, fips.CompressionConfig(size="12%"))
+        plan_compression(model, fips.CompressionConfig(size="12%", layers="mlp"))
     found = re.search(r"the smallest size with the MLPs compressed is ([\d,]+) bytes", str(refused.value))
     assert found is not None
     least = int(found[1].replace(",", ""))
-    enough = fips.CompressionConfig(size=str(least + 1))
+    enough = fips.CompressionConfig(size=str(least + 1), layers="mlp")
     plan = plan_compression(model, enough)
     assert settle_size(plan, model, enough).bits is not None
     with pytest.raises(BudgetError, match="the smallest size"):
-        settle_size(plan, model, fips.CompressionConfig(size=str(least - 2)))
+        settle_size(plan, model, fips.CompressionConfig(size=str(least - 2), layers="mlp"))
 
 
 def test_a_size_that_is_not_used_up_is_said() -> None:

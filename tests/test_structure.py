@@ -182,9 +182,9 @@ def test_attention_of_torch_itself_is_left_alone_with_the_reason() -> None:
 
 def test_what_reorders_neurons_takes_mlps_alone() -> None:
     with pytest.raises(ConfigError, match=r"`layers` takes other layers of `model\.layers\.0`"):
-        plan_compression(tiny_model("llama"), fips.CompressionConfig(bits=6.0, layers="blocks", pattern="block4"))
+        plan_compression(tiny_model("llama"), fips.CompressionConfig(bits=6.0, pattern="block4"))
     with pytest.raises(ConfigError, match="`targets` names the layers"):
-        fips.CompressionConfig(bits=6.0, layers="blocks", targets=["q_proj"])
+        fips.CompressionConfig(bits=6.0, layers="all", targets=["q_proj"])
 
 
 def test_a_target_that_matches_nothing_shows_the_closest_names() -> None:

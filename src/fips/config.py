@@ -167,7 +167,7 @@ class CompressionConfig(Settings):
     """Consecutive blocks of equal width that share a basis."""
     groups: tuple[tuple[int, ...], ...] | None = None
     """Explicit groups of block indices, counted over all blocks found; overrides `share_blocks`."""
-    layers: Literal["mlp", "blocks", "all"] = "mlp"
+    layers: Literal["mlp", "blocks", "all"] = "blocks"
     """`mlp`: the linear layers of the MLPs; `blocks`: those of attention too; `all`: also the embedding of tokens and
     the output head."""
     targets: tuple[str, ...] | None = None
@@ -209,7 +209,7 @@ class CompressionConfig(Settings):
                 "give one of `bits` (stored bits per weight), `size` (of the whole file) and `budget` (fraction of "
                 f"parameters), got {' and '.join(given) or 'none'}"
             )
-        if self.targets is not None and self.layers != "mlp":
+        if self.targets is not None and self.layers == "all":
             raise ValueError(f"`targets` names the layers, so `layers: {self.layers}` says nothing; leave one out")
         if self.layers == "all" and not self.packs_ends:
             able = [name for name, owner in SETTINGS.items() if owner.packs_ends]

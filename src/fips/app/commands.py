@@ -308,6 +308,7 @@ def compare_source(
     methods: Sequence[str] | None,
     sizes: Sequence[float],
     seeds: Sequence[int],
+    layers: str = "blocks",
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -318,7 +319,7 @@ def compare_source(
     place = pick_device(device)
     methods = methods or list(aliases())
     for method in methods:
-        method_config(method, bits=sizes[0], seed=0)
+        method_config(method, bits=sizes[0], seed=0, layers=layers)
     dtype = resolve_dtype(dtype)
     empty = empty_model(source, compressed=False, trust_remote_code=trust_remote_code)
     facts = {
@@ -346,7 +347,9 @@ def compare_source(
             return PixelBatches(batches) if is_timm_model(model) else batches
 
         try:
-            result = compare(model, examples, scored, methods=methods, sizes=sizes, seeds=seeds, on_run=on_run)
+            result = compare(
+                model, examples, scored, methods=methods, sizes=sizes, seeds=seeds, layers=layers, on_run=on_run
+            )
             with target.writing("the comparison"):
                 write_comparison(result, target.scratch, facts=facts)
             target.commit()

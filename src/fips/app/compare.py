@@ -92,14 +92,16 @@ def _median(values: Iterable[float | None]) -> float | None:
     return stats.median(known) if known else None
 
 
-def method_config(text: str, *, bits: float, seed: int) -> CompressionConfig:
+def method_config(text: str, *, bits: float, seed: int, layers: str = "blocks") -> CompressionConfig:
     """Settings of ``name`` or ``name+field=value+section.field=value``, such as ``fips+distill.steps=100``.
+
+    ``layers`` are the same for all methods, whatever their default is.
 
     ``name`` is that of a method or of some settings of one, as ``no-sharing`` for our solver without a shared basis.
     Raises ``ConfigError`` for what is not a setting.
     """
     name, *changes = text.split("+")
-    fields = {**aliases().get(name, {"method": name}), "bits": bits, "seed": seed}
+    fields = {"layers": layers, **aliases().get(name, {"method": name}), "bits": bits, "seed": seed}
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:
@@ -120,6 +122,7 @@ def compare(
     methods: Sequence[str],
     sizes: Sequence[float],
     seeds: Sequence[int] = (0,),
+    layers: str = "blocks",
     on_run: Callable[[Run], None] | None = None,
 ) -> Comparison:
     """Compress copies of ``model`` with every method at every size and evaluate them; the model stays as it is.
@@ -128,7 +131,10 @@ def compare(
     ``ConfigError`` before any work if a method is unknown.
     """
     jobs = [
-        (method, method_config(method, bits=size, seed=seed)) for seed in seeds for method in methods for size in sizes
+        (method, method_config(method, bits=size, seed=seed, layers=layers))
+        for seed in seeds
+        for method in methods
+        for size in sizes
     ]
     original = evaluate(model, evaluation)
     reference = _Remembering(model)

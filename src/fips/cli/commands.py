@@ -443,6 +443,7 @@ def compare(
         str, typer.Option("--bits", metavar="BITS,...", help="Stored bits per weight of the layers.")
     ] = "4,4.8,6.4,8",
     seeds: Annotated[str, typer.Option(metavar="N,...", help="Seeds of calibration samples and solvers.")] = "0",
+    layers: Layers = None,
     eval_data: Annotated[
         str | None, typer.Option(metavar="DATA", help="To score on; default: --data.", rich_help_panel=DATA_PANEL)
     ] = None,
@@ -472,8 +473,8 @@ def compare(
     with progress_bars(stderr) as bars:
         result = compare_source(
             model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(",") if methods else None,
-            sizes=numbers("--bits", sizes, float), seeds=numbers("--seeds", seeds, int), dtype=dtype,
-            device=device, trust_remote_code=trust_remote_code, progress=bars.counter("compare"),
+            sizes=numbers("--bits", sizes, float), seeds=numbers("--seeds", seeds, int), layers=layers or "blocks",
+            dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=bars.counter("compare"),
         )  # fmt: skip
     print_json(result.to_dict()) if as_json else stdout.print(comparison_table(result))
 

@@ -66,6 +66,9 @@ class PaperConfig(SparseConfig):
     """Rows added when the rank exceeds the width are copies of the first rows divided by this."""
     reconstruction: PaperReconstructionConfig = PaperReconstructionConfig()
 
+    layers: Literal["mlp", "blocks", "all"] = "mlp"
+    """As for other methods; the paper compresses MLPs."""
+
     recipe: ClassVar[str] = "paper"
 
     def check(self) -> None:

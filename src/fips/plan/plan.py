@@ -191,5 +191,5 @@ def _check_whole(model: nn.Module, sublayers: Sequence[Sublayer], config: Compre
             raise ConfigError(
                 f"`method: {config.method}` reorders the hidden neurons of whole MLPs, but "
                 f"`{'layers' if config.targets is None else 'targets'}` takes other "
-                f"layers of `{sublayer.block}`: {names}; use `pattern: unstructured`"
+                f"layers of `{sublayer.block}`: {names}; use `layers: mlp` or `pattern: unstructured`"
             )
