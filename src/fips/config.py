@@ -372,7 +372,10 @@ class DataConfig(Settings):
     split: str | None = None
     """Split of a hub dataset; default: `train` for calibration, `test` or `validation` for evaluation."""
     column: str | None = None
-    """Column with the text or the image; default: found by type."""
+    """Column with the text or the image; default: found by type. Several with commas: texts one below the other, a
+    pair of texts for a classifier, source and target for an encoder-decoder."""
+    chat: bool = False
+    """Whether the column holds chats, lists of messages, to be read in the tokenizer's template."""
     num_samples: int | None = Field(default=None, ge=1)
     """Images or text windows to use; null uses all, but 1,024 images or 128 windows when calibrating."""
     sequence_length: int | None = Field(default=None, ge=2)

@@ -28,7 +28,7 @@ from fips.compression import Progress, compress
 from fips.config import DataConfig, Recipe
 from fips.data import Batches, load_batches
 from fips.errors import BudgetError, ConfigError, DataError, ModelError, OutputError
-from fips.evaluation import EvaluationResult, evaluate
+from fips.evaluation import EvaluationResult, check_evaluation, evaluate
 from fips.files.output import Output, require_empty
 from fips.integrations.gguf import Kind, Vocabulary, export_gguf, require_family, vocabulary_of
 from fips.integrations.lm_eval import run_tasks
@@ -37,6 +37,7 @@ from fips.layers.merge import merge
 from fips.methods.registry import aliases
 from fips.methods.workbench import measured
 from fips.models.reading import kind_of, longest_sequence, processor_of
+from fips.models.tasks import task_name, task_of
 from fips.models.timm import PixelBatches, is_timm_model
 from fips.models.transformers import (
     build_empty,
@@ -271,6 +272,7 @@ def evaluable_source(
     empty = empty_model(source, trust_remote_code=trust_remote_code)
     batches, processor = _batches(source, data, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "device": place, "trust_remote_code": trust_remote_code}
+    check_evaluation(empty, batches, compared=against is not None)
     original = None if against is None else _read(against, **options)
     return Evaluable(_read(source, **options), original, batches, processor)
 
@@ -285,7 +287,7 @@ def evaluate_source(
     trust_remote_code: bool = False,
     progress: Any = None,
 ) -> EvaluationResult:
-    """Accuracy or perplexity of a compressed directory or of a dense model, and how far it is from ``against``."""
+    """How good a compressed directory or a dense model is, by what it predicts, and how far it is from ``against``."""
     return evaluable_source(
         source, data, against=against, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     ).evaluate(progress)
@@ -396,8 +398,9 @@ def evaluate_tasks(
     """Metrics of lm-eval tasks for a compressed directory or a dense language model."""
     place = pick_device(device)
     dtype = resolve_dtype(dtype)
-    if kind_of(empty_model(source, trust_remote_code=trust_remote_code)) != "text":
-        raise ModelError(f"`--tasks` are for language models; `{source}` reads images: give --data")
+    empty = empty_model(source, trust_remote_code=trust_remote_code)
+    if task_name(empty) != "causal-lm":
+        raise ModelError(f"`--tasks` are for language models, `{source}` holds a `{type(empty).__name__}`: give --data")
     tokenizer = load_processor(source, "text", trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ModelError(f"`{source}` has no tokenizer, which tasks need; save one beside the model")
@@ -540,6 +543,7 @@ def _batches(
 ) -> tuple[Batches, Any]:
     processor = processor_of(source, model, trust_remote_code=trust_remote_code)
     batches = load_batches(
-        data, processor=processor, kind=kind_of(model), purpose=purpose, context_length=longest_sequence(model)
-    )
+        data, processor=processor, kind=kind_of(model), purpose=purpose, context_length=longest_sequence(model),
+        task=task_of(model),
+    )  # fmt: skip
     return batches, processor

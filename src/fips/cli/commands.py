@@ -336,7 +336,7 @@ def evaluate(
     seed: Seed = None,
     dtype: Dtype = "auto",
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original: KL (nats) and agreement (%) of the predictions.")
+        str | None, typer.Option(metavar="MODEL", help="The original: KL (nats), agreement (%); cosine of embeddings.")
     ] = None,
     tasks: Annotated[
         str | None,
@@ -355,7 +355,11 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Top-1 and top-5 of an image classifier, perplexity and bits per byte of a language model, or lm-eval tasks."""
+    """How good a model is at what it predicts, and how far from its original.
+
+    Perplexity of language models, pseudo-perplexity of masked ones, accuracy of classifiers, perplexity of the targets
+    of encoder-decoders, embeddings beside the original's; or lm-eval tasks.
+    """
     from fips.app.commands import evaluate_source, evaluate_tasks
     from fips.config import DataConfig
 

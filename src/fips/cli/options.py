@@ -108,7 +108,12 @@ Data = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(metavar="NAME", help="Split of the data.", rich_help_panel=DATA_PANEL)]
 Column = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Column with the text or the image.", rich_help_panel=DATA_PANEL)
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column with the text or the image; several with commas, such as question,answer.",
+        rich_help_panel=DATA_PANEL,
+    ),
 ]
 NumSamples = Annotated[
     int | None, typer.Option(metavar="N", help="Images or text windows to use.", rich_help_panel=DATA_PANEL)

@@ -86,9 +86,14 @@ def print_evaluation(name: str, result: Any) -> None:
     table = Table("measure", "value")
     fields = result.to_dict()
     for key, value in {**fields, **(fields["against"] or {})}.items():
-        if value is not None and not isinstance(value, dict):
-            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+        if value is not None and not isinstance(value, dict | list):
+            table.add_row(key, _number(value) if isinstance(value, float) else str(value))
     stdout.print(table)
+
+
+def _number(value: float) -> str:
+    """Four places, or three digits of a small number, as a KL may be."""
+    return f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
 def print_tasks(metrics: dict[str, dict[str, float]]) -> None:

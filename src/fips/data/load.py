@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
+import datasets
 from torch import nn
 
 from fips.config import DataConfig
 from fips.data.batches import Batches, Kind, Purpose
+from fips.data.chats import require_template
+from fips.data.encoded import encoded_batches
 from fips.data.images import image_batches
+from fips.data.labelled import (
+    class_batches,
+    pair_batches,
+    score_batches,
+    score_column,
+    target_columns,
+    word_batches,
+)
 from fips.data.rows import load_rows, wrong_kind
 from fips.data.source import WHOLE, Source, describe_source
 from fips.data.text import text_batches
-from fips.errors import ConfigError, DataError
+from fips.errors import ConfigError, DataError, ModelError
 from fips.models.reading import kind_of, longest_sequence, processor_of
+from fips.models.tasks import CAUSAL, IMAGES, Task, task_of
 from fips.models.timm import PixelBatches, is_timm_model
 
 __all__ = ["load_batches", "load_data", "window_length"]
@@ -22,6 +35,14 @@ MAX_SEQUENCE_LENGTH = 2048
 CALIBRATION_LENGTH = 512
 """Tokens of a window where layers are only looked at: with 128 windows 65,536. On SmolLM2-135M at 4.2 bits the KL to
 the original fell from 0.087 to 0.077 and 0.073 as 8, 16 and 32 thousand tokens were used, half as much at each step."""
+
+
+TABLES: Mapping[str, str] = {
+    "text-classification": "texts with a `label` column",
+    "token-classification": "lists of words with a label for each",
+    "seq2seq-lm": "two columns of text, `--column SOURCE,TARGET`",
+}
+"""What models are scored on that no plain text holds."""
 
 
 def load_data(
@@ -39,30 +60,39 @@ def load_data(
     """
     if purpose not in get_args(Purpose):
         raise ConfigError(f"`purpose` must be {' or '.join(get_args(Purpose))}, got {purpose!r}")
-    config, kind = DataConfig(source=source, **options), kind_of(model)
+    config, kind, task = DataConfig(source=source, **options), kind_of(model), task_of(model)
     if processor is None:
         place = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
         processor = processor_of(place, model) if place or is_timm_model(model) else None
     batches = load_batches(
-        config, processor=processor, kind=kind, purpose=purpose, context_length=longest_sequence(model)
+        config, processor=processor, kind=kind, purpose=purpose, context_length=longest_sequence(model), task=task
     )
     return PixelBatches(batches) if is_timm_model(model) and purpose == "calibration" else batches
 
 
 def load_batches(
-    config: DataConfig, *, processor: Any, kind: Kind, purpose: Purpose, context_length: int | None = None
+    config: DataConfig,
+    *,
+    processor: Any,
+    kind: Kind,
+    purpose: Purpose,
+    context_length: int | None = None,
+    task: Task | None = None,
 ) -> Batches:
     """The examples ``config`` asks for, prepared by ``processor`` for a model that reads ``kind``.
 
     ``processor`` is the image processor or tokenizer of the model, ``context_length`` the most tokens the model
-    accepts. Everything that can be refused without reading the data is refused first.
+    accepts, ``task`` what it predicts: by default classes of images, or the next token. Everything that can be refused
+    without reading the data is refused first.
 
-    Calibration: images in random order, by default 1,024; full text windows of W tokens, by default 128.
-    Evaluation: images in the order of the data; text windows that score every token exactly once, except the
-    first of a document when the tokenizer has no beginning-of-sequence token.
+    Calibration: images in random order, by default 1,024; text windows or texts, by default 128.
+    Evaluation: all images, texts or windows. Windows of W tokens score every token exactly once, except the first of a
+    document when the tokenizer has no beginning-of-sequence token. Encoders read texts with their special tokens;
+    those of masked language models have some tokens hidden, for either purpose.
     """
+    task = task or (IMAGES if kind == "image" else CAUSAL)
     source = describe_source(config.source)
-    _check_request(source, config, processor=processor, kind=kind, purpose=purpose)
+    _check_request(source, config, processor=processor, kind=kind, purpose=purpose, task=task)
     length = window_length(config, context_length, purpose) if kind == "text" else None
     rows, split = load_rows(source, config, kind=kind, purpose=purpose)
     description: dict[str, Any] = {
@@ -73,12 +103,37 @@ def load_batches(
         "batch_size": config.batch_size,
     }
     if length is None:
-        return image_batches(rows, config, processor, description)
-    return text_batches(rows, config, processor, length, description)
+        return image_batches(rows, config, processor, description, task)
+    if task.name == "causal-lm":
+        return text_batches(rows, config, processor, length, description)
+    builder = _builder(rows, config, task, scored=purpose == "evaluation")
+    return builder(rows, config, processor, length, description, task)
 
 
-def _check_request(source: Source, config: DataConfig, *, processor: Any, kind: Kind, purpose: Purpose) -> None:
+def _builder(rows: Any, config: DataConfig, task: Task, *, scored: bool) -> Callable[..., Batches]:
+    """What makes texts of rows for a model that is no causal language model."""
+    if isinstance(rows, datasets.IterableDataset) or config.chat:
+        return encoded_batches
+    if task.name == "seq2seq-lm" and (scored or not task.reads_text_alone or target_columns(rows.features, config)):
+        return pair_batches
+    if task.name == "text-classification" and (scored or "," in (config.column or "")):
+        return class_batches
+    if task.name == "token-classification" and scored:
+        return word_batches
+    if task.name == "embedding" and scored and score_column(rows.features, config):
+        return score_batches
+    return encoded_batches
+
+
+def _check_request(
+    source: Source, config: DataConfig, *, processor: Any, kind: Kind, purpose: Purpose, task: Task
+) -> None:
     """Refuse what cannot work before any example is read."""
+    if task.name == "other" and purpose == "evaluation":
+        raise ModelError(
+            f"`{task.model}` has no metric here: language models, masked ones, encoder-decoders, classifiers of "
+            "images, texts or words, and models without a head have; evaluate it in a loop of your own"
+        )
     if source.kind not in (None, kind):
         raise DataError(wrong_kind(config, kind))
     if processor is None:
@@ -86,10 +141,18 @@ def _check_request(source: Source, config: DataConfig, *, processor: Any, kind: 
         raise DataError(f"`source={config.source}` needs {what} of the model, got none; save it next to the weights")
     if kind == "image":
         unused = [name for name in ("sequence_length", "document_separator") if getattr(config, name) is not None]
+        unused += ["chat"] if config.chat else []
         if unused:
             raise DataError(f"`{'`, `'.join(unused)}` only applies to text, but the model reads images; remove it")
     if config.document_separator == "":
         raise DataError("`document_separator` is empty; leave it out to read the text as one stream")
+    if config.chat:
+        require_template(processor)
+    if source.kind == "text" and task.name in TABLES and (purpose == "evaluation" or not task.reads_text_alone):
+        raise DataError(
+            f"`source={config.source}` is plain text, and `{task.model}` needs {TABLES[task.name]}; give a table "
+            "(.csv, .jsonl, .parquet) or a `datasets` id that has them"
+        )
     if source.streaming and purpose == "evaluation" and config.num_samples is None:
         raise DataError(f"`source={config.source}` is too large to evaluate whole; set `num_samples`, for example 256")
 

@@ -15,7 +15,22 @@ from fips.data.batches import Kind, Purpose
 from fips.data.source import TABLE_BUILDERS, WHOLE, Source
 from fips.errors import DataError
 
-__all__ = ["find_column", "first_line", "load_rows", "loading_errors", "wrong_kind"]
+__all__ = [
+    "LABELS",
+    "class_column",
+    "columns_in_words",
+    "features_of",
+    "find_column",
+    "find_columns",
+    "first_line",
+    "load_rows",
+    "loading_errors",
+    "text_columns",
+    "wrong_kind",
+]
+
+LABELS = ("label", "labels")
+"""Columns that classes are looked for in."""
 
 PREFERRED_SPLITS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("image", "calibration"): ("train", "training"),
@@ -127,7 +142,7 @@ def progress_bars(*, shown: bool) -> Iterator[None]:
 
 def find_column(features: Any, config: DataConfig, kind: Kind) -> str:
     """The column with the images or texts: the one asked for, `text` or `image`, else the only one of that type."""
-    columns = ", ".join(f"`{name}` ({getattr(it, 'dtype', type(it).__name__)})" for name, it in features.items())
+    columns = columns_in_words(features)
     candidates: list[str] = [name for name, feature in features.items() if _holds(feature, kind)]
     other: Kind = "text" if kind == "image" else "image"
     has_other = any(_holds(feature, other) for feature in features.values())
@@ -145,13 +160,47 @@ def find_column(features: Any, config: DataConfig, kind: Kind) -> str:
         what = f"several {kind} columns, set `column`" if candidates else f"no {kind} column"
         lists = kind == "text" and not candidates and any(not hasattr(it, "dtype") for it in features.values())
         advice = (
-            "; write every list as one string first, chats with `tokenizer.apply_chat_template(messages, "
-            "tokenize=False)`"
+            "; chats (lists of messages) are read with `--chat`, other lists have to be written as one string"
             if lists
             else ""
         )
         raise DataError(f"`source={config.source}` has {what}; its columns: {columns}{advice}")
     return candidates[0]
+
+
+def find_columns(features: Any, config: DataConfig, kind: Kind, *, without: str | None = None) -> list[str]:
+    """One column, found as ``find_column`` does, or those that ``column`` names with commas between them."""
+    if without is not None and without != config.column:
+        features = {name: feature for name, feature in features.items() if name != without}
+    if config.column is None or config.column in features or "," not in config.column:
+        return [find_column(features, config, kind)]
+    return [find_column(features, config.replace(column=name.strip()), kind) for name in config.column.split(",")]
+
+
+def columns_in_words(features: Any) -> str:
+    return ", ".join(f"`{name}` ({getattr(it, 'dtype', type(it).__name__)})" for name, it in features.items())
+
+
+def text_columns(features: Any) -> list[str]:
+    return [name for name, feature in features.items() if _holds(feature, "text")]
+
+
+def features_of(rows: Any) -> Any:
+    """Columns and their types; those of a stream may have to be read from its first row."""
+    if rows.features is None:
+        return datasets.Dataset.from_list(list(rows.take(1))).features
+    return rows.features
+
+
+def class_column(features: Any, *, named: bool = False) -> str | None:
+    """`label` or `labels` if it holds classes or integers, or names if it may, else the only column with classes."""
+    classes: list[str] = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    for name in LABELS:
+        feature = features.get(name)
+        numbers = isinstance(feature, datasets.Value) and "int" in feature.dtype
+        if name in classes or numbers or (named and _holds(feature, "text")):
+            return name
+    return classes[0] if len(classes) == 1 else None
 
 
 def _holds(feature: Any, kind: Kind) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from fips.models.tasks import task_name
 from fips.models.timm import TimmProcessor, is_timm_model
 from fips.models.transformers import Kind, context_length, load_processor, model_kind, require_one_input
 
@@ -18,7 +19,7 @@ def kind_of(model: nn.Module) -> Kind:
     if is_timm_model(model):
         return "image"
     kind = model_kind(model)
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel) and task_name(model) != "seq2seq-lm":  # tables hold sources and targets
         require_one_input(model)
     return kind
 

@@ -33,6 +33,7 @@ __all__ = [
     "load_processor",
     "model_kind",
     "quiet",
+    "reads_text_alone",
     "require_one_input",
     "resolve_dtype",
 ]
@@ -246,7 +247,7 @@ def require_one_input(model: PreTrainedModel) -> None:
     needs = f"{' and '.join(kinds)} together" if isinstance(kinds, tuple | list) and len(kinds) > 1 else ""
     if needs and model.can_generate():
         needs = ""  # a language model that can see also reads text alone
-    if not needs and getattr(model.config, "is_encoder_decoder", False) and not _reads_text_alone(model):
+    if not needs and getattr(model.config, "is_encoder_decoder", False) and not reads_text_alone(model):
         needs = "a text for its decoder beside the one it reads"
     if needs:
         raise ModelError(
@@ -255,7 +256,7 @@ def require_one_input(model: PreTrainedModel) -> None:
         )
 
 
-def _reads_text_alone(model: PreTrainedModel) -> bool:
+def reads_text_alone(model: PreTrainedModel) -> bool:
     """Whether an encoder-decoder makes up the tokens of its decoder, tried on the meta device."""
     try:
         with torch.device("meta"), torch.no_grad():
