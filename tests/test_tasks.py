@@ -444,6 +444,57 @@ def test_the_command_names_what_each_kind_needs(
         assert captured.out == ""
 
 
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertModel"])
+def test_compress_evaluates_on_other_data_at_the_end(
+    kind: str, table: Callable[..., Path], lines: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    source, out = saved(make_bert(kind), tmp_path / "model"), tmp_path / "small"
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(sentence[::-1] + " " + sentence for sentence in SENTENCES[:9]))
+    command = [
+        "compress", str(source), "--data", str(lines), "--bits", "6", "--document-separator", "\\n",
+        "--num-samples", "20",
+    ]  # fmt: skip
+    assert main([*command, "--output", str(out), "--eval-data", str(other), "--eval-samples", "7"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["evaluate", str(out), "--data", str(other), "--num-samples", "7", "--document-separator", "\\n",
+                 "--against", str(source), "--json"]) == 0  # fmt: skip
+    again = json.loads(capsys.readouterr().out)
+    quality = json.loads((out / "fips_report.json").read_text())["quality"]
+    assert quality["data"]["num_samples"] == 7
+    assert quality["data"]["source"] == str(other)
+    assert quality["headline"]["value"] == pytest.approx(again["headline"]["value"], rel=1e-3)
+    first = quality["scores"][0]
+    words = first["after"] if first["before"] is None else f"{first['before']} -> {first['after']}"
+    assert f"{first['name']}: {words}" in shown
+    for place in ("README.md", "fips_report.html"):
+        text = (out / place).read_text()
+        assert "ot evaluated" not in text
+        assert first["after"] in text
+    fips.load(out)
+
+
+def test_what_cannot_be_evaluated_is_refused_before_the_work(
+    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from fips.app import commands
+
+    source, out = saved(make_bert("BertForSequenceClassification"), tmp_path / "model"), tmp_path / "small"
+    monkeypatch.setattr(commands, "read_model", lambda *_, **__: pytest.fail("the weights were read"))
+    capsys.readouterr()
+    command = ["compress", str(source), "--data", str(lines), "--bits", "6", "--output", str(out)]
+    for options, code, words in [
+        (["--eval-data", str(lines)], 1, "needs texts with a `label` column"),
+        (["--eval-data", str(tmp_path / "none.txt")], 1, "there is no such file"),
+        (["--eval-samples", "4"], 2, "give --eval-data"),
+    ]:
+        assert main([*command, "--document-separator", "\\n", "--num-samples", "20", *options]) == code
+        captured = capsys.readouterr()
+        assert words in captured.err
+        assert captured.err.count("\n") == 1
+        assert not out.exists()
+
+
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForSequenceClassification", "BertModel"])
 def test_a_compressed_encoder_is_evaluated_beside_its_original(
     kind: str, table: Callable[..., Path], lines: Path, tmp_path: Path, capsys: Capture

@@ -141,10 +141,15 @@ def compress_to_directory(
     work: Path | None = None,
     keep_work: bool = False,
     quality: Callable[[nn.Module], EvaluationResult] | None = None,
+    evaluation: DataConfig | None = None,
+    on_evaluation: Callable[[int, int], None] | None = None,
 ) -> Compression | None:
     """Compress a model and write it; everything that can be refused is refused before the weights are read.
 
-    ``quality`` evaluates the compressed model for the record, the model card and the page that are written with it.
+    ``evaluation`` names other data that the compressed model is evaluated on at the end, beside the original, which is
+    read again for it, with ``on_evaluation`` as progress; ``quality`` is an evaluation of another kind. What is found
+    goes into the record, the model card and the page that are written with the model.
+
     What is finished is kept in ``work``, by default a directory beside the output, so that the same command goes on
     after a crash. ``announce`` is given a line about what the run will take. Of the processes that ``torchrun`` has
     started, the first writes; the others return None.
@@ -169,6 +174,11 @@ def compress_to_directory(
             batches, processor = _batches(
                 source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code
             )
+            if evaluation is not None and target is not None:
+                quality = _at_the_end(
+                    source, evaluation, empty, calibration=data, dtype=dtype, device=place,
+                    trust_remote_code=trust_remote_code, progress=on_evaluation,
+                )  # fmt: skip
             if target is not None and processor is not None and not is_timm_model(empty):
                 with target.writing("the tokenizer or image processor"):  # timm keeps the transform in its config.json
                     processor.save_pretrained(target.scratch)
@@ -189,6 +199,30 @@ def compress_to_directory(
             used = recipe.model_copy(update={"model": source, "architecture": None})
             beside = partial(_write_page, output, trust_remote_code=trust_remote_code)
             return Compression(report, *_write(model, target, processor, used.to_yaml(), keeper, beside))
+
+
+def _at_the_end(
+    source: str,
+    evaluation: DataConfig,
+    empty: nn.Module,
+    *,
+    calibration: DataConfig,
+    dtype: str,
+    device: torch.device,
+    trust_remote_code: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Callable[[nn.Module], EvaluationResult]:
+    """An evaluation beside the original, checked now and run when there is a compressed model."""
+    if (evaluation.source, evaluation.split) == (calibration.source, calibration.split):
+        log.warning("evaluating on the data that is calibrated on, where the model is better than on other data")
+    batches, _ = _batches(source, evaluation, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
+    check_evaluation(empty, batches, compared=True)
+
+    def run(model: nn.Module) -> EvaluationResult:
+        original = read_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return evaluate(model, batches, against=original, progress=progress)
+
+    return run
 
 
 def _write(

@@ -32,6 +32,9 @@ from fips.cli.options import (
     DryRun,
     Dtype,
     Effort,
+    EvalData,
+    EvalSamples,
+    EvalSplit,
     FactorDtype,
     Group,
     Groups,
@@ -66,6 +69,7 @@ from fips.cli.options import (
     Work,
     Written,
     data_fields,
+    evaluation_data,
     given,
     numbers,
     settings_of_options,
@@ -135,6 +139,9 @@ def compress(
     column: Column = None,
     document_separator: Separator = None,
     seed: Seed = None,
+    eval_data: EvalData = None,
+    eval_split: EvalSplit = None,
+    eval_samples: EvalSamples = None,
     layers: Layers = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -189,10 +196,12 @@ def compress(
         raise ConfigError("no model: give MODEL, or a recipe that names one")
     if output is None:
         raise ConfigError("no output directory: give --output DIR, or --dry-run to see the plan")
+    scored = evaluation_data(options, setting.data)
     with progress_bars(stderr) as bars:
         done = compress_to_directory(
             source, setting, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-            progress=bars.event, announce=say, work=work, keep_work=keep_work,
+            progress=bars.event, announce=say, work=work, keep_work=keep_work, evaluation=scored,
+            on_evaluation=bars.counter("evaluate"),
         )  # fmt: skip
     if done is not None:
         print_compression(done, output, as_json=as_json)
@@ -450,11 +459,8 @@ def compare(
     eval_data: Annotated[
         str | None, typer.Option(metavar="DATA", help="To score on; default: --data.", rich_help_panel=DATA_PANEL)
     ] = None,
-    eval_split: Annotated[str | None, typer.Option(help="Split of that.", rich_help_panel=DATA_PANEL)] = None,
-    eval_samples: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Images or windows of that; default: all.", rich_help_panel=DATA_PANEL),
-    ] = None,
+    eval_split: EvalSplit = None,
+    eval_samples: EvalSamples = None,
     split: Split = None,
     column: Column = None,
     num_samples: NumSamples = None,

@@ -134,6 +134,18 @@ BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Examples per b
 Seed = Annotated[
     int | None, typer.Option(metavar="N", help="Seed of samples and batch order.", rich_help_panel=DATA_PANEL)
 ]
+EvalData = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA", help="To evaluate on at the end, beside the original; never calibrated on.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]  # fmt: skip
+EvalSplit = Annotated[str | None, typer.Option(metavar="NAME", help="Split of that.", rich_help_panel=DATA_PANEL)]
+EvalSamples = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Images, texts or windows of that; default: all.", rich_help_panel=DATA_PANEL),
+]
 Output = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Directory to write; absent or empty.", rich_help_panel=MODEL)
 ]
@@ -297,6 +309,20 @@ def data_fields(options: dict[str, Any]) -> dict[str, Any]:
     if "document_separator" in fields:
         fields["document_separator"] = fields["document_separator"].encode().decode("unicode_escape")
     return fields
+
+
+def evaluation_data(options: dict[str, Any], calibration: Any) -> Any:
+    """Data to evaluate on (``DataConfig``), read as those for calibration are; None if none were named."""
+    given_too = [name for name in ("eval_split", "eval_samples") if options[name] is not None]
+    if options["eval_data"] is None:
+        if given_too:
+            raise ConfigError(f"`--{given_too[0].replace('_', '-')}` without data to evaluate on: give --eval-data")
+        return None
+    if calibration is None:
+        raise ConfigError("no calibration data: give --data, or a recipe with `data`")
+    return calibration.replace(
+        source=options["eval_data"], split=options["eval_split"], num_samples=options["eval_samples"]
+    )
 
 
 def settings_of_options(

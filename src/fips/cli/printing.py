@@ -59,6 +59,7 @@ def print_packed(packed: Any, *, as_json: bool) -> None:
 def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
     from fips.app.page import PAGE
     from fips.app.tables import format_bytes, left_dense_lines, result_table
+    from fips.record import scores
 
     if as_json:
         record = {"output": str(output), "tensor_bytes": done.tensor_bytes, "directory_bytes": done.file_bytes}
@@ -67,6 +68,9 @@ def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
     stdout.print(result_table(done.report))
     for line in (*left_dense_lines(done.report.plan), *done.report.notes):
         stdout.print(line, highlight=False, soft_wrap=True)
+    if done.report.quality is not None:
+        for score in scores(done.report.quality):
+            stdout.print(f"{score.name}: {score.line()}", highlight=False, soft_wrap=True)
     before = done.report.plan["model"]["bytes"]
     peak = done.report.peak_memory_bytes
     stdout.print(
