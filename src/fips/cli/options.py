@@ -102,7 +102,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="Image folder, text file, or datasets id, also id:configuration.",
+        help="Image folder, text file, or datasets id, also id:configuration; several: a.txt:0.7,b.txt:0.3.",
         rich_help_panel=DATA_PANEL,
     ),
 ]
@@ -112,6 +112,20 @@ Column = Annotated[
     typer.Option(
         metavar="NAME",
         help="Column with the text or the image; several with commas, such as question,answer.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat", help="The column holds messages: read them in the tokenizer's template.", rich_help_panel=DATA_PANEL
+    ),
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read only what is needed of a table or datasets id; default: of an id when calibrating.",
         rich_help_panel=DATA_PANEL,
     ),
 ]
@@ -249,7 +263,17 @@ COMPRESSION = ("budget", "bits", "size", "method", "effort", "values", "sparsity
                "threshold_scope", "share_blocks", "groups", "layers", "targets", "ignore", "factor_dtype",
                "activation_bits", "precision", "activation_memory", "seed")  # fmt: skip
 RECONSTRUCTION = ("steps", "learning_rate")
-DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
+DATA = (
+    "split",
+    "column",
+    "chat",
+    "stream",
+    "num_samples",
+    "sequence_length",
+    "document_separator",
+    "batch_size",
+    "seed",
+)
 
 
 def given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from fips.data.text import (
     DEFAULT_CALIBRATION_WINDOWS,
     ROW_SEPARATOR,
     Document,
-    documents_of,
     padded,
+    parts_of,
     texts_of,
     tokenized,
 )
@@ -81,8 +81,7 @@ def encoded_batches(
         raise DataError(f"`sequence_length={length}` leaves no room beside the special tokens; use at least 3")
     limit = config.num_samples or (None if scored else DEFAULT_CALIBRATION_WINDOWS)
     separate = _separate(rows, config, task)
-    texts = texts_of(rows, config, tokenizer)
-    parts = documents_of(texts, config.document_separator) if separate else iter([ROW_SEPARATOR.join(texts)])
+    parts = parts_of(texts_of(rows, config, tokenizer), config, separate=separate)
     streamed = isinstance(rows, datasets.IterableDataset)
     documents = tokenized(parts, tokenizer, count_bytes=False, enough=length * limit if streamed and limit else None)
     pieces = list(_pieces(documents, room, full=not separate and not scored))

@@ -27,9 +27,10 @@ from fips.errors import DataError
 __all__ = [
     "DEFAULT_CALIBRATION_WINDOWS",
     "ROW_SEPARATOR",
+    "SHUFFLE_BUFFER",
     "Document",
-    "documents_of",
     "padded",
+    "parts_of",
     "text_batches",
     "texts_of",
     "tokenized",
@@ -70,7 +71,7 @@ def text_batches(rows: Any, config: DataConfig, tokenizer: Any, length: int, des
     streamed = isinstance(rows, datasets.IterableDataset)
     separate = streamed or config.document_separator is not None or config.chat
     texts = texts_of(rows, config, tokenizer)
-    parts = documents_of(texts, config.document_separator) if separate else iter([ROW_SEPARATOR.join(texts)])
+    parts = parts_of(texts, config, separate=separate)
     documents = tokenized(parts, tokenizer, count_bytes=scored, enough=length * limit if streamed and limit else None)
     bos = None if config.chat else _bos_token(tokenizer)  # a template has its own
     windows = _scored_windows(documents, length, bos) if scored else _full_windows(documents, length, bos)
@@ -111,7 +112,14 @@ def texts_of(rows: Any, config: DataConfig, tokenizer: Any) -> Iterator[str]:
             yield "\n".join(row[column] for column in columns if row[column])
 
 
-def documents_of(texts: Iterable[str], separator: str | None) -> Iterator[str]:
+def parts_of(texts: Iterable[str], config: DataConfig, *, separate: bool) -> Iterator[str]:
+    """What is tokenized as one: documents, chats as their template ends them, or all there is."""
+    if config.chat:
+        return filter(None, texts)
+    return _documents(texts, config.document_separator) if separate else iter([ROW_SEPARATOR.join(texts)])
+
+
+def _documents(texts: Iterable[str], separator: str | None) -> Iterator[str]:
     """The parts between separators, without surrounding whitespace, without empty ones."""
     for text in texts:
         for part in [text] if separator is None else text.split(separator):
