@@ -11,10 +11,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_vit, tiny_model
+import transformers
+from conftest import DECODER, save_tiny_vit, tiny_model
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import fips
@@ -24,6 +26,7 @@ from fips.data import Batches, load_batches
 from fips.data import rows as rows_module
 from fips.data.mixture import counts_of, mixture_of
 from fips.errors import ConfigError, DataError
+from fips.layers.linear import factored_layers
 
 TEMPLATE = "{% for message in messages %}<{{ message['role'][0] }}>{{ message['content'] }}\n{% endfor %}"
 Capture = pytest.CaptureFixture[str]
@@ -295,3 +298,43 @@ def test_images_take_no_template(tmp_path: Path, capsys: Capture) -> None:
     assert "`chat` only applies to text" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="chat"):
         DataConfig(source="a.txt", chat="perhaps")  # type: ignore[arg-type]
+
+
+def test_images_with_texts_calibrate_a_model_that_sees(tmp_path: Path, capsys: Capture) -> None:
+    """A tiny LLaVA, through the processor that lies beside it, on a folder of images with a table of texts."""
+    tokenizer = make_tokenizer(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    words = transformers.LlamaConfig(**{**DECODER, "num_hidden_layers": 2})
+    config = transformers.LlavaConfig(vision_config=vision, text_config=words, image_token_index=image_token)
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).eval().save_pretrained(tmp_path / "model")
+    transformers.LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1,
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    (tmp_path / "photos").mkdir()
+    generator = np.random.default_rng(0)
+    rows = []
+    for index in range(12):
+        pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": "what is this " * (1 + index % 3)})
+    write(tmp_path / "photos" / "metadata.jsonl", rows)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    batches = fips.load_data(str(tmp_path / "photos"), model, batch_size=4)
+    assert batches.num_samples == 12
+    for batch in batches:
+        assert set(batch) >= {"input_ids", "pixel_values", "attention_mask"}
+        assert ((batch["input_ids"] == image_token).sum(1) == 4).all(), "a token per patch"
+    with pytest.raises(DataError, match="is calibrated on but not scored; evaluate on texts alone"):
+        fips.load_data(str(tmp_path / "photos"), model, purpose="evaluation")
+    command = ["compress", str(tmp_path / "model"), "--data", str(tmp_path / "photos"), "--bits", "6"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    assert any("vision" in name for name in factored_layers(fips.load(tmp_path / "out")))
+    (tmp_path / "a.txt").write_text("the fox " * 99)
+    assert fips.load_data(str(tmp_path / "a.txt"), model, sequence_length=16).num_samples > 9

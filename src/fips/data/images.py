@@ -16,7 +16,7 @@ from fips.data.rows import class_column, find_column, first_line
 from fips.errors import DataError
 from fips.models.tasks import IMAGES, Task
 
-__all__ = ["DEFAULT_CALIBRATION_IMAGES", "image_batches"]
+__all__ = ["DEFAULT_CALIBRATION_IMAGES", "decode", "image_batches"]
 
 DEFAULT_CALIBRATION_IMAGES = 1024
 """Drawn at random; all of ImageNet would take days and tell no more."""
@@ -78,14 +78,14 @@ def _labels(rows: Any, column: str | None, *, required_by: str | None) -> tuple[
 def _collate_images(
     rows: Any, column: str, processor: Any, labels_N: Tensor | None, indices: Sequence[int]
 ) -> dict[str, Tensor]:
-    images = [_decode(rows, column, index) for index in indices]
+    images = [decode(rows, column, index) for index in indices]
     batch: dict[str, Tensor] = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
     if labels_N is not None:
         batch["labels"] = labels_N[list(indices)]
     return batch
 
 
-def _decode(rows: Any, column: str, index: int) -> Any:
+def decode(rows: Any, column: str, index: int) -> Any:
     """One RGB image, turned upright; the error for a file that no decoder accepts names it."""
     try:
         return rows[index][column]

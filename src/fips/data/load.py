@@ -22,6 +22,7 @@ from fips.data.labelled import (
     word_batches,
 )
 from fips.data.mixture import counts_of, mixed_batches, mixture_of
+from fips.data.pictures import has_pictures, picture_batches
 from fips.data.rows import features_of, load_rows, streams, taken, wrong_kind
 from fips.data.source import WHOLE, Source, describe_source
 from fips.data.text import DEFAULT_CALIBRATION_WINDOWS, SHUFFLE_BUFFER, text_batches
@@ -116,6 +117,11 @@ def load_batches(
         if streamed:
             rows = taken(rows, config, config.num_samples or DEFAULT_CALIBRATION_IMAGES, buffer=IMAGE_BUFFER)
         return image_batches(rows, config, processor, description, task)
+    sees, processor = processor, getattr(processor, "tokenizer", processor)
+    if sees is not processor and has_pictures(features_of(rows)):
+        if streamed:
+            rows = taken(rows, config, config.num_samples or DEFAULT_CALIBRATION_WINDOWS, buffer=IMAGE_BUFFER)
+        return picture_batches(rows, config, sees, description, task)
     if task.name == "causal-lm":
         return text_batches(rows, config, processor, length, description)
     builder = _builder(features_of(rows), config, task, scored=purpose == "evaluation")
@@ -167,7 +173,8 @@ def _check_request(
             f"`{task.model}` has no metric here: language models, masked ones, encoder-decoders, classifiers of "
             "images, texts or words, and models without a head have; evaluate it in a loop of your own"
         )
-    if source.kind not in (None, kind):
+    sees = hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")
+    if source.kind not in (None, kind) and not (sees and source.kind == "image"):
         raise DataError(wrong_kind(config, kind))
     if processor is None:
         what = "an image processor (preprocessor_config.json)" if kind == "image" else "a tokenizer (tokenizer.json)"
@@ -182,7 +189,7 @@ def _check_request(
     if config.chat:
         if config.document_separator is not None:
             raise DataError("every chat is a document of its own; leave `document_separator` out, or `chat`")
-        require_template(processor)
+        require_template(getattr(processor, "tokenizer", processor))
     if source.kind == "text" and task.name in TABLES and (purpose == "evaluation" or not task.reads_text_alone):
         raise DataError(
             f"`source={config.source}` is plain text, and `{task.model}` needs {TABLES[task.name]}; give a table "

@@ -25,9 +25,16 @@ def kind_of(model: nn.Module) -> Kind:
 
 
 def processor_of(source: str, model: nn.Module, *, trust_remote_code: bool = False) -> Any:
-    """What turns examples into inputs, None if the source has none."""
+    """What turns examples into inputs, None if the source has none.
+
+    Of a language model that sees: that of images and texts, if there is one, else the tokenizer.
+    """
     if is_timm_model(model):
         return TimmProcessor.of(model)
+    if kind_of(model) == "text" and "image" in getattr(model, "input_modalities", ()):
+        both = load_processor(source, "both", trust_remote_code=trust_remote_code)
+        if hasattr(both, "tokenizer") and hasattr(both, "image_processor"):
+            return both
     return load_processor(source, kind_of(model), trust_remote_code=trust_remote_code)
 
 
