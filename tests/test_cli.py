@@ -203,7 +203,7 @@ BAD_INPUT: dict[str, Case] = {
     "part of names": (
         ["compress", "LLAMA", "--data", "TEXT", "--bits", "6", "--targets", "self_attn"], 1, "`*.self_attn.*` fits"
     ),
-    "chats": (["compress", "LLAMA", "--data", "CHAT", "--bits", "6"], 1, "tokenizer.apply_chat_template"),
+    "chats": (["compress", "LLAMA", "--data", "CHAT", "--bits", "6"], 1, "are read with `--chat`"),
     "text to score images": (["evaluate", "VIT", "--data", "TEXT"], 1, "reads images"),
     "nothing to evaluate on": (["evaluate", "VIT"], 2, "give --data or --tasks"),
     "dense to export": (["export", "VIT", "--output", "OUT"], 1, "is not a compressed model"),

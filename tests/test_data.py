@@ -254,8 +254,8 @@ class TestImages:
 
     def test_decoded_one_batch_at_a_time(self, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         decoded: list[int] = []
-        decode = images_module._decode
-        monkeypatch.setattr(images_module, "_decode", lambda *args: decoded.append(args[2]) or decode(*args))
+        decode = images_module.decode
+        monkeypatch.setattr(images_module, "decode", lambda *args: decoded.append(args[2]) or decode(*args))
         iterator = iter(image_batches(photos))
         assert decoded == [0], "one image is decoded to learn the size"
         next(iterator)

@@ -25,7 +25,7 @@ from fips.config import DataConfig
 from fips.data import Batches, load_batches
 from fips.errors import DataError, ModelError
 from fips.evaluation import ImageResult, TextResult, evaluate
-from fips.evaluation import quality as module
+from fips.evaluation import tokens as module
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .é"
 LOOKS = 2
@@ -159,7 +159,7 @@ class TestText:
         batches = text_batches(tmp_path)
         result = evaluate(sharp_llama, batches)
         found = json.loads(json.dumps(result.to_dict()))
-        assert found["kind"] == "text"
+        assert found["task"] == "causal-lm"
         assert found["data"] == batches.description
         assert found["headline"] == {"name": "perplexity", "value": found["perplexity"], "higher_is_better": False}
 
@@ -251,7 +251,7 @@ class TestImages:
     def test_headline_and_dict(self, colors: Colors, photos: Path) -> None:
         batches = image_batches(photos)
         found = json.loads(json.dumps(evaluate(colors, batches).to_dict()))
-        assert found["kind"] == "image"
+        assert found["task"] == "image-classification"
         assert found["data"] == batches.description
         assert found["headline"] == {"name": "top1_percent", "value": found["top1_percent"], "higher_is_better": True}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fips.cli import main
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.demo.run import MODEL_DIRECTORY
 from fips.errors import CheckpointError
-from fips.evaluation import EvaluationResult
+from fips.evaluation import Divergence, EvaluationResult, TextResult
 from fips.files.names import base_name, without_directories
 from fips.models.transformers import load_processor
 from fips.plan.kinds import KindSize
@@ -286,8 +287,7 @@ def test_what_files_say_is_escaped(packed: Path) -> None:
     report.data = {"source": bad, bad: bad}
     report.environment = {**report.environment, "device": bad, "fips": bad}
     report.quality = {
-        "kind": "text", "perplexity": 2.0, "bits_per_byte": 1.0, "num_tokens": 8, "num_bytes": 8, "sequence_length": 4,
-        "data": {"source": bad},
+        "data": {"source": bad}, "scored_on": bad, "scores": [{"name": bad, "before": bad, "after": bad}],
     }  # fmt: skip
     example = Example(caption=bad, prompt=bad, sides=sides_of({bad: f"a{bad}", "original": "ab"}))
     page = report_page(outline, name=bad, examples=[example])
@@ -355,7 +355,7 @@ def test_report_evaluates_texts_beside_the_original(
     for name in ("perplexity", "bits_per_byte"):
         digits = ".4g" if name == "perplexity" else ".4f"
         assert f"{original[name]:{digits}} {done['quality'][name]:{digits}}" in found
-    assert f"{done['quality']['against']['agreement_percent']:.2f} % of tokens" in found
+    assert re.search(rf"{done['quality']['against']['agreement_percent']:.2f}( ± [\d.e-]+)? % of tokens", found)
     assert "Not evaluated" not in found
     assert found.count("example ") == 3
     assert "Jane Doe" not in out.read_text()
@@ -416,13 +416,20 @@ def test_a_damaged_record_is_an_error_of_one_line_or_left_out(
 
 
 def test_scores_of_the_original_follow_from_the_difference() -> None:
-    against = {"change": math.log(1.25), "kl": 0.01, "kl_standard_error": None, "agreement_percent": 99.0}
-    quality = {"kind": "text", "perplexity": 5.0, "bits_per_byte": 2.0, "num_tokens": 10, "num_bytes": 20}
-    first, second, *others = scores({**quality, "against": against})
+    against = Divergence(
+        change=math.log(1.25), change_standard_error=None, kl=0.01, kl_standard_error=None, agreement_percent=99.0,
+        agreement_standard_error=None,
+    )  # fmt: skip
+    result = TextResult(
+        perplexity=5.0, perplexity_standard_error=None, bits_per_byte=2.0, num_tokens=10, num_bytes=20,
+        sequence_length=8, stride=7, data={}, against=against,
+    )  # fmt: skip
+    first, second, *others = scores(result.to_dict())
     assert (first.before, first.after) == ("4", "5")
     assert second.before == f"{2 - math.log2(1.25) / 2:.4f}"
     assert [score.line() for score in others] == ["0.01 nats per token", "99.00 % of tokens"]
-    assert [score.before for score in scores({**quality, "against": None})] == [None, None]
+    assert [score.before for score in scores(replace(result, against=None).to_dict())] == [None, None]
+    assert result.to_dict()["scored_on"] == "10 tokens in windows of 8, stride 7"
 
 
 def test_the_card_says_size_data_license_and_quality(packed: Path, model: Path, text: Path, tmp_path: Path) -> None:

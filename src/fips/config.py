@@ -369,11 +369,18 @@ class DataConfig(Settings):
     """Which examples to read, and how many."""
 
     source: str
-    """Image folder, text file, or `datasets` id with an optional configuration, `id:configuration`."""
+    """Image folder, text file, or `datasets` id with an optional configuration, `id:configuration`. For calibration
+    also several with shares, `a.txt:0.7,b.txt:0.3`."""
     split: str | None = None
     """Split of a hub dataset; default: `train` for calibration, `test` or `validation` for evaluation."""
     column: str | None = None
-    """Column with the text or the image; default: found by type."""
+    """Column with the text or the image; default: found by type. Several with commas: texts one below the other, a
+    pair of texts for a classifier, source and target for an encoder-decoder."""
+    chat: bool = False
+    """Whether the column holds chats, lists of messages, to be read in the tokenizer's template."""
+    stream: bool | None = None
+    """Whether tables and hub data sets are read only as far as needed, from a shuffled buffer of their rows, and not
+    downloaded or converted whole; default: hub data sets when calibrating."""
     num_samples: int | None = Field(default=None, ge=1)
     """Images or text windows to use; null uses all, but 1,024 images or 128 windows when calibrating."""
     sequence_length: int | None = Field(default=None, ge=2)

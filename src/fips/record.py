@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import resource
@@ -211,44 +210,8 @@ class Score:
 
 
 def scores(quality: Mapping[str, Any]) -> list[Score]:
-    """What an evaluation (``EvaluationResult.to_dict()``) says about a model and the original beside it.
-
-    Those of the original are its own: an evaluation beside it holds the mean difference on the same examples.
-    """
-    found = _image_scores(quality) if quality["kind"] == "image" else _text_scores(quality)
-    against = quality.get("against")
-    if against is not None:
-        unit = "image" if quality["kind"] == "image" else "token"
-        kl, error = against["kl"], against["kl_standard_error"]
-        words = f"{kl:.3g}{'' if error is None else f' ± {error:.1g}'} nats per {unit}"
-        same = f"{against['agreement_percent']:.2f} % of {unit}s"
-        found += [
-            Score(name="KL to the original", before=None, after=words),
-            Score(name="same first choice", before=None, after=same),
-        ]
-    return found
-
-
-def _image_scores(quality: Mapping[str, Any]) -> list[Score]:
-    against, top1, top5 = quality.get("against"), quality["top1_percent"], quality["top5_percent"]
-    before = None if against is None else f"{top1 - against['change']:.2f} %"
-    return [
-        Score(name="top-1", before=before, after=f"{top1:.2f} %"),
-        Score(name="top-5", before=None, after=f"{top5:.2f} %"),
-    ]
-
-
-def _text_scores(quality: Mapping[str, Any]) -> list[Score]:
-    against, perplexity, rate = quality.get("against"), quality["perplexity"], quality["bits_per_byte"]
-    before, rate_before = None, None
-    if against is not None:  # the change is in nats per token
-        change = against["change"]
-        before = f"{perplexity * math.exp(-change):.4g}"
-        rate_before = f"{rate - change * quality['num_tokens'] / quality['num_bytes'] / math.log(2):.4f}"
-    return [
-        Score(name="perplexity", before=before, after=f"{perplexity:.4g}"),
-        Score(name="bits per byte", before=rate_before, after=f"{rate:.4f}"),
-    ]
+    """What an evaluation (``EvaluationResult.to_dict()``) says about a model and the original beside it."""
+    return [Score(**one) for one in quality["scores"]]
 
 
 def size_asked_for(report: CompressionReport) -> str:

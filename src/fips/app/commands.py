@@ -28,7 +28,7 @@ from fips.compression import Progress, compress
 from fips.config import DataConfig, Recipe
 from fips.data import Batches, load_batches
 from fips.errors import BudgetError, ConfigError, DataError, ModelError, OutputError
-from fips.evaluation import EvaluationResult, evaluate
+from fips.evaluation import EvaluationResult, check_evaluation, evaluate
 from fips.files.output import Output, require_empty
 from fips.integrations.gguf import Kind, Vocabulary, export_gguf, require_family, vocabulary_of
 from fips.integrations.lm_eval import run_tasks
@@ -37,6 +37,7 @@ from fips.layers.merge import merge
 from fips.methods.registry import aliases
 from fips.methods.workbench import measured
 from fips.models.reading import kind_of, longest_sequence, processor_of
+from fips.models.tasks import task_name, task_of
 from fips.models.timm import PixelBatches, is_timm_model
 from fips.models.transformers import (
     build_empty,
@@ -140,10 +141,15 @@ def compress_to_directory(
     work: Path | None = None,
     keep_work: bool = False,
     quality: Callable[[nn.Module], EvaluationResult] | None = None,
+    evaluation: DataConfig | None = None,
+    on_evaluation: Callable[[int, int], None] | None = None,
 ) -> Compression | None:
     """Compress a model and write it; everything that can be refused is refused before the weights are read.
 
-    ``quality`` evaluates the compressed model for the record, the model card and the page that are written with it.
+    ``evaluation`` names other data that the compressed model is evaluated on at the end, beside the original, which is
+    read again for it, with ``on_evaluation`` as progress; ``quality`` is an evaluation of another kind. What is found
+    goes into the record, the model card and the page that are written with the model.
+
     What is finished is kept in ``work``, by default a directory beside the output, so that the same command goes on
     after a crash. ``announce`` is given a line about what the run will take. Of the processes that ``torchrun`` has
     started, the first writes; the others return None.
@@ -168,6 +174,11 @@ def compress_to_directory(
             batches, processor = _batches(
                 source, data, empty, purpose="calibration", trust_remote_code=trust_remote_code
             )
+            if evaluation is not None and target is not None:
+                quality = _at_the_end(
+                    source, evaluation, empty, calibration=data, dtype=dtype, device=place,
+                    trust_remote_code=trust_remote_code, progress=on_evaluation,
+                )  # fmt: skip
             if target is not None and processor is not None and not is_timm_model(empty):
                 with target.writing("the tokenizer or image processor"):  # timm keeps the transform in its config.json
                     processor.save_pretrained(target.scratch)
@@ -188,6 +199,30 @@ def compress_to_directory(
             used = recipe.model_copy(update={"model": source, "architecture": None})
             beside = partial(_write_page, output, trust_remote_code=trust_remote_code)
             return Compression(report, *_write(model, target, processor, used.to_yaml(), keeper, beside))
+
+
+def _at_the_end(
+    source: str,
+    evaluation: DataConfig,
+    empty: nn.Module,
+    *,
+    calibration: DataConfig,
+    dtype: str,
+    device: torch.device,
+    trust_remote_code: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Callable[[nn.Module], EvaluationResult]:
+    """An evaluation beside the original, checked now and run when there is a compressed model."""
+    if (evaluation.source, evaluation.split) == (calibration.source, calibration.split):
+        log.warning("evaluating on the data that is calibrated on, where the model is better than on other data")
+    batches, _ = _batches(source, evaluation, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
+    check_evaluation(empty, batches, compared=True)
+
+    def run(model: nn.Module) -> EvaluationResult:
+        original = read_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return evaluate(model, batches, against=original, progress=progress)
+
+    return run
 
 
 def _write(
@@ -271,6 +306,7 @@ def evaluable_source(
     empty = empty_model(source, trust_remote_code=trust_remote_code)
     batches, processor = _batches(source, data, empty, purpose="evaluation", trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "device": place, "trust_remote_code": trust_remote_code}
+    check_evaluation(empty, batches, compared=against is not None)
     original = None if against is None else _read(against, **options)
     return Evaluable(_read(source, **options), original, batches, processor)
 
@@ -285,7 +321,7 @@ def evaluate_source(
     trust_remote_code: bool = False,
     progress: Any = None,
 ) -> EvaluationResult:
-    """Accuracy or perplexity of a compressed directory or of a dense model, and how far it is from ``against``."""
+    """How good a compressed directory or a dense model is, by what it predicts, and how far it is from ``against``."""
     return evaluable_source(
         source, data, against=against, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     ).evaluate(progress)
@@ -399,8 +435,9 @@ def evaluate_tasks(
     """Metrics of lm-eval tasks for a compressed directory or a dense language model."""
     place = pick_device(device)
     dtype = resolve_dtype(dtype)
-    if kind_of(empty_model(source, trust_remote_code=trust_remote_code)) != "text":
-        raise ModelError(f"`--tasks` are for language models; `{source}` reads images: give --data")
+    empty = empty_model(source, trust_remote_code=trust_remote_code)
+    if task_name(empty) != "causal-lm":
+        raise ModelError(f"`--tasks` are for language models, `{source}` holds a `{type(empty).__name__}`: give --data")
     tokenizer = load_processor(source, "text", trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ModelError(f"`{source}` has no tokenizer, which tasks need; save one beside the model")
@@ -543,6 +580,7 @@ def _batches(
 ) -> tuple[Batches, Any]:
     processor = processor_of(source, model, trust_remote_code=trust_remote_code)
     batches = load_batches(
-        data, processor=processor, kind=kind_of(model), purpose=purpose, context_length=longest_sequence(model)
-    )
+        data, processor=processor, kind=kind_of(model), purpose=purpose, context_length=longest_sequence(model),
+        task=task_of(model),
+    )  # fmt: skip
     return batches, processor

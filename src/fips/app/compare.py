@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import statistics as stats
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import yaml
 from torch import Tensor, nn
 
 from fips.app.plots import quality_plot
+from fips.calibration.inputs import decoder_inputs
 from fips.compression import compress
 from fips.config import CompressionConfig
 from fips.data import Batches
 from fips.errors import BudgetError, ConfigError
-from fips.evaluation import Divergence, EvaluationResult, evaluate
+from fips.evaluation import Divergence, EmbeddingDistance, EvaluationResult, evaluate
 from fips.methods.registry import aliases
 from fips.methods.workbench import MomentCache
 
@@ -28,7 +29,7 @@ __all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
 log = logging.getLogger("fips.app.compare")
 
 MOST_REMEMBERED = 1 << 28
-"""Bytes of the original's logits that are kept between the runs of a comparison."""
+"""Bytes of what the original returns that are kept between the runs of a comparison."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Run:
     stored_bits: float | None = None
     """Stored bits per weight of the layers, measured; None where the method could not run."""
     quality: float | None = None
-    against: Divergence | None = None
+    against: Divergence | EmbeddingDistance | None = None
     """How far the predictions on the evaluation data are from the original's."""
     relative_error: float | None = None
     """Mean over blocks of the squared error of their output relative to its variance, on original inputs."""
@@ -136,8 +137,8 @@ def compare(
         for method in methods
         for size in sizes
     ]
-    original = evaluate(model, evaluation)
     reference = _Remembering(model)
+    original = evaluate(model, evaluation, against=reference)
     runs = []
     moments: MomentCache = {}
     for method, config in jobs:
@@ -151,31 +152,38 @@ def compare(
 class _Remembering(nn.Module):
     """A model that is asked the same again and again, in the same order, and computes it once.
 
-    Its logits are kept as long as they take no more than ``MOST_REMEMBERED`` bytes.
+    What it returns is kept as long as they take no more than ``MOST_REMEMBERED`` bytes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._kept: list[Tensor] | None = []
+        self.prepare_decoder_input_ids_from_labels = decoder_inputs(model)
+        self._kept: list[Any] | None = []
         self._at = 0
 
     def begin(self) -> None:
         """The first batch is next."""
         self._at = 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._kept is not None and self._at < len(self._kept):
             self._at += 1
             return self._kept[self._at - 1]
         output = self.model(*args, **kwargs)
-        logits: Tensor = getattr(output, "logits", output)
+        found = getattr(output, "logits", output)
+        if isinstance(found, Mapping):  # without a head: embeddings are made of these
+            found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         self._at += 1
         if self._kept is not None:
-            self._kept.append(logits)
-            if sum(each.nbytes for each in self._kept) > MOST_REMEMBERED:
+            self._kept.append(found)
+            if sum(map(_bytes, self._kept)) > MOST_REMEMBERED:
                 self._kept = None
-        return logits
+        return found
+
+
+def _bytes(output: Any) -> int:
+    return sum(map(_bytes, output.values())) if isinstance(output, Mapping) else int(output.nbytes)
 
 
 def _run(

@@ -24,9 +24,11 @@ PICTURE_SIDE = 192
 def examples_of(models: Mapping[str, nn.Module], batches: Batches, processor: Any, *, count: int) -> list[Example]:
     """``count`` examples spread over ``batches``, and what the models, by name, say to them.
 
-    A text is gone on with by the likeliest token each time; of an image the five likeliest classes are named. Language
-    models that cannot generate say nothing, and have no examples.
+    A text is gone on with by the likeliest token each time; of an image the five likeliest classes are named. Other
+    models, and language models that cannot generate, have no examples.
     """
+    if batches.task not in ("causal-lm", "image-classification"):
+        return []
     if batches.kind == "text" and not all(_can_generate(model) for model in models.values()):
         return []
     count = min(count, batches.num_samples)

@@ -172,10 +172,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _scored_on(quality: Mapping[str, Any]) -> str:
-    if quality["kind"] == "image":
-        return f"On {quality['num_images']:,} images of {quality['data'].get('source', 'data in memory')}."
-    source = quality["data"].get("source", "data in memory")
-    return f"On {quality['num_tokens']:,} tokens of {source}, windows of {quality['sequence_length']:,}."
+    return f"On {quality['scored_on']}, of {quality['data'].get('source', 'data in memory')}."
 
 
 def _layers(packed: PackedOutline) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from transformers.utils.generic import find_labels
 from fips.calibration.preserve import RandomState
 from fips.errors import DataError
 
-__all__ = ["CalibrationData", "Wanted", "few_examples", "first_examples", "numbered", "place"]
+__all__ = ["CalibrationData", "Wanted", "decoder_inputs", "few_examples", "first_examples", "numbered", "place"]
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class _Reader:
             from_loader=from_loader,
             reads_text_only=text_only,
             num_embeddings=None if embedding is None else embedding.num_embeddings,
-            prepare_decoder=_decoder_inputs(model),
+            prepare_decoder=decoder_inputs(model),
             pad_token=pad if isinstance(pad, int) else None,
         )
 
@@ -447,7 +447,7 @@ def _embedding(model: nn.Module) -> nn.Embedding | None:
     return found if isinstance(found, nn.Embedding) else None
 
 
-def _decoder_inputs(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def decoder_inputs(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """How a sequence-to-sequence model makes decoder inputs of labels; None if it does not."""
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None or not type(model).__name__.endswith("ForConditionalGeneration"):

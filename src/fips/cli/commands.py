@@ -25,6 +25,7 @@ from fips.cli.options import (
     BatchSize,
     Bits,
     Budget,
+    Chat,
     Column,
     Data,
     Device,
@@ -32,6 +33,9 @@ from fips.cli.options import (
     DryRun,
     Dtype,
     Effort,
+    EvalData,
+    EvalSamples,
+    EvalSplit,
     FactorDtype,
     Group,
     Groups,
@@ -59,6 +63,7 @@ from fips.cli.options import (
     Sparsity,
     Split,
     Steps,
+    Stream,
     Targets,
     ThresholdScope,
     Trust,
@@ -66,6 +71,7 @@ from fips.cli.options import (
     Work,
     Written,
     data_fields,
+    evaluation_data,
     given,
     numbers,
     settings_of_options,
@@ -133,8 +139,13 @@ def compress(
     batch_size: BatchSize = None,
     split: Split = None,
     column: Column = None,
+    chat: Chat = None,
+    stream: Stream = None,
     document_separator: Separator = None,
     seed: Seed = None,
+    eval_data: EvalData = None,
+    eval_split: EvalSplit = None,
+    eval_samples: EvalSamples = None,
     layers: Layers = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -189,10 +200,12 @@ def compress(
         raise ConfigError("no model: give MODEL, or a recipe that names one")
     if output is None:
         raise ConfigError("no output directory: give --output DIR, or --dry-run to see the plan")
+    scored = evaluation_data(options, setting.data)
     with progress_bars(stderr) as bars:
         done = compress_to_directory(
             source, setting, output, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-            progress=bars.event, announce=say, work=work, keep_work=keep_work,
+            progress=bars.event, announce=say, work=work, keep_work=keep_work, evaluation=scored,
+            on_evaluation=bars.counter("evaluate"),
         )  # fmt: skip
     if done is not None:
         print_compression(done, output, as_json=as_json)
@@ -288,6 +301,8 @@ def report(
     data: Data = None,
     split: Split = None,
     column: Column = None,
+    chat: Chat = None,
+    stream: Stream = None,
     num_samples: NumSamples = None,
     sequence_length: SequenceLength = None,
     document_separator: Separator = None,
@@ -329,6 +344,8 @@ def evaluate(
     data: Data = None,
     split: Split = None,
     column: Column = None,
+    chat: Chat = None,
+    stream: Stream = None,
     num_samples: NumSamples = None,
     sequence_length: SequenceLength = None,
     document_separator: Separator = None,
@@ -336,7 +353,7 @@ def evaluate(
     seed: Seed = None,
     dtype: Dtype = "auto",
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original: KL (nats) and agreement (%) of the predictions.")
+        str | None, typer.Option(metavar="MODEL", help="The original: KL (nats), agreement (%); cosine of embeddings.")
     ] = None,
     tasks: Annotated[
         str | None,
@@ -355,7 +372,11 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Top-1 and top-5 of an image classifier, perplexity and bits per byte of a language model, or lm-eval tasks."""
+    """How good a model is at what it predicts, and how far from its original.
+
+    Perplexity of language models, pseudo-perplexity of masked ones, accuracy of classifiers, perplexity of the targets
+    of encoder-decoders, embeddings beside the original's; or lm-eval tasks.
+    """
     from fips.app.commands import evaluate_source, evaluate_tasks
     from fips.config import DataConfig
 
@@ -447,13 +468,12 @@ def compare(
     eval_data: Annotated[
         str | None, typer.Option(metavar="DATA", help="To score on; default: --data.", rich_help_panel=DATA_PANEL)
     ] = None,
-    eval_split: Annotated[str | None, typer.Option(help="Split of that.", rich_help_panel=DATA_PANEL)] = None,
-    eval_samples: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Images or windows of that; default: all.", rich_help_panel=DATA_PANEL),
-    ] = None,
+    eval_split: EvalSplit = None,
+    eval_samples: EvalSamples = None,
     split: Split = None,
     column: Column = None,
+    chat: Chat = None,
+    stream: Stream = None,
     num_samples: NumSamples = None,
     sequence_length: SequenceLength = None,
     document_separator: Separator = None,

@@ -102,13 +102,32 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="Image folder, text file, or datasets id, also id:configuration.",
+        help="Image folder, text file, or datasets id, also id:configuration; several: a.txt:0.7,b.txt:0.3.",
         rich_help_panel=DATA_PANEL,
     ),
 ]
 Split = Annotated[str | None, typer.Option(metavar="NAME", help="Split of the data.", rich_help_panel=DATA_PANEL)]
 Column = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Column with the text or the image.", rich_help_panel=DATA_PANEL)
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column with the text or the image; several with commas, such as question,answer.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat", help="The column holds messages: read them in the tokenizer's template.", rich_help_panel=DATA_PANEL
+    ),
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read only what is needed of a table or datasets id; default: of an id when calibrating.",
+        rich_help_panel=DATA_PANEL,
+    ),
 ]
 NumSamples = Annotated[
     int | None, typer.Option(metavar="N", help="Images or text windows to use.", rich_help_panel=DATA_PANEL)
@@ -128,6 +147,18 @@ Separator = Annotated[
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Examples per batch.", rich_help_panel=DATA_PANEL)]
 Seed = Annotated[
     int | None, typer.Option(metavar="N", help="Seed of samples and batch order.", rich_help_panel=DATA_PANEL)
+]
+EvalData = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA", help="To evaluate on at the end, beside the original; never calibrated on.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]  # fmt: skip
+EvalSplit = Annotated[str | None, typer.Option(metavar="NAME", help="Split of that.", rich_help_panel=DATA_PANEL)]
+EvalSamples = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Images, texts or windows of that; default: all.", rich_help_panel=DATA_PANEL),
 ]
 Output = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Directory to write; absent or empty.", rich_help_panel=MODEL)
@@ -232,7 +263,17 @@ COMPRESSION = ("budget", "bits", "size", "method", "effort", "values", "sparsity
                "threshold_scope", "share_blocks", "groups", "layers", "targets", "ignore", "factor_dtype",
                "activation_bits", "precision", "activation_memory", "seed")  # fmt: skip
 RECONSTRUCTION = ("steps", "learning_rate")
-DATA = ("split", "column", "num_samples", "sequence_length", "document_separator", "batch_size", "seed")
+DATA = (
+    "split",
+    "column",
+    "chat",
+    "stream",
+    "num_samples",
+    "sequence_length",
+    "document_separator",
+    "batch_size",
+    "seed",
+)
 
 
 def given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -292,6 +333,20 @@ def data_fields(options: dict[str, Any]) -> dict[str, Any]:
     if "document_separator" in fields:
         fields["document_separator"] = fields["document_separator"].encode().decode("unicode_escape")
     return fields
+
+
+def evaluation_data(options: dict[str, Any], calibration: Any) -> Any:
+    """Data to evaluate on (``DataConfig``), read as those for calibration are; None if none were named."""
+    given_too = [name for name in ("eval_split", "eval_samples") if options[name] is not None]
+    if options["eval_data"] is None:
+        if given_too:
+            raise ConfigError(f"`--{given_too[0].replace('_', '-')}` without data to evaluate on: give --eval-data")
+        return None
+    if calibration is None:
+        raise ConfigError("no calibration data: give --data, or a recipe with `data`")
+    return calibration.replace(
+        source=options["eval_data"], split=options["eval_split"], num_samples=options["eval_samples"]
+    )
 
 
 def settings_of_options(

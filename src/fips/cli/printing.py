@@ -59,6 +59,7 @@ def print_packed(packed: Any, *, as_json: bool) -> None:
 def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
     from fips.app.page import PAGE
     from fips.app.tables import format_bytes, left_dense_lines, result_table
+    from fips.record import scores
 
     if as_json:
         record = {"output": str(output), "tensor_bytes": done.tensor_bytes, "directory_bytes": done.file_bytes}
@@ -67,6 +68,9 @@ def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
     stdout.print(result_table(done.report))
     for line in (*left_dense_lines(done.report.plan), *done.report.notes):
         stdout.print(line, highlight=False, soft_wrap=True)
+    if done.report.quality is not None:
+        for score in scores(done.report.quality):
+            stdout.print(f"{score.name}: {score.line()}", highlight=False, soft_wrap=True)
     before = done.report.plan["model"]["bytes"]
     peak = done.report.peak_memory_bytes
     stdout.print(
@@ -86,9 +90,14 @@ def print_evaluation(name: str, result: Any) -> None:
     table = Table("measure", "value")
     fields = result.to_dict()
     for key, value in {**fields, **(fields["against"] or {})}.items():
-        if value is not None and not isinstance(value, dict):
-            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+        if value is not None and not isinstance(value, dict | list):
+            table.add_row(key, _number(value) if isinstance(value, float) else str(value))
     stdout.print(table)
+
+
+def _number(value: float) -> str:
+    """Four places, or three digits of a small number, as a KL may be."""
+    return f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
 def print_tasks(metrics: dict[str, dict[str, float]]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fips.config import DataConfig
 from fips.errors import DataError
+from fips.models.tasks import TaskName
 
 __all__ = ["IGNORED_LABEL", "Batches", "Kind", "Purpose", "choose", "chunk"]
 
@@ -25,23 +26,31 @@ IGNORED_LABEL = -100
 class Batches:
     """Batches for ``model(**batch)``: sized, iterable any number of times, identical each time.
 
-    Images: ``pixel_values`` and, where the data has them, ``labels`` (B,). Text: ``input_ids`` (B, W); for
-    evaluation also ``labels`` (B, W), -100 where a position is context or padding and not scored, and
-    ``attention_mask`` (B, W) in batches with padding (on the right). Images are read and decoded batch by batch.
+    Images: ``pixel_values`` and, where the data has them, ``labels`` (B,); they are read and decoded batch by batch.
+    Text: ``input_ids`` (B, W), and ``attention_mask`` (B, W) in batches with padding (on the right). ``labels`` are, by
+    ``task``, with -100 for what is not scored:
+
+    * ``causal-lm``: (B, W), the tokens themselves, each predicted at the position before;
+    * ``masked-lm``, ``token-classification``: (B, W), what is predicted at the same position;
+    * ``seq2seq-lm``: (B, T), the tokens of the target;
+    * ``text-classification``: (B,), classes;
+    * ``embedding``: (B/2,), the score of every two texts that follow each other; none for texts without scores.
     """
 
     same_every_pass: ClassVar[bool] = True
     kind: Kind
+    task: TaskName = "causal-lm"
+    """What the model they are for predicts, which says how they are scored."""
     description: dict[str, Any]
     """Where the examples come from and how they were chosen, ready for JSON."""
     num_samples: int
-    """Images, or text windows."""
+    """Images, texts or windows of text."""
     num_bytes: int | None = None
     """Evaluation of text: UTF-8 bytes that the scored tokens stand for."""
     class_names: tuple[str, ...] | None = None
-    """Images: names of the classes in the order of their labels, where the data tells."""
+    """Names of the classes in the order of their labels, where the data tells."""
     max_label: int | None = None
-    """Images: the largest label among the samples, None without labels."""
+    """The largest class among the samples, None without labels."""
     chunks: Sequence[Sequence[int]] = field(repr=False)
     """Indices of the examples of every batch."""
     collate: Callable[[Sequence[int]], dict[str, Tensor]] = field(repr=False)

@@ -12,33 +12,37 @@ from torch import Tensor
 
 from fips.config import DataConfig
 from fips.data.batches import Batches, choose, chunk
-from fips.data.rows import find_column, first_line
+from fips.data.rows import class_column, find_column, first_line
 from fips.errors import DataError
+from fips.models.tasks import IMAGES, Task
 
-__all__ = ["DEFAULT_CALIBRATION_IMAGES", "image_batches"]
+__all__ = ["DEFAULT_CALIBRATION_IMAGES", "decode", "image_batches"]
 
 DEFAULT_CALIBRATION_IMAGES = 1024
 """Drawn at random; all of ImageNet would take days and tell no more."""
 
 
-def image_batches(rows: Any, config: DataConfig, processor: Any, description: dict[str, Any]) -> Batches:
-    """Batches of ``pixel_values`` (batch, channels, height, width), with ``labels`` (batch,) for an evaluation.
+def image_batches(rows: Any, config: DataConfig, processor: Any, description: dict[str, Any], task: Task) -> Batches:
+    """Batches of ``pixel_values`` (batch, channels, height, width), with ``labels`` (batch,) where the data has them.
 
     Raises ``DataError`` without a column of images, or for labels that the model does not have.
     """
     column = find_column(rows.features, config, "image")
-    label_column = _find_label_column(rows.features)
+    label_column = class_column(rows.features)
     kept = rows.select_columns([column] if label_column is None else [column, label_column])
     scored = description["purpose"] == "evaluation"
     indices = choose(len(kept), config, default=None if scored else DEFAULT_CALIBRATION_IMAGES)
     if scored:
         indices.sort()  # neighbors on disk are read together
     kept = kept.select(indices).cast_column(column, datasets.Image(mode="RGB"))
-    labels, names = _labels(kept, label_column, required_by=config.source if scored else None)
+    labels, names = _labels(
+        kept, label_column, required_by=config.source if scored and task.name == IMAGES.name else None
+    )
     collate = partial(_collate_images, kept, column, processor, labels)
     probe = collate([0])["pixel_values"]
     return Batches(
         kind="image",
+        task=task.name,
         description={
             **description,
             "num_samples": len(kept),
@@ -52,16 +56,6 @@ def image_batches(rows: Any, config: DataConfig, processor: Any, description: di
         chunks=chunk(range(len(kept)), config.batch_size),
         collate=collate,
     )
-
-
-def _find_label_column(features: Any) -> str | None:
-    """`label` or `labels` if there is one with classes or integers, else the only column with classes."""
-    classes: list[str] = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    for name in ("label", "labels"):
-        feature = features.get(name)
-        if name in classes or (isinstance(feature, datasets.Value) and "int" in feature.dtype):
-            return name
-    return classes[0] if len(classes) == 1 else None
 
 
 def _labels(rows: Any, column: str | None, *, required_by: str | None) -> tuple[Tensor | None, tuple[str, ...] | None]:
@@ -84,14 +78,14 @@ def _labels(rows: Any, column: str | None, *, required_by: str | None) -> tuple[
 def _collate_images(
     rows: Any, column: str, processor: Any, labels_N: Tensor | None, indices: Sequence[int]
 ) -> dict[str, Tensor]:
-    images = [_decode(rows, column, index) for index in indices]
+    images = [decode(rows, column, index) for index in indices]
     batch: dict[str, Tensor] = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
     if labels_N is not None:
         batch["labels"] = labels_N[list(indices)]
     return batch
 
 
-def _decode(rows: Any, column: str, index: int) -> Any:
+def decode(rows: Any, column: str, index: int) -> Any:
     """One RGB image, turned upright; the error for a file that no decoder accepts names it."""
     try:
         return rows[index][column]

@@ -12,10 +12,27 @@ import datasets
 
 from fips.config import DataConfig
 from fips.data.batches import Kind, Purpose
-from fips.data.source import TABLE_BUILDERS, WHOLE, Source
+from fips.data.source import HUB_SHORTCUTS, TABLE_BUILDERS, WHOLE, Source
 from fips.errors import DataError
 
-__all__ = ["find_column", "first_line", "load_rows", "loading_errors", "wrong_kind"]
+__all__ = [
+    "LABELS",
+    "class_column",
+    "columns_in_words",
+    "features_of",
+    "find_column",
+    "find_columns",
+    "first_line",
+    "load_rows",
+    "loading_errors",
+    "streams",
+    "taken",
+    "text_columns",
+    "wrong_kind",
+]
+
+LABELS = ("label", "labels")
+"""Columns that classes are looked for in."""
 
 PREFERRED_SPLITS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("image", "calibration"): ("train", "training"),
@@ -35,12 +52,40 @@ def load_rows(source: Source, config: DataConfig, *, kind: Kind, purpose: Purpos
     split = choose_split(available, config, kind=kind, purpose=purpose)
     if source.builder == "text":
         return _read_texts(source.files[split]), split
-    arguments: dict[str, Any] = {"streaming": True} if source.streaming else {}
+    arguments: dict[str, Any] = {"streaming": True} if streams(source, config, purpose) else {}
     if source.files:
         arguments["data_files"] = {split: list(source.files[split])}
     with loading_errors(source.name, local=is_local(source)), progress_bars(shown=not is_local(source)):
         rows = datasets.load_dataset(source.builder, source.configuration, split=split, **arguments)
     return rows, split
+
+
+def streams(source: Source, config: DataConfig, purpose: Purpose) -> bool:
+    """Whether rows are read only as far as they are needed; raises ``DataError`` for what cannot be read so."""
+    if config.stream and source.builder in ("text", "imagefolder"):
+        raise DataError(
+            f"`source={source.name}` is read where it lies; `stream` is for tables and `datasets` ids: leave it out"
+        )
+    if config.stream is not None:
+        return config.stream
+    hub = not is_local(source) and not source.files and source.name not in HUB_SHORTCUTS
+    return source.streaming or (hub and purpose == "calibration")
+
+
+def taken(rows: Any, config: DataConfig, count: int, *, buffer: int) -> Any:
+    """The first rows of a shuffled stream as a table; pictures stay encoded."""
+    features = features_of(rows)
+    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    plain = datasets.Features({**features, **{name: datasets.Image(decode=False) for name in pictures}})
+    with loading_errors(config.source, local=False):
+        rows = rows.cast(plain) if pictures else rows
+        found = list(rows.shuffle(seed=config.seed, buffer_size=buffer).take(count))
+    if config.num_samples is not None and len(found) < config.num_samples:
+        raise DataError(
+            f"`num_samples={config.num_samples}` is more than the {len(found)} rows of `source={config.source}`; use "
+            f"at most {len(found)}, or leave it out"
+        )
+    return datasets.Dataset.from_list(found, features=plain).cast(features)
 
 
 def is_local(source: Source) -> bool:
@@ -54,8 +99,9 @@ def _inspect_hub(source: Source, config: DataConfig, kind: Kind) -> list[str]:
         splits = list(builder.info.splits or builder.config.data_files or ())
         if not splits:
             splits = list(datasets.get_dataset_split_names(source.builder, source.configuration))
-    if builder.info.features is not None:
-        find_column(builder.info.features, config, kind)
+    features = builder.info.features
+    if features is not None and (kind == "image" or not any(map(_holds_words, features.values()))):
+        find_column(features, config, kind)  # raises where there is nothing to read
     return [str(name) for name in splits]
 
 
@@ -127,7 +173,7 @@ def progress_bars(*, shown: bool) -> Iterator[None]:
 
 def find_column(features: Any, config: DataConfig, kind: Kind) -> str:
     """The column with the images or texts: the one asked for, `text` or `image`, else the only one of that type."""
-    columns = ", ".join(f"`{name}` ({getattr(it, 'dtype', type(it).__name__)})" for name, it in features.items())
+    columns = columns_in_words(features)
     candidates: list[str] = [name for name, feature in features.items() if _holds(feature, kind)]
     other: Kind = "text" if kind == "image" else "image"
     has_other = any(_holds(feature, other) for feature in features.values())
@@ -145,13 +191,57 @@ def find_column(features: Any, config: DataConfig, kind: Kind) -> str:
         what = f"several {kind} columns, set `column`" if candidates else f"no {kind} column"
         lists = kind == "text" and not candidates and any(not hasattr(it, "dtype") for it in features.values())
         advice = (
-            "; write every list as one string first, chats with `tokenizer.apply_chat_template(messages, "
-            "tokenize=False)`"
+            "; chats (lists of messages) are read with `--chat`, other lists have to be written as one string"
             if lists
             else ""
         )
         raise DataError(f"`source={config.source}` has {what}; its columns: {columns}{advice}")
     return candidates[0]
+
+
+def find_columns(features: Any, config: DataConfig, kind: Kind, *, without: str | None = None) -> list[str]:
+    """One column, found as ``find_column`` does, or those that ``column`` names with commas between them."""
+    if without is not None and without != config.column:
+        features = {name: feature for name, feature in features.items() if name != without}
+    if config.column is None or config.column in features or "," not in config.column:
+        return [find_column(features, config, kind)]
+    return [find_column(features, config.replace(column=name.strip()), kind) for name in config.column.split(",")]
+
+
+def columns_in_words(features: Any) -> str:
+    return ", ".join(f"`{name}` ({getattr(it, 'dtype', type(it).__name__)})" for name, it in features.items())
+
+
+def text_columns(features: Any) -> list[str]:
+    return [name for name, feature in features.items() if _holds(feature, "text")]
+
+
+def features_of(rows: Any) -> Any:
+    """Columns and their types; those of a stream may have to be read from its first row."""
+    if rows.features is None:
+        return datasets.Dataset.from_list(list(rows.take(1))).features
+    return rows.features
+
+
+def class_column(features: Any, *, named: bool = False) -> str | None:
+    """`label` or `labels` if it holds classes or integers, or names if it may, else the only column with classes."""
+    classes: list[str] = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    for name in LABELS:
+        feature = features.get(name)
+        numbers = isinstance(feature, datasets.Value) and "int" in feature.dtype
+        if name in classes or numbers or (named and _holds(feature, "text")):
+            return name
+    return classes[0] if len(classes) == 1 else None
+
+
+def _holds_words(feature: Any) -> bool:
+    """Whether there is a text in it, such as the messages of a chat or one of two languages."""
+    if isinstance(feature, Mapping):
+        return any(map(_holds_words, feature.values()))
+    if isinstance(feature, list):
+        return any(map(_holds_words, feature))
+    languages = getattr(feature, "languages", None)  # of a translation
+    return _holds(feature, "text") or bool(languages) or _holds_words(getattr(feature, "feature", {}))
 
 
 def _holds(feature: Any, kind: Kind) -> bool:

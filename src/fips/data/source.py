@@ -15,7 +15,7 @@ from pathlib import Path
 from fips.data.batches import Kind
 from fips.errors import DataError
 
-__all__ = ["TABLE_BUILDERS", "WHOLE", "Source", "describe_source"]
+__all__ = ["HUB_SHORTCUTS", "TABLE_BUILDERS", "WHOLE", "Source", "describe_source"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 TABLE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}

@@ -20,10 +20,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fips.config import DataConfig
 from fips.data.batches import IGNORED_LABEL, Batches, choose, chunk
-from fips.data.rows import find_column, loading_errors
+from fips.data.chats import chat_column, chat_text
+from fips.data.rows import features_of, find_columns, loading_errors
 from fips.errors import DataError
 
-__all__ = ["text_batches"]
+__all__ = [
+    "DEFAULT_CALIBRATION_WINDOWS",
+    "ROW_SEPARATOR",
+    "SHUFFLE_BUFFER",
+    "Document",
+    "padded",
+    "parts_of",
+    "text_batches",
+    "texts_of",
+    "tokenized",
+]
 
 DEFAULT_CALIBRATION_WINDOWS = 128
 ROW_SEPARATOR = "\n\n"
@@ -36,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Document:
+class Document:
     """Tokens (N,) of one text, and the UTF-8 bytes each of them stands for (N,)."""
 
     tokens: Tensor
@@ -58,11 +69,11 @@ def text_batches(rows: Any, config: DataConfig, tokenizer: Any, length: int, des
     scored = description["purpose"] == "evaluation"
     limit = config.num_samples or (None if scored else DEFAULT_CALIBRATION_WINDOWS)
     streamed = isinstance(rows, datasets.IterableDataset)
-    separate = streamed or config.document_separator is not None
-    texts = _documents(_texts(rows, config), config.document_separator) if separate else _texts(rows, config)
-    parts = texts if separate else iter([ROW_SEPARATOR.join(texts)])
-    documents = _tokenize(parts, tokenizer, count_bytes=scored, enough=length * limit if streamed and limit else None)
-    bos = _bos_token(tokenizer)
+    separate = streamed or config.document_separator is not None or config.chat
+    texts = texts_of(rows, config, tokenizer)
+    parts = parts_of(texts, config, separate=separate)
+    documents = tokenized(parts, tokenizer, count_bytes=scored, enough=length * limit if streamed and limit else None)
+    bos = None if config.chat else _bos_token(tokenizer)  # a template has its own
     windows = _scored_windows(documents, length, bos) if scored else _full_windows(documents, length, bos)
     num_tokens = sum(len(document.tokens) for document in documents)
     if not windows:
@@ -82,16 +93,30 @@ def text_batches(rows: Any, config: DataConfig, tokenizer: Any, length: int, des
     return _window_batches([windows[index] for index in chosen], config, tokenizer, description)
 
 
-def _texts(rows: Any, config: DataConfig) -> Iterator[str]:
-    """The text of every row; a stream is shuffled within a buffer of 10,000 rows."""
+def texts_of(rows: Any, config: DataConfig, tokenizer: Any) -> Iterator[str]:
+    """The text of every row, of several columns one below the other, or a chat in the tokenizer's template.
+
+    A stream is shuffled within a buffer of 10,000 rows.
+    """
     with loading_errors(config.source, local=False):
-        features = rows.features
+        features = features_of(rows)
         if isinstance(rows, datasets.IterableDataset):
-            features = features or datasets.Dataset.from_list(list(rows.take(1))).features
             rows = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
-        column = find_column(features, config, "text")
-        for row in rows.select_columns([column]):
-            yield row[column] or ""
+        if config.chat:
+            column = chat_column(features, config)
+            for row in rows.select_columns([column]):
+                yield chat_text(row[column], tokenizer, config)
+            return
+        columns = find_columns(features, config, "text")
+        for row in rows.select_columns(columns):
+            yield "\n".join(row[column] for column in columns if row[column])
+
+
+def parts_of(texts: Iterable[str], config: DataConfig, *, separate: bool) -> Iterator[str]:
+    """What is tokenized as one: documents, chats as their template ends them, or all there is."""
+    if config.chat:
+        return filter(None, texts)
+    return _documents(texts, config.document_separator) if separate else iter([ROW_SEPARATOR.join(texts)])
 
 
 def _documents(texts: Iterable[str], separator: str | None) -> Iterator[str]:
@@ -108,7 +133,7 @@ def _bos_token(tokenizer: Any) -> int | None:
     return bos if bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos] else None
 
 
-def _tokenize(texts: Iterable[str], tokenizer: Any, *, count_bytes: bool, enough: int | None) -> list[_Document]:
+def tokenized(texts: Iterable[str], tokenizer: Any, *, count_bytes: bool, enough: int | None) -> list[Document]:
     """Every text on its own, without special tokens; stops reading at ``enough`` tokens."""
     offsets = count_bytes and tokenizer.is_fast
     if count_bytes and not offsets:
@@ -120,7 +145,7 @@ def _tokenize(texts: Iterable[str], tokenizer: Any, *, count_bytes: bool, enough
         )  # verbose=False: texts longer than the model's context are cut into windows here
         for index, (text, tokens) in enumerate(zip(batch, encoded["input_ids"], strict=True)):
             num_bytes_T = _bytes_per_token(text, len(tokens), encoded["offset_mapping"][index] if offsets else None)
-            documents.append(_Document(torch.tensor(tokens, dtype=torch.int64), num_bytes_T))
+            documents.append(Document(torch.tensor(tokens, dtype=torch.int64), num_bytes_T))
             total += len(tokens)
         if enough is not None and total >= enough:
             break
@@ -142,7 +167,7 @@ def _bytes_per_token(text: str, num_tokens: int, offsets: Sequence[tuple[int, in
     return np.diff(ends_bytes[ends], prepend=0)
 
 
-def _scored_windows(documents: Iterable[_Document], length: int, bos: int | None) -> list[_Window]:
+def _scored_windows(documents: Iterable[Document], length: int, bos: int | None) -> list[_Window]:
     """Windows of one token of context and up to W - 1 scored tokens, which together cover every document once.
 
     The context is the beginning-of-sequence token, or without one the token before, so that only the first token
@@ -159,7 +184,7 @@ def _scored_windows(documents: Iterable[_Document], length: int, bos: int | None
     return windows
 
 
-def _full_windows(documents: Iterable[_Document], length: int, bos: int | None) -> list[_Window]:
+def _full_windows(documents: Iterable[Document], length: int, bos: int | None) -> list[_Window]:
     """Consecutive windows of exactly W tokens; documents follow each other.
 
     The beginning-of-sequence token, if there is one, opens every window and every document. Tokens that do not
@@ -221,15 +246,19 @@ def _count_unknown(windows: Iterable[_Window], tokenizer: Any) -> int:
 def _collate_windows(
     windows: Sequence[_Window], padding: int, scored: bool, indices: Sequence[int]
 ) -> dict[str, Tensor]:
-    tokens = [windows[index].tokens for index in indices]
-    lengths_E1 = torch.tensor([[len(window)] for window in tokens])
-    input_ids_ET = pad_sequence(tokens, batch_first=True, padding_value=padding)
-    batch = {"input_ids": input_ids_ET}
-    if not scored:
-        return batch
-    mask_ET = torch.arange(input_ids_ET.shape[1]) < lengths_E1
-    batch["labels"] = input_ids_ET.masked_fill(~mask_ET, IGNORED_LABEL)
-    batch["labels"][:, 0] = IGNORED_LABEL
-    if not mask_ET.all():
-        batch["attention_mask"] = mask_ET.long()
+    batch = padded([windows[index].tokens for index in indices], padding)
+    if scored:
+        hidden_EW = batch["attention_mask"] == 0 if "attention_mask" in batch else torch.zeros(()).bool()
+        batch["labels"] = batch["input_ids"].masked_fill(hidden_EW, IGNORED_LABEL)
+        batch["labels"][:, 0] = IGNORED_LABEL
+    return batch
+
+
+def padded(tokens: Sequence[Tensor], padding: int) -> dict[str, Tensor]:
+    """``input_ids`` (batch, W), padded on the right, and ``attention_mask`` where there is padding."""
+    batch = {"input_ids": pad_sequence(list(tokens), batch_first=True, padding_value=padding)}
+    lengths_E1 = torch.tensor([[len(one)] for one in tokens])
+    mask_EW = torch.arange(batch["input_ids"].shape[1]) < lengths_E1
+    if not mask_EW.all():
+        batch["attention_mask"] = mask_EW.long()
     return batch

@@ -1,7 +1,29 @@
 """Quality of a model on ``Batches``, and how far its predictions are from those of the original."""
 
-from fips.evaluation.divergence import Divergence
-from fips.evaluation.quality import evaluate
-from fips.evaluation.results import EvaluationResult, ImageResult, Metric, TextResult
+from fips.evaluation.divergence import Divergence, EmbeddingDistance
+from fips.evaluation.quality import check_evaluation, evaluate
+from fips.evaluation.results import (
+    EmbeddingResult,
+    EvaluationResult,
+    ImageResult,
+    LabelResult,
+    MaskedResult,
+    Metric,
+    TargetResult,
+    TextResult,
+)
 
-__all__ = ["Divergence", "EvaluationResult", "ImageResult", "Metric", "TextResult", "evaluate"]
+__all__ = [
+    "Divergence",
+    "EmbeddingDistance",
+    "EmbeddingResult",
+    "EvaluationResult",
+    "ImageResult",
+    "LabelResult",
+    "MaskedResult",
+    "Metric",
+    "TargetResult",
+    "TextResult",
+    "check_evaluation",
+    "evaluate",
+]

@@ -5,6 +5,7 @@ Shapes: P predictions (one per image, one per scored token), V outcomes, E examp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fips.errors import ModelError
 
-__all__ = ["Divergence", "RatioMean", "differences"]
+__all__ = ["Divergence", "EmbeddingDistance", "RatioMean", "differences", "divergence_of", "times"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,19 @@ class Divergence:
     change: float
     """Model minus original: percentage points of top-1, or nats per token of the loss (the log of perplexity)."""
     change_standard_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingDistance:
+    r"""Embeddings x of a model beside y of the original, of the same examples: means, with standard errors.
+
+    .. math:: \text{cosine} = \frac{x \cdot y}{|x| |y|}, \qquad \text{relative error} = \frac{|x - y|}{|y|}
+    """
+
+    cosine: float
+    cosine_standard_error: float | None
+    relative_error: float
+    relative_error_standard_error: float | None
 
 
 class RatioMean:
@@ -71,6 +85,7 @@ class RatioMean:
 def differences(logits_PV: Tensor, reference_PV: Tensor) -> Tensor:
     """Per prediction the KL from the reference and whether the most likely outcome is the same, ``[P, 2]``.
 
+    In float32, or in float64 if the logits are: the KL of models that hardly differ is smaller than float32 tells.
     Raises ``ModelError`` where the two do not predict the same outcomes.
     """
     if logits_PV.shape != reference_PV.shape:
@@ -78,7 +93,24 @@ def differences(logits_PV: Tensor, reference_PV: Tensor) -> Tensor:
             f"got predictions of {logits_PV.shape[-1]} outcomes, the original has {reference_PV.shape[-1]}; "
             "compare a model with the one it was made of"
         )
-    log_q_PV, log_p_PV = logits_PV.float().log_softmax(-1), reference_PV.float().log_softmax(-1)
+    dtype = torch.promote_types(logits_PV.dtype, torch.float32)
+    log_q_PV, log_p_PV = (each.to(dtype).log_softmax(-1) for each in (logits_PV, reference_PV))
     kl_P = torch.nn.functional.kl_div(log_q_PV, log_p_PV, log_target=True, reduction="none").sum(-1)
     same_P = logits_PV.argmax(-1) == reference_PV.argmax(-1)
     return torch.stack([kl_P, same_P.to(kl_P.dtype)], dim=-1)
+
+
+def divergence_of(means: Sequence[float], errors: Sequence[float | None], *, unit: float) -> Divergence:
+    """Of the means of change, KL and agreement and their standard errors; ``unit`` of a change."""
+    return Divergence(
+        change=unit * means[0],
+        change_standard_error=times(unit, errors[0]),
+        kl=means[1],
+        kl_standard_error=errors[1],
+        agreement_percent=100 * means[2],
+        agreement_standard_error=times(100, errors[2]),
+    )
+
+
+def times(unit: float, error: float | None) -> float | None:
+    return None if error is None else unit * error

@@ -33,6 +33,7 @@ __all__ = [
     "load_processor",
     "model_kind",
     "quiet",
+    "reads_text_alone",
     "require_one_input",
     "resolve_dtype",
 ]
@@ -45,12 +46,13 @@ _DTYPES = {
     "auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16",
     "float16": "float16", "fp16": "float16", "half": "float16", "float64": "float64",
 }  # fmt: skip
-_PROCESSOR_FILES: dict[Kind, tuple[str, ...]] = {
+_PROCESSOR_FILES: dict[str, tuple[str, ...]] = {
     "text": (
         "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model",
         "sentencepiece.bpe.model", "spm.model", "tekken.json",
     ),
     "image": ("preprocessor_config.json", "processor_config.json"),
+    "both": ("processor_config.json", "preprocessor_config.json"),
 }  # fmt: skip
 _T = TypeVar("_T")
 
@@ -246,7 +248,7 @@ def require_one_input(model: PreTrainedModel) -> None:
     needs = f"{' and '.join(kinds)} together" if isinstance(kinds, tuple | list) and len(kinds) > 1 else ""
     if needs and model.can_generate():
         needs = ""  # a language model that can see also reads text alone
-    if not needs and getattr(model.config, "is_encoder_decoder", False) and not _reads_text_alone(model):
+    if not needs and getattr(model.config, "is_encoder_decoder", False) and not reads_text_alone(model):
         needs = "a text for its decoder beside the one it reads"
     if needs:
         raise ModelError(
@@ -255,7 +257,7 @@ def require_one_input(model: PreTrainedModel) -> None:
         )
 
 
-def _reads_text_alone(model: PreTrainedModel) -> bool:
+def reads_text_alone(model: PreTrainedModel) -> bool:
     """Whether an encoder-decoder makes up the tokens of its decoder, tried on the meta device."""
     try:
         with torch.device("meta"), torch.no_grad():
@@ -290,15 +292,20 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(shape, generator=generator)}
 
 
-def load_processor(source: str, kind: Kind, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer or image processor stored with a model, None if there are no files of one.
+def load_processor(source: str, kind: Literal["image", "text", "both"], *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, image processor or what is both, stored with a model; None if there are no files of one.
 
     Raises ``ModelError`` if there are and they cannot be used.
     """
-    what = "tokenizer" if kind == "text" else "image processor"
+    what = {"text": "tokenizer", "image": "image processor", "both": "processor of images and texts"}[kind]
     if not any(_holds(source, name) for name in _PROCESSOR_FILES[kind]):
         return None
-    load = transformers.AutoTokenizer if kind == "text" else transformers.AutoImageProcessor
+    loaders = {
+        "text": transformers.AutoTokenizer,
+        "image": transformers.AutoImageProcessor,
+        "both": transformers.AutoProcessor,
+    }
+    load = loaders[kind]
     try:
         with quiet():
             processor = load.from_pretrained(source, trust_remote_code=trust_remote_code)
