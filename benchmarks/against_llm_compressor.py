@@ -123,7 +123,7 @@ def run_fips(scratch: Path, batch_size: int, started: float, settings: Mapping[s
     import fips
 
     model, batches = load(scratch, batch_size, dtype="auto")
-    config = fips.CompressionConfig(**settings)
+    config = fips.CompressionConfig(**{"layers": "mlp", **settings})
     report, done = timed(lambda: fips.compress(model, batches, config))
     fips.save(model, scratch / "output")
     done |= {"process_s": time.monotonic() - started, "process_peak_bytes": peak()}

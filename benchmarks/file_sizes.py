@@ -33,7 +33,7 @@ def measure(name: str, size: float, models: Path, data: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         source, calibration, _ = settings(name, models, data, scratch)
-        recipe = Recipe(compression=CompressionConfig(bits=size), data=calibration)
+        recipe = Recipe(compression=CompressionConfig(bits=size, layers="mlp"), data=calibration)
         done = compress_to_directory(source, recipe, scratch / "compressed")
         return {
             "model": name,

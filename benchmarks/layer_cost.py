@@ -51,7 +51,7 @@ def measure(width: int, inputs: int) -> dict[str, float]:
     weight_DF = torch.randn(width, int(RATIO * width), generator=generator)
     moment_II, held_II = moment(inputs, generator), moment(inputs, generator)
     axis: Any = 1 if inputs > width else 0
-    config = fips.CompressionConfig(bits=BITS)
+    config = fips.CompressionConfig(bits=BITS, layers="mlp")
     assert isinstance(config, FipsConfig)
     near = [values for values in config.value_choices if abs((values.bits or 0) - BITS) <= NEAR_BITS]
     choices = [Choice(False, "unstructured", values.name) for values in near]

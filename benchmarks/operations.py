@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 def counted(recipe: str | None, effort: str) -> Operations:
     fields = LLAMA_70B if recipe is None else load_recipe(recipe).architecture
     model = build_empty(config_from_fields(dict(fields or {})))
-    config = fips.CompressionConfig(bits=BITS, effort=effort)
+    config = fips.CompressionConfig(bits=BITS, effort=effort, layers="mlp")
 
     def examples(count: int) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.empty(count, TOKENS, dtype=torch.int64, device="meta")}

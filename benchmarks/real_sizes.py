@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace) -> None:
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     asked = json.loads(args.one)
     metric = {} if asked.get("method") == "fips-paper" else {"metric": {"memory": args.memory}}
-    settings = {**metric, "activation_memory": args.memory // 2, **asked}
+    settings = {"layers": "mlp", **metric, "activation_memory": args.memory // 2, **asked}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = last = time.perf_counter()

@@ -46,7 +46,9 @@ def main() -> None:
     for name, options in JOBS.items():
         with tempfile.TemporaryDirectory() as scratch:
             output = str(Path(scratch) / "compressed")
-            done = fips("compress", job["model"], *job["calibration"], *options, "--output", output)
+            done = fips(
+                *("compress", job["model"], "--layers", "mlp"), *job["calibration"], *options, "--output", output
+            )
             quality = fips("evaluate", output, *job["evaluation"])
         errors = [group["relative_error_final"] for group in done["results"]]
         rows.append(
