@@ -19,12 +19,13 @@ from accelerate import cpu_offload
 from conftest import batches_for, quick_settings, tiny_model
 from test_kernels import TOLERANCE, assert_close, inputs
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fips
 from fips.errors import BackendError, ConfigError, ShapeError
-from fips.formats.packed import in_place
+from fips.formats.packed import SLICE, in_place
 from fips.formats.patterns import pattern_named
-from fips.kernels import cpu, runtime, timings
+from fips.kernels import cpu, runtime, timings, ways
 from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
 from fips.layers.linear import FactoredLinear, SharedBasis, factored_layers
 
@@ -217,6 +218,60 @@ def test_only_few_shapes_are_remembered() -> None:
         before = dict(layer.runtime._held.repeats)
         layer(inputs(cpu.Repeat.MOST + 1, 48, torch.float32))
         assert layer.runtime._held.repeats == before
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that operations make."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:  # type: ignore[type-arg]
+        result = func(*args, **(kwargs or {}))  # type: ignore[operator]
+        if isinstance(result, Tensor):
+            self.nbytes = max(self.nbytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("values", ["float", "tc4g64", "int3"])
+def test_decoding_takes_memory_for_some_rows_at_a_time(values: str) -> None:
+    """Whatever the size of the matrix; the numbers are those of the product with the whole."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-2, 2, (1024, 8192), generator=generator).to(torch.int8)
+    whole = torch.ones_like(codes, dtype=torch.bool)
+    if values == "float":
+        layer = FactoredLinear.from_factor(None, codes.float(), whole, role="up", fmt="full", dtype=torch.bfloat16)
+    else:
+        groups = torch.randint(1, 256, (8192 * 16,), generator=generator).to(torch.uint8)
+        layer = FactoredLinear.from_integers(
+            None, codes, whole, torch.rand(8192), role="up", fmt="full", values=values,
+            group_scales=groups if values.endswith("g64") else None,
+        )  # fmt: skip
+    layer.runtime.policy = "decode"
+    x = inputs(6, 1024, torch.float32)
+    with torch.no_grad():
+        with Largest() as seen:
+            y = layer(x)
+        assert seen.nbytes <= 10 * SLICE < layer.dense_weight().nbytes
+        assert torch.equal(y, nn.functional.linear(x, layer.factor().float()))
+        merged = copy.deepcopy(layer)
+        merged.runtime.policy = "merged"
+        with Largest() as seen:
+            merged(x)
+        assert seen.nbytes == layer.dense_weight().nbytes
+
+
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_merging_for_one_call_forms_some_rows_at_a_time(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, other = make_layer(role), make_layer(role)
+    layer.runtime.policy, other.runtime.policy = "merge", "merged"
+    x = inputs(7, layer.in_features, torch.float32)
+    with torch.no_grad():
+        wanted = other(x)
+        monkeypatch.setattr(ways, "SLICE", 1)
+        with Largest() as seen:
+            y = layer(x)
+        assert seen.nbytes < 4 * layer.in_features * layer.out_features
+        assert_close(y, wanted.double(), TOLERANCE[torch.float32])
 
 
 def test_copies_and_pickles_prepare_their_own() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fips.formats.packed import Packed
 from fips.formats.patterns import BlockAxis
 from fips.kernels import reference, registry
+from fips.kernels.validity import is_plain, needs_grad
 
 __all__ = ["is_plain", "needs_grad", "packed_linear", "traceable"]
 
@@ -28,19 +29,6 @@ def traceable(x: Tensor, packed: Packed) -> bool:
     if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:  # `is_exporting()` is True in any trace
         return False  # of torch 2.11 and before
     return registry.choose(packed, x.device, x.dtype) is not registry.REFERENCE
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record a product of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Real tensors with memory to read, not stand-ins of a tracer or of the meta device."""
-    for t in tensors:  # written out: inside a model, a generator would cost as much as a small product
-        if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu or t.is_cuda):
-            return False
-    return not (torch._C._functorch.maybe_current_level() or torch._C._get_tracing_state())
 
 
 @torch.library.custom_op("fips::packed_linear", mutates_args=())

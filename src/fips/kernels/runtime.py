@@ -3,8 +3,8 @@
 A layer ``y = x (B C)`` can be computed in several ways. Those of ``FRUGAL`` keep nothing but the packed tensors:
 
 ``packed``   a backend reads the packed factor, see ``fips.kernels.registry``
-``decode``   torch (on a GPU Triton) decodes the factor for the time of the call, then two dense products
-``merge``    torch forms B C for the time of the call: pays for long inputs when R is above D
+``decode``   torch decodes the factor, some rows at a time (on a GPU Triton all of it), then two dense products
+``merge``    torch forms B C for the time of the call, some rows at a time: pays for long inputs when R is nearly D
 
 and one keeps a dense copy, which ``extra_bytes`` reports: ``merged``. It is used only where the policy allows it.
 
