@@ -1,4 +1,5 @@
-"""How a layer chooses its way: every way gives the same result, choices are measured once and remembered."""
+"""How a layer chooses its way: every way gives the same result; the default measures nothing, what is measured is
+measured once and remembered."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ import fips
 from fips.errors import BackendError, ConfigError, ShapeError
 from fips.formats.packed import SLICE, in_place
 from fips.formats.patterns import pattern_named
+from fips.formats.values import values_named
+from fips.kernels import backend as backends
 from fips.kernels import cpu, runtime, timings, ways
+from fips.kernels.defaults import default_way, merging_pays
 from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
 from fips.layers.linear import FactoredLinear, SharedBasis, factored_layers
 
@@ -105,7 +109,7 @@ def test_gradients_equal_those_of_the_dense_product() -> None:
 @needs_library
 def test_the_frugal_ways_keep_no_dense_copy() -> None:
     layer = make_layer()
-    for policy in ("auto", *FRUGAL):
+    for policy in ("auto", "measure", *FRUGAL):
         layer.runtime.policy = policy
         with torch.no_grad():
             for tokens in (1, 16, 200):
@@ -290,6 +294,7 @@ def test_choices_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("FIPS_CACHE", str(tmp_path))
     runtime._timings.forget()
     layer = make_layer()
+    layer.runtime.policy = "measure"
     calls: list[tuple[str, ...]] = []
     measure = timings.measure
     monkeypatch.setattr(timings, "measure", lambda ways, compute: calls.append(ways) or measure(ways, compute))
@@ -307,6 +312,67 @@ def test_choices_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: p
     runtime._timings.forget()
 
 
+def kept_whole(values: str, rows: int = 96, cols: int = 64) -> FactoredLinear:
+    numbers = values_named(values)
+    layer = FactoredLinear(None, role="up", hidden=rows, kept=rows * cols, fmt="full", width=cols, values=values)
+    nn.init.constant_(layer.values, 1.0) if numbers.bits is None else layer.values.zero_()
+    return layer
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("level", "values", "packed_up_to"),
+    [
+        ("avx512", "float", 4096), ("avx512_bf16", "tc4g64", 4096), ("amx", "int8", 4096), ("avx2", "int4", 4096),
+        ("avx2", "tc4g64", 4096), ("avx2", "float", 4), ("portable", "int4", 32), ("portable", "tc2", 32),
+        ("portable", "int8", 0), ("portable", "float", 0),
+    ],
+)  # fmt: skip
+def test_the_default_measures_nothing(
+    level: str, values: str, packed_up_to: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The committed timings say up to how many tokens packed bytes are read; nobody runs a layer to find out."""
+    monkeypatch.setattr(timings, "measure", lambda ways, compute: pytest.fail("measured"))
+    monkeypatch.setattr(cpu, "isa_names", lambda: cpu.ISAS[: cpu.ISAS.index(level) + 1])
+    layer = kept_whole(values)
+    with torch.no_grad():
+        for tokens in (0, 1, 2, 4, 8, 32, 64, 4096):
+            way = layer.runtime.way(torch.zeros(tokens, 64), layer.product())
+            assert way == ("packed" if max(1, tokens) <= packed_up_to else "decode"), tokens
+    values_of = torch.zeros(4096, 64, requires_grad=True)  # decoding would keep the dense matrix for the way back
+    assert layer.runtime.way(values_of, layer.product()) == "packed"
+
+
+def test_the_default_on_a_gpu_and_of_other_backends() -> None:
+    packed = {values: kept_whole(values).product() for values in ("int4", "tc4", "int8", "float")}
+    pruned = make_layer(basis=False).product()
+    ways = ("packed", "decode", "merged")
+    for name, product, few in (
+        *(("triton", packed[values], 16) for values in ("int4", "tc4")), ("triton", pruned, 16),
+        *(("triton", packed[values], 0) for values in ("int8", "float")),
+        *(("another", product, 1 << 20) for product in (*packed.values(), pruned)),
+    ):  # fmt: skip
+        backend = type("Named", (backends.Reference,), {"name": name})()
+        for tokens in (1, 16, 32, 1 << 20):
+            way = default_way(ways, product, backend, tokens, grad=False)
+            assert way == ("packed" if tokens <= few else "decode")
+
+
+def test_merging_is_the_default_where_it_is_fewer_operations() -> None:
+    """48 x 32 and 32 x 96 for every token, or 48 x 32 x 96 once and 48 x 96 for every token: never with rank 32; with
+    rank 48 from some hundred tokens on."""
+    assert not merging_pays(make_layer().product(), 1 << 30)
+    assert not merging_pays(make_layer(basis=False).product(), 1 << 30)
+    for role in ("up", "down"):
+        shared = SharedBasis.of(torch.eye(48), torch.float32)
+        factor = torch.ones(48, 96)
+        layer = FactoredLinear.from_factor(shared, factor, factor > 0, role=role, fmt="full")  # type: ignore[arg-type]
+        product = layer.product()
+        assert [merging_pays(product, tokens) for tokens in (64, 128, 256, 1024)] == [False, False, True, True]
+        with torch.no_grad():
+            assert layer.runtime.way(torch.zeros(1024, layer.in_features), product) == "merge"
+
+
 def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIPS_CACHE", str(tmp_path))
     runtime._timings.forget()
@@ -315,6 +381,7 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     seconds = {"packed": 2.0, "decode": 1.0, "merge": 3.0, "merged": 0.5}
     monkeypatch.setattr(timings, "measure", lambda ways, compute: {way: seconds[way] for way in ways})
     with torch.no_grad():
+        layer.runtime.policy = "measure"
         assert layer.runtime.way(x, layer.product()) == "decode"
         layer.runtime.policy = "speed"
         assert layer.runtime.way(x, layer.product()) == "merged"
@@ -484,6 +551,7 @@ def test_a_spoilt_file_of_timings_breaks_nothing(
 ) -> None:
     path = fresh_cache(monkeypatch, tmp_path)
     layer, x = make_layer(), inputs(4, 48, torch.float32)
+    layer.runtime.policy = "measure"
     path.write_bytes(content.replace(b"KEY", layer.product().signature(x).encode()))
     with torch.no_grad():
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
@@ -520,6 +588,7 @@ def test_no_place_for_timings_breaks_nothing(obstacle: str, tmp_path: Path, monk
             with path.open("wb") as file:
                 file.truncate(timings.LARGEST_FILE + 1)
     layer, x = make_layer(), inputs(4, 48, torch.float32)
+    layer.runtime.policy = "measure"
     with torch.no_grad():
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
     assert layer.product().signature(x) in runtime._timings._known()
@@ -572,7 +641,7 @@ def test_threads_share_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
             def meddle(layer: FactoredLinear = layer, done: Event = done) -> None:
                 while not done.is_set():
-                    for policy in ("auto", "packed", "decode", "speed", "merged"):
+                    for policy in ("auto", "measure", "packed", "decode", "speed", "merged"):
                         layer.runtime.policy = policy
                         layer.values = nn.Parameter(layer.values.detach().clone())
 
@@ -648,6 +717,7 @@ def test_a_loaded_model_takes_the_ways_of_the_saved_one_and_gives_its_bits(
     aligned as memory of one's own.
     """
     fresh_cache(monkeypatch, tmp_path / "cache")
+    monkeypatch.setenv("FIPS_RUNTIME", "measure")
     model = tiny_model("llama")
     fips.compress(model, batches_for(model), quick_settings())
     fips.save(model, tmp_path / "out")

@@ -485,7 +485,7 @@ def bench(
         str | None, typer.Option(metavar="MODEL", help="Model to compare with; else DIR merged to dense layers.")
     ] = None,
     policy: Annotated[
-        str, typer.Option(metavar="NAME", help="How layers compute: auto, speed, packed, decode, merge or merged.")
+        str, typer.Option(metavar="NAME", help="auto, measure, speed, packed, decode, merge or merged.")
     ] = "auto",
     batch: Annotated[
         list[int] | None, typer.Option(metavar="N", help="Examples at once (repeatable); else 1, 8 and 64.")
