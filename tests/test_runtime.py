@@ -438,6 +438,60 @@ def test_compiled_and_exported_layers_agree(role: str) -> None:
         assert_close(compiled(x), expected(layer, x), TOLERANCE[torch.float32])
 
 
+@needs_library
+@pytest.mark.parametrize("values", ["float", "int4"])
+def test_compiled_layers_prepare_once_and_round_inputs_where_asked(
+    values: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One compiled function serves all layers, so what it keeps must be each one's own."""
+    factor = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    layers = [
+        FactoredLinear.from_factor(None, factor + index, factor > -1, role="up", fmt="bitmask", values=values)
+        for index in range(3)
+    ]
+    prepared: list[object] = []
+    prepare = cpu.prepare
+    monkeypatch.setattr(cpu, "prepare", lambda packed: prepared.append(packed) or prepare(packed))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([layer(x) for layer in self.layers])
+
+    x, model = inputs(6, 64, torch.float32), Model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            y = compiled(x)
+        assert len(prepared) == 3
+        for layer, got in zip(layers, y, strict=True):
+            assert_close(got, x.double() @ layer.dense_weight().double().T, TOLERANCE[torch.float32])
+        if values == "float":
+            layers[0].values.data = layers[0].values.data * 2
+            assert_close(compiled(x)[0], 2 * y[0].double(), TOLERANCE[torch.float32])
+            return
+        for layer in layers:
+            layer.runtime.policy = "packed"
+            layer.runtime.activation_bits = 8
+        wanted = model(x)
+        assert torch.equal(compiled(x), wanted)
+        if "avx512" in cpu.isa_names():
+            assert not torch.equal(wanted, y)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    one = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert all(torch.equal(one(layer, x), got) for layer, got in zip(layers, wanted, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(prepared) == 3
+    z = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(one(layers[0], z).sum(), z)
+    assert_close(gradient, layers[0].dense_weight().double().sum(0).expand(6, 64), TOLERANCE[torch.float32])
+
+
 def test_without_a_library_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer()
     x = inputs(6, 48, torch.float32)

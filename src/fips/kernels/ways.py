@@ -24,6 +24,7 @@ class Ways:
     def __init__(self) -> None:
         self._prepared: tuple[Backend, PreparedMatrix] | None = None
         self._merged: tuple[torch.dtype, Snapshot, Tensor] | None = None
+        self._number = ops.number_of(self)
 
     @property
     def extra_bytes(self) -> int:
@@ -40,7 +41,8 @@ class Ways:
 
         def packed(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
             if layer.offloaded or torch.compiler.is_compiling() or ops.needs_grad(x, packed.values_Z, bias):
-                return ops.packed_linear(x, packed, bias)
+                keeper = self._number if packed.values_Z.is_cpu and not layer.offloaded else None  # none in CUDA graphs
+                return ops.packed_linear(x, packed, bias, activation_bits=activation_bits, keeper=keeper)
             prepared = self.prepared(packed, choice.backend)
             return choice.backend.multiply(x, prepared, bias, activation_bits=activation_bits)
 
