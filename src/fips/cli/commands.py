@@ -482,7 +482,8 @@ def compare(
 def bench(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Compressed directory.", show_default=False)],
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Model to compare with; else DIR merged to dense layers.")
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="Model to compare with (repeatable); else DIR merged to dense layers."),
     ] = None,
     policy: Annotated[
         str, typer.Option(metavar="NAME", help="auto, measure, speed, packed, decode, merge or merged.")
@@ -502,10 +503,11 @@ def bench(
     from fips.app.bench import BATCHES, PROMPTS
     from fips.app.bench import bench as run_bench
 
-    result = run_bench(
-        directory, against=against, policy=policy, batches=batch or BATCHES, prompts=prompt or PROMPTS,
-        repeats=repeats, seed=seed or 0, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    with progress_bars(stderr) as bars:
+        result = run_bench(
+            directory, against=against, policy=policy, batches=batch or BATCHES, prompts=prompt or PROMPTS,
+            repeats=repeats, seed=seed or 0, trust_remote_code=trust_remote_code, progress=bars.counter("bench"),
+        )  # fmt: skip
     print_json(result) if as_json else print_bench(result)
 
 

@@ -77,9 +77,8 @@ def _packed_linear(
     layout = (shape, fmt, block_axis, value_format, count, rotation)
     packed = _packed(values, pattern, scales, *layout, group_scales=group_scales)
     backend = registry.choose(packed, x.device, x.dtype)
-    kept = (
-        None if keeper is None else _keepers.get(int(keeper))
-    )  # of a graph from another process it may be some other layer's, which looks first
+    # in a graph from another process the number may be that of some other layer, which looks whether it is its own
+    kept = None if keeper is None else _keepers.get(int(keeper))
     prepared = backend.prepare(packed) if kept is None else kept.prepared(packed, backend)
     return backend.multiply(x, prepared, bias, activation_bits=activation_bits)
 
