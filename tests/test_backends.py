@@ -89,7 +89,7 @@ def test_a_toy_backend_multiplies_for_a_loaded_model(tmp_path: Path, toy: Wide) 
     assert toy.calls == 4 * len(supported)
 
 
-@pytest.mark.parametrize("policy", ["auto", "speed"])
+@pytest.mark.parametrize("policy", ["measure", "speed"])
 def test_measurements_of_one_backend_are_not_those_of_another(
     policy: str, toy: Wide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

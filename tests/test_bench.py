@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from test_cli import vit_directory  # noqa: F401
 
-from fips.app.bench import bench, runtime_report
+from fips.app.bench import _cases, bench, runtime_report
 from fips.cli import main
 from fips.errors import ModelError
 from fips.storage.checkpoint import load
@@ -28,6 +29,10 @@ def test_a_language_model_is_timed_on_prompts_and_single_tokens() -> None:
             assert 0 < low <= case[side]["median_s"] <= high
         assert case["speedup"] == pytest.approx(case["dense"]["median_s"] / case["compressed"]["median_s"])
     assert result["peak_memory_bytes"]["compressed"] > 10**7
+    first = result["first_answer"]
+    assert first["dense"] is None
+    assert first["compressed"].keys() == {"case", "load_s", "first_s"}
+    assert first["compressed"]["case"] == "prompt of 8"
     assert result["file_bytes"]["compressed"] == (TEXT / "model.safetensors").stat().st_size
 
 
@@ -46,6 +51,25 @@ def test_the_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "next token, batch 8" in out
     assert "peak memory" in out
+
+
+def test_prompts_ask_for_the_last_logits_and_several_models_stand_by_their_names() -> None:
+    seen: list[tuple[int, int]] = []
+    other = str(TEXT.parent / "format-1-mixed" / ".." / "format-1-mixed")
+    result = bench(
+        str(TEXT), against=[str(TEXT), other], batches=(1,), prompts=(1, 8), repeats=1, memory=False,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert result["against"] == [str(TEXT), other]
+    for case in result["cases"].values():
+        assert case.keys() == {str(TEXT), other, "compressed", "speedup"}
+        assert case["speedup"].keys() == {str(TEXT), other}
+    assert result["file_bytes"].keys() == {str(TEXT), other, "compressed"}
+    model = load(TEXT)
+    (_, run, _), *_ = _cases(model, (1,), (8,), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert run(model).logits.shape[1] == 1
 
 
 def test_only_compressed_directories(vit_directory: Path) -> None:  # noqa: F811

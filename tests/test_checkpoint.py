@@ -12,12 +12,14 @@ import pytest
 import torch
 from conftest import batches_for, quick_settings, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import fips
 from fips.files.manifest import MANIFEST, complete_directory
 from fips.layers.linear import factored_layers
 from fips.models.transformers import load_dense
 from fips.storage import checkpoint
+from fips.storage.weights import StoredWeights
 
 WEIGHTS = "model.safetensors"
 
@@ -246,3 +248,46 @@ def test_an_empty_directory_may_be_the_output(tmp_path: Path) -> None:
         (scratch / "a").write_text("x")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def mapped_bytes() -> int:
+    """Of files, in the memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says what is mapped on Linux only")
+
+
+@on_linux
+def test_copying_out_of_a_file_takes_the_memory_of_one_copy(tmp_path: Path) -> None:
+    path = tmp_path / WEIGHTS
+    generator = torch.Generator().manual_seed(0)
+    wanted = {f"t{index}": torch.randn(1 << 20, generator=generator) for index in range(16)}
+    save_file({"odd": torch.ones(3), **wanted}, path)
+    before, most = mapped_bytes(), 0
+    found = {}
+    for name, tensor in StoredWeights.of([path]).read("cpu"):
+        found[name] = tensor
+        most = max(most, mapped_bytes() - before)
+    assert most < 16 << 20 < 64 << 20
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@on_linux
+@pytest.mark.parametrize("read", [fips.load, AutoModelForCausalLM.from_pretrained])
+def test_a_loaded_model_lets_go_of_its_files(read: Callable[[Path], torch.nn.Module], copy: Path) -> None:
+    model = read(copy)
+    assert str(copy) not in Path("/proc/self/maps").read_text()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (copy / WEIGHTS).write_bytes(b"")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_was_altered_is_said_rather_than_what_it_led_to(copy: Path) -> None:
+    """Files are compared with the manifest while the model is built, which may fail on the same damage."""
+    edit_json(copy / "config.json", lambda fields: fields.update(hidden_size=17))
+    with pytest.raises(fips.errors.CheckpointError, match=r"config\.json` was altered|config\.json` has \d+ bytes"):
+        fips.load(copy)
+    with pytest.raises(fips.errors.CheckpointError, match="describes no"):
+        fips.load(copy, verify=False)

@@ -479,7 +479,7 @@ def test_gradients_of_the_operator(fmt: str, axis: int) -> None:
 def test_the_operator_compiles() -> None:
     packed = example("bitmask", (96, 160))
     x = inputs(6, 160, torch.float32)
-    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, "float", 0, 1, None)
+    sample = (x, packed.values_Z, packed.pattern, None, None, [96, 160], "bitmask", 1, "float", 0, 1, None, None, None)
     torch.library.opcheck(torch.ops.fips.packed_linear, sample, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fips.formats.masks import nm_mask
+from fips.formats.packed import Packed, dense_slices, to_dense
 from fips.formats.patterns import BlockAxis, pattern_named
-from fips.formats.values import integers, pack_integers, packed_length, unpack_integers
+from fips.formats.values import integers, pack_integers, packed_length, unpack_integers, values_named
 
 FORMATS = ["full", "bitmask", "2:4", "1:4", "4:16", "8:16", "2:16", "3:7", "16:32"]
 
@@ -161,3 +162,42 @@ def test_a_mask_without_the_promised_structure_is_refused(fmt: str) -> None:
 def test_unknown_formats_are_refused(fmt: str) -> None:
     with pytest.raises(ValueError, match="unknown packed format"):
         pattern_named(fmt).nbytes(16)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("values", ["float", "int8", "int5", "int4", "int3g16", "nl3g64", "tc3", "tc2g32"])
+@pytest.mark.parametrize("fmt", ["full", "bitmask", "2:4", "3:7", "block4"])
+def test_rows_decoded_apart_are_those_of_the_whole(fmt: str, values: str, axis: BlockAxis) -> None:
+    numbers, layout = values_named(values), pattern_named(fmt)
+    if numbers.memory and fmt != "full":
+        pytest.skip("values that leave no entry out")
+    generator = torch.Generator().manual_seed(0)
+    rows, cols = 1000, 56
+    codes = torch.randn(rows, cols, generator=generator)
+    if numbers.bits is not None:
+        half = 1 << (numbers.bits - 1)
+        codes = torch.randint(-half, half, (rows, cols), generator=generator).to(torch.int8)
+    scores = torch.rand(rows, cols, generator=generator)
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    if fmt == "bitmask":
+        mask = scores < 0.3
+    elif fmt == "block4":
+        blocks = torch.rand(rows // 4, cols // 4, generator=generator) < 0.3
+        mask = blocks.repeat_interleave(4, 0).repeat(1, 4)[:, :cols] if axis == 0 else mask
+        mask = mask if axis == 0 else torch.cat([blocks] * 4).repeat_interleave(4, 1)
+    elif fmt != "full":
+        mask = nm_mask(scores, n=int(fmt[0]), m=int(fmt[2]), dim=1)
+    kept_Z, pattern = layout.pack(codes, mask, axis)
+    scales, groups = numbers.num_scales_of(rows, cols)
+    packed = Packed(
+        numbers.pack(kept_Z), pattern, torch.rand(scales, generator=generator) if scales else None, (rows, cols), fmt,
+        axis, values, 0 if numbers.bits in (None, 8) else kept_Z.numel(),
+        torch.randint(0, 256, (groups,), generator=generator).to(torch.uint8) if groups else None,
+        4 if numbers.scaled else 1,
+    )  # fmt: skip
+    whole = to_dense(packed)
+    for most in (1, 100 * cols, rows * cols):
+        slices = list(dense_slices(packed, most))
+        assert torch.equal(torch.cat([part for _, part in slices]), whole)
+        assert [row for places, _ in slices for row in range(rows)[places]] == list(range(rows))
+        assert len(slices) > 1 or most == rows * cols

@@ -1,4 +1,5 @@
-"""How a layer chooses its way: every way gives the same result, choices are measured once and remembered."""
+"""How a layer chooses its way: every way gives the same result; the default measures nothing, what is measured is
+measured once and remembered."""
 
 from __future__ import annotations
 
@@ -19,12 +20,16 @@ from accelerate import cpu_offload
 from conftest import batches_for, quick_settings, tiny_model
 from test_kernels import TOLERANCE, assert_close, inputs
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fips
 from fips.errors import BackendError, ConfigError, ShapeError
-from fips.formats.packed import in_place
+from fips.formats.packed import SLICE, in_place
 from fips.formats.patterns import pattern_named
-from fips.kernels import cpu, runtime, timings
+from fips.formats.values import values_named
+from fips.kernels import backend as backends
+from fips.kernels import cpu, runtime, timings, ways
+from fips.kernels.defaults import default_way, merging_pays
 from fips.kernels.runtime import FRUGAL, POLICIES, LayerRuntime
 from fips.layers.linear import FactoredLinear, SharedBasis, factored_layers
 
@@ -104,7 +109,7 @@ def test_gradients_equal_those_of_the_dense_product() -> None:
 @needs_library
 def test_the_frugal_ways_keep_no_dense_copy() -> None:
     layer = make_layer()
-    for policy in ("auto", *FRUGAL):
+    for policy in ("auto", "measure", *FRUGAL):
         layer.runtime.policy = policy
         with torch.no_grad():
             for tokens in (1, 16, 200):
@@ -219,6 +224,60 @@ def test_only_few_shapes_are_remembered() -> None:
         assert layer.runtime._held.repeats == before
 
 
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that operations make."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:  # type: ignore[type-arg]
+        result = func(*args, **(kwargs or {}))  # type: ignore[operator]
+        if isinstance(result, Tensor):
+            self.nbytes = max(self.nbytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("values", ["float", "tc4g64", "int3"])
+def test_decoding_takes_memory_for_some_rows_at_a_time(values: str) -> None:
+    """Whatever the size of the matrix; the numbers are those of the product with the whole."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-2, 2, (1024, 8192), generator=generator).to(torch.int8)
+    whole = torch.ones_like(codes, dtype=torch.bool)
+    if values == "float":
+        layer = FactoredLinear.from_factor(None, codes.float(), whole, role="up", fmt="full", dtype=torch.bfloat16)
+    else:
+        groups = torch.randint(1, 256, (8192 * 16,), generator=generator).to(torch.uint8)
+        layer = FactoredLinear.from_integers(
+            None, codes, whole, torch.rand(8192), role="up", fmt="full", values=values,
+            group_scales=groups if values.endswith("g64") else None,
+        )  # fmt: skip
+    layer.runtime.policy = "decode"
+    x = inputs(6, 1024, torch.float32)
+    with torch.no_grad():
+        with Largest() as seen:
+            y = layer(x)
+        assert seen.nbytes <= 10 * SLICE < layer.dense_weight().nbytes
+        assert torch.equal(y, nn.functional.linear(x, layer.factor().float()))
+        merged = copy.deepcopy(layer)
+        merged.runtime.policy = "merged"
+        with Largest() as seen:
+            merged(x)
+        assert seen.nbytes == layer.dense_weight().nbytes
+
+
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_merging_for_one_call_forms_some_rows_at_a_time(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, other = make_layer(role), make_layer(role)
+    layer.runtime.policy, other.runtime.policy = "merge", "merged"
+    x = inputs(7, layer.in_features, torch.float32)
+    with torch.no_grad():
+        wanted = other(x)
+        monkeypatch.setattr(ways, "SLICE", 1)
+        with Largest() as seen:
+            y = layer(x)
+        assert seen.nbytes < 4 * layer.in_features * layer.out_features
+        assert_close(y, wanted.double(), TOLERANCE[torch.float32])
+
+
 def test_copies_and_pickles_prepare_their_own() -> None:
     layer = make_layer()
     layer.runtime.policy = "decode"
@@ -235,6 +294,7 @@ def test_choices_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("FIPS_CACHE", str(tmp_path))
     runtime._timings.forget()
     layer = make_layer()
+    layer.runtime.policy = "measure"
     calls: list[tuple[str, ...]] = []
     measure = timings.measure
     monkeypatch.setattr(timings, "measure", lambda ways, compute: calls.append(ways) or measure(ways, compute))
@@ -252,6 +312,67 @@ def test_choices_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: p
     runtime._timings.forget()
 
 
+def kept_whole(values: str, rows: int = 96, cols: int = 64) -> FactoredLinear:
+    numbers = values_named(values)
+    layer = FactoredLinear(None, role="up", hidden=rows, kept=rows * cols, fmt="full", width=cols, values=values)
+    nn.init.constant_(layer.values, 1.0) if numbers.bits is None else layer.values.zero_()
+    return layer
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("level", "values", "packed_up_to"),
+    [
+        ("avx512", "float", 4096), ("avx512_bf16", "tc4g64", 4096), ("amx", "int8", 4096), ("avx2", "int4", 4096),
+        ("avx2", "tc4g64", 4096), ("avx2", "float", 4), ("portable", "int4", 32), ("portable", "tc2", 32),
+        ("portable", "int8", 0), ("portable", "float", 0),
+    ],
+)  # fmt: skip
+def test_the_default_measures_nothing(
+    level: str, values: str, packed_up_to: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The committed timings say up to how many tokens packed bytes are read; nobody runs a layer to find out."""
+    monkeypatch.setattr(timings, "measure", lambda ways, compute: pytest.fail("measured"))
+    monkeypatch.setattr(cpu, "isa_names", lambda: cpu.ISAS[: cpu.ISAS.index(level) + 1])
+    layer = kept_whole(values)
+    with torch.no_grad():
+        for tokens in (0, 1, 2, 4, 8, 32, 64, 4096):
+            way = layer.runtime.way(torch.zeros(tokens, 64), layer.product())
+            assert way == ("packed" if max(1, tokens) <= packed_up_to else "decode"), tokens
+    values_of = torch.zeros(4096, 64, requires_grad=True)  # decoding would keep the dense matrix for the way back
+    assert layer.runtime.way(values_of, layer.product()) == "packed"
+
+
+def test_the_default_on_a_gpu_and_of_other_backends() -> None:
+    packed = {values: kept_whole(values).product() for values in ("int4", "tc4", "int8", "float")}
+    pruned = make_layer(basis=False).product()
+    ways = ("packed", "decode", "merged")
+    for name, product, few in (
+        *(("triton", packed[values], 16) for values in ("int4", "tc4")), ("triton", pruned, 16),
+        *(("triton", packed[values], 0) for values in ("int8", "float")),
+        *(("another", product, 1 << 20) for product in (*packed.values(), pruned)),
+    ):  # fmt: skip
+        backend = type("Named", (backends.Reference,), {"name": name})()
+        for tokens in (1, 16, 32, 1 << 20):
+            way = default_way(ways, product, backend, tokens, grad=False)
+            assert way == ("packed" if tokens <= few else "decode")
+
+
+def test_merging_is_the_default_where_it_is_fewer_operations() -> None:
+    """48 x 32 and 32 x 96 for every token, or 48 x 32 x 96 once and 48 x 96 for every token: never with rank 32; with
+    rank 48 from some hundred tokens on."""
+    assert not merging_pays(make_layer().product(), 1 << 30)
+    assert not merging_pays(make_layer(basis=False).product(), 1 << 30)
+    for role in ("up", "down"):
+        shared = SharedBasis.of(torch.eye(48), torch.float32)
+        factor = torch.ones(48, 96)
+        layer = FactoredLinear.from_factor(shared, factor, factor > 0, role=role, fmt="full")  # type: ignore[arg-type]
+        product = layer.product()
+        assert [merging_pays(product, tokens) for tokens in (64, 128, 256, 1024)] == [False, False, True, True]
+        with torch.no_grad():
+            assert layer.runtime.way(torch.zeros(1024, layer.in_features), product) == "merge"
+
+
 def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIPS_CACHE", str(tmp_path))
     runtime._timings.forget()
@@ -260,6 +381,7 @@ def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     seconds = {"packed": 2.0, "decode": 1.0, "merge": 3.0, "merged": 0.5}
     monkeypatch.setattr(timings, "measure", lambda ways, compute: {way: seconds[way] for way in ways})
     with torch.no_grad():
+        layer.runtime.policy = "measure"
         assert layer.runtime.way(x, layer.product()) == "decode"
         layer.runtime.policy = "speed"
         assert layer.runtime.way(x, layer.product()) == "merged"
@@ -335,6 +457,60 @@ def test_compiled_and_exported_layers_agree(role: str) -> None:
         assert_close(exported(x), expected(layer, x), TOLERANCE[torch.float32])
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert_close(compiled(x), expected(layer, x), TOLERANCE[torch.float32])
+
+
+@needs_library
+@pytest.mark.parametrize("values", ["float", "int4"])
+def test_compiled_layers_prepare_once_and_round_inputs_where_asked(
+    values: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One compiled function serves all layers, so what it keeps must be each one's own."""
+    factor = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    layers = [
+        FactoredLinear.from_factor(None, factor + index, factor > -1, role="up", fmt="bitmask", values=values)
+        for index in range(3)
+    ]
+    prepared: list[object] = []
+    prepare = cpu.prepare
+    monkeypatch.setattr(cpu, "prepare", lambda packed: prepared.append(packed) or prepare(packed))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([layer(x) for layer in self.layers])
+
+    x, model = inputs(6, 64, torch.float32), Model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            y = compiled(x)
+        assert len(prepared) == 3
+        for layer, got in zip(layers, y, strict=True):
+            assert_close(got, x.double() @ layer.dense_weight().double().T, TOLERANCE[torch.float32])
+        if values == "float":
+            layers[0].values.data = layers[0].values.data * 2
+            assert_close(compiled(x)[0], 2 * y[0].double(), TOLERANCE[torch.float32])
+            return
+        for layer in layers:
+            layer.runtime.policy = "packed"
+            layer.runtime.activation_bits = 8
+        wanted = model(x)
+        assert torch.equal(compiled(x), wanted)
+        if "avx512" in cpu.isa_names():
+            assert not torch.equal(wanted, y)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    one = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert all(torch.equal(one(layer, x), got) for layer, got in zip(layers, wanted, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(prepared) == 3
+    z = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(one(layers[0], z).sum(), z)
+    assert_close(gradient, layers[0].dense_weight().double().sum(0).expand(6, 64), TOLERANCE[torch.float32])
 
 
 def test_without_a_library_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +626,7 @@ def test_a_spoilt_file_of_timings_breaks_nothing(
 ) -> None:
     path = fresh_cache(monkeypatch, tmp_path)
     layer, x = make_layer(), inputs(4, 48, torch.float32)
+    layer.runtime.policy = "measure"
     path.write_bytes(content.replace(b"KEY", layer.product().signature(x).encode()))
     with torch.no_grad():
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
@@ -486,6 +663,7 @@ def test_no_place_for_timings_breaks_nothing(obstacle: str, tmp_path: Path, monk
             with path.open("wb") as file:
                 file.truncate(timings.LARGEST_FILE + 1)
     layer, x = make_layer(), inputs(4, 48, torch.float32)
+    layer.runtime.policy = "measure"
     with torch.no_grad():
         assert_close(layer(x), expected(layer, x), TOLERANCE[torch.float32])
     assert layer.product().signature(x) in runtime._timings._known()
@@ -538,7 +716,7 @@ def test_threads_share_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
             def meddle(layer: FactoredLinear = layer, done: Event = done) -> None:
                 while not done.is_set():
-                    for policy in ("auto", "packed", "decode", "speed", "merged"):
+                    for policy in ("auto", "measure", "packed", "decode", "speed", "merged"):
                         layer.runtime.policy = policy
                         layer.values = nn.Parameter(layer.values.detach().clone())
 
@@ -614,6 +792,7 @@ def test_a_loaded_model_takes_the_ways_of_the_saved_one_and_gives_its_bits(
     aligned as memory of one's own.
     """
     fresh_cache(monkeypatch, tmp_path / "cache")
+    monkeypatch.setenv("FIPS_RUNTIME", "measure")
     model = tiny_model("llama")
     fips.compress(model, batches_for(model), quick_settings())
     fips.save(model, tmp_path / "out")

@@ -1,8 +1,9 @@
 """How fast and how large a compressed model is, beside the dense one: alternating runs, medians and spread.
 
-A language model is timed on prompts of several lengths (one forward pass, batch 1) and on the step that adds one token
-to a cache, for several batch sizes; an image classifier on batches of images. Memory is that of a fresh process
-that loads the model and runs it once.
+A language model is timed on prompts of several lengths (one forward pass, batch 1, logits of the last token as for
+generation) and on the step that adds one token to a cache, for several batch sizes; an image classifier on batches of
+images. A fresh process of each loads the model and answers the longest prompt, or one image: how long that takes, and
+the peak of its memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ Case = tuple[str, Callable[[PreTrainedModel], Any], int]
 def bench(
     directory: str,
     *,
-    against: str | None = None,
+    against: str | Sequence[str] | None = None,
     policy: str = "auto",
     batches: Iterable[int] = BATCHES,
     prompts: Iterable[int] = PROMPTS,
@@ -53,34 +54,49 @@ def bench(
     memory: bool = True,
     seed: int = 0,
     trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Time a compressed directory against a model, or against itself merged to dense layers.
+    """Time a compressed directory against models, or against itself merged to dense layers.
 
-    Every case runs both models in turn, ``repeats`` times or for about 10 s; the result holds the median, the quartiles
-    and every run. ``policy`` is that of ``fips.kernels.runtime``. Raises ``ModelError`` for a directory that is not
-    compressed.
+    One other model is called ``dense`` in the result, several are by their names, and so are then the speed-ups over
+    them. Every case runs all models in turn, ``repeats`` times or for about 10 s; the result holds the median, the
+    quartiles and every run. ``progress`` is told what is done and what there is to do, ``policy`` is that of
+    ``fips.kernels.runtime``. Raises ``ModelError`` for a directory that is not compressed.
     """
     if not is_compressed(directory):
         raise ModelError(f"`{directory}` is not a compressed directory; give one written by `fips compress`")
+    sources = [against] if isinstance(against, str) else list(dict.fromkeys(against or ()))
     compressed = load(directory, trust_remote_code=trust_remote_code)
     set_policy(compressed, policy)
-    dense = load_any(against, trust_remote_code) if against else merge(copy.deepcopy(compressed))
-    models = {"dense": dense, "compressed": compressed}
+    others: dict[str, PreTrainedModel | None] = dict.fromkeys(sources if len(sources) > 1 else ["dense"])
+    places = dict(zip(others, sources, strict=False))
+    for name in others:
+        others[name] = load_any(places[name], trust_remote_code) if places else merge(copy.deepcopy(compressed))
+    models = {**others, "compressed": compressed}
     cases = _cases(compressed, tuple(batches), tuple(prompts), torch.Generator().manual_seed(seed))
-    results = {name: _compare(run, models, items, repeats) for name, run, items in cases}
+    fresh = {**places, "compressed": str(directory)} if memory else {}
+    total, results = len(cases) + len(fresh), {}
+    report = progress or (lambda done, total: None)
+    for done, (name, run, items) in enumerate(cases, start=1):
+        results[name] = _compare(run, models, items, repeats)
+        report(done, total)
+    first: dict[str, Any] = dict.fromkeys(models)
+    for done, (name, source) in enumerate(fresh.items(), start=len(cases) + 1):
+        first[name] = _first_answer(source, policy, prompts, trust_remote_code)
+        report(done, total)
     return {
         "directory": str(directory),
-        "against": against or "the compressed model merged to dense layers",
+        "against": (sources[0] if len(sources) == 1 else sources) or "the compressed model merged to dense layers",
         "environment": {**environment(torch.device("cpu")), "kernels": list(cpu.isa_names())},
         "policy": policy,
         "seed": seed,
         "cases": results,
         "runtime": runtime_report(compressed),
         "backends": backend_report(compressed),
-        "file_bytes": {"dense": _file_bytes(against), "compressed": _file_bytes(directory)},
+        "file_bytes": {name: _file_bytes({**places, "compressed": directory}.get(name)) for name in models},
+        "first_answer": first,
         "peak_memory_bytes": {
-            "dense": _peak_of(against, policy, trust_remote_code) if memory and against else None,
-            "compressed": _peak_of(directory, policy, trust_remote_code) if memory else None,
+            name: None if found is None else found.pop("peak_bytes") for name, found in first.items()
         },
     }
 
@@ -138,7 +154,11 @@ def _cases(
 
 
 def _forward(name: str, inputs: Tensor) -> Callable[[PreTrainedModel], Any]:
-    return lambda model: model(**{name: inputs})
+    def run(model: PreTrainedModel) -> Any:
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        return model(**{name: inputs}, **last)
+
+    return run
 
 
 class _NextToken:
@@ -176,7 +196,9 @@ def _compare(
         if index >= 2 and time.perf_counter() - begin > 10:
             break
     result: dict[str, Any] = {name: _summary(runs, items) for name, runs in seconds.items()}
-    result["speedup"] = result["dense"]["median_s"] / result["compressed"]["median_s"]
+    gains = {name: side["median_s"] / result["compressed"]["median_s"] for name, side in result.items()}
+    del gains["compressed"]
+    result["speedup"] = gains["dense"] if list(gains) == ["dense"] else gains
     return result
 
 
@@ -196,21 +218,29 @@ def _file_bytes(source: str | None) -> int | None:
     return sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
 
 
-def _peak_of(source: str, policy: str, trust_remote_code: bool) -> int:
-    """Peak resident bytes of a process that loads a model and runs it once."""
-    script = "import sys; from fips.app.bench import _report_peak; _report_peak(*sys.argv[1:])"
-    command = [sys.executable, "-c", script, source, policy, *(["trust"] if trust_remote_code else [])]
+def _first_answer(source: str, policy: str, prompts: Iterable[int], trust_remote_code: bool) -> dict[str, Any]:
+    """Seconds and peak resident bytes of a process that loads a model and runs it once."""
+    script = "import sys; from fips.app.bench import _report_first; _report_first(*sys.argv[1:])"
+    lengths = ",".join(map(str, prompts))
+    command = [sys.executable, "-c", script, source, policy, lengths, *(["trust"] if trust_remote_code else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 @torch.inference_mode()
-def _report_peak(source: str, policy: str, trust: str = "") -> None:
+def _report_first(source: str, policy: str, lengths: str, trust: str = "") -> None:
     assert policy in POLICIES
+    started = time.perf_counter()
     model = load_any(source, bool(trust))
     set_policy(model, policy)
-    _cases(model, (1,), (1, 64), torch.Generator().manual_seed(0))[0][1](model)
-    sys.stdout.write(json.dumps({"peak": _own_peak()}) + "\n")
+    loaded = time.perf_counter()
+    cases = _cases(model, (1,), tuple(map(int, lengths.split(","))), torch.Generator().manual_seed(0))
+    name, run, _ = max((case for case in cases if "next" not in case[0]), key=lambda case: case[2], default=cases[0])
+    ready = time.perf_counter()
+    run(model)
+    seconds = {"load_s": loaded - started, "first_s": time.perf_counter() - ready}
+    sys.stdout.write(json.dumps({"case": name, **seconds, "peak_bytes": _own_peak()}) + "\n")
 
 
 def _own_peak() -> int:

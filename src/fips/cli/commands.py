@@ -503,10 +503,11 @@ def compare(
 def bench(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Compressed directory.", show_default=False)],
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Model to compare with; else DIR merged to dense layers.")
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="Model to compare with (repeatable); else DIR merged to dense layers."),
     ] = None,
     policy: Annotated[
-        str, typer.Option(metavar="NAME", help="How layers compute: auto, speed, packed, decode, merge or merged.")
+        str, typer.Option(metavar="NAME", help="auto, measure, speed, packed, decode, merge or merged.")
     ] = "auto",
     batch: Annotated[
         list[int] | None, typer.Option(metavar="N", help="Examples at once (repeatable); else 1, 8 and 64.")
@@ -523,10 +524,11 @@ def bench(
     from fips.app.bench import BATCHES, PROMPTS
     from fips.app.bench import bench as run_bench
 
-    result = run_bench(
-        directory, against=against, policy=policy, batches=batch or BATCHES, prompts=prompt or PROMPTS,
-        repeats=repeats, seed=seed or 0, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    with progress_bars(stderr) as bars:
+        result = run_bench(
+            directory, against=against, policy=policy, batches=batch or BATCHES, prompts=prompt or PROMPTS,
+            repeats=repeats, seed=seed or 0, trust_remote_code=trust_remote_code, progress=bars.counter("bench"),
+        )  # fmt: skip
     print_json(result) if as_json else print_bench(result)
 
 

@@ -115,17 +115,26 @@ def print_bench(result: dict[str, Any]) -> None:
 
     from fips.app.tables import format_bytes
 
-    table = Table(Column("median ± half spread, ms", no_wrap=True), "dense", "compressed", "speedup", "per second")
+    names = list(result["peak_memory_bytes"])
+    table = Table(Column("median ± half spread, ms", no_wrap=True), *names, "speedup", "per second")
     for name, case in result["cases"].items():
-        dense, compressed = (
-            f"{1e3 * side['median_s']:.2f} ± {500 * (side['quartiles_s'][1] - side['quartiles_s'][0]):.2f}"
-            for side in (case["dense"], case["compressed"])
+        sides = (
+            f"{1e3 * case[side]['median_s']:.2f} ± "
+            f"{500 * (case[side]['quartiles_s'][1] - case[side]['quartiles_s'][0]):.2f}"
+            for side in names
         )
-        table.add_row(name, dense, compressed, f"{case['speedup']:.2f}", f"{case['compressed']['per_second']:.0f}")
+        gains = case["speedup"].values() if isinstance(case["speedup"], dict) else [case["speedup"]]
+        table.add_row(
+            name, *sides, ", ".join(f"{gain:.2f}" for gain in gains), f"{case['compressed']['per_second']:.0f}"
+        )
     stdout.print(table)
     for words, sizes in (("file", result["file_bytes"]), ("peak memory", result["peak_memory_bytes"])):
-        dense, compressed = (format_bytes(sizes[side]) if sizes[side] else "-" for side in ("dense", "compressed"))
-        stdout.print(f"{words}: {dense} dense, {compressed} compressed", highlight=False)
+        parts = (f"{format_bytes(sizes[side]) if sizes[side] else '-'} {side}" for side in names)
+        stdout.print(f"{words}: {', '.join(parts)}", highlight=False)
+    for side, first in result["first_answer"].items():
+        if first is not None:
+            seconds = f"{first['load_s']:.1f} s to load, then {first['first_s']:.1f} s for the first {first['case']}"
+            stdout.print(f"{side}: {seconds}", highlight=False)
     runtime = result["runtime"]
     stdout.print(
         f"packed layers: {format_bytes(runtime['stored_bytes'])} stored, {format_bytes(runtime['extra_bytes'])} beside "

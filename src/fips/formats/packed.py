@@ -5,7 +5,9 @@ Shape legend: N stored rows (outputs), K stored columns (the reduction), Z kept 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from fips.formats.patterns import FULL, BlockAxis, Pattern, pattern_named
 from fips.formats.rotation import rotate, rotation_fits
 from fips.formats.values import FLOAT, Values, signed, values_named
 
-__all__ = ["Packed", "check_packed", "in_place", "rows_of", "to_dense"]
+__all__ = ["Packed", "check_packed", "dense_slices", "in_place", "rows_of", "to_dense"]
+
+SLICE = 1 << 20
+"""Entries that are decoded at a time: with what decoding needs besides, some tens of bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +122,37 @@ def in_place(packed: Packed) -> Tensor:
 def to_dense(packed: Packed) -> Tensor:
     """S as a dense matrix: in the type of its values, or of integers in float32 (float64 beside such scales)."""
     stored = in_place(packed)
-    if packed.scales_N is None:
-        return stored
-    return rotate(packed.numbers.dequantize(stored, packed.scales_N, packed.group_scales), packed.rotation)
+    return stored if packed.scales_N is None else _in_scale(packed, stored, slice(0, packed.shape[0]))
+
+
+def dense_slices(packed: Packed, most: int = SLICE) -> Iterator[tuple[slice, Tensor]]:
+    """``to_dense`` of rows one after the other, about ``most`` entries at a time, with the places of the rows."""
+    layout, numbers, (rows, cols) = packed.layout, packed.numbers, packed.shape
+    unit = lcm(8 * layout.group, numbers.run)  # of such rows patterns fill whole bytes
+    step = max(1, most // max(1, unit * cols)) * unit
+    if step >= rows:
+        yield slice(0, rows), to_dense(packed)
+        return
+    begin = 0
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        shape = (part.stop - first, cols)
+        pattern = packed.pattern[layout.nbytes(first * cols) : layout.nbytes(part.stop * cols)]
+        end = begin + layout.count(pattern, shape, packed.block_axis)
+        before = begin % 8 if numbers.bits else 0  # codes of fewer than 8 bits begin within bytes, 8 of them do not
+        codes_Z = packed.values_Z[numbers.length(begin - before) : numbers.length(end)]
+        codes_Z = numbers.unpack(codes_Z, end - begin + before)[before:]
+        stored = layout.unpack(codes_Z, pattern, shape, packed.block_axis)
+        yield part, stored if packed.scales_N is None else _in_scale(packed, stored, part)
+        begin = end
+
+
+def _in_scale(packed: Packed, stored: Tensor, rows: slice) -> Tensor:
+    """Codes of some rows as the numbers that they stand for."""
+    assert packed.scales_N is not None
+    groups = packed.group_scales
+    groups = None if groups is None else groups.view(packed.shape[0], -1)[rows].flatten()
+    return rotate(packed.numbers.dequantize(stored, packed.scales_N[rows], groups), packed.rotation)
 
 
 def rows_of(packed: Packed, places: Tensor) -> Tensor:

@@ -133,6 +133,10 @@ class Pattern:
         """The boolean support of a packed matrix."""
         return _unpack_bits(pattern, shape[0] * shape[1]).view(shape)
 
+    def count(self, pattern: Tensor, shape: tuple[int, int], block_axis: BlockAxis = 1) -> int:
+        """Entries that a packed pattern keeps."""
+        return int(self.unpack_mask(pattern, shape, block_axis).count_nonzero())
+
     def gather(self, matrix: Tensor, pattern: Tensor, block_axis: BlockAxis = 1) -> Tensor:
         """Entries of a dense matrix on the support, in stored order."""
         rows, cols = matrix.shape
@@ -184,6 +188,9 @@ class _Full(Pattern):
 
     def unpack_mask(self, pattern: Tensor, shape: tuple[int, int], block_axis: BlockAxis = 1) -> Tensor:
         return torch.ones(shape, dtype=torch.bool, device=pattern.device)
+
+    def count(self, pattern: Tensor, shape: tuple[int, int], block_axis: BlockAxis = 1) -> int:
+        return shape[0] * shape[1]
 
     def gather(self, matrix: Tensor, pattern: Tensor, block_axis: BlockAxis = 1) -> Tensor:
         return matrix.flatten()

@@ -76,7 +76,7 @@ class Trellis(Values):
 
     known: ClassVar[tuple[str, ...]] = (f"tcB and tcBgG with B of 2 to 4 and G of {', '.join(map(str, SCALE_GROUPS))}",)
     automatic: ClassVar[tuple[str, ...]] = ("tc2", "tc2g64", "tc3", "tc3g64", "tc4", "tc4g64")
-    compiled, plain = True, False
+    compiled, plain, run = True, False, RUN
     bits: int
     _SHARE: ClassVar = {16: 0.91, 32: 0.95, 64: 0.98, 128: 0.99}
 
@@ -90,6 +90,7 @@ class Trellis(Values):
             tuple(_combined(code.masks[first : first + bits], field) for field in range(1 << bits))
             for first in range(0, len(code.masks), bits)
         )
+        self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
@@ -121,12 +122,22 @@ class Trellis(Values):
         return self.numbers_of(above, torch.arange(len(codes), device=codes.device))
 
     def numbers_of(self, above: Sequence[Tensor], rows: Tensor) -> Tensor:
-        mask, device = (1 << self.bits) - 1, rows.device
-        place_NK = above[0].long() & mask
-        for back, added in enumerate(self.history, start=1):
-            found_NK = torch.tensor(added, device=device)[above[back].long() & mask]
-            place_NK ^= torch.where((rows % RUN >= back).unsqueeze(1), found_NK, 0)
-        return torch.tensor(self.levels, dtype=torch.float32, device=device)[place_NK]
+        mask = (1 << self.bits) - 1
+        codes_NK = above[0].int() & mask
+        for back in range(1, self.memory + 1):
+            known_N1 = (rows % RUN >= back).int().unsqueeze(1) * mask
+            codes_NK |= (above[back].int() & known_N1) << self.bits * back
+        return self._on(rows.device).index_select(0, codes_NK.flatten()).view(codes_NK.shape)
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The number of every code together with those above it, the code itself in the lowest bits."""
+        if device not in self._tables:
+            mask, codes = (1 << self.bits) - 1, torch.arange(1 << self.bits * (self.memory + 1))
+            places = codes & mask
+            for back, added in enumerate(self.history, start=1):
+                places ^= torch.tensor(added)[codes >> self.bits * back & mask]
+            self._tables[device] = torch.tensor(self.levels, dtype=torch.float32)[places].to(device)
+        return self._tables[device]
 
     def encode(self, numbers: Tensor) -> Tensor:
         raise NotImplementedError(f"codes of {self.name} are found together, by `search`")

@@ -69,6 +69,8 @@ class Values:
     levels: tuple[int, ...] = ()
     """The numbers of the grid in the order of their codes, the first of which is :math:`-2^{b-1}`; none: codes are the
     numbers. They fit into a byte with sign."""
+    run: int = 1
+    """Rows that can be decoded without those above them, beginning at a multiple of their number."""
     history: tuple[tuple[int, ...], ...] = ()
     """What codes of the rows above an entry have to say in its number (``fips.formats.trellis``): the next row first,
     by the bits of the code. With such a memory numbers cannot be rounded one by one, and none is left out."""
@@ -366,6 +368,9 @@ def unpack_integers(packed: Tensor, *, bits: int, count: int) -> Tensor:
     """The first ``count`` integers of a stream, int8. Exact inverse of ``pack_integers``."""
     if bits == 8:
         return packed
+    if 8 % bits == 0:  # bytes, not words of 64 bits
+        fields = packed.unsqueeze(1) >> torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return signed(fields & ((1 << bits) - 1), bits).flatten()[:count]
     bytes_ = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).long()
     words = (bytes_ << 8 * torch.arange(bits, device=packed.device)).sum(1, keepdim=True)
     fields = words >> bits * torch.arange(8, device=packed.device) & ((1 << bits) - 1)
@@ -375,4 +380,5 @@ def unpack_integers(packed: Tensor, *, bits: int, count: int) -> Tensor:
 def signed(fields: Tensor, bits: int) -> Tensor:
     """Two's complement numbers, int8, whose lowest ``bits`` are these fields."""
     sign = 1 << (bits - 1)
-    return ((fields ^ sign) - sign).to(torch.int8)
+    found = (fields ^ sign) - sign
+    return found.view(torch.int8) if found.dtype == torch.uint8 else found.to(torch.int8)

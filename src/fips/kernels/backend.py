@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fips.formats.packed import Packed, to_dense
+from fips.formats.packed import Packed
 from fips.kernels import reference
 from fips.kernels.validity import Snapshot
 
@@ -93,7 +93,7 @@ class Backend(Protocol):
 
     def decode(self, prepared: PreparedMatrix, dtype: torch.dtype) -> Tensor:
         """S as a dense matrix."""
-        return to_dense(prepared.packed).to(dtype)
+        return reference.decode(prepared.packed, dtype)
 
     def repeat(
         self, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, activation_bits: int | None

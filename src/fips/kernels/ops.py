@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import count
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -10,15 +12,40 @@ from torch import Tensor
 from fips.formats.packed import Packed
 from fips.formats.patterns import BlockAxis
 from fips.kernels import reference, registry
+from fips.kernels.backend import Backend, PreparedMatrix
+from fips.kernels.validity import is_plain, needs_grad
 
-__all__ = ["is_plain", "needs_grad", "packed_linear", "traceable"]
+__all__ = ["Keeper", "is_plain", "needs_grad", "number_of", "packed_linear", "traceable"]
+
+_numbers = count(1)
 
 
-def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """``x S^T + bias`` by the first backend that takes it, differentiable in ``x``, floating values and bias."""
+class Keeper(Protocol):
+    """Whoever keeps what a backend has prepared for one matrix, and makes it anew where the matrix has changed."""
+
+    def prepared(self, packed: Packed, backend: Backend) -> PreparedMatrix: ...
+
+
+_keepers: WeakValueDictionary[int, Keeper] = WeakValueDictionary()
+
+
+def number_of(keeper: Keeper) -> Tensor:
+    """A number by which the operator finds a keeper. As a tensor: another number would make a graph of its own."""
+    number = next(_numbers)
+    _keepers[number] = keeper
+    return torch.tensor(number, device="cpu")
+
+
+def packed_linear(
+    x: Tensor, packed: Packed, bias: Tensor | None, *, activation_bits: int | None = None, keeper: Tensor | None = None
+) -> Tensor:
+    """``x S^T + bias`` by the first backend that takes it, differentiable in ``x``, floating values and bias.
+
+    ``keeper`` is the ``number_of`` whoever keeps what the backend prepares; without one it is prepared in every call.
+    """
     y: Tensor = torch.ops.fips.packed_linear(
         x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis,
-        packed.value_format, packed.count, packed.rotation, packed.group_scales,
+        packed.value_format, packed.count, packed.rotation, packed.group_scales, activation_bits, keeper,
     )  # fmt: skip
     return y
 
@@ -28,19 +55,6 @@ def traceable(x: Tensor, packed: Packed) -> bool:
     if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:  # `is_exporting()` is True in any trace
         return False  # of torch 2.11 and before
     return registry.choose(packed, x.device, x.dtype) is not registry.REFERENCE
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record a product of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Real tensors with memory to read, not stand-ins of a tracer or of the meta device."""
-    for t in tensors:  # written out: inside a model, a generator would cost as much as a small product
-        if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu or t.is_cuda):
-            return False
-    return not (torch._C._functorch.maybe_current_level() or torch._C._get_tracing_state())
 
 
 @torch.library.custom_op("fips::packed_linear", mutates_args=())
@@ -57,11 +71,16 @@ def _packed_linear(
     count: int,
     rotation: int,
     group_scales: Tensor | None,
+    activation_bits: int | None,
+    keeper: Tensor | None,
 ) -> Tensor:
     layout = (shape, fmt, block_axis, value_format, count, rotation)
     packed = _packed(values, pattern, scales, *layout, group_scales=group_scales)
     backend = registry.choose(packed, x.device, x.dtype)
-    return backend.multiply(x, backend.prepare(packed), bias)
+    # in a graph from another process the number may be that of some other layer, which looks whether it is its own
+    kept = None if keeper is None else _keepers.get(int(keeper))
+    prepared = backend.prepare(packed) if kept is None else kept.prepared(packed, backend)
+    return backend.multiply(x, prepared, bias, activation_bits=activation_bits)
 
 
 @_packed_linear.register_fake
@@ -70,7 +89,7 @@ def _(x: Tensor, values: Tensor, pattern: Tensor, scales: Any, bias: Any, shape:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, pattern, scales, bias, *ctx.layout, group_scales = inputs
+    x, values, pattern, scales, bias, *ctx.layout, group_scales, _, _ = inputs
     ctx.save_for_backward(x, values, pattern, scales, group_scales)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -80,7 +99,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     packed = _packed(values, pattern, scales, *ctx.layout, group_scales=group_scales)
     grad_x, grad_values = reference.multiply_backward(grad, x, packed)
     bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_values, None, None, bias, *[None] * 7
+    return grad_x, grad_values, None, None, bias, *[None] * 9
 
 
 _packed_linear.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -1,16 +1,17 @@
-"""Which way a compressed layer computes, for each number of tokens: measured once on the machine it runs on.
+"""Which way a compressed layer computes, for each number of tokens.
 
 A layer ``y = x (B C)`` can be computed in several ways. Those of ``FRUGAL`` keep nothing but the packed tensors:
 
 ``packed``   a backend reads the packed factor, see ``fips.kernels.registry``
-``decode``   torch (on a GPU Triton) decodes the factor for the time of the call, then two dense products
-``merge``    torch forms B C for the time of the call: pays for long inputs when R is above D
+``decode``   torch decodes the factor, some rows at a time (on a GPU Triton all of it), then two dense products
+``merge``    torch forms B C for the time of the call, some rows at a time: pays for long inputs when R is nearly D
 
 and one keeps a dense copy, which ``extra_bytes`` reports: ``merged``. It is used only where the policy allows it.
 
-The choice is made per layer shape, type, device, thread count and power of two of the number of tokens, from a few
-alternating runs at the first call, and remembered in ``~/.cache/fips`` (or ``$FIPS_CACHE``) under a fingerprint of the
-machine. ``packed`` wins ties within 5 %.
+The policy ``auto`` takes the one that ``fips.kernels.defaults`` says, without measuring anything. With ``measure``, or
+``speed``, which allows ``merged`` too, the choice is made per layer shape, type, device, thread count and power of two
+of the number of tokens, from a few alternating runs at the first call, and remembered in ``~/.cache/fips`` (or
+``$FIPS_CACHE``) under a fingerprint of the machine. ``packed`` wins ties within 5 %.
 
 All ways compute the same up to rounding. Beside integer values the packed kernel may round the inputs to 8 bits first,
 where ``activation_bits`` is 8, or None and their type has 16 bits: 64 inputs share a scale then, and processors with
@@ -28,6 +29,7 @@ from torch import Tensor
 from fips.kernels import cpu, ops, reference, registry
 from fips.kernels.backend import RepeatedCall, say_once
 from fips.kernels.call import Product, Remembered
+from fips.kernels.defaults import default_way
 from fips.kernels.select import FRUGAL, POLICIES, Choice, check_bits, check_policy, select, wished_bits, wished_way
 from fips.kernels.timings import Timings, Way, fingerprint, timings_file
 from fips.kernels.ways import Ways
@@ -86,7 +88,7 @@ class LayerRuntime:
         return self._ways.extra_bytes
 
     def forward(self, x: Tensor, parts: Sequence[object], make: Callable[[], Product]) -> Tensor:
-        """The product in the way the policy and the measurements say.
+        """The product in the way the policy says.
 
         What ``make`` makes is used again while ``parts``, which it is made of, are the same objects; the first are the
         values, None where they are not in their usual place.
@@ -162,7 +164,7 @@ class LayerRuntime:
             held.repeat(x.shape, repeat)
 
     def way(self, x: Tensor, layer: Product) -> Way:
-        """The way a call with this input takes; measures if nobody has."""
+        """The way a call with this input takes; under ``measure`` and ``speed`` measures if nobody has."""
         return self._choice(x, layer, self._held).way
 
     def _choice(self, x: Tensor, layer: Product, held: Remembered) -> Choice:
@@ -180,9 +182,11 @@ class LayerRuntime:
         backend = registry.REFERENCE if self._failed else registry.choose(layer.packed, x.device, x.dtype)
         if backend is registry.REFERENCE and not self._failed:
             log.debug("no backend but torch: %s", registry.reasons(layer.packed, x.device, x.dtype))
+        tokens = 1 << max(0, x.shape[:-1].numel() - 1).bit_length()
         inputs = "" if self._activation_bits is None else f" {self._activation_bits}-bit inputs"
+        possible = layer.possible_ways(x, grad=grad, packed=backend is not registry.REFERENCE)
         way = select(
-            wanted, layer.possible_ways(x, grad=grad, packed=backend is not registry.REFERENCE),
+            wanted, possible, lambda: default_way(possible, layer, backend, tokens, grad=grad),
             lambda: layer.signature(x) + inputs, _timings, lambda way: self._compute(Choice(way, backend), x, layer),
         )  # fmt: skip
         return Choice(way, backend)

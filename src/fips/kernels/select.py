@@ -1,4 +1,4 @@
-"""Which way a layer computes: those that are possible, and the one that policy and measurements choose.
+"""Which way a layer computes: of those that are possible the one that the policy says.
 
 See ``fips.kernels.runtime`` for what the ways are.
 """
@@ -18,8 +18,9 @@ from fips.kernels.timings import Timings, Way
 __all__ = ["FRUGAL", "POLICIES", "Choice", "check_bits", "check_policy", "select", "wished_bits", "wished_way"]
 
 FRUGAL: tuple[Way, ...] = ("packed", "decode", "merge")
-POLICIES = ("auto", "speed", *FRUGAL, "merged")
-"""``auto``: the fastest of ``FRUGAL``. ``speed``: the fastest of all. Or the one named."""
+POLICIES = ("auto", "measure", "speed", *FRUGAL, "merged")
+"""``auto``: the one of ``FRUGAL`` that ``fips.kernels.defaults`` says. ``measure``: the fastest of ``FRUGAL``.
+``speed``: the fastest of all. Or the one named."""
 
 
 class Choice(NamedTuple):
@@ -30,16 +31,18 @@ class Choice(NamedTuple):
 
 
 def select(
-    wanted: str, possible: tuple[Way, ...], signature: Callable[[], str], timings: Timings,
+    wanted: str, possible: tuple[Way, ...], default: Callable[[], Way], signature: Callable[[], str], timings: Timings,
     compute: Callable[[Way], Tensor],
 ) -> Way:  # fmt: skip
-    """The way named; where it is impossible the first that is not; for ``auto`` and ``speed`` the fastest."""
+    """The way named; where it is impossible the first that is not; for ``auto`` the default, else the fastest."""
     for way in possible:
         if way == wanted:
             return way
-    if len(possible) == 1 or wanted not in ("auto", "speed"):
-        return possible[0]
     if wanted == "auto":
+        return default()
+    if len(possible) == 1 or wanted not in ("measure", "speed"):
+        return possible[0]
+    if wanted == "measure":
         possible = tuple(way for way in possible if way in FRUGAL)
     return timings.fastest(signature(), possible, compute)
 

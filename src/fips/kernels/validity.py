@@ -1,12 +1,26 @@
-"""Whether what was made from tensors still holds."""
+"""What tensors are, and whether what was made from them still holds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "is_plain", "needs_grad"]
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a product of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Real tensors with memory to read, not stand-ins of a tracer or of the meta device."""
+    for t in tensors:  # written out: inside a model, a generator would cost as much as a small product
+        if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu or t.is_cuda):
+            return False
+    return not (torch._C._functorch.maybe_current_level() or torch._C._get_tracing_state())
 
 
 class Snapshot:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fips.formats.packed import Packed, to_dense
+from fips.formats.packed import SLICE, Packed
 from fips.kernels import ops, reference, registry
 from fips.kernels.backend import Backend, PreparedMatrix
 from fips.kernels.call import Product
@@ -22,6 +24,7 @@ class Ways:
     def __init__(self) -> None:
         self._prepared: tuple[Backend, PreparedMatrix] | None = None
         self._merged: tuple[torch.dtype, Snapshot, Tensor] | None = None
+        self._number = ops.number_of(self)
 
     @property
     def extra_bytes(self) -> int:
@@ -38,13 +41,16 @@ class Ways:
 
         def packed(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
             if layer.offloaded or torch.compiler.is_compiling() or ops.needs_grad(x, packed.values_Z, bias):
-                return ops.packed_linear(x, packed, bias)
+                keeper = self._number if packed.values_Z.is_cpu and not layer.offloaded else None  # none in CUDA graphs
+                return ops.packed_linear(x, packed, bias, activation_bits=activation_bits, keeper=keeper)
             prepared = self.prepared(packed, choice.backend)
             return choice.backend.multiply(x, prepared, bias, activation_bits=activation_bits)
 
-        if choice.way in ("merge", "merged"):
-            weight = self._merged_weight(x.dtype, layer) if choice.way == "merged" else self._merge(x.dtype, layer)
+        if choice.way == "merged":
+            weight = self._merged_weight(x.dtype, layer)
             return linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
+        if choice.way == "merge":
+            return reference.multiply_slices(x, self._merged_slices(x.dtype, layer), layer.features[1], layer.bias)
         if choice.way == "packed":
             return layer.through_factor(x, packed)
         return layer.through_factor(x, reference.multiply if layer.offloaded else self._decoded)
@@ -57,26 +63,40 @@ class Ways:
         return kept[1]
 
     def _decoded(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        return linear(x, self._factor(packed, x.dtype), None if bias is None else bias.to(x.dtype))
+        decoder = _decoder(packed)
+        if decoder is None:
+            return reference.multiply(x, packed, bias)
+        factor = decoder.decode(self.prepared(packed, decoder), x.dtype)
+        return linear(x, factor, None if bias is None else bias.to(x.dtype))
 
-    def _factor(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        """The factor as a dense matrix, for the time of a call. Not for offloaded tensors: what is prepared is kept."""
-        values = packed.values_Z
-        if not torch.compiler.is_compiling() and ops.is_plain(values) and not ops.needs_grad(values):
-            backend = registry.decoder(packed)
-            if backend is not None:
-                return backend.decode(self.prepared(packed, backend), dtype)
-        return to_dense(packed).to(dtype)
+    def _factor(self, packed: Packed, dtype: torch.dtype, offloaded: bool) -> Tensor:
+        """The factor as a dense matrix, for the time of a call; of offloaded tensors nothing is prepared and kept."""
+        decoder = None if offloaded else _decoder(packed)
+        return (
+            reference.decode(packed, dtype)
+            if decoder is None
+            else decoder.decode(self.prepared(packed, decoder), dtype)
+        )
 
     @torch.no_grad()
-    def _merge(self, dtype: torch.dtype, layer: Product) -> Tensor:
-        """The (out, in) weight B C, formed in ``dtype`` with its usual accumulation."""
-        packed = layer.packed
-        factor = to_dense(packed).to(dtype) if layer.offloaded else self._factor(packed, dtype)
+    def _merged_slices(self, dtype: torch.dtype, layer: Product) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the (out, in) weight B C, formed in ``dtype`` with its usual accumulation."""
+        factor = self._factor(layer.packed, dtype, layer.offloaded)
         if layer.basis_DR is None:
-            return factor
+            yield slice(0, factor.shape[0]), factor
+            return
         basis = layer.basis_DR.to(dtype)
-        return factor @ basis.T if layer.up else basis @ factor
+        left, right = (factor, basis.T) if layer.up else (basis, factor)
+        step = max(1, SLICE // max(1, right.shape[1]))
+        for first in range(0, left.shape[0], step):
+            part = slice(first, min(first + step, left.shape[0]))
+            yield part, left[part] @ right
+
+    def _merge(self, dtype: torch.dtype, layer: Product) -> Tensor:
+        weight = layer.packed.values_Z.new_empty(layer.features[::-1], dtype=dtype)
+        for part, rows in self._merged_slices(dtype, layer):
+            weight[part] = rows
+        return weight
 
     def _merged_weight(self, dtype: torch.dtype, layer: Product) -> Tensor:
         seen = Snapshot(contents=layer.tensors())
@@ -84,3 +104,8 @@ class Ways:
         if merged is None or merged[0] != dtype or not merged[1].equals(seen):
             merged = self._merged = dtype, seen, self._merge(dtype, layer)
         return merged[2]
+
+
+def _decoder(packed: Packed) -> Backend | None:
+    """What writes a matrix out faster than torch does, where it may be asked."""
+    return registry.decoder(packed) if reference.slices_suit(packed) else None

@@ -289,7 +289,7 @@ class FactoredLinear(nn.Module):
 
     def num_kept(self) -> int:
         """Entries the pattern keeps; equals the number of values unless the layer was damaged."""
-        return int(self.mask().sum())
+        return self.pattern_format.count(self.packed().pattern, self.factor_shape, self.block_axis)
 
     def dense_weight(self) -> Tensor:
         r"""The product :math:`B C` as the (out, in) weight of a plain linear layer.

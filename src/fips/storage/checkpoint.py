@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def load(
 
     They are equal bit for bit. Built without weights and filled tensor by tensor, so that no dense MLP matrix is ever
     allocated. Buffers that no checkpoint holds (rotary frequencies) are computed anew. ``verify`` checks the SHA-256 of
-    all files first, where a manifest lists them (``save_pretrained`` writes none). ``trust_remote_code`` lets code in
+    all files, where a manifest lists them (``save_pretrained`` writes none): first if ``trust_remote_code``, else while
+    the model is built. ``trust_remote_code`` lets code in
     the directory run where the model was built by it. Raises ``CheckpointError`` naming the file or tensor that is
     missing, cut short, altered, not among those written, of an unknown version or of the wrong shape or type, and the
     setting with which no model can be built, ``ModelError`` if the model needs code that is not trusted. Sizes are
@@ -196,9 +198,26 @@ def load(
     model does not depend on them.
     """
     path = local_directory(directory)
+    read = partial(_load, path, device=device, trust_remote_code=trust_remote_code)
     listed = path / MANIFEST
-    if verify and (listed.is_symlink() or listed.exists()):
-        verify_manifest(path, _files_read(path))
+    if not verify or not (listed.is_symlink() or listed.exists()):
+        return read()
+    files = _files_read(path)
+    if trust_remote_code:
+        verify_manifest(path, files)
+        return read()
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify_manifest, path, files)
+        try:
+            model = read()
+        except Exception:
+            verified.result()  # what was altered says more than what it led to
+            raise
+        verified.result()
+    return model
+
+
+def _load(path: Path, *, device: torch.device | str, trust_remote_code: bool) -> Any:
     config_file = file_inside(path, CONFIG, where=f"`{path}`")
     fields = read_json(config_file)
     layout = Layout.parse(fields.pop("quantization_config", None), where=f"`{config_file}`")

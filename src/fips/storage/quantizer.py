@@ -46,6 +46,7 @@ from fips.storage.weights import (
     FLOATS,
     WEIGHTS,
     WEIGHTS_INDEX,
+    MappedFiles,
     Stored,
     StoredWeights,
     check_layout,
@@ -294,11 +295,20 @@ def _require_all(model: PreTrainedModel, stored: Mapping[str, Stored], directory
 
 def _copy_out_of_files(model: nn.Module) -> None:
     """Tensors mapped from a file as memory of their own: the file may be cut short, or be written anew from them."""
+    mapped, copies = MappedFiles(), dict[int, tuple[Tensor, Tensor]]()
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None and tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
-                    tensor.data = tensor.data.clone()
+        for parameter in module._parameters.values():
+            if parameter is not None and _is_mapped(parameter):
+                parameter.data = mapped.copy(parameter.data)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and _is_mapped(buffer):  # a view holds on to the file, whatever is put in its `data`
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer, mapped.copy(buffer)
+                module._buffers[key] = copies[id(buffer)][1]
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
 def _adopt_types(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ __all__ = [
     "FLOATS",
     "WEIGHTS",
     "WEIGHTS_INDEX",
+    "MappedFiles",
     "Stored",
     "StoredWeights",
     "check_layout",
@@ -89,11 +92,46 @@ class StoredWeights:
         for path in self.files:
             try:
                 with safe_open(path, framework="pt", device=str(device)) as file:
+                    mapped: MappedFiles | None = None
                     for name in file.keys():  # noqa: SIM118
                         tensor: Tensor = file.get_tensor(name)
-                        yield name, tensor.clone() if tensor.device.type == "cpu" else tensor
+                        mapped = mapped or MappedFiles()
+                        yield name, mapped.copy(tensor) if tensor.device.type == "cpu" else tensor
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"`{path}` is cut short or not a safetensors file: {error}") from None
+
+
+class MappedFiles:
+    """Tensors out of files of weights that are mapped into memory, copied without holding them twice.
+
+    The pages that were read count as memory of the process as long as the file is mapped, which is until its last
+    tensor is copied; they are given back one tensor after the other where the system says which addresses are such a
+    file's (Linux).
+    """
+
+    def __init__(self) -> None:
+        self._places: list[tuple[int, int]] = []
+        try:
+            lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in lines:
+                if line.endswith(".safetensors"):
+                    first, last = line.split(" ", 1)[0].split("-")
+                    self._places.append((int(first, 16), int(last, 16)))
+            self._advise = ctypes.CDLL(None).madvise
+            self._advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        except (OSError, ValueError, AttributeError, TypeError):
+            self._places = []
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The tensor in memory of its own."""
+        found = tensor.clone()
+        first, size = tensor.data_ptr(), mmap.PAGESIZE
+        last = first + tensor.nbytes
+        if any(start <= first and last <= end for start, end in self._places):
+            begin, end = -(-first // size) * size, last // size * size
+            if begin < end:
+                self._advise(begin, end - begin, mmap.MADV_DONTNEED)  # a file's pages: read anew if asked for
+        return found
 
 
 def weight_files(directory: Path) -> list[str]:
