@@ -344,14 +344,16 @@ class TestEmbeddings:
         assert result.headline.name == "spearman"
         assert fips.evaluate(model, load(source, model)).headline.value == pytest.approx(result.spearman)
 
-    def test_images(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("folders", [(".",), ("cat", "dog")], ids=["plain", "with classes"])
+    def test_images(self, tmp_path: Path, folders: tuple[str, ...]) -> None:
         from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
         generator = np.random.default_rng(0)
-        (tmp_path / "photos").mkdir()
         for index in range(6):
             pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+            place = tmp_path / "photos" / folders[index % len(folders)]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{index}.png")
         torch.manual_seed(0)
         original = transformers.Dinov2Model(tiny_model("dinov2").config).eval()
         model = noisy(original)
