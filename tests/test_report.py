@@ -429,6 +429,8 @@ def test_scores_of_the_original_follow_from_the_difference() -> None:
     assert second.before == f"{2 - math.log2(1.25) / 2:.4f}"
     assert [score.line() for score in others] == ["0.01 nats per token", "99.00 % of tokens"]
     assert [score.before for score in scores(replace(result, against=None).to_dict())] == [None, None]
+    earlier = {name: value for name, value in result.to_dict().items() if name not in ("scores", "scored_on", "task")}
+    assert [(score.name, score.line()) for score in scores(earlier)] == [("perplexity", "5")]
     assert result.to_dict()["scored_on"] == "10 tokens in windows of 8, stride 7"
 
 

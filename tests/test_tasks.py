@@ -344,14 +344,16 @@ class TestEmbeddings:
         assert result.headline.name == "spearman"
         assert fips.evaluate(model, load(source, model)).headline.value == pytest.approx(result.spearman)
 
-    def test_images(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("folders", [(".",), ("cat", "dog")], ids=["plain", "with classes"])
+    def test_images(self, tmp_path: Path, folders: tuple[str, ...]) -> None:
         from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
         generator = np.random.default_rng(0)
-        (tmp_path / "photos").mkdir()
         for index in range(6):
             pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+            place = tmp_path / "photos" / folders[index % len(folders)]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{index}.png")
         torch.manual_seed(0)
         original = transformers.Dinov2Model(tiny_model("dinov2").config).eval()
         model = noisy(original)
@@ -514,3 +516,20 @@ def test_a_compressed_encoder_is_evaluated_beside_its_original(
     page = tmp_path / "report.html"
     assert main(["report", str(out), *data, "--against", str(source), "--output", str(page)]) == 0
     assert found["scores"][0]["name"] in page.read_text()
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertModel", "T5ForConditionalGeneration"])
+def test_methods_are_compared_on_every_kind(kind: str, table: Callable[..., Path], lines: Path, tmp_path: Path) -> None:
+    model = make_t5() if kind.startswith("T5") else make_bert(kind)
+    source, out = saved(model, tmp_path / "model"), tmp_path / "compared"
+    pairs = table(source=SENTENCES, target=SENTENCES[::-1])
+    data = ["--data", str(pairs if kind.startswith("T5") else lines), "--num-samples", "8", "--sequence-length", "16"]
+    command = ["compare", str(source), *data, "--methods", "gptq", "--bits", "6", "--output", str(out)]
+    assert main(command) == 0
+    found = json.loads((out / "compare.json").read_text())
+    (run,) = found["runs"]
+    assert run["against"].get("kl", 1) > 0
+    assert 0.9 < run["against"].get("cosine", 0.95) < 1
+    alone = fips.evaluate(model, load(pairs if kind.startswith("T5") else lines, model, sequence_length=16),
+                          against=model)  # fmt: skip
+    assert found["original"] == pytest.approx(alone.headline.value, rel=1e-4)

@@ -211,6 +211,9 @@ class Score:
 
 def scores(quality: Mapping[str, Any]) -> list[Score]:
     """What an evaluation (``EvaluationResult.to_dict()``) says about a model and the original beside it."""
+    if "scores" not in quality:  # a record of an earlier version
+        headline = quality["headline"]
+        return [Score(name=headline["name"].replace("_", " "), before=None, after=f"{headline['value']:.4g}")]
     return [Score(**one) for one in quality["scores"]]
 
 

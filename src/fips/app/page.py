@@ -172,7 +172,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _scored_on(quality: Mapping[str, Any]) -> str:
-    return f"On {quality['scored_on']}, of {quality['data'].get('source', 'data in memory')}."
+    return f"On {quality.get('scored_on', 'examples')}, of {quality['data'].get('source', 'data in memory')}."
 
 
 def _layers(packed: PackedOutline) -> dict[str, Any]:

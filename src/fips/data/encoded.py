@@ -35,7 +35,11 @@ from fips.models.tasks import Task
 __all__ = ["Frame", "encoded_batches"]
 
 HIDDEN_SHARE = 0.15
-"""Of the tokens of a window that are hidden from a masked language model, as in its training (BERT)."""
+"""Of the tokens of a window that are hidden from a masked language model, as in its training (BERT).
+
+On AntiBERTy with four matrices at 3 bits and 15 thousand tokens the KL to the original was 0.0031 when calibrated on
+one stream without special tokens, 0.00115 ± 0.00009 on framed proteins, and 0.00102 ± 0.00008 with some of their tokens
+hidden: one seed, and the last step is no more than the error."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class EmbeddingEvaluator(Evaluator):
                 embeddings_ED, pooling = _embeddings(model, batch)
                 found_ED.append(embeddings_ED)
             width = found_ED[0].shape[1]
-            if "labels" in batch:
+            if batches.description.get("scored_pairs"):  # labels of images are classes
                 scores.append(batch["labels"])
                 for kept, each_ED in zip(cosines, found_ED, strict=True):
                     kept.append(nn.functional.cosine_similarity(each_ED[::2], each_ED[1::2]))
