@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from typing import Literal
 
 import torch
@@ -150,10 +149,16 @@ class BasisSharing(_LowRank[BasisSharingConfig]):
     needs = Needs.INPUTS
 
     def teams(self, plan: GroupPlan) -> Iterator[list[Site]]:
-        """The same up layer of consecutive MLPs; down layers alone."""
-        sublayers = plan.group.sublayers
-        for _, span in groupby(range(len(sublayers)), key=lambda index: index // SHARING_SPAN):
-            members = [sublayers[index].sites for index in span]
+        """The same up layer of consecutive sublayers of one kind, MLPs or attention; down layers alone."""
+        kinds: dict[str, list[Sequence[Site]]] = {sublayer.kind: [] for sublayer in plan.group.sublayers}
+        for sublayer in plan.group.sublayers:
+            kinds[sublayer.kind].append(sublayer.sites)
+        for sublayers in kinds.values():
+            yield from self._of_one_kind(sublayers)
+
+    def _of_one_kind(self, sublayers: Sequence[Sequence[Site]]) -> Iterator[list[Site]]:
+        for start in range(0, len(sublayers), SHARING_SPAN):
+            members = sublayers[start : start + SHARING_SPAN]
             if len({len(sites) for sites in members}) > 1:  # some of their layers are left dense
                 yield from ([site] for sites in members for site in sites)
                 continue
