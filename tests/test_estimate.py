@@ -30,7 +30,7 @@ def examples(count: int) -> dict[str, torch.Tensor]:
 
 def counted(count: int = 8, **settings: Any) -> tuple[Operations | None, Any]:
     model = tiny_model("llama")
-    config = CompressionConfig(**{"bits": 6.0, **settings})
+    config = CompressionConfig(**{"bits": 6.0, "layers": "mlp", **settings})
     plan = plan_compression(model, config)
     found = operations(build_empty(model.config), plan, config, examples, count=count, device=CPU)
     return found, (model, config, plan)

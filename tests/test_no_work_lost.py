@@ -455,7 +455,7 @@ def test_measurements_that_fail_cost_nothing_but_themselves(
     for name in ("environment", "peak_memory_bytes"):
         monkeypatch.setattr(sys.modules["fips.compression"], name, fail)
     model = tiny_model("llama")
-    report = fips.compress(model, batches_for(model), CompressionConfig(**settings))
+    report = fips.compress(model, batches_for(model), CompressionConfig(layers="mlp", **settings))
     assert len(factored_layers(model)) == 9
     assert report.peak_memory_bytes is None
     assert {group["relative_error_final"] for group in report.groups} == {None}
@@ -827,7 +827,7 @@ def test_training_integers_says_once_what_stays(loaded: bool, tmp_path: Path, ca
     assert caplog.text == ""
     step(model)
     step(model)
-    assert caplog.text.count("training leaves the integers and scales of 9 packed layers as they are") == 1
+    assert caplog.text.count("training leaves the integers and scales of 21 packed layers as they are") == 1
     assert "--values float" in caplog.text
     kept = sum(layer.kept for layer in factored_layers(model).values())
     assert f"{kept:,} of {kept + sum(p.numel() for p in model.parameters()):,} numbers" in caplog.text
@@ -862,3 +862,6 @@ def test_lora_is_left_in_peace(targets: Any, caplog: Log) -> None:
     step(model)
     assert any(isinstance(module, FactoredLinear) for module in model.modules())
     assert "training leaves" not in caplog.text
+    if targets == "all-linear":  # packed layers are linear ones, too; the head is left out
+        adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+        assert len(adapted) == len(factored_layers(integers())) == 21

@@ -78,8 +78,29 @@ def _adapters(module: ModuleType) -> None:
     module.LoraModel._create_new_module = staticmethod(create_new_module)
 
 
+def _all_linear(module: ModuleType) -> None:
+    """``target_modules="all-linear"`` of LoRA means packed layers too, which are linear without being that class."""
+    find = module._maybe_include_all_linear_layers
+    if getattr(find, "knows_fips", False):
+        return
+
+    def with_packed(config: Any, model: Any) -> Any:
+        asked = getattr(config, "target_modules", None)
+        found = find(config, model)
+        every = isinstance(asked, str) and asked.lower() == "all-linear" and config.peft_type == "LORA"
+        if every and "fips.layers.linear" in sys.modules:  # otherwise no layer is packed
+            from fips.layers.lora import adaptable
+
+            found.target_modules = {*found.target_modules, *adaptable(model)}
+        return found
+
+    with_packed.knows_fips = True  # type: ignore[attr-defined]
+    module._maybe_include_all_linear_layers = with_packed  # type: ignore[attr-defined]
+
+
 TOLD: dict[str, Callable[[ModuleType], None]] = {
     "transformers.quantizers.auto": _quantizers,
+    "peft.tuners.tuners_utils": _all_linear,
     "peft.tuners.lora.model": _adapters,
 }
 """The modules that hold what is added to, and how."""

@@ -13,13 +13,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from transformers import PreTrainedModel
 
 from fips.errors import ModelError
 from fips.layers.embedding import PackedEmbedding, TiedLayer
 from fips.layers.linear import FactoredLinear
 from fips.layers.merge import dense_layer
 
-__all__ = ["LoraFactoredLinear", "packed_adapter"]
+__all__ = ["LoraFactoredLinear", "adaptable", "packed_adapter"]
 
 
 class LoraFactoredLinear(LoraLinear):  # type: ignore[misc]
@@ -62,6 +63,16 @@ class LoraFactoredLinear(LoraLinear):  # type: ignore[misc]
                 added = self.lora_B[name].bias.detach() * self.scaling[name]
                 bias = nn.Parameter(added if bias is None else bias.detach() + added.to(bias.dtype))
         return dense_layer(packed, packed.weight.dtype, weight=weight, bias=bias)
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Names of the packed linear layers of a model: no embeddings, and no head, as peft leaves out those of others."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLinear) and not isinstance(module, PackedEmbedding) and module is not head
+    ]
 
 
 def packed_adapter(
