@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import batches_for, tiny_model
+from test_kernels import rounded_inputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -201,6 +202,25 @@ def test_products_on_every_path(name: str, isa: str) -> None:
                 scale = float((x.double().abs() @ dense.abs().T).max() + bias.abs().max())
                 allowed = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}[dtype]
                 assert float((y.double() - expected).abs().max()) <= allowed * scale, (path, rows, cols, tokens)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", [name for name in cpu.isa_names() if name != "portable"])
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_of_8_bits_share_a_scale_64_at_a_time(name: str, isa: str) -> None:
+    for rows, cols in SHAPES:
+        rotation = 16 if cols % 16 == 0 else 1
+        matrix = coded(name, rows, cols, rotation=rotation)
+        prepared, dense = cpu.prepare(matrix), to_dense(matrix).double()
+        for tokens in (1, 2, 3, 4, 7):
+            x = normal(tokens, cols, seed=tokens)
+            exact, rounded = x.double() @ dense.T, rounded_inputs(x, rotation) @ dense.T
+            allowed = [rounded] if isa.startswith("avx512") else [exact]
+            if isa == "amx" or (isa == "avx2" and tokens <= 4 and cols % 64 == 0):
+                allowed = [rounded, exact] if isa == "amx" else [rounded]
+            y = cpu.multiply(x, prepared, isa=isa, activation_bits=8).double()
+            scale = float((x.double().abs() @ dense.abs().T).max())
+            assert min(float((y - one).abs().max()) for one in allowed) <= 3e-5 * scale, (rows, cols, tokens)
 
 
 @needs_library

@@ -117,7 +117,128 @@ FIPS_INLINE void digits_row(const fips_matrix &a, const fips_call &c, const Read
   }
 }
 
-template <class Base, int T> bool digits_path(const fips_matrix &a, const fips_call &c) {
+// How many rows above have a say in what a cursor reads.
+template <class Cursor> constexpr int recalled_rows = 0;
+template <int MEMORY> constexpr int recalled_rows<RecalledCursor<MEMORY>> = MEMORY;
+
+// Rows of codes that depend on those above them, several at a time: each row of codes is read once for all that ask.
+constexpr int kRecalledRows = 4; // they divide a run, so that nothing above the first of a run is theirs
+
+template <int MEMORY> struct RecalledRows {
+  int64_t row_bytes, step; // step: bytes of 64 codes
+  const uint8_t *values, *end;
+  __m512i places, shifts, mask, table, added[MEMORY];
+  explicit RecalledRows(const fips_matrix &a)
+      : row_bytes(a.cols / 64 * 8 * a.value_bits), step(8 * a.value_bits), values(static_cast<const uint8_t *>(a.values)),
+        end(values + a.value_bytes - 64) {
+    const int64_t codes = int64_t(1) << a.value_bits;
+    places = _mm512_load_si512(narrow_tables.places[a.value_bits]);
+    shifts = _mm512_load_si512(narrow_tables.low_shifts[a.value_bits][0]);
+    mask = _mm512_set1_epi8(char(codes - 1));
+    table = _mm512_xor_si512(repeated(a.levels, a.num_levels), _mm512_set1_epi8(char(0x80)));
+    for (int back = 0; back < MEMORY; ++back) added[back] = repeated(a.history + back * codes, codes);
+  }
+  FIPS_INLINE __m512i fields(const uint8_t *from) const {
+    const __m512i raw = from <= end ? _mm512_loadu_si512(from)
+                                    : _mm512_maskz_loadu_epi8(first_columns(end + 64 - from), from);
+    return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw));
+  }
+};
+
+template <int MEMORY, int T, class Factors>
+void recalled_digits(const fips_matrix &a, const fips_call &c, const RecalledRows<MEMORY> &codes, int64_t row,
+                     const DigitToken *tokens, const Factors (*factors)[T], const float (*added)[T]) {
+  constexpr int R = kRecalledRows;
+  const int left = int(min_of(R, a.rows - row));
+  __m512i above[MEMORY]; // what the rows before these add: nothing at the beginning of a run
+  for (int back = 0; back < MEMORY; ++back) above[back] = row % a.run ? codes.added[back] : _mm512_setzero_si512();
+  const uint8_t *from[MEMORY + R];
+#pragma GCC unroll 8
+  for (int r = 0; r < MEMORY + R; ++r) {
+    const int64_t place = row - MEMORY + min_of(r, MEMORY + left - 1);
+    from[r] = codes.values + (place < 0 ? 0 : place) * codes.row_bytes;
+  }
+  __m512 sums[R][T] = {};
+  for (int64_t k = 0, at = 0; k < a.cols; k += 64, at += codes.step) {
+    __m512i fields[MEMORY + R];
+#pragma GCC unroll 8
+    for (int r = 0; r < MEMORY + R; ++r) {
+      if (r >= MEMORY) _mm_prefetch(reinterpret_cast<const char *>(from[r]) + at + R * codes.row_bytes, _MM_HINT_T0);
+      fields[r] = codes.fields(from[r] + at);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __m512i place = _mm512_and_si512(fields[MEMORY + r], codes.mask);
+#pragma GCC unroll 4
+      for (int back = 1; back <= MEMORY; ++back) {
+        const __m512i own = back <= r ? codes.added[back - 1] : above[back - 1];
+        place = _mm512_xor_si512(place, _mm512_permutexvar_epi8(fields[MEMORY + r - back], own));
+      }
+      const __m512i weights = _mm512_permutexvar_epi8(place, codes.table);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const __m512i digits = _mm512_load_si512(tokens[t].digits + k);
+        const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, digits);
+        sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factors[r][t].at(k / 64), sums[r][t]);
+      }
+    }
+  }
+  for (int r = 0; r < left; ++r)
+    for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, _mm512_reduce_add_ps(sums[r][t]) + added[r][t]);
+}
+
+// How the rows of a matrix are gone through, for T tokens: `Base` row by row.
+template <class Base, int T> struct SingleRows {
+  static constexpr int rows = 1;
+  explicit SingleRows(const fips_matrix &) {}
+  template <class Factors, class Reader>
+  void multiply(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row, const DigitToken *tokens,
+                const Factors (*factors)[T], const float (*added)[T]) const {
+    digits_row<Base, T>(a, c, reader, row, tokens, factors[0], added[0]);
+  }
+};
+
+template <int MEMORY, int T> struct SeveralRows : RecalledRows<MEMORY> {
+  static constexpr int rows = kRecalledRows;
+  using RecalledRows<MEMORY>::RecalledRows;
+  template <class Factors, class Reader>
+  void multiply(const fips_matrix &a, const fips_call &c, const Reader &, int64_t row, const DigitToken *tokens,
+                const Factors (*factors)[T], const float (*added)[T]) const {
+    recalled_digits<MEMORY, T>(a, c, *this, row, tokens, factors, added);
+  }
+};
+
+template <class Rows, int T, class Reader>
+void digits_rows(const fips_matrix &a, const fips_call &c, const Reader &reader, const DigitLayout &layout,
+                 const DigitToken *tokens, const PerThread<float> &products) {
+  constexpr int R = Rows::rows;
+  const int64_t stride = round_up(layout.blocks, 16) + 16;
+  const bool fine = a.scale_group && a.scale_group < 64;
+  const Rows how(a);
+#pragma omp parallel num_threads(c.threads)
+  {
+    float added[R][T], *mine = products.mine();
+    UnitFactors units[R][T];
+    LaneFactors lanes[R][T];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) {
+        added[r][t] = tokens[t].excess[0];
+        units[r][t] = {a.scale_group ? mine + (r * T + t) * stride : tokens[t].scales};
+        lanes[r][t].scales = tokens[t].scales;
+      }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < a.rows; row += R) {
+      for (int r = 0; a.scale_group && r < R && row + r < a.rows; ++r) {
+        scale_blocks<T>(a, row + r, layout, tokens, mine + r * T * stride, added[r]);
+        for (int t = 0; fine && t < T; ++t) lanes[r][t].groups = RowGroups(a, row + r);
+      }
+      if (fine) how.multiply(a, c, reader, row, tokens, lanes, added);
+      else how.multiply(a, c, reader, row, tokens, units, added);
+    }
+  }
+}
+
+template <class Base, class Rows, int T> bool digits_path(const fips_matrix &a, const fips_call &c) {
   if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
   const DigitLayout layout(a);
   const int64_t nbytes = round_up(layout.nbytes(), 64), stride = round_up(layout.blocks, 16) + 16;
@@ -127,34 +248,19 @@ template <class Base, int T> bool digits_path(const fips_matrix &a, const fips_c
     prepare_digits(c, t, layout, x + t * nbytes);
     tokens[t] = layout.place(x + t * nbytes);
   }
-  const PerThread<float> products(Scratch::sums, T * stride, c.threads);
-  const auto all_rows = [&](const auto &reader) {
-#pragma omp parallel num_threads(c.threads)
-    {
-      float added[T], *mine = products.mine();
-      UnitFactors units[T];
-      LaneFactors lanes[T];
-      for (int t = 0; t < T; ++t) {
-        added[t] = tokens[t].excess[0];
-        units[t] = {a.scale_group ? mine + t * stride : tokens[t].scales};
-        lanes[t].scales = tokens[t].scales;
-      }
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < a.rows; ++row) {
-        if (a.scale_group) scale_blocks<T>(a, row, layout, tokens, mine, added);
-        if (!a.scale_group || a.scale_group >= 64) {
-          digits_row<Base, T>(a, c, reader, row, tokens, units, added);
-          continue;
-        }
-        for (int t = 0; t < T; ++t) lanes[t].groups = RowGroups(a, row);
-        digits_row<Base, T>(a, c, reader, row, tokens, lanes, added);
-      }
-    }
-  };
+  const PerThread<float> products(Scratch::sums, Rows::rows * T * stride, c.threads);
+  const auto all_rows = [&](const auto &reader) { digits_rows<Rows, T>(a, c, reader, layout, tokens, products); };
   if constexpr (!Base::Cursor::whole) return with_reader(a, all_rows);
   if (a.format != FIPS_FULL) return false;
   all_rows(FullReader(a));
   return true;
+}
+
+template <class Base, int T> bool digits_path(const fips_matrix &a, const fips_call &c) {
+  if constexpr (recalled_rows<typename Base::Cursor> > 0) {
+    if (a.cols % 64 == 0) return digits_path<Base, SeveralRows<recalled_rows<typename Base::Cursor>, T>, T>(a, c);
+  }
+  return digits_path<Base, SingleRows<Base, T>, T>(a, c);
 }
 
 template <class Base> bool digits_path(const fips_matrix &a, const fips_call &c) {

@@ -220,7 +220,7 @@ template <int PLANES, class Stream> struct NarrowDot : ByteDot<PLANES>, Reading<
   using typename Reading<Stream>::Cursor;
   using Reading<Stream>::cursor;
   FIPS_INLINE static typename ByteDot<PLANES>::Weights decode(uint64_t mask, Cursor &v) {
-    return ByteDot<PLANES>::lifted(v.next(mask)); // beyond the last column x is 0, whatever is read there
+    return {v.next_lifted(mask)}; // beyond the last column x is 0, whatever is read there
   }
 };
 

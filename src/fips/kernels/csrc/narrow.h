@@ -29,7 +29,7 @@ constexpr NarrowTables narrow_tables;
 struct NarrowStream {
   const uint8_t *stream;
   int64_t last; // byte from which on 64 bytes would leave the stream
-  __m512i places, high, levels;
+  __m512i places, high, levels, lifted_levels;
   bool by_level; // codes of levels: a permutation of bytes looks them up, whatever lies above their bits
   explicit NarrowStream(const fips_matrix &a) : stream(static_cast<const uint8_t *>(a.values)) {
     last = (a.num_values * a.value_bits + 7) / 8 - 64;
@@ -39,6 +39,7 @@ struct NarrowStream {
     alignas(64) int8_t table[64] = {};
     for (int i = 0; by_level && i < 64; ++i) table[i] = int8_t(number_of(a, i & (a.num_levels - 1)));
     levels = _mm512_load_si512(table);
+    lifted_levels = _mm512_xor_si512(levels, _mm512_set1_epi8(char(0x80)));
   }
   static float unit(const fips_matrix &a) { return a.num_levels ? 1.0f : 1.0f / float(1 << (8 - a.value_bits)); }
   static const uint8_t (*shifts_of(const fips_matrix &a))[64] {
@@ -56,6 +57,13 @@ struct NarrowStream {
     const __m512i found = fields(byte, shifts);
     return by_level ? _mm512_permutexvar_epi8(found, levels) : _mm512_and_si512(found, high);
   }
+  // The same with 128 added, as `vpdpbusd` wants one side without sign.
+  FIPS_INLINE __m512i lifted(int64_t byte, __m512i shifts) const {
+    const __m512i found = fields(byte, shifts);
+    if (by_level) return _mm512_permutexvar_epi8(found, lifted_levels);
+    constexpr int and_then_xor = 0x6A;
+    return _mm512_ternarylogic_epi64(found, high, _mm512_set1_epi8(char(0x80)), and_then_xor);
+  }
 };
 
 struct NarrowCursor : NarrowStream { // of a matrix kept whole: 64 integers are whole bytes, so the shifts stay
@@ -68,6 +76,11 @@ struct NarrowCursor : NarrowStream { // of a matrix kept whole: 64 integers are 
   FIPS_INLINE void prefetch() const { NarrowStream::prefetch(byte); }
   FIPS_INLINE __m512i next(uint64_t) { // beyond the last column it is anything
     const __m512i out = integers(byte, shifts);
+    byte += step;
+    return out;
+  }
+  FIPS_INLINE __m512i next_lifted(uint64_t) {
+    const __m512i out = lifted(byte, shifts);
     byte += step;
     return out;
   }
@@ -113,6 +126,7 @@ template <int MEMORY> struct RecalledCursor : NarrowStream {
     }
     return _mm512_permutexvar_epi8(place, table);
   }
+  FIPS_INLINE __m512i next_lifted(uint64_t mask) { return _mm512_xor_si512(next(mask), _mm512_set1_epi8(char(0x80))); }
 };
 
 struct KeptCursor : NarrowStream { // of the entries under a mask
@@ -127,6 +141,7 @@ struct KeptCursor : NarrowStream { // of the entries under a mask
     bit += popcount64(mask) * bits;
     return _mm512_maskz_expand_epi8(_cvtu64_mask64(mask), kept);
   }
+  FIPS_INLINE __m512i next_lifted(uint64_t mask) { return _mm512_xor_si512(next(mask), _mm512_set1_epi8(char(0x80))); }
 };
 
 } // namespace

@@ -261,7 +261,7 @@ private:
     int64_t kept = Cursor::whole ? k1 - k0 : 0;
     for (int64_t k = k0; k < k1; k += 64) { // beyond the last column x is 0, whatever is read there
       const uint64_t mask = Cursor::whole ? 0 : reader_.mask(row0_ + r, k);
-      _mm512_store_si512(to + (k - k0), is_scaled<Values> ? lifted(v.next(mask)) : v.next(mask));
+      _mm512_store_si512(to + (k - k0), is_scaled<Values> ? v.next_lifted(mask) : v.next(mask));
       if (!Cursor::whole) kept += popcount64(mask);
     }
     next_[r] += kept;
