@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -122,26 +123,8 @@ class Comparison:
         return quality(found, digits) + (f" ({bits:.2f})" if differs else "")
 
 
-def original_bytes(name: str) -> int:
-    """Bytes of the tensor file before."""
-    labels = {"vit": "vit-tiny", "demo": "demo model"}
-    if name in labels:
-        wanted = f"{labels[name]}, stored MLP bytes 0.30 of 16-bit dense"
-        found = next(run for run in load("end-to-end-zen4")["results"] if run["directory"] == wanted)
-        return int(found["file_bytes"]["dense"])
-    sizes = next(run for run in load("file-sizes")["results"] if (run["model"], asked(run)) == (name, 0.3))
-    return int(sizes["file_bytes"]["before"])
-
-
 WEIGHTS = {"vit": 3538944, "stories260k": 165120, "tinystories-656k": 294912, "demo": 2654208}
 """Weights in the compressed layers."""
-FILE_BYTES = {"vit": 4, "stories260k": 4, "tinystories-656k": 4, "demo": 2}
-"""Bytes of a number in the original file."""
-
-
-OVERVIEW_BITS = 4.2
-"""Size asked for in the first table of README."""
-
 
 OTHERS = {
     "field-gptq": "GPTQ, zero points",
@@ -153,26 +136,73 @@ OTHERS = {
 """What the default is compared with."""
 
 
+WHOLE = {
+    "smollm2-135m": "SmolLM2-135M, perplexity",
+    "demo": "demo model, perplexity",
+    "vit": "ViT-Tiny, top-1 %",
+    "dinov2-small": "DINOv2-small, top-1 %",
+}
+OVERVIEW_SIZE = "27%"
+
+
+def _whole_rows() -> Iterable[tuple[str, str, list[str]]]:
+    """Size asked for, and the cells of a row of ``whole``, for every model and size that both methods have."""
+    for name, label in WHOLE.items():
+        if not (RESULTS / f"whole-{name}.json").exists():
+            continue
+        runs = {(run["method"], run["size"]): run for run in load(f"whole-{name}")["runs"]}
+        for size in dict.fromkeys(size for _, size in runs):
+            if not {("fips", size), ("field-gptq", size)} <= runs.keys():
+                continue
+            ours, theirs = runs["fips", size], runs["field-gptq", size]
+            before, after = ours["bytes_before"], ours["bytes"]
+            yield size, name, [
+                label, f"{megabytes(before)} → {megabytes(after)} ({100 * after / before:.0f} %)",
+                _score(ours, before=True), f"**{_score(ours)}**", _score(theirs),
+                f"**{_kl(ours):.4f}**", f"{_kl(theirs):.4f}", f"{_kl(ours) / _kl(theirs):.2f}",
+            ]  # fmt: skip
+
+
+def _kl(run: dict[str, Any]) -> float:
+    return float(run["quality"]["against"]["kl"])
+
+
+def _score(run: dict[str, Any], *, before: bool = False) -> str:
+    """The score of a run, or of the original as the paired difference has it."""
+    found, change = run["quality"], run["quality"]["against"]["change"]
+    if "perplexity" in found:
+        return f"{found['perplexity'] * math.exp(-change if before else 0):.3f}"
+    return f"{found['top1_percent'] - (change if before else 0):.2f}"
+
+
+WHOLE_HEAD = ["", "whole file, 16 bits → packed", "original", "fips", "GPTQ", "KL, fips", "KL, GPTQ", "ratio"]
+
+
 def overview() -> str:
+    return markdown(WHOLE_HEAD, [cells for size, _, cells in _whole_rows() if size == OVERVIEW_SIZE])
+
+
+def whole() -> str:
+    """Whole models at sizes of the file."""
+    return markdown(WHOLE_HEAD, [cells for _, _, cells in _whole_rows()])
+
+
+def generation() -> str:
+    """A whole language model that generates, beside llama.cpp."""
+    labels = {
+        "dense": "bfloat16, transformers", "tc4g64": "fips, `tc4g64`", "nl4g64": "fips, `nl4g64`",
+        "int4g64": "fips, `int4g64`", "Q4_0.gguf": "llama.cpp, Q4_0", "Q4_K_M.gguf": "llama.cpp, Q4_K_M",
+    }  # fmt: skip
     rows = []
-    size = OVERVIEW_BITS / REFERENCE_BITS
-    for name, label in MODELS.items():
-        found, digits, before = Comparison(f"{name}-default"), DIGITS[name], original_bytes(name)
-        rest, layers = before - FILE_BYTES[name] * WEIGHTS[name], found.bits("fips", size) / 8 * WEIGHTS[name]
-        halves = rest * 2 / FILE_BYTES[name]
-        best = found.best(size)
+    for name, label in labels.items():
+        found = load("generation")["results"][name]["median"]
         rows.append([
-            label,
-            f"{megabytes(before)} → {megabytes(rest + layers)}",
-            f"{megabytes(halves + 2 * WEIGHTS[name])} → {megabytes(halves + layers)}",
-            quality(found.original, digits),
-            f"**{found.cell('fips', size, digits, always=True)}**",
-            found.cell(best, size, digits, always=True),
-            f"**{found.divergence('fips', size)}**",
-            f"{found.divergence(best, size)}, {OTHERS[best]}",
+            label, f"{found['file_bytes'] / 1e6:.0f} MB", f"{found['tokens_per_s']:.1f}",
+            f"{found['prompt_per_s']:.0f}", f"{found['first_prompt_s']:.1f} s", f"{found['load_s']:.1f} s",
+            f"{found['peak_bytes'] / 1e9:.2f} GB",
         ])  # fmt: skip
-    head = ["", "whole file", "with all else in 16 bits", "original", "fips (bits)", "best other (bits)"]
-    return markdown([*head, "KL, fips", "KL, best other"], rows)
+    head = ["", "file", "tokens a second", "prompt, tokens a second", "first prompt", "load", "peak memory"]
+    return markdown(head, rows)
 
 
 def now() -> str:
@@ -507,6 +537,8 @@ def _span(values: Sequence[float]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
+    "whole": whole,
+    "generation": generation,
     **{f"compare-{name}": functools.partial(comparison, name) for name in MODELS},
     "now": now,
     "blocks": blocks,
