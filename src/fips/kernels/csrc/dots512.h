@@ -140,6 +140,21 @@ struct Column {
 
 constexpr int64_t kUnits = kWords / 4; // of a row at a time, at most
 
+// One word of R rows times those of C columns.
+template <class D, int R, int C>
+FIPS_INLINE void add_word(typename D::Sum (&acc)[R][C], const uint8_t *weights, const uint8_t *const (&x)[C], int64_t at) {
+  typename D::Tokens xs[C];
+#pragma GCC unroll 4
+  for (int j = 0; j < C; ++j) xs[j] = D::tokens(x[j] + at * 64);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    int32_t word;
+    std::memcpy(&word, weights + r * kRowBytes + at * 4, 4);
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) acc[r][j] = D::add(acc[r][j], xs[j], word);
+  }
+}
+
 // Sums of R rows by C columns over some steps. `weights` and `excess` begin with the first of these rows, `row`.
 template <class Values, int W, int R, int C>
 FIPS_APART void multiply_block(const uint8_t *weights, const Column *columns, int64_t steps, int64_t row,
@@ -155,18 +170,7 @@ FIPS_APART void multiply_block(const uint8_t *weights, const Column *columns, in
     for (int j = 0; j < C; ++j) acc[r][j] = D::start(first ? typename D::Sum{} : D::load(place(r, j)), excess[r]);
   for (int64_t s = 0; s < steps; ++s) {
     ahead.fetch();
-    for (int64_t at = 16 * s; at < 16 * s + 16; ++at) {
-      typename D::Tokens xs[C];
-#pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) xs[j] = D::tokens(x[j] + at * 64);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        int32_t word;
-        std::memcpy(&word, weights + r * kRowBytes + at * 4, 4);
-#pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) acc[r][j] = D::add(acc[r][j], xs[j], word);
-      }
-    }
+    for (int64_t at = 16 * s; at < 16 * s + 16; ++at) add_word<D, R, C>(acc, weights, x, at);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -181,6 +185,8 @@ FIPS_APART void multiply_units(const uint8_t *weights, const Column *columns, in
   using D = Dots<Values, W>;
   const auto place = [&](int r, int j) { return columns[j].sums + (row + r) / 16 * lower + (row + r) % 16 * 64; };
   const int64_t words = 16 / units;
+  const uint8_t *x[C];
+  for (int j = 0; j < C; ++j) x[j] = columns[j].x;
   for (int64_t s = 0; s < steps; ++s) {
     ahead.fetch();
     for (int64_t unit = s * units; unit < (s + 1) * units; ++unit) {
@@ -191,18 +197,7 @@ FIPS_APART void multiply_units(const uint8_t *weights, const Column *columns, in
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) acc[r][j] = start;
       }
-      for (int64_t at = unit * words; at < (unit + 1) * words; ++at) {
-        typename D::Tokens xs[C];
-#pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) xs[j] = D::tokens(columns[j].x + at * 64);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          int32_t word;
-          std::memcpy(&word, weights + r * kRowBytes + at * 4, 4);
-#pragma GCC unroll 4
-          for (int j = 0; j < C; ++j) acc[r][j] = D::add(acc[r][j], xs[j], word);
-        }
-      }
+      for (int64_t at = unit * words; at < (unit + 1) * words; ++at) add_word<D, R, C>(acc, weights, x, at);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
