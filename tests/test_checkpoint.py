@@ -165,7 +165,7 @@ def test_rounded_inputs_travel_with_the_model(tmp_path: Path) -> None:
     fips.save(model, tmp_path / "model")
     layers = factored_layers(fips.load(tmp_path / "model"))
     stored = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["layers"]
-    assert len(layers) == 9
+    assert len(layers) == 21
     for name, layer in layers.items():
         assert layer.bits is not None
         assert layer.runtime.activation_bits == 8

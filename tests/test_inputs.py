@@ -531,9 +531,9 @@ def test_wrappers_are_taken_off_and_the_model_inside_is_saved(wrap: Any, tmp_pat
     model = tiny_model("llama")
     wrapper, batches = wrap(model), batches_for(model)
     plan = fips.plan_compression(wrapper, gptq())
-    assert plan.groups[0].group.sites[0].name == "model.layers.0.mlp.gate_proj"
+    assert plan.groups[0].group.sites[0].name == "model.layers.0.self_attn.q_proj"
     fips.compress(wrapper, batches, gptq())
-    assert len(factored_layers(model)) == 9
+    assert len(factored_layers(model)) == 21
     fips.save(wrapper, tmp_path / "out")
     with torch.no_grad():
         expected = model(**batches[0]).logits
@@ -699,7 +699,8 @@ def state_of(model: PreTrainedModel) -> dict[str, Any]:
 
     Hooks of the model itself are left out: a compressed model has one that warns of layers that do not train.
     """
-    rest = [(name, p) for name, p in model.named_parameters() if "mlp" not in name and BASES not in name]
+    packed = ("mlp", "self_attn", BASES)
+    rest = [(name, p) for name, p in model.named_parameters() if not any(part in name for part in packed)]
     kept = {name: module for name, module in model.named_modules() if name and BASES not in name}
     return {
         "training": {name: module.training for name, module in model.named_modules() if BASES not in name},

@@ -359,7 +359,7 @@ SETTINGS: list[dict[str, Any]] = [
 def test_every_setting_keeps_its_bytes_and_loads_exactly(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(family)
     batches = batches_for(model)
-    report = fips.compress(model, batches, fips.CompressionConfig(bits=6.4, **changes))
+    report = fips.compress(model, batches, fips.CompressionConfig(bits=6.4, layers="mlp", **changes))
     dense, factored = (report.plan["layers"][key] for key in ("dense", "factored"))
     assert factored["bytes"] <= 0.4 * 2 * dense["parameters"]
     formats = {name for group in report.plan["groups"] for name in group["format"].split(", ")}
@@ -501,7 +501,7 @@ def test_reordered_neurons_leave_the_output_unchanged(family: str, monkeypatch: 
 
     monkeypatch.setattr(stages, "neighbour_order", shuffled)
     original = tiny_model(family)
-    fips.compress(model, batches, fips.CompressionConfig(budget=1.0, pattern="block4"))
+    fips.compress(model, batches, fips.CompressionConfig(budget=1.0, layers="mlp", pattern="block4"))
     site = locate_layers(original).sublayers[0].sites[0]
     weight = model.get_submodule(site.name).dense_weight().T
     assert not torch.allclose(weight, dense_matrix(original, site), atol=1e-3)
