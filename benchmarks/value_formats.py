@@ -3,7 +3,7 @@
     python benchmarks/value_formats.py --threads 1 --out benchmarks/results/value-formats.json
 
 The matrices have the shapes of an MLP of Llama-3.2-1B and random codes, all entries kept, columns turned in blocks of
-64. Every instruction set that the machine has is measured, `avx2` and the best by default. Nothing else should run.
+64. Tokens are bfloat16 and rounded to 8 bits beside packed matrices, as they are in a model. Every instruction set that the machine has is measured, `avx2` and the best by default. Nothing else should run.
 """
 
 from __future__ import annotations
@@ -52,13 +52,12 @@ def measure(isa: str, rows: int, cols: int, rounds: int) -> list[dict[str, Any]]
     dense = torch.randn(rows, cols).bfloat16()
     found = []
     for tokens in TOKENS:
-        x = torch.randn(tokens, cols)
+        x = torch.randn(tokens, cols).bfloat16()
         seconds: dict[str, list[float]] = {name: [] for name in (*FORMATS, "bfloat16")}
-        half = x.bfloat16()
         for _ in range(rounds):
             for name, matrix in matrices.items():
-                seconds[name].append(timed(partial(cpu.multiply, isa=isa), x, matrix))
-            seconds["bfloat16"].append(timed(torch.nn.functional.linear, half, dense))
+                seconds[name].append(timed(partial(cpu.multiply, isa=isa, activation_bits=8), x, matrix))
+            seconds["bfloat16"].append(timed(torch.nn.functional.linear, x, dense))
         milliseconds = {name: 1000 * median(times) for name, times in seconds.items()}
         found.append({"isa": isa, "rows": rows, "cols": cols, "tokens": tokens, "milliseconds": milliseconds})
         print(isa, rows, cols, tokens, {name: round(value, 2) for name, value in milliseconds.items()}, flush=True)
