@@ -3,7 +3,8 @@
     python benchmarks/value_formats.py --threads 1 --out benchmarks/results/value-formats.json
 
 The matrices have the shapes of an MLP of Llama-3.2-1B and random codes, all entries kept, columns turned in blocks of
-64. Tokens are bfloat16 and rounded to 8 bits beside packed matrices, as they are in a model. Every instruction set that the machine has is measured, `avx2` and the best by default. Nothing else should run.
+64. Tokens are bfloat16 and rounded to 8 bits beside packed matrices, as they are in a model. Every instruction set
+that the machine has is measured, `avx2` and the best by default. Nothing else should run.
 """
 
 from __future__ import annotations
