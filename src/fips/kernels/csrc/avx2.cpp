@@ -93,13 +93,7 @@ bool fips_avx2(const fips_matrix &a, const fips_call &c) {
   if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
   if (c.path == FIPS_TILES) return blocks_path<Vector8, 6, 2>(a, c);
   if (c.path != FIPS_DIRECT) return false;
-  switch (c.tokens) {
-  case 1: return direct_path<1>(a, c);
-  case 2: return direct_path<2>(a, c);
-  case 3: return direct_path<3>(a, c);
-  case 4: return direct_path<4>(a, c);
-  default: return false;
-  }
+  return with_few_tokens(c, [&](auto count) { return direct_path<decltype(count)::value>(a, c); });
 }
 
 uint32_t fips_magnitude_avx2(const fips_call &c, int64_t t) { return largest_magnitude(c, t); }

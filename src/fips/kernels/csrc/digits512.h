@@ -18,6 +18,7 @@ struct DigitLayout {
   explicit DigitLayout(const fips_matrix &a)
       : cols(a.cols), padded(round_up(a.cols, 64)), blocks(padded / 64), groups(a.scale_group ? groups_of_row(a) : 1),
         group(a.scale_group ? a.scale_group : padded) {}
+  int64_t stride() const { return round_up(blocks, 16) + 16; } // of the factors of one row
   int64_t floats() const { return round_up(blocks, 16) + round_up(groups, 16); }
   int64_t nbytes() const { return padded + floats() * 4; }
   DigitToken place(const uint8_t *from) const {
@@ -63,7 +64,7 @@ FIPS_INLINE void scale_blocks(const fips_matrix &a, int64_t row, const DigitLayo
   const uint8_t *from = a.group_scales + row * layout.groups;
   const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  const int64_t stride = round_up(layout.blocks, 16) + 16;
+  const int64_t stride = layout.stride();
   __m512 sums[T] = {};
   for (int64_t g = 0; g < layout.groups; g += 16) {
     const __m128i bytes = _mm_maskz_loadu_epi8(columns_there(layout.groups - g), from + g);
@@ -124,24 +125,16 @@ template <int MEMORY> constexpr int recalled_rows<RecalledCursor<MEMORY>> = MEMO
 // Rows of codes that depend on those above them, several at a time: each row of codes is read once for all that ask.
 constexpr int kRecalledRows = 4; // they divide a run, so that nothing above the first of a run is theirs
 
-template <int MEMORY> struct RecalledRows {
+template <int MEMORY> struct RecalledRows : NarrowStream {
   int64_t row_bytes, step; // step: bytes of 64 codes
-  const uint8_t *values, *end;
-  __m512i places, shifts, mask, table, added[MEMORY];
-  explicit RecalledRows(const fips_matrix &a)
-      : row_bytes(a.cols / 64 * 8 * a.value_bits), step(8 * a.value_bits), values(static_cast<const uint8_t *>(a.values)),
-        end(values + a.value_bytes - 64) {
+  __m512i shifts, mask, table, added[MEMORY];
+  explicit RecalledRows(const fips_matrix &a) : NarrowStream(a), step(8 * a.value_bits) {
     const int64_t codes = int64_t(1) << a.value_bits;
-    places = _mm512_load_si512(narrow_tables.places[a.value_bits]);
+    row_bytes = a.cols / 64 * step;
     shifts = _mm512_load_si512(narrow_tables.low_shifts[a.value_bits][0]);
     mask = _mm512_set1_epi8(char(codes - 1));
-    table = _mm512_xor_si512(repeated(a.levels, a.num_levels), _mm512_set1_epi8(char(0x80)));
+    table = lifted(repeated(a.levels, a.num_levels));
     for (int back = 0; back < MEMORY; ++back) added[back] = repeated(a.history + back * codes, codes);
-  }
-  FIPS_INLINE __m512i fields(const uint8_t *from) const {
-    const __m512i raw = from <= end ? _mm512_loadu_si512(from)
-                                    : _mm512_maskz_loadu_epi8(first_columns(end + 64 - from), from);
-    return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw));
   }
 };
 
@@ -152,19 +145,20 @@ void recalled_digits(const fips_matrix &a, const fips_call &c, const RecalledRow
   const int left = int(min_of(R, a.rows - row));
   __m512i above[MEMORY]; // what the rows before these add: nothing at the beginning of a run
   for (int back = 0; back < MEMORY; ++back) above[back] = row % a.run ? codes.added[back] : _mm512_setzero_si512();
-  const uint8_t *from[MEMORY + R];
+  int64_t from[MEMORY + R];
 #pragma GCC unroll 8
   for (int r = 0; r < MEMORY + R; ++r) {
     const int64_t place = row - MEMORY + min_of(r, MEMORY + left - 1);
-    from[r] = codes.values + (place < 0 ? 0 : place) * codes.row_bytes;
+    from[r] = (place < 0 ? 0 : place) * codes.row_bytes;
   }
   __m512 sums[R][T] = {};
   for (int64_t k = 0, at = 0; k < a.cols; k += 64, at += codes.step) {
     __m512i fields[MEMORY + R];
 #pragma GCC unroll 8
     for (int r = 0; r < MEMORY + R; ++r) {
-      if (r >= MEMORY) _mm_prefetch(reinterpret_cast<const char *>(from[r]) + at + R * codes.row_bytes, _MM_HINT_T0);
-      fields[r] = codes.fields(from[r] + at);
+      if (r >= MEMORY)
+        _mm_prefetch(reinterpret_cast<const char *>(codes.stream) + from[r] + at + R * codes.row_bytes, _MM_HINT_T0);
+      fields[r] = codes.fields(from[r] + at, codes.shifts);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -212,7 +206,7 @@ template <class Rows, int T, class Reader>
 void digits_rows(const fips_matrix &a, const fips_call &c, const Reader &reader, const DigitLayout &layout,
                  const DigitToken *tokens, const PerThread<float> &products) {
   constexpr int R = Rows::rows;
-  const int64_t stride = round_up(layout.blocks, 16) + 16;
+  const int64_t stride = layout.stride();
   const bool fine = a.scale_group && a.scale_group < 64;
   const Rows how(a);
 #pragma omp parallel num_threads(c.threads)
@@ -241,14 +235,14 @@ void digits_rows(const fips_matrix &a, const fips_call &c, const Reader &reader,
 template <class Base, class Rows, int T> bool digits_path(const fips_matrix &a, const fips_call &c) {
   if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
   const DigitLayout layout(a);
-  const int64_t nbytes = round_up(layout.nbytes(), 64), stride = round_up(layout.blocks, 16) + 16;
+  const int64_t nbytes = round_up(layout.nbytes(), 64);
   auto *x = scratch<uint8_t>(Scratch::tokens, T * nbytes);
   DigitToken tokens[T];
   for (int t = 0; t < T; ++t) {
     prepare_digits(c, t, layout, x + t * nbytes);
     tokens[t] = layout.place(x + t * nbytes);
   }
-  const PerThread<float> products(Scratch::sums, Rows::rows * T * stride, c.threads);
+  const PerThread<float> products(Scratch::sums, Rows::rows * T * layout.stride(), c.threads);
   const auto all_rows = [&](const auto &reader) { digits_rows<Rows, T>(a, c, reader, layout, tokens, products); };
   if constexpr (!Base::Cursor::whole) return with_reader(a, all_rows);
   if (a.format != FIPS_FULL) return false;
@@ -264,13 +258,7 @@ template <class Base, int T> bool digits_path(const fips_matrix &a, const fips_c
 }
 
 template <class Base> bool digits_path(const fips_matrix &a, const fips_call &c) {
-  switch (c.tokens) {
-  case 1: return digits_path<Base, 1>(a, c);
-  case 2: return digits_path<Base, 2>(a, c);
-  case 3: return digits_path<Base, 3>(a, c);
-  case 4: return digits_path<Base, 4>(a, c);
-  default: return false;
-  }
+  return with_few_tokens(c, [&](auto count) { return digits_path<Base, decltype(count)::value>(a, c); });
 }
 
 } // namespace

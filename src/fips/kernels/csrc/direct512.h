@@ -181,11 +181,10 @@ template <int PLANES> struct ByteDot : Reading<ValueCursor<int8_t>> { // int8 va
   struct Weights {
     __m512i w;
   };
-  FIPS_INLINE static Weights lifted(__m512i w) { return {_mm512_xor_si512(w, _mm512_set1_epi8(char(0x80)))}; }
   FIPS_INLINE static Weights decode(uint64_t mask, Cursor &v) {
     const __m512i w = _mm512_maskz_expandloadu_epi8(_cvtu64_mask64(mask), v.at);
     v.at += popcount64(mask);
-    return lifted(w);
+    return {lifted(w)};
   }
   struct Sum {
     __m512i a = _mm512_setzero_si512(), b = a, c = a;
@@ -374,13 +373,7 @@ template <class Dot, int T> bool direct_path(const fips_matrix &a, const fips_ca
 }
 
 template <class Dot> bool direct_path(const fips_matrix &a, const fips_call &c) {
-  switch (c.tokens) {
-  case 1: return direct_path<Dot, 1>(a, c);
-  case 2: return direct_path<Dot, 2>(a, c);
-  case 3: return direct_path<Dot, 3>(a, c);
-  case 4: return direct_path<Dot, 4>(a, c);
-  default: return false;
-  }
+  return with_few_tokens(c, [&](auto count) { return direct_path<Dot, decltype(count)::value>(a, c); });
 }
 
 } // namespace

@@ -9,6 +9,9 @@
 
 namespace {
 
+// Signed bytes with 128 added, as `vpdpbusd` wants one side without sign.
+FIPS_INLINE __m512i lifted(__m512i bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(char(0x80))); }
+
 struct NarrowTables {
   alignas(64) uint8_t places[8][64] = {};    // by bits
   // by bits and the bit within a byte where the first integer begins: into the high bits of a byte, and the low ones
@@ -39,7 +42,7 @@ struct NarrowStream {
     alignas(64) int8_t table[64] = {};
     for (int i = 0; by_level && i < 64; ++i) table[i] = int8_t(number_of(a, i & (a.num_levels - 1)));
     levels = _mm512_load_si512(table);
-    lifted_levels = _mm512_xor_si512(levels, _mm512_set1_epi8(char(0x80)));
+    lifted_levels = lifted(levels);
   }
   static float unit(const fips_matrix &a) { return a.num_levels ? 1.0f : 1.0f / float(1 << (8 - a.value_bits)); }
   static const uint8_t (*shifts_of(const fips_matrix &a))[64] {
@@ -57,8 +60,7 @@ struct NarrowStream {
     const __m512i found = fields(byte, shifts);
     return by_level ? _mm512_permutexvar_epi8(found, levels) : _mm512_and_si512(found, high);
   }
-  // The same with 128 added, as `vpdpbusd` wants one side without sign.
-  FIPS_INLINE __m512i lifted(int64_t byte, __m512i shifts) const {
+  FIPS_INLINE __m512i lifted_integers(int64_t byte, __m512i shifts) const {
     const __m512i found = fields(byte, shifts);
     if (by_level) return _mm512_permutexvar_epi8(found, lifted_levels);
     constexpr int and_then_xor = 0x6A;
@@ -80,7 +82,7 @@ struct NarrowCursor : NarrowStream { // of a matrix kept whole: 64 integers are 
     return out;
   }
   FIPS_INLINE __m512i next_lifted(uint64_t) {
-    const __m512i out = lifted(byte, shifts);
+    const __m512i out = lifted_integers(byte, shifts);
     byte += step;
     return out;
   }
@@ -126,7 +128,7 @@ template <int MEMORY> struct RecalledCursor : NarrowStream {
     }
     return _mm512_permutexvar_epi8(place, table);
   }
-  FIPS_INLINE __m512i next_lifted(uint64_t mask) { return _mm512_xor_si512(next(mask), _mm512_set1_epi8(char(0x80))); }
+  FIPS_INLINE __m512i next_lifted(uint64_t mask) { return lifted(next(mask)); }
 };
 
 struct KeptCursor : NarrowStream { // of the entries under a mask
@@ -141,7 +143,7 @@ struct KeptCursor : NarrowStream { // of the entries under a mask
     bit += popcount64(mask) * bits;
     return _mm512_maskz_expand_epi8(_cvtu64_mask64(mask), kept);
   }
-  FIPS_INLINE __m512i next_lifted(uint64_t mask) { return _mm512_xor_si512(next(mask), _mm512_set1_epi8(char(0x80))); }
+  FIPS_INLINE __m512i next_lifted(uint64_t mask) { return lifted(next(mask)); }
 };
 
 } // namespace

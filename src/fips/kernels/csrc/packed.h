@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -384,6 +385,17 @@ inline int value_type_bits(int type) { // in memory; 0 for an unknown type
   default: return 0;
   }
 #undef FIPS_ROW
+}
+
+// Calls `body` with the number of tokens of the direct path; false for more than it takes.
+template <class Body> bool with_few_tokens(const fips_call &c, Body &&body) {
+  switch (c.tokens) {
+  case 1: return body(std::integral_constant<int, 1>());
+  case 2: return body(std::integral_constant<int, 2>());
+  case 3: return body(std::integral_constant<int, 3>());
+  case 4: return body(std::integral_constant<int, 4>());
+  default: return false;
+  }
 }
 
 // Fixed point beside int8 values: x ~ scale * (the number whose signed digits to base 256 are the planes).

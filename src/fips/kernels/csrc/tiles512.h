@@ -295,8 +295,6 @@ private:
     }
   }
 
-  FIPS_INLINE static __m512i lifted(__m512i bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(char(0x80))); }
-
   const fips_matrix &a_;
   const Reader reader_;
   int64_t row0_, rows_, row_bytes_;

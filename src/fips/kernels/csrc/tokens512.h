@@ -86,10 +86,10 @@ template <int TYPE>
 FIPS_INLINE void fixed_point(const fips_call &c, int64_t t, int64_t k, int64_t cols, __m512 inverse, int planes,
                              __m512i *digits) {
   // 128 more in every digit leave neither sign nor carry
-  if (TYPE == FIPS_BF16 && planes <= 2) {
+  if (TYPE == FIPS_BF16 && planes == 2) {
     __m512i fixed[2];
     brain_fixed_point(c, t, k, cols, inverse, fixed);
-    for (int i = 0; i < 2; ++i) fixed[i] = _mm512_add_epi16(fixed[i], _mm512_set1_epi16(planes == 1 ? 0x80 : 0x8080));
+    for (int i = 0; i < 2; ++i) fixed[i] = _mm512_add_epi16(fixed[i], _mm512_set1_epi16(short(0x8080)));
     for (int plane = 0; plane < planes; ++plane) {
       const __m512i places = _mm512_add_epi8(_mm512_load_si512(digit_places.of_halves), _mm512_set1_epi8(char(plane)));
       digits[plane] = _mm512_permutex2var_epi8(fixed[0], places, fixed[1]);
@@ -101,7 +101,7 @@ FIPS_INLINE void fixed_point(const fips_call &c, int64_t t, int64_t k, int64_t c
   read_floats<TYPE>(c, t, k, cols, x);
   for (int i = 0; i < 4; ++i)
     fixed[i] = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)),
-                                _mm512_set1_epi32(planes == 1 ? 0x80 : planes == 2 ? 0x8080 : 0x808080));
+                                _mm512_set1_epi32(planes == 2 ? 0x8080 : 0x808080));
   for (int plane = 0; plane < planes; ++plane) {
     const __m512i places = _mm512_add_epi8(_mm512_load_si512(digit_places.of_words), _mm512_set1_epi8(char(plane)));
     const __m512i low = _mm512_permutex2var_epi8(fixed[0], places, fixed[1]);
