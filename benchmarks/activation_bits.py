@@ -72,14 +72,14 @@ def main() -> None:
     parser.add_argument("--bits", default="3.2,4.2")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    before = json.loads(args.output.read_text()) if args.output.exists() else {"commands": [], "results": []}
+    before = json.loads(args.output.read_text()) if args.output.exists() else {"results": []}
     results = list(before["results"])
     for name in args.names:
         if not any(one["model"] == name for one in results):
             with tempfile.TemporaryDirectory() as scratch:
                 results += measure(args, name, [float(part) for part in args.bits.split(",")], Path(scratch))
     record = {
-        "commands": [*before["commands"], " ".join(["python", *sys.argv])],
+        "command": " && ".join([*filter(None, [before.get("command")]), " ".join(["python", *sys.argv])]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "environment": {**environment(torch.device("cpu")), "kernels": list(cpu.isa_names())},
         "results": results,

@@ -28,7 +28,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-RUNNERS = {".gguf": "llama.cpp"}
+LLAMA_CPP = ".gguf"
+"""Files that it reads; all else is for transformers."""
 
 
 def main() -> None:
@@ -193,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for index in range(args.rounds):
         for model in args.models:
-            python = args.llama_python if model.suffix in RUNNERS else sys.executable
+            python = args.llama_python if model.suffix == LLAMA_CPP else sys.executable
             command = [python, __file__, "one", model, args.threads, args.prompt, args.tokens]
             done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
             if done.returncode:
@@ -221,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """One process, one model: load, prompt, tokens; printed as JSON."""
-    one = llama if args.model.suffix in RUNNERS else transformers
+    one = llama if args.model.suffix == LLAMA_CPP else transformers
     result = one(args)
     size = args.model.stat().st_size if args.model.is_file() else tensor_bytes(args.model)
     sys.stdout.write(json.dumps({"file_bytes": size, **result, "peak_bytes": peak()}) + "\n")

@@ -145,7 +145,7 @@ WHOLE = {
 OVERVIEW_SIZE = "27%"
 
 
-def _whole_rows() -> Iterable[tuple[str, str, list[str]]]:
+def _whole_rows() -> Iterable[tuple[str, list[str]]]:
     """Size asked for, and the cells of a row of ``whole``, for every model and size that both methods have."""
     for name, label in WHOLE.items():
         if not (RESULTS / f"whole-{name}.json").exists():
@@ -156,7 +156,7 @@ def _whole_rows() -> Iterable[tuple[str, str, list[str]]]:
                 continue
             ours, theirs = runs["fips", size], runs["field-gptq", size]
             before, after = ours["bytes_before"], ours["bytes"]
-            yield size, name, [
+            yield size, [
                 label, f"{megabytes(before)} → {megabytes(after)} ({100 * after / before:.0f} %)",
                 _score(ours, before=True), f"**{_score(ours)}**", _score(theirs),
                 f"**{_kl(ours):.4f}**", f"{_kl(theirs):.4f}", f"{_kl(ours) / _kl(theirs):.2f}",
@@ -179,12 +179,12 @@ WHOLE_HEAD = ["", "whole file, 16 bits → packed", "original", "fips", "GPTQ", 
 
 
 def overview() -> str:
-    return markdown(WHOLE_HEAD, [cells for size, _, cells in _whole_rows() if size == OVERVIEW_SIZE])
+    return markdown(WHOLE_HEAD, [cells for size, cells in _whole_rows() if size == OVERVIEW_SIZE])
 
 
 def whole() -> str:
     """Whole models at sizes of the file."""
-    return markdown(WHOLE_HEAD, [cells for _, _, cells in _whole_rows()])
+    return markdown(WHOLE_HEAD, [cells for _, cells in _whole_rows()])
 
 
 def generation() -> str:
