@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "paths.h"
-#include "tiles512.h"
+#include "tile_rows512.h"
 
 namespace {
 

@@ -1,9 +1,9 @@
 // AVX-512 without bf16 dot products: the direct and the tokens path, and what other variants share.
-#include "columns.h"
+#include "dense_basis.h"
 #include "digits512.h"
 #include "exact.h"
 #include "magnitudes.h"
-#include "tokens.h"
+#include "sparse_tokens.h"
 
 namespace {
 

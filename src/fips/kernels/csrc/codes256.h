@@ -1,6 +1,6 @@
 // Codes of 2 to 7 bits of matrices without a pattern, 32 at a time from whole bytes, with AVX2.
 #pragma once
-#include "columns256.h"
+#include "values256.h"
 
 namespace {
 

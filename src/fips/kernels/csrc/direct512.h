@@ -8,9 +8,9 @@
 
 #include <type_traits>
 
-#include "narrow.h"
+#include "codes512.h"
 #include "paths.h"
-#include "tokens512.h"
+#include "token_loads512.h"
 
 namespace {
 
@@ -119,7 +119,7 @@ struct BrainDot : FloatDot, Reading<ValueCursor<uint16_t>> {
 };
 
 #ifdef __AVX512BF16__
-struct BrainPairDot : Reading<ValueCursor<uint16_t>> { // bf16 values and inputs
+struct Bf16PairDot : Reading<ValueCursor<uint16_t>> { // bf16 values and inputs
   static int64_t bytes(int64_t padded) { return padded * 2; }
   static Token prepare(const fips_call &c, int64_t t, int64_t cols, int64_t padded, void *to) {
     const uint16_t *x = static_cast<const uint16_t *>(c.x) + t * c.x_stride;

@@ -1,11 +1,11 @@
 // Plain C++: any processor, any compiler.
 #include <type_traits>
 
-#include "columns.h"
+#include "dense_basis.h"
 #include "paths.h"
 #include "rotate.h"
-#include "search.h"
-#include "tokens.h"
+#include "trellis_search.h"
+#include "sparse_tokens.h"
 
 namespace {
 

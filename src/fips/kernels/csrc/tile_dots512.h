@@ -1,11 +1,11 @@
 // Many tokens without a matrix unit: blocks of rows by tokens in registers, by the dot products of AVX-512.
 //
-// One word of a row is broadcast and multiplied by the words of 16 tokens, as they lie in the tiles of tiles512.h: one
+// One word of a row is broadcast and multiplied by the words of 16 tokens, as they lie in the tiles of tile_rows512.h: one
 // float by `vfmadd`, two bf16 by `vdpbf16ps`, four int8 by `vpdpbusd`. The last wants tokens without sign: their digits
 // keep the 128 added to them, and the sums of a row begin 128 times the sum of its weights lower.
 #pragma once
 #include "paths.h"
-#include "tiles512.h"
+#include "tile_rows512.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// Tokens as tiles and rows of S decoded beside them: what the matrix unit (amx.cpp) and dot products (dots512.h) share.
+// Tokens as tiles and rows of S decoded beside them: what the matrix unit (amx.cpp) and dot products (tile_dots512.h) share.
 //
 // S is the left operand: `vpexpand` gives rows of words of 4 bytes, 1 float, 2 bf16 or 4 int8 columns each. Tokens are
 // the right operand, packed once per call. Wider inputs become several planes of columns, added up at the end: floats
@@ -11,10 +11,10 @@
 
 #include <type_traits>
 
-#include "narrow.h"
+#include "codes512.h"
 #include "packed.h"
 #include "paths.h"
-#include "tokens512.h"
+#include "token_loads512.h"
 
 namespace {
 

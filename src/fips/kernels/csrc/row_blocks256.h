@@ -1,8 +1,8 @@
 // Many tokens where most entries are kept: rows are decoded into floats, a few at a time, and registers hold the sums
-// of blocks of rows by tokens. With AVX-512 see dots512.h.
+// of blocks of rows by tokens. With AVX-512 see tile_dots512.h.
 #pragma once
-#include "columns256.h"
-#include "tokens.h"
+#include "values256.h"
+#include "sparse_tokens.h"
 
 namespace {
 
