@@ -80,6 +80,16 @@ class ZeroPoints(Values):
         steps_NG = group_scales.view_as(steps_NG).float() * scales_N.float().unsqueeze(1)
         return scales_N, torch.cat([group_scales, packed]), steps_NG
 
+    def scales_of(
+        self, rows: slice, count: int, scales: Tensor, group_scales: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert group_scales is not None
+        steps_NG = group_scales[: len(group_scales) * 8 // (8 + self.bits)].view(count, -1)
+        packed = group_scales[steps_NG.numel() :].view(torch.int8 if self.bits == 8 else torch.uint8)
+        zeros_NG = unpack_integers(packed, bits=self.bits, count=steps_NG.numel()).view(count, -1)
+        again = pack_integers(zeros_NG[rows].flatten(), bits=self.bits).view(torch.uint8)
+        return torch.cat([scales[:count][rows], scales[count:]]), torch.cat([steps_NG[rows].flatten(), again])
+
     def dequantize(self, codes: Tensor, scales: Tensor, group_scales: Tensor | None = None) -> Tensor:
         rows, cols = codes.shape
         assert group_scales is not None

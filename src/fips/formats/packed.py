@@ -150,9 +150,8 @@ def dense_slices(packed: Packed, most: int = SLICE) -> Iterator[tuple[slice, Ten
 def _in_scale(packed: Packed, stored: Tensor, rows: slice) -> Tensor:
     """Codes of some rows as the numbers that they stand for."""
     assert packed.scales_N is not None
-    groups = packed.group_scales
-    groups = None if groups is None else groups.view(packed.shape[0], -1)[rows].flatten()
-    return rotate(packed.numbers.dequantize(stored, packed.scales_N[rows], groups), packed.rotation)
+    scales = packed.numbers.scales_of(rows, packed.shape[0], packed.scales_N, packed.group_scales)
+    return rotate(packed.numbers.dequantize(stored, *scales), packed.rotation)
 
 
 def rows_of(packed: Packed, places: Tensor) -> Tensor:

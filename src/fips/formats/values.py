@@ -174,6 +174,13 @@ class Values:
         """``decode(codes) * steps`` in float32, or in the type of the scales if that is wider."""
         return self.in_scale(self.decode(codes), scales, group_scales)
 
+    def scales_of(
+        self, rows: slice, count: int, scales: Tensor, group_scales: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What ``dequantize`` wants for some of ``count`` rows: their scales, and those of their groups."""
+        groups = None if group_scales is None else group_scales.view(count, -1)[rows].flatten()
+        return scales[rows], groups
+
     def in_scale(self, numbers: Tensor, scales: Tensor, group_scales: Tensor | None = None) -> Tensor:
         """Numbers of the grid times their steps."""
         wide = scales.to(torch.promote_types(scales.dtype, torch.float32))
