@@ -33,18 +33,20 @@ from fips.config import DataConfig
 from fips.data import load_batches
 from fips.evaluation import evaluate
 from fips.layers.linear import factored_layers
+from fips.models.tasks import task_of
 from fips.models.transformers import load_dense, load_processor, model_kind
 from fips.plan.footprint import state_bytes
 from fips.record import environment
 
+PROTEINS = {"sequence_length": 160, "document_separator": "\n"}
 TEXTS = {
     "smollm2-135m": (
         {"source": "text/wikitext2_valid.txt", "num_samples": 128, "sequence_length": 512},
         {"source": "text/wikitext2_test.txt", "num_samples": 24, "sequence_length": 512},
     ),
     "antiberty": (
-        {"source": "antibodies/calibration.txt", "num_samples": 512, "sequence_length": 160},
-        {"source": "antibodies/test.txt", "num_samples": 256, "sequence_length": 160},
+        {**PROTEINS, "source": "antibodies/calibration.txt", "num_samples": 512},
+        {**PROTEINS, "source": "antibodies/test.txt", "num_samples": 256},
     ),
 }
 
@@ -96,8 +98,10 @@ def main() -> None:
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     with tempfile.TemporaryDirectory() as scratch:
         source, calibration, evaluation = settings(args, Path(scratch))
-        kind = model_kind(load_dense(source, dtype="bfloat16", device=torch.device("cpu")))
-        options = {"processor": load_processor(source, kind), "kind": kind}
+        model = load_dense(source, dtype="bfloat16", device=torch.device("cpu"))
+        kind, task = model_kind(model), task_of(model)
+        del model
+        options = {"processor": load_processor(source, kind), "kind": kind, "task": task}
         examples, scored = (
             compare_methods.in_memory(load_batches(data, purpose=purpose, **options))
             for data, purpose in ((calibration, "calibration"), (evaluation, "evaluation"))

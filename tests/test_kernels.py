@@ -697,6 +697,16 @@ def call_of(prepared: cpu.CpuMatrix, tokens: int = 3) -> tuple[cpu._Call, Tensor
 
 
 @needs_library
+def test_every_avx512_instruction_of_the_kernels_has_its_emulation() -> None:
+    root = Path(__file__).parents[1]
+    folder = root / "src/fips/kernels/csrc"
+    files = [path for path in folder.iterdir() if "512" in path.name or path.name == "amx.cpp"]
+    assert len(files) > 8
+    used = {name for path in files for name in re.findall(r"\b_mm512_\w+", path.read_text())}
+    emulated = re.findall(r"#define (_mm512_\w+)", (root / "tests/emulation/immintrin.h").read_text())
+    assert used <= set(emulated)
+
+
 def test_the_library_is_chosen_by_a_variable(tmp_path: Path) -> None:
     """`off`, or another path; what cannot be had is told, and torch does the work."""
     copied = shutil.copy(cpu._library._name, tmp_path)

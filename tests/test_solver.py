@@ -339,7 +339,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"values": "float"},
     {"values": "int4"},
-    {"sharing": "always"},
+    {"sharing": "always", "layers": "mlp"},
     {"pattern": "block4"},
     {"pattern": "4:16"},
     {"reconstruction": {"steps": 4, "update_every": 1}, "precision": "float32", "schedule": "rigl"},
@@ -432,7 +432,9 @@ def test_propagated_errors_reach_the_later_groups_only() -> None:
     states = []
     for propagate in (False, True):
         model = tiny_model("llama")
-        config = fips.CompressionConfig(bits=3.2, effort="max", metric={"propagate_errors": propagate}, share_blocks=1)
+        config = fips.CompressionConfig(
+            bits=3.2, effort="max", metric={"propagate_errors": propagate}, share_blocks=1, layers="mlp"
+        )
         fips.compress(model, batches_for(model), config)
         states.append([layer.dense_weight() for layer in factored_layers(model).values()])
     same = [torch.equal(before, after) for before, after in zip(*states, strict=True)]
@@ -443,7 +445,7 @@ def test_propagated_errors_reach_the_later_groups_only() -> None:
 @pytest.mark.parametrize(
     ("settings", "trained"),
     [
-        ({}, False), ({"metric": {"propagate_errors": True}}, False), ({"sharing": "always"}, False),
+        ({}, False), ({"metric": {"propagate_errors": True}}, False), ({"sharing": "always", "layers": "mlp"}, False),
         ({"distill": {"steps": 1}}, True), ({"reconstruction": {"steps": 1}, "precision": "float32"}, True),
     ],
 )  # fmt: skip

@@ -202,6 +202,23 @@ inline I or_si512(I a, I b) { return a | b; }
 inline I xor_si512(I a, I b) { return a ^ b; }
 inline I slli_epi32(I a, unsigned count) { return map<uint32_t>(a, [&](uint32_t x) { return x << count; }); }
 inline I srli_epi32(I a, unsigned count) { return map<uint32_t>(a, [&](uint32_t x) { return x >> count; }); }
+inline I srli_epi16(I a, unsigned count) { return map<uint16_t>(a, [&](uint16_t x) { return x >> count; }); }
+inline I mullo_epi32(I a, I b) { return zip<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x * y; }); }
+inline I ternarylogic_epi64(I a, I b, I c, int table) {
+  I out = setzero_si512();
+  for (int i = 0; i < 8; ++i)
+    if (table >> i & 1) out |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return out;
+}
+inline I gf2p8affine_epi64_epi8(I bytes, I matrices, int added) {
+  const Lanes<uint8_t, I> x(bytes), rows(matrices);
+  return each<uint8_t, I>([&](int i) {
+    int out = added;
+    for (int to = 0; to < 8; ++to)
+      out ^= __builtin_parity(unsigned(x[i] & rows[i / 8 * 8 + 7 - to])) << to;
+    return out;
+  });
+}
 inline F add_ps(F a, F b) { return a + b; }
 inline F sub_ps(F a, F b) { return a - b; }
 inline F mul_ps(F a, F b) { return a * b; }
@@ -227,6 +244,11 @@ inline float reduce_max_ps(F a) {
 inline int reduce_add_epi32(I a) {
   uint32_t total = 0;
   for (int i = 0; i < 16; ++i) total += Lanes<uint32_t, I>(a)[i];
+  return int(total);
+}
+inline int mask_reduce_add_epi32(__mmask16 mask, I a) {
+  uint32_t total = 0;
+  for (int i = 0; i < 16; ++i) total += bit(mask, i) ? Lanes<uint32_t, I>(a)[i] : 0;
   return int(total);
 }
 inline __mmask16 cmp_ps_mask(F a, F b, int how) {
@@ -268,6 +290,18 @@ inline I cvtepu16_epi32(__m256i a) {
 inline I cvtepi8_epi32(__m128i a) {
   const Lanes<int8_t, __m128i> x(a);
   return each<int32_t, I>([&](int i) { return x[i]; });
+}
+inline I cvtepu8_epi32(__m128i a) {
+  const Lanes<uint8_t, __m128i> x(a);
+  return each<uint32_t, I>([&](int i) { return x[i]; });
+}
+inline __m128i cvtepi32_epi8(I a) {
+  const Lanes<uint32_t, I> x(a);
+  return each<uint8_t, __m128i>([&](int i) { return x[i]; });
+}
+inline __m256i cvtepi16_epi8(I a) {
+  const Lanes<uint16_t, I> x(a);
+  return each<uint8_t, __m256i>([&](int i) { return x[i]; });
 }
 inline __m256i cvtepi32_epi16(I a) {
   const Lanes<uint32_t, I> x(a);
@@ -323,6 +357,11 @@ inline I permutex2var_epi8(I a, I places, I b) {
   const Lanes<uint8_t, I> x(a), y(b), from(places);
   return each<uint8_t, I>([&](int i) { return from[i] & 64 ? y[from[i] & 63] : x[from[i] & 63]; });
 }
+inline F permutexvar_ps(I places, F a) {
+  const Lanes<float, F> x(a);
+  const Lanes<uint32_t, I> from(places);
+  return each<float, F>([&](int i) { return x[int(from[i] & 15)]; });
+}
 inline I permutexvar_epi8(I places, I a) {
   const Lanes<uint8_t, I> x(a), from(places);
   return each<uint8_t, I>([&](int i) { return x[from[i] & 63]; });
@@ -355,6 +394,11 @@ inline I mask_blend_epi16(__mmask32 mask, I a, I b) {
   const Lanes<uint16_t, I> x(a), y(b);
   return each<uint16_t, I>([&](int i) { return bit(mask, i) ? y[i] : x[i]; });
 }
+inline F mask_blend_ps(__mmask16 mask, F a, F b) {
+  const Lanes<float, F> x(a), y(b);
+  return each<float, F>([&](int i) { return bit(mask, i) ? y[i] : x[i]; });
+}
+inline __m128i maskz_loadu_epi8_128(__mmask16 mask, const void *p) { return masked_read<uint8_t, __m128i>(mask, p); }
 inline I mask_or_epi32(I from, __mmask16 mask, I a, I b) {
   const Lanes<uint32_t, I> f(from), x(a), y(b);
   return each<uint32_t, I>([&](int i) { return bit(mask, i) ? x[i] | y[i] : f[i]; });
@@ -373,6 +417,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 
 } // namespace emulated
 
+#undef _mm_maskz_loadu_epi8
+#define _mm_maskz_loadu_epi8 emulated::mm::maskz_loadu_epi8_128
 #undef _mm512_abs_ps
 #define _mm512_abs_ps emulated::mm::abs_ps
 #undef _mm512_add_epi16
@@ -397,14 +443,20 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_castsi512_si256 emulated::mm::castsi512_si256
 #undef _mm512_cmp_ps_mask
 #define _mm512_cmp_ps_mask emulated::mm::cmp_ps_mask
+#undef _mm512_cvtepi16_epi8
+#define _mm512_cvtepi16_epi8 emulated::mm::cvtepi16_epi8
 #undef _mm512_cvtepi32_epi16
 #define _mm512_cvtepi32_epi16 emulated::mm::cvtepi32_epi16
+#undef _mm512_cvtepi32_epi8
+#define _mm512_cvtepi32_epi8 emulated::mm::cvtepi32_epi8
 #undef _mm512_cvtepi32_ps
 #define _mm512_cvtepi32_ps emulated::mm::cvtepi32_ps
 #undef _mm512_cvtepi8_epi32
 #define _mm512_cvtepi8_epi32 emulated::mm::cvtepi8_epi32
 #undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32 emulated::mm::cvtepu16_epi32
+#undef _mm512_cvtepu8_epi32
+#define _mm512_cvtepu8_epi32 emulated::mm::cvtepu8_epi32
 #undef _mm512_cvtne2ps_pbh
 #define _mm512_cvtne2ps_pbh emulated::mm::cvtne2ps_pbh
 #undef _mm512_cvtneps_pbh
@@ -423,6 +475,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_extracti64x4_epi64 emulated::mm::extracti64x4_epi64
 #undef _mm512_fmadd_ps
 #define _mm512_fmadd_ps emulated::mm::fmadd_ps
+#undef _mm512_gf2p8affine_epi64_epi8
+#define _mm512_gf2p8affine_epi64_epi8 emulated::mm::gf2p8affine_epi64_epi8
 #undef _mm512_inserti64x4
 #define _mm512_inserti64x4 emulated::mm::inserti64x4
 #undef _mm512_load_ps
@@ -435,8 +489,12 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_loadu_si512 emulated::mm::load_si512
 #undef _mm512_mask_blend_epi16
 #define _mm512_mask_blend_epi16 emulated::mm::mask_blend_epi16
+#undef _mm512_mask_blend_ps
+#define _mm512_mask_blend_ps emulated::mm::mask_blend_ps
 #undef _mm512_mask_or_epi32
 #define _mm512_mask_or_epi32 emulated::mm::mask_or_epi32
+#undef _mm512_mask_reduce_add_epi32
+#define _mm512_mask_reduce_add_epi32 emulated::mm::mask_reduce_add_epi32
 #undef _mm512_mask_storeu_epi16
 #define _mm512_mask_storeu_epi16 emulated::mm::mask_storeu_epi16
 #undef _mm512_mask_storeu_epi8
@@ -465,6 +523,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_min_ps emulated::mm::min_ps
 #undef _mm512_mul_ps
 #define _mm512_mul_ps emulated::mm::mul_ps
+#undef _mm512_mullo_epi32
+#define _mm512_mullo_epi32 emulated::mm::mullo_epi32
 #undef _mm512_multishift_epi64_epi8
 #define _mm512_multishift_epi64_epi8 emulated::mm::multishift_epi64_epi8
 #undef _mm512_or_si512
@@ -475,6 +535,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_permutex2var_ps emulated::mm::permutex2var_ps
 #undef _mm512_permutexvar_epi8
 #define _mm512_permutexvar_epi8 emulated::mm::permutexvar_epi8
+#undef _mm512_permutexvar_ps
+#define _mm512_permutexvar_ps emulated::mm::permutexvar_ps
 #undef _mm512_reduce_add_epi32
 #define _mm512_reduce_add_epi32 emulated::mm::reduce_add_epi32
 #undef _mm512_reduce_add_ps
@@ -505,6 +567,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_shuffle_i32x4 emulated::mm::shuffle_i32x4
 #undef _mm512_slli_epi32
 #define _mm512_slli_epi32 emulated::mm::slli_epi32
+#undef _mm512_srli_epi16
+#define _mm512_srli_epi16 emulated::mm::srli_epi16
 #undef _mm512_srli_epi32
 #define _mm512_srli_epi32 emulated::mm::srli_epi32
 #undef _mm512_store_ps
@@ -519,6 +583,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_sub_epi8 emulated::mm::sub_epi8
 #undef _mm512_sub_ps
 #define _mm512_sub_ps emulated::mm::sub_ps
+#undef _mm512_ternarylogic_epi64
+#define _mm512_ternarylogic_epi64 emulated::mm::ternarylogic_epi64
 #undef _mm512_unpackhi_epi32
 #define _mm512_unpackhi_epi32 emulated::mm::unpackhi_epi32
 #undef _mm512_unpackhi_epi64

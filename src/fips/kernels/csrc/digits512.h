@@ -3,6 +3,8 @@
 // A weight has 128 added, since `vpdpbusd` wants one side without sign. What that adds to the sum of a row depends on the
 // scales of its groups and on the digits of a token alone: 128 times the sum of the digits of every group.
 #pragma once
+#include <utility>
+
 #include "direct512.h"
 
 namespace {
@@ -16,7 +18,7 @@ struct DigitToken {
 struct DigitLayout {
   int64_t cols, padded, blocks, groups, group; // columns of a group: all of them without group scales
   explicit DigitLayout(const fips_matrix &a)
-      : cols(a.cols), padded(round_up(a.cols, 64)), blocks(padded / 64), groups(a.scale_group ? groups_of_row(a) : 1),
+      : cols(a.cols), padded(round_up(a.cols, 128)), blocks(padded / 64), groups(a.scale_group ? groups_of_row(a) : 1),
         group(a.scale_group ? a.scale_group : padded) {}
   int64_t stride() const { return round_up(blocks, 16) + 16; } // of the factors of one row
   int64_t floats() const { return round_up(blocks, 16) + round_up(groups, 16); }
@@ -184,6 +186,7 @@ void recalled_digits(const fips_matrix &a, const fips_call &c, const RecalledRow
 // How the rows of a matrix are gone through, for T tokens: `Base` row by row.
 template <class Base, int T> struct SingleRows {
   static constexpr int rows = 1;
+  static constexpr bool parted = false; // into digits of even columns and odd ones
   explicit SingleRows(const fips_matrix &) {}
   template <class Factors, class Reader>
   void multiply(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row, const DigitToken *tokens,
@@ -194,12 +197,128 @@ template <class Base, int T> struct SingleRows {
 
 template <int MEMORY, int T> struct SeveralRows : RecalledRows<MEMORY> {
   static constexpr int rows = kRecalledRows;
+  static constexpr bool parted = false;
   using RecalledRows<MEMORY>::RecalledRows;
   template <class Factors, class Reader>
   void multiply(const fips_matrix &a, const fips_call &c, const Reader &, int64_t row, const DigitToken *tokens,
                 const Factors (*factors)[T], const float (*added)[T]) const {
     recalled_digits<MEMORY, T>(a, c, *this, row, tokens, factors, added);
   }
+};
+
+// Codes of 4 bits that depend on those of two rows above, several rows at a time and as they lie in the stream: what a
+// code adds to the place in the table is linear in its bits, so an affine map of bits reads either half of a byte.
+// Digits lie as these halves do: of 128 columns first those with even numbers.
+struct HalfMaps {
+  uint64_t first = 0, second = 0; // of the lower half of a byte, the upper one
+};
+
+inline HalfMaps half_maps(const uint8_t *added) { // by what each of the 16 codes adds
+  HalfMaps maps;
+  for (int out = 0; out < 6; ++out)
+    for (int in = 0; in < 4; ++in) {
+      const uint64_t bit = added[1 << in] >> out & 1;
+      maps.first |= bit << (8 * (7 - out) + in), maps.second |= bit << (8 * (7 - out) + in + 4);
+    }
+  return maps;
+}
+
+inline bool has_half_maps(const fips_matrix &a) {
+  if (a.value_bits != 4 || a.memory != 2 || a.cols % 64 || (a.scale_group && a.scale_group < 64)) return false;
+  for (int back = 0; back < 2; ++back)
+    for (int code = 0; code < 16; ++code) {
+      const uint8_t *added = a.history + 16 * back;
+      const int lowest = code & -code;
+      if (added[code] != (code ? added[lowest] ^ added[code ^ lowest] : 0) || added[code] > 63) return false;
+    }
+  return true;
+}
+
+inline void part_even_and_odd(const DigitLayout &layout, uint8_t *digits) {
+  for (int64_t k = 0; k < layout.padded; k += 128) {
+    const __m512i low = _mm512_load_si512(digits + k), high = _mm512_load_si512(digits + k + 64);
+    const auto joined = [&](__m256i left, __m256i right) {
+      return _mm512_inserti64x4(_mm512_castsi256_si512(left), right, 1);
+    };
+    const __m512i even = joined(_mm512_cvtepi16_epi8(low), _mm512_cvtepi16_epi8(high));
+    const __m512i odd =
+        joined(_mm512_cvtepi16_epi8(_mm512_srli_epi16(low, 8)), _mm512_cvtepi16_epi8(_mm512_srli_epi16(high, 8)));
+    _mm512_store_si512(digits + k, even);
+    _mm512_store_si512(digits + k + 64, odd);
+  }
+}
+
+template <int T> struct HalfByteRows {
+  static constexpr int rows = kRecalledRows;
+  static constexpr bool parted = true;
+  const uint8_t *stream;
+  int64_t row_bytes, last; // byte from which on 64 bytes would leave the stream
+  __m512i table;
+  HalfMaps maps[2];
+  explicit HalfByteRows(const fips_matrix &a)
+      : stream(static_cast<const uint8_t *>(a.values)), row_bytes(a.cols / 2), last((a.num_values + 1) / 2 - 64),
+        table(lifted(repeated(a.levels, 64))), maps{half_maps(a.history), half_maps(a.history + 16)} {}
+
+  FIPS_INLINE __m512i bytes(int64_t at) const {
+    return at <= last ? _mm512_loadu_si512(stream + at)
+                      : _mm512_maskz_loadu_epi8(first_columns(last + 64 - at), stream + at);
+  }
+
+  template <class Reader>
+  void multiply(const fips_matrix &a, const fips_call &c, const Reader &, int64_t row, const DigitToken *tokens,
+                const UnitFactors (*factors)[T], const float (*added)[T]) const {
+    constexpr int R = rows, xor_three = 0x96, and_then_xor = 0x6A;
+    const int left = int(min_of(R, a.rows - row));
+    const uint64_t there = row % a.run ? ~uint64_t(0) : 0; // at the beginning of a run nothing is above
+    const auto map = [&](int back, int r, uint64_t HalfMaps::*half) {
+      return _mm512_set1_epi64(int64_t(maps[back - 1].*half & (back <= r ? ~uint64_t(0) : there)));
+    };
+    const __m512i low = _mm512_set1_epi8(15), upper = _mm512_set1_epi64(0x1020408000000000); // map: upper half to lower
+    int64_t from[2 + R];
+#pragma GCC unroll 8
+    for (int r = 0; r < 2 + R; ++r) {
+      const int64_t place = row - 2 + min_of(r, 1 + left);
+      from[r] = (place < 0 ? 0 : place) * row_bytes;
+    }
+    __m512 sums[R][T] = {};
+    for (int64_t k = 0, at = 0; k < a.cols; k += 128, at += 64) {
+      __m512i codes[2 + R];
+#pragma GCC unroll 8
+      for (int r = 0; r < 2 + R; ++r) {
+        if (r >= 2)
+          _mm_prefetch(reinterpret_cast<const char *>(stream) + from[r] + at + R * row_bytes, _MM_HINT_T0);
+        codes[r] = bytes(from[r] + at);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const auto above = [&](uint64_t HalfMaps::*half) {
+          return std::pair(_mm512_gf2p8affine_epi64_epi8(codes[r + 1], map(1, r, half), 0),
+                           _mm512_gf2p8affine_epi64_epi8(codes[r], map(2, r, half), 0));
+        };
+        const auto [one, two] = above(&HalfMaps::first);
+        const __m512i even = _mm512_ternarylogic_epi64(codes[r + 2], low, _mm512_xor_si512(one, two), and_then_xor);
+        const auto [next, last_one] = above(&HalfMaps::second);
+        const __m512i own = _mm512_gf2p8affine_epi64_epi8(codes[r + 2], upper, 0);
+        const __m512i odd = _mm512_ternarylogic_epi64(own, next, last_one, xor_three);
+        const __m512i weights[2] = {_mm512_permutexvar_epi8(even, table), _mm512_permutexvar_epi8(odd, table)};
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const uint8_t *digits = tokens[t].digits + k;
+          __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights[0], _mm512_load_si512(digits));
+          dot = _mm512_dpbusd_epi32(dot, weights[1], _mm512_load_si512(digits + 64));
+          const float *pair = factors[r][t].factors + k / 64;
+          const __m512 both = _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(pair[0]), _mm512_set1_ps(pair[1]));
+          sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, sums[r][t]);
+        }
+      }
+    }
+    for (int r = 0; r < left; ++r)
+      for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, _mm512_reduce_add_ps(sums[r][t]) + added[r][t]);
+  }
+
+  template <class Reader>
+  void multiply(const fips_matrix &, const fips_call &, const Reader &, int64_t, const DigitToken *,
+                const LaneFactors (*)[T], const float (*)[T]) const {} // groups are no smaller than 64 columns
 };
 
 template <class Rows, int T, class Reader>
@@ -240,6 +359,7 @@ template <class Base, class Rows, int T> bool digits_path(const fips_matrix &a, 
   DigitToken tokens[T];
   for (int t = 0; t < T; ++t) {
     prepare_digits(c, t, layout, x + t * nbytes);
+    if (Rows::parted) part_even_and_odd(layout, x + t * nbytes);
     tokens[t] = layout.place(x + t * nbytes);
   }
   const PerThread<float> products(Scratch::sums, Rows::rows * T * layout.stride(), c.threads);
@@ -252,6 +372,7 @@ template <class Base, class Rows, int T> bool digits_path(const fips_matrix &a, 
 
 template <class Base, int T> bool digits_path(const fips_matrix &a, const fips_call &c) {
   if constexpr (recalled_rows<typename Base::Cursor> > 0) {
+    if (has_half_maps(a)) return digits_path<Base, HalfByteRows<T>, T>(a, c);
     if (a.cols % 64 == 0) return digits_path<Base, SeveralRows<recalled_rows<typename Base::Cursor>, T>, T>(a, c);
   }
   return digits_path<Base, SingleRows<Base, T>, T>(a, c);

@@ -76,7 +76,7 @@ int detect() {
 #endif
 #if defined(FIPS_HAVE_AVX512)
   if (level == FIPS_AVX2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") &&
-      HAS("avx512vbmi") && HAS("avx512vbmi2") && HAS("avx512vnni"))
+      HAS("avx512vbmi") && HAS("avx512vbmi2") && HAS("avx512vnni") && HAS("gfni"))
     level = FIPS_AVX512;
 #endif
 #if defined(FIPS_HAVE_AVX512_BF16)
