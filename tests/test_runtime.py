@@ -513,6 +513,31 @@ def test_compiled_layers_prepare_once_and_round_inputs_where_asked(
     assert_close(gradient, layers[0].dense_weight().double().sum(0).expand(6, 64), TOLERANCE[torch.float32])
 
 
+@needs_library
+def test_a_compiled_layer_calls_again_what_still_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    factor = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    layer = FactoredLinear.from_factor(None, factor, factor > -9, role="up", fmt="full", values="int4g32")
+
+    def wanted(x: Tensor) -> Tensor:
+        return x.double() @ layer.dense_weight().double().T
+
+    calls: list[object] = []
+    multiply = cpu.multiply
+    monkeypatch.setattr(cpu, "multiply", lambda *args, **options: calls.append(args) or multiply(*args, **options))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        for tokens in (1, 5, 1, 5):
+            x = inputs(tokens, 64, torch.float32)
+            assert_close(compiled(x), wanted(x), TOLERANCE[torch.float32])
+        assert len(calls) == 2
+        assert_close(compiled(x[::2]), wanted(x[::2]), TOLERANCE[torch.float32])
+        layer.scales.mul_(2)
+        assert_close(compiled(x), wanted(x), TOLERANCE[torch.float32])
+        layer.values = layer.values.clone().neg_()
+        assert_close(compiled(x), wanted(x), TOLERANCE[torch.float32])
+    assert len(calls) == 5
+
+
 def test_without_a_library_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer()
     x = inputs(6, 48, torch.float32)

@@ -1,7 +1,12 @@
-"""The packed product as a torch operator: gradients, ``torch.compile``, all backends behind one name."""
+"""The packed product as torch operators: gradients, ``torch.compile``, all backends behind one name.
+
+``fips::packed_linear`` has gradients. Around a small product torch takes 60 us for that, asked for or not, so graphs
+without them have ``fips::packed_product``, and calls with inputs like those of one before find it (``Keeper.again``).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -12,7 +17,7 @@ from torch import Tensor
 from fips.formats.packed import Packed
 from fips.formats.patterns import BlockAxis
 from fips.kernels import reference, registry
-from fips.kernels.backend import Backend, PreparedMatrix
+from fips.kernels.backend import Backend, PreparedMatrix, RepeatedCall
 from fips.kernels.validity import is_plain, needs_grad
 
 __all__ = ["Keeper", "is_plain", "needs_grad", "number_of", "packed_linear", "traceable"]
@@ -24,6 +29,14 @@ class Keeper(Protocol):
     """Whoever keeps what a backend has prepared for one matrix, and makes it anew where the matrix has changed."""
 
     def prepared(self, packed: Packed, backend: Backend) -> PreparedMatrix: ...
+
+    def again(self, x: Tensor, meaning: str, tensors: Sequence[Tensor | None]) -> tuple[RepeatedCall, Packed] | None:
+        """A call like one before: inputs of the same shape and type beside the same tensors, where they lay."""
+
+    def remember(
+        self, x: Tensor, meaning: str, tensors: Sequence[Tensor | None], packed: Packed, call: RepeatedCall
+    ) -> None:
+        """Keep a call for the next inputs like ``x``."""
 
 
 _keepers: WeakValueDictionary[int, Keeper] = WeakValueDictionary()
@@ -43,7 +56,16 @@ def packed_linear(
 
     ``keeper`` is the ``number_of`` whoever keeps what the backend prepares; without one it is prepared in every call.
     """
-    y: Tensor = torch.ops.fips.packed_linear(
+    y: Tensor
+    if keeper is not None and not needs_grad(x, packed.values_Z, bias):
+        layout = (*packed.shape, packed.fmt, packed.block_axis, packed.value_format, packed.count, packed.rotation)
+        meaning = " ".join(map(str, (*layout, activation_bits)))
+        y = torch.ops.fips.packed_product(
+            x, packed.values_Z, packed.pattern, packed.scales_N, packed.group_scales, bias, keeper, packed.shape[0],
+            meaning,
+        )  # fmt: skip
+        return y
+    y = torch.ops.fips.packed_linear(
         x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis,
         packed.value_format, packed.count, packed.rotation, packed.group_scales, activation_bits, keeper,
     )  # fmt: skip
@@ -86,6 +108,53 @@ def _packed_linear(
 @_packed_linear.register_fake
 def _(x: Tensor, values: Tensor, pattern: Tensor, scales: Any, bias: Any, shape: list[int], *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
+
+
+_library = torch.library.Library("fips", "FRAGMENT")
+_library.define(
+    "packed_product(Tensor x, Tensor values, Tensor pattern, Tensor? scales, Tensor? group_scales, Tensor? bias, "
+    "Tensor keeper, int rows, str meaning) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _packed_product(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    scales: Tensor | None,
+    group_scales: Tensor | None,
+    bias: Tensor | None,
+    keeper: Tensor,
+    rows: int,
+    meaning: str,
+) -> Tensor:
+    kept = _keepers.get(int(keeper))
+    tensors = (values, pattern, scales, group_scales, bias)
+    known = None if kept is None else kept.again(x, meaning, tensors)
+    if known is not None:
+        return known[0](x, known[1], bias)
+    _, cols, fmt, axis, value_format, count, rotation, bits = meaning.split()
+    layout = ([rows, int(cols)], fmt, int(axis), value_format, int(count), int(rotation))
+    packed = _packed(values, pattern, scales, *layout, group_scales=group_scales)
+    activation_bits = None if bits == "None" else int(bits)
+    backend = registry.choose(packed, x.device, x.dtype)
+    prepared = backend.prepare(packed) if kept is None else kept.prepared(packed, backend)
+    y = backend.multiply(x, prepared, bias, activation_bits=activation_bits)
+    if kept is not None and 0 < x.numel() <= backend.repeats_up_to * x.shape[-1] and x.is_contiguous():
+        call = backend.repeat(x, prepared, bias, activation_bits)
+        if call is not None:
+            kept.remember(x, meaning, tensors, packed, call)
+    return y
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("packed_product", _packed_product, _device)
+
+
+@torch.library.register_fake("fips::packed_product")  # type: ignore[untyped-decorator]
+def _(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], others[-2])
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

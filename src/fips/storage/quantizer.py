@@ -30,6 +30,7 @@ from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, 
 from fips.layers.merge import drop_unused_bases, merge
 from fips.models.architectures import architecture_names, library_class
 from fips.models.building import naming, try_build
+from fips.models.decoding import quicken
 from fips.models.transformers import build_empty, build_from_classes
 from fips.plan.footprint import named_state
 from fips.record import REPORT_FILE, CompressionReport
@@ -144,6 +145,7 @@ def attach(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     _refresh_config(model)
+    quicken(model)
     if not isinstance(getattr(model, "hf_quantizer", None), FipsHfQuantizer):
         model.hf_quantizer = FipsHfQuantizer(model.config.quantization_config)
     if "_fips_conversions" not in vars(model):
