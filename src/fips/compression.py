@@ -89,11 +89,8 @@ def compress(
         asked, config = config, settle_size(plan, model, config)
         method = method_of(config)
         _check_ranks(method, ranks, work)
-        require_finite_weights(model)
         sites = [site for group in plan.groups for site in group.group.sites]
-        check_layers(model, sites)
-        require_storable(model, plan)
-        check_reloadable(model, [name for site in sites for name in (site.name, *site.tied)])
+        _refuse_model(model, plan, sites)
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()
         bench = Workbench(
@@ -105,27 +102,48 @@ def compress(
         for item in plan.skipped:
             if item.end:
                 bench.note(f"`{item.name}` is left dense: {item.reason}")
-        blocks = list(dict.fromkeys(block for group in plan.groups for block in group.group.blocks))
-        with preserved(model), in_native_types(model, blocks if method.by_block else ()):
-            bench.try_batch()
-            _require_called(bench, sites)
-            with autocast_for(config.precision, device):
-                left = bench.survey([group.group for group in plan.groups])
-                if left and asked.size is not None:
-                    config = bench.config = settle_size(plan, model, asked, left)
-                    method, plan = method_of(config), plan_compression(model, config)
-                plan = leave_dense(plan, model, config, left)
-                groups = method.compress(bench, plan)
+        groups, plan = _solved(bench, plan, asked, sites)
         ranks.wait()  # until all have read what the others have made
         for group in groups:
             require_finite_layers(group.layers, group.bases, method=config.method)
         _install(model, groups, activation_bits=config.activation_bits)
         if asked.size is not None:
-            bench.notes.append(_size_note(asked, config, groups))
+            bench.notes.append(_size_note(asked, bench.config, groups))
         report = _report(bench, plan, groups, started)
         report.asked = {name: value for name in SIZES if (value := getattr(asked, name)) is not None}
     model.fips_report = report  # type: ignore[assignment]
     return report
+
+
+def _refuse_model(model: nn.Module, plan: CompressionPlan, sites: Sequence[Site]) -> None:
+    """Raise for a model that could not be compressed, stored or read again, before any work."""
+    require_finite_weights(model)
+    check_layers(model, sites)
+    require_storable(model, plan)
+    check_reloadable(model, [name for site in sites for name in (site.name, *site.tied)])
+
+
+def _solved(
+    bench: Workbench, plan: CompressionPlan, asked: CompressionConfig, sites: Sequence[Site]
+) -> tuple[list[CompressedGroup], CompressionPlan]:
+    """Groups as the method makes them, with the plan that was left once the model was measured.
+
+    What no example reaches stays dense; a size of the whole file that was ``asked`` for is settled anew then, in the
+    settings of ``bench``.
+    """
+    model, config = bench.model, bench.config
+    method = method_of(config)
+    blocks = list(dict.fromkeys(block for group in plan.groups for block in group.group.blocks))
+    with preserved(model), in_native_types(model, blocks if method.by_block else ()):
+        bench.try_batch()
+        _require_called(bench, sites)
+        with autocast_for(config.precision, bench.device):
+            left = bench.survey([group.group for group in plan.groups])
+            if left and asked.size is not None:
+                config = bench.config = settle_size(plan, model, asked, left)
+                method, plan = method_of(config), plan_compression(model, config)
+            plan = leave_dense(plan, model, config, left)
+            return method.compress(bench, plan), plan
 
 
 def _shown(progress: Progress | bool | None) -> AbstractContextManager[Progress | None]:
