@@ -2,14 +2,15 @@
 
     python benchmarks/generation.py make --recipe paper-llama-3.2-1b --values tc4g64 nl4g64 --dense --gguf Q4_0 Q4_K_M \
         --llama-python /tmp/llamacpp/bin/python --output ~/.cache/fips-generation
-    python benchmarks/generation.py run ~/.cache/fips-generation/* --rounds 3 --threads 2 \
+    python benchmarks/generation.py run ~/.cache/fips-generation/* --compiled tc4g64 --rounds 3 --threads 2 \
         --llama-python /tmp/llamacpp/bin/python --out benchmarks/results/generation.json
 
 ``make`` writes models of the shapes of a recipe in random numbers: speed does not depend on them. All matrices of
 packed models, embedding and head included, have the same values, columns turned in blocks of 64. ``run`` starts every
 contestant in a process of its own, all in turn, ``--rounds`` times: it loads the model, reads a prompt, then
-generates token after token, as ``generate`` does. llama.cpp needs a Python with llama-cpp-python. Nothing else should
-run.
+generates token after token, as ``generate`` does, after 8 tokens and after the prompt. Those named in ``--compiled``
+run once more with a static cache and ``torch.compile``, as ``generate`` does it with a ``compile_config``. llama.cpp
+needs a Python with llama-cpp-python. Nothing else should run.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def main() -> None:
     making.set_defaults(run=make)
     running = commands.add_parser("run")
     running.add_argument("models", nargs="+", type=Path)
+    running.add_argument("--compiled", nargs="*", default=[])
     running.add_argument("--rounds", type=int, default=3)
     running.add_argument("--threads", type=int, default=2)
     running.add_argument("--prompt", type=int, default=512)
@@ -58,6 +60,7 @@ def main() -> None:
     one.add_argument("threads", type=int)
     one.add_argument("prompt", type=int)
     one.add_argument("tokens", type=int)
+    one.add_argument("--compiled", action="store_true")
     one.set_defaults(run=measure)
     args = parser.parse_args()
     args.run(args)
@@ -192,15 +195,19 @@ def to_gguf(dense: Path, kind: str, python: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    contestants = [(model, False) for model in args.models]
+    contestants += [(model, True) for model in args.models if model.name in args.compiled]
     for index in range(args.rounds):
-        for model in args.models:
+        for model, compiled in contestants:
             python = args.llama_python if model.suffix == LLAMA_CPP else sys.executable
             command = [python, __file__, "one", model, args.threads, args.prompt, args.tokens]
+            command += ["--compiled"] if compiled else []
             done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{model}: {done.stderr[-2000:]}")
-            found[model.name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(index, model.name, found[model.name][-1], flush=True)
+            name = f"{model.name}, compiled" if compiled else model.name
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(index, name, found[name][-1], flush=True)
     keys = next(iter(found.values()))[0].keys()
     results = {
         name: {"runs": runs, "median": {key: median(one[key] for one in runs) for key in keys}}
@@ -239,7 +246,7 @@ def peak() -> int:
 
 def transformers(args: argparse.Namespace) -> dict[str, float]:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, CompileConfig
 
     import fips  # noqa: F401 - teaches transformers packed layers
 
@@ -248,25 +255,30 @@ def transformers(args: argparse.Namespace) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     loaded = time.perf_counter()
     ids = torch.randint(300, model.config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(1))
-    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
-    ready = time.perf_counter()
-    with torch.inference_mode():
-        model.generate(ids, attention_mask=mask, max_new_tokens=1, **settings)
-        first = time.perf_counter() - ready
-        model.generate(ids[:, :8], attention_mask=mask[:, :8], max_new_tokens=4, **settings)
+    if args.compiled:
+        how = CompileConfig(mode="default", fullgraph=False)
+        how._compile_all_devices = True  # else transformers compiles on GPUs only
+        settings |= {"cache_implementation": "static", "compile_config": how}
+
+    def generated(length: int, tokens: int) -> float:
         start = time.perf_counter()
-        model.generate(ids, attention_mask=mask, max_new_tokens=1, **settings)
-        prompt = time.perf_counter() - start
-        start = time.perf_counter()
-        model.generate(ids[:, :8], attention_mask=mask[:, :8], max_new_tokens=1, **settings)
-        short = time.perf_counter() - start
-        start = time.perf_counter()
-        model.generate(ids[:, :8], attention_mask=mask[:, :8], max_new_tokens=args.tokens + 1, **settings)
-        seconds = time.perf_counter() - start - short
+        model.generate(ids[:, :length], attention_mask=mask[:, :length], max_new_tokens=tokens, **settings)
+        return time.perf_counter() - start
+
+    with torch.inference_mode(not args.compiled), torch.no_grad():
+        first = generated(args.prompt, 1)
+        compiling = generated(8, 4)
+        prompt = generated(args.prompt, 1)
+        generated(8, args.tokens + 1)  # a static cache of its own length may be compiled for
+        seconds = generated(8, args.tokens + 1) - generated(8, 1)
+        generated(args.prompt, args.tokens + 1)
+        later = generated(args.prompt, args.tokens + 1) - generated(args.prompt, 1)
     return {
-        "load_s": loaded - started, "first_prompt_s": first, "prompt_per_s": args.prompt / prompt,
-        "tokens_per_s": args.tokens / seconds,
+        "load_s": loaded - started, "first_prompt_s": first, "first_tokens_s": compiling,
+        "prompt_per_s": args.prompt / prompt, "tokens_per_s": args.tokens / seconds,
+        "tokens_after_prompt_per_s": args.tokens / later,
     }  # fmt: skip
 
 
@@ -275,7 +287,7 @@ def llama(args: argparse.Namespace) -> dict[str, float]:
 
     started = time.perf_counter()
     model = Llama(
-        str(args.model), n_ctx=args.prompt + args.tokens + 16, n_threads=args.threads, n_threads_batch=args.threads,
+        str(args.model), n_ctx=args.prompt + 2 * args.tokens + 16, n_threads=args.threads, n_threads_batch=args.threads,
         n_batch=512, verbose=False,
     )  # fmt: skip
     loaded = time.perf_counter()
@@ -288,13 +300,17 @@ def llama(args: argparse.Namespace) -> dict[str, float]:
 
     first = read(ids)
     model.reset()
+    started_again = read(ids[:8]) + sum(read([token]) for token in range(300, 303))
+    model.reset()
     prompt = read(ids)
+    later = sum(read([token]) for token in range(300, 300 + args.tokens))
     model.reset()
     read(ids[:8])
-    seconds = sum(read([int(token)]) for token in range(300, 300 + args.tokens))
+    seconds = sum(read([token]) for token in range(300, 300 + args.tokens))
     return {
-        "load_s": loaded - started, "first_prompt_s": first, "prompt_per_s": args.prompt / prompt,
-        "tokens_per_s": args.tokens / seconds,
+        "load_s": loaded - started, "first_prompt_s": first, "first_tokens_s": started_again,
+        "prompt_per_s": args.prompt / prompt, "tokens_per_s": args.tokens / seconds,
+        "tokens_after_prompt_per_s": args.tokens / later,
     }  # fmt: skip
 
 

@@ -206,9 +206,9 @@ template <int MEMORY, int T> struct SeveralRows : RecalledRows<MEMORY> {
   }
 };
 
-// Codes of 4 bits that depend on those of two rows above, several rows at a time and as they lie in the stream: what a
-// code adds to the place in the table is linear in its bits, so an affine map of bits reads either half of a byte.
-// Digits lie as these halves do: of 128 columns first those with even numbers.
+// Codes of 4 bits, several rows at a time and as they lie in the stream: a permutation of bytes looks up the number of
+// either half of a byte. Digits lie as these halves do: of 128 columns first those with even numbers. Where a code adds to
+// the place of those below it, what it adds is linear in its bits, and an affine map of bits reads either half.
 struct HalfMaps {
   uint64_t first = 0, second = 0; // of the lower half of a byte, the upper one
 };
@@ -223,9 +223,9 @@ inline HalfMaps half_maps(const uint8_t *added) { // by what each of the 16 code
   return maps;
 }
 
-inline bool has_half_maps(const fips_matrix &a) {
-  if (a.value_bits != 4 || a.memory != 2 || a.cols % 64 || (a.scale_group && a.scale_group < 64)) return false;
-  for (int back = 0; back < 2; ++back)
+inline bool reads_half_bytes(const fips_matrix &a) {
+  if (a.format != FIPS_FULL || a.value_bits != 4 || a.cols % 64 || (a.scale_group && a.scale_group < 64)) return false;
+  for (int back = 0; back < a.memory; ++back)
     for (int code = 0; code < 16; ++code) {
       const uint8_t *added = a.history + 16 * back;
       const int lowest = code & -code;
@@ -248,7 +248,14 @@ inline void part_even_and_odd(const DigitLayout &layout, uint8_t *digits) {
   }
 }
 
-template <int T> struct HalfByteRows {
+inline __m512i half_byte_table(const fips_matrix &a) { // of the numbers with 128 added, whatever lies above the place
+  if (a.memory) return lifted(repeated(a.levels, a.num_levels));
+  alignas(16) int8_t numbers[16];
+  for (int code = 0; code < 16; ++code) numbers[code] = int8_t(number_of(a, code));
+  return lifted(repeated(numbers, 16));
+}
+
+template <int MEMORY, int T> struct HalfByteRows {
   static constexpr int rows = kRecalledRows;
   static constexpr bool parted = true;
   const uint8_t *stream;
@@ -257,7 +264,9 @@ template <int T> struct HalfByteRows {
   HalfMaps maps[2];
   explicit HalfByteRows(const fips_matrix &a)
       : stream(static_cast<const uint8_t *>(a.values)), row_bytes(a.cols / 2), last((a.num_values + 1) / 2 - 64),
-        table(lifted(repeated(a.levels, 64))), maps{half_maps(a.history), half_maps(a.history + 16)} {}
+        table(half_byte_table(a)) {
+    for (int back = 0; back < MEMORY; ++back) maps[back] = half_maps(a.history + 16 * back);
+  }
 
   FIPS_INLINE __m512i bytes(int64_t at) const {
     return at <= last ? _mm512_loadu_si512(stream + at)
@@ -274,32 +283,34 @@ template <int T> struct HalfByteRows {
       return _mm512_set1_epi64(int64_t(maps[back - 1].*half & (back <= r ? ~uint64_t(0) : there)));
     };
     const __m512i low = _mm512_set1_epi8(15), upper = _mm512_set1_epi64(0x1020408000000000); // map: upper half to lower
-    int64_t from[2 + R];
+    int64_t from[MEMORY + R];
 #pragma GCC unroll 8
-    for (int r = 0; r < 2 + R; ++r) {
-      const int64_t place = row - 2 + min_of(r, 1 + left);
+    for (int r = 0; r < MEMORY + R; ++r) {
+      const int64_t place = row - MEMORY + min_of(r, MEMORY + left - 1);
       from[r] = (place < 0 ? 0 : place) * row_bytes;
     }
     __m512 sums[R][T] = {};
     for (int64_t k = 0, at = 0; k < a.cols; k += 128, at += 64) {
-      __m512i codes[2 + R];
+      __m512i codes[MEMORY + R];
 #pragma GCC unroll 8
-      for (int r = 0; r < 2 + R; ++r) {
-        if (r >= 2)
+      for (int r = 0; r < MEMORY + R; ++r) {
+        if (r >= MEMORY)
           _mm_prefetch(reinterpret_cast<const char *>(stream) + from[r] + at + R * row_bytes, _MM_HINT_T0);
         codes[r] = bytes(from[r] + at);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const auto above = [&](uint64_t HalfMaps::*half) {
-          return std::pair(_mm512_gf2p8affine_epi64_epi8(codes[r + 1], map(1, r, half), 0),
-                           _mm512_gf2p8affine_epi64_epi8(codes[r], map(2, r, half), 0));
-        };
-        const auto [one, two] = above(&HalfMaps::first);
-        const __m512i even = _mm512_ternarylogic_epi64(codes[r + 2], low, _mm512_xor_si512(one, two), and_then_xor);
-        const auto [next, last_one] = above(&HalfMaps::second);
-        const __m512i own = _mm512_gf2p8affine_epi64_epi8(codes[r + 2], upper, 0);
-        const __m512i odd = _mm512_ternarylogic_epi64(own, next, last_one, xor_three);
+        const __m512i own = codes[MEMORY + r];
+        __m512i even = own, odd = _mm512_srli_epi16(own, 4);
+        if constexpr (MEMORY == 2) {
+          const auto above = [&](int back, uint64_t HalfMaps::*half) {
+            return _mm512_gf2p8affine_epi64_epi8(codes[r + 2 - back], map(back, r, half), 0);
+          };
+          const __m512i first = _mm512_xor_si512(above(1, &HalfMaps::first), above(2, &HalfMaps::first));
+          even = _mm512_ternarylogic_epi64(own, low, first, and_then_xor);
+          odd = _mm512_ternarylogic_epi64(_mm512_gf2p8affine_epi64_epi8(own, upper, 0), above(1, &HalfMaps::second),
+                                          above(2, &HalfMaps::second), xor_three);
+        }
         const __m512i weights[2] = {_mm512_permutexvar_epi8(even, table), _mm512_permutexvar_epi8(odd, table)};
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
@@ -371,9 +382,12 @@ template <class Base, class Rows, int T> bool digits_path(const fips_matrix &a, 
 }
 
 template <class Base, int T> bool digits_path(const fips_matrix &a, const fips_call &c) {
-  if constexpr (recalled_rows<typename Base::Cursor> > 0) {
-    if (has_half_maps(a)) return digits_path<Base, HalfByteRows<T>, T>(a, c);
-    if (a.cols % 64 == 0) return digits_path<Base, SeveralRows<recalled_rows<typename Base::Cursor>, T>, T>(a, c);
+  constexpr int memory = recalled_rows<typename Base::Cursor>;
+  if constexpr (Base::Cursor::whole && (memory == 0 || memory == 2)) {
+    if (reads_half_bytes(a)) return digits_path<Base, HalfByteRows<memory, T>, T>(a, c);
+  }
+  if constexpr (memory > 0) {
+    if (a.cols % 64 == 0) return digits_path<Base, SeveralRows<memory, T>, T>(a, c);
   }
   return digits_path<Base, SingleRows<Base, T>, T>(a, c);
 }
