@@ -87,7 +87,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def plan_source(
-    source: str | None, recipe: Recipe, *, dtype: Any = "auto", trust_remote_code: bool = False
+    source: str | None, recipe: Recipe, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[nn.Module, CompressionPlan]:
     """The plan for a model, built without weights from its configuration or from the recipe's own."""
     if source is not None:
@@ -99,8 +99,8 @@ def plan_source(
     else:
         raise ConfigError("no model: give MODEL, or a recipe that names one")
     wanted = resolve_dtype(dtype)
-    if isinstance(wanted, torch.dtype):
-        model.to(dtype=wanted)  # sizes are those of the types that weights are loaded in
+    if wanted != "auto":
+        model.to(dtype=getattr(torch, wanted))  # sizes are those of the types that weights are loaded in
     return model, plan_compression(model, recipe.compression)
 
 

@@ -37,6 +37,7 @@ from fips.cli.options import (
     EvalSamples,
     EvalSplit,
     FactorDtype,
+    GgufFile,
     Group,
     Groups,
     Ignore,
@@ -73,6 +74,7 @@ from fips.cli.options import (
     data_fields,
     evaluation_data,
     given,
+    named_source,
     numbers,
     settings_of_options,
 )
@@ -129,6 +131,7 @@ def top(
 @app.command(rich_help_panel=COMPRESS)
 def compress(
     model: OptionalModel = None,
+    gguf_file: GgufFile = None,
     bits: Bits = None,
     size: Size = None,
     budget: Budget = None,
@@ -182,6 +185,7 @@ def compress(
 
     options = locals()
     _require_given(options)
+    model = named_source(model, gguf_file)
     setting = settings_of_options(
         recipe,
         compression=given(options, COMPRESSION),
@@ -229,6 +233,7 @@ def _require_given(options: dict[str, Any]) -> None:
 @app.command(rich_help_panel=LOOK)
 def plan(
     model: OptionalModel = None,
+    gguf_file: GgufFile = None,
     bits: Bits = None,
     size: Size = None,
     budget: Budget = None,
@@ -249,13 +254,15 @@ def plan(
     from fips.app.outline import outline_of_plan
 
     setting = settings_of_options(recipe, compression=given(locals(), COMPRESSION), default_size=DEFAULT_BITS)
-    empty, made = plan_source(model, setting, dtype=dtype, trust_remote_code=trust_remote_code)
+    source = named_source(model, gguf_file)
+    empty, made = plan_source(source, setting, dtype=dtype, trust_remote_code=trust_remote_code)
     print_plan(outline_of_plan(empty, made, setting.compression), as_json=as_json)
 
 
 @app.command(rich_help_panel=LOOK)
 def inspect(
     model: ModelOrPacked,
+    gguf_file: GgufFile = None,
     bits: Bits = None,
     size: Size = None,
     budget: Budget = None,
@@ -279,6 +286,7 @@ def inspect(
     from fips.app.sources import is_compressed_source
 
     options = given(locals(), COMPRESSION)
+    model = named_source(model, gguf_file)
     if is_compressed_source(model):
         if options or recipe is not None:
             name = next(iter(options), "recipe").replace("_", "-")
@@ -340,7 +348,10 @@ def report(
 
 @app.command(rich_help_panel=MEASURE)
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Compressed directory, model directory or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="DIR|MODEL", help="Compressed directory, model directory, hub id or .gguf file.")
+    ],
+    gguf_file: GgufFile = None,
     data: Data = None,
     split: Split = None,
     column: Column = None,
@@ -381,6 +392,7 @@ def evaluate(
     from fips.config import DataConfig
 
     fields = data_fields(locals())
+    model = named_source(model, gguf_file)
     if tasks is not None and against is not None:
         raise ConfigError("`--against` compares predictions on `--data`; lm-eval tasks have none to compare")
     if (tasks is None) == ("source" not in fields):
