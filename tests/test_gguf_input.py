@@ -25,8 +25,9 @@ from test_gguf import (
     tensors_in,
     write,
 )
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import fips
 import fips.integrations.gguf.write
@@ -114,6 +115,20 @@ class TestNumbers:
     def test_the_tokenizer_is_that_of_the_file(self, tmp_path: Path, family: str, make: Any) -> None:
         source, _ = written(tmp_path, family)
         assert load_processor(source, "text")(TEXT)["input_ids"] == make()(TEXT)["input_ids"]
+
+    def test_a_tokenizer_of_single_bytes(self, tmp_path: Path) -> None:
+        """As that of the demo: it has no merges, and lists without entries are not written."""
+        tokenizer = bytes_and_merges()
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        described["model"]["merges"] = []
+        for token in ("Ġt", "he", "Ġthe", "in"):
+            del described["model"]["vocab"][token]
+        single = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(described)), bos_token="<s>", eos_token="</s>"
+        )
+        write(model_of("llama"), tmp_path / "model.gguf", single)
+        found = load_processor(str(tmp_path / "model.gguf"), "text")
+        assert found("the ring")["input_ids"] == single("the ring")["input_ids"]
 
 
 @pytest.fixture(scope="module")
