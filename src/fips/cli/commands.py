@@ -433,6 +433,14 @@ def export(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    activation_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BITS",
+            help="Of ONNX: 8: layers may round inputs to 8 bits, and run as blocks of few bits; 16: never.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     data: Data = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -445,8 +453,9 @@ def export(
 
     example = DataConfig(source=data, num_samples=2) if data is not None else None
     done = export_directory(
-        model, output, fmt=format_, data=example, gguf_type=gguf_type, trust_remote_code=trust_remote_code
-    )
+        model, output, fmt=format_, data=example, gguf_type=gguf_type, activation_bits=activation_bits,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if as_json:
         print_json(asdict(done))
         return
