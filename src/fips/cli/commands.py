@@ -131,11 +131,11 @@ def top(
 @app.command(rich_help_panel=COMPRESS)
 def compress(
     model: OptionalModel = None,
-    gguf_file: GgufFile = None,
     bits: Bits = None,
     size: Size = None,
     budget: Budget = None,
     output: Output = None,
+    gguf_file: GgufFile = None,
     data: Data = None,
     num_samples: NumSamples = None,
     sequence_length: SequenceLength = None,
@@ -233,10 +233,10 @@ def _require_given(options: dict[str, Any]) -> None:
 @app.command(rich_help_panel=LOOK)
 def plan(
     model: OptionalModel = None,
-    gguf_file: GgufFile = None,
     bits: Bits = None,
     size: Size = None,
     budget: Budget = None,
+    gguf_file: GgufFile = None,
     layers: Layers = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -262,10 +262,10 @@ def plan(
 @app.command(rich_help_panel=LOOK)
 def inspect(
     model: ModelOrPacked,
-    gguf_file: GgufFile = None,
     bits: Bits = None,
     size: Size = None,
     budget: Budget = None,
+    gguf_file: GgufFile = None,
     layers: Layers = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -343,7 +343,7 @@ def report(
     if as_json:
         print_json({"output": str(done.path), "bytes": done.bytes, "quality": done.quality, "examples": done.examples})
         return
-    stdout.print(f"written to {done.path}: {done.bytes:,} bytes", highlight=False, soft_wrap=True)
+    stdout.tell(f"written to {done.path}: {done.bytes:,} bytes")
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -460,9 +460,9 @@ def export(
         print_json(asdict(done))
         return
     for line in (*(kind.line() for kind in done.kinds), *done.notes):
-        stdout.print(line, highlight=False, soft_wrap=True)
+        stdout.tell(line)
     checked = "" if done.relative_error is None else f"; ONNX Runtime differs from torch by {done.relative_error:.1e}"
-    stdout.print(f"written to {output}: {done.file_bytes:,} bytes{checked}", highlight=False, soft_wrap=True)
+    stdout.tell(f"written to {output}: {done.file_bytes:,} bytes{checked}")
 
 
 @app.command(rich_help_panel=MEASURE)
