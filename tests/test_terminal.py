@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import batches_for, tiny_model
@@ -155,6 +156,22 @@ def test_a_log_has_a_line_per_tenth() -> None:
     lines = log.getvalue().splitlines()
     assert lines[:2] == ["reconstruct g0 1/100 loss 0.5", "reconstruct g0 10/100 loss 0.5"]
     assert len(lines) == 11
+
+
+@pytest.mark.parametrize("widgets", [False, True])
+def test_a_notebook_without_widgets_has_the_lines_of_a_log(widgets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    display = ModuleType("IPython.display")
+    display.display = lambda cell: shown.append(cell._repr_mimebundle_([], [])["text/plain"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("fips.bars.find_spec", lambda name: object() if widgets else None)
+    bars = Bars(Console(force_jupyter=True))
+    monkeypatch.setattr(bars._bars, "start", lambda: shown.append("bars"))
+    for done in range(1, 21):
+        bars.event(fips.ProgressEvent("solve", "g0", done, 20))
+    assert shown[:1] == (["bars"] if widgets else ["solve g0 1/20\n"])
+    assert widgets or (len(shown) == 11 and shown[-1] == "solve g0 20/20\n")
 
 
 COMMANDS = ("compress", "plan", "inspect", "evaluate", "compare", "bench", "export", "report", "recipes", "demo")
