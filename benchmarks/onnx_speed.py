@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def main() -> None:
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "environment": {**environment(torch.device("cpu")), "onnxruntime": onnxruntime.__version__},
+        "load_average": os.getloadavg(),
         "threads": args.threads,
         "shapes": {"hidden": args.hidden, "intermediate": args.intermediate, "blocks": args.blocks},
         "files": {name: facts for name, (_, facts) in written.items()},

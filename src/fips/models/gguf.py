@@ -109,9 +109,10 @@ def _fetched(source: str) -> Path:
     try:
         return Path(str(cached_file(found[1], found[2])))
     except Exception as error:  # whatever the client of the hub may raise
+        reason = " ".join(str(error).split()).partition(". ")[0][:200]
         raise ModelError(
-            f"cannot load model `{source}`: {' '.join(str(error).split())[:200]} (there is no file of this name; give "
-            "one, or a hub id and file while online)"
+            f"cannot load model `{source}`: {reason} (there is no file of this name; give one, or a hub id and file "
+            "while online)"
         ) from None
 
 
