@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/speed.md")
+PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/export.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 REFERENCE_BITS = 16
 
@@ -530,6 +530,22 @@ def whole_models() -> str:
     return markdown(["machine", "model", "case", "speed-up, every run", "process memory saved"], cells)
 
 
+def onnx_speed() -> str:
+    result = load("onnx-speed")
+    cases = result["cases"]
+    rows = [
+        [
+            name,
+            megabytes(facts["bytes"]),
+            "all of the blocks" if facts["blocked_layers"] else "none",
+            *(f"{case['times_as_fast_as_float32'][name]:.2f}" for case in cases),
+        ]
+        for name, facts in result["files"].items()
+    ]
+    head = ["", "file", "`MatMulNBits`", *(f"{case['tokens']} token{'s' * (case['tokens'] > 1)}" for case in cases)]
+    return markdown(head, rows)
+
+
 def _span(values: Sequence[float]) -> str:
     low, high = f"{min(values):.0f}", f"{max(values):.0f}"
     return f"{low} MB" if low == high else f"{low} to {high} MB"
@@ -552,6 +568,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real-sizes": real_sizes,
     "layer-cost": layer_cost,
     "ranks": ranks,
+    "onnx-speed": onnx_speed,
     "operations": operations,
     "value-formats": value_formats,
     "solver-cost": solver_cost,

@@ -16,14 +16,17 @@ import torch
 from conftest import batches_for, quick_settings, tiny_model
 from fresh import python
 from PIL import Image
+from test_gguf import model_of, packed_of
 from test_nn import mixed_llama
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ViTImageProcessor
 
 import fips
 from fips.cli import main
 from fips.formats.patterns import pattern_named
-from fips.layers.linear import factored_layers
+from fips.formats.rotation import rotate
+from fips.integrations.matmul_nbits import block_bits
+from fips.layers.linear import factored_layers, replace_everywhere
 
 IDS = torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(5))
 
@@ -82,6 +85,8 @@ def test_dense_export_loads_without_fips(directories: dict[str, Path], tmp_path:
             marks=pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="the extra gguf is not installed"),
         ),
         (["--format", "onnx", "--output", "."], 1, "is not empty"),
+        (["--format", "dense", "--activation-bits", "8"], 2, "goes with `--format onnx`"),
+        (["--format", "onnx", "--activation-bits", "4"], 2, "must be 8, or 16 for inputs as they are, got 4"),
     ],
 )
 def test_wrong_use_is_one_line(
@@ -91,6 +96,10 @@ def test_wrong_use_is_one_line(
     assert main(["export", str(directories["vit"]), "--output", str(tmp_path / "new"), *arguments]) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+FLOAT = 1
+"""Of the types that ONNX has, float32."""
 
 
 class TestOnnx:
@@ -162,8 +171,10 @@ class TestOnnx:
         for layer in factored_layers(model).values():
             size = layer.factor_shape[0] * layer.factor_shape[1]
             if layer.values.numel() < size:
-                assert not [dims for dims, _ in constants if dims in (layer.factor_shape, layer.factor_shape[::-1])]
-            assert (pattern_named("bitmask").nbytes(size),) in [dims for dims, _ in constants]
+                shapes = (layer.factor_shape, layer.factor_shape[::-1])
+                assert not [c.name for c in graph.initializer if c.data_type == FLOAT and tuple(c.dims) in shapes]
+            if layer.fmt != "full":
+                assert (pattern_named("bitmask").nbytes(size),) in [dims for dims, _ in constants]
 
     def test_the_runtime_decodes_once_when_it_loads(self, exported: Callable[[str], Path], tmp_path: Path) -> None:
         options = self.runtime.SessionOptions()
@@ -194,3 +205,50 @@ class TestOnnx:
         result = json.loads(capsys.readouterr().out)
         assert result["relative_error"] < 1e-5
         assert result["file_bytes"] == sum(path.stat().st_size for path in (tmp_path / "vit").iterdir())
+
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A Llama whose layers keep all entries, one value format each."""
+        model = model_of("llama", hidden_size=72, num_hidden_layers=1)
+        model.base_model.fips_bases = nn.ModuleDict()
+        linears = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+        for (name, layer), (values, rotation) in zip(linears[:-1], WHOLE, strict=True):
+            replace_everywhere(model, name, packed_of(layer, name, values, rotation=rotation))
+        fips.save(model, tmp_path_factory.mktemp("whole") / "model")
+        return Path(tmp_path_factory.getbasetemp() / "whole0" / "model")
+
+    @pytest.mark.parametrize(("bits", "error", "blocked"), [(16, 1e-5, 3), (8, 0.05, 6)])
+    def test_whole_layers_are_blocks_of_few_bits(
+        self, whole: Path, tmp_path: Path, bits: int, error: float, blocked: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        command = ["export", str(whole), "--format", "onnx", "--activation-bits", str(bits), "--json"]
+        assert main([*command, "--output", str(tmp_path / "out")]) == 0
+        assert f"{blocked} packed layers run as blocks" in json.loads(capsys.readouterr().out)["notes"][0]
+        graph = self.onnx.load(tmp_path / "out" / "model.onnx").graph
+        nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+        assert len(nodes) == blocked
+        attributes = [{one.name: one.i for one in node.attribute} for node in nodes]
+        assert {one["accuracy_level"] for one in attributes} == {1 if bits == 16 else 4}
+        assert {one["bits"] for one in attributes} == ({4} if bits == 16 else {4, 8})
+        constants = {one.name: one for one in graph.initializer}
+        model = fips.load(whole)
+        layers = [layer for layer in factored_layers(model).values() if block_bits(layer, rounded=bits == 8)]
+        for node, one, layer in zip(nodes, attributes, layers, strict=True):  # what the file holds, read by numpy alone
+            codes = self.onnx.numpy_helper.to_array(constants[node.input[1]])
+            steps = self.onnx.numpy_helper.to_array(constants[node.input[2]])
+            if one["bits"] == 4:
+                codes = np.stack([codes % 16, codes // 16], 3).reshape(*codes.shape[:2], -1)
+            matrix = ((codes - 2.0 ** (one["bits"] - 1)) * steps[..., None]).reshape(one["N"], -1)[:, : one["K"]]
+            turned = rotate(layer.dense_weight(), layer.rotation)
+            torch.testing.assert_close(torch.from_numpy(matrix).float(), turned, rtol=1e-5, atol=1e-6)
+        expected = outputs_of(model, input_ids=IDS)
+        found = self.run(tmp_path / "out" / "model.onnx", input_ids=IDS, attention_mask=torch.ones_like(IDS))
+        assert (found - expected).norm() / expected.norm() < error
+        held = sum(constant.ByteSize() for constant in constants.values())
+        rest = sum(tensor.numel() * 4 for tensor in (*model.parameters(), model.model.embed_tokens.weight[:0]))
+        packed = sum(layer.out_features * layer.in_features for layer in factored_layers(model).values())
+        assert held - rest < 1.25 * packed  # a byte or half of one for every number, and scales
+
+
+WHOLE = [("int4g32", 4), ("int2", 1), ("int8", 1), ("nl4g64", 4), ("tc4", 4), ("int4", 1), ("float", 1)]
+"""Values and rotation of the layers of a block, in their order."""

@@ -41,7 +41,7 @@ LANGUAGE = {"MODEL": "llama", "DATA": "text.txt", "UNSEEN": "unseen.txt"}
 STAND_INS = {"docs/guides/vision-models.md": {"MODEL": "vit", "DATA": "photos", "UNSEEN": "unseen-photos"}}
 """By page, where it is not about a language model."""
 NEEDS = {
-    "docs/export.md": ("gguf",),
+    "docs/export.md": ("gguf", "onnx", "onnxscript", "onnxruntime"),
     "docs/guides/serving.md": ("gguf", "onnx", "onnxscript", "onnxruntime"),
     "docs/guides/training.md": ("peft",),
 }

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import batches_for, tiny_model
@@ -23,7 +24,7 @@ from rich.console import Console
 import fips
 from fips.bars import Bars, progress_bars
 from fips.cli import main
-from fips.cli.console import stdout
+from fips.cli.console import fitted, stdout
 from fips.demo.run import MODEL_DIRECTORY
 from fips.models.transformers import load_processor
 from fips.plan.footprint import state_bytes
@@ -90,6 +91,20 @@ def test_the_result_of_a_compression_stays_in_a_terminal(model: Path, text: Path
     assert not UP.search(result)
     lines = [line for line in result.replace("\r", "").split("\n") if line]
     assert lines[-1].replace(" ", "").endswith(f'fips.load("{tmp_path / "out"}")'), lines[-2:]
+    shown = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line) for line in lines]
+    assert "…" not in "".join(shown)
+    for line in shown:  # tables fit, and sentences are broken between words
+        assert len(line) <= 80 or " " not in line, line
+
+
+def test_sentences_are_broken_for_terminals_alone() -> None:
+    line = "errors on data held out are 2.85 times those " * 3 + "/a/path/" + 90 * "x"
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    *sentence, path = fitted(line, terminal).split("\n")
+    assert max(map(len, sentence)) <= 80
+    assert " ".join([*sentence, path]) == line
+    assert path == "/a/path/" + 90 * "x", "it can be copied"
+    assert fitted(line, Console(file=io.StringIO(), width=80)) == line
 
 
 @pytest.mark.slow
@@ -143,7 +158,23 @@ def test_a_log_has_a_line_per_tenth() -> None:
     assert len(lines) == 11
 
 
-COMMANDS = ("compress", "plan", "inspect", "evaluate", "compare", "bench", "export", "recipes", "demo")
+@pytest.mark.parametrize("widgets", [False, True])
+def test_a_notebook_without_widgets_has_the_lines_of_a_log(widgets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    display = ModuleType("IPython.display")
+    display.display = lambda cell: shown.append(cell._repr_mimebundle_([], [])["text/plain"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("fips.bars.find_spec", lambda name: object() if widgets else None)
+    bars = Bars(Console(force_jupyter=True))
+    monkeypatch.setattr(bars._bars, "start", lambda: shown.append("bars"))
+    for done in range(1, 21):
+        bars.event(fips.ProgressEvent("solve", "g0", done, 20))
+    assert shown[:1] == (["bars"] if widgets else ["solve g0 1/20\n"])
+    assert widgets or (len(shown) == 11 and shown[-1] == "solve g0 20/20\n")
+
+
+COMMANDS = ("compress", "plan", "inspect", "evaluate", "compare", "bench", "export", "report", "recipes", "demo")
 
 
 @pytest.mark.parametrize("columns", [80, 120])

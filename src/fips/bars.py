@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import Protocol
 
 from rich.console import Console
@@ -30,6 +31,8 @@ class Event(Protocol):
 class Bars:
     """Bars on a terminal or in a notebook, a line per tenth of the work in a log.
 
+    A notebook needs ipywidgets to draw bars over what is there; without it it has the lines of a log.
+
     A stage has one bar, whatever the number of groups it goes through: more bars than lines of the screen would leave
     the upper ones there for good. Nothing appears before the first step, so that an early error stays a single line.
     """
@@ -37,6 +40,7 @@ class Bars:
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
         self._console = console
+        self._draws = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self._tasks: dict[str, TaskID] = {}
 
@@ -51,7 +55,7 @@ class Bars:
 
     def show(self, label: str, done: int, total: int, *, group: str = "", note: str = "") -> None:
         with suppress(OSError, ValueError):  # a terminal or a pipe that is gone must not cost the work
-            if self._console.is_terminal or self._console.is_jupyter:
+            if self._draws:
                 self._draw(label, done, total, f"{group} {note}".strip())
             elif done in (1, total) or (total >= 10 and done % (total // 10) == 0):
                 words = (label, group, f"{done}/{total or '?'}", note)

@@ -30,6 +30,7 @@ from fips.kernels import cpu
 from fips.kernels.runtime import POLICIES
 from fips.layers.linear import factored_layers
 from fips.layers.merge import merge
+from fips.models.gguf import is_gguf_source
 from fips.models.transformers import context_length, load_dense, model_kind
 from fips.record import environment, peak_memory_bytes
 from fips.storage.checkpoint import is_compressed, load
@@ -213,6 +214,8 @@ def _summary(runs: list[float], items: int) -> dict[str, Any]:
 
 
 def _file_bytes(source: str | None) -> int | None:
+    if source is not None and is_gguf_source(source) and Path(source).is_file():
+        return Path(source).stat().st_size
     if source is None or not Path(source).is_dir():
         return None
     return sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))

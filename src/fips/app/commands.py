@@ -87,7 +87,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def plan_source(
-    source: str | None, recipe: Recipe, *, dtype: Any = "auto", trust_remote_code: bool = False
+    source: str | None, recipe: Recipe, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[nn.Module, CompressionPlan]:
     """The plan for a model, built without weights from its configuration or from the recipe's own."""
     if source is not None:
@@ -99,8 +99,8 @@ def plan_source(
     else:
         raise ConfigError("no model: give MODEL, or a recipe that names one")
     wanted = resolve_dtype(dtype)
-    if isinstance(wanted, torch.dtype):
-        model.to(dtype=wanted)  # sizes are those of the types that weights are loaded in
+    if wanted != "auto":
+        model.to(dtype=getattr(torch, wanted))  # sizes are those of the types that weights are loaded in
     return model, plan_compression(model, recipe.compression)
 
 
@@ -474,12 +474,14 @@ def export_directory(
     fmt: str,
     data: DataConfig | None = None,
     gguf_type: str | None = None,
+    activation_bits: int | None = None,
     trust_remote_code: bool = False,
 ) -> Export:
     """Write a compressed directory in a form that needs nothing of fips.
 
     ``dense`` is a plain checkpoint of the original architecture; ``onnx`` a ``model.onnx`` with packed constants,
-    checked with ONNX Runtime on the first batch of ``data``, or on made-up inputs without it; both with the tokenizer
+    checked with ONNX Runtime on the first batch of ``data``, or on made-up inputs without it, in which layers may round
+    inputs to ``activation_bits``: 8, or 16 for never, None for what each layer says; both with the tokenizer
     or image processor. ``gguf`` is a ``model.gguf`` for llama.cpp, in which layers that it has no integers for are
     ``gguf_type``: ``q8_0``, the default, or ``f16``. Raises ``ConfigError`` for another format or type and everything
     ``load`` raises.
@@ -490,6 +492,10 @@ def export_directory(
         raise ConfigError(f"`--gguf-type` must be q8_0 or f16, got {gguf_type!r}")
     if gguf_type is not None and fmt != "gguf":
         raise ConfigError(f"`--gguf-type` goes with `--format gguf`, got {fmt}")
+    if activation_bits not in (None, 8, 16):
+        raise ConfigError(f"`--activation-bits` must be 8, or 16 for inputs as they are, got {activation_bits}")
+    if activation_bits is not None and fmt != "onnx":
+        raise ConfigError(f"`--activation-bits` goes with `--format onnx`, got {fmt}")
     require_empty(output)
     if not is_compressed_source(source):
         raise ModelError(f"`{source}` is not a compressed model; `fips compress` makes one")
@@ -510,7 +516,10 @@ def export_directory(
             if fmt == "onnx":
                 example = _example(source, model, data, trust_remote_code=trust_remote_code)
                 with target.writing("the ONNX file"):
-                    done = Export(fmt, 0, export_onnx(model, target.scratch / "model.onnx", example).relative_error)
+                    written = export_onnx(
+                        model, target.scratch / "model.onnx", example, activation_bits=activation_bits
+                    )
+                done = Export(fmt, 0, written.relative_error, notes=written.notes)
             _write_plain(model, target, source, fmt, trust_remote_code=trust_remote_code)
         file_bytes = _size(target.scratch)
         target.commit()

@@ -1,4 +1,4 @@
-"""MODEL on the command line: transformers or timm, a directory or a hub id, with or without its weights."""
+"""MODEL on the command line: transformers or timm, a directory, hub id or GGUF file, with or without its weights."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ from fips.cli.options import (
     EvalSamples,
     EvalSplit,
     FactorDtype,
+    GgufFile,
     Group,
     Groups,
     Ignore,
@@ -73,6 +74,7 @@ from fips.cli.options import (
     data_fields,
     evaluation_data,
     given,
+    named_source,
     numbers,
     settings_of_options,
 )
@@ -133,6 +135,7 @@ def compress(
     size: Size = None,
     budget: Budget = None,
     output: Output = None,
+    gguf_file: GgufFile = None,
     data: Data = None,
     num_samples: NumSamples = None,
     sequence_length: SequenceLength = None,
@@ -182,6 +185,7 @@ def compress(
 
     options = locals()
     _require_given(options)
+    model = named_source(model, gguf_file)
     setting = settings_of_options(
         recipe,
         compression=given(options, COMPRESSION),
@@ -232,6 +236,7 @@ def plan(
     bits: Bits = None,
     size: Size = None,
     budget: Budget = None,
+    gguf_file: GgufFile = None,
     layers: Layers = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -249,7 +254,8 @@ def plan(
     from fips.app.outline import outline_of_plan
 
     setting = settings_of_options(recipe, compression=given(locals(), COMPRESSION), default_size=DEFAULT_BITS)
-    empty, made = plan_source(model, setting, dtype=dtype, trust_remote_code=trust_remote_code)
+    source = named_source(model, gguf_file)
+    empty, made = plan_source(source, setting, dtype=dtype, trust_remote_code=trust_remote_code)
     print_plan(outline_of_plan(empty, made, setting.compression), as_json=as_json)
 
 
@@ -259,6 +265,7 @@ def inspect(
     bits: Bits = None,
     size: Size = None,
     budget: Budget = None,
+    gguf_file: GgufFile = None,
     layers: Layers = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -279,6 +286,7 @@ def inspect(
     from fips.app.sources import is_compressed_source
 
     options = given(locals(), COMPRESSION)
+    model = named_source(model, gguf_file)
     if is_compressed_source(model):
         if options or recipe is not None:
             name = next(iter(options), "recipe").replace("_", "-")
@@ -335,12 +343,15 @@ def report(
     if as_json:
         print_json({"output": str(done.path), "bytes": done.bytes, "quality": done.quality, "examples": done.examples})
         return
-    stdout.print(f"written to {done.path}: {done.bytes:,} bytes", highlight=False, soft_wrap=True)
+    stdout.tell(f"written to {done.path}: {done.bytes:,} bytes")
 
 
 @app.command(rich_help_panel=MEASURE)
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Compressed directory, model directory or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="DIR|MODEL", help="Compressed directory, model directory, hub id or .gguf file.")
+    ],
+    gguf_file: GgufFile = None,
     data: Data = None,
     split: Split = None,
     column: Column = None,
@@ -381,6 +392,7 @@ def evaluate(
     from fips.config import DataConfig
 
     fields = data_fields(locals())
+    model = named_source(model, gguf_file)
     if tasks is not None and against is not None:
         raise ConfigError("`--against` compares predictions on `--data`; lm-eval tasks have none to compare")
     if (tasks is None) == ("source" not in fields):
@@ -421,6 +433,14 @@ def export(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    activation_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BITS",
+            help="Of ONNX: 8: layers may round inputs to 8 bits, and run as blocks of few bits; 16: never.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     data: Data = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -433,15 +453,16 @@ def export(
 
     example = DataConfig(source=data, num_samples=2) if data is not None else None
     done = export_directory(
-        model, output, fmt=format_, data=example, gguf_type=gguf_type, trust_remote_code=trust_remote_code
-    )
+        model, output, fmt=format_, data=example, gguf_type=gguf_type, activation_bits=activation_bits,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if as_json:
         print_json(asdict(done))
         return
     for line in (*(kind.line() for kind in done.kinds), *done.notes):
-        stdout.print(line, highlight=False, soft_wrap=True)
+        stdout.tell(line)
     checked = "" if done.relative_error is None else f"; ONNX Runtime differs from torch by {done.relative_error:.1e}"
-    stdout.print(f"written to {output}: {done.file_bytes:,} bytes{checked}", highlight=False, soft_wrap=True)
+    stdout.tell(f"written to {output}: {done.file_bytes:,} bytes{checked}")
 
 
 @app.command(rich_help_panel=MEASURE)

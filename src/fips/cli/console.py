@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -19,6 +20,10 @@ class Results(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         with self._taking():
             super().print(*objects, **options)
+
+    def tell(self, line: str) -> None:
+        """A sentence, see ``fitted``."""
+        self.print(fitted(line, self), highlight=False, soft_wrap=True, markup=False)
 
     def write(self, text: str) -> None:
         """The text as it is."""
@@ -43,6 +48,16 @@ stdout = Results()
 stderr = Console(stderr=True)
 
 
+def fitted(line: str, console: Console) -> str:
+    """A sentence as a terminal can show it, broken between words; anywhere else in one line, for those who search.
+
+    A word that is longer than a line stays whole: paths are there to be copied.
+    """
+    if not console.is_terminal or len(line) <= console.width:
+        return line
+    return "\n".join(textwrap.wrap(line, console.width, break_long_words=False, break_on_hyphens=False))
+
+
 def say(line: str) -> None:
     with suppress(OSError, ValueError):  # a terminal that is gone
-        print(line, file=sys.stderr)  # noqa: T201
+        print(fitted(line, stderr), file=sys.stderr)  # noqa: T201

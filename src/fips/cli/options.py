@@ -16,13 +16,21 @@ TASKS, MACHINE = "Tasks of lm-eval", "Machine and work"
 DEFAULT_BITS = 4.8
 """Of a plan without a size, as in the demo."""
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.", show_default=False)]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model directory, hub id or .gguf file.", show_default=False)
+]
 ModelOrPacked = Annotated[
     str,
     typer.Argument(metavar="MODEL|DIR", help="Model directory, hub id or compressed directory.", show_default=False),
 ]
 OptionalModel = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="Model directory or hub id.", show_default=False)
+    str | None, typer.Argument(metavar="MODEL", help="Model directory, hub id or .gguf file.", show_default=False)
+]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf-file", metavar="NAME", help="File of MODEL to read, as floating numbers.", rich_help_panel=MODEL
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=MODEL)]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)]
@@ -317,6 +325,17 @@ def _parse_groups(text: str) -> list[list[int]]:
     except ValueError:
         raise ConfigError(f"`--groups` wants ranges such as `0-3,4-7`, got {text!r}") from None
     return groups
+
+
+def named_source(model: Any, gguf_file: str | None) -> Any:
+    """MODEL, or the GGUF file of it that ``--gguf-file`` names."""
+    if gguf_file is None:
+        return model
+    if model is None:
+        raise ConfigError("`--gguf-file` without a model: give MODEL, the directory or hub id that holds it")
+    from fips.models.gguf import join_gguf
+
+    return join_gguf(model, gguf_file)
 
 
 def numbers(option: str, text: str, kind: Any) -> list[Any]:

@@ -37,7 +37,7 @@ def print_plan(outline: Any, *, as_json: bool, with_layers: bool = False, estima
     if estimate is not None:
         lines.append(estimate.line())
     for line in lines:
-        stdout.print(line, highlight=False, soft_wrap=True)
+        stdout.tell(line)
 
 
 def print_packed(packed: Any, *, as_json: bool) -> None:
@@ -53,7 +53,7 @@ def print_packed(packed: Any, *, as_json: bool) -> None:
     lines = [share_line(packed.kinds), *error_lines(packed)]
     lines += ["no record beside the weights"] if packed.report is None else record_lines(packed.report)
     for line in lines:
-        stdout.print(line, highlight=False, soft_wrap=True)
+        stdout.tell(line)
 
 
 def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
@@ -67,20 +67,19 @@ def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
         return
     stdout.print(result_table(done.report))
     for line in (*left_dense_lines(done.report.plan), *done.report.notes):
-        stdout.print(line, highlight=False, soft_wrap=True)
+        stdout.tell(line)
     if done.report.quality is not None:
         for score in scores(done.report.quality):
-            stdout.print(f"{score.name}: {score.line()}", highlight=False, soft_wrap=True)
+            stdout.tell(f"{score.name}: {score.line()}")
     before = done.report.plan["model"]["bytes"]
     peak = done.report.peak_memory_bytes
-    stdout.print(
+    stdout.tell(
         f"{format_bytes(before)} -> {format_bytes(done.tensor_bytes)} of tensors, {done.report.seconds:.0f} s, "
-        f"peak memory {'not measured' if peak is None else format_bytes(peak)}",
-        highlight=False,
+        f"peak memory {'not measured' if peak is None else format_bytes(peak)}"
     )
     if (output / PAGE).is_file():
-        stdout.print(f"report: {output / PAGE}", highlight=False, soft_wrap=True)
-    stdout.print(f'written to {output}; load it with fips.load("{output}")', highlight=False, soft_wrap=True)
+        stdout.tell(f"report: {output / PAGE}")
+    stdout.tell(f'written to {output}; load it with fips.load("{output}")')
 
 
 def print_evaluation(name: str, result: Any) -> None:
@@ -130,14 +129,13 @@ def print_bench(result: dict[str, Any]) -> None:
     stdout.print(table)
     for words, sizes in (("file", result["file_bytes"]), ("peak memory", result["peak_memory_bytes"])):
         parts = (f"{format_bytes(sizes[side]) if sizes[side] else '-'} {side}" for side in names)
-        stdout.print(f"{words}: {', '.join(parts)}", highlight=False)
+        stdout.tell(f"{words}: {', '.join(parts)}")
     for side, first in result["first_answer"].items():
         if first is not None:
             seconds = f"{first['load_s']:.1f} s to load, then {first['first_s']:.1f} s for the first {first['case']}"
-            stdout.print(f"{side}: {seconds}", highlight=False)
+            stdout.tell(f"{side}: {seconds}")
     runtime = result["runtime"]
-    stdout.print(
+    stdout.tell(
         f"packed layers: {format_bytes(runtime['stored_bytes'])} stored, {format_bytes(runtime['extra_bytes'])} beside "
-        f"them at run time, {format_bytes(runtime['dense_bytes'])} as dense matrices",
-        highlight=False,
+        f"them at run time, {format_bytes(runtime['dense_bytes'])} as dense matrices"
     )

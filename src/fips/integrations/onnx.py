@@ -1,6 +1,7 @@
-"""ONNX files of packed models: every basis stored once, factors packed, decoded by the graph.
+"""ONNX files of packed models: blocks of few bits that ONNX Runtime multiplies by, or constants that the graph decodes.
 
-The decoding reads constants only, so ONNX Runtime does it once, when it loads the file; what then runs is dense.
+The decoding reads constants only, so ONNX Runtime does it once, when it loads the file; what then runs is dense. Every
+basis is stored once.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
 
 from fips.errors import ModelError
-from fips.formats.packed import in_place, to_dense
-from fips.formats.patterns import BITMASK, pattern_named
+from fips.formats.packed import in_place
+from fips.formats.patterns import BITMASK, FULL, pattern_named
 from fips.formats.rotation import rotate
+from fips.integrations.matmul_nbits import BlockedLinear, block_bits
 from fips.layers.embedding import Lookup, PackedEmbedding, TiedLayer, tied_layers
 from fips.layers.linear import FactoredLinear, factored_layers, replace_everywhere
 from fips.optional import require
@@ -31,6 +33,8 @@ __all__ = ["OnnxFile", "export_onnx"]
 
 TOLERANCE = 1e-4
 """Largest accepted relative error of ONNX Runtime against torch, Frobenius norm, both in float32."""
+ROUNDED_TOLERANCE = 0.1
+"""The same where ONNX Runtime rounds inputs of layers to 8 bits, which torch does not."""
 _FOLD_LIMIT = 64  # elements; larger constants stay as they are, so that packed factors stay packed
 _DYNAMIC = {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
 
@@ -44,14 +48,33 @@ class OnnxFile:
     opset: int
     relative_error: float
     """ONNX Runtime against torch on the inputs given, Frobenius norm."""
+    blocked: int
+    """Layers that run as blocks of few bits (``MatMulNBits``)."""
+    decoded: int
+    """Packed layers that are decoded to float32 when the file is loaded."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What becomes of the packed layers, for people."""
+        found = []
+        if self.blocked:
+            found.append(f"{self.blocked} packed layers run as blocks of 4 or 8 bits (MatMulNBits of ONNX Runtime)")
+        if self.decoded:
+            found.append(f"{self.decoded} packed layers become float32 in memory when ONNX Runtime loads the file")
+        return tuple(found)
 
 
-def export_onnx(model: PreTrainedModel, path: Path, inputs: Mapping[str, Tensor]) -> OnnxFile:
+def export_onnx(
+    model: PreTrainedModel, path: Path, inputs: Mapping[str, Tensor], *, activation_bits: int | None = None
+) -> OnnxFile:
     """Write an ONNX file with dynamic batch and sequence sizes, run it on ``inputs`` and compare with torch.
 
-    Arithmetic is float32; values keep the type they are stored in, patterns become bitmasks. Of the outputs the first
-    is exported (logits, or the last hidden state). The model is left as it is. Raises ``ModelError`` if the model
-    cannot be exported or ONNX Runtime disagrees, ``MissingPackageError`` without onnx, onnxscript and onnxruntime.
+    Layers of integers of at most 4 bits, without pruned entries, become ``MatMulNBits`` of ONNX Runtime with the same
+    integers; with ``activation_bits=8`` all integers and levels do, and inputs are rounded to 8 bits there (None: as
+    each layer says, 16: never). All other numbers keep the type they are stored in, patterns become bitmasks, and the
+    graph decodes them. Arithmetic is float32. Of the outputs the first is exported (logits, or the last hidden state).
+    The model is left as it is. Raises ``ModelError`` if the model cannot be exported or ONNX Runtime disagrees,
+    ``MissingPackageError`` without onnx, onnxscript and onnxruntime.
     """
     for package in ("onnx", "onnxscript.optimizer", "onnxruntime"):
         require(package, extra="onnx", purpose="export to ONNX")
@@ -60,18 +83,23 @@ def export_onnx(model: PreTrainedModel, path: Path, inputs: Mapping[str, Tensor]
     inputs = {
         name: tensor if tensor.shape[0] > 1 else tensor.repeat_interleave(2, 0) for name, tensor in inputs.items()
     }
-    wrapper = _FirstOutput(_exportable(model), tuple(inputs))  # a batch of one would be taken for a constant
+    twin = _exportable(model, activation_bits)
+    wrapper = _FirstOutput(twin, tuple(inputs))  # a batch of one would be taken for a constant
     with torch.no_grad():
         expected = wrapper(*inputs.values())
         program = _trace(wrapper.eval(), inputs)
     _tidy(program.model)
     program.save(str(path))
     error = _relative_error(_run(path, inputs), expected)
-    if not error <= TOLERANCE:
-        raise ModelError(f"ONNX Runtime differs from torch by {error:.1e} (relative), allowed is {TOLERANCE:.0e}")
+    decoded = sum(isinstance(module, _DecodedLinear) for module in twin.modules())
+    blocked = [module for module in twin.modules() if isinstance(module, BlockedLinear)]
+    allowed = ROUNDED_TOLERANCE if any(layer.rounds for layer in blocked) else TOLERANCE
+    if not error <= allowed:
+        raise ModelError(f"ONNX Runtime differs from torch by {error:.1e} (relative), allowed is {allowed:.0e}")
     files = [path, path.with_name(path.name + ".data")]
     size = sum(file.stat().st_size for file in files if file.is_file())
-    return OnnxFile(path, size, int(program.model.opset_imports[""]), error)
+    opset = int(program.model.opset_imports[""])
+    return OnnxFile(path, size, opset, error, len(blocked), decoded)
 
 
 class _FirstOutput(nn.Module):
@@ -98,34 +126,35 @@ class _DecodedLinear(nn.Module):
         self.bias = layer.bias
         self.weight = torch.empty(0)
         self._rotation = layer.rotation
-        levels = () if layer.value_format.memory else layer.value_format.levels
-        plain = layer.value_format.plain or bool(levels)  # others are decoded here: the graph has levels and scales
-        packed = layer.packed()
-        matrix = in_place(packed) if plain else to_dense(packed)
-        values, pattern = pattern_named(BITMASK).pack(matrix.detach(), layer.mask())
-        self.register_buffer("values", values)
-        self.register_buffer("pattern", pattern)
-        if levels:
-            self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32))
-        if layer.value_format.scaled and plain:
+        matrix = in_place(layer.packed()).detach()
+        if layer.value_format.scaled:  # levels and coded values are integers too
+            matrix = layer.value_format.decode(matrix).to(torch.int8)
+        if layer.fmt == FULL:
+            self.register_buffer("values", matrix)
+        else:
+            values, pattern = pattern_named(BITMASK).pack(matrix, layer.mask())
+            self.register_buffer("values", values)
+            self.register_buffer("pattern", pattern)
+        if layer.value_format.scaled:
             self.register_buffer("scales", layer.scales)
             if layer.value_format.scale_group is not None:
                 self._group = layer.value_format.scale_group
                 self.register_buffer("group_scales", layer.group_scales)
 
-    def _factor(self) -> Tensor:
+    def _entries(self) -> Tensor:
+        """The numbers of the matrix, without their scales."""
+        values = self.get_buffer("values").float()
+        if "pattern" not in self._buffers:
+            return values
         powers = 2 ** torch.arange(8, dtype=torch.int32)
         bytes_ = self.get_buffer("pattern").to(torch.int32).unsqueeze(1)
         count = self._shape[0] * self._shape[1]
         bits = (torch.div(bytes_, powers, rounding_mode="floor") % 2).flatten()[:count]
         places = (bits.cumsum(0) - 1).clamp(min=0)
-        values = self.get_buffer("values")
-        if "levels" in self._buffers:
-            levels = self.get_buffer("levels")
-            values = levels[values.to(torch.int64) + len(levels) // 2]
-        else:
-            values = values.float()
-        factor = torch.where(bits == 1, values[places], torch.zeros(())).view(self._shape)
+        return torch.where(bits == 1, values[places], torch.zeros(())).view(self._shape)
+
+    def _factor(self) -> Tensor:
+        factor = self._entries()
         if "scales" not in self._buffers:
             return factor
         if "group_scales" in self._buffers:
@@ -166,23 +195,31 @@ class _DecodedTied(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _exportable(model: PreTrainedModel) -> PreTrainedModel:
+def _exportable(model: PreTrainedModel, activation_bits: int | None) -> PreTrainedModel:
     """A copy on the CPU, in float32 but for the packed values, without key-value cache."""
     twin: PreTrainedModel = copy.deepcopy(model).cpu().eval()
-    decoded = {id(layer): _DecodedLinear(layer) for layer in factored_layers(twin).values()}
+    made = {id(layer): _replacement(layer, activation_bits) for layer in factored_layers(twin).values()}
     for name, place in tied_layers(twin).items():
-        replace_everywhere(twin, name, _DecodedTied(decoded[id(place.embedding)], place))
+        owner = made[id(place.embedding)]
+        assert isinstance(owner, _DecodedLinear)
+        replace_everywhere(twin, name, _DecodedTied(owner, place))
     for name, layer in factored_layers(twin).items():
-        replace_everywhere(twin, name, decoded[id(layer)])
+        replace_everywhere(twin, name, made[id(layer)])
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
     for module in twin.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and not isinstance(module, _DecodedLinear):
+            if buffer.is_floating_point() and not isinstance(module, _DecodedLinear | BlockedLinear):
                 module._buffers[name] = buffer.float()
     twin.config.use_cache = False
     return twin
+
+
+def _replacement(layer: FactoredLinear, activation_bits: int | None) -> _DecodedLinear | BlockedLinear:
+    rounded = (activation_bits or layer.runtime.activation_bits) == 8
+    bits = None if isinstance(layer, PackedEmbedding) else block_bits(layer, rounded=rounded)
+    return _DecodedLinear(layer) if bits is None else BlockedLinear(layer, bits, rounded=rounded)
 
 
 def _trace(wrapper: nn.Module, inputs: Mapping[str, Tensor]) -> Any:

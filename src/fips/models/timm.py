@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fips.errors import ModelError
 from fips.files.manifest import read_json, write_json
+from fips.models.gguf import is_gguf_source
 from fips.optional import require
 
 __all__ = [
@@ -54,7 +55,9 @@ def is_timm_config(fields: Mapping[str, Any]) -> bool:
 def is_timm_source(source: str) -> bool:
     """``timm/NAME``, or a directory with timm's config.json."""
     path = Path(source) / "config.json"
-    return is_timm_config(read_json(path)) if path.is_file() else source.startswith(PREFIX)
+    if path.is_file():
+        return is_timm_config(read_json(path))
+    return source.startswith(PREFIX) and not is_gguf_source(source)
 
 
 def build_timm(source: str | Path) -> nn.Module:

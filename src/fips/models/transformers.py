@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from transformers.utils.hub import cached_file
 
 from fips.errors import CheckpointError, ConfigError, ModelError
 from fips.models.architectures import check_trust, config_class, model_class
+from fips.models.gguf import as_plain, check_tensors, gguf_fields, gguf_source, is_gguf_source
 
 __all__ = [
     "build_empty",
@@ -66,12 +68,20 @@ def resolve_dtype(name: str) -> str:
 
 
 def config_fields(source: str) -> dict[str, Any]:
-    """What ``config.json`` of a local directory or hub id holds; raises ``ModelError`` if there is none."""
+    """What ``config.json`` of a local directory or hub id holds; raises ``ModelError`` if there is none.
+
+    Of a GGUF file, what it would hold.
+    """
     path = Path(source)
+    if is_gguf_source(source):
+        with quiet():
+            return gguf_fields(gguf_source(source))
     if path.exists() and not (path / "config.json").is_file():
-        raise ModelError(
-            f"`{source}` is not a model: it has no config.json; give a directory written by save_pretrained"
-        )
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        advice = "give a directory written by save_pretrained"
+        if files:
+            advice = f"to read a GGUF file, give it: `{path / files[0]}`, or add `--gguf-file {files[0]}`"
+        raise ModelError(f"`{source}` is not a model: it has no config.json; {advice}")
     if not path.exists() and _looks_like_path(source):
         raise ModelError(f"unknown model `{source}`: no such directory; give a model directory or a hub id")
     fields, _ = _from_source(source, PretrainedConfig.get_config_dict)
@@ -89,6 +99,8 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> tuple[Pretra
     kind = fields.get("model_type", "")
     if not trusted and "model_type" in fields and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         raise ModelError(f"`model_type` in config.json of `{source}` names no type of transformers: {kind!r:.80}")
+    if is_gguf_source(source):
+        return config_from_fields(fields, source=source), False
     try:
         with quiet():
             return AutoConfig.from_pretrained(source, trust_remote_code=trusted), trusted
@@ -124,6 +136,8 @@ def load_dense(
         raise ModelError(f"`{source}` is already compressed ({method}); give the original model")
     options = {"config": config, "dtype": wanted if wanted == "auto" else getattr(torch, wanted)}
     kind = model_class(config, source, trusted=trusted)
+    if is_gguf_source(source):
+        return _load_gguf(source, kind, options).to(device).eval()
     try:
         model, absent = _read_weights(source, kind, options)
     except ModelError:
@@ -140,6 +154,32 @@ def load_dense(
             raise ModelError(_lacks(source, model, absent))
     model.to(device)
     return model.eval()
+
+
+def _load_gguf(source: str, kind: type[PreTrainedModel], options: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of a GGUF file, every weight a floating number, as if it had been saved like any other."""
+    file = gguf_source(source)
+    check_tensors(build_empty(options["config"]), file)
+    place, named = file.options
+    options = {**options, **named, "dtype": file.dtype if options["dtype"] == "auto" else options["dtype"]}
+    options_class = getattr(transformers, "GgufConfig", None)  # where weights can stay as they are in the file
+    if options_class is not None:
+        options["quantization_config"] = options_class(dequantize=True)
+    try:
+        with quiet(), _without_bar():
+            model, found = kind.from_pretrained(place, output_loading_info=True, **options)
+    except Exception as error:  # files are anyone's, and the reader fails in its own ways
+        raise ModelError(
+            f"cannot load model `{source}`: {type(error).__name__}: {_first_words(error)} (copy the file again)"
+        ) from None
+    wrong = sorted(found["missing_keys"])
+    if wrong:
+        raise ModelError(f"`{file.path.name}` lacks {_listed(wrong)}, which `{kind.__name__}` needs: copy it again")
+    surplus = sorted(found["unexpected_keys"])
+    if surplus:
+        raise ModelError(f"`{file.path.name}` holds {_listed(surplus)}, for which `{kind.__name__}` has no place")
+    as_plain(model)
+    return model
 
 
 def _read_weights(
@@ -298,6 +338,8 @@ def load_processor(source: str, kind: Literal["image", "text", "both"], *, trust
     Raises ``ModelError`` if there are and they cannot be used.
     """
     what = {"text": "tokenizer", "image": "image processor", "both": "processor of images and texts"}[kind]
+    if is_gguf_source(source):
+        return _tokenizer_of_gguf(source) if kind == "text" else None
     if not any(_holds(source, name) for name in _PROCESSOR_FILES[kind]):
         return None
     loaders = {
@@ -320,6 +362,19 @@ def load_processor(source: str, kind: Literal["image", "text", "both"], *, trust
     if files and not any(_holds(source, name) for name in files | {"tokenizer.json", "tokenizer.model"}):
         raise ModelError(f"the tokenizer of `{source}` has no vocabulary ({', '.join(sorted(files))}); copy it again")
     return processor
+
+
+def _tokenizer_of_gguf(source: str) -> Any:
+    """The tokenizer in a GGUF file."""
+    place, options = gguf_source(source).options
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:  # vocabularies are anyone's, and each kind fails in its own way
+        raise ModelError(
+            f"the tokenizer in `{source}` cannot be used: {type(error).__name__}: {_first_words(error)}; give the "
+            "original model"
+        ) from None
 
 
 def _holds(source: str, name: str) -> bool:
@@ -366,6 +421,18 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Without the bar over the tensors of a GGUF file, which asks nobody whether it may be drawn."""
+    module: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    before = module.tqdm
+    module.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        module.tqdm = before
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fips.errors import ModelError
 from fips.models import Site
+from fips.models.gguf import as_plain
 
 __all__ = ["check_layers", "check_model", "unwrap"]
 
@@ -114,6 +115,9 @@ def _check_quantized(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
     name = str(getattr(method, "value", method) or "unknown")
+    if name == "gguf" and all(parameter.is_floating_point() for parameter in model.parameters()):
+        as_plain(model)  # transformers made floating numbers of the file; layers it left packed are refused
+        return
     if (getattr(model, "is_quantized", False) or quantizer is not None) and name != "fips":
         raise ModelError(f"the model is already quantized by another method ({name}); give the original model")
 

@@ -41,7 +41,7 @@ __all__ = [
 
 REMOTE_CODE = f"{REMOTE_MODULE}.py"
 CARD = "README.md"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/.+\.gguf)?")
 _WORD = r"[\w.+-]{1,100}"
 _LICENSE = {
     "license": rf"^license:\s*[\"']?({_WORD})[\"']?\s*$",
@@ -105,7 +105,8 @@ def saved_fields(model: PreTrainedModel) -> dict[str, Any]:
     Raises ``ModelError`` if there are none.
     """
     fields: dict[str, Any] = model.config.to_dict()
-    fields.pop("quantization_config", None)
+    for name in ("quantization_config", "_name_or_path"):  # the second is where the model lay on this machine
+        fields.pop(name, None)
     fields["dtype"] = str(model.dtype).removeprefix("torch.")
     return fields | saved_classes(model)
 
@@ -194,8 +195,8 @@ def model_card(
     """
     source = (report or {}).get("source")
     header: dict[str, Any] = {"library_name": "transformers" if architecture else "timm", "tags": ["fips"]}
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not Path(source).exists():
-        header["base_model"] = source
+    if isinstance(source, str) and (found := _HUB_ID.fullmatch(source)) and not Path(source).exists():
+        header["base_model"] = found[1]
     text = f"---\n{yaml.safe_dump({**header, **(license_fields or {})}, sort_keys=False)}---\n\n"
     results = _results(CompressionReport.from_dict(without_directories(report)), license_fields) if report else ""
     if architecture is None:

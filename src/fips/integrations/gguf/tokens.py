@@ -111,8 +111,9 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    if vocabulary.scores:
-        writer.add_token_scores(vocabulary.scores)
+    scores = vocabulary.scores if vocabulary.scores or vocabulary.merges else [0.0] * len(vocabulary.tokens)
+    if scores:  # of single bytes too: empty lists are not written, and transformers wants merges or scores
+        writer.add_token_scores(scores)
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
     for name, number in vocabulary.special.items():
