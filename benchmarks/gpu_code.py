@@ -37,7 +37,7 @@ CASES = [
     ("2:4", 0),
     *(("block8", bits) for bits in (8, 0)),
 ]
-FEW_CASES = [("full", 3), ("full", 4), ("bitmask", 8), ("4:16", 0), ("block8", 0)]
+FEW_CASES = [("full", 4), ("bitmask", 8), ("4:16", 0), ("block8", 0)]
 TOKENS = (16, 64)
 POINTERS = (
     *("x_ptr", "values", "pattern", "starts", "table", "scales", "group_scales", "bias", "y_ptr", "dense", "counts"),
