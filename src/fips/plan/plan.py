@@ -14,6 +14,7 @@ from fips.errors import ConfigError, ModelError, NoMatchError
 from fips.formats.patterns import BITMASK
 from fips.layers.linear import factored_layers
 from fips.models import LayerGroup, Skipped, Sublayer, group_layers, locate_layers
+from fips.models.experts import experts_apart
 from fips.models.wrappers import unwrap
 from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_bytes
 from fips.plan.groups import GroupPlan, storage_dtype
@@ -93,6 +94,11 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     model = unwrap(model)
     if factored_layers(model):
         raise ModelError("the model is already compressed; `fips.merge(model)` turns it back into dense layers")
+    with experts_apart(model):
+        return _planned(model, config)
+
+
+def _planned(model: nn.Module, config: CompressionConfig) -> CompressionPlan:
     located = locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
     _check_whole(model, located.sublayers, config)
     groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
@@ -120,7 +126,9 @@ def settle_size(
 
     Layers ``left`` dense count among the rest. Raises ``BudgetError`` with the smallest size there is.
     """
-    return with_bits(unwrap(model), [group.group for group in plan.groups], config, left)
+    model = unwrap(model)
+    with experts_apart(model):
+        return with_bits(model, [group.group for group in plan.groups], config, left)
 
 
 def leave_dense(
@@ -182,7 +190,16 @@ def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) 
 
 def _check_whole(model: nn.Module, sublayers: Sequence[Sublayer], config: CompressionConfig) -> None:
     """Blocks of neighbours reorder hidden neurons, which all layers around them must do alike."""
-    if not planner_of(config).moves_neurons or (config.targets is None and config.layers == "mlp"):
+    if not planner_of(config).moves_neurons:
+        return
+    for sublayer in sublayers:
+        parts = {part.features for site in sublayer.sites for part in site.parts if part.space == "hidden"}
+        if len(parts) > 1:
+            raise ConfigError(
+                f"`method: {config.method}` with this `pattern` reorders hidden neurons, which `{sublayer.name}` mixes "
+                f"({' and '.join(map(str, sorted(parts)))} features in its layers); use `pattern: unstructured`"
+            )
+    if config.targets is None and config.layers == "mlp":
         return
     whole = [{site.name for site in sublayer.sites} for sublayer in locate_layers(model).sublayers]
     for sublayer in sublayers:
