@@ -88,8 +88,11 @@ class Influence:
         self.tokens += len(x_TI)
 
     def add_ids(self, ids_T: Tensor) -> None:
-        """Of an embedding the tokens it looked up."""
-        counts_I = torch.bincount(ids_T, minlength=len(self.inputs_I)).to(self.inputs_I.dtype)
+        """Of an embedding the tokens it looked up. On the meta device, where there are none to tell, all count alike."""
+        if ids_T.is_meta:
+            counts_I = torch.ones_like(self.inputs_I)
+        else:
+            counts_I = torch.bincount(ids_T, minlength=len(self.inputs_I)).to(self.inputs_I.dtype)
         self.inputs_I += counts_I
         self.sum_I += counts_I
         self.tokens += len(ids_T)

@@ -285,14 +285,12 @@ class Workbench:
     def say_tokens(self) -> None:
         """A note where experts had few tokens or none."""
         few = [weight for weight, inputs in self.tokens.values() if weight < inputs]
-        if not few:
-            return
-        none = sum(weight == 0 for weight in few)
-        self.note(
-            f"of {len(self.tokens)} matrices of experts {none} were reached by no token of the calibration data and "
-            f"{len(few) - none} by fewer than they have inputs; what is missing there was taken from the other experts "
-            "of their mixtures: more examples would tell"
-        )
+        if few:
+            self.note(
+                f"{len(few)} of {len(self.tokens)} matrices of experts were reached by fewer tokens of the calibration "
+                f"data than they have inputs, {sum(weight == 0 for weight in few)} of them by none; what they lack was "
+                "taken from the other experts of their mixtures: more examples would tell"
+            )
 
     def keep_moments(self) -> None:
         """Keep what ``cached`` measures from now on, at least as long as this compression lasts."""

@@ -80,6 +80,8 @@ class ExpertList(nn.Module):
         """
         named = [kwargs[name] for name in self._arguments[len(args) :] if name in kwargs]
         x_TD, experts_TK, weights_TK = (*args, *named)[:3]
+        if torch.compiler.is_exporting():
+            return self._by_all(x_TD, experts_TK, weights_TK)
         chosen = experts_TK.flatten().clamp(max=self.num_experts)
         order = chosen.argsort(stable=True)
         counts = _counts(chosen, self.num_experts + 1)
@@ -99,6 +101,14 @@ class ExpertList(nn.Module):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return scaled[back].view(*experts_TK.shape, x_TD.shape[-1]).sum(1).to(x_TD.dtype)
+
+    def _by_all(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The same in a graph whose shapes do not depend on who was chosen: every expert works on every token."""
+        sums = [
+            self._expert(expert, x_TD) * ((experts_TK == expert) * weights_TK).sum(-1, keepdim=True)
+            for expert in range(self.num_experts)
+        ]
+        return torch.stack(sums).sum(0).to(x_TD.dtype)
 
     def _expert(self, expert: int, x_ND: Tensor) -> Tensor:
         fused, (first, last) = self.fused, self.layers(expert)
