@@ -88,7 +88,7 @@ class Influence:
         self.tokens += len(x_TI)
 
     def add_ids(self, ids_T: Tensor) -> None:
-        """Of an embedding the tokens it looked up. On the meta device, where there are none to tell, all count alike."""
+        """Of an embedding the tokens it looked up; on the meta device, where nothing tells them, all count alike."""
         if ids_T.is_meta:
             counts_I = torch.ones_like(self.inputs_I)
         else:
