@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 import fips
+from fips.app.outline import outline_of_plan
+from fips.app.sources import empty_model
 from fips.calibration.inputs import place
 from fips.calibration.moments import LayerMoments
 from fips.calibration.record import ActivationSpool
@@ -359,3 +361,23 @@ def test_the_plan_counts_experts_as_a_kind_of_their_own() -> None:
     assert kinds["all else"].weights == sum(
         parameter.numel() for name, parameter in model.named_parameters() if "norm" in name or "mlp.gate" in name
     )  # routers are not compressed
+
+
+def test_the_plan_of_mlps_alone_tells_the_smallest_size(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path / "model")
+    config = settings(layers="mlp")
+    empty = empty_model(str(tmp_path / "model"), compressed=False)
+    outline = outline_of_plan(empty, fips.plan_compression(empty, config), config)
+    assert outline.smallest is not None
+    experts = 2 * EXPERTS * 3 * HIDDEN * WIDTH
+    rest = sum(parameter.numel() for parameter in mixtral().parameters()) - experts
+    assert 4 * rest + experts / 4 < outline.smallest["bytes"] < 4 * rest + experts
+
+
+def test_an_export_to_onnx_has_no_shapes_that_depend_on_who_was_chosen(packed: tuple[MixtralForCausalLM, Path]) -> None:
+    _, path = packed
+    experts = fips.load(path).model.layers[0].mlp.experts
+    x, chosen, weights = torch.randn(5, WIDTH), torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [1, 1]]), torch.rand(5, 2)
+    with torch.no_grad():
+        expected, found = experts(x, chosen, weights), experts._by_all(x, chosen, weights)
+    assert (found - expected).norm() / expected.norm() < 1e-6

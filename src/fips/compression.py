@@ -29,6 +29,7 @@ from fips.models.experts import experts_apart
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
 from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size
+from fips.plan.rest import cast_rest
 from fips.ranks import Ranks, joined
 from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_embedding, replace_linear
@@ -123,6 +124,7 @@ def compress(
         for group in groups:
             require_finite_layers(group.layers, group.bases, method=config.method)
         _install(model, groups, activation_bits=config.activation_bits)
+        cast_rest(model, config)
         bench.say_tokens()
         if asked.size is not None:
             bench.notes.append(_size_note(asked, config, groups))

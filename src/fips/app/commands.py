@@ -99,8 +99,8 @@ def plan_source(
     else:
         raise ConfigError("no model: give MODEL, or a recipe that names one")
     wanted = resolve_dtype(dtype)
-    if isinstance(wanted, torch.dtype):
-        model.to(dtype=wanted)  # sizes are those of the types that weights are loaded in
+    if wanted != "auto":
+        model.to(dtype=getattr(torch, wanted))  # sizes are those of the types that weights are loaded in
     return model, plan_compression(model, recipe.compression)
 
 

@@ -20,6 +20,7 @@ from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_byte
 from fips.plan.groups import GroupPlan, storage_dtype
 from fips.plan.least import require_sensible_size
 from fips.plan.planner import planner_of
+from fips.plan.rest import rest_saving
 from fips.plan.size import smallest_sizes, weight_dtype, with_bits
 
 __all__ = ["CompressionPlan", "LeftDense", "leave_dense", "plan_compression", "settle_size"]
@@ -48,6 +49,8 @@ class CompressionPlan:
     model_parameters: int
     model_bytes: int
     left_dense: tuple[LeftDense, ...] = ()
+    rest_saving: int = 0
+    """Bytes that what is in no group takes less in another type, if one is asked for."""
 
     @property
     def dense(self) -> Footprint:
@@ -65,7 +68,7 @@ class CompressionPlan:
     @property
     def compressed_bytes(self) -> int:
         """Tensor bytes of the whole checkpoint after compression."""
-        return self.model_bytes - self.dense.bytes + self.factored.bytes
+        return self.model_bytes - self.rest_saving - self.dense.bytes + self.factored.bytes
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -116,6 +119,7 @@ def _planned(model: nn.Module, config: CompressionConfig) -> CompressionPlan:
         skipped=(*located.skipped, *outside),
         model_parameters=sum(p.numel() for p in model.parameters()),
         model_bytes=state_bytes(model),
+        rest_saving=rest_saving(model, groups, config),
     )
 
 
@@ -168,7 +172,8 @@ def leave_dense(
             + ("" if len(left) == 1 else ", and so on")
             + "; give batches that use these layers, as the model is used"
         )
-    return replace(plan, groups=tuple(groups), left_dense=tuple(left))
+    saving = rest_saving(model, [group.group for group in groups], config)
+    return replace(plan, groups=tuple(groups), left_dense=tuple(left), rest_saving=saving)
 
 
 def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) -> GroupPlan:
