@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 __all__ = ["ExpertList", "expert_lists", "experts_apart", "fuse_experts", "split_experts", "why_whole"]
 
-_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
+_MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 """What the decorator of transformers gives a module of experts, and what its ways to multiply ask of it."""
 
 
@@ -63,7 +63,7 @@ class ExpertList(nn.Module):
     def parts(self) -> int:
         """Spaces side by side that the first matrix of an expert writes, one neuron of each at the same place."""
         fused = self.fused
-        return 2 if fused.has_gate and fused.is_concatenated else 1
+        return 2 if fused.has_gate and getattr(fused, "is_concatenated", True) else 1
 
     def layers(self, expert: int) -> tuple[nn.Module, nn.Module]:
         """The two layers of an expert."""
@@ -114,7 +114,7 @@ class ExpertList(nn.Module):
         fused, (first, last) = self.fused, self.layers(expert)
         hidden = first(x_ND)
         y_ND: Tensor = last(fused._apply_gate(hidden) if fused.has_gate else fused.act_fn(hidden))  # type: ignore[operator]
-        return fused.post_expert_norm(y_ND) if fused.has_post_expert_norm else y_ND  # type: ignore[operator]
+        return fused.post_expert_norm(y_ND) if getattr(fused, "has_post_expert_norm", False) else y_ND  # type: ignore[operator]
 
 
 def _counts(chosen: Tensor, kinds: int) -> list[int]:
