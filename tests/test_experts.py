@@ -317,7 +317,6 @@ def test_merged_they_are_the_tensors_of_before_in_their_places(
 
 def test_a_layer_of_another_shape_is_refused_by_name(packed: tuple[MixtralForCausalLM, Path], tmp_path: Path) -> None:
     shutil.copytree(packed[1], tmp_path / "other")
-    (tmp_path / "other" / "fips_manifest.json").unlink(missing_ok=True)
     path = tmp_path / "other" / "config.json"
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, "num_local_experts": EXPERTS - 1}))
@@ -381,3 +380,18 @@ def test_an_export_to_onnx_has_no_shapes_that_depend_on_who_was_chosen(packed: t
     with torch.no_grad():
         expected, found = experts(x, chosen, weights), experts._by_all(x, chosen, weights)
     assert (found - expected).norm() / expected.norm() < 1e-6
+
+
+def test_a_linear_layer_that_is_said_to_be_an_embedding_is_refused(
+    packed: tuple[MixtralForCausalLM, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(packed[1], tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    fields = json.loads(path.read_text())
+    name = next(name for name in fields["quantization_config"]["layers"] if name.endswith("0.self_attn.q_proj"))
+    fields["quantization_config"]["layers"][name]["embedding"] = True
+    fields["quantization_config"]["format_version"] = 4
+    path.write_text(json.dumps(fields))
+    for load in (lambda where: fips.load(where, verify=False), AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(fips.FipsError, match=f"`{name}` of the checkpoint is an embedding, in the model it is a"):
+            load(tmp_path / "other")

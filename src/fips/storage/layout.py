@@ -270,6 +270,11 @@ def _install(model: nn.Module, layout: Layout, *, partial: bool) -> None:
         for place in (name, *others[name]):
             _require_fit(place, model.get_submodule(place), layout, entry)
         if entry.embedding:
+            if not isinstance(dense := model.get_submodule(name), nn.Embedding):
+                raise CheckpointError(
+                    f"layer `{name}` of the checkpoint is an embedding, in the model it is a `{type(dense).__name__}`; "
+                    "`config.json` and its `quantization_config` are not of one model"
+                )
             _require_tied_alike(model, name, others[name])
         elif f"{name}.weight" in tied:
             raise CheckpointError(
