@@ -52,11 +52,8 @@ class KindSize:
 
 def layer_bytes(plan: CompressionPlan) -> dict[str, float]:
     """Bytes of every layer after compression, as far as a plan knows: its part of its group's, by its weights."""
-    return {
-        site.name: group.factored.bytes * site.width * site.hidden / (group.group.width * group.group.hidden)
-        for group in plan.groups
-        for site in group.group.sites
-    }
+    each = [(group, group.factored.bytes / (group.group.width * group.group.hidden)) for group in plan.groups]
+    return {site.name: rate * site.width * site.hidden for group, rate in each for site in group.group.sites}
 
 
 def sizes_by_kind(
