@@ -395,3 +395,53 @@ def test_a_linear_layer_that_is_said_to_be_an_embedding_is_refused(
     for load in (lambda where: fips.load(where, verify=False), AutoModelForCausalLM.from_pretrained):
         with pytest.raises(fips.FipsError, match=f"`{name}` of the checkpoint is an embedding, in the model it is a"):
             load(tmp_path / "other")
+
+
+def test_a_run_that_was_ended_goes_on_with_experts(tmp_path: Path) -> None:
+    whole, again = mixtral(num_experts_per_tok=1), mixtral(num_experts_per_tok=1)
+    data = [{"input_ids": texts(1, 3)}]
+    first = fips.compress(whole, data, settings(), work=tmp_path / "work")
+    second = fips.compress(again, data, settings(), work=tmp_path / "work")  # all of it is there
+    assert second.notes == first.notes
+    assert len(first.notes) == 1
+    assert torch.equal(logits(again), logits(whole))
+
+
+def test_experts_that_a_model_calls_itself_are_compressed_too(tmp_path: Path) -> None:
+    """Switch transformers have a module for every expert; most see few tokens, and some none."""
+    fields = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    more = {"num_experts": 6, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_decoder_layers": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("switch_transformers", **fields, **more, expert_capacity=64, decoder_start_token_id=0)
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    ids = texts(1, 4)
+    report = fips.compress(model, [{"input_ids": ids, "decoder_input_ids": ids}], settings(layers="mlp"))
+    experts = [name for name in factored_layers(model) if ".experts.expert_" in name]
+    assert len(experts) == 2 * 6 * 2
+    assert report.plan["left_dense"]["layers"] == []
+    assert report.notes[0].startswith("24 of 24 matrices of experts")
+    fips.save(model, tmp_path / "packed")
+    with torch.no_grad():
+        found, expected = (
+            one(input_ids=ids, decoder_input_ids=ids).logits for one in (fips.load(tmp_path / "packed"), model)
+        )
+    assert torch.equal(found, expected)
+
+
+def test_adapters_on_experts_train_and_merge() -> None:
+    peft = pytest.importorskip("peft")
+    model = mixtral()
+    fips.compress(model, batches(1), settings())
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=[f"down_proj.{expert}" for expert in range(EXPERTS)], r=2)
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    expected = logits(adapted)
+    merged = adapted.merge_and_unload()
+    assert (logits(merged) - expected).norm() / expected.norm() < 1e-4
+    merged = fips.merge(merged)
+    assert not expert_lists(merged)
+    assert (logits(merged) - expected).norm() / expected.norm() < 1e-4
