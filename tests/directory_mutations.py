@@ -333,10 +333,12 @@ def _edit_entry(rng: Random, layout: Any) -> str:
     entry = layout["layers"][name]
     words = []
     for _ in range(rng.choice([1, 1, 2])):
-        field = rng.choice([*entry, "width", "activation_bits", "basis", "place", "name of basis"])
+        field = rng.choice([*entry, "width", "activation_bits", "basis", "place", "name of basis", "embedding", "tied"])
         if field == "place":
             place = rng.choice(["lm_head", "model.norm", "model", "", ".", "fips_bases", "model.layers",
-                                "model.layers.0.self_attn.q_proj", "model.layers.0.mlp", f"{name}.x", f"model.{name}"])  # fmt: skip # noqa: E501
+                                "model.layers.0.self_attn.q_proj", "model.layers.0.mlp", f"{name}.x", f"model.{name}",
+                                "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj.9",
+                                "model.layers.0.mlp.experts.down_proj.1", "model.embed_tokens"])  # fmt: skip
             layout["layers"][place] = layout["layers"].pop(name, entry)
             words.append(f"at {place!r}")
         elif field == "name of basis":
@@ -356,6 +358,8 @@ def _entry_value(rng: Random, field: str, entry: dict[str, Any], bases: list[str
     choices: dict[str, Any] = {
         "format": FORMATS, "values": KINDS, "role": ("up", "down"), "basis": (None, "x", *bases), "bias": (True, False),
         "width": (None, 1, 32, 63, 64, 65, 128, 2**40), "conv1d": (True, False), "activation_bits": (8, None, 16),
+        "embedding": (True, False, 1, None), "rotation": (1, 4, 16, 64, 3, 0),
+        "tied": ([], ["lm_head"], ["lm_head", "lm_head"], ["model.norm"], [""], "lm_head", None),
     }  # fmt: skip
     return rng.choice(choices[field])
 

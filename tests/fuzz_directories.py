@@ -49,7 +49,7 @@ os.environ.setdefault("FIPS_CACHE", tempfile.mkdtemp(prefix="fips-fuzz-cache-"))
 
 import torch
 import transformers
-from conftest import tiny_model
+from conftest import DECODER, tiny_model
 from directory_mutations import mutate
 from torch import nn
 from transformers import PreTrainedModel
@@ -74,10 +74,13 @@ Loader = Callable[[Path], PreTrainedModel]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A tiny model packed in some formats, layer after layer; no compression, the values are those of the weights."""
+    """A tiny model packed in some formats, layer after layer; no compression, the values are those of the weights.
+
+    Without formats all of its matrices are compressed, embedding, head and experts too, but for one expert.
+    """
 
     family: str
-    storages: tuple[tuple[str, str], ...]
+    storages: tuple[tuple[str, str], ...] = ()
     """Pattern and values of layers, one after the other; levels are stored turned."""
     rank: int | None = None
     shard: str | int = "5GB"
@@ -99,6 +102,8 @@ RECIPES = {
     "conv1d": Recipe("gpt2", (("bitmask", "float"), ("4:16", "int4"), ("full", "int8")), layers=2),
     "sharded": Recipe("llama", (("bitmask", "int8"), ("full", "float")), shard=20_000),
     "images": Recipe("vit", (("bitmask", "int8"), ("full", "int4"))),
+    "tied": Recipe("llama"),
+    "experts": Recipe("mixtral"),
     "shared-16-bit": Recipe("gemma3_text", (("bitmask", "float"), ("full", "int6")), rank=16),
 }
 
@@ -114,6 +119,8 @@ def make_fixtures(root: Path) -> list[Path]:
 
 
 def packed_model(recipe: Recipe) -> PreTrainedModel:
+    if not recipe.storages:
+        return compressed_model(recipe)
     model, generator = tiny_model(recipe.family, num_hidden_layers=recipe.layers), torch.Generator().manual_seed(0)
     if recipe.family.startswith("gemma"):
         model.to(torch.bfloat16)
@@ -138,6 +145,20 @@ def packed_model(recipe: Recipe) -> PreTrainedModel:
         replace_linear(model, site.name, layer)
     owner = basis_owner(model)
     setattr(owner, BASES, nn.ModuleDict({f"g{index}": basis for index, basis in enumerate(bases.values())}))
+    return model.eval()
+
+
+def compressed_model(recipe: Recipe) -> PreTrainedModel:
+    fields: dict[str, Any] = {"num_hidden_layers": recipe.layers}
+    if recipe.family == "mixtral":
+        config = transformers.MixtralConfig(**DECODER | fields, num_local_experts=3)
+        torch.manual_seed(0)
+        model: PreTrainedModel = transformers.MixtralForCausalLM(config)
+    else:
+        model = tiny_model(recipe.family, **fields)
+    ignore = ("mlp.experts.1",) if recipe.family == "mixtral" else ()
+    settings = fips.CompressionConfig(method="gptq", bits=5.0, layers="all", ignore=ignore)
+    fips.compress(model, [{"input_ids": torch.arange(128).view(4, 32) % 64}], settings)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
-from conftest import DECODER, FAMILIES, SMALL, batches_for, quick_settings, tiny_model
+from conftest import FAMILIES, SMALL, batches_for, quick_settings, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 import fips
 from fips.layers.linear import factored_layers
-from fips.models import locate_layers
 
 IMAGES: dict[str, Any] = {**SMALL, "image_size": 32, "patch_size": 8, "num_labels": 10}
 ENCODER_DECODER = {"d_model": 32, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
@@ -167,12 +166,3 @@ class TestBert(FamilyTests): family, matrices = "bert", 6
 class TestWhisperEncoder(AudioTests): family, matrices = "whisper", 4
 class TestT5(EncoderDecoderTests): family, matrices = "t5", 12
 # fmt: on
-
-
-def test_mixtral_experts_are_skipped_with_the_reason() -> None:
-    config = AutoConfig.for_model("mixtral", **DECODER, num_local_experts=4)
-    model = transformers.MixtralForCausalLM(config)
-    with pytest.raises(fips.FipsError, match=r"`model\.layers\.0\.mlp\.experts`: 4 experts fused in tensors of shape"):
-        fips.compress(model, [], fips.CompressionConfig(method="fips-paper", budget=0.5))
-    with pytest.raises(fips.FipsError, match="no MLP to compress"):
-        locate_layers(model)

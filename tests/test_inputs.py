@@ -788,11 +788,11 @@ def test_an_interrupt_while_layers_are_put_in_place_puts_none(monkeypatch: pytes
     calls: list[str] = []
     replace = module.replace_linear
 
-    def interrupted(net: nn.Module, name: str, layer: FactoredLinear) -> None:
+    def interrupted(net: nn.Module, name: str, layer: FactoredLinear, *homes: Any) -> None:
         calls.append(name)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        replace(net, name, layer)
+        replace(net, name, layer, *homes)
 
     monkeypatch.setattr(module, "replace_linear", interrupted)
     with pytest.raises(KeyboardInterrupt):

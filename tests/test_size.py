@@ -10,15 +10,18 @@ import pytest
 import torch
 from conftest import batches_for, tiny_model
 from test_cli import llama_directory, text  # noqa: F401 - fixtures
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import fips
 from fips.cli import main
 from fips.config import size_bytes
 from fips.errors import BudgetError, ConfigError
 from fips.layers.linear import factored_layers
-from fips.plan.footprint import state_bytes
+from fips.plan.footprint import itemsize, state_bytes
+from fips.plan.kinds import layer_bytes, sizes_by_kind
 from fips.plan.plan import plan_compression, settle_size
+from fips.plan.rest import rest_sizes
 
 
 def wide_model() -> nn.Module:
@@ -108,3 +111,64 @@ def test_the_command_writes_a_file_of_the_size_asked_for(
     after = state_bytes(fips.load(tmp_path / "out"))
     assert 0.95 * 0.28 * before <= after <= 0.28 * before
     assert "so that all tensors take 28%" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------- what is not compressed
+
+
+def of_bert(**changes: Any) -> tuple[PreTrainedModel, fips.CompressionConfig, list[dict[str, Tensor]]]:
+    model = tiny_model("bert")
+    return model, fips.CompressionConfig(**{"method": "gptq", "layers": "all", **changes}), batches_for(model, count=2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_rest_is_written_in_the_type_asked_for_and_counted(dtype: str, tmp_path: Path) -> None:
+    model, config, batches = of_bert(bits=5.0, rest_dtype=dtype)
+    plan = fips.plan_compression(model, config)
+    packed = [site.name for group in plan.groups for site in group.group.sites]
+    kinds = sizes_by_kind(model, layer_bytes(plan), rest_sizes(model, packed, config))
+    report = fips.compress(model, batches, config)
+    wanted = getattr(torch, dtype)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} == {wanted}
+    size = fips.save(model, tmp_path / "packed")
+    assert size == report.plan["compressed_model"]["bytes"]
+    (rest,) = [kind for kind in kinds if kind.kind == "all else"]
+    assert rest.bytes_before == 4 * rest.weights
+    assert rest.bytes_after == itemsize(wanted) * rest.weights
+    with torch.no_grad():
+        expected = model(**batches[0]).logits
+        assert expected.dtype == wanted
+        for loaded in (fips.load(tmp_path / "packed"), AutoModelForMaskedLM.from_pretrained(tmp_path / "packed")):
+            assert torch.equal(loaded(**batches[0]).logits, expected)
+
+
+def test_by_default_the_rest_keeps_its_type() -> None:
+    model, config, batches = of_bert(bits=5.0)
+    fips.compress(model, batches, config)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_size_of_the_file_is_met_with_the_rest_in_16_bits(tmp_path: Path) -> None:
+    """Half of what the rest takes in 32 bits is there to spend on the matrices."""
+    bits = {}
+    for dtype in (None, "bfloat16"):
+        model, config, batches = of_bert(size="50%", **({} if dtype is None else {"rest_dtype": dtype}))
+        before = state_bytes(model)
+        report = fips.compress(model, batches, config)
+        bits[dtype] = report.config.bits
+        assert fips.save(model, tmp_path / str(dtype)) <= 0.5 * before
+    assert bits[None] is not None
+    assert bits["bfloat16"] is not None
+    assert bits["bfloat16"] > bits[None] + 0.5
+
+
+def test_what_a_class_keeps_in_float32_stays_so() -> None:
+    fields = {"d_model": 32, "d_ff": 80, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **fields)).eval()
+    ids = torch.arange(12).view(2, 6)
+    config = fips.CompressionConfig(method="gptq", bits=5.0, targets=["wi"], rest_dtype="float16")
+    report = fips.compress(model, [{"input_ids": ids, "decoder_input_ids": ids}], config)
+    types = {name.rpartition(".")[0].rpartition(".")[2]: one.dtype for name, one in model.named_parameters()}
+    assert types["wo"] == torch.float32
+    assert types["q"] == torch.float16
+    assert report.plan["compressed_model"]["bytes"] == state_bytes(model)

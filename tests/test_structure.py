@@ -67,21 +67,42 @@ def test_encoder_and_decoder_are_both_found_and_never_share() -> None:
     assert [site.name.rpartition(".")[2] for site in groups[0].sites[:3]] == ["wi_0", "wi_1", "wo"]
 
 
-def test_fused_experts_are_listed_with_the_reason() -> None:
+def test_fused_experts_whose_code_is_their_own_are_skipped_with_the_reason() -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **DECODER, num_local_experts=4))
-    with pytest.raises(NoMatchError, match=r"4 experts fused in tensors of shape"):
+        fields = {"num_local_experts": 4, "kv_channels": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("jetmoe", **{**DECODER, **fields}))
+    with pytest.raises(NoMatchError, match=r"4 experts fused in tensors of shape \(4, .*use_experts_implementation"):
         locate_layers(model)
 
 
-def test_shared_experts_are_found_and_routed_ones_skipped() -> None:
+def test_every_expert_of_a_fused_mixture_is_an_mlp_of_its_own() -> None:
     fields = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
     with torch.device("meta"):
         config = AutoConfig.for_model("qwen2_moe", **DECODER, **fields, mlp_only_layers=[0])
         model = AutoModelForCausalLM.from_config(config)
+    before = dict(model.named_parameters())
     located = locate_layers(model)
-    assert [sublayer.sites[0].hidden for sublayer in located.sublayers] == [80, 24, 24]
-    assert [item.name for item in located.skipped] == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+    assert {name: id(one) for name, one in model.named_parameters()} == {name: id(one) for name, one in before.items()}
+    assert [sublayer.sites[0].hidden for sublayer in located.sublayers] == [80, *[32] * 4, 24, *[32] * 4, 24]
+    first = located.sublayers[1]
+    assert (first.name, first.block, first.kind) == ("model.layers.1.mlp.experts.0", "model.layers.1", "fused-gated")
+    names = [(site.name, site.role.value, site.inputs, site.outputs, len(site.parts)) for site in first.sites]
+    assert names == [
+        ("model.layers.1.mlp.experts.gate_up_proj.0", "up", 32, 32, 2),
+        ("model.layers.1.mlp.experts.down_proj.0", "down", 16, 32, 1),
+    ]
+    assert {site.mixture for site in first.sites} == {"model.layers.1.mlp.experts"}
+    assert not located.skipped
+    assert not located.sublayers[5].sites[0].mixture  # the one that all tokens go to
+
+
+def test_patterns_name_a_mixture_an_expert_or_one_of_its_layers() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **DECODER, num_local_experts=2))
+    left = locate_layers(model, ignore=["layers.0.mlp.experts", "experts.1", "*.2.mlp.experts.down_proj.0"])
+    assert [sublayer.name for sublayer in left.sublayers] == ["model.layers.1.mlp.experts.0"]
+    taken = locate_layers(model, targets=["layers.0.mlp.experts", "layers.1.mlp.experts.down_proj.1"])
+    assert [len(sublayer.sites) for sublayer in taken.sublayers] == [4, 1]
 
 
 def test_an_mlp_outside_a_block_is_skipped_with_the_reason() -> None:
@@ -103,21 +124,49 @@ class MixtureBlock(nn.Module):
         self.mlp = Expert()
 
 
-def test_experts_in_a_list_are_skipped_and_the_dense_mlp_beside_them_is_found() -> None:
+def test_experts_in_a_list_are_found_beside_the_dense_mlp() -> None:
     located = locate_layers(nn.ModuleDict({"layers": nn.ModuleList([MixtureBlock(), MixtureBlock()])}))
-    assert [sublayer.name for sublayer in located.sublayers] == ["layers.0.mlp", "layers.1.mlp"]
-    assert [item.name for item in located.skipped] == [
-        f"layers.{block}.experts.{expert}" for block in (0, 1) for expert in (0, 1)
-    ]
+    assert {sublayer.name: sublayer.sites[0].mixture for sublayer in located.sublayers} == {
+        f"layers.{block}.{name}": f"layers.{block}.experts" if "experts" in name else ""
+        for block in (0, 1)
+        for name in ("experts.0", "experts.1", "mlp")
+    }
+    assert {sublayer.block for sublayer in located.sublayers} == {"layers.0", "layers.1"}
 
 
-def test_custom_linear_classes_are_skipped() -> None:
-    class Quantized(nn.Linear):
-        pass
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
-    block = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": Quantized(16, 48), "fc2": nn.Linear(48, 16)})})
-    with pytest.raises(NoMatchError, match="its layers are `Quantized`"):
-        locate_layers(nn.ModuleDict({"layers": nn.ModuleList([block])}))
+
+class Scaled(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:
+        super().__init__(inputs, outputs)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def blocks_with(first: nn.Module) -> nn.Module:
+    block = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": first, "fc2": nn.Linear(48, 16)})})
+    return nn.ModuleDict({"layers": nn.ModuleList([block])})
+
+
+@pytest.mark.parametrize("layer", [Doubled(16, 48), Scaled(16, 48, 2.0)])
+def test_linear_classes_that_compute_something_else_are_skipped(layer: nn.Module) -> None:
+    with pytest.raises(NoMatchError, match=f"its layers are `{type(layer).__name__}`"):
+        locate_layers(blocks_with(layer))
+
+
+@pytest.mark.parametrize("layer", [Renamed(16, 48), Scaled(16, 48)])
+def test_linear_classes_that_compute_the_same_are_found(layer: nn.Module) -> None:
+    assert len(locate_layers(blocks_with(layer)).sublayers) == 1
 
 
 def test_targets_replace_the_search_and_may_name_attention() -> None:

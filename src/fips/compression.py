@@ -21,13 +21,15 @@ from fips.calibration.precision import autocast_for, in_native_types, resolve_pr
 from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
 from fips.config import CompressionConfig
 from fips.errors import ConfigError, DataError, ModelError
-from fips.layers.linear import BASES, FactoredLinear, basis_owner
+from fips.layers.linear import BASES, FactoredLinear, basis_owner, homes_of
 from fips.methods.registry import Method, method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.models import Site
+from fips.models.experts import experts_apart
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
 from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size
+from fips.plan.rest import cast_rest
 from fips.ranks import Ranks, joined
 from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
 from fips.storage.layout import replace_embedding, replace_linear
@@ -84,7 +86,9 @@ def compress(
     model = unwrap(model)
     check_model(model)
     device = next(model.parameters()).device
-    with joined() as ranks, neutral_torch(device), plain_forward(model), _shown(progress) as shown:
+    with (
+        joined() as ranks, neutral_torch(device), plain_forward(model), experts_apart(model), _shown(progress) as shown
+    ):  # fmt: skip
         plan = plan_compression(model, config)
         asked, config = config, settle_size(plan, model, config)
         method = method_of(config)
@@ -107,6 +111,8 @@ def compress(
         for group in groups:
             require_finite_layers(group.layers, group.bases, method=config.method)
         _install(model, groups, activation_bits=config.activation_bits)
+        cast_rest(model, config)
+        bench.say_tokens()
         if asked.size is not None:
             bench.notes.append(_size_note(asked, bench.config, groups))
         report = _report(bench, plan, groups, started)
@@ -270,6 +276,7 @@ def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_
     bases = {name: basis for group in groups for name, basis in group.bases.items()}
     tied = {site.name: site.tied for group in groups for site in group.plan.group.sites if site.looked_up}
     trained: set[int] = set()
+    homes = homes_of(model)
     with in_place_of(model, [*layers, *(name for names in tied.values() for name in names)], basis_owner(model), BASES):
         setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
         for name, layer in layers.items():
@@ -282,7 +289,7 @@ def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_
                 trained.add(id(layer.basis))
             if activation_bits is not None and layer.bits is not None:
                 layer.runtime.activation_bits = activation_bits
-            replace_linear(model, name, layer)
+            replace_linear(model, name, layer, homes)
         for basis in bases.values():
             basis.train(model.training).requires_grad_(id(basis) in trained)
         attach(model)

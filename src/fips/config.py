@@ -158,7 +158,7 @@ class CompressionConfig(Settings):
     """Stored bits per weight of the compressed layers, on average: values, patterns, scales and bases."""
     size: str | None = None
     """Bytes of all tensors of the compressed model together: `400MB`, `25%` of what they take now, `4x` less. What is
-    not compressed keeps its type."""
+    not compressed keeps its type, unless `rest_dtype` says another."""
     activation_bits: Literal[8, 16] | None = None
     """8: kernels may round the inputs of layers with integer values to 8 bits, 64 of which share a scale; 16: inputs
     count as exactly as their type says. Written with the model. Default: 8 beside inputs of 16-bit types, exact beside
@@ -177,6 +177,9 @@ class CompressionConfig(Settings):
     factor_dtype: FactorDtype | None = None
     """Storage type of bases, floating values and scales. Default: that of the weights, but 16 bits (bfloat16 for
     float32 weights) with `bits`."""
+    rest_dtype: FactorDtype | None = None
+    """Type that what is not compressed is written in, and that the compressed model then runs in. Default: the one it
+    has."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of passes over the data; `auto` is bfloat16 where the hardware multiplies it natively."""
     activation_memory: ByteSize = ByteSize(1 << 30)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fips.app.sources import empty_model
@@ -13,10 +14,12 @@ from fips.config import CompressionConfig
 from fips.files.manifest import read_json
 from fips.files.untrusted import file_inside
 from fips.layers.linear import BASES
+from fips.models.experts import experts_apart
 from fips.models.wrappers import unwrap
 from fips.plan.kinds import KindSize, layer_bytes, sizes_by_kind
 from fips.plan.least import round_up
 from fips.plan.plan import CompressionPlan
+from fips.plan.rest import rest_sizes
 from fips.plan.size import sizes_of, smallest_sizes
 from fips.record import CompressionReport
 from fips.storage.checkpoint import local_directory
@@ -44,13 +47,19 @@ class Outline:
 def outline_of_plan(model: nn.Module, plan: CompressionPlan, config: CompressionConfig) -> Outline:
     """Of the model that a plan was made for, which may be on the meta device."""
     model = unwrap(model)
+    with experts_apart(model):
+        return _outline(model, plan, config)
+
+
+def _outline(model: nn.Module, plan: CompressionPlan, config: CompressionConfig) -> Outline:
     groups = [group.group for group in plan.groups]
     if config.budget is not None:
         smallest = {"budget": float(round_up(max(smallest_sizes(model, groups, config).values())))}
     else:
         sizes = sizes_of(model, groups, config)
         smallest = {"bits": float(round_up(sizes.least_bits)), "bytes": round(sizes.least_bytes)}
-    return Outline(plan, sizes_by_kind(model, layer_bytes(plan)), smallest)
+    others = rest_sizes(model, [site.name for group in groups for site in group.sites], config)
+    return Outline(plan, sizes_by_kind(model, layer_bytes(plan), others), smallest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +127,18 @@ def outline_of_directory(source: str, *, trust_remote_code: bool = False) -> Pac
             )
         )
     others = {name: _nbytes(stored) for name, stored in weights.tensors.items()}
-    kinds = sizes_by_kind(empty_model(str(path), trust_remote_code=trust_remote_code), sizes, others)
+    original = empty_model(str(path), trust_remote_code=trust_remote_code)
+    if report is not None and report.config.rest_dtype is not None:  # the directory tells the type of now
+        original.to(dtype=_type_before(report, original))
+    kinds = sizes_by_kind(original, sizes, others)
     return PackedOutline(tuple(layers), kinds, _block_errors(report), report)
+
+
+def _type_before(report: CompressionReport, model: nn.Module) -> torch.dtype:
+    """The type of the model that was compressed, told by the bytes of its weights."""
+    size = round(report.plan["model"]["bytes"] / report.plan["model"]["parameters"])
+    now = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return {4: torch.float32, 8: torch.float64}.get(size, now if now.itemsize == size else torch.bfloat16)
 
 
 def _layer_bytes(layout: Layout, tensors: Mapping[str, Stored]) -> dict[str, float]:

@@ -88,8 +88,11 @@ class Influence:
         self.tokens += len(x_TI)
 
     def add_ids(self, ids_T: Tensor) -> None:
-        """Of an embedding the tokens it looked up."""
-        counts_I = torch.bincount(ids_T, minlength=len(self.inputs_I)).to(self.inputs_I.dtype)
+        """Of an embedding the tokens it looked up; on the meta device, where nothing tells them, all count alike."""
+        if ids_T.is_meta:
+            counts_I = torch.ones_like(self.inputs_I)
+        else:
+            counts_I = torch.bincount(ids_T, minlength=len(self.inputs_I)).to(self.inputs_I.dtype)
         self.inputs_I += counts_I
         self.sum_I += counts_I
         self.tokens += len(ids_T)
@@ -136,7 +139,7 @@ def collect_influence(
     seen = 0
     with _Probe(model, blocks, found, lookups) as probe, torch.enable_grad():
         for batch in batches:
-            if seen >= examples and all(any(found[name].counts for name in site.judges) for site in sites):
+            if seen >= examples and _all_count(sites, found):
                 break
             with probe.forward():
                 heads = probe.tokens.heads(run(model, batch))
@@ -157,6 +160,13 @@ def collect_influence(
         for name in site.modules:
             found[name].finish(centered=site.has_bias, examples=seen)
     return found
+
+
+def _all_count(sites: Sequence[Site], found: Mapping[str, Influence]) -> bool:
+    """Whether every layer has counted, of a mixture one of its experts."""
+    counts = {site.name: any(found[name].counts for name in site.judges) for site in sites}
+    reached = {site.mixture for site in sites if site.mixture and counts[site.name]}
+    return all(counts[site.name] or site.mixture in reached for site in sites)
 
 
 class _Probe(AbstractContextManager["_Probe"]):

@@ -39,7 +39,7 @@ from fips.models import Site
 from fips.plan.finite import overflow_error
 from fips.ranks import Ranks
 
-__all__ = ["LayerMoments", "RunningVariance", "collect_moments", "moment_bytes", "real_device"]
+__all__ = ["HeldOut", "LayerMoments", "RunningVariance", "collect_moments", "moment_bytes", "real_device"]
 
 STRIP = 512
 """Columns of a moment that are summed at a time, from the diagonal down: of a large one, little more than half."""
@@ -238,6 +238,8 @@ def collect_moments(
 ) -> dict[str, LayerMoments]:
     """Moments of the layers named by ``sites``; ``run(model, batch)`` returns the model's output.
 
+    Experts that no token reached are left out, unless none of their mixture was reached.
+
     The model's parameters must not require gradients. Raises ``DataError`` if there is no batch or if a layer never
     runs or reaches the output, ``ModelError`` if what it saw is not finite.
     """
@@ -254,8 +256,12 @@ def collect_moments(
             if loss.requires_grad:  # nothing reaches the output of a batch that does without these layers
                 loss.backward()
             examples += heads[0].scores.shape[0]
+    reached = {site.mixture for site in sites if site.mixture and moments[site.name].weight > 0}
     for site in sites:
         found = moments[site.name]
+        if found.weight == 0 and site.mixture in reached:
+            del moments[site.name]
+            continue
         if found.weight == 0:
             raise DataError(
                 f"layer `{site.name}` never ran on the {examples} calibration examples"

@@ -9,6 +9,8 @@ batch. What a layer lacks is the reason to leave it as it is, dense:
 * there too, it only ever reads zeros, or no gradient but zeros reaches it: behind dead units or a projector of zeros.
   Nothing says what an error of it costs.
 
+An expert is looked at with all others of its mixture: that no token was sent to it says little of those to come.
+
 If NO layer gets a gradient, the reason is the model's output (a head of zeros, probabilities that are exactly 0 and
 1): then all layers are kept and errors are measured at their own outputs instead. Methods that measure no gradients
 compress whatever runs; their survey has no backward pass.
@@ -76,8 +78,18 @@ def survey_influence(sites: Sequence[Site], found: Mapping[str, Influence]) -> S
 
 def _result(sites: Sequence[Site], seen: Mapping[str, _Seen], *, gradients: bool) -> Survey:
     blind = gradients and not any(one.moved for one in seen.values())
+    return Survey(_reasons(sites, seen, gradients=gradients, blind=blind), blind)
+
+
+def _reasons(sites: Sequence[Site], seen: Mapping[str, _Seen], *, gradients: bool, blind: bool) -> dict[str, str]:
+    """Why layers are to be left dense, those that are."""
     reasons = {site.name: _reason_of(site, seen, gradients=gradients, blind=blind) for site in sites}
-    return Survey({name: reason for name, reason in reasons.items() if reason is not None}, blind)
+    reached = {site.mixture for site in sites if site.mixture and reasons[site.name] is None}
+    return {
+        site.name: reason
+        for site in sites
+        if (reason := reasons[site.name]) is not None and site.mixture not in reached
+    }
 
 
 def _reason_of(site: Site, seen: Mapping[str, _Seen], *, gradients: bool, blind: bool) -> str | None:
@@ -113,7 +125,7 @@ def survey_layers(
         for batch in batches:
             some = True
             _pass(model, batch, run, temperature, generator, gradients=gradients)
-            if all(_reason_of(site, seen, gradients=gradients, blind=False) is None for site in sites):
+            if not _reasons(sites, seen, gradients=gradients, blind=False):
                 return Survey()
     if not some:
         raise DataError("the calibration data has no batch; give at least one")

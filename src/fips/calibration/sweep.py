@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fips.calibration.experts import complete_moments
 from fips.calibration.inputs import Wanted, few_examples
 from fips.calibration.moments import LayerMoments, real_device
 from fips.calibration.preserve import replaced_forward
@@ -109,7 +110,8 @@ class Sweep(AbstractContextManager["Sweep"]):
 
         With several ranks each runs its part of the batches, and a layer's moments come together at the rank that
         ``owners`` names. Records are those of the first rank. Raises ``DataError`` if a layer never runs,
-        ``ModelError`` or ``DataError`` if what it reads is not finite.
+        ``ModelError`` or ``DataError`` if what it reads is not finite. Experts that few or no tokens reached get what
+        is missing from the others of their mixture (``fips.calibration.experts``).
         """
         self._probe()
         names = self.blocks[self.at : self.at + count]
@@ -129,6 +131,7 @@ class Sweep(AbstractContextManager["Sweep"]):
                 self._keep_more()
                 continue
             taps.finish(sites, self._overflow)
+            complete_moments([site for site in sites if taps.owned(site)], taps.total)
             return Step(taps.total, [] if recorder is None else recorder.records)
 
     def _probe(self) -> None:
@@ -253,8 +256,10 @@ class _Taps(AbstractContextManager["_Taps"]):
         ranks = self._ranks
         found = ranks.gather({number: sorted(parts) for number, parts in self._parts.items()})
         leaders = ranks.gather(self._leader)
-        self._leader = next((one for one in leaders if one), {})
-        if any(one not in ({}, self._leader) for one in leaders):
+        self._leader = {name: leader for one in leaders for name, leader in one.items()}
+        alone = {name for one in found for parts in one.values() for name in parts}
+        other = [name for one in leaders for name, leader in one.items() if self._leader[name] != leader]
+        if other or alone & set(self._leader):
             raise DataError(
                 "layers read one tensor in some batches and several in others; leave them out with `ignore`"
             )
@@ -301,17 +306,23 @@ class _Taps(AbstractContextManager["_Taps"]):
             )
         return name in self._leader
 
+    def owned(self, site: Site) -> bool:
+        """Whether the moment of a layer comes together at this rank."""
+        return self._owners.get(site.name, 0) == self._ranks.index
+
     def finish(self, sites: Sequence[Site], overflow: Callable[[str], Exception]) -> None:
         """From sums to means, of the layers of this rank."""
         self._end_chunk()
         if self._ranks.count > 1:
             self._exchange()
         done: set[int] = set()
-        for site in sites:
-            if self._owners.get(site.name, 0) != self._ranks.index:
-                continue
+        own = {site: self.total.get(self._leader.get(site.name, site.name)) for site in sites if self.owned(site)}
+        reached = {site.mixture for site, found in own.items() if site.mixture and found is not None and found.weight}
+        for site, found in own.items():
             leader = self._leader.get(site.name, site.name)
-            found = self.total.get(leader)
+            if (found is None or found.weight == 0) and site.mixture in reached:
+                self.total.pop(site.name, None)
+                continue
             if found is None or found.weight == 0:
                 raise DataError(f"layer `{site.name}` never ran on the calibration data; leave it out with `ignore`")
             self.total[site.name] = found

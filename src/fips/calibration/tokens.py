@@ -10,6 +10,8 @@ layer (``TokenTracker``):
 * A module that takes none keeps the mask of the module around it as long as its input is still made of those tokens:
   (E, T, ...), (T, E, ...), or within a module that was given (E, T, D) also (E * T, ...). Inside any other, such as
   the image tower of a model that reads text too, all tokens count.
+* What an expert reads is some of the tokens that the list of experts around it was given (``fips.models.experts``).
+  Experts that a model calls itself, one by one, do not say which tokens theirs are: all count.
 * What cross attention reads (the very tensor that a module around it was given as encoder states, keys and values)
   counts by the mask that came with that tensor.
 
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.heads import ScoredHead, read_heads
+from fips.models.experts import ExpertList
 
 __all__ = ["TokenTracker"]
 
@@ -48,12 +51,17 @@ class _Call:
     hidden: bool = False
     """Whether the module, or one around it with the same mask, was given (E, T, D) features."""
     contexts: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    experts: ExpertList | None = None
+    """Around the module, which works on some of the tokens."""
 
     def rows(self, x: Tensor) -> Tensor | None:
         """The mask laid out like the rows of a tensor, flat; None if the tensor holds other tokens, or all count."""
         mask = self.mask
         if mask is None:
             return None
+        chosen = None if self.experts is None else self.experts.rows_N
+        if chosen is not None:
+            return mask.flatten()[chosen] if x.dim() == 2 and len(x) == len(chosen) else None
         leading = x.shape if not x.is_floating_point() and x.shape == mask.shape else x.shape[:-1]
         if leading == mask.shape:
             return mask.flatten()
@@ -135,7 +143,10 @@ class TokenTracker(AbstractContextManager["TokenTracker"]):
                 self._calls.clear()  # of a pass that was cut short
                 self._read.clear()
                 self._root = given
-            self._calls.append(self._call(given, self._calls[-1] if self._calls else _Call()))
+            call = self._call(given, self._calls[-1] if self._calls else _Call())
+            if isinstance(module, ExpertList) and call.mask is not None:
+                call.experts = module
+            self._calls.append(call)
 
         return hook
 
@@ -166,7 +177,7 @@ class TokenTracker(AbstractContextManager["TokenTracker"]):
         hidden = around.hidden and kept is around.mask
         if main is not None and main.dim() == 3 and main.is_floating_point():
             hidden = hidden or _Call(kept).rows(main) is not None
-        return _Call(kept, hidden, self._contexts(given, main, around))
+        return _Call(kept, hidden, self._contexts(given, main, around), around.experts)
 
     def _contexts(
         self, given: Mapping[str, Any], main: Tensor | None, around: _Call

@@ -194,6 +194,14 @@ ActivationBits = Annotated[
         metavar="BITS", help="8: layers of integers may round inputs to 8 bits; 16: never.", rich_help_panel=METHOD
     ),
 ]
+RestDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Of all that is not compressed: bfloat16, float16 or float32; default: as it is.",
+        rich_help_panel=METHOD,
+    ),
+]
 FactorDtype = Annotated[
     str | None,
     typer.Option(
@@ -269,7 +277,7 @@ DryRun = Annotated[
 
 COMPRESSION = ("budget", "bits", "size", "method", "effort", "values", "sparsity", "pattern", "schedule",
                "threshold_scope", "share_blocks", "groups", "layers", "targets", "ignore", "factor_dtype",
-               "activation_bits", "precision", "activation_memory", "seed")  # fmt: skip
+               "rest_dtype", "activation_bits", "precision", "activation_memory", "seed")  # fmt: skip
 RECONSTRUCTION = ("steps", "learning_rate")
 DATA = (
     "split",

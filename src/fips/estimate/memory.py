@@ -30,6 +30,7 @@ from fips.methods.registry import Method, method_of
 from fips.methods.sweep import blocks_of, bytes_beside, steps_of
 from fips.methods.workbench import Needs, Workbench
 from fips.models import LayerGroup, Site
+from fips.models.experts import experts_apart
 from fips.plan.plan import CompressionPlan
 
 __all__ = ["Answers", "MemoryNeed", "available_memory", "calibration_memory", "on_meta"]
@@ -87,8 +88,9 @@ def calibration_memory(
         stored += 4 * wide
     twin = on_meta(twin)
     try:
-        one, some, more = (_peak(twin, plan, config, examples(count)) for count in (1, 4, 8))
-        few = _influence_peak(twin, plan, config, examples(8))
+        with experts_apart(twin):
+            one, some, more = (_peak(twin, plan, config, examples(count)) for count in (1, 4, 8))
+            few = _influence_peak(twin, plan, config, examples(8))
     except Exception as error:
         log.debug("no estimate of memory for %s: %s", type(model).__name__, error)
         return None

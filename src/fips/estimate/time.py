@@ -28,6 +28,7 @@ from fips.estimate.memory import Answers, on_meta
 from fips.methods.registry import method_of
 from fips.methods.sweep import blocks_of, bytes_beside
 from fips.methods.workbench import Needs, Workbench
+from fips.models.experts import experts_apart
 from fips.plan.plan import CompressionPlan
 from fips.solve.feedback import Rounding, inverse_root, with_feedback
 
@@ -131,11 +132,12 @@ def operations(
 
     products = 0.0
     try:
-        if Needs.INPUTS in method.needs:
-            products += passes * count * products_of(lambda bench: bench.input_moments("time", groups))
-        if Needs.INFLUENCE in method.needs:
-            examined = min(count, method.influence_examples)
-            products += examined * products_of(lambda bench: bench.shared_influence(groups))
+        with experts_apart(twin):
+            if Needs.INPUTS in method.needs:
+                products += passes * count * products_of(lambda bench: bench.input_moments("time", groups))
+            if Needs.INFLUENCE in method.needs:
+                examined = min(count, method.influence_examples)
+                products += examined * products_of(lambda bench: bench.shared_influence(groups))
     except Exception as error:
         log.debug("operations of %s cannot be counted: %s", type(model).__name__, error)
         return None

@@ -5,7 +5,7 @@ Shape legend: D width of the residual stream, F hidden features of one matrix, R
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -25,9 +25,11 @@ from fips.models.sites import Role
 __all__ = [
     "BASES",
     "FactoredLinear",
+    "Homes",
     "SharedBasis",
     "basis_owner",
     "factored_layers",
+    "homes_of",
     "replace_everywhere",
 ]
 
@@ -119,6 +121,8 @@ class FactoredLinear(nn.Module):
         self.bits = self.value_format.bits
         self.kept = kept
         self.conv1d = False
+        self.dense_class: type[nn.Linear] = nn.Linear
+        """Of the layer in whose place it stands, some of which are of a class of their own that computes the same."""
         self.width, self.hidden = width, hidden
         self.in_features, self.out_features = self.role.features(width, hidden)
         self.factor_shape = self.role.stored_shape(self.rank, hidden)
@@ -373,10 +377,25 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
 
 
-def replace_everywhere(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of the one called ``name``, and wherever else that one is registered."""
-    old = model.get_submodule(name)
+Homes = Mapping[int, Sequence[tuple[nn.Module, str]]]
+"""Where modules, by their ``id``, are registered: in which modules, under which names."""
+
+
+def homes_of(model: nn.Module) -> Homes:
+    """Where all modules of a model are registered."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for child, registered in list(module._modules.items()):
-            if registered is old:
-                module._modules[child] = new
+        for name, child in module._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((module, name))
+    return found
+
+
+def replace_everywhere(model: nn.Module, name: str, new: nn.Module, homes: Homes | None = None) -> None:
+    """Put a module in the place of the one called ``name``, and wherever else that one is registered.
+
+    Where many are replaced one after the other, ``homes_of`` the model before the first saves a search for each.
+    """
+    old = model.get_submodule(name)
+    for module, child in (homes_of(model) if homes is None else homes)[id(old)]:
+        module._modules[child] = new

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from fips.errors import ModelError
 from fips.layers.embedding import PackedEmbedding, TiedLayer, tied_layers
 from fips.layers.fixed import ignore_training
-from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers, replace_everywhere
+from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers, homes_of, replace_everywhere
+from fips.models.experts import fuse_experts
 
 __all__ = ["dense_layer", "drop_unused_bases", "merge"]
 
@@ -32,16 +33,17 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     if not layers:
         raise ModelError("the model has no factored layer to merge; it is already dense")
     dtype = dtype or _other_dtype(model, layers)
-    tied = tied_layers(model)
+    tied, homes = tied_layers(model), homes_of(model)
     for name, layer in layers.items():
         if isinstance(layer, PackedEmbedding):
             weight_VD = nn.Parameter(layer.dense_weight().detach().to(dtype))
-            replace_everywhere(model, name, layer.lookup.dense(weight_VD).train(layer.training))
+            replace_everywhere(model, name, layer.lookup.dense(weight_VD).train(layer.training), homes)
             for place, other in tied.items():
                 if other.embedding is layer:
-                    replace_everywhere(model, place, other.dense(weight_VD))
+                    replace_everywhere(model, place, other.dense(weight_VD), homes)
         else:
-            replace_everywhere(model, name, dense_layer(layer, dtype))
+            replace_everywhere(model, name, dense_layer(layer, dtype), homes)
+    fuse_experts(model)
     drop_unused_bases(model)
     return model
 
@@ -127,7 +129,8 @@ def dense_layer(
         if layer.conv1d:
             dense = Conv1D(layer.out_features, layer.in_features)
         else:
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None)
+            kind = layer.dense_class if isinstance(layer, FactoredLinear) else nn.Linear
+            dense = kind(layer.in_features, layer.out_features, bias=bias is not None)
     dense.weight = nn.Parameter(weight.T.contiguous() if layer.conv1d else weight)
     dense.register_parameter("bias", bias)
     return dense.train(layer.training)

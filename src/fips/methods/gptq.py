@@ -8,7 +8,8 @@ Reference: Frantar et al., GPTQ, arXiv 2210.17323.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -63,8 +64,8 @@ class Gptq(MatrixMethod[GptqConfig]):
 
     def smallest_size(self, group: LayerGroup, dtype: torch.dtype) -> float:
         """2 bits for every entry."""
-        size = group.width * group.hidden
-        least = min(size / 4 + _scale_bytes(group, values, dtype) for values in self._choices(2))
+        size, shapes = group.width * group.hidden, _shapes(group)
+        least = min(size / 4 + _scale_bytes(shapes, values, dtype) for values in self._choices(2))
         return least / (BYTES_PER_BIT * size)
 
     def store(self, weight_OI: Tensor, moment_II: Tensor | None, plan: GroupPlan) -> StoredMatrix:
@@ -87,16 +88,22 @@ class Gptq(MatrixMethod[GptqConfig]):
 def widest_that_fit(plan: GroupPlan, target: float, choices: Callable[[int], Sequence[V]]) -> V:
     """Of the value formats of 8 bits, 7 and so on, the finest scales first, the first whose bytes are no more than a
     target. Raises ``BudgetError`` if not even 2 bits are."""
-    size = plan.group.width * plan.group.hidden
+    size, shapes = plan.group.width * plan.group.hidden, _shapes(plan.group)
     for bits in range(8, 1, -1):
         for values in choices(bits):
-            if size * bits / 8 + _scale_bytes(plan.group, values, plan.dtype) <= target * (1 + EPS):
+            if size * bits / 8 + _scale_bytes(shapes, values, plan.dtype) <= target * (1 + EPS):
                 return values
     raise BudgetError(f"{target:.0f} bytes are less than 2 bits for each of {size} entries; ask for more bytes")
 
 
-def _scale_bytes(group: LayerGroup, values: Values, dtype: torch.dtype) -> float:
-    return sum(values.scale_bytes(site.outputs, site.inputs, itemsize(dtype)) for site in group.sites)
+def _shapes(group: LayerGroup) -> Counter[tuple[int, int]]:
+    """Outputs and inputs of the layers of a group, which may be a thousand experts of one shape."""
+    return Counter((site.outputs, site.inputs) for site in group.sites)
+
+
+def _scale_bytes(shapes: Mapping[tuple[int, int], int], values: Values, dtype: torch.dtype) -> float:
+    item = itemsize(dtype)
+    return sum(count * values.scale_bytes(rows, cols, item) for (rows, cols), count in shapes.items())
 
 
 def gptq(

@@ -215,8 +215,11 @@ class _Pass:
         started = time.perf_counter()
         with torch.autocast(self.bench.device.type, enabled=False):
             tensors, fields = self.make(block, moments)
-        seconds = time.perf_counter() - started
-        self.bench.store.put(f"{self.stage}-{block.name}", tensors, {**fields, "seconds": seconds})
+        fields = {**fields, "seconds": time.perf_counter() - started}
+        tokens = {site.name: moments[site.name].weight for site in block.sites if site.mixture and site.name in moments}
+        if tokens:
+            fields["tokens"] = tokens
+        self.bench.store.put(f"{self.stage}-{block.name}", tensors, fields)
         done = sum(self.bench.store.has(f"{self.stage}-{one.name}") for one in self.blocks)
         self.bench.report(self.stage, block.name, done, len(self.blocks))
 
@@ -316,6 +319,8 @@ def solve_blocks(bench: Workbench, plan: CompressionPlan, solve: Solve, *, memor
     for block, made in zip(blocks, make_blocks(bench, blocks, "solve", make, memory=memory, errors=True), strict=True):
         layers |= unpacked(bench, block, made)
         seconds[block.name] = made[1]["seconds"]
+        inputs = {site.name: site.inputs for site in block.sites}
+        bench.tokens |= {name: (weight, inputs[name]) for name, weight in made[1].get("tokens", {}).items()}
         _, fields = bench.store.get(f"errors-{block.name}") or ({}, {})
         errors |= {one["block"]: BlockError(**one) for one in fields.get("errors", ())}
     return [_group(group, layers, errors, seconds) for group in plan.groups]

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fips.calibration.experts import complete_influence, complete_moments
 from fips.calibration.heads import first_tensor
 from fips.calibration.influence import Influence, collect_influence
 from fips.calibration.inputs import CalibrationData, Wanted, few_examples, first_examples, numbered, place
@@ -164,6 +165,8 @@ class Workbench:
     """Most bytes of activations that were in a temporary file at once."""
     overfit: dict[str, float] = field(default_factory=dict)
     """By layer the error on data held out over that on the data fitted, where it was measured."""
+    tokens: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """By layer of an expert how many tokens reached it, and its inputs."""
     notes: list[str] = field(default_factory=list)
     """What went otherwise than asked for, for the report."""
     phases: dict[str, float] = field(default_factory=dict)
@@ -184,6 +187,7 @@ class Workbench:
         if Needs.INFLUENCE in self.needs:
             self.influence = self.shared_influence(groups)
             found = survey_influence(sites, self.influence)
+            complete_influence(sites, self.influence)
         else:
             found = survey_layers(
                 self.model, sites, few_examples(self.batches, FEW), self.run, gradients=Needs.GRADIENTS in self.needs,
@@ -223,10 +227,16 @@ class Workbench:
         """
         assert Needs.GRADIENTS in self.needs, "a method that asks for gradients must declare that it needs them"
         how = (self.temperature, floor, self.config.seed)
-        return self.cached([site.name for site in sites], how, changed=changed, measure=lambda: collect_moments(
-            self.model, sites, self.counted("measure", name), self.run, temperature=self.temperature, floor=floor,
-            seed=self.config.seed,
-        ))  # fmt: skip
+
+        def measure() -> dict[str, LayerMoments]:
+            found = collect_moments(
+                self.model, sites, self.counted("measure", name), self.run, temperature=self.temperature, floor=floor,
+                seed=self.config.seed,
+            )  # fmt: skip
+            complete_moments(sites, found)
+            return found
+
+        return self.count_tokens(sites, self.cached([site.name for site in sites], how, measure, changed=changed))
 
     def cached(
         self,
@@ -261,7 +271,26 @@ class Workbench:
             with self.sweep([*blocks, *heads], name, hold=hold, heads=heads) as sweep:
                 return sweep.step(len(blocks) + len(heads), sites).moments
 
-        return self.cached([site.name for site in sites], ("inputs",), measure, hold=hold)
+        return self.count_tokens(sites, self.cached([site.name for site in sites], ("inputs",), measure, hold=hold))
+
+    def count_tokens(self, sites: Sequence[Site], moments: Mapping[str, LayerMoments]) -> dict[str, LayerMoments]:
+        """Remember how many tokens reached experts; returns the moments."""
+        self.tokens |= {
+            site.name: (moments[site.name].weight, site.inputs)
+            for site in sites
+            if site.mixture and site.name in moments
+        }
+        return dict(moments)
+
+    def say_tokens(self) -> None:
+        """A note where experts had few tokens or none."""
+        few = [weight for weight, inputs in self.tokens.values() if weight < inputs]
+        if few:
+            self.note(
+                f"{len(few)} of {len(self.tokens)} matrices of experts were reached by fewer tokens of the calibration "
+                f"data than they have inputs, {sum(weight == 0 for weight in few)} of them by none; what they lack was "
+                "taken from the other experts of their mixtures: more examples would tell"
+            )
 
     def keep_moments(self) -> None:
         """Keep what ``cached`` measures from now on, at least as long as this compression lasts."""

@@ -1,7 +1,8 @@
 """Find the two ends of a language model: the embedding of its tokens and the output head, which may be one matrix.
 
-Both are asked of the model (``get_input_embeddings``, ``get_output_embeddings``). A matrix that several modules have, a
-tied one, is one layer, under the name of its first embedding. Positions are no tokens and stay as they are.
+Both are asked of the model (``get_input_embeddings``, ``get_output_embeddings``); where it has no answer, the embedding
+of the one model inside that has some, such as the text tower of CLIP. A matrix that several modules have, a tied one,
+is one layer, under the name of its first embedding. Positions are no tokens and stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["embedding_scale", "find_ends"]
 
 def find_ends(model: nn.Module, skipped: list[Skipped]) -> list[Sublayer]:
     """Embedding and head, or the one matrix of both; ``skipped`` is told what stays as it is, and why."""
-    embedding, head = (_asked(model, question) for question in ("get_input_embeddings", "get_output_embeddings"))
+    embedding, head = _input_embedding(model), _asked(model, "get_output_embeddings")
     found: list[Sublayer] = []
     places: dict[str, nn.Module] = {}
     if isinstance(embedding, nn.Embedding):
@@ -101,6 +102,15 @@ def embedding_scale(embedding: nn.Embedding) -> float | None:
             return float(scale) if torch.equal(found, 3 * weight[ids]) else None
     except Exception:
         return None
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    own = _asked(model, "get_input_embeddings")
+    if own is not None:
+        return own
+    inside = [_asked(module, "get_input_embeddings") for module in model.modules() if hasattr(module, "config")]
+    found = {id(one): one for one in inside if isinstance(one, nn.Embedding)}
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _asked(model: nn.Module, question: str) -> nn.Module | None:

@@ -5,6 +5,9 @@ up fused, ``d -> 2p, p -> d``, that sits in one container or is spread over chil
 linear layer each (as in ViT and BERT, where the two matrices live in sibling modules). Containers with any other set
 of linear layers, such as attention, are closed: nothing in them is paired with what lies outside.
 
+Experts of a mixture are MLPs of which every token goes to a few. Those that a model keeps in 3-D tensors are found once
+they are taken apart (``fips.models.experts``).
+
 A *block* is the innermost ancestor that is an element of a homogeneous ``ModuleList`` or ``Sequential``.
 """
 
@@ -21,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fips.errors import NoMatchError
 from fips.models.attention import attention_around, attention_site, is_attention
 from fips.models.ends import find_ends
+from fips.models.experts import ExpertList, experts_apart, why_whole
 from fips.models.names import matches, require_matches
 from fips.models.sites import Linear, Site
 from fips.models.sublayers import Skipped, Sublayer, oddity
@@ -49,10 +53,22 @@ def locate_layers(
     ``targets`` replaces the search: all linear layers inside blocks whose name, or whose MLP's name, fits a pattern
     are taken. ``ignore`` then removes layers the same way; of attention the one layer that it names.
 
+    Layers of experts have the names that they have once those are taken apart, ``experts_apart(model)``.
+
     Raises ``NoMatchError`` if a pattern fits nothing or nothing is left.
     """
+    with experts_apart(model):
+        return _located(model, layers, targets, ignore)
+
+
+def _located(
+    model: nn.Module,
+    layers: Literal["mlp", "blocks", "all"],
+    targets: Sequence[str] | None,
+    ignore: Sequence[str],
+) -> Located:
     found: list[Sublayer] = []
-    skipped: list[Skipped] = [*_fused_experts(model)]
+    skipped: list[Skipped] = [*_whole_experts(model)]
     _scan(model, "", model, found, skipped)
     every = {linear.name: linear for linear in _linears(model)}
     found = list(_once(found, every, skipped))
@@ -60,7 +76,7 @@ def locate_layers(
     if layers != "mlp" and targets is None:
         found = _with_attention(model, found, every, skipped)
         ends = find_ends(model, skipped) if layers == "all" else []
-    names = list(every) + [sublayer.name for sublayer in (*found, *ends)]
+    names = [*every, *dict.fromkeys(name for sublayer in (*found, *ends) for name in sublayer.names)]
     if targets is not None:
         require_matches("targets", targets, names)
         found = _select_targets(model, found, every, targets)
@@ -98,9 +114,10 @@ def _once(found: Sequence[Sublayer], every: Mapping[str, Linear], skipped: list[
 def _without_ignored(sublayer: Sublayer, ignore: Sequence[str]) -> Sublayer | None:
     """The same if nothing of it is to be ignored. An MLP is left alone as a whole."""
     named = [site for site in sublayer.sites if matches(site.name, ignore)]
-    if not named and not matches(sublayer.name, ignore):
+    whole = any(matches(name, ignore) for name in sublayer.names)
+    if not named and not whole:
         return sublayer
-    if sublayer.kind != "attention" or matches(sublayer.name, ignore) or len(named) == len(sublayer.sites):
+    if sublayer.kind != "attention" or whole or len(named) == len(sublayer.sites):
         return None
     return replace(sublayer, sites=tuple(site for site in sublayer.sites if site not in named))
 
@@ -124,6 +141,9 @@ def _scan(module: nn.Module, name: str, root: nn.Module, found: list[Sublayer], 
     """Collect MLPs below ``module``; return its linear layers that are still free to pair with a sibling's."""
     own: list[Linear] = []
     loose: list[Linear] = []
+    if isinstance(module, ExpertList):
+        _accept_experts(name, module, root, found, skipped)
+        return []
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
         linear = _as_linear(path, child)
@@ -182,10 +202,30 @@ def _accept(
         skipped.append(Skipped(name, f"its layers are {odd}, not plain linear layers"))
     elif block is None:
         skipped.append(Skipped(name or "(model)", "it is not inside a repeated block"))
-    elif _is_expert(root, name, block):
-        skipped.append(Skipped(name, "it is one expert of a mixture; only dense MLPs are compressed"))
     else:
+        mixture = _mixture_of(root, name, block)
+        sites = [replace(site, mixture=mixture) for site in sites]
         found.append(Sublayer(name, block[0], block[1], kind, tuple(sites)))  # type: ignore[arg-type]
+
+
+def _accept_experts(
+    name: str, module: ExpertList, root: nn.Module, found: list[Sublayer], skipped: list[Skipped]
+) -> None:
+    block = _block_of(root, name)
+    if block is None:
+        skipped.append(Skipped(name, "it is not inside a repeated block"))
+        return
+    for expert in range(module.num_experts):
+        first, last = (
+            _as_linear(f"{name}.{key}.{expert}", layer)
+            for key, layer in zip((module.first, module.last), module.layers(expert), strict=True)
+        )
+        assert first is not None
+        assert last is not None
+        sites = (Site.reader(first, parts=module.parts), Site.writer(last))
+        kind: Literal["plain", "fused-gated"] = "fused-gated" if module.fused.has_gate else "plain"
+        own = tuple(replace(site, mixture=name) for site in sites)
+        found.append(Sublayer(f"{name}.{expert}", block[0], block[1], kind, own))
 
 
 def _block_of(root: nn.Module, name: str) -> tuple[str, str] | None:
@@ -194,6 +234,8 @@ def _block_of(root: nn.Module, name: str) -> tuple[str, str] | None:
     for end in range(len(parts) - 1, 0, -1):
         container = root.get_submodule(".".join(parts[: end - 1])) if end > 1 else root
         if not isinstance(container, (nn.ModuleList, nn.Sequential)) or not parts[end - 1].isdigit():
+            continue
+        if end > 2 and isinstance(root.get_submodule(".".join(parts[: end - 2])), ExpertList):
             continue
         element = ".".join(parts[:end])
         if len({type(child) for child in container}) == 1 and not _is_expert_list(root, parts[: end - 1], element):
@@ -214,21 +256,24 @@ def _is_bare(root: nn.Module, element: str) -> bool:
     return all(_as_linear("", module) is not None for module in holders)
 
 
-def _is_expert(root: nn.Module, name: str, block: tuple[str, str]) -> bool:
-    parent, _, last = name.rpartition(".")
-    if not last.isdigit() or name == block[0]:
-        return False
-    return isinstance(root.get_submodule(parent), (nn.ModuleList, nn.Sequential))
+def _mixture_of(root: nn.Module, name: str, block: tuple[str, str]) -> str:
+    """The list or dictionary of several modules alike, inside a block, that an MLP is one of; empty if it is none."""
+    parent = root.get_submodule(name.rpartition(".")[0])
+    several = isinstance(parent, (nn.ModuleList, nn.ModuleDict)) and len(parent) > 1
+    alike = several and len({type(child) for child in parent.children() if any(True for _ in child.parameters())}) == 1
+    return name.rpartition(".")[0] if alike and name != block[0] else ""
 
 
-def _fused_experts(model: nn.Module) -> Iterator[Skipped]:
+def _whole_experts(model: nn.Module) -> Iterator[Skipped]:
+    """Experts in 3-D tensors that cannot be taken apart."""
     for name, module in model.named_modules():
         if not any(part.isdigit() for part in name.split(".")) or isinstance(module, nn.modules.conv._ConvNd):
             continue
         shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 3 and p.shape[0] > 1]
         if shapes:
             listed = " and ".join(str(shape) for shape in shapes)
-            yield Skipped(name, f"{shapes[0][0]} experts fused in tensors of shape {listed}; not compressed")
+            what = f"{shapes[0][0]} experts fused in tensors of shape {listed}"
+            yield Skipped(name, f"{what}, {why_whole(module)}; not compressed")
 
 
 def _with_attention(
@@ -271,7 +316,8 @@ def _select_targets(
     lists: dict[str, str] = {}
     for name, linear in every.items():
         site_mlp = known.get(name)
-        if not (matches(name, targets) or (site_mlp is not None and matches(site_mlp[1].name, targets))):
+        around = () if site_mlp is None else site_mlp[1].names
+        if not any(matches(one, targets) for one in (name, *around)):
             continue
         block = _block_of(model, name)
         if block is None:

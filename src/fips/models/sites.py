@@ -115,6 +115,8 @@ class Site:
     """Other modules that have the matrix of an embedding too: the output head, further embeddings."""
     heads: tuple[str, ...] = ()
     """Those of them that multiply by it."""
+    mixture: str = ""
+    """Of one expert among several the module that holds them all: only some tokens reach it, maybe none."""
 
     @classmethod
     def of(cls, linear: Linear, *, reads: tuple[Part, ...], writes: tuple[Part, ...]) -> Site:

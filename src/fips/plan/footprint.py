@@ -128,7 +128,7 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def itemsize(dtype: torch.dtype) -> int:
-    return torch.empty((), dtype=dtype, device="meta").element_size()
+    return dtype.itemsize
 
 
 def format_bytes(count: float) -> str:

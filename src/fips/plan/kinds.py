@@ -10,16 +10,20 @@ from torch import nn
 
 from fips.errors import NoMatchError
 from fips.models import Site, locate_layers
+from fips.models.experts import experts_apart
 from fips.plan.footprint import named_state
 from fips.plan.plan import CompressionPlan
 
 __all__ = ["KindSize", "layer_bytes", "sizes_by_kind"]
 
 EMBEDDINGS, REST = "embeddings, heads", "all else"
-KINDS = ("MLP up", "MLP down", "attention readers", "attention writers", EMBEDDINGS, REST)
+KINDS = (
+    *("MLP up", "MLP down", "experts up", "experts down", "attention readers", "attention writers"),
+    *(EMBEDDINGS, REST),
+)
 """Up projections (gates too) and those of attention that make queries, keys and values read the residual stream, the
-others write it. Embeddings and heads are the matrices outside of repeated blocks; all else are biases, norms and
-whatever else is in a block."""
+others write it. Experts are the MLPs of which every token goes to a few. Embeddings and heads are the matrices outside
+of repeated blocks; all else are biases, norms and whatever else is in a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +52,8 @@ class KindSize:
 
 def layer_bytes(plan: CompressionPlan) -> dict[str, float]:
     """Bytes of every layer after compression, as far as a plan knows: its part of its group's, by its weights."""
-    return {
-        site.name: group.factored.bytes * site.width * site.hidden / (group.group.width * group.group.hidden)
-        for group in plan.groups
-        for site in group.group.sites
-    }
+    each = [(group, group.factored.bytes / (group.group.width * group.group.hidden)) for group in plan.groups]
+    return {site.name: rate * site.width * site.hidden for group, rate in each for site in group.group.sites}
 
 
 def sizes_by_kind(
@@ -63,6 +64,11 @@ def sizes_by_kind(
     ``layers`` says how many bytes a compressed layer takes, by name, ``others`` how many another tensor takes; without
     it those stay as they are.
     """
+    with experts_apart(model):
+        return _by_kind(model, layers, others)
+
+
+def _by_kind(model: nn.Module, layers: Mapping[str, float], others: Mapping[str, int] | None) -> tuple[KindSize, ...]:
     sites = _sites(model)
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1}
     found: dict[str, list[tuple[int, int, float]]] = {kind: [] for kind in KINDS}
@@ -94,7 +100,6 @@ def _sites(model: nn.Module) -> dict[str, Site]:
 
 
 def _kind_of(site: Site) -> str:
-    part = "MLP" if site.parts[0].space == "hidden" else "attention"
-    reads = site.role.reads_stream
-    first = 0 if part == "MLP" else 2
-    return KINDS[first if reads else first + 1]
+    part = "attention" if site.parts[0].space != "hidden" else "experts" if site.mixture else "MLP"
+    readers, writers = (kind for kind in KINDS if kind.startswith(f"{part} "))
+    return readers if site.role.reads_stream else writers

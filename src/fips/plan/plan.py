@@ -14,11 +14,13 @@ from fips.errors import ConfigError, ModelError, NoMatchError
 from fips.formats.patterns import BITMASK
 from fips.layers.linear import factored_layers
 from fips.models import LayerGroup, Skipped, Sublayer, group_layers, locate_layers
+from fips.models.experts import experts_apart
 from fips.models.wrappers import unwrap
 from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_bytes
 from fips.plan.groups import GroupPlan, storage_dtype
 from fips.plan.least import require_sensible_size
 from fips.plan.planner import planner_of
+from fips.plan.rest import rest_saving
 from fips.plan.size import smallest_sizes, weight_dtype, with_bits
 
 __all__ = ["CompressionPlan", "LeftDense", "leave_dense", "plan_compression", "settle_size"]
@@ -47,6 +49,8 @@ class CompressionPlan:
     model_parameters: int
     model_bytes: int
     left_dense: tuple[LeftDense, ...] = ()
+    rest_saving: int = 0
+    """Bytes that what is in no group takes less in another type, if one is asked for."""
 
     @property
     def dense(self) -> Footprint:
@@ -64,7 +68,7 @@ class CompressionPlan:
     @property
     def compressed_bytes(self) -> int:
         """Tensor bytes of the whole checkpoint after compression."""
-        return self.model_bytes - self.dense.bytes + self.factored.bytes
+        return self.model_bytes - self.rest_saving - self.dense.bytes + self.factored.bytes
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -93,6 +97,11 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
     model = unwrap(model)
     if factored_layers(model):
         raise ModelError("the model is already compressed; `fips.merge(model)` turns it back into dense layers")
+    with experts_apart(model):
+        return _planned(model, config)
+
+
+def _planned(model: nn.Module, config: CompressionConfig) -> CompressionPlan:
     located = locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
     _check_whole(model, located.sublayers, config)
     groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
@@ -110,6 +119,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
         skipped=(*located.skipped, *outside),
         model_parameters=sum(p.numel() for p in model.parameters()),
         model_bytes=state_bytes(model),
+        rest_saving=rest_saving(model, groups, config),
     )
 
 
@@ -120,7 +130,9 @@ def settle_size(
 
     Layers ``left`` dense count among the rest. Raises ``BudgetError`` with the smallest size there is.
     """
-    return with_bits(unwrap(model), [group.group for group in plan.groups], config, left)
+    model = unwrap(model)
+    with experts_apart(model):
+        return with_bits(model, [group.group for group in plan.groups], config, left)
 
 
 def leave_dense(
@@ -160,7 +172,8 @@ def leave_dense(
             + ("" if len(left) == 1 else ", and so on")
             + "; give batches that use these layers, as the model is used"
         )
-    return replace(plan, groups=tuple(groups), left_dense=tuple(left))
+    saving = rest_saving(model, [group.group for group in groups], config)
+    return replace(plan, groups=tuple(groups), left_dense=tuple(left), rest_saving=saving)
 
 
 def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) -> GroupPlan:
@@ -182,7 +195,16 @@ def _plan_group(model: nn.Module, group: LayerGroup, config: CompressionConfig) 
 
 def _check_whole(model: nn.Module, sublayers: Sequence[Sublayer], config: CompressionConfig) -> None:
     """Blocks of neighbours reorder hidden neurons, which all layers around them must do alike."""
-    if not planner_of(config).moves_neurons or (config.targets is None and config.layers == "mlp"):
+    if not planner_of(config).moves_neurons:
+        return
+    for sublayer in sublayers:
+        parts = {part.features for site in sublayer.sites for part in site.parts if part.space == "hidden"}
+        if len(parts) > 1:
+            raise ConfigError(
+                f"`method: {config.method}` with this `pattern` reorders hidden neurons, which `{sublayer.name}` mixes "
+                f"({' and '.join(map(str, sorted(parts)))} features in its layers); use `pattern: unstructured`"
+            )
+    if config.targets is None and config.layers == "mlp":
         return
     whole = [{site.name for site in sublayer.sites} for sublayer in locate_layers(model).sublayers]
     for sublayer in sublayers:

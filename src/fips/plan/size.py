@@ -16,6 +16,7 @@ from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_byte
 from fips.plan.groups import storage_dtype
 from fips.plan.least import BYTES_PER_BIT
 from fips.plan.planner import planner_of
+from fips.plan.rest import rest_saving
 
 __all__ = ["Sizes", "sizes_of", "smallest_sizes", "weight_dtype", "with_bits"]
 
@@ -47,7 +48,7 @@ class Sizes:
     before: int
     """Bytes of all tensors of the model as it is."""
     rest: int
-    """Bytes of what is in no group."""
+    """Bytes of what is in no group, in the type that it will have."""
     least_bits: float
     """The smallest sensible bits per weight of the groups."""
 
@@ -65,7 +66,8 @@ def sizes_of(model: nn.Module, groups: Sequence[LayerGroup], config: Compression
     before = state_bytes(model)
     dense = Footprint.total(dense_footprint(group, itemsize=itemsize(weight_dtype(model, group))) for group in groups)
     least = max(smallest_sizes(model, groups, config.replace(size=None, bits=MOST_BITS)).values())
-    return Sizes(weights=dense.parameters, before=before, rest=before - dense.bytes, least_bits=least)
+    rest = before - dense.bytes - rest_saving(model, groups, config)
+    return Sizes(weights=dense.parameters, before=before, rest=rest, least_bits=least)
 
 
 def with_bits(
@@ -73,7 +75,7 @@ def with_bits(
 ) -> CompressionConfig:
     """The settings with the bits that make all tensors together as large as ``size`` says.
 
-    Settings without a size are returned as they are. Layers ``left`` dense count among the rest, which keeps its type.
+    Settings without a size are returned as they are. Layers ``left`` dense count among the rest.
     Raises ``BudgetError`` with the smallest size there is.
     """
     if config.size is None:
@@ -87,7 +89,7 @@ def with_bits(
             f"{sizes.rest:,}, and the smallest size with the {_COVERED[config.layers]} compressed is "
             f"{sizes.least_bytes:,.0f} bytes; "
             + _more(model, config)
-            + "load the weights in 16 bits (`--dtype bfloat16`) if they have 32"
+            + "write the rest in 16 bits (`rest_dtype`, `--rest-dtype bfloat16`) if it has 32"
         )
     bits = min((wanted - sizes.rest) / (sizes.weights * BYTES_PER_BIT), MOST_BITS)
     return config.replace(size=None, bits=bits)

@@ -16,8 +16,18 @@ from fips.formats.patterns import FULL, pattern_in_file, pattern_named
 from fips.formats.rotation import ROTATIONS
 from fips.formats.values import FLOAT, values_named
 from fips.layers.embedding import Lookup, PackedEmbedding, TiedLayer, tied_layers
-from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers, replace_everywhere
+from fips.layers.linear import (
+    BASES,
+    FactoredLinear,
+    Homes,
+    SharedBasis,
+    basis_owner,
+    factored_layers,
+    homes_of,
+    replace_everywhere,
+)
 from fips.models.ends import embedding_scale
+from fips.models.experts import experts_apart
 from fips.models.sites import Role
 
 __all__ = [
@@ -238,9 +248,15 @@ def install_layout(model: nn.Module, layout: Layout, *, partial: bool = False) -
 
     Names are those of the model the layout was read off; a model with or without a head around the same base model
     (``LlamaModel`` for ``LlamaForCausalLM``) is filled too. With ``partial`` layers that the model does not have are
-    left out (an encoder of an encoder-decoder), as long as some remain. Raises ``CheckpointError``, with the model as
+    left out (an encoder of an encoder-decoder), as long as some remain. Fused experts that have a layer among them are
+    taken apart. Raises ``CheckpointError``, with the model as
     it was, if a named layer is not in the model, is no linear layer there, or differs from it in features or bias.
     """
+    with experts_apart(model):
+        _install(model, layout, partial=partial)
+
+
+def _install(model: nn.Module, layout: Layout, *, partial: bool) -> None:
     places = {name: _place(model, name) for name in layout.layers}
     absent = next((name for name, place in places.items() if place is None), None)
     if absent is not None and not (partial and any(places.values())):
@@ -254,12 +270,17 @@ def install_layout(model: nn.Module, layout: Layout, *, partial: bool = False) -
         for place in (name, *others[name]):
             _require_fit(place, model.get_submodule(place), layout, entry)
         if entry.embedding:
+            if not isinstance(dense := model.get_submodule(name), nn.Embedding):
+                raise CheckpointError(
+                    f"layer `{name}` of the checkpoint is an embedding, in the model it is a `{type(dense).__name__}`; "
+                    "`config.json` and its `quantization_config` are not of one model"
+                )
             _require_tied_alike(model, name, others[name])
         elif f"{name}.weight" in tied:
             raise CheckpointError(
                 f"layer `{name}` of the checkpoint shares its weight with another; it cannot be packed"
             )
-    used = {entry.basis for entry in present.values()}
+    used, homes = {entry.basis for entry in present.values()}, homes_of(model)
     bases = {name: SharedBasis(basis.width, basis.rank) for name, basis in layout.bases.items() if name in used}
     setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
     for name, entry in present.items():
@@ -267,7 +288,7 @@ def install_layout(model: nn.Module, layout: Layout, *, partial: bool = False) -
         if entry.embedding:
             replace_embedding(model, name, layer, others[name])
         else:
-            replace_linear(model, name, layer)
+            replace_linear(model, name, layer, homes)
 
 
 def _empty_layer(entry: LayerLayout, basis: SharedBasis | None) -> FactoredLinear:
@@ -386,12 +407,16 @@ def _input_bits(layer: FactoredLinear) -> Literal[8, 16] | None:
     return None if layer.bits is None or bits is None else 8 if bits == 8 else 16
 
 
-def replace_linear(model: nn.Module, name: str, layer: FactoredLinear) -> None:
-    """Put a factored layer in the place of a dense one, whose type and device its placeholder weight takes."""
-    dense = model.get_submodule(name).weight
-    assert isinstance(dense, torch.Tensor)
-    layer.weight = torch.empty(0, dtype=dense.dtype, device=dense.device)
-    replace_everywhere(model, name, layer)
+def replace_linear(model: nn.Module, name: str, layer: FactoredLinear, homes: Homes | None = None) -> None:
+    """Put a factored layer in the place of a dense one, whose class it remembers and whose type and device its
+    placeholder weight takes; ``homes`` as for ``replace_everywhere``."""
+    dense = model.get_submodule(name)
+    weight = dense.weight
+    assert isinstance(weight, torch.Tensor)
+    layer.weight = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    if isinstance(dense, nn.Linear):
+        layer.dense_class = type(dense)
+    replace_everywhere(model, name, layer, homes)
 
 
 def replace_embedding(model: nn.Module, name: str, layer: FactoredLinear, tied: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ from fips.layers.merge import drop_unused_bases, merge
 from fips.models.architectures import architecture_names, library_class
 from fips.models.building import naming, try_build
 from fips.models.decoding import quicken
+from fips.models.experts import split_experts
 from fips.models.transformers import build_empty, build_from_classes
 from fips.plan.footprint import named_state
 from fips.record import REPORT_FILE, CompressionReport
@@ -341,6 +342,8 @@ def _require_tensors(model: PreTrainedModel, stored: Collection[str], layout: La
         if not known:
             return
         model = build_empty(model.config)
+        around = {name.rsplit(".", 2)[0] for name in layout.layers}
+        split_experts(model, [name for name, _ in model.named_modules() if name in around])
     packed = {*layout.layers, *factored_layers(model)}  # their placeholders are not in older files
     tied = model.all_tied_weights_keys
     state = model.state_dict(keep_vars=True)

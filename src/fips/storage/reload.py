@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fips.errors import ModelError
 from fips.layers.linear import BASES
 from fips.models.architectures import lies_in_repository, saved_class, saved_config_class
+from fips.models.experts import expert_lists, split_experts
 from fips.models.timm import is_timm_model, rebuild_timm
 from fips.models.transformers import build_from_classes
 from fips.storage.companions import auto_map, saved_fields
@@ -39,6 +40,8 @@ def check_reloadable(model: nn.Module, packed: Collection[str]) -> None:
         twin = rebuild_timm(model)
     else:
         return
+    apart = expert_lists(model)
+    split_experts(twin, [name for name in apart if name in dict(twin.named_modules())])
     ids = {id(model.get_submodule(name)) for name in packed}
     places = {place for place, module in model.named_modules(remove_duplicate=False) if id(module) in ids}
     _compare_modules(model, twin, places)

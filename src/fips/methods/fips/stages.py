@@ -171,8 +171,11 @@ def _searches(
             weight_DF.float()[:, order] for weight_DF, order in zip(bench.weights(sites), orders, strict=True)
         ]
         if config.one_shot:
+            rotated = _rotated(plan, config)
             shots = [
-                _one_shot(bench, plan, config, weight_DF, site, moments.get(site.name), order, trial=trial)
+                _one_shot(
+                    bench, plan, config, weight_DF, site, moments.get(site.name), order, rotated=rotated, trial=trial
+                )
                 for weight_DF, site, order in zip(weights_DF, sites, orders, strict=True)
             ]
             return Search(weights_DF, shots, None, moments, orders)
@@ -198,11 +201,13 @@ def _one_shot(
     moments: LayerMoments | None,
     order_F: Tensor,
     *,
+    rotated: bool,
     trial: bool = False,
 ) -> OneShot:
     """One layer in the metric of its inputs, without moments of their diagonal (I,), hidden neurons in the order given.
 
-    In a ``trial`` it is fitted to the data that is not held out, and judged on the rest.
+    ``rotated`` is what ``_rotated`` says of the group, all layers of which it looks at. In a ``trial`` it is fitted to
+    the data that is not held out, and judged on the rest.
     """
     moment, power_O = _diagonal_metric(bench, site)
     held: Tensor | None = None
@@ -233,9 +238,9 @@ def _one_shot(
     return OneShot(
         weight_DF, ordered(moment), power_O, site.role.reduction, _pricing(plan, config), plan.dtype, held,
         damping_for(noise, config.bits or 16 * (config.budget or 1)),
-        widest_rotation(site.inputs) if _rotated(plan, config) else 1,
+        widest_rotation(site.inputs) if rotated else 1,
         config.sweeps,
-        whole=_rotated(plan, config) or plan.group.is_end,
+        whole=rotated or plan.group.is_end,
     )  # fmt: skip
 
 
@@ -277,17 +282,18 @@ def allot(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[s
     From what plain rounding, or pruning, does to some rows where inputs are uncorrelated. Error feedback then takes
     away more or less the same share everywhere.
     """
-    sites = [(group, site) for group in plan.groups for site in group.group.sites]
-    curves = []
+    names = [site.name for group in plan.groups for site in group.group.sites]
+    curves: list[list[Point]] = []
     with torch.autocast(bench.device.type, enabled=False):
-        for number, (group, site) in enumerate(sites):
-            (weight_DF,) = bench.weights([site])
-            order_F = torch.arange(site.hidden, device=bench.device)
-            layer = _one_shot(bench, group, config, weight_DF.float(), site, None, order_F)
-            part = site.hidden / group.group.hidden * group_share(group, config)
-            curves.append(layer.quick_trials(_choices(group, config), part))
-            bench.report("allot", "all", number + 1, len(sites))
-    names = [site.name for _, site in sites]
+        for group in plan.groups:
+            rotated, choices = _rotated(group, config), _choices(group, config)
+            share = group_share(group, config) / group.group.hidden
+            for site in group.group.sites:
+                (weight_DF,) = bench.weights([site])
+                order_F = torch.arange(site.hidden, device=bench.device)
+                layer = _one_shot(bench, group, config, weight_DF.float(), site, None, order_F, rotated=rotated)
+                curves.append(layer.quick_trials(choices, share * site.hidden))
+                bench.report("allot", "all", len(curves), len(names))
     split = allocate(tempered(curves, ends_of(plan, names)), sum(group_share(group, config) for group in plan.groups))
     return dict(zip(names, split, strict=True))
 
