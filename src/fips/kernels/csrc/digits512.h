@@ -206,7 +206,7 @@ template <int MEMORY, int T> struct SeveralRows : RecalledRows<MEMORY> {
   }
 };
 
-// Codes of 4 bits, several rows at a time and as they lie in the stream: a permutation of bytes looks up the number of
+// Codes of 4 bits, two rows at a time and as they lie in the stream: a permutation of bytes looks up the number of
 // either half of a byte. Digits lie as these halves do: of 128 columns first those with even numbers. Where a code adds to
 // the place of those below it, what it adds is linear in its bits, and an affine map of bits reads either half.
 struct HalfMaps {
@@ -224,6 +224,7 @@ inline HalfMaps half_maps(const uint8_t *added) { // by what each of the 16 code
 }
 
 inline bool reads_half_bytes(const fips_matrix &a) {
+  if (!a.memory && a.cols > 4096) return false; // two rows are too far from each other: slower from memory
   if (a.format != FIPS_FULL || a.value_bits != 4 || a.cols % 64 || (a.scale_group && a.scale_group < 64)) return false;
   for (int back = 0; back < a.memory; ++back)
     for (int code = 0; code < 16; ++code) {
@@ -256,8 +257,12 @@ inline __m512i half_byte_table(const fips_matrix &a) { // of the numbers with 12
 }
 
 template <int MEMORY, int T> struct HalfByteRows {
-  static constexpr int rows = kRecalledRows;
+  static constexpr int rows = 2; // more are slower where they come from memory
   static constexpr bool parted = true;
+  static constexpr int64_t ahead = 1024; // bytes behind the last of these rows: they are fetched in the order they lie
+  FIPS_INLINE void prefetch(int64_t at) const {
+    _mm_prefetch(reinterpret_cast<const char *>(stream) + at, _MM_HINT_T0);
+  }
   const uint8_t *stream;
   int64_t row_bytes, last; // byte from which on 64 bytes would leave the stream
   __m512i table;
@@ -278,7 +283,7 @@ template <int MEMORY, int T> struct HalfByteRows {
                 const UnitFactors (*factors)[T], const float (*added)[T]) const {
     constexpr int R = rows, xor_three = 0x96, and_then_xor = 0x6A;
     const int left = int(min_of(R, a.rows - row));
-    const uint64_t there = row % a.run ? ~uint64_t(0) : 0; // at the beginning of a run nothing is above
+    const uint64_t there = MEMORY && row % a.run ? ~uint64_t(0) : 0; // at the beginning of a run nothing is above
     const auto map = [&](int back, int r, uint64_t HalfMaps::*half) {
       return _mm512_set1_epi64(int64_t(maps[back - 1].*half & (back <= r ? ~uint64_t(0) : there)));
     };
@@ -294,8 +299,7 @@ template <int MEMORY, int T> struct HalfByteRows {
       __m512i codes[MEMORY + R];
 #pragma GCC unroll 8
       for (int r = 0; r < MEMORY + R; ++r) {
-        if (r >= MEMORY)
-          _mm_prefetch(reinterpret_cast<const char *>(stream) + from[r] + at + R * row_bytes, _MM_HINT_T0);
+        if (r >= MEMORY) prefetch(from[MEMORY] + (R - 1) * row_bytes + ahead + R * at + 64 * (r - MEMORY));
         codes[r] = bytes(from[r] + at);
       }
 #pragma GCC unroll 4
