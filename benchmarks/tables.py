@@ -191,17 +191,22 @@ def generation() -> str:
     """A whole language model that generates, beside llama.cpp."""
     labels = {
         "dense": "bfloat16, transformers", "tc4g64": "fips, `tc4g64`", "nl4g64": "fips, `nl4g64`",
-        "int4g64": "fips, `int4g64`", "Q4_0.gguf": "llama.cpp, Q4_0", "Q4_K_M.gguf": "llama.cpp, Q4_K_M",
+        "int4g64": "fips, `int4g64`", "tc4g64, compiled": "fips, `tc4g64`, `torch.compile`",
+        "int4g64, compiled": "fips, `int4g64`, `torch.compile`", "Q4_K_M.gguf": "llama.cpp, Q4_K_M",
     }  # fmt: skip
     rows = []
     for name, label in labels.items():
         found = load("generation")["results"][name]["median"]
         rows.append([
             label, f"{found['file_bytes'] / 1e6:.0f} MB", f"{found['tokens_per_s']:.1f}",
+            f"{found['tokens_after_prompt_per_s']:.1f}",
             f"{found['prompt_per_s']:.0f}", f"{found['first_prompt_s']:.1f} s", f"{found['load_s']:.1f} s",
             f"{found['peak_bytes'] / 1e9:.2f} GB",
         ])  # fmt: skip
-    head = ["", "file", "tokens a second", "prompt, tokens a second", "first prompt", "load", "peak memory"]
+    head = [
+        "", "file", "tokens a second", "behind the prompt", "prompt, tokens a second", "first prompt", "load",
+        "peak memory",
+    ]  # fmt: skip
     return markdown(head, rows)
 
 
@@ -499,8 +504,8 @@ def value_formats() -> str:
 def against_llm_compressor() -> str:
     names = {
         "llm-compressor GPTQ float32": "llm-compressor, GPTQ W4A16",
-        'fips {"bits": 4.25, "effort": "fast"}': "fips, `--effort fast`, 4.25 bits",
-        'fips {"bits": 4.25}': "fips, the default, 4.25 bits",
+        'fips {"bits": 4.25, "effort": "fast", "layers": "mlp"}': "fips, `--effort fast`, 4.25 bits",
+        'fips {"bits": 4.25, "layers": "mlp"}': "fips, the default, 4.25 bits",
     }
     results = load("against-llm-compressor")["results"]
     first = results["llm-compressor GPTQ float32"]["medians"]
