@@ -339,7 +339,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"values": "float"},
     {"values": "int4"},
-    {"sharing": "always", "layers": "mlp"},
+    {"sharing": "always"},
     {"pattern": "block4"},
     {"pattern": "4:16"},
     {"reconstruction": {"steps": 4, "update_every": 1}, "precision": "float32", "schedule": "rigl"},
