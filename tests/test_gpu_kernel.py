@@ -83,8 +83,10 @@ def test_narrow_integers_are_cut_out_of_their_bytes(fmt: str, bits: int) -> None
     )
 
 
-@pytest.mark.parametrize(("bits", "group"), [(4, 16), (3, 32), (8, 64)])
-@pytest.mark.parametrize("fmt", ["full", "bitmask", "4:16", "block4"])
+@pytest.mark.parametrize(
+    ("fmt", "bits", "group"),
+    [("full", 4, 16), ("full", 8, 64), ("bitmask", 3, 32), ("bitmask", 4, 16), ("4:16", 8, 64), ("block4", 3, 32)],
+)
 @pytest.mark.slow
 def test_group_scales(fmt: str, bits: int, group: int) -> None:
     for shape in ((72, 144), (24, 544)):
@@ -119,8 +121,10 @@ def test_the_kernels_have_the_numbers_of_the_patterns() -> None:
     assert [pattern_named(name).code(axis) for name, axis in names] == numbers
 
 
-@pytest.mark.parametrize("name", ["tc2g64", "tc3", "tc4g16"])
-@pytest.mark.parametrize("shape", [(5, 80), (RUN + 7, 64)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("tc2g64", (5, 80)), ("tc3", (5, 80)), ("tc3", (RUN + 7, 64)), ("tc4g16", (RUN + 7, 64))],
+)
 @pytest.mark.slow
 def test_values_that_are_coded_together(shape: tuple[int, int], name: str) -> None:
     packed = coded(name, *shape, rotation=16)
