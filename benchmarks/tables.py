@@ -141,6 +141,7 @@ WHOLE = {
     "demo": "demo model, perplexity",
     "vit": "ViT-Tiny, top-1 %",
     "dinov2-small": "DINOv2-small, top-1 %",
+    "antiberty": "AntiBERTy, pseudo-perplexity",
 }
 OVERVIEW_SIZE = "27%"
 
@@ -170,8 +171,9 @@ def _kl(run: dict[str, Any]) -> float:
 def _score(run: dict[str, Any], *, before: bool = False) -> str:
     """The score of a run, or of the original as the paired difference has it."""
     found, change = run["quality"], run["quality"]["against"]["change"]
-    if "perplexity" in found:
-        return f"{found['perplexity'] * math.exp(-change if before else 0):.3f}"
+    perplexity = found.get("perplexity", found.get("pseudo_perplexity"))
+    if perplexity is not None:
+        return f"{perplexity * math.exp(-change if before else 0):.3f}"
     return f"{found['top1_percent'] - (change if before else 0):.2f}"
 
 
