@@ -1,6 +1,6 @@
 """Attention of one token to those before it, on a CPU: what generating takes beside the matrices.
 
-torch's attention kernel (2.13) takes one query in 16 bits 3 to 13 times as long as two, and does it for every query
+torch's attention kernel (2.13) takes one query in 16 bits 3 to 13 times as long as several, and does it for every query
 head. So the queries that share keys and values are given to it together, as if they were several tokens; where every
 head has its own keys, the query is given twice.
 

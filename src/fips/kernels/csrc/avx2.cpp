@@ -1,16 +1,16 @@
 // AVX2 with FMA: eight columns at a time, spread by a permutation looked up from eight mask bits.
 #include <immintrin.h>
 
-#include "row_blocks256.h"
 #include "dense_basis.h"
 #include "exact.h"
+#include "full256.h"
 #include "magnitudes.h"
 #include "paths.h"
-#include "trellis256.h"
 #include "rotate256.h"
-#include "trellis_search.h"
+#include "row_blocks256.h"
 #include "sparse_tokens.h"
-#include "full256.h"
+#include "trellis256.h"
+#include "trellis_search.h"
 
 namespace {
 

@@ -51,10 +51,12 @@ struct NarrowStream {
   FIPS_INLINE void prefetch(int64_t byte) const {
     _mm_prefetch(reinterpret_cast<const char *>(stream) + byte + 1024, _MM_HINT_T0);
   }
+  FIPS_INLINE __m512i bytes(int64_t at) const {
+    return at <= last ? _mm512_loadu_si512(stream + at)
+                      : _mm512_maskz_loadu_epi8(first_columns(last + 64 - at), stream + at);
+  }
   FIPS_INLINE __m512i fields(int64_t byte, __m512i shifts) const {
-    const __m512i raw = byte <= last ? _mm512_loadu_si512(stream + byte)
-                                     : _mm512_maskz_loadu_epi8(first_columns(last + 64 - byte), stream + byte);
-    return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw));
+    return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, bytes(byte)));
   }
   FIPS_INLINE __m512i integers(int64_t byte, __m512i shifts) const {
     const __m512i found = fields(byte, shifts);

@@ -3,8 +3,6 @@
 // A weight has 128 added, since `vpdpbusd` wants one side without sign. What that adds to the sum of a row depends on the
 // scales of its groups and on the digits of a token alone: 128 times the sum of the digits of every group.
 #pragma once
-#include <utility>
-
 #include "direct512.h"
 
 namespace {
@@ -140,6 +138,16 @@ template <int MEMORY> struct RecalledRows : NarrowStream {
   }
 };
 
+// Where R rows from `row` on begin, of which `left` are there, and MEMORY rows above them; any row where there is none.
+template <int MEMORY, int R>
+FIPS_INLINE void starts_of_rows(int64_t row, int left, int64_t row_bytes, int64_t (&from)[MEMORY + R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < MEMORY + R; ++r) {
+    const int64_t place = row - MEMORY + min_of(r, MEMORY + left - 1);
+    from[r] = (place < 0 ? 0 : place) * row_bytes;
+  }
+}
+
 template <int MEMORY, int T, class Factors>
 void recalled_digits(const fips_matrix &a, const fips_call &c, const RecalledRows<MEMORY> &codes, int64_t row,
                      const DigitToken *tokens, const Factors (*factors)[T], const float (*added)[T]) {
@@ -148,11 +156,7 @@ void recalled_digits(const fips_matrix &a, const fips_call &c, const RecalledRow
   __m512i above[MEMORY]; // what the rows before these add: nothing at the beginning of a run
   for (int back = 0; back < MEMORY; ++back) above[back] = row % a.run ? codes.added[back] : _mm512_setzero_si512();
   int64_t from[MEMORY + R];
-#pragma GCC unroll 8
-  for (int r = 0; r < MEMORY + R; ++r) {
-    const int64_t place = row - MEMORY + min_of(r, MEMORY + left - 1);
-    from[r] = (place < 0 ? 0 : place) * codes.row_bytes;
-  }
+  starts_of_rows<MEMORY, R>(row, left, codes.row_bytes, from);
   __m512 sums[R][T] = {};
   for (int64_t k = 0, at = 0; k < a.cols; k += 64, at += codes.step) {
     __m512i fields[MEMORY + R];
@@ -206,9 +210,7 @@ template <int MEMORY, int T> struct SeveralRows : RecalledRows<MEMORY> {
   }
 };
 
-// Codes of 4 bits, two rows at a time and as they lie in the stream: a permutation of bytes looks up the number of
-// either half of a byte. Digits lie as these halves do: of 128 columns first those with even numbers. Where a code adds to
-// the place of those below it, what it adds is linear in its bits, and an affine map of bits reads either half.
+// What codes of 4 bits add to the place of those below them, linear in their bits: as affine maps of bits.
 struct HalfMaps {
   uint64_t first = 0, second = 0; // of the lower half of a byte, the upper one
 };
@@ -256,26 +258,18 @@ inline __m512i half_byte_table(const fips_matrix &a) { // of the numbers with 12
   return lifted(repeated(numbers, 16));
 }
 
-template <int MEMORY, int T> struct HalfByteRows {
+// Codes of 4 bits, two rows at a time and as they lie in the stream: a permutation of bytes looks up the number of
+// either half of a byte. Digits lie as these halves do: of 128 columns first those with even numbers.
+template <int MEMORY, int T> struct HalfByteRows : NarrowStream {
   static constexpr int rows = 2; // more are slower where they come from memory
   static constexpr bool parted = true;
   static constexpr int64_t ahead = 1024; // bytes behind the last of these rows: they are fetched in the order they lie
-  FIPS_INLINE void prefetch(int64_t at) const {
-    _mm_prefetch(reinterpret_cast<const char *>(stream) + at, _MM_HINT_T0);
-  }
-  const uint8_t *stream;
-  int64_t row_bytes, last; // byte from which on 64 bytes would leave the stream
+  int64_t row_bytes;
   __m512i table;
   HalfMaps maps[2];
   explicit HalfByteRows(const fips_matrix &a)
-      : stream(static_cast<const uint8_t *>(a.values)), row_bytes(a.cols / 2), last((a.num_values + 1) / 2 - 64),
-        table(half_byte_table(a)) {
+      : NarrowStream(a), row_bytes(a.cols / 2), table(half_byte_table(a)) {
     for (int back = 0; back < MEMORY; ++back) maps[back] = half_maps(a.history + 16 * back);
-  }
-
-  FIPS_INLINE __m512i bytes(int64_t at) const {
-    return at <= last ? _mm512_loadu_si512(stream + at)
-                      : _mm512_maskz_loadu_epi8(first_columns(last + 64 - at), stream + at);
   }
 
   template <class Reader>
@@ -289,17 +283,16 @@ template <int MEMORY, int T> struct HalfByteRows {
     };
     const __m512i low = _mm512_set1_epi8(15), upper = _mm512_set1_epi64(0x1020408000000000); // map: upper half to lower
     int64_t from[MEMORY + R];
-#pragma GCC unroll 8
-    for (int r = 0; r < MEMORY + R; ++r) {
-      const int64_t place = row - MEMORY + min_of(r, MEMORY + left - 1);
-      from[r] = (place < 0 ? 0 : place) * row_bytes;
-    }
+    starts_of_rows<MEMORY, R>(row, left, row_bytes, from);
     __m512 sums[R][T] = {};
     for (int64_t k = 0, at = 0; k < a.cols; k += 128, at += 64) {
       __m512i codes[MEMORY + R];
 #pragma GCC unroll 8
       for (int r = 0; r < MEMORY + R; ++r) {
-        if (r >= MEMORY) prefetch(from[MEMORY] + (R - 1) * row_bytes + ahead + R * at + 64 * (r - MEMORY));
+        if (r >= MEMORY)
+          _mm_prefetch(reinterpret_cast<const char *>(stream) + from[MEMORY] + (R - 1) * row_bytes + ahead + R * at +
+                           64 * (r - MEMORY),
+                       _MM_HINT_T0);
         codes[r] = bytes(from[r] + at);
       }
 #pragma GCC unroll 4
@@ -330,10 +323,6 @@ template <int MEMORY, int T> struct HalfByteRows {
     for (int r = 0; r < left; ++r)
       for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, _mm512_reduce_add_ps(sums[r][t]) + added[r][t]);
   }
-
-  template <class Reader>
-  void multiply(const fips_matrix &, const fips_call &, const Reader &, int64_t, const DigitToken *,
-                const LaneFactors (*)[T], const float (*)[T]) const {} // groups are no smaller than 64 columns
 };
 
 template <class Rows, int T, class Reader>
@@ -360,8 +349,13 @@ void digits_rows(const fips_matrix &a, const fips_call &c, const Reader &reader,
         scale_blocks<T>(a, row + r, layout, tokens, mine + r * T * stride, added[r]);
         for (int t = 0; fine && t < T; ++t) lanes[r][t].groups = RowGroups(a, row + r);
       }
-      if (fine) how.multiply(a, c, reader, row, tokens, lanes, added);
-      else how.multiply(a, c, reader, row, tokens, units, added);
+      if constexpr (!Rows::parted) { // groups of parted digits are no smaller than 64 columns
+        if (fine) {
+          how.multiply(a, c, reader, row, tokens, lanes, added);
+          continue;
+        }
+      }
+      how.multiply(a, c, reader, row, tokens, units, added);
     }
   }
 }

@@ -4,8 +4,8 @@
 #include "dense_basis.h"
 #include "paths.h"
 #include "rotate.h"
-#include "trellis_search.h"
 #include "sparse_tokens.h"
+#include "trellis_search.h"
 
 namespace {
 
