@@ -183,6 +183,11 @@ def to_gguf(dense: Path, kind: str, python: str) -> None:
             template=None, ambiguous=0,
         )  # fmt: skip
         export_gguf(model, whole, vocabulary, name="random")
+    quantized(whole, target, kind, python)
+
+
+def quantized(whole: Path, target: Path, kind: str, python: str) -> None:
+    """A GGUF file as llama.cpp quantizes it without calibration data, such as to ``Q4_K_M``."""
     script = (
         "import sys, llama_cpp\n"
         "source, target, kind, threads = sys.argv[1:]\n"

@@ -642,14 +642,14 @@ def test_methods_that_do_not_share_the_work_refuse_several_processes(monkeypatch
 def test_finished_work_is_named_when_a_command_fails(
     source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fips.app import commands
+    from fips.app import compressing
     from fips.cli import main
 
     def fail(*_: Any, **__: Any) -> None:
         raise FipsError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "_write", fail)
+        patch.setattr(compressing, "_write", fail)
         assert main(command(*source, tmp_path / "out")[1:]) == 1
     assert "the same command goes on from there" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fips.app.commands import plan_source
+from fips.app.compressing import plan_source
 from fips.app.tables import format_bytes
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.errors import ConfigError

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import fips
-from fips.app.commands import evaluate_source
+from fips.app.evaluating import evaluate_source
 from fips.cli import main
 from fips.config import DataConfig
 from fips.demo import MODEL_DIRECTORY

@@ -25,9 +25,9 @@ from test_cli import TEXT, llama_directory, text  # noqa: F401 - fixtures
 from transformers import PreTrainedModel
 
 import fips
-from fips.app import commands as jobs
-from fips.app import fitting
+from fips.app import comparing, fitting, sources
 from fips.app.compare import Run
+from fips.app.exporting import export_directory
 from fips.calibration.inputs import CalibrationData
 from fips.cli import main
 from fips.config import CompressionConfig, DataConfig
@@ -85,8 +85,8 @@ class Broken:
 def readers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Sources whose weights were read; none may be."""
     read: list[str] = []
-    for name in ("read_model", "load"):
-        monkeypatch.setattr(jobs, name, lambda source, **_: read.append(source))
+    for name in ("dense", "model"):
+        monkeypatch.setattr(sources.Source, name, lambda source: read.append(source.name))
     return read
 
 
@@ -352,7 +352,7 @@ def test_generation_settings_that_transformers_refuses_are_written(tmp_path: Pat
     settings.temperature, settings.do_sample = 0.6, False  # as in many published models
     try:
         fips.save(packed, tmp_path / "out")
-        jobs.export_directory(str(tmp_path / "out"), tmp_path / "dense", fmt="dense")
+        export_directory(str(tmp_path / "out"), tmp_path / "dense", fmt="dense")
     finally:
         settings.temperature, settings.do_sample = before
     for name in ("out", "dense"):
@@ -398,14 +398,14 @@ def test_a_tokenizer_is_written_before_weights_are_read(
     readers: list[str],
     capsys: Capture,
 ) -> None:
-    original = jobs.processor_of
+    original = sources.processor_of
 
     def broken(*arguments: Any, **options: Any) -> Any:
         processor = original(*arguments, **options)
         processor.save_pretrained = Broken().save_pretrained
         return processor
 
-    monkeypatch.setattr(jobs, "processor_of", broken)
+    monkeypatch.setattr(sources, "processor_of", broken)
     assert main(compress_command(llama_directory, text, tmp_path / "out")) == 1
     assert "vocabulary is gone" in capsys.readouterr().err
     assert readers == []
@@ -424,7 +424,7 @@ def test_finished_runs_of_a_comparison_outlive_the_one_that_fails(
         on_run(Run("svd", 9.6, 0, quality=2.0))
         raise fips.FipsError("the third is broken")
 
-    monkeypatch.setattr(jobs, "compare", two_and_a_failure)
+    monkeypatch.setattr(comparing, "compare", two_and_a_failure)
     command = ["compare", str(llama_directory), "--data", str(text), "--output", str(tmp_path / "out")]
     assert main([*command, "--methods", "svd", "--bits", "8,9.6,11.2", "--sequence-length", "16"]) == 1
     assert "2 of 3 runs are in" in capsys.readouterr().err

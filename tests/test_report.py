@@ -18,8 +18,9 @@ from conftest import save_tiny_vit, tiny_model
 from PIL import Image
 
 import fips
-from fips.app import commands
-from fips.app.commands import compress_to_directory, evaluate_source
+from fips.app import compressing
+from fips.app.compressing import compress_to_directory
+from fips.app.evaluating import evaluable_source, evaluate_source
 from fips.app.outline import PackedLayer, PackedOutline, outline_of_directory
 from fips.app.page import PAGE, Example, report_page, sides_of
 from fips.cli import main
@@ -197,7 +198,7 @@ def test_no_page_costs_nothing_but_itself(
     def fail(*_: Any, **__: Any) -> str:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(commands, "report_page", fail)
+    monkeypatch.setattr(compressing, "report_page", fail)
     recipe = Recipe(
         compression=CompressionConfig(bits=6.0), data=DataConfig(source=str(text), num_samples=8, sequence_length=16)
     )
@@ -449,7 +450,7 @@ def test_the_card_says_size_data_license_and_quality(packed: Path, model: Path, 
 
     def quality(compressed: Any) -> EvaluationResult:
         data = DataConfig(source=str(text), num_samples=8, sequence_length=16)
-        found = commands.evaluable_source(str(model), data)
+        found = evaluable_source(str(model), data)
         scored.append(fips.evaluate(compressed, found.batches, against=found.model))
         return scored[0]
 

@@ -479,10 +479,10 @@ def test_compress_evaluates_on_other_data_at_the_end(
 def test_what_cannot_be_evaluated_is_refused_before_the_work(
     lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from fips.app import commands
+    from fips.app.sources import Source
 
     source, out = saved(make_bert("BertForSequenceClassification"), tmp_path / "model"), tmp_path / "small"
-    monkeypatch.setattr(commands, "read_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(Source, "dense", lambda *_, **__: pytest.fail("the weights were read"))
     capsys.readouterr()
     command = ["compress", str(source), "--data", str(lines), "--bits", "6", "--output", str(out)]
     for options, code, words in [

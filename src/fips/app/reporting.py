@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fips.app.commands import evaluable_source
+from fips.app.evaluating import evaluable_source
 from fips.app.examples import examples_of
 from fips.app.outline import outline_of_directory
 from fips.app.page import GENERATOR, Example, report_page

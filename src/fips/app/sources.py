@@ -2,18 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from fips.errors import ModelError
+from fips.config import DataConfig
+from fips.data import Batches, load_batches
+from fips.errors import ConfigError, ModelError
+from fips.models.reading import kind_of, longest_sequence, processor_of
+from fips.models.tasks import task_of
 from fips.models.timm import build_timm, is_timm_source, load_timm
 from fips.models.transformers import build_empty, config_fields, load_config, load_dense, resolve_dtype
-from fips.storage.checkpoint import is_compressed
+from fips.storage.checkpoint import is_compressed, load
 from fips.storage.layout import QUANT_METHOD
 
-__all__ = ["empty_model", "is_compressed_source", "read_model"]
+__all__ = ["Source", "empty_model", "is_compressed_source", "pick_device"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model by its name, and how it is to be read: the type of its weights, the device, whether its own code runs."""
+
+    name: str
+    dtype: str = "auto"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    trust_remote_code: bool = False
+
+    @classmethod
+    def named(cls, name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> Source:
+        """Raises ``ConfigError`` for a type or device that does not exist."""
+        return cls(name, resolve_dtype(dtype), pick_device(device), trust_remote_code)
+
+    def empty(self, *, compressed: bool = True) -> nn.Module:
+        """The original architecture on the meta device; ``compressed=False`` refuses a compressed model."""
+        return empty_model(self.name, compressed=compressed, trust_remote_code=self.trust_remote_code)
+
+    def dense(self) -> nn.Module:
+        """A dense model with its weights, in evaluation mode."""
+        if is_timm_source(self.name):
+            return load_timm(self.name, dtype=resolve_dtype(self.dtype), device=self.device)
+        found: nn.Module = load_dense(
+            self.name, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+        )
+        return found
+
+    def model(self) -> nn.Module:
+        """A compressed model, whose types are its own, or a dense one."""
+        if not is_compressed_source(self.name):
+            return self.dense()
+        found: nn.Module = load(self.name, device=self.device, trust_remote_code=self.trust_remote_code)
+        return found
+
+    def batches(self, data: DataConfig, model: nn.Module, *, purpose: Any) -> tuple[Batches, Any]:
+        """Examples for ``model``, which may be empty, and the tokenizer or image processor that made them."""
+        processor = processor_of(self.name, model, trust_remote_code=self.trust_remote_code)
+        batches = load_batches(
+            data, processor=processor, kind=kind_of(model), purpose=purpose, context_length=longest_sequence(model),
+            task=task_of(model),
+        )  # fmt: skip
+        return batches, processor
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one; raises ``ConfigError`` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device `{name}` is not available: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def empty_model(source: str, *, compressed: bool = True, trust_remote_code: bool = False) -> nn.Module:
@@ -33,11 +95,3 @@ def is_compressed_source(source: str) -> bool:
         return is_compressed(source)
     quantization = config_fields(source).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
-
-
-def read_model(source: str, *, dtype: str, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
-    """A dense model with its weights, in evaluation mode."""
-    if is_timm_source(source):
-        return load_timm(source, dtype=resolve_dtype(dtype), device=device)
-    dense: nn.Module = load_dense(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return dense

@@ -182,7 +182,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress layers of a model, by default its MLPs, and write a directory that `fips.load` reads."""
-    from fips.app.commands import compress_to_directory, plan_batches, plan_source
+    from fips.app.compressing import compress_to_directory, plan_batches, plan_source
     from fips.app.outline import outline_of_plan
 
     options = locals()
@@ -253,7 +253,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Sizes by kind of layer before and after, and the smallest size there is; from the configuration alone."""
-    from fips.app.commands import plan_source
+    from fips.app.compressing import plan_source
     from fips.app.outline import outline_of_plan
 
     setting = settings_of_options(recipe, compression=given(locals(), COMPRESSION), default_size=DEFAULT_BITS)
@@ -284,7 +284,7 @@ def inspect(
 
     Changes nothing and reads no weights.
     """
-    from fips.app.commands import plan_source
+    from fips.app.compressing import plan_source
     from fips.app.outline import outline_of_directory, outline_of_plan
     from fips.app.sources import is_compressed_source
 
@@ -391,7 +391,7 @@ def evaluate(
     Perplexity of language models, pseudo-perplexity of masked ones, accuracy of classifiers, perplexity of the targets
     of encoder-decoders, embeddings beside the original's; or lm-eval tasks.
     """
-    from fips.app.commands import evaluate_source, evaluate_tasks
+    from fips.app.evaluating import evaluate_source, evaluate_tasks
     from fips.config import DataConfig
 
     fields = data_fields(locals())
@@ -451,7 +451,7 @@ def export(
     """Write a compressed model for tools that do not know fips; ONNX files are checked on the first batch of --data."""
     from dataclasses import asdict
 
-    from fips.app.commands import export_directory
+    from fips.app.exporting import export_directory
     from fips.config import DataConfig
 
     example = DataConfig(source=data, num_samples=2) if data is not None else None
@@ -508,7 +508,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal stored bits: quality, block error, size and time of each."""
-    from fips.app.commands import compare_source
+    from fips.app.comparing import compare_source
     from fips.app.tables import comparison_table
     from fips.config import DataConfig
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fips.app.commands import compress_to_directory, evaluable_source, evaluate_source, plan_source
+from fips.app.compressing import compress_to_directory, plan_source
+from fips.app.evaluating import evaluable_source, evaluate_source
 from fips.app.outline import outline_of_plan
 from fips.app.page import PAGE
 from fips.app.tables import format_bytes, kind_table, layer_table, result_table

@@ -111,6 +111,10 @@ class Output(AbstractContextManager["Output"]):
     def _is_complete(self) -> str:
         return f"`{self.directory}` is complete"
 
+    def written_bytes(self) -> int:
+        """Of all files in ``scratch`` so far."""
+        return sum(path.stat().st_size for path in self.scratch.rglob("*") if path.is_file())
+
     def commit(self) -> None:
         """Make the directory appear, complete.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.hub import cached_file
 
 from fips.errors import ModelError
+from fips.models.names import listed
 from fips.optional import require
 
 __all__ = ["GgufSource", "as_plain", "check_tensors", "gguf_fields", "gguf_source", "is_gguf_source", "join_gguf"]
@@ -279,11 +280,9 @@ def check_tensors(model: nn.Module, source: GgufSource) -> None:
         raise ModelError(_no_place(source, model, surplus))
 
 
-def _no_place(source: GgufSource, model: nn.Module, names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+def _no_place(source: GgufSource, model: nn.Module, names: Sequence[str]) -> str:
     return (
-        f"`{source.path.name}` holds {', '.join(f'`{name}`' for name in names[:3])}{more}, for which "
+        f"`{source.path.name}` holds {listed(names)}, for which "
         f"`{type(model).__name__}` has no place: it would be another model. Give the original model instead"
     )
 

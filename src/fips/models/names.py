@@ -9,7 +9,13 @@ from fnmatch import fnmatchcase
 
 from fips.errors import ConfigError, NoMatchError
 
-__all__ = ["closest", "matches", "require_matches"]
+__all__ = ["closest", "listed", "matches", "require_matches"]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are: `a`, `b`, `c` and 2 more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"`{name}`" for name in names[:3]) + more
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 from fips.errors import CheckpointError, ConfigError, ModelError
 from fips.models.architectures import check_trust, config_class, model_class
 from fips.models.gguf import as_plain, check_tensors, gguf_fields, gguf_source, is_gguf_source
+from fips.models.names import listed
 
 __all__ = [
     "build_empty",
@@ -147,7 +148,7 @@ def load_dense(
         base_class = _base_class(source, model, absent)
         log.warning(
             "`%s` lacks %s, which `%s` needs: loaded as `%s`, without that head",
-            source, _listed(absent), type(model).__name__, base_class.__name__,
+            source, listed(absent), type(model).__name__, base_class.__name__,
         )  # fmt: skip
         model, absent = _read_weights(source, base_class, options)
         if absent:
@@ -174,10 +175,10 @@ def _load_gguf(source: str, kind: type[PreTrainedModel], options: Mapping[str, A
         ) from None
     wrong = sorted(found["missing_keys"])
     if wrong:
-        raise ModelError(f"`{file.path.name}` lacks {_listed(wrong)}, which `{kind.__name__}` needs: copy it again")
+        raise ModelError(f"`{file.path.name}` lacks {listed(wrong)}, which `{kind.__name__}` needs: copy it again")
     surplus = sorted(found["unexpected_keys"])
     if surplus:
-        raise ModelError(f"`{file.path.name}` holds {_listed(surplus)}, for which `{kind.__name__}` has no place")
+        raise ModelError(f"`{file.path.name}` holds {listed(surplus)}, for which `{kind.__name__}` has no place")
     as_plain(model)
     return model
 
@@ -191,7 +192,7 @@ def _read_weights(
     )
     surplus = sorted(found["unexpected_keys"])
     if surplus and not found["missing_keys"]:
-        log.warning("`%s` holds %s, for which `%s` has no place: left out", source, _listed(surplus), kind.__name__)
+        log.warning("`%s` holds %s, for which `%s` has no place: left out", source, listed(surplus), kind.__name__)
     return model, sorted(found["missing_keys"])
 
 
@@ -206,14 +207,9 @@ def _base_class(source: str, model: PreTrainedModel, absent: Sequence[str]) -> t
 
 def _lacks(source: str, model: PreTrainedModel, absent: Sequence[str]) -> str:
     return (
-        f"`{source}` lacks {_listed(absent)}, which `{type(model).__name__}` needs; they would be random numbers: add "
+        f"`{source}` lacks {listed(absent)}, which `{type(model).__name__}` needs; they would be random numbers: add "
         "them to the file, or name in `architectures` of config.json a class that needs no more than the file holds"
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-    return ", ".join(f"`{name}`" for name in names[:3]) + rest
 
 
 def build_empty(config: PretrainedConfig, *, source: str = "", trusted: bool = False) -> PreTrainedModel:
