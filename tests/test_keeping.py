@@ -38,7 +38,7 @@ def run(settings: Mapping[str, Any], work: Path | None) -> tuple[dict[str, Tenso
         {"method": "svd", "bits": 8.0},
         {"method": "basis-sharing", "bits": 8.0},
         {"effort": "max", "bits": 4.5, "layers": "mlp"},
-        {"sharing": "always", "bits": 8.0, "layers": "mlp"},
+        {"sharing": "always", "bits": 8.0, "layers": "mlp", "values": "int8"},
         {"bits": 4.5, **TRAINED},
         {"bits": 4.5, "effort": "fast", **TRAINED},
     ],

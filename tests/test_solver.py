@@ -445,7 +445,8 @@ def test_propagated_errors_reach_the_later_groups_only() -> None:
 @pytest.mark.parametrize(
     ("settings", "trained"),
     [
-        ({}, False), ({"metric": {"propagate_errors": True}}, False), ({"sharing": "always", "layers": "mlp"}, False),
+        ({}, False), ({"metric": {"propagate_errors": True}}, False),
+        ({"sharing": "always", "layers": "mlp", "values": "int5"}, False),
         ({"distill": {"steps": 1}}, True), ({"reconstruction": {"steps": 1}, "precision": "float32"}, True),
     ],
 )  # fmt: skip

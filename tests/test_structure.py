@@ -393,7 +393,7 @@ def test_a_layer_between_two_inner_spaces_is_refused() -> None:
 def test_attention_is_compressed_saved_and_loaded_through_targets(family: str, method: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     batches = batches_for(model)
-    size = {"budget": 0.5, "sharing": "always"} if method == "fips" else {"bits": 6.4}
+    size = {"budget": 0.5, "sharing": "always", "values": "int8"} if method == "fips" else {"bits": 6.4}
     quick = {"reconstruction": {"steps": 2}, "precision": "float32"} if method == "fips-paper" else {}
     settings = fips.CompressionConfig(method=method, targets=[r"re:attn\.|attention\."], **size, **quick)
     fips.compress(model, batches, settings)
