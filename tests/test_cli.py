@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_vit, tiny_model
+from fresh import start_fips
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -271,36 +272,24 @@ def test_of_few_examples_a_part_is_held_out_too(llama_directory: Path, text: Pat
 def test_an_interrupt_exits_cleanly_and_leaves_nothing(
     number: signal.Signals, vit_directory: Path, images: Path, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fips",
-        "compress",
-        str(vit_directory),
-        "--data",
-        str(images),
-        "--budget",
-        "0.5",
-    ]  # the paper's recipe has nothing to keep before its first group is trained
-    command += ["--method", "fips-paper", "--output", str(tmp_path / "out"), "--steps", "1000000"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored in what a shell starts with `&`
-    )
-    assert process.stderr is not None
-    seen = b""
-    while b"reconstruct" not in seen:
-        line = process.stderr.readline()
-        assert line, seen.decode()
-        seen += line
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert out == b""
-    assert b"interrupted: nothing was written" in err
-    assert b"Traceback" not in err
+    command = ["compress", vit_directory, "--data", images, "--budget", "0.5", "--method", "fips-paper"]
+    command += ["--output", tmp_path / "out", "--steps", "1000000"]  # nothing is kept before the first group is trained
+    reader, writer = os.pipe()
+    with tempfile.TemporaryFile() as out, os.fdopen(reader) as err:
+        process = start_fips(*command, stdout=out.fileno(), stderr=writer)
+        os.close(writer)
+        seen = ""
+        while "reconstruct" not in seen:
+            line = err.readline()
+            assert line, seen
+            seen += line
+        process.send_signal(number)
+        said = err.read()
+        assert process.wait(timeout=60) == 128 + number
+        out.seek(0)
+        assert out.read() == b""
+    assert "interrupted: nothing was written" in said
+    assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from fresh import python as after_transformers
+from fresh import python
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import fips
@@ -160,12 +160,13 @@ AFTER = {
 @pytest.mark.slow
 @pytest.mark.parametrize("order", BEFORE)
 def test_packed_models_load_where_transformers_comes_later(order: str) -> None:
-    fresh(BEFORE[order])
+    done = python(BEFORE[order], imported="torch")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("order", AFTER)
 def test_packed_models_load_where_transformers_came_first(order: str) -> None:
-    done = after_transformers(AFTER[order])
+    done = python(AFTER[order])
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -173,7 +174,7 @@ def test_packed_models_load_where_transformers_came_first(order: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["import peft, fips", "import fips, peft", "import fips"])
 def test_adapters_know_packed_layers_in_any_order(first: str) -> None:
-    done = after_transformers(f"{first}\n{LOAD}{PEFT}")
+    done = python(f"{first}\n{LOAD}{PEFT}")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -189,7 +190,7 @@ def test_a_pickled_model_is_all_a_process_needs(tmp_path: Path) -> None:
         "torch.testing.assert_close(model(ids).logits, expected)\n"
         "model.save_pretrained(sys.argv[3])\n"
     ) + LOAD.replace(repr(str(PACKED)), "sys.argv[3]")
-    done = after_transformers(code, tmp_path / "model.pickle", tmp_path / "expected.pt", tmp_path / "again")
+    done = python(code, tmp_path / "model.pickle", tmp_path / "expected.pt", tmp_path / "again")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import batches_for, quick_settings, tiny_model
+from fresh import python
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -131,8 +131,7 @@ def written_accuracy(results: Path) -> float:
 def test_the_stock_command_gives_the_same_number(directory: Path, tasks: Path, accuracy: float, tmp_path: Path) -> None:
     """A process that does not know fips before it reads the directory."""
     options = harness_options(f"pretrained={directory},trust_remote_code=True", tasks, tmp_path)
-    command = [sys.executable, "-m", "lm_eval", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = python("import runpy\nrunpy.run_module('lm_eval', run_name='__main__')", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     assert written_accuracy(tmp_path) == pytest.approx(accuracy)
 

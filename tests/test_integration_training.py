@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import batches_for, quick_settings, tiny_model
+from fresh import python
 from test_nn import mixed_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -198,8 +197,7 @@ class TestLora:
             "m = peft.get_peft_model(A.from_pretrained(sys.argv[1]), peft.LoraConfig(target_modules=['up_proj']));"
             "print(sum('lora_A' in n for n, _ in m.named_parameters()))"
         )
-        command = [sys.executable, "-c", code, str(tmp_path / "base")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = python(code, tmp_path / "base", imported="torch")
         assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr[-2000:]
 
     def test_transformers_own_adapter_calls_work(self, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def test_the_command_takes_chats_columns_mixtures_and_streams(tmp_path: Path, ca
             for index in range(60)]  # fmt: skip
     table = str(write(tmp_path / "table.jsonl", rows))
     (tmp_path / "a.txt").write_text("the fox " * 99)
-    options = ["--bits", "6", "--num-samples", "8", "--sequence-length", "16"]
+    options = ["--bits", "6", "--method", "gptq", "--num-samples", "8", "--sequence-length", "16"]
     for number, data in enumerate(
         (
             ["--data", table, "--chat"],

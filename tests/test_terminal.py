@@ -11,7 +11,6 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import ModuleType
 
 import pytest
 from conftest import batches_for, tiny_model
+from fresh import COMMAND, start_fips
 from rich.console import Console
 
 import fips
@@ -57,13 +57,13 @@ def packed(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-def in_terminal(*command: str, columns: int = 80, lines: int = 24) -> str:
-    """What a program writes to a terminal of this size, escape sequences and all."""
+def in_terminal(*words: object, code: str = COMMAND, columns: int = 80, lines: int = 24) -> str:
+    """What the command, or ``code``, writes to a terminal of this size, escape sequences and all."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-    process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**environment, "TERM": "xterm"}, close_fds=True
+    process = start_fips(
+        *words, stdin=theirs, stdout=theirs, stderr=theirs, environment={**environment, "TERM": "xterm"}, code=code
     )
     os.close(theirs)
     seen = b""
@@ -83,8 +83,8 @@ def in_terminal(*command: str, columns: int = 80, lines: int = 24) -> str:
 
 
 def test_the_result_of_a_compression_stays_in_a_terminal(model: Path, text: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fips", "compress", str(model), "--data", str(text), "--bits", "6"]
-    options = ["--num-samples", "8", "--sequence-length", "16", "--output", str(tmp_path / "out")]
+    command = ["compress", model, "--data", text, "--bits", "6"]
+    options = ["--num-samples", "8", "--sequence-length", "16", "--output", tmp_path / "out"]
     bars, title, result = in_terminal(*command, *options).partition("Result")
     assert title
     assert UP.search(bars), "bars are drawn on a terminal"
@@ -122,7 +122,7 @@ def test_the_last_lines_of_the_demo_stay_in_a_terminal(tmp_path: Path) -> None:
         "demo.MODEL_DIRECTORY, demo.EVALUATION_WINDOWS, demo.demo_recipe = small, 8, lambda **_: recipe\n"
         "sys.exit(main(['demo', '--output', sys.argv[1] + '/out']))\n"
     )
-    seen = in_terminal(sys.executable, "-c", code, str(tmp_path))
+    seen = in_terminal(tmp_path, code=code)
     bars, title, result = seen.partition("Result")
     assert title
     for stage in ("original", "measure", "solve", "compressed"):

@@ -63,8 +63,8 @@ def compare_source(
         if progress is not None:
             progress(len(done), total)
 
-    calibration = _fitting_comparison(empty, calibration, methods, sizes[0], original.device)
     with Output(output) as target:
+        calibration = _fitting_comparison(empty, calibration, methods, sizes[0], original.device)
         scored, _ = original.batches(evaluation, empty, purpose="evaluation")
         model = original.dense()
 
