@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fips.plan.plan import plan_compression
     from fips.record import CompressionReport
     from fips.storage.checkpoint import load, save
+    from fips.training.qat import finish_qat, prepare_qat
 
 __all__ = [
     "CompressionConfig",
@@ -43,10 +44,12 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "finish_qat",
     "load",
     "load_data",
     "merge",
     "plan_compression",
+    "prepare_qat",
     "save",
 ]
 
@@ -61,10 +64,12 @@ _HOMES = {
     "SharedBasis": "fips.layers.linear",
     "compress": "fips.compression",
     "evaluate": "fips.evaluation.quality",
+    "finish_qat": "fips.training.qat",
     "load": "fips.storage.checkpoint",
     "load_data": "fips.data.load",
     "merge": "fips.layers.merge",
     "plan_compression": "fips.plan.plan",
+    "prepare_qat": "fips.training.qat",
     "save": "fips.storage.checkpoint",
 }
 """Where the public names are defined; no module of this package may have one of them as its own name."""

@@ -92,6 +92,11 @@ class Values:
         return len(self.history)
 
     @property
+    def spacing(self) -> float:
+        """Between neighbours of the grid, on average, in units of the scale: 1 for integers."""
+        return self.largest / max((1 << ((self.bits or 8) - 1)) - 1, 1)
+
+    @property
     def scaled(self) -> bool:
         """Whether scales belong to the values."""
         return self.bits is not None

@@ -44,15 +44,15 @@ def _look(model: nn.Module, _: Any) -> None:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.warning(
         "training leaves the integers and scales of %d packed layers as they are: %s of %s numbers (%.0f %%). "
-        "Compressed with `values: float` (`--values float`) they train; LoRA adapts "
-        "them as they are; `distill` (`--distill STEPS`) trains integers while compressing",
+        "`fips.prepare_qat(model)` lets them train, until `fips.finish_qat(model)`; "
+        "LoRA adapts them as they are; `distill` (`--distill STEPS`) trains them while compressing",
         len(surprising), f"{fixed:,}", f"{fixed + trained:,}", 100 * fixed / (fixed + trained),
     )  # fmt: skip
 
 
 def _is_surprising(model: nn.Module, name: str, layer: FactoredLinear, added: set[int]) -> bool:
     """Whether integers stand where everything else trains: all parameters of the nearest module with any."""
-    if layer.bits is None:
+    if layer.bits is None or layer.trains_numbers:
         return False
     while name:
         name = name.rpartition(".")[0]

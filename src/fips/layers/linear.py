@@ -84,6 +84,8 @@ class FactoredLinear(nn.Module):
     the format or the rotation, or a rotation where there is a basis or no grid.
     """
 
+    trains_numbers = False
+    """Whether gradients reach integers and scales, see ``fips.training.qat``."""
     pattern: Tensor
     scales: Tensor
     group_scales: Tensor

@@ -23,11 +23,11 @@ from fips.solve.alternate import Factorization
 from fips.solve.patterns import prune_and_regrow, unstructured_masks
 from fips.solve.rounding import Grid
 
-__all__ = ["TrainableGroup", "swapped"]
+__all__ = ["INTEGER_RATE", "STEP_RATE", "TrainableGroup", "straight_through", "swapped"]
 
 INTEGER_RATE = 200.0
-"""Learning rate of integers, in steps of their grid, relative to that of free numbers: at 1e-4 at most a fiftieth of a
-step at a time, so that single gradients flip nothing; 0.1 was too much where it was tried."""
+"""Learning rate of integers, in distances between neighbours of their grid, relative to that of free numbers: at 1e-4
+at most a fiftieth of a step at a time, so that single gradients flip nothing; 0.1 was too much where it was tried."""
 EDGE = 0.49
 """Farthest from its integer that an entry starts, in steps."""
 STEP_RATE = 30.0
@@ -48,13 +48,13 @@ class _TrainableGrid(nn.Module):
 
     def steps(self) -> Tensor:
         """The trained steps of the stored rows as they will be stored."""
-        return _straight_through(self.start * (1 + self.growth), lambda steps: steps.to(self.dtype).float())
+        return straight_through(self.start * (1 + self.growth), lambda steps: steps.to(self.dtype).float())
 
     def forward(self, entries: Tensor) -> Tensor:
         """The numbers that entries in units of the steps stand for."""
         if self.fixed_RF is not None:
             return self.grid.turned(self.fixed_RF * self.grid.spread(self.steps()))
-        numbers = _straight_through(entries.clamp(-self.values.largest, self.values.largest), self.values.nearest)
+        numbers = straight_through(entries.clamp(-self.values.largest, self.values.largest), self.values.nearest)
         return self.grid.turned(numbers * self.grid.spread(self.steps()))
 
     def found(self, entries_RF: Tensor, mask_RF: Tensor) -> Grid:
@@ -66,7 +66,7 @@ class _TrainableGrid(nn.Module):
         return replace(self.grid, codes_RF=codes_RF, steps_N=steps_N, wanted_RF=None)
 
 
-def _straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """``change(values)`` with the gradient of ``values``."""
     return values + (change(values.detach()) - values.detach())
 
@@ -150,12 +150,19 @@ class TrainableGroup:
         free = [*([] if self.basis_DR is None else [self.basis_DR]), *biases]
         free += [layer.entries_RF for layer in self.layers if layer.grid is None]
         grids = [layer.grid.growth for layer in self.layers if layer.grid is not None]
-        integers = [layer.entries_RF for layer in self.layers if layer.grid is not None and layer.grid.fixed_RF is None]
+        moving = [layer for layer in self.layers if layer.grid is not None and layer.grid.fixed_RF is None]
+        spacings = {layer: layer.grid.values.spacing for layer in moving if layer.grid is not None}
         found = [
             {"params": free, "lr": learning_rate, "weight_decay": weight_decay},
-            {"params": integers, "lr": INTEGER_RATE * learning_rate, "weight_decay": 0.0},
+            *(
+                {
+                    "params": [layer.entries_RF for layer in moving if spacings[layer] == spacing],
+                    "lr": INTEGER_RATE * spacing * learning_rate, "weight_decay": 0.0,
+                }
+                for spacing in sorted(set(spacings.values()))
+            ),
             {"params": grids, "lr": STEP_RATE * learning_rate, "weight_decay": 0.0},
-        ]
+        ]  # fmt: skip
         return [part for part in found if part["params"]]
 
     @property
