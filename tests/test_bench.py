@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from conftest import batches_for, tiny_model
 from safetensors import safe_open
 from test_cli import vit_directory  # noqa: F401
 
+import fips
 from fips.app.bench import _cases, bench, runtime_report
 from fips.cli import main
 from fips.errors import ModelError
@@ -87,3 +90,36 @@ def test_loading_holds_the_packed_bytes_only() -> None:
         packed = [name for name in file.keys() if name.endswith(kinds) or "fips_bases" in name]  # noqa: SIM118
         tensors = [file.get_tensor(name) for name in packed]
     assert report["stored_bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def seq2seq(family: str) -> transformers.PreTrainedModel:
+    fields = {
+        "t5": {"d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 2, "num_heads": 4},
+        "bart": {
+            "d_model": 32, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "encoder_layers": 2, "decoder_layers": 2,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64,
+        },
+    }[family]  # fmt: skip
+    config = transformers.AutoConfig.for_model(family, vocab_size=64, decoder_start_token_id=0, **fields)
+    return transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+
+
+GENERATED = ["prompt of 4", "next token, batch 1", "next token, batch 2"]
+TEXTS = ["4 tokens, batch 1", "4 tokens, batch 2"]
+IMAGES = ["images, batch 1", "images, batch 2"]
+
+
+@pytest.mark.parametrize(
+    ("family", "cases"),
+    [("gpt2", GENERATED), ("t5", GENERATED), ("bart", GENERATED), ("bert", TEXTS), ("swin", IMAGES)],
+)  # fmt: skip
+def test_every_kind_of_model_is_timed(family: str, cases: list[str], tmp_path: Path) -> None:
+    model = seq2seq(family) if family in ("t5", "bart") else tiny_model(family)
+    batches = batches_for(model)
+    if family in ("t5", "bart"):
+        batches = [{**batch, "decoder_input_ids": batch["input_ids"][:, :6]} for batch in batches]
+    fips.compress(model, batches, fips.CompressionConfig(bits=6, method="gptq"))
+    fips.save(model, tmp_path / "small")
+    found = bench(str(tmp_path / "small"), batches=(1, 2), prompts=(4,), repeats=1, memory=False)["cases"]
+    assert list(found) == cases
+    assert found[cases[-1]]["compressed"]["per_second"] > 0

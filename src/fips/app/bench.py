@@ -1,9 +1,10 @@
 """How fast and how large a compressed model is, beside the dense one: alternating runs, medians and spread.
 
 A language model is timed on prompts of several lengths (one forward pass, batch 1, logits of the last token as for
-generation) and on the step that adds one token to a cache, for several batch sizes; an image classifier on batches of
-images. A fresh process of each loads the model and answers the longest prompt, or one image: how long that takes, and
-the peak of its memory.
+generation) and on the step that adds one token to a cache, for several batch sizes; of an encoder-decoder the decoder
+takes that step, and a prompt is what the encoder reads; other models of text are timed on batches of texts, those of
+images on batches of images. A fresh process of each loads the model and answers the longest prompt, or one image: how
+long that takes, and the peak of its memory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from fips.kernels.runtime import POLICIES
 from fips.layers.linear import factored_layers
 from fips.layers.merge import merge
 from fips.models.gguf import is_gguf_source
-from fips.models.transformers import context_length, load_dense, model_kind
+from fips.models.tasks import task_name
+from fips.models.transformers import context_length, load_dense, model_kind, require_one_input
 from fips.record import environment, peak_memory_bytes
 from fips.storage.checkpoint import is_compressed, load
 
@@ -146,18 +148,30 @@ def _cases(
         size = (size, size) if isinstance(size, int) else tuple(size)
         images = torch.randn(max(batches), channels, *size, generator=generator).to(model.dtype)
         return [(f"images, batch {n}", _forward("pixel_values", images[:n]), n) for n in batches]
+    task = task_name(model)
+    if task != "seq2seq-lm":
+        require_one_input(model)
     limit = context_length(model.config) or max(prompts)
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(0, vocabulary, (max(batches), max(*prompts, CACHED)), generator=generator)
-    cases: list[Case] = [(f"prompt of {n}", _forward("input_ids", tokens[:1, :n]), n) for n in prompts if n <= limit]
-    cached = min(CACHED, limit - 1)
-    return cases + [(f"next token, batch {n}", _NextToken(tokens[:n, :cached]), n) for n in batches]
+    lengths = [n for n in prompts if n <= limit] or [limit]
+    if not model.can_generate():
+        return [
+            (f"{n} tokens, batch {count}", _forward("input_ids", tokens[:count, :n]), n * count)
+            for n in lengths
+            for count in batches
+        ]
+    first = {"decoder_input_ids": tokens[:1, :1]} if task == "seq2seq-lm" else {}
+    cases: list[Case] = [(f"prompt of {n}", _forward("input_ids", tokens[:1, :n], **first), n) for n in lengths]
+    cached = tokens[:, : min(CACHED, limit - 1)]
+    step = _NextDecoderToken if task == "seq2seq-lm" else _NextToken
+    return cases + [(f"next token, batch {n}", step(cached[:n]), n) for n in batches]
 
 
-def _forward(name: str, inputs: Tensor) -> Callable[[PreTrainedModel], Any]:
+def _forward(name: str, inputs: Tensor, **more: Tensor) -> Callable[[PreTrainedModel], Any]:
     def run(model: PreTrainedModel) -> Any:
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        return model(**{name: inputs}, **last)
+        return model(**{name: inputs}, **more, **last)
 
     return run
 
@@ -165,19 +179,42 @@ def _forward(name: str, inputs: Tensor) -> Callable[[PreTrainedModel], Any]:
 class _NextToken:
     """One step of generation after a short prompt; the cache is cut back to the prompt after every step."""
 
+    reads = "input_ids"
+
     def __init__(self, prompt: Tensor) -> None:
         self.prompt = prompt
-        self._caches: dict[int, Any] = {}
+        self._begun: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def __call__(self, model: PreTrainedModel) -> Any:
         # transformers 5.24 calls "cache" what was "past_key_values"
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        if id(model) not in self._caches:
-            self._caches[id(model)] = model(input_ids=self.prompt, use_cache=True)[name]
-        cache = self._caches[id(model)]
-        output = model(input_ids=self.prompt[:, -1:], use_cache=True, **{name: cache})
+        if id(model) not in self._begun:
+            output = model(**self.first(), use_cache=True)
+            self._begun[id(model)] = output[name], self.beside(output)
+        cache, beside = self._begun[id(model)]
+        output = model(**{self.reads: self.prompt[:, -1:]}, **beside, use_cache=True, **{name: cache})
         cache.crop(-1)
         return output
+
+    def first(self) -> dict[str, Tensor]:
+        """What is read before the step that is timed."""
+        return {"input_ids": self.prompt}
+
+    def beside(self, output: Any) -> dict[str, Any]:
+        """What the step is given of it, beside the cache."""
+        return {}
+
+
+class _NextDecoderToken(_NextToken):
+    """The same for a decoder that has begun, whose encoder has read the prompt."""
+
+    reads = "decoder_input_ids"
+
+    def first(self) -> dict[str, Tensor]:
+        return {"input_ids": self.prompt, "decoder_input_ids": self.prompt[:, :8]}
+
+    def beside(self, output: Any) -> dict[str, Any]:
+        return {"encoder_outputs": (output.encoder_last_hidden_state,)}
 
 
 @torch.inference_mode()

@@ -1,0 +1,235 @@
+"""Training a compressed model afterwards: its head alone, or all of it by `fips.prepare_qat`, on labels or a teacher.
+
+    python benchmarks/fine_tuning.py vit --models ../shared/models --data ../shared/data --bits 2.25 \
+        --values nl2g64 auto --ways none head labels teacher --out benchmarks/results/fine-tuning-vit.json
+
+`none` is the model as compressed; `head` trains its classifier; `rest` all but the packed numbers, which is what trains
+without `prepare_qat`; `labels` everything, on labels (of language models: the next token); `teacher` everything, to
+predict what the original does on the same examples. With `--new-head` the model gets a new classifier for other
+classes, and so does the original, whose row `original, head` says what the dense backbone gives. One pass over the
+examples per epoch, AdamW, warm-up over a tenth of the steps, then cosine. Scored on other data. The file is written
+after every run, and a later call goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import compare_methods
+import torch
+import whole_models
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+
+import fips
+from fips.config import DataConfig
+from fips.data import Batches, load_batches
+from fips.evaluation import evaluate
+from fips.models.tasks import task_of
+from fips.models.transformers import load_dense, load_processor, model_kind
+from fips.plan.footprint import state_bytes
+from fips.record import environment
+
+HEADS = ("classifier", "lm_head")
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module | None) -> Tensor:
+    """Of labels, or the divergence from the teacher's predictions."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits.float()
+    if teacher is not None:
+        with torch.no_grad():
+            wanted = teacher(**inputs).logits.float().log_softmax(-1).flatten(0, -2)
+        ours = logits.log_softmax(-1).flatten(0, -2)
+        return kl_div(ours, wanted, log_target=True, reduction="batchmean")
+    if "labels" in batch and batch["labels"].dim() == 1:
+        return cross_entropy(logits, batch["labels"])
+    return cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+
+
+def train(
+    model: nn.Module, batches: list[dict[str, Tensor]], rate: float, epochs: int, teacher: nn.Module | None
+) -> list[float]:
+    parameters = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    steps = epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    losses, order = [], random.Random(0)
+    model.eval()  # no dropout: the examples are few and the model is known
+    for _ in range(epochs):
+        for batch in order.sample(batches, len(batches)):
+            loss = loss_of(model, batch, teacher)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if len(losses) % 10 == 0:
+                print(len(losses), steps, sum(losses[-10:]) / 10, flush=True)
+    return losses
+
+
+def features(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """What the classifier reads, so that training it alone needs one pass of the rest."""
+    found: list[dict[str, Tensor]] = []
+    seen: list[Tensor] = []
+    handle = model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch["pixel_values"])
+            found.append({"x": seen.pop().float(), "labels": batch["labels"]})
+    handle.remove()
+    return found
+
+
+def train_head(model: nn.Module, batches: list[dict[str, Tensor]], rate: float, epochs: int) -> list[float]:
+    found = features(model, batches)
+    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * len(found), pct_start=0.1)
+    losses = []
+    for _ in range(epochs):
+        for one in found:
+            loss = cross_entropy(model.classifier(one["x"]), one["labels"])
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def new_head(model: nn.Module, classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    model.classifier = nn.Linear(model.classifier.in_features, classes)
+    nn.init.normal_(model.classifier.weight, std=0.01)
+    nn.init.zeros_(model.classifier.bias)
+    model.config.num_labels = classes
+    return model
+
+
+def settings(args: argparse.Namespace, scratch: Path) -> tuple[str, DataConfig, DataConfig, DataConfig]:
+    """Model, calibration data, data to train on, evaluation data."""
+    if args.name in whole_models.TEXTS:
+        source, calibration, evaluation = whole_models.settings(args, scratch)
+        trained = calibration.replace(
+            num_samples=args.examples, sequence_length=args.length, batch_size=args.batch, seed=1
+        )
+        return source, calibration, trained, evaluation
+    source, calibration, evaluation = compare_methods.settings(args.name, args.models, args.data, scratch)
+    return source, calibration, calibration.replace(num_samples=args.examples, batch_size=args.batch), evaluation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--bits", type=float, default=2.25)
+    parser.add_argument("--values", nargs="+", default=["auto"])
+    parser.add_argument("--ways", nargs="+", default=["none", "head", "labels", "teacher"])
+    parser.add_argument("--new-head", action="store_true")
+    parser.add_argument("--examples", type=int, default=4000)
+    parser.add_argument("--eval-examples", type=int)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a text to train on")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--head-epochs", type=int, default=30)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--head-rate", type=float, default=1e-3)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    facts = {
+        "benchmark": f"training after compression, {args.name}", "date": date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]), "environment": environment(torch.device("cpu")),
+    }  # fmt: skip
+    runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    with tempfile.TemporaryDirectory() as scratch:
+        source, *data = settings(args, Path(scratch))
+        original = load_dense(source, dtype="float32", device=torch.device("cpu"))
+        kind, task = model_kind(original), task_of(original)
+        options = {"processor": load_processor(source, kind), "kind": kind, "task": task}
+        purposes = ("calibration", "evaluation" if kind == "image" else "calibration", "evaluation")
+        if args.eval_examples:
+            data[2] = data[2].replace(num_samples=args.eval_examples)
+        examples, trained, scored = (
+            compare_methods.in_memory(load_batches(one, purpose=purpose, **options))
+            for one, purpose in zip(data, purposes, strict=True)
+        )
+        batches = list(trained)
+        run_all(args, original, examples, batches, scored, runs, facts)
+
+
+def run_all(
+    args: argparse.Namespace, original: nn.Module, examples: Batches, batches: list[dict[str, Tensor]], scored: Batches,
+    runs: list[dict[str, Any]], facts: dict[str, Any],
+) -> None:  # fmt: skip
+    classes = 1 + max(int(batch["labels"].max()) for batch in batches) if args.new_head else 0
+
+    def note(values: str, way: str, work: Callable[[], tuple[nn.Module, list[float]]]) -> None:
+        if any((one["bits"], one["values"], one["way"]) == (args.bits, values, way) for one in runs):
+            return
+        started = time.perf_counter()
+        model, losses = work()
+        seconds = time.perf_counter() - started
+        against = None if args.new_head else original
+        found = asdict(evaluate(model, scored, against=against))
+        runs.append({
+            "values": values, "bits": args.bits, "way": way, "bytes": state_bytes(model), "seconds": seconds,
+            "losses": losses[:: max(len(losses) // 20, 1)], "quality": found,
+        })  # fmt: skip
+        print(json.dumps(runs[-1])[:700], flush=True)
+        args.out.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
+
+    def dense_head() -> tuple[nn.Module, list[float]]:
+        model = new_head(copy.deepcopy(original), classes)
+        return model, train_head(model, batches, args.head_rate, args.head_epochs)
+
+    if args.new_head:
+        note("original", "head", dense_head)
+    for values in args.values:
+        small = copy.deepcopy(original)
+        fips.compress(small, examples, fips.CompressionConfig(bits=args.bits, values=values))
+        for way in args.ways:
+            note(
+                values,
+                way,
+                lambda small=small, way=way: work(args, copy.deepcopy(small), original, batches, way, classes),
+            )
+
+
+def work(
+    args: argparse.Namespace, model: nn.Module, original: nn.Module, batches: list[dict[str, Tensor]], way: str,
+    classes: int,
+) -> tuple[nn.Module, list[float]]:  # fmt: skip
+    if way == "none":
+        return model, []
+    losses = []
+    if args.new_head:
+        new_head(model, classes)
+    if way == "head" or args.new_head:
+        losses = train_head(model, batches, args.head_rate, args.head_epochs)
+    if way == "head":
+        return model, losses
+    for name, parameter in model.named_parameters():
+        if name.partition(".")[0] not in HEADS and "embed" in name:
+            parameter.requires_grad_(False)
+    if way != "rest":
+        fips.prepare_qat(model)
+    losses += train(model, batches, args.rate, args.epochs, original if way == "teacher" else None)
+    return (model if way == "rest" else fips.finish_qat(model)), losses
+
+
+if __name__ == "__main__":
+    main()
