@@ -520,21 +520,85 @@ def against_llm_compressor() -> str:
     return markdown(["", "time", "ratio", "peak memory", "ratio"], rows)
 
 
-def whole_models() -> str:
-    rows: dict[tuple[str, str, str], list[float]] = {}
-    saved: dict[tuple[str, str, str], list[float]] = {}
-    for machine, name in (("Zen 4", "end-to-end-zen4"), ("AMX", "end-to-end")):
-        for run in load(name)["results"]:
-            model, _, size = run["directory"].partition(", stored MLP bytes ")
-            for case, timing in run["cases"].items():
-                key = (machine, f"{model}, {16 * float(size.split()[0]):.1f} bits", case)
-                rows.setdefault(key, []).append(timing["speedup"])
-                memory = run["peak_memory_bytes"]
-                saved.setdefault(key, []).append((memory["dense"] - memory["compressed"]) / 1e6)
-    cells = [
-        [*key, ", ".join(f"{value:.2f}" for value in sorted(values)), _span(saved[key])] for key, values in rows.items()
-    ]
-    return markdown(["machine", "model", "case", "speed-up, every run", "process memory saved"], cells)
+MEASURED = {
+    "demo": "demo model", "vit-tiny": "ViT-Tiny", "dinov2-small": "DINOv2-small", "antiberty": "AntiBERTy",
+    "smollm2-135m": "SmolLM2-135M",
+}  # fmt: skip
+
+
+def model_speed() -> str:
+    """Whole small models beside their originals."""
+    rows = []
+    for result in load("model-speed")["results"]:
+        files, peaks = result["file_bytes"], result["peak_memory_bytes"]
+        saved = [(before - after) / 1e6 for before, after in zip(peaks["dense"], peaks["compressed"], strict=True)]
+        for index, (case, timing) in enumerate(result["cases"].items()):
+            gains = ", ".join(f"{gain:.2f}" for gain in sorted(timing["speedups"]))
+            facts = (
+                [
+                    MEASURED[result["model"]], f"{megabytes(files['dense'])} → {megabytes(files['compressed'])}",
+                    _span(saved),
+                ] if index == 0 else ["", "", ""]
+            )  # fmt: skip
+            rows.append([*facts, case, f"{median(timing['compressed']):.0f}", gains])
+    head = ["", "file", "process memory saved", "case", "a second", "times as fast, every run"]
+    return markdown(head, rows)
+
+
+def against_llama_cpp() -> str:
+    """A whole language model at the bytes of llama.cpp's files."""
+    found = load("against-llama-cpp")
+    runs = {(run["type"], run["method"]): run for run in found["runs"]}
+    rows = []
+    for kind in dict.fromkeys(run["type"] for run in found["runs"]):
+        theirs = runs[kind, "llama.cpp"]
+        bits = 8 * theirs["bytes"] / (found["bytes_before"] / 4)
+        cells = [kind, megabytes(theirs["bytes"]), f"{bits:.1f}"]
+        others = [runs.get((kind, method)) for method in ("llama.cpp", "field-gptq", "fips")]
+        best = min((run["quality"]["against"]["kl"] for run in others if run), default=0)
+        for run in others:
+            if run is None:
+                cells += ["", ""]
+                continue
+            kl = run["quality"]["against"]["kl"]
+            shown = f"{kl:.4f} ± {run['quality']['against']['kl_standard_error']:.4f}"
+            cells += [f"{run['quality']['perplexity']:.2f}", f"**{shown}**" if kl == best else shown]
+        rows.append(cells)
+    head = ["", "tensors", "bits", "llama.cpp", "KL", "GPTQ", "KL", "fips", "KL"]
+    return markdown(head, rows)
+
+
+WAYS = {
+    "none": "as compressed", "head": "its head alone", "rest": "all but packed numbers", "labels": "everything, labels",
+    "teacher": "everything, the original's predictions",
+}  # fmt: skip
+TUNED = {
+    "vit": ("ViT-Tiny, top-1 %", "top1_percent", 2), "dinov2-small": ("DINOv2-small, 200 new classes, top-1 %", "top1_percent", 2),
+    "smollm2-135m": ("SmolLM2-135M, perplexity", "perplexity", 2),
+}  # fmt: skip
+
+
+def fine_tuning() -> str:
+    """Training after compression."""
+    rows = []
+    for name, (label, metric, digits) in TUNED.items():
+        for run in load(f"fine-tuning-{name}")["runs"]:
+            quality = run["quality"]
+            against = quality.get("against")
+            dense = run["values"] == "original"
+            rows.append([
+                label, "dense" if dense else f"{run['bits']:g}, {VALUE_NAMES.get(run['values'], run['values'])}",
+                WAYS[run["way"]], f"{quality[metric]:.{digits}f}",
+                "" if against is None else f"{against['kl']:.4f}", "" if run["way"] == "none" else minutes(run["seconds"]),
+            ])  # fmt: skip
+    return markdown(["", "bits, values", "trained", "quality", "KL", "time"], rows)
+
+
+VALUE_NAMES = {"auto": "the default"}
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def onnx_speed() -> str:
@@ -581,7 +645,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "solver-cost": solver_cost,
     "solver-cost-4096": solver_cost_large,
     "activation-bits": activation_bits,
-    "whole-models": whole_models,
+    "model-speed": model_speed,
+    "against-llama-cpp": against_llama_cpp,
+    "fine-tuning": fine_tuning,
     "layers-gpu": gpu_layers,
     **{
         f"layers-{model}-{machine}": functools.partial(layer_speed, model + suffix, long)
