@@ -599,6 +599,15 @@ def test_a_forward_put_over_the_models_own_is_passed_by_and_stays(wrap: Any) -> 
     assert same_layers(model, expected)
 
 
+def test_blocks_in_wrappers_are_refused_by_their_names() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = tiny_model("llama")
+    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
+    with pytest.raises(ModelError, match=r"`model.layers.1` is wrapped in a `CheckpointWrapper`.*wrap it afterwards"):
+        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.0, method="gptq"))
+
+
 def test_peft_models_are_refused_before_work_and_by_save() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["up_proj"])

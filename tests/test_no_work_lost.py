@@ -139,6 +139,37 @@ def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("case", [case for case in BAD if case != "a loop of links"])
+def test_work_that_cannot_be_kept_is_refused_before_weights_are_read(
+    case: str,
+    llama_directory: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    readers: list[str],
+    capsys: Capture,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["compress", str(llama_directory), "--data", str(text), "--sequence-length", "16", "--bits", "8.0"]
+    assert main([*command, "--output", str(tmp_path / "out"), "--work", str(BAD[case](tmp_path))]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert "--work" in captured.err
+    assert readers == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_work_is_kept_in_a_directory_given_as_text(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    config = CompressionConfig(bits=6.0, method="gptq")
+    fips.compress(model, batches_for(model), config, work=str(tmp_path / "work"))
+    assert (tmp_path / "work" / "run.json").is_file()
+
+
 def test_a_file_system_without_room_is_refused_with_both_numbers(
     packed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

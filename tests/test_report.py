@@ -26,7 +26,7 @@ from fips.app.page import PAGE, Example, report_page, sides_of
 from fips.cli import main
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.demo.run import MODEL_DIRECTORY
-from fips.errors import CheckpointError
+from fips.errors import CheckpointError, ModelError
 from fips.evaluation import Divergence, EvaluationResult, TextResult
 from fips.files.names import base_name, without_directories
 from fips.models.transformers import load_processor
@@ -496,3 +496,30 @@ def test_no_license_is_taken_from_the_working_directory(tmp_path: Path, monkeypa
     of_timm = torch.nn.Linear(2, 2)
     of_timm.pretrained_cfg = {"license": "apache-2.0"}  # type: ignore[assignment]
     assert license_of(of_timm) == {"license": "apache-2.0"}
+
+
+@pytest.mark.parametrize(
+    "place", ["file/r.html", "file/sub/r.html", "n" * 300 + ".html", "/proc/no/r.html", "new/r.html"]
+)
+def test_where_no_report_can_be_is_told_before_the_evaluation(
+    place: str, packed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from fips.app import reporting
+
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    evaluated: list[str] = []
+
+    def evaluable(source: str, *_: Any, **__: Any) -> Any:
+        evaluated.append(source)
+        assert sorted(tmp_path.rglob("*")) == before, "what the place was tried with is gone"
+        raise ModelError("far enough")
+
+    monkeypatch.setattr(reporting, "evaluable_source", evaluable)
+    assert main(["report", str(packed), "--data", str(text), "--output", str(tmp_path / place)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ("far enough" in error) == (place == "new/r.html")
+    assert bool(evaluated) == (place == "new/r.html")
+    assert "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before

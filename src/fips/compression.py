@@ -51,7 +51,7 @@ def compress(
     *,
     progress: Progress | bool | None = None,
     moments: MomentCache | None = None,
-    work: Path | None = None,
+    work: str | Path | None = None,
 ) -> CompressionReport:
     r"""Compress the MLPs of ``model`` in place and report what was done.
 
@@ -229,7 +229,7 @@ def _require_called(bench: Workbench, sites: Sequence[Site]) -> None:
         ) from error
 
 
-def _check_ranks(method: Method[Any], ranks: Ranks, work: Path | None) -> None:
+def _check_ranks(method: Method[Any], ranks: Ranks, work: str | Path | None) -> None:
     """Raise ``ConfigError`` where several processes cannot share the work."""
     if ranks.count == 1:
         return

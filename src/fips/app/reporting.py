@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fips.app.sources import is_compressed_source
 from fips.config import DataConfig
 from fips.errors import ConfigError, ModelError, OutputError
 from fips.files.manifest import MANIFEST
+from fips.files.output import require_file
 from fips.models.building import naming
 from fips.storage.checkpoint import local_directory
 
@@ -79,15 +81,19 @@ def report_on(
 
 def _check_output(output: Path) -> None:
     """Raise ``OutputError`` for a place that would not take the file, or should not."""
-    if output.is_dir():
-        raise OutputError(f"output `{output}` is a directory; give the name of a file, such as `{output}/report.html`")
-    if (output.resolve().parent / MANIFEST).is_file():
-        raise OutputError(
-            f"output `{output}` lies in a compressed directory, whose manifest lists all files; choose another place"
-        )
     try:
+        if output.is_dir():
+            raise OutputError(
+                f"output `{output}` is a directory; give the name of a file, such as `{output}/report.html`"
+            )
+        if (output.resolve().parent / MANIFEST).is_file():
+            raise OutputError(
+                f"output `{output}` lies in a compressed directory, whose manifest lists all files; choose another "
+                "place"
+            )
         if output.exists() and GENERATOR.encode() not in output.read_bytes()[:2000]:
             raise OutputError(f"output `{output}` exists and is no report of fips; choose another or remove it first")
+        require_file(output)
     except OSError as error:
         raise OutputError(f"cannot write to `{output}`: {error.strerror}; choose another output") from None
 
@@ -102,4 +108,5 @@ def _write(output: Path, page: str) -> None:
     except OSError as error:
         raise OutputError(f"cannot write to `{output}`: {error.strerror}; choose another output") from None
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from typing import NoReturn
 from fips.errors import FipsError, OutputError
 from fips.signals import FINISHED, uninterrupted
 
-__all__ = ["MANIFEST", "Output", "complete_directory", "require_empty", "require_free"]
+__all__ = ["MANIFEST", "Output", "complete_directory", "require_empty", "require_file", "require_free"]
 
 log = logging.getLogger("fips.storage")
 
@@ -68,6 +68,22 @@ def complete_directory(directory: Path) -> Iterator[Path]:
     with Output(directory) as output:
         yield output.scratch
         output.commit()
+
+
+def require_file(path: Path) -> None:
+    """Raise ``OSError`` where a file cannot be written; directories that are missing are made for it, and removed."""
+    missing = [one for one in (path.parent, *path.parent.parents) if not one.exists()]
+    probe = path.with_name(f".fips-probe.{os.getpid()}")
+    try:
+        path.exists()  # of a name too long
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        for one in missing:
+            with suppress(OSError):
+                one.rmdir()
 
 
 class Output(AbstractContextManager["Output"]):

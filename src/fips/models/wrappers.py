@@ -63,8 +63,9 @@ def _check_is_module(model: object) -> None:
         )
     if _is_peft(model) or getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
-            f"the model carries adapters of peft (`{type(model).__name__}`); merge them first: "
-            "`model = peft_model.merge_and_unload()`"
+            f"the model carries adapters of peft (`{type(model).__name__}`); merge them first, "
+            "`model = peft_model.merge_and_unload()`, or leave them out, `peft_model.get_base_model()`, as those that "
+            "only add tokens need"
         )
 
 
@@ -104,6 +105,11 @@ def _check_part(model: nn.Module, name: str, module: nn.Module) -> None:
         raise ModelError(
             f"`{name}` is wrapped by `torch.compile`, which would be saved in the names of its weights; compress the "
             "model first and compile afterwards, or use `module.compile()`, which wraps nothing"
+        )
+    if name and type(module).__name__ in ("CheckpointWrapper", "FullyShardedDataParallel"):
+        raise ModelError(
+            f"`{name}` is wrapped in a `{type(module).__name__}`, which hides the block that it is; compress the model "
+            "first and wrap it afterwards, or use `model.gradient_checkpointing_enable()`, which wraps nothing"
         )
     if name and _is_peft(module):
         raise ModelError(

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fips.errors import OutputError
+from fips.files.output import require_file
 
 __all__ = ["WorkDirectory", "kept_work"]
 
@@ -36,8 +37,8 @@ class WorkDirectory:
     something else.
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any]) -> None:
+        self.path = Path(path)
         self._fingerprint = json.loads(json.dumps(fingerprint, default=str))
         self._check()
         try:
@@ -50,20 +51,9 @@ class WorkDirectory:
             ) from None
 
     def _check(self) -> None:
-        if not self.path.exists():
+        found = _run_of(self.path)
+        if found is None:
             return
-        if not self.path.is_dir():
-            raise OutputError(f"work directory `{self.path}` is a file; choose another with `--work`")
-        try:
-            found = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            if any(not path.name.startswith(".") for path in self.path.iterdir()):
-                raise OutputError(
-                    f"`{self.path}` is no work directory of fips (it has no {RUN}); choose another with `--work`"
-                ) from None
-            return
-        except (OSError, ValueError) as error:
-            raise OutputError(f"cannot read `{self.path / RUN}`: {error}; remove the work directory") from None
         differing = sorted(
             name for name in {*found, *self._fingerprint} if found.get(name) != self._fingerprint.get(name)
         )
@@ -111,6 +101,38 @@ class WorkDirectory:
         return self.path / f"{name.replace('/', '_')}{SUFFIX}"
 
 
+def _run_of(path: Path) -> dict[str, Any] | None:
+    """What the run is made of that a work directory belongs to; None where there is nothing yet."""
+    try:
+        found: dict[str, Any] = json.loads((path / RUN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            raise OutputError(
+                f"`{path}` is no work directory of fips (it has no {RUN}); choose another with `--work`"
+            ) from None
+        return None
+    except NotADirectoryError:
+        raise OutputError(f"work directory `{path}` is a file, or lies in one; choose another with `--work`") from None
+    except OSError as error:
+        raise OutputError(
+            f"cannot read work directory `{path}`: {error.strerror or error}; choose another with `--work`"
+        ) from None
+    except ValueError as error:
+        raise OutputError(f"cannot read `{path / RUN}`: {error}; remove the work directory") from None
+    return found
+
+
+def _require_place(path: Path) -> None:
+    """Raise ``OutputError`` where a work directory cannot be."""
+    try:
+        if _run_of(path) is None:
+            require_file(path / RUN)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write work directory `{path}`: {error.strerror or error}; choose another with `--work`"
+        ) from None
+
+
 @dataclass(slots=True)
 class Keeper:
     """What becomes of a work directory."""
@@ -123,9 +145,12 @@ class Keeper:
 def kept_work(path: Path, *, first: bool, keep: bool) -> Iterator[Keeper]:
     """A block of work with its directory: removed at the end by the ``first`` process, unless told to ``keep`` it.
 
-    What is finished stays where the block does not reach its end, and its error says so.
+    What is finished stays where the block does not reach its end, and its error says so. Raises ``OutputError`` before
+    the block if the directory cannot be written.
     """
     keeper = Keeper()
+    if first:
+        _require_place(path)
     try:
         yield keeper
         keeper.finished = True
