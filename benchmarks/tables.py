@@ -246,14 +246,10 @@ def blocks() -> str:
 
 def real_model() -> str:
     rows = []
-    runs = [(run, "") for run in load("real-models-smollm2")["runs"]]
-    runs += [(run, ", with levels") for run in load("real-models-smollm2-levels")["runs"]]
-    runs += [(run, ", with levels, before sweeps") for run in load("real-models-smollm2-before-sweeps")["runs"]]
-    for run, when in runs:
+    for run in load("real-models-smollm2")["runs"]:
         found = run["quality"]["against"]
         rows.append([
-            f"`{run['options']}`{when.removesuffix(', before sweeps') if '--effort fast' in run['options'] else when}",
-            f"{run['stored_bits']:.2f}", megabytes(run["directory_bytes"]),
+            f"`{run['options']}`", f"{run['stored_bits']:.2f}", megabytes(run["directory_bytes"]),
             f"{run['compress_seconds']:.0f} s", f"{run['peak_memory_bytes'] / 1e9:.2f} GB",
             f"{run['quality']['perplexity']:.2f}", f"{found['kl']:.4f} ± {found['kl_standard_error']:.4f}",
             f"{found['agreement_percent']:.1f}",
@@ -573,7 +569,8 @@ WAYS = {
     "teacher": "everything, the original's predictions",
 }  # fmt: skip
 TUNED = {
-    "vit": ("ViT-Tiny, top-1 %", "top1_percent", 2), "dinov2-small": ("DINOv2-small, 200 new classes, top-1 %", "top1_percent", 2),
+    "vit": ("ViT-Tiny, top-1 %", "top1_percent", 2),
+    "dinov2-small": ("DINOv2-small, 200 new classes, top-1 %", "top1_percent", 2),
     "smollm2-135m": ("SmolLM2-135M, perplexity", "perplexity", 2),
 }  # fmt: skip
 
@@ -588,8 +585,8 @@ def fine_tuning() -> str:
             dense = run["values"] == "original"
             rows.append([
                 label, "dense" if dense else f"{run['bits']:g}, {VALUE_NAMES.get(run['values'], run['values'])}",
-                WAYS[run["way"]], f"{quality[metric]:.{digits}f}",
-                "" if against is None else f"{against['kl']:.4f}", "" if run["way"] == "none" else minutes(run["seconds"]),
+                WAYS[run["way"]], f"{quality[metric]:.{digits}f}", "" if against is None else f"{against['kl']:.4f}",
+                "" if run["way"] == "none" else minutes(run["seconds"]),
             ])  # fmt: skip
     return markdown(["", "bits, values", "trained", "quality", "KL", "time"], rows)
 

@@ -298,16 +298,15 @@ def _require_all(model: PreTrainedModel, stored: Mapping[str, Stored], directory
 
 def _copy_out_of_files(model: nn.Module) -> None:
     """Tensors mapped from a file as memory of their own: the file may be cut short, or be written anew from them."""
-    mapped, copies = MappedFiles(), dict[int, tuple[Tensor, Tensor]]()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and _is_mapped(parameter):
-                parameter.data = mapped.copy(parameter.data)
+    parameters = [parameter for parameter in model.parameters() if _is_mapped(parameter)]
+    for parameter, copy in zip(parameters, MappedFiles().copies([one.data for one in parameters]), strict=True):
+        parameter.data = copy
+    buffers = [buffer for buffer in model.buffers() if _is_mapped(buffer)]
+    copies = {id(buffer): copy for buffer, copy in zip(buffers, MappedFiles().copies(buffers), strict=True)}
+    for module in model.modules():  # a view holds on to the file, whatever is put in its `data`
         for key, buffer in module._buffers.items():
-            if buffer is not None and _is_mapped(buffer):  # a view holds on to the file, whatever is put in its `data`
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = buffer, mapped.copy(buffer)
-                module._buffers[key] = copies[id(buffer)][1]
+            if id(buffer) in copies:
+                module._buffers[key] = copies[id(buffer)]
 
 
 def _is_mapped(tensor: Tensor) -> bool:
