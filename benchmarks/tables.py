@@ -571,7 +571,6 @@ WAYS = {
 TUNED = {
     "vit": ("ViT-Tiny, top-1 %", "top1_percent", 2),
     "dinov2-small": ("DINOv2-small, 200 new classes, top-1 %", "top1_percent", 2),
-    "smollm2-135m": ("SmolLM2-135M, perplexity", "perplexity", 2),
 }  # fmt: skip
 
 
