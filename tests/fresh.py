@@ -69,7 +69,7 @@ exec(compile(task["code"], "<fresh>", "exec"), {{"__name__": "__main__"}})
 """
 """What the fork runs ends as the script does: what it printed is flushed, and said to be lost, by the interpreter."""
 
-COMMAND = "from fips.cli import main\nsys = __import__('sys')\nsys.exit(main())"
+COMMAND = "import sys\nfrom fips.cli import main\nsys.exit(main())"
 TRANSFORMERS = (
     "from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, "
     "LlamaForCausalLM\n"
@@ -143,7 +143,7 @@ class Finished:
 
 def python(code: str, *arguments: object, imported: str = "transformers") -> Finished:
     """Run ``code`` with these ``sys.argv``; only ``code`` decides what else is imported."""
-    unseen = {"torch": ["transformers", "fips"], "transformers": ["fips"], "fips": []}[imported]
+    unseen = {"torch": ["transformers", "fips"], "transformers": ["fips"]}[imported]
     code = f"import sys\nassert not {{*{unseen}}} & {{*sys.modules}}\n{code}"
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull) as nothing:
         files = nothing.fileno(), out.fileno(), err.fileno()

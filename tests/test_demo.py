@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import fips
-from fips.app.evaluating import evaluate_source
+from fips.app.evaluating import evaluable_source
 from fips.cli import main
 from fips.config import DataConfig
 from fips.demo import MODEL_DIRECTORY
@@ -51,7 +51,7 @@ def test_the_embedded_model_has_learned_python(tmp_path: Path) -> None:
     record = json.loads((MODEL_DIRECTORY / "training.json").read_text())
     source = copy_files(held_out_files(), tmp_path / "held-out")
     data = DataConfig(source=str(source), sequence_length=512, num_samples=40, batch_size=8)
-    result = evaluate_source(str(MODEL_DIRECTORY), data)
+    result = evaluable_source(str(MODEL_DIRECTORY), data).evaluate()
     assert result.to_dict()["bits_per_byte"] == pytest.approx(record["held_out_bits_per_byte"], rel=0.2)
     assert record["held_out_bits_per_byte"] < 1.5
 

@@ -103,6 +103,15 @@ BAD: dict[str, Callable[[Path], Path]] = {
 }
 
 
+def take_places(root: Path) -> None:
+    """What the cases of ``BAD`` find there."""
+    (root / "file").write_text("mine")
+    (root / "full").mkdir()
+    (root / "full" / "mine.txt").write_text("mine")
+    (root / "link").symlink_to(root / "full")
+    (root / "loop").symlink_to(root / "loop")
+
+
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("command", ["compress", "compare", "export", "demo"])
 @pytest.mark.slow
@@ -116,11 +125,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
     readers: list[str],
     capsys: Capture,
 ) -> None:
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "full")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    take_places(tmp_path)
     fips.save(packed, tmp_path / "packed")
     before = sorted(tmp_path.rglob("*"))
     data = [str(llama_directory), "--data", str(text), "--sequence-length", "16"]
@@ -148,10 +153,7 @@ def test_work_that_cannot_be_kept_is_refused_before_weights_are_read(
     readers: list[str],
     capsys: Capture,
 ) -> None:
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "full")
+    take_places(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     command = ["compress", str(llama_directory), "--data", str(text), "--sequence-length", "16", "--bits", "8.0"]
     assert main([*command, "--output", str(tmp_path / "out"), "--work", str(BAD[case](tmp_path))]) == 1

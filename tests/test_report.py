@@ -20,7 +20,7 @@ from PIL import Image
 import fips
 from fips.app import compressing
 from fips.app.compressing import compress_to_directory
-from fips.app.evaluating import evaluable_source, evaluate_source
+from fips.app.evaluating import evaluable_source
 from fips.app.outline import PackedLayer, PackedOutline, outline_of_directory
 from fips.app.page import PAGE, Example, report_page, sides_of
 from fips.cli import main
@@ -352,7 +352,8 @@ def test_report_evaluates_texts_beside_the_original(
     done = json.loads(capsys.readouterr().out)
     assert done["examples"] == 3
     found = Tags(out.read_text()).text
-    original = evaluate_source(str(model), DataConfig(source=str(text), num_samples=16, sequence_length=16)).to_dict()
+    scored = DataConfig(source=str(text), num_samples=16, sequence_length=16)
+    original = evaluable_source(str(model), scored).evaluate().to_dict()
     for name in ("perplexity", "bits_per_byte"):
         digits = ".4g" if name == "perplexity" else ".4f"
         assert f"{original[name]:{digits}} {done['quality'][name]:{digits}}" in found
@@ -374,7 +375,7 @@ def test_report_shows_images_with_their_classes(
     options = ["--data", str(images), "--against", str(model), "--examples", "2", "--batch-size", "3", "--json"]
     assert main(["report", str(small), "--output", str(out), *options]) == 0
     quality = json.loads(capsys.readouterr().out)["quality"]
-    original = evaluate_source(str(model), DataConfig(source=str(images))).to_dict()
+    original = evaluable_source(str(model), DataConfig(source=str(images))).evaluate().to_dict()
     found = Tags(out.read_text())
     assert f"{original['top1_percent']:.2f} % {quality['top1_percent']:.2f} %" in found.text
     assert [address.partition(",")[0] for address in found.addresses] == ["data:image/jpeg;base64"] * 2

@@ -28,11 +28,7 @@ from fips.files.output import Output, require_empty
 from fips.methods.workbench import measured
 from fips.models.reading import kind_of
 from fips.models.timm import PixelBatches, is_timm_model
-from fips.models.transformers import (
-    build_empty,
-    config_from_fields,
-    resolve_dtype,
-)
+from fips.models.transformers import build_empty, config_from_fields, resolve_dtype
 from fips.plan.plan import CompressionPlan, plan_compression, settle_size
 from fips.ranks import joined
 from fips.record import CompressionReport

@@ -16,16 +16,14 @@ from fips.errors import ModelError
 from fips.evaluation import EvaluationResult, check_evaluation, evaluate
 from fips.integrations.lm_eval import run_tasks
 from fips.models.tasks import task_name
-from fips.models.transformers import (
-    load_processor,
-)
+from fips.models.transformers import load_processor
 
-__all__ = ["Evaluable", "evaluable_source", "evaluate_source", "evaluate_tasks"]
+__all__ = ["Evaluable", "evaluable_source", "evaluate_tasks"]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluable:
-    """A model with its examples, and the original it is compared with."""
+    """A model with its examples, and the original it is compared with; ``evaluate`` says how good it is."""
 
     model: nn.Module
     original: nn.Module | None
@@ -53,22 +51,6 @@ def evaluable_source(
     check_evaluation(empty, batches, compared=against is not None)
     original = None if against is None else replace(own, name=against).model()
     return Evaluable(own.model(), original, batches, processor)
-
-
-def evaluate_source(
-    source: str,
-    data: DataConfig,
-    *,
-    against: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    progress: Any = None,
-) -> EvaluationResult:
-    """How good a compressed directory or a dense model is, by what it predicts, and how far it is from ``against``."""
-    return evaluable_source(
-        source, data, against=against, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    ).evaluate(progress)
 
 
 def evaluate_tasks(

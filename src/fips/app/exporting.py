@@ -18,12 +18,7 @@ from fips.files.output import Output, require_empty
 from fips.integrations.gguf import Kind, Vocabulary, export_gguf, require_family, vocabulary_of
 from fips.integrations.onnx import export_onnx
 from fips.layers.merge import merge
-from fips.models.transformers import (
-    example_inputs,
-    load_processor,
-    model_kind,
-    quiet,
-)
+from fips.models.transformers import example_inputs, load_processor, model_kind, quiet
 from fips.optional import require
 from fips.plan.footprint import state_bytes
 

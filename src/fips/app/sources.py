@@ -43,7 +43,7 @@ class Source:
     def dense(self) -> nn.Module:
         """A dense model with its weights, in evaluation mode."""
         if is_timm_source(self.name):
-            return load_timm(self.name, dtype=resolve_dtype(self.dtype), device=self.device)
+            return load_timm(self.name, dtype=self.dtype, device=self.device)
         found: nn.Module = load_dense(
             self.name, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
         )

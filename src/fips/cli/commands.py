@@ -391,7 +391,7 @@ def evaluate(
     Perplexity of language models, pseudo-perplexity of masked ones, accuracy of classifiers, perplexity of the targets
     of encoder-decoders, embeddings beside the original's; or lm-eval tasks.
     """
-    from fips.app.evaluating import evaluate_source, evaluate_tasks
+    from fips.app.evaluating import evaluable_source, evaluate_tasks
     from fips.config import DataConfig
 
     fields = data_fields(locals())
@@ -408,10 +408,11 @@ def evaluate(
         print_json(metrics) if as_json else print_tasks(metrics)
         return
     with progress_bars(stderr) as bars:
-        result = evaluate_source(
+        found = evaluable_source(
             model, DataConfig(**fields), against=against, dtype=dtype, device=device,
-            trust_remote_code=trust_remote_code, progress=bars.counter("evaluate"),
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        result = found.evaluate(bars.counter("evaluate"))
     print_json(result.to_dict()) if as_json else print_evaluation(model, result)
 
 

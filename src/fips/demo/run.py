@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from fips.app.compressing import compress_to_directory, plan_source
-from fips.app.evaluating import evaluable_source, evaluate_source
+from fips.app.evaluating import evaluable_source
 from fips.app.outline import outline_of_plan
 from fips.app.page import PAGE
 from fips.app.tables import format_bytes, kind_table, layer_table, result_table
@@ -70,7 +70,7 @@ def run_demo(output: Path, *, bits: float, console: Console, bars: Console | Non
 
         done = compress_to_directory(source, recipe, output, progress=progress.event, quality=quality)
         assert done is not None  # a single process
-        after = scored[0] if scored else evaluate_source(str(output), evaluation)
+        after = scored[0] if scored else evaluable_source(str(output), evaluation).evaluate()
     console.print(result_table(done.report))
     console.print(_quality_table(before, after))
     seconds = time.perf_counter() - started

@@ -70,9 +70,14 @@ def complete_directory(directory: Path) -> Iterator[Path]:
         output.commit()
 
 
+def _missing_parents(path: Path) -> list[Path]:
+    """Directories above a path that are not there, the nearest first."""
+    return [parent for parent in path.parents if not parent.exists()]
+
+
 def require_file(path: Path) -> None:
     """Raise ``OSError`` where a file cannot be written; directories that are missing are made for it, and removed."""
-    missing = [one for one in (path.parent, *path.parent.parents) if not one.exists()]
+    missing = _missing_parents(path)
     probe = path.with_name(f".fips-probe.{os.getpid()}")
     try:
         path.exists()  # of a name too long
@@ -194,8 +199,7 @@ class Output(AbstractContextManager["Output"]):
                         parent.rmdir()
 
     def _make_parents(self) -> None:
-        missing = [parent for parent in self._place.parents if not parent.exists()]
-        for parent in reversed(missing):
+        for parent in reversed(_missing_parents(self._place)):
             parent.mkdir()
             self._parents.append(parent)
 

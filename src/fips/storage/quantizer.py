@@ -298,11 +298,12 @@ def _require_all(model: PreTrainedModel, stored: Mapping[str, Stored], directory
 
 def _copy_out_of_files(model: nn.Module) -> None:
     """Tensors mapped from a file as memory of their own: the file may be cut short, or be written anew from them."""
+    mapped = MappedFiles()
     parameters = [parameter for parameter in model.parameters() if _is_mapped(parameter)]
-    for parameter, copy in zip(parameters, MappedFiles().copies([one.data for one in parameters]), strict=True):
+    for parameter, copy in zip(parameters, mapped.copies([one.data for one in parameters]), strict=True):
         parameter.data = copy
     buffers = [buffer for buffer in model.buffers() if _is_mapped(buffer)]
-    copies = {id(buffer): copy for buffer, copy in zip(buffers, MappedFiles().copies(buffers), strict=True)}
+    copies = {id(buffer): copy for buffer, copy in zip(buffers, mapped.copies(buffers), strict=True)}
     for module in model.modules():  # a view holds on to the file, whatever is put in its `data`
         for key, buffer in module._buffers.items():
             if id(buffer) in copies:
