@@ -84,6 +84,7 @@ def test_a_shared_basis_serves_matrices_that_lie_in_one_space() -> None:
         torch.testing.assert_close(basis @ factor, matrix, atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes"),
     [

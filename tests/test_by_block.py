@@ -211,6 +211,7 @@ def test_what_is_given_up_makes_room() -> None:
         assert spool.put(torch.ones(25)).ram is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"effort": "fast"}, {"method": "gptq"}, {"method": "sparsegpt"}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_little_memory_gives_the_same_layers(family: str, settings: dict[str, Any]) -> None:
@@ -224,6 +225,7 @@ def test_little_memory_gives_the_same_layers(family: str, settings: dict[str, An
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_several_steps_that_keep_their_moments_give_the_same_layers(
     family: str, monkeypatch: pytest.MonkeyPatch
@@ -424,6 +426,7 @@ def fingerprints(directory: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"effort": "fast"}, {"method": "gptq"}], ids=str)
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_a_run_that_was_ended_goes_on_to_the_same_bytes(settings: dict[str, Any], at: int, tmp_path: Path) -> None:
@@ -454,6 +457,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes(settings: dict[str, Any]
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
+@pytest.mark.slow
 def test_moments_that_another_method_left_do_not_change_what_is_chosen() -> None:
     """They do not say what was held out, so the default measures again."""
     alone, after = tiny_model("llama"), tiny_model("llama")
@@ -478,6 +482,7 @@ def test_finished_blocks_are_not_made_again(tmp_path: Path) -> None:
         assert "measure" not in {event.stage for event in events} or number == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"bits": 5.0}, "settings"), ({"seed": 1}, "settings"), ({"weights": True}, "model"), ({"data": True}, "data")],
@@ -625,6 +630,7 @@ def test_methods_that_do_not_share_the_work_refuse_several_processes(monkeypatch
         fips.compress(model, batches_for(model), fips.CompressionConfig(bits=8.0))
 
 
+@pytest.mark.slow
 def test_finished_work_is_named_when_a_command_fails(
     source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,7 @@ def test_inspect_lists_layers_and_changes_nothing(vit_directory: Path, capsys: C
     assert before == {path: path.stat().st_mtime_ns for path in vit_directory.iterdir()}
 
 
+@pytest.mark.slow
 def test_compress_and_evaluate_images(vit_directory: Path, images: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "small"
     command = ["compress", str(vit_directory), "--data", str(images), "--budget", "0.5", "--output", str(out)]
@@ -213,6 +214,7 @@ BAD_INPUT: dict[str, Case] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_clear_line_and_writes_nothing(
     case: str,

@@ -587,6 +587,7 @@ class TestHub:
         write_table(tmp_path / "test-00000-of-00001.parquet", {"text": SENTENCES[:2]})
         return tmp_path
 
+    @pytest.mark.slow
     def test_splits_are_found(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shortcut = Source(name="tales", kind="text", builder=str(repository))
         monkeypatch.setattr(source_module, "HUB_SHORTCUTS", {"tales": shortcut})

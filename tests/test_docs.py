@@ -45,6 +45,7 @@ def test_tables_equal_the_committed_results(name: str) -> None:
     assert TABLES.stale(text) == [], "run python benchmarks/tables.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES.PAGES)
 def test_an_edited_figure_is_noticed(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")

@@ -58,6 +58,7 @@ def test_gptq_by_hand() -> None:
     assert found.total == found.products + found.roots + found.rounding
 
 
+@pytest.mark.slow
 def test_the_default_tries_on_a_sample_and_asks_for_gradients() -> None:
     plain, _ = counted(method="gptq")
     found, (_, config, plan) = counted()
@@ -70,6 +71,7 @@ def test_the_default_tries_on_a_sample_and_asks_for_gradients() -> None:
     assert found.products > 2 * plain.products, "a backward pass of each of the examples beside the forward pass"
 
 
+@pytest.mark.slow
 def test_little_memory_takes_a_second_pass() -> None:
     once, _ = counted(count=1000)
     twice, _ = counted(count=1000, metric={"memory": 1})
@@ -104,6 +106,7 @@ def test_a_line_says_what_is_known() -> None:
     assert Forecast(device="cpu", examples=1).line().endswith("none")
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_what_it_will_take(
     llama_directory: Path,  # noqa: F811
     text: Path,  # noqa: F811

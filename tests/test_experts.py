@@ -407,6 +407,7 @@ def test_a_run_that_was_ended_goes_on_with_experts(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(whole))
 
 
+@pytest.mark.slow
 def test_experts_that_a_model_calls_itself_are_compressed_too(tmp_path: Path) -> None:
     """Switch transformers have a module for every expert; most see few tokens, and some none."""
     fields = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}

@@ -122,6 +122,7 @@ class FamilyTests:
         before, after = (set(load_file(tmp_path / name / "model.safetensors")) for name in ("original", "dense"))
         assert after == before
 
+    @pytest.mark.slow
     def test_all_matrices_of_the_blocks_are_compressed_where_that_is_asked_for(self, tmp_path: Path) -> None:
         model = self.model()
         batch = self.inputs(model, 0)

@@ -80,6 +80,7 @@ class TestNumbers:
         assert torch.equal(found.model.layers[1].self_attn.q_proj.weight, torch.from_numpy(expected))
         assert torch.equal(found.model.layers[1].self_attn.k_proj.bias, torch.tensor(read["blk.1.attn_k.bias"][1]))
 
+    @pytest.mark.slow
     def test_the_type_is_that_of_the_numbers(self, tmp_path: Path) -> None:
         source, _ = written(tmp_path, "llama", None)
         assert (config_fields(source)["dtype"], load_dense(source).dtype) == ("float16", torch.float16)
@@ -141,6 +142,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCommands:
+    @pytest.mark.slow
     def test_compress_and_evaluate(self, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         data = ["--data", str(directory / "text.txt"), "--num-samples", "4", "--sequence-length", "16"]
         command = ["compress", str(directory), "--gguf-file", "model.gguf", "--bits", "6", "--layers", "mlp", *data]

@@ -116,6 +116,7 @@ def test_rows_of_floats_are_not_there() -> None:
 # ------------------------------------------------------------------------------------------------------------ families
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fips", "gptq"])
 @pytest.mark.parametrize(
     ("family", "changes", "embedding", "others"),
@@ -209,6 +210,7 @@ def test_a_scale_of_the_embedding_is_kept() -> None:
     torch.testing.assert_close(found(torch.tensor([5])), scale * found.dense_weight()[[5]], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_padding_stays_what_it_was() -> None:
     model = made("llama")
     assert model.get_input_embeddings().padding_idx == 0
@@ -224,6 +226,7 @@ class Doubled(nn.Embedding):
         return 2 * super().forward(input)
 
 
+@pytest.mark.slow
 def test_an_unknown_embedding_is_left_dense_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = made("llama")
     model.config.tie_word_embeddings = False
@@ -239,6 +242,7 @@ def test_an_unknown_embedding_is_left_dense_with_a_warning(caplog: pytest.LogCap
     assert isinstance(model.lm_head, FactoredLinear)
 
 
+@pytest.mark.slow
 def test_a_model_without_tokens_is_compressed_in_its_blocks() -> None:
     one, other = tiny_model("vit"), tiny_model("vit")
     report = fips.compress(one, batches_for(one), fips.CompressionConfig(bits=5.0, layers="all"))
@@ -250,6 +254,7 @@ def test_a_model_without_tokens_is_compressed_in_its_blocks() -> None:
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
+@pytest.mark.slow
 def test_the_head_is_fitted_to_what_it_reads() -> None:
     """With error feedback in the metric of its inputs the logits are nearer than with plain rounding."""
     errors = {}
@@ -280,6 +285,7 @@ def test_levels_that_are_believed_keep_their_distance() -> None:
     assert believed == pytest.approx([1.0, 2.0, 100 / 2**0.5])  # the mean level of the others is 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, UNTIED])
 def test_often_seen_tokens_are_stored_better(changes: dict[str, Any]) -> None:
     """The influence of an embedding is how often each token occurs."""
@@ -304,6 +310,7 @@ def test_often_seen_tokens_are_stored_better(changes: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, UNTIED])
 @pytest.mark.parametrize("effort", ["default", "fast"])
 def test_the_size_of_the_whole_file_is_met(changes: dict[str, Any], effort: str) -> None:
@@ -319,6 +326,7 @@ def test_the_size_of_the_whole_file_is_met(changes: dict[str, Any], effort: str)
     assert 0.98 * report.config.bits <= bits <= report.config.bits
 
 
+@pytest.mark.slow
 def test_the_smallest_size_is_one_that_works() -> None:
     model = tiny_model("llama", hidden_size=128, intermediate_size=384)
     with pytest.raises(
@@ -365,6 +373,7 @@ def test_copies_and_casts_stay_tied(tied: PreTrainedModel) -> None:
     assert state_bytes(twin) <= state_bytes(tied)
 
 
+@pytest.mark.slow
 def test_it_is_traced_and_offloaded(tied: PreTrainedModel) -> None:
     from accelerate import cpu_offload
 
@@ -415,6 +424,7 @@ def test_onnx_agrees(family: str, changes: dict[str, Any], tmp_path: Path) -> No
     assert export_onnx(model, tmp_path / "m.onnx", batches(model)[0]).relative_error < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_that_was_ended_goes_on(tmp_path: Path) -> None:
     done = compressed(made("qwen2", **UNTIED))
     model, config = made("qwen2", **UNTIED), fips.CompressionConfig(bits=5.0, layers="all")
@@ -432,6 +442,7 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("llama")
     keys, head = dict(model.all_tied_weights_keys), model.lm_head
@@ -480,6 +491,7 @@ def test_a_matrix_that_is_read_past_its_module_is_refused_before_the_work() -> N
     assert isinstance(model.get_input_embeddings(), nn.Embedding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
 def test_what_is_ignored_is_left_dense(name: str) -> None:
     model = compressed(made("llama"), ignore=(name,))
@@ -534,6 +546,7 @@ def test_the_version_is_raised_only_where_embeddings_are_packed(directory: Path,
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.slow
 def test_the_command_plans_compresses_exports_and_evaluates(
     llama_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip

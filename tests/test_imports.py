@@ -164,6 +164,7 @@ def test_packed_models_load_where_transformers_comes_later(order: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", AFTER)
 def test_packed_models_load_where_transformers_came_first(order: str) -> None:
     done = python(AFTER[order])
@@ -178,6 +179,7 @@ def test_adapters_know_packed_layers_in_any_order(first: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_a_pickled_model_is_all_a_process_needs(tmp_path: Path) -> None:
     model = fips.load(PACKED)
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))

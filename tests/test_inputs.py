@@ -680,6 +680,7 @@ REFUSED_MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED_MODELS)
 def test_models_that_cannot_be_changed_are_refused_before_work_in_one_line(name: str) -> None:
     make, message = REFUSED_MODELS[name]

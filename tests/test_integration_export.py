@@ -137,6 +137,7 @@ class TestOnnx:
 
         return export
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["llama", "mixed"])
     def test_text_with_other_lengths_and_padding(
         self, exported: Callable[[str], Path], directories: dict[str, Path], name: str
@@ -148,6 +149,7 @@ class TestOnnx:
         scored = mask.bool()
         assert (actual - expected)[scored].norm() / expected[scored].norm() < 1e-5
 
+    @pytest.mark.slow
     def test_real_images(self, exported: Callable[[str], Path], directories: dict[str, Path], images: Path) -> None:
         processor = ViTImageProcessor.from_pretrained(directories["vit"])
         pictures = [Image.open(path) for path in sorted(images.rglob("*.png"))]
@@ -185,6 +187,7 @@ class TestOnnx:
         assert "CumSum" in before
         assert "CumSum" not in after
 
+    @pytest.mark.slow
     def test_a_wrong_file_is_not_written(
         self, directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
@@ -197,6 +200,7 @@ class TestOnnx:
         assert "differs from torch" in capsys.readouterr().err
         assert not (tmp_path / "bad").exists()
 
+    @pytest.mark.slow
     def test_the_command_reports_size_and_error(
         self, directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -217,6 +221,7 @@ class TestOnnx:
         fips.save(model, tmp_path_factory.mktemp("whole") / "model")
         return Path(tmp_path_factory.getbasetemp() / "whole0" / "model")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("bits", "error", "blocked"), [(16, 1e-5, 3), (8, 0.05, 6)])
     def test_whole_layers_are_blocks_of_few_bits(
         self, whole: Path, tmp_path: Path, bits: int, error: float, blocked: int, capsys: pytest.CaptureFixture[str]

@@ -103,6 +103,7 @@ def _local_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_local_tasks_only")
 def test_in_process_through_the_command_line(
     directory: Path, tasks: Path, accuracy: float, capsys: pytest.CaptureFixture[str]
@@ -128,6 +129,7 @@ def written_accuracy(results: Path) -> float:
     return float(json.loads(written.read_text())["results"]["local_words"]["acc,none"])
 
 
+@pytest.mark.slow
 def test_the_stock_command_gives_the_same_number(directory: Path, tasks: Path, accuracy: float, tmp_path: Path) -> None:
     """A process that does not know fips before it reads the directory."""
     options = harness_options(f"pretrained={directory},trust_remote_code=True", tasks, tmp_path)
@@ -136,6 +138,7 @@ def test_the_stock_command_gives_the_same_number(directory: Path, tasks: Path, a
     assert written_accuracy(tmp_path) == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_our_module_gives_the_same_number(
     directory: Path, tasks: Path, accuracy: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

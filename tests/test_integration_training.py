@@ -87,6 +87,7 @@ def test_the_trainer_trains_everything_and_keeps_the_support(tmp_path: Path) -> 
         assert torch.equal(logits_of(again), logits_of(model))
 
 
+@pytest.mark.slow
 def test_int8_values_stay_while_bases_train(tmp_path: Path) -> None:
     model, _ = mixed_llama()
     before = copy.deepcopy(model)
@@ -129,6 +130,7 @@ class TestLora:
         config = self.peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, **options)
         return self.peft.get_peft_model(model, config)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("family", "targets"), [("llama", ["up_proj", "down_proj", "q_proj"]), ("gpt2", ["c_fc"])])
     def test_training_an_adapter_saving_it_and_loading_it(
         self, family: str, targets: list[str], tmp_path: Path
@@ -190,6 +192,7 @@ class TestLora:
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "wholly")
         assert torch.equal(logits_of(plain), logits_of(wholly))
 
+    @pytest.mark.slow
     def test_importing_peft_first_is_enough(self, tmp_path: Path) -> None:
         fips.save(packed("llama"), tmp_path / "base")
         code = (

@@ -142,6 +142,7 @@ def test_save_pretrained_over_a_fips_directory_removes_its_manifest(
     assert torch.equal(logits_of(fips.load(target)), logits_of(loaded))
 
 
+@pytest.mark.slow
 def test_dequantize_gives_a_plain_model_that_saves_plain(
     loaded: PreTrainedModel, expected: Tensor, tmp_path: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_dequantize_gives_a_plain_model_that_saves_plain(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_mixed_storage_loads_exactly(tmp_path: Path) -> None:
     model, _ = mixed_llama()
     fips.save(model, tmp_path / "mixed")
@@ -246,6 +248,7 @@ def test_remote_code_needs_no_import_of_fips(saved: Path, expected: Tensor, tmp_
     assert torch.equal(torch.load(output), expected)
 
 
+@pytest.mark.slow
 def test_without_fips_and_without_remote_code_loading_fails_loudly(saved: Path, tmp_path: Path) -> None:
     output = tmp_path / "logits.pt"
     done = python(WITHOUT_FIPS, saved, {}, IDS.tolist(), output)
@@ -257,6 +260,7 @@ def test_without_fips_and_without_remote_code_loading_fails_loudly(saved: Path, 
         assert name.split(".")[-1] in done.stderr
 
 
+@pytest.mark.slow
 def test_without_fips_installed_remote_code_says_what_is_missing(saved: Path, tmp_path: Path) -> None:
     hide = "import sys; sys.modules['fips'] = None\n"
     done = python(hide + WITHOUT_FIPS, saved, {"trust_remote_code": True}, IDS.tolist(), tmp_path / "x.pt")

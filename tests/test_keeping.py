@@ -30,6 +30,7 @@ def run(settings: Mapping[str, Any], work: Path | None) -> tuple[dict[str, Tenso
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -69,6 +70,7 @@ def test_a_run_that_was_ended_goes_on_behind_the_groups_that_are_finished(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_what_is_trained_as_a_whole_keeps_its_trials(tmp_path: Path) -> None:
     settings = {"bits": 4.5, "effort": "max", "distill": {"steps": 2}}
     expected, _ = run(settings, tmp_path / "work")

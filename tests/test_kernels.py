@@ -196,6 +196,7 @@ def rounded_inputs(x: Tensor, rotation: int) -> Tensor:
     return rotate(rounded, rotation)  # the turn is its own inverse
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize(
     ("values", "rotation"),
@@ -707,6 +708,7 @@ def test_every_avx512_instruction_of_the_kernels_has_its_emulation() -> None:
     assert used <= set(emulated)
 
 
+@pytest.mark.slow
 def test_the_library_is_chosen_by_a_variable(tmp_path: Path) -> None:
     """`off`, or another path; what cannot be had is told, and torch does the work."""
     copied = shutil.copy(cpu._library._name, tmp_path)

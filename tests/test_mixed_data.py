@@ -224,6 +224,7 @@ class TestStreams:
         monkeypatch.setattr(rows_module, "_inspect_hub", lambda *_: ["train", "test"])
         return found
 
+    @pytest.mark.slow
     def test_calibration_on_a_hub_id(self, read: list[int]) -> None:
         batches = load("owner/large", num_samples=20)
         assert batches.num_samples == 20
@@ -238,6 +239,7 @@ class TestStreams:
         assert len({float(pixels.mean()) for batch in batches for pixels in batch["pixel_values"]}) == 5
         assert len(read) < 5000
 
+    @pytest.mark.slow
     def test_texts_with_labels(self, read: list[int]) -> None:
         from test_tasks import TOKENIZER as FRAMING
         from test_tasks import make_bert
@@ -260,6 +262,7 @@ class TestStreams:
             load(tmp_path / "a.txt", stream=True)
 
 
+@pytest.mark.slow
 def test_the_command_takes_chats_columns_mixtures_and_streams(tmp_path: Path, capsys: Capture) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
@@ -288,6 +291,7 @@ def test_the_command_takes_chats_columns_mixtures_and_streams(tmp_path: Path, ca
         fips.load(out)
 
 
+@pytest.mark.slow
 def test_images_take_no_template(tmp_path: Path, capsys: Capture) -> None:
     save_tiny_vit(tmp_path / "vit")
     (tmp_path / "photos").mkdir()
@@ -300,6 +304,7 @@ def test_images_take_no_template(tmp_path: Path, capsys: Capture) -> None:
         DataConfig(source="a.txt", chat="perhaps")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_images_with_texts_calibrate_a_model_that_sees(tmp_path: Path, capsys: Capture) -> None:
     """A tiny LLaVA, through the processor that lies beside it, on a folder of images with a table of texts."""
     tokenizer = make_tokenizer(None)

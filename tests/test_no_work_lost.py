@@ -400,6 +400,7 @@ def compress_command(model: Path, data: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_model_elsewhere_when_its_output_fails(
     llama_directory: Path,  # noqa: F811
     text: Path,  # noqa: F811
@@ -693,6 +694,7 @@ def test_a_standard_output_that_takes_nothing_is_told_last(
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_gone_does_not_cost_the_work(
     llama_directory: Path,  # noqa: F811
     text: Path,  # noqa: F811
@@ -716,6 +718,7 @@ def text_examples(length: int) -> Callable[[int], dict[str, torch.Tensor]]:
     return lambda count: {"input_ids": torch.empty(count, length, dtype=torch.int64, device="meta")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit"])
 def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same counter around a run on the CPU sees what the estimate says."""
@@ -741,6 +744,7 @@ def test_the_estimate_counts_every_tensor_of_a_real_run(family: str, monkeypatch
     assert need.total(8) == pytest.approx(counted.peak + stored, rel=0.05)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_text_and_not_with_its_square() -> None:
     """Fused attention holds no scores."""
     model = build_empty(tiny_model("llama").config)
@@ -787,6 +791,7 @@ def test_a_batch_size_that_cannot_fit_is_refused_with_the_one_that_does(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("little_memory")
 def test_a_batch_size_nobody_chose_is_lowered_aloud(
     llama_directory: Path,  # noqa: F811
@@ -800,6 +805,7 @@ def test_a_batch_size_nobody_chose_is_lowered_aloud(
     assert json.loads((tmp_path / "out" / "fips_report.json").read_text())["data"]["batch_size"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planned", [False, True])
 def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
     planned: bool, monkeypatch: pytest.MonkeyPatch, caplog: Log

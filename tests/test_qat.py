@@ -56,6 +56,7 @@ def train(model: PreTrainedModel, steps: int, rate: float = 1e-3) -> list[float]
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_what_is_packed_again_computes_what_was_trained(settings: dict[str, Any], tmp_path: Path) -> None:
     model = packed(settings)
@@ -99,6 +100,7 @@ def test_a_number_moves_by_the_rate_and_stays_in_its_grid() -> None:
     assert float(layer.numbers().detach().amax()) == 7
 
 
+@pytest.mark.slow
 def test_everything_trains_that_is_said_to() -> None:
     model = fips.prepare_qat(packed(SHARED))
     (batch,) = batches_for(model, count=1)

@@ -192,6 +192,7 @@ def test_the_page_is_in_the_manifest_and_the_directory_loads(packed: Path, tmp_p
         fips.load(copy)
 
 
+@pytest.mark.slow
 def test_no_page_costs_nothing_but_itself(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
 ) -> None:
@@ -344,6 +345,7 @@ def test_report_refuses_what_would_do_harm(packed: Path, model: Path, tmp_path: 
     fips.load(packed)
 
 
+@pytest.mark.slow
 def test_report_evaluates_texts_beside_the_original(
     packed: Path, model: Path, text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -436,6 +438,7 @@ def test_scores_of_the_original_follow_from_the_difference() -> None:
     assert result.to_dict()["scored_on"] == "10 tokens in windows of 8, stride 7"
 
 
+@pytest.mark.slow
 def test_the_card_says_size_data_license_and_quality(packed: Path, model: Path, text: Path, tmp_path: Path) -> None:
     card = (packed / "README.md").read_text()
     header = yaml.safe_load(card.split("---\n")[1])

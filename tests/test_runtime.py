@@ -236,6 +236,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["float", "tc4g64", "int3"])
 def test_decoding_takes_memory_for_some_rows_at_a_time(values: str) -> None:
     """Whatever the size of the matrix; the numbers are those of the product with the whole."""
@@ -459,6 +460,7 @@ def test_compiled_and_exported_layers_agree(role: str) -> None:
         assert_close(compiled(x), expected(layer, x), TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize("values", ["float", "int4"])
 def test_compiled_layers_prepare_once_and_round_inputs_where_asked(

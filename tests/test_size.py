@@ -42,6 +42,7 @@ def test_what_is_no_size_is_refused_with_examples(size: str) -> None:
         fips.CompressionConfig(size=size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "layers"), [("20%", "blocks"), ("5.5x", "blocks"), ("35%", "mlp"), ("950kB", "mlp")])
 def test_the_size_is_met_to_one_percent(size: str, layers: str) -> None:
     model = wide_model()
@@ -53,6 +54,7 @@ def test_the_size_is_met_to_one_percent(size: str, layers: str) -> None:
     assert re.search(rf"bits a weight, so that all tensors take {re.escape(size)}", " ".join(report.notes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"method": "gptq"}, {"values": "auto"}, {"activation_bits": 8}])
 def test_a_size_goes_with_whatever_bits_go_with(settings: dict[str, Any]) -> None:
     model = wide_model()
@@ -86,6 +88,7 @@ def test_an_impossible_size_is_refused_with_the_smallest_one() -> None:
         settle_size(plan, model, fips.CompressionConfig(size=str(least - 2), layers="mlp"))
 
 
+@pytest.mark.slow
 def test_a_size_that_is_not_used_up_is_said() -> None:
     model = wide_model()
     report = fips.compress(model, batches_for(model), fips.CompressionConfig(size="60%", layers="blocks"))
@@ -100,6 +103,7 @@ def test_one_of_bits_size_and_budget_is_given() -> None:
         fips.CompressionConfig()
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_file_of_the_size_asked_for(
     llama_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
@@ -148,6 +152,7 @@ def test_by_default_the_rest_keeps_its_type() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_size_of_the_file_is_met_with_the_rest_in_16_bits(tmp_path: Path) -> None:
     """Half of what the rest takes in 32 bits is there to spend on the matrices."""
     bits = {}

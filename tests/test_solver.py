@@ -404,6 +404,7 @@ def test_distillation_moves_the_logits_towards_the_teacher(family: str, values: 
     assert divergence(60) < 0.8 * divergence(0)
 
 
+@pytest.mark.slow
 def test_biases_take_up_the_mean_error() -> None:
     """With all tokens alike the mean output of every layer that reads the original's inputs stays."""
     model, original = tiny_model("vit"), tiny_model("vit")

@@ -420,6 +420,7 @@ class TestTargets:
             with pytest.raises(DataError, match="needs two columns of text, named by `--column SOURCE,TARGET`; its"):
                 load(table(one=SENTENCES, two=SENTENCES), model, purpose=purpose)
 
+    @pytest.mark.slow
     def test_pairs_calibrate(self, table: Callable[..., Path]) -> None:
         model = make_t5()
         batches = load(table(source=SENTENCES, target=SENTENCES[::-1]), model, purpose="calibration")
@@ -446,6 +447,7 @@ def test_the_command_names_what_each_kind_needs(
         assert captured.out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertModel"])
 def test_compress_evaluates_on_other_data_at_the_end(
     kind: str, table: Callable[..., Path], lines: Path, tmp_path: Path, capsys: Capture
@@ -476,6 +478,7 @@ def test_compress_evaluates_on_other_data_at_the_end(
     fips.load(out)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_evaluated_is_refused_before_the_work(
     lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -497,6 +500,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_work(
         assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForSequenceClassification", "BertModel"])
 def test_a_compressed_encoder_is_evaluated_beside_its_original(
     kind: str, table: Callable[..., Path], lines: Path, tmp_path: Path, capsys: Capture
@@ -518,6 +522,7 @@ def test_a_compressed_encoder_is_evaluated_beside_its_original(
     assert found["scores"][0]["name"] in page.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertModel", "T5ForConditionalGeneration"])
 def test_methods_are_compared_on_every_kind(kind: str, table: Callable[..., Path], lines: Path, tmp_path: Path) -> None:
     model = make_t5() if kind.startswith("T5") else make_bert(kind)

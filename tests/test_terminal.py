@@ -82,6 +82,7 @@ def in_terminal(*words: object, code: str = COMMAND, columns: int = 80, lines: i
     return seen.decode()
 
 
+@pytest.mark.slow
 def test_the_result_of_a_compression_stays_in_a_terminal(model: Path, text: Path, tmp_path: Path) -> None:
     command = ["compress", model, "--data", text, "--bits", "6"]
     options = ["--num-samples", "8", "--sequence-length", "16", "--output", tmp_path / "out"]
@@ -254,6 +255,7 @@ def test_a_plan_says_sizes_by_kind_and_the_smallest_one(model: Path, capsys: Cap
         assert "smallest" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_same_table_and_what_the_run_takes(model: Path, text: Path, capsys: Capture) -> None:
     options = ["--bits", "6", "--layers", "blocks"]
     assert main(["plan", str(model), *options]) == 0
@@ -289,6 +291,7 @@ def test_a_packed_directory_is_inspected_from_its_headers_and_record(packed: Pat
     assert "cannot be changed by --bits" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_shared_basis_is_counted_with_its_layers(tmp_path: Path, capsys: Capture) -> None:
     model = tiny_model("vit")
     fips.compress(model, batches_for(model), fips.CompressionConfig(method="fips-paper", budget=0.5))
@@ -300,6 +303,7 @@ def test_a_shared_basis_is_counted_with_its_layers(tmp_path: Path, capsys: Captu
     assert sum(kind["bytes_after"] for kind in found["kinds"]) == pytest.approx(total)
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_unless_bars_are_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
     model = tiny_model("llama")
     report = fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.0))

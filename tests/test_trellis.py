@@ -274,6 +274,7 @@ def test_pruned_layers_do_not_take_them() -> None:
         fips.CompressionConfig(method="magnitude", bits=3, values="tc4")
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize("effort", ["fast", "default"])
 def test_a_model_is_compressed_saved_and_loaded_with_them(tmp_path: Path, effort: str, llama: PreTrainedModel) -> None:
@@ -299,6 +300,7 @@ def test_rows_that_no_block_of_a_rotation_fills_are_kept_whole_too(effort: str) 
     assert {layer.fmt for layer in layers} == {"full"}
 
 
+@pytest.mark.slow
 @needs_library
 def test_training_moves_their_steps_and_leaves_their_codes(llama: PreTrainedModel) -> None:
     still, trained = (copy.deepcopy(llama) for _ in range(2))
