@@ -218,8 +218,9 @@ class TestOnnx:
         linears = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
         for (name, layer), (values, rotation) in zip(linears[:-1], WHOLE, strict=True):
             replace_everywhere(model, name, packed_of(layer, name, values, rotation=rotation))
-        fips.save(model, tmp_path_factory.mktemp("whole") / "model")
-        return Path(tmp_path_factory.getbasetemp() / "whole0" / "model")
+        directory = tmp_path_factory.mktemp("whole") / "model"
+        fips.save(model, directory)
+        return directory
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("bits", "error", "blocked"), [(16, 1e-5, 3), (8, 0.05, 6)])
