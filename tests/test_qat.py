@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import fips
 from fips.errors import ModelError
 from fips.layers.linear import FactoredLinear, factored_layers
-from fips.training.factors import INTEGER_RATE
 from fips.training.qat import TrainedLinear
+from fips.training.rounded import INTEGER_RATE
 
 SHARED: dict[str, Any] = {"sharing": "always", "bits": 8.0, "values": "int8", "layers": "mlp"}
 SETTINGS: list[dict[str, Any]] = [

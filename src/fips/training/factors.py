@@ -1,14 +1,12 @@
 r"""Compressed layers while their numbers are being found: dense factors on a support, in place of the packed ones.
 
 A factor is free numbers, or integers on a grid: :math:`C_{rf} = s_n \lfloor u_{rf} \rceil` with one step
-:math:`s_n` per stored row n. Then both u, in units of the step, and s are trained; gradients pass the rounding as if it
-were not there.
-Reference: Bengio et al., arXiv 1308.3432 (straight-through estimator); Esser et al., arXiv 1902.08153 (trained steps).
+:math:`s_n` per stored row n. Then both u, in units of the step, and s are trained (``fips.training.rounded``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,16 +20,12 @@ from fips.models import Site
 from fips.solve.alternate import Factorization
 from fips.solve.patterns import prune_and_regrow, unstructured_masks
 from fips.solve.rounding import Grid
+from fips.training.rounded import INTEGER_RATE, STEP_RATE, rounded_numbers, rounded_steps
 
-__all__ = ["INTEGER_RATE", "STEP_RATE", "TrainableGroup", "straight_through", "swapped"]
+__all__ = ["TrainableGroup", "swapped"]
 
-INTEGER_RATE = 200.0
-"""Learning rate of integers, in distances between neighbours of their grid, relative to that of free numbers: at 1e-4
-at most a fiftieth of a step at a time, so that single gradients flip nothing; 0.1 was too much where it was tried."""
 EDGE = 0.49
 """Farthest from its integer that an entry starts, in steps."""
-STEP_RATE = 30.0
-"""Learning rate of a step, as a share of it, relative to that of free numbers."""
 
 
 class _TrainableGrid(nn.Module):
@@ -48,14 +42,13 @@ class _TrainableGrid(nn.Module):
 
     def steps(self) -> Tensor:
         """The trained steps of the stored rows as they will be stored."""
-        return straight_through(self.start * (1 + self.growth), lambda steps: steps.to(self.dtype).float())
+        return rounded_steps(self.start * (1 + self.growth), self.dtype)
 
     def forward(self, entries: Tensor) -> Tensor:
         """The numbers that entries in units of the steps stand for."""
         if self.fixed_RF is not None:
             return self.grid.turned(self.fixed_RF * self.grid.spread(self.steps()))
-        numbers = straight_through(entries.clamp(-self.values.largest, self.values.largest), self.values.nearest)
-        return self.grid.turned(numbers * self.grid.spread(self.steps()))
+        return self.grid.turned(rounded_numbers(entries, self.values) * self.grid.spread(self.steps()))
 
     def found(self, entries_RF: Tensor, mask_RF: Tensor) -> Grid:
         """The numbers of the grid next to the entries, 0 outside the mask, and the steps."""
@@ -64,11 +57,6 @@ class _TrainableGrid(nn.Module):
             return replace(self.grid, steps_N=steps_N, wanted_RF=None)
         codes_RF = self.values.encode(self.values.nearest(entries_RF) * mask_RF)
         return replace(self.grid, codes_RF=codes_RF, steps_N=steps_N, wanted_RF=None)
-
-
-def straight_through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """``change(values)`` with the gradient of ``values``."""
-    return values + (change(values.detach()) - values.detach())
 
 
 class _TrainableLinear(nn.Module):

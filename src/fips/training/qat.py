@@ -26,7 +26,7 @@ from fips.formats.packed import in_place
 from fips.formats.rotation import rotate
 from fips.layers.embedding import PackedEmbedding
 from fips.layers.linear import FactoredLinear, factored_layers, homes_of, replace_everywhere
-from fips.training.factors import INTEGER_RATE, STEP_RATE, straight_through
+from fips.training.rounded import INTEGER_RATE, STEP_RATE, rounded_numbers, rounded_steps
 
 __all__ = ["TrainedLinear", "finish_qat", "prepare_qat"]
 
@@ -66,13 +66,11 @@ class TrainedLinear(FactoredLinear):
         if self.change is None:
             return self.start_NK
         wanted_NK = (self.start_NK + INTEGER_RATE * self.value_format.spacing * self.change) * self.mask_NK
-        most = self.value_format.largest
-        return straight_through(wanted_NK.clamp(-most, most), self.value_format.nearest)
+        return rounded_numbers(wanted_NK, self.value_format)
 
     def steps(self) -> Tensor:
         """Of the stored rows, as the type they are stored in has them."""
-        wanted_N, dtype = self.start_N * (1 + STEP_RATE * self.growth), self.scales.dtype
-        return straight_through(wanted_N, lambda steps: steps.to(dtype).to(steps.dtype))
+        return rounded_steps(self.start_N * (1 + STEP_RATE * self.growth), self.scales.dtype)
 
     def factor(self) -> Tensor:
         """As it is stored; the gradient passes."""
