@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import compare_methods
@@ -68,15 +69,17 @@ def run(
     model = load_dense(source, dtype="bfloat16", device=torch.device("cpu"))
     before = state_bytes(model)
     started = time.perf_counter()
-    fips.compress(model, examples, fips.CompressionConfig(method=method, layers=args.layers, size=given))
+    report = fips.compress(model, examples, fips.CompressionConfig(method=method, layers=args.layers, size=given))
     seconds = time.perf_counter() - started
     original = load_dense(source, dtype="auto", device=torch.device("cpu"))
     size_after = state_bytes(model)
+    overfit = list(report.overfit.values())
     formats = dict(Counter(layer.kind for layer in factored_layers(model).values()))
     found = evaluate(fips.merge(model, dtype=torch.float32).float(), scored, against=original)
     return {
         "method": method, "size": size, "given": given, "bytes_before": before, "bytes": size_after, "seconds": seconds,
         "formats": formats, "quality": asdict(found),
+        "overfit": {"median": median(overfit), "largest": max(overfit)} if overfit else None,
     }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def compress(
     moments: MomentCache | None = None,
     work: str | Path | None = None,
 ) -> CompressionReport:
-    r"""Compress the MLPs of ``model`` in place and report what was done.
+    r"""Compress the matrices of ``model`` in place and report what was done.
 
     Every matrix becomes :math:`W \approx B C` with a sparse factor and a basis shared by its group, or, where that is
     better for the bytes, a sparse matrix alone. How is up to ``config.method`` (``fips.methods``). The model is changed

@@ -199,7 +199,8 @@ def scratch_bytes() -> int:
     That is beside the layers' ``extra_bytes``. A call takes up to 8 MiB for its inputs (more for rows so long that 64
     of them take more), some for every thread, and a byte for every value where integers of fewer bits have to be
     widened. Of that 8 MiB and one for each of its threads stay with the thread that called, for its next call; beyond
-    it everything is given back.
+    it everything is given back. With about 100 tokens and more for every thread each of them takes, and keeps, as much
+    for a part of the tokens.
     """
     return int(_require().fips_scratch_bytes()) if available() else 0
 

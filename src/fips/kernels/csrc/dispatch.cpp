@@ -1,4 +1,5 @@
 // What the machine can do, which variant runs, and the tables they share.
+#include <atomic>
 #include <cstddef>
 #include <cstdlib>
 #include <map>
@@ -198,14 +199,21 @@ FipsMagnitude *magnitude_of(int level) {
   return fips_magnitude_portable;
 }
 
-// Tokens that are laid out at a time: as many as fit into what the thread keeps, in parts of equal size.
-int64_t tokens_at_a_time(const fips_matrix &a, const fips_call &c) {
-  constexpr int64_t fewest = 64; // a row is decoded once for every part
+constexpr int64_t kFewestTokens = 64; // of a part: a row is decoded once for every part
+
+// Tokens that fit, laid out, into what a thread keeps, but some however long they are.
+int64_t tokens_that_fit(const fips_matrix &a, const fips_call &c) {
   const int64_t widest = a.value_type == FIPS_BF16 && c.x_type == FIPS_F32 ? 6 : 4; // bytes of a laid out number
   const int64_t turned = a.rotation > 1 ? 4 : 0;
   const int64_t fit = FIPS_KEPT_SCRATCH / ((widest + turned) * a.cols);
-  if (c.tokens <= fit || c.tokens <= fewest) return c.tokens;
-  const int64_t unit = fit >= 512 ? 512 : 16, most = fit < fewest ? fewest : fit / unit * unit;
+  return fit < kFewestTokens ? kFewestTokens : fit;
+}
+
+// Tokens that are laid out at a time where all threads share the rows, in parts of equal size.
+int64_t tokens_at_a_time(const fips_matrix &a, const fips_call &c) {
+  const int64_t fit = tokens_that_fit(a, c);
+  if (c.tokens <= fit) return c.tokens;
+  const int64_t unit = fit >= 512 ? 512 : 16, most = fit / unit * unit;
   const int64_t parts = (c.tokens + most - 1) / most;
   return min_of(round_up((c.tokens + parts - 1) / parts, unit), most);
 }
@@ -221,6 +229,60 @@ fips_call part_of(const fips_call &c, int64_t first, int64_t count) {
 
 int best_level(const fips_call &c) { return c.isa < fips_isa_level() ? c.isa : fips_isa_level(); }
 
+// No exception leaves the library.
+template <class Body> int caught(Body &&body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc &) {
+    return FIPS_NO_MEMORY;
+  } catch (...) {
+    return FIPS_INVALID;
+  }
+}
+
+// Runs what may ask for memory.
+template <class Body> int guarded(int threads, Body &&body) {
+  return caught([&] {
+    const ScratchOfCall scratch(threads);
+    return body();
+  });
+}
+
+// One part of the tokens, with all threads of the call.
+bool multiply_part(const fips_matrix &a, const fips_call &call, int level, bool fixed_point) {
+  const fips_call part = a.rotation > 1 ? rotated(a, call, level) : call;
+  if (!multiply(a, part, level)) return false;
+  fips_mend_tokens(a, part, fixed_point, magnitude_of(level));
+  return true;
+}
+
+// Tokens of a part where threads take parts of their own, all of even size; 0 where they had better share the rows. A
+// part is laid out, multiplied and written by one thread: lines that another core has read or written are slow to
+// fetch, and a layer of few rows has too few shares for threads to take. With fewer tokens decoding every row once more
+// would cost more than that.
+int64_t tokens_apart(const fips_matrix &a, const fips_call &c) {
+  constexpr int64_t most = 256;
+  const int64_t fewest = a.rows < 1024 ? 96 : 128;
+  if (c.threads == 1 || c.tokens < fewest * c.threads) return 0;
+  const int64_t fit = min_of(tokens_that_fit(a, c), most);
+  const int64_t rounds = (c.tokens + fit * c.threads - 1) / (fit * c.threads), parts = rounds * c.threads;
+  return round_up((c.tokens + parts - 1) / parts, 16);
+}
+
+int multiply_apart(const fips_matrix &a, const fips_call &c, int level, bool fixed_point, int64_t at_a_time) {
+  fips_call alone = c;
+  alone.threads = 1;
+  std::atomic<int> status{0};
+#pragma omp parallel for num_threads(c.threads) schedule(dynamic)
+  for (int64_t first = 0; first < c.tokens; first += at_a_time) {
+    const fips_call part = part_of(alone, first, min_of(at_a_time, c.tokens - first));
+    const auto body = [&] { return multiply_part(a, part, level, fixed_point) ? 0 : FIPS_UNSUPPORTED; };
+    const int one = thread_number() == 0 ? caught(body) : guarded(1, body); // the first is in the call already
+    if (one) status = one;
+  }
+  return status;
+}
+
 int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   const int level = best_level(c);
   fips_call chosen = c;
@@ -229,12 +291,11 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   const fips_matrix read = widen ? widened(a, chosen, level) : a;
   const bool digits = level >= FIPS_AVX512 || (level >= FIPS_AVX2 && fixed_planes(c) == 1);
   const bool fixed_point = a.value_type == FIPS_I8 && digits && chosen.path != FIPS_TOKENS;
+  if (const int64_t apart = tokens_apart(a, c)) return multiply_apart(read, chosen, level, fixed_point, apart);
   const int64_t at_a_time = tokens_at_a_time(a, c);
   for (int64_t first = 0; first < c.tokens; first += at_a_time) {
-    fips_call part = part_of(chosen, first, min_of(at_a_time, c.tokens - first));
-    if (a.rotation > 1) part = rotated(a, part, level);
-    if (!multiply(read, part, level)) return FIPS_UNSUPPORTED;
-    fips_mend_tokens(a, part, fixed_point, magnitude_of(level));
+    const fips_call part = part_of(chosen, first, min_of(at_a_time, c.tokens - first));
+    if (!multiply_part(read, part, level, fixed_point)) return FIPS_UNSUPPORTED;
   }
   return 0;
 }
@@ -249,18 +310,6 @@ bool multiply_columns(const fips_matrix &a, const fips_call &c) {
 #endif
   (void)level;
   return fips_columns_portable(a, c);
-}
-
-// Runs what may ask for memory; no exception leaves the library.
-template <class Body> int guarded(int threads, Body &&body) {
-  try {
-    const ScratchOfCall scratch(threads);
-    return body();
-  } catch (const std::bad_alloc &) {
-    return FIPS_NO_MEMORY;
-  } catch (...) {
-    return FIPS_INVALID;
-  }
 }
 
 } // namespace

@@ -127,7 +127,8 @@ FIPS_API int fips_search_paths(const fips_search *search);
 // `num_values` unless the pattern is damaged, or a fips_status.
 FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);
 // Bytes that calls have taken for the time they last and threads keep for their next call: each at most
-// FIPS_KEPT_SCRATCH, and FIPS_KEPT_SCRATCH_OF_THREAD for every thread that it shared the work with.
+// FIPS_KEPT_SCRATCH, and FIPS_KEPT_SCRATCH_OF_THREAD for every thread that it shared the rows with. Threads that took
+// parts of the tokens instead keep their own.
 FIPS_API int64_t fips_scratch_bytes(void);
 // Give back what no call needs now; returns how many bytes that were.
 FIPS_API int64_t fips_free_scratch(void);
