@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/export.md")
+PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/export.md", "docs/guides/sharing.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 REFERENCE_BITS = 16
 
@@ -591,6 +591,35 @@ def fine_tuning() -> str:
 
 
 VALUE_NAMES = {"auto": "the default"}
+SHARING = {"all": "all blocks", "four": "4 blocks", "own": "own", "random": "random"}
+
+
+def shared_basis() -> str:
+    """A basis of full rank in the MLPs of several blocks: errors relative to those without one."""
+    rows = []
+    for name, label in (("vit", "ViT-Tiny"), ("antiberty", "AntiBERTy")):
+        found = load(f"shared-basis-{name}")
+        runs = {(run["values"], run["way"]): run for run in found["runs"]}
+        for values in dict.fromkeys(run["values"] for run in found["runs"]):
+            plain = runs[values, "none"]
+            cells = [label, values.replace("-as-is", ", not turned"), f"{plain['quality']['against']['kl']:.4f}"]
+            for way in SHARING:
+                run = runs.get((values, way))
+                if run is None:
+                    cells.append("")
+                    continue
+                left = [one["loss_readers"] + one["loss_writers"] for one in (run, plain)]
+                more = f" (+{run['basis_bits_per_weight']:.2f} bits)" if way != "random" else ""
+                cells.append(f"{left[0] / left[1]:.3f}{more}, {run['quality']['against']['kl']:.4f}")
+            rows.append(cells)
+        cells = [label, "by the formula", ""]
+        parts = {"readers": plain["loss_readers"], "writers": plain["loss_writers"]}
+        for way in SHARING:
+            known = [found["possible"].get(f"{part}, {way}") for part in parts]
+            total = sum(loss * left for loss, left in zip(parts.values(), known, strict=True) if left is not None)
+            cells.append("" if None in known else f"{total / sum(parts.values()):.3f}")
+        rows.append(cells)
+    return markdown(["", "values", "no basis, KL", *(f"{way}: error, KL" for way in SHARING.values())], rows)
 
 
 def minutes(seconds: float) -> str:
@@ -644,6 +673,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "model-speed": model_speed,
     "against-llama-cpp": against_llama_cpp,
     "fine-tuning": fine_tuning,
+    "shared-basis": shared_basis,
     "layers-gpu": gpu_layers,
     **{
         f"layers-{model}-{machine}": functools.partial(layer_speed, model + suffix, long)
