@@ -258,12 +258,12 @@ bool multiply_part(const fips_matrix &a, const fips_call &call, int level, bool 
 
 // Tokens of a part where threads take parts of their own, all of even size; 0 where they had better share the rows. A
 // part is laid out, multiplied and written by one thread: lines that another core has read or written are slow to
-// fetch, and a layer of few rows has too few shares for threads to take. With fewer tokens decoding every row once more
-// would cost more than that.
+// fetch, and a layer of few rows has too few shares for threads to take. With fewer tokens, or with rows so long that
+// fewer fit into what a thread keeps, decoding every row once more would cost more than that.
 int64_t tokens_apart(const fips_matrix &a, const fips_call &c) {
   constexpr int64_t most = 256;
   const int64_t fewest = a.rows < 1024 ? 96 : 128;
-  if (c.threads == 1 || c.tokens < fewest * c.threads) return 0;
+  if (c.threads == 1 || c.tokens < fewest * c.threads || tokens_that_fit(a, c) < fewest) return 0;
   const int64_t fit = min_of(tokens_that_fit(a, c), most);
   const int64_t rounds = (c.tokens + fit * c.threads - 1) / (fit * c.threads), parts = rounds * c.threads;
   return round_up((c.tokens + parts - 1) / parts, 16);
