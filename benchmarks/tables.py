@@ -157,10 +157,11 @@ def _whole_rows() -> Iterable[tuple[str, list[str]]]:
                 continue
             ours, theirs = runs["fips", size], runs["field-gptq", size]
             before, after = ours["bytes_before"], ours["bytes"]
+            least = min(_kl(ours), _kl(theirs))
+            shown = [f"**{_kl(run):.4f}**" if _kl(run) == least else f"{_kl(run):.4f}" for run in (ours, theirs)]
             yield size, [
                 label, f"{megabytes(before)} → {megabytes(after)} ({100 * after / before:.0f} %)",
-                _score(ours, before=True), f"**{_score(ours)}**", _score(theirs),
-                f"**{_kl(ours):.4f}**", f"{_kl(theirs):.4f}", f"{_kl(ours) / _kl(theirs):.2f}",
+                _score(ours, before=True), _score(ours), _score(theirs), *shown, f"{_kl(ours) / _kl(theirs):.2f}",
             ]  # fmt: skip
 
 
