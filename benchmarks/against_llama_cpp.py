@@ -34,11 +34,9 @@ from torch import Tensor, nn
 
 import fips
 from fips.config import DataConfig
-from fips.data import load_batches
 from fips.evaluation import evaluate
 from fips.integrations.gguf import export_gguf, vocabulary_of
 from fips.layers.linear import factored_layers
-from fips.models.tasks import task_of
 from fips.models.transformers import load_dense, load_processor
 from fips.plan.footprint import state_bytes
 from fips.record import environment
@@ -162,17 +160,11 @@ def main() -> None:
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     original = load_dense(args.model, dtype="auto", device=torch.device("cpu"))
     facts["bytes_before"] = state_bytes(original)
-    options = {"processor": load_processor(args.model, "text"), "kind": "text", "task": task_of(original)}
-    examples, scored = (
-        compare_methods.in_memory(
-            load_batches(
-                DataConfig(source=source, num_samples=count, sequence_length=args.eval_length, batch_size=8),
-                purpose=purpose, **options,
-            )
-        )
-        for source, count, purpose in (
-            (args.data, args.samples, "calibration"), (args.eval_data, args.eval_samples, "evaluation")
-        )
+    windows = {"sequence_length": args.eval_length, "batch_size": 8}
+    examples, scored = compare_methods.load_examples(
+        args.model, original,
+        (DataConfig(source=args.data, num_samples=args.samples, **windows), "calibration"),
+        (DataConfig(source=args.eval_data, num_samples=args.eval_samples, **windows), "evaluation"),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         place = args.keep or Path(scratch)

@@ -16,20 +16,24 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import field_methods  # noqa: F401 - `rtn`, `field-gptq` and `awq`
 import torch
 from paper_recipe import SEPARATOR, STORY_WINDOWS, story_job
+from transformers import PreTrainedModel
 
 from fips.app.compare import Comparison, Run, compare, write_comparison
 from fips.config import DataConfig
 from fips.data import Batches, load_batches
 from fips.demo.corpus import calibration_files, copy_files, held_out_files
 from fips.demo.run import EVALUATION_WINDOWS, MODEL_DIRECTORY, WINDOW
+from fips.models.tasks import task_of
 from fips.models.transformers import load_dense, load_processor, model_kind
 from fips.record import environment
 
@@ -70,6 +74,18 @@ def in_memory(batches: Batches) -> Batches:
     cached = functools.cache(lambda chunk: batches.collate(chunk))
     chunks = [tuple(chunk) for chunk in batches.chunks]
     return replace(batches, chunks=chunks, collate=lambda chunk: dict(cached(chunk)))
+
+
+def load_examples(source: str, model: PreTrainedModel, *parts: tuple[DataConfig, str]) -> list[Batches]:
+    """Batches in memory for a model that was read from ``source``: of every part its data and the purpose."""
+    kind = model_kind(model)
+    options: dict[str, Any] = {"processor": load_processor(source, kind), "kind": kind, "task": task_of(model)}
+    return [in_memory(load_batches(data, purpose=purpose, **options)) for data, purpose in parts]
+
+
+def overfit_of(ratios: Collection[float]) -> dict[str, float] | None:
+    """Of layers the error on data held out over that on the data fitted; None where nothing was held out."""
+    return {"median": median(ratios), "largest": max(ratios)} if ratios else None
 
 
 def measure(args: argparse.Namespace, scratch: Path) -> Comparison:

@@ -34,10 +34,9 @@ from torch.nn.functional import cross_entropy, kl_div
 
 import fips
 from fips.config import DataConfig
-from fips.data import Batches, load_batches
+from fips.data import Batches
 from fips.evaluation import evaluate
-from fips.models.tasks import task_of
-from fips.models.transformers import load_dense, load_processor, model_kind
+from fips.models.transformers import load_dense, model_kind
 from fips.plan.footprint import state_bytes
 from fips.record import environment
 
@@ -158,14 +157,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source, *data = settings(args, Path(scratch))
         original = load_dense(source, dtype="float32", device=torch.device("cpu"))
-        kind, task = model_kind(original), task_of(original)
-        options = {"processor": load_processor(source, kind), "kind": kind, "task": task}
-        purposes = ("calibration", "evaluation" if kind == "image" else "calibration", "evaluation")
+        labelled = "evaluation" if model_kind(original) == "image" else "calibration"
         if args.eval_examples:
             data[2] = data[2].replace(num_samples=args.eval_examples)
-        examples, trained, scored = (
-            compare_methods.in_memory(load_batches(one, purpose=purpose, **options))
-            for one, purpose in zip(data, purposes, strict=True)
+        examples, trained, scored = compare_methods.load_examples(
+            source, original, *zip(data, ("calibration", labelled, "evaluation"), strict=True)
         )
         batches = list(trained)
         run_all(args, original, examples, batches, scored, runs, facts)

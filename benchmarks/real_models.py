@@ -16,10 +16,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from compare_methods import overfit_of
 from paper_recipe import fips
 
 from fips.record import environment
@@ -36,7 +36,6 @@ def measure(args: argparse.Namespace, options: str) -> dict[str, Any]:
             *("--num-samples", str(args.eval_samples), "--sequence-length", str(args.eval_length)),
         )
     layers = report["layers"]
-    overfit = report["overfit"].values()
     return {
         "options": options,
         "stored_bits": 8 * layers["factored"]["bytes"] / layers["dense"]["parameters"],
@@ -45,7 +44,7 @@ def measure(args: argparse.Namespace, options: str) -> dict[str, Any]:
         "peak_memory_bytes": report["peak_memory_bytes"],
         "directory_bytes": report["directory_bytes"],
         "formats": sorted({part for group in report["groups"] for part in group["values"].split(", ")}),
-        "overfit": {"median": median(overfit), "largest": max(overfit)} if overfit else None,
+        "overfit": overfit_of(report["overfit"].values()),
         "quality": quality,
     }
 

@@ -28,6 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,11 +39,10 @@ import whole_models
 from torch import Tensor, nn
 
 import fips
-from fips.data import Batches, load_batches
+from fips.data import Batches
 from fips.evaluation import evaluate
 from fips.formats.rotation import rotate, widest_rotation
-from fips.models.tasks import task_of
-from fips.models.transformers import load_dense, load_processor, model_kind
+from fips.models.transformers import load_dense
 from fips.record import environment
 from fips.solve.moments import usable_moment
 from fips.solve.oneshot import ROW_SHARE, OneShot
@@ -61,11 +61,10 @@ class Problem:
     power_O: Tensor
     """What its rows count: half of it follows their gradients."""
     damping: float
-    rotation: int
     reads: bool
     """Whether it sums along the residual stream; else it writes to it."""
 
-    @property
+    @cached_property
     def term_DD(self) -> Tensor:
         """The moment of its weights on the side of the stream, in units of its error."""
         size = len(self.moment_II)
@@ -96,17 +95,12 @@ def problems_of(source: str, examples: Batches) -> list[Problem]:
             (name,) = [name for name, one in dense.items() if one.shape == weight_OI.shape and one.equal(weight_OI)]
             found.append(Problem(
                 name, weight_OI.double(), usable_moment(moment_II).double(), self.weight_N.double(), self.damping,
-                widest_rotation(len(moment_II)), axis == 0,
+                axis == 0,
             ))  # fmt: skip
 
     with mock.patch.object(OneShot, "__init__", init):
         fips.compress(model, examples, fips.CompressionConfig(bits=4.4, layers="mlp", values="tc4g64", effort="fast"))
     return found
-
-
-def root(moment_DD: Tensor, power: float) -> Tensor:
-    values_D, vectors_DD = torch.linalg.eigh(moment_DD)
-    return (vectors_DD * values_D.clamp_min(float(values_D.max()) * 1e-9) ** power) @ vectors_DD.T
 
 
 def int8(basis_DD: Tensor) -> Tensor:
@@ -123,12 +117,12 @@ def basis_of(problems: Sequence[Problem], way: str) -> Tensor | None:
         return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)).double())[0]
     moment_DD = sum(problem.term_DD for problem in problems)
     assert isinstance(moment_DD, Tensor)
-    moment_DD = moment_DD / moment_DD.trace() * size
+    values_D, vectors_DD = torch.linalg.eigh(moment_DD / moment_DD.trace() * size)
+    values_D = values_D.clamp_min(1e-9)
     if problems[0].reads:
-        return int8(root(moment_DD, 1 / 2))
+        return int8((vectors_DD * values_D.sqrt()) @ vectors_DD.T)
     power_D = torch.stack([problem.power_O for problem in problems]).sum(0)
-    values_D, vectors_DD = torch.linalg.eigh(moment_DD)
-    spread_DD = rotate(vectors_DD * values_D.clamp_min(1e-9) ** (1 / 4), widest_rotation(size))
+    spread_DD = rotate(vectors_DD * values_D ** (1 / 4), widest_rotation(size))
     return int8((power_D / power_D.mean()).rsqrt()[:, None] * spread_DD)
 
 
@@ -142,7 +136,7 @@ def solved(problem: Problem, values: str, basis_DD: Tensor | None) -> Tensor:
         weight_OI = torch.linalg.solve(basis_DD, weight_OI)
         power_O = (basis_DD.square() * power_O[:, None]).sum(0)
     power_O = (power_O - (1 - ROW_SHARE) * power_O.mean()) / ROW_SHARE  # what the solver takes the rows' weight from
-    rotation = 1 if values.endswith("-as-is") else problem.rotation
+    rotation = 1 if values.endswith("-as-is") else widest_rotation(weight_OI.shape[1])
     shot = OneShot(
         weight_OI.float(), moment_II.float(), power_O.float(), 1, Pricing(2.0, 2.0), torch.float32, None,
         problem.damping, rotation, 2, whole=True,
@@ -197,11 +191,8 @@ def main() -> None:
         if args.eval_samples:
             evaluation = evaluation.replace(num_samples=args.eval_samples)
         original = load_dense(source, dtype="float32", device=torch.device("cpu"))
-        kind, task = model_kind(original), task_of(original)
-        options = {"processor": load_processor(source, kind), "kind": kind, "task": task}
-        examples, scored = (
-            compare_methods.in_memory(load_batches(data, purpose=purpose, **options))
-            for data, purpose in ((calibration, "calibration"), (evaluation, "evaluation"))
+        examples, scored = compare_methods.load_examples(
+            source, original, (calibration, "calibration"), (evaluation, "evaluation")
         )
         problems = problems_of(source, examples)
         facts["possible"] = possible(problems)

@@ -23,7 +23,6 @@ from collections import Counter
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import compare_methods
@@ -31,11 +30,9 @@ import torch
 
 import fips
 from fips.config import DataConfig
-from fips.data import load_batches
 from fips.evaluation import evaluate
 from fips.layers.linear import factored_layers
-from fips.models.tasks import task_of
-from fips.models.transformers import load_dense, load_processor, model_kind
+from fips.models.transformers import load_dense
 from fips.plan.footprint import state_bytes
 from fips.record import environment
 
@@ -73,13 +70,12 @@ def run(
     seconds = time.perf_counter() - started
     original = load_dense(source, dtype="auto", device=torch.device("cpu"))
     size_after = state_bytes(model)
-    overfit = list(report.overfit.values())
     formats = dict(Counter(layer.kind for layer in factored_layers(model).values()))
     found = evaluate(fips.merge(model, dtype=torch.float32).float(), scored, against=original)
     return {
         "method": method, "size": size, "given": given, "bytes_before": before, "bytes": size_after, "seconds": seconds,
         "formats": formats, "quality": asdict(found),
-        "overfit": {"median": median(overfit), "largest": max(overfit)} if overfit else None,
+        "overfit": compare_methods.overfit_of(report.overfit.values()),
     }  # fmt: skip
 
 
@@ -102,13 +98,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source, calibration, evaluation = settings(args, Path(scratch))
         model = load_dense(source, dtype="bfloat16", device=torch.device("cpu"))
-        kind, task = model_kind(model), task_of(model)
-        del model
-        options = {"processor": load_processor(source, kind), "kind": kind, "task": task}
-        examples, scored = (
-            compare_methods.in_memory(load_batches(data, purpose=purpose, **options))
-            for data, purpose in ((calibration, "calibration"), (evaluation, "evaluation"))
+        examples, scored = compare_methods.load_examples(
+            source, model, (calibration, "calibration"), (evaluation, "evaluation")
         )
+        del model
         for size in args.sizes.split(","):
             for method in args.methods.split(","):
                 if any((one["method"], one["size"]) == (method, size) for one in runs):

@@ -262,11 +262,9 @@ bool multiply_part(const fips_matrix &a, const fips_call &call, int level, bool 
 // fewer fit into what a thread keeps, decoding every row once more would cost more than that.
 int64_t tokens_apart(const fips_matrix &a, const fips_call &c) {
   constexpr int64_t most = 256;
-  const int64_t fewest = a.rows < 1024 ? 96 : 128;
-  if (c.threads == 1 || c.tokens < fewest * c.threads || tokens_that_fit(a, c) < fewest) return 0;
-  const int64_t fit = min_of(tokens_that_fit(a, c), most);
-  const int64_t rounds = (c.tokens + fit * c.threads - 1) / (fit * c.threads), parts = rounds * c.threads;
-  return round_up((c.tokens + parts - 1) / parts, 16);
+  const int64_t fewest = a.rows < 1024 ? 96 : 128, fit = tokens_that_fit(a, c);
+  if (c.threads == 1 || c.tokens < fewest * c.threads || fit < fewest) return 0;
+  return even_share(c.tokens, c.threads, min_of(fit, most), 16);
 }
 
 int multiply_apart(const fips_matrix &a, const fips_call &c, int level, bool fixed_point, int64_t at_a_time) {

@@ -435,10 +435,10 @@ private:
   T *data_;
 };
 
-// Rows that a thread takes at a time: as even as possible over the threads, at most `most`, whole units.
-inline int64_t even_share(int64_t rows, int threads, int64_t most, int64_t unit) {
-  const int64_t rounds = (rows + threads * most - 1) / (threads * most);
-  return round_up((rows + rounds * threads - 1) / (rounds * threads), unit);
+// Rows, or tokens, that a thread takes at a time: as even as possible over the threads, at most `most`, whole units.
+inline int64_t even_share(int64_t count, int threads, int64_t most, int64_t unit) {
+  const int64_t rounds = (count + threads * most - 1) / (threads * most);
+  return round_up((count + rounds * threads - 1) / (rounds * threads), unit);
 }
 
 } // namespace
