@@ -298,6 +298,21 @@ def test_what_files_say_is_escaped(packed: Path) -> None:
     Tags(page)
 
 
+def test_a_note_is_told_once_and_its_code_is_marked(packed: Path) -> None:
+    outline = outline_of_directory(str(packed))
+    report = outline.report
+    assert report is not None
+    report.notes = ["`wte` is left dense: no tokens"]
+    report.plan["skipped"] = [
+        {"name": "wte", "reason": "no tokens"},
+        {"name": "lm_head", "reason": "matched by `ignore`"},
+    ]
+    page = report_page(outline, name="small")
+    assert "<li><code>wte</code> is left dense: no tokens</li>" in page
+    assert "<li>skipped <code>lm_head</code>: matched by <code>ignore</code></li>" in page
+    assert page.count("no tokens") == 1
+
+
 def test_texts_are_marked_from_where_they_part() -> None:
     first, second = sides_of({"original": "x + 1\n", "compressed": "x + 2\n"})
     assert (first.same, first.other) == ("x + ", "1\n")

@@ -248,9 +248,16 @@ def _cell(layer: PackedLayer, most_bits: float, said: str | None) -> dict[str, A
     }
 
 
-def _notes(report: CompressionReport) -> list[str]:
-    skipped = [f"skipped {item['name']}: {item['reason']}" for item in report.plan["skipped"]]
-    return [*report.notes, *left_dense_lines(report.plan), *skipped]
+def _notes(report: CompressionReport) -> list[list[tuple[str, bool]]]:
+    """Every note in parts, each with whether it is code: what stood between backticks."""
+    told = report.notes
+    skipped = [
+        f"skipped `{item['name']}`: {item['reason']}"
+        for item in report.plan["skipped"]
+        if not any(item["name"] in note and item["reason"] in note for note in told)
+    ]
+    notes = [*told, *left_dense_lines(report.plan), *skipped]
+    return [[(part, bool(index % 2)) for index, part in enumerate(note.split("`"))] for note in notes]
 
 
 def _phases(report: CompressionReport) -> list[dict[str, str]]:
