@@ -13,6 +13,7 @@ import ctypes
 import functools
 import logging
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_float, c_int32, c_int64, c_void_p
@@ -49,7 +50,14 @@ __all__ = [
 log = logging.getLogger("fips.kernels")
 
 ABI = 8
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+
+
+def is_arm() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
+ISAS = ("portable", "neon") if is_arm() else ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+"""By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 3}
@@ -465,7 +473,8 @@ class CpuBackend(Backend):
         return Repeat(x, cast(CpuMatrix, prepared), bias, bits) if Repeat.suits(x, bias) else None
 
     def few_tokens(self, packed: Packed) -> int:
-        return 4 if packed.values_Z.dtype in (torch.float32, torch.bfloat16) else 0
+        fast = packed.values_Z.dtype in (torch.float32, torch.bfloat16) and isa_names()[-1:] != ISAS[:1]
+        return 4 if fast else 0
 
     def multiply_columns(self, x: Tensor, prepared: PreparedMatrix) -> Tensor:
         return multiply_columns(x, cast(CpuMatrix, prepared))

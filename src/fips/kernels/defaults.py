@@ -19,6 +19,7 @@ __all__ = ["PACKED_UP_TO", "default_way", "kind_of", "merging_pays"]
 PACKED_UP_TO: dict[str, dict[str, int]] = {
     "portable": {"floats": 0, "bytes": 0, "codes": 32, "coded": 32, "pattern": 64},
     "avx2": {"floats": 4},
+    "neon": {"floats": 4, "bytes": 4, "codes": 32, "coded": 32, "pattern": 64},
     "triton": {"floats": 0, "bytes": 0, "codes": 16, "coded": 16, "pattern": 16},
 }
 """Tokens up to which the packed bytes are read, by instruction set or backend and by ``kind_of`` a matrix; beyond them
@@ -26,6 +27,7 @@ rows are decoded and torch multiplies. What is not named is read packed whatever
 
 With AVX2 and everything but floats kept whole, decoding costs more than torch's product gains up to 512 tokens, and at
 2048 the two are within a tenth of each other (blocks: a sixth). Coded values on a GPU were not timed.
+NEON was not timed: few tokens, which are bound by memory, and what the portable code, which is slower, wins already.
 """
 GAIN = 0.9
 """Of the operations, at which it is worth while to form B C first."""

@@ -1,4 +1,4 @@
-// Codes of 2 to 7 bits of matrices without a pattern, 32 at a time from whole bytes, with AVX2.
+// Codes of 2 to 7 bits of matrices without a pattern, 32 at a time from whole bytes.
 #pragma once
 #include "values256.h"
 
@@ -65,9 +65,8 @@ template <int BITS, bool LEVELS> struct Codes {
   // The numbers of these columns.
   FIPS_INLINE __m256i numbers(const uint8_t *from) const {
     if constexpr (BITS == 4 || LEVELS) {
-      const __m256i codes = fields(from), found = _mm256_shuffle_epi8(low, codes);
-      if constexpr (BITS < 5) return found;
-      return _mm256_blendv_epi8(found, _mm256_shuffle_epi8(high, codes), _mm256_slli_epi16(codes, 3));
+      if constexpr (BITS < 5) return look_up(low, fields(from));
+      return look_up(low, high, fields(from));
     } else {
       return _mm256_packs_epi16(_mm256_srai_epi16(top(from), 16 - BITS),
                                 _mm256_srai_epi16(top(from + 2 * BITS), 16 - BITS));

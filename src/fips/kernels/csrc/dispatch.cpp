@@ -17,6 +17,8 @@
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace {
@@ -72,11 +74,11 @@ bool may_use_amx() { // the kernel wants to be asked for the tile registers
 
 int detect() {
   int level = FIPS_PORTABLE;
-#if defined(FIPS_HAVE_AVX2)
-  if (HAS("avx2") && HAS("fma") && HAS("f16c") && HAS("popcnt") && HAS("bmi") && HAS("bmi2")) level = FIPS_AVX2;
+#if defined(FIPS_HAVE_256)
+  if (HAS("avx2") && HAS("fma") && HAS("f16c") && HAS("popcnt") && HAS("bmi") && HAS("bmi2")) level = FIPS_VECTORS_256;
 #endif
 #if defined(FIPS_HAVE_AVX512)
-  if (level == FIPS_AVX2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") &&
+  if (level == FIPS_VECTORS_256 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") &&
       HAS("avx512vbmi") && HAS("avx512vbmi2") && HAS("avx512vnni") && HAS("gfni"))
     level = FIPS_AVX512;
 #endif
@@ -88,6 +90,13 @@ int detect() {
 }
 
 #undef HAS
+#elif defined(FIPS_HAVE_256) && defined(__APPLE__)
+int detect() { return FIPS_VECTORS_256; } // every processor of theirs for arm64
+#elif defined(FIPS_HAVE_256) && defined(__linux__)
+int detect() {
+  constexpr unsigned long dot_products = 1ul << 20; // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & dot_products ? FIPS_VECTORS_256 : FIPS_PORTABLE;
+}
 #else
 int detect() { return FIPS_PORTABLE; }
 #endif
@@ -99,7 +108,7 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
   const bool bytes = a.value_type == FIPS_I8; // multiplied as they are
   const bool matrix_unit = level >= FIPS_AMX && (a.value_type == FIPS_BF16 || (bytes && !a.scale_group));
   if (c.tokens <= (matrix_unit ? 1 : 4)) return FIPS_DIRECT;
-  if (level < FIPS_AVX2) return FIPS_TOKENS;
+  if (level < FIPS_VECTORS_256) return FIPS_TOKENS;
   const double kept = double(a.num_values) / (double(a.rows) * double(a.cols)); // limits measured on Zen 4
   if (level < FIPS_AVX512) return kept < 0.55 ? FIPS_TOKENS : FIPS_TILES;
   if (matrix_unit || bytes) return FIPS_TILES;
@@ -114,7 +123,7 @@ bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   if (a.memory && !recalls(a)) return false;
   if (a.memory && level < FIPS_AVX512 && (c.path != FIPS_DIRECT || a.cols % 64)) return false;
   if (a.num_levels && a.format != FIPS_FULL) return false;
-  return level >= FIPS_AVX2;
+  return level >= FIPS_VECTORS_256;
 }
 
 // The matrix with a byte for every value, for the time of a call.
@@ -124,8 +133,8 @@ fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
   wide.value_bytes = a.num_values;
   int8_t *to = scratch<int8_t>(Scratch::bytes, a.num_values);
   auto widen = fips_widen_portable;
-#if defined(FIPS_HAVE_AVX2)
-  if (level >= FIPS_AVX2) widen = fips_widen_avx2;
+#if defined(FIPS_HAVE_256)
+  if (level >= FIPS_VECTORS_256) widen = fips_widen_256;
 #endif
 #if defined(FIPS_HAVE_AVX512)
   if (level >= FIPS_AVX512) widen = fips_widen_avx512;
@@ -141,8 +150,8 @@ fips_matrix widened(const fips_matrix &a, const fips_call &c, int level) {
     for (int64_t i = first; a.num_levels && !a.memory && i < first + count; ++i) to[i] = middle[to[i]];
   }
   auto recall = fips_recall_portable;
-#if defined(FIPS_HAVE_AVX2)
-  if (level >= FIPS_AVX2) recall = fips_recall_avx2;
+#if defined(FIPS_HAVE_256)
+  if (level >= FIPS_VECTORS_256) recall = fips_recall_256;
 #endif
   if (a.memory) recall(a, c.threads, to);
   (void)level;
@@ -164,8 +173,8 @@ bool multiply(const fips_matrix &a, const fips_call &c, int level) {
 #if defined(FIPS_HAVE_AVX512)
   if (level >= FIPS_AVX512) return fips_avx512(a, c);
 #endif
-#if defined(FIPS_HAVE_AVX2)
-  if (level >= FIPS_AVX2) return fips_avx2(a, c);
+#if defined(FIPS_HAVE_256)
+  if (level >= FIPS_VECTORS_256) return fips_256(a, c);
 #endif
   return fips_portable(a, c);
 }
@@ -173,8 +182,8 @@ bool multiply(const fips_matrix &a, const fips_call &c, int level) {
 // The call with its tokens in the rotated columns of the matrix, in scratch memory.
 fips_call rotated(const fips_matrix &a, const fips_call &c, int level) {
   float *to = scratch<float>(Scratch::rotated, c.tokens * a.cols);
-#if defined(FIPS_HAVE_AVX2)
-  auto *rotate = level >= FIPS_AVX2 ? fips_rotate_avx2 : fips_rotate_portable;
+#if defined(FIPS_HAVE_256)
+  auto *rotate = level >= FIPS_VECTORS_256 ? fips_rotate_256 : fips_rotate_portable;
 #else
   auto *rotate = fips_rotate_portable;
 #endif
@@ -192,8 +201,8 @@ FipsMagnitude *magnitude_of(int level) {
 #if defined(FIPS_HAVE_AVX512)
   if (level >= FIPS_AVX512) return fips_magnitude_avx512;
 #endif
-#if defined(FIPS_HAVE_AVX2)
-  if (level >= FIPS_AVX2) return fips_magnitude_avx2;
+#if defined(FIPS_HAVE_256)
+  if (level >= FIPS_VECTORS_256) return fips_magnitude_256;
 #endif
   (void)level;
   return fips_magnitude_portable;
@@ -287,7 +296,7 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_AUTO) chosen.path = fastest_path(a, c, level);
   const bool widen = a.value_bits < 8 && !reads_narrow(a, chosen, level);
   const fips_matrix read = widen ? widened(a, chosen, level) : a;
-  const bool digits = level >= FIPS_AVX512 || (level >= FIPS_AVX2 && fixed_planes(c) == 1);
+  const bool digits = level >= FIPS_AVX512 || (level >= FIPS_VECTORS_256 && fixed_planes(c) == 1);
   const bool fixed_point = a.value_type == FIPS_I8 && digits && chosen.path != FIPS_TOKENS;
   if (const int64_t apart = tokens_apart(a, c)) return multiply_apart(read, chosen, level, fixed_point, apart);
   const int64_t at_a_time = tokens_at_a_time(a, c);
@@ -303,8 +312,8 @@ bool multiply_columns(const fips_matrix &a, const fips_call &c) {
 #if defined(FIPS_HAVE_AVX512)
   if (level >= FIPS_AVX512) return fips_columns_avx512(a, c);
 #endif
-#if defined(FIPS_HAVE_AVX2)
-  if (level >= FIPS_AVX2) return fips_columns_avx2(a, c);
+#if defined(FIPS_HAVE_256)
+  if (level >= FIPS_VECTORS_256) return fips_columns_256(a, c);
 #endif
   (void)level;
   return fips_columns_portable(a, c);
@@ -454,8 +463,8 @@ int fips_search_paths(const fips_search *search) {
   if (status || !search->length) return status;
   const int level = search->isa < fips_isa_level() ? int(search->isa) : fips_isa_level();
   return guarded(int(search->threads), [&] {
-#if defined(FIPS_HAVE_AVX2)
-    if (level >= FIPS_AVX2) return fips_search_avx2(*search) ? 0 : FIPS_UNSUPPORTED;
+#if defined(FIPS_HAVE_256)
+    if (level >= FIPS_VECTORS_256) return fips_search_256(*search) ? 0 : FIPS_UNSUPPORTED;
 #endif
     (void)level;
     return fips_search_portable(*search) ? 0 : FIPS_UNSUPPORTED;

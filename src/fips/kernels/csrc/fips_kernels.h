@@ -41,8 +41,9 @@ enum fips_type { FIPS_VALUES(FIPS_ROW) };
 enum fips_format { FIPS_PATTERNS(FIPS_ROW) };
 #undef FIPS_ROW
 
-// Instruction sets, each a superset of the one before. A call may ask for less than the machine has.
-enum fips_isa { FIPS_PORTABLE = 0, FIPS_AVX2 = 1, FIPS_AVX512 = 2, FIPS_AVX512_BF16 = 3, FIPS_AMX = 4 };
+// Instruction sets, each a superset of the one before. A call may ask for less than the machine has. VECTORS_256 is AVX2
+// with FMA, or on ARM NEON with dot products of bytes.
+enum fips_isa { FIPS_PORTABLE = 0, FIPS_VECTORS_256 = 1, FIPS_AVX512 = 2, FIPS_AVX512_BF16 = 3, FIPS_AMX = 4 };
 
 // How the product is formed. DIRECT decodes every entry once per token in registers (few tokens), TOKENS multiplies
 // each kept entry by a vector of tokens, TILES decodes a few rows at a time and multiplies them by all tokens.

@@ -1,4 +1,4 @@
-// Few tokens by integers or codes of matrices without a pattern, with AVX2.
+// Few tokens by integers or codes of matrices without a pattern.
 #pragma once
 #include "inputs256.h"
 

@@ -1,4 +1,4 @@
-// Few tokens beside 32 numbers of a row at a time, with AVX2: as floats, or in 8 bits, 64 of which share a scale.
+// Few tokens beside 32 numbers of a row at a time: as floats, or in 8 bits, 64 of which share a scale.
 //
 // Numbers come as `Codes` gives them, of columns 0 to 7, 16 to 23, 8 to 15 and 24 to 31; digits lie in that order too.
 #pragma once
@@ -46,17 +46,15 @@ template <Scales SCALES> struct DigitInputs {
   const float *scales; // of 64 digits
   int64_t cols;
 
-  // `half`: of the 64 columns. A byte product wants one side without sign: the digits take that of the numbers.
+  // `half`: of the 64 columns.
   template <int T, int CHAINS>
   FIPS_INLINE void add(__m256i numbers, int64_t k, const RowGroups &groups, int half, __m256 (&acc)[T][CHAINS]) const {
-    const __m256i size = _mm256_abs_epi8(numbers), ones = _mm256_set1_epi16(1);
     const bool sixteen = SCALES == Scales::fine && groups.shift == 4;
     const float own = SCALES == Scales::none ? 1.0f : groups.at(k), next = sixteen ? groups.at(k + 16) : own;
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       const auto *from = reinterpret_cast<const __m256i *>(digits + t * cols + k);
-      const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_load_si256(from), numbers));
-      const __m256 sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
+      const __m256 sums = _mm256_cvtepi32_ps(byte_products(numbers, _mm256_load_si256(from)));
       const float scale = scales[(t * cols + k) / 64];
       __m256 factor = _mm256_set1_ps(own * scale);
       if (sixteen) factor = _mm256_blend_ps(factor, _mm256_set1_ps(next * scale), 0b11001100);

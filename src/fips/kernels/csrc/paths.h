@@ -3,7 +3,7 @@
 #include "fips_kernels.h"
 
 bool fips_portable(const fips_matrix &matrix, const fips_call &call);
-bool fips_avx2(const fips_matrix &matrix, const fips_call &call);
+bool fips_256(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512_tiles(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512_bf16(const fips_matrix &matrix, const fips_call &call);
@@ -11,21 +11,21 @@ bool fips_amx(const fips_matrix &matrix, const fips_call &call);
 
 // `count` integers of `bits` < 8 bits as bytes, from `first` on, a multiple of 8.
 void fips_widen_portable(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
-void fips_widen_avx2(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
+void fips_widen_256(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
 void fips_widen_avx512(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to);
 
 // The tokens of a call as floats in the rotated columns of the matrix, `cols` apart.
 using FipsRotate = void(const fips_matrix &matrix, const fips_call &call, float *to);
-FipsRotate fips_rotate_portable, fips_rotate_avx2;
+FipsRotate fips_rotate_portable, fips_rotate_256;
 
 bool fips_columns_portable(const fips_matrix &matrix, const fips_call &call);
-bool fips_columns_avx2(const fips_matrix &matrix, const fips_call &call);
+bool fips_columns_256(const fips_matrix &matrix, const fips_call &call);
 bool fips_columns_avx512(const fips_matrix &matrix, const fips_call &call);
 
 // Fill a search; false for codes that it does not know.
 bool fips_search_portable(const fips_search &search);
-bool fips_search_avx2(const fips_search &search);
+bool fips_search_256(const fips_search &search);
 
 // `wide` holds the codes of a matrix with a memory, as they lie in the stream: put their numbers in their place.
 void fips_recall_portable(const fips_matrix &matrix, int threads, int8_t *wide);
-void fips_recall_avx2(const fips_matrix &matrix, int threads, int8_t *wide);
+void fips_recall_256(const fips_matrix &matrix, int threads, int8_t *wide);

@@ -1,8 +1,7 @@
-// The same with AVX2: eight numbers at a time, whole blocks of at least eight.
+// The same eight numbers at a time, whole blocks of at least eight.
 #pragma once
+#include "registers256.h"
 #include "rotate.h"
-
-#include <immintrin.h>
 
 namespace {
 

@@ -1,10 +1,10 @@
-// Numbers of codes that depend on the codes above them (fips/formats/trellis.py), with AVX2.
+// Numbers of codes that depend on the codes above them (fips/formats/trellis.py).
 #pragma once
 #include "inputs256.h"
 
 namespace {
 
-// The numbers of 32 entries, given their codes and those of `MEMORY` rows above: byte shuffles say what each adds to the
+// The numbers of 32 entries, given their codes and those of `MEMORY` rows above: tables say what each adds to the
 // place in the table of levels.
 template <int MEMORY> struct Recall {
   __m256i added[MEMORY], tables[4];
@@ -21,19 +21,13 @@ template <int MEMORY> struct Recall {
       tables[part] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(one)));
     }
   }
-  FIPS_INLINE __m256i level(__m256i place) const {
-    const __m256i bit4 = _mm256_slli_epi16(place, 3), bit5 = _mm256_slli_epi16(place, 2);
-    const __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(tables[0], place), _mm256_shuffle_epi8(tables[1], place), bit4);
-    const __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(tables[2], place), _mm256_shuffle_epi8(tables[3], place), bit4);
-    return _mm256_blendv_epi8(low, high, bit5);
-  }
   // `codes`: of the first row above all that is looked at; `row` counts from there.
   FIPS_INLINE __m256i number(const __m256i *codes, int row) const {
     __m256i place = codes[row];
 #pragma GCC unroll 4
     for (int back = 1; back <= MEMORY; ++back)
-      place = _mm256_xor_si256(place, _mm256_shuffle_epi8(added[back - 1], codes[row - back]));
-    return level(place);
+      place = _mm256_xor_si256(place, look_up(added[back - 1], codes[row - back]));
+    return look_up(tables, place);
   }
 };
 

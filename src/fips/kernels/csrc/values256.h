@@ -1,10 +1,8 @@
-// Values of a row eight at a time as floats in their columns, with AVX2.
+// Values of a row eight at a time as floats in their columns.
 #pragma once
-#include <immintrin.h>
-
 #include <type_traits>
 
-#include "packed.h"
+#include "registers256.h"
 
 namespace {
 

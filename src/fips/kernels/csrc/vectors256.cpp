@@ -1,6 +1,5 @@
-// AVX2 with FMA: eight columns at a time, spread by a permutation looked up from eight mask bits.
-#include <immintrin.h>
-
+// AVX2 with FMA, or NEON with dot products: eight columns at a time, spread by a permutation looked up from eight mask
+// bits.
 #include "dense_basis.h"
 #include "exact.h"
 #include "full256.h"
@@ -88,7 +87,7 @@ template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
 
 } // namespace
 
-bool fips_avx2(const fips_matrix &a, const fips_call &c) {
+bool fips_256(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_TOKENS) return tokens_path<Vector8>(a, c);
   if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
   if (c.path == FIPS_TILES) return blocks_path<Vector8, 6, 2>(a, c);
@@ -96,9 +95,9 @@ bool fips_avx2(const fips_matrix &a, const fips_call &c) {
   return with_few_tokens(c, [&](auto count) { return direct_path<decltype(count)::value>(a, c); });
 }
 
-uint32_t fips_magnitude_avx2(const fips_call &c, int64_t t) { return largest_magnitude(c, t); }
+uint32_t fips_magnitude_256(const fips_call &c, int64_t t) { return largest_magnitude(c, t); }
 
-void fips_rotate_avx2(const fips_matrix &a, const fips_call &c, float *to) {
+void fips_rotate_256(const fips_matrix &a, const fips_call &c, float *to) {
 #pragma omp parallel for num_threads(c.threads) schedule(static) if (c.tokens > 1)
   for (int64_t t = 0; t < c.tokens; ++t) {
     float *row = to + t * a.cols;
@@ -109,9 +108,9 @@ void fips_rotate_avx2(const fips_matrix &a, const fips_call &c, float *to) {
   }
 }
 
-bool fips_columns_avx2(const fips_matrix &a, const fips_call &c) { return columns_path<Vector8>(a, c); }
+bool fips_columns_256(const fips_matrix &a, const fips_call &c) { return columns_path<Vector8>(a, c); }
 
-void fips_widen_avx2(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to) {
+void fips_widen_256(const uint8_t *stream, int64_t bytes, int bits, int64_t first, int64_t count, int8_t *to) {
   const auto eight = [&](int64_t i) { return narrow_lanes[bits].integers(bits_at(stream, bytes, (first + i) * bits)); };
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); // packing takes turns between the halves
   int64_t i = 0;
@@ -183,7 +182,7 @@ template <int C> struct Codes256 {
 
 } // namespace
 
-bool fips_search_avx2(const fips_search &search) { return search_paths<Codes256>(search); }
+bool fips_search_256(const fips_search &search) { return search_paths<Codes256>(search); }
 
 namespace {
 
@@ -205,7 +204,7 @@ template <int MEMORY> void recall_run(const fips_matrix &a, int64_t k0, int64_t 
 
 } // namespace
 
-void fips_recall_avx2(const fips_matrix &a, int threads, int8_t *wide) {
+void fips_recall_256(const fips_matrix &a, int threads, int8_t *wide) {
   if (a.cols % 32 || !recalls(a)) return fips_recall_portable(a, threads, wide);
   const int64_t run = 1 << 10;
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -1,0 +1,42 @@
+// Answers the calls of bridge.cpp on standard input and output.
+#include "wire.h"
+
+namespace {
+
+int64_t answer(Request &r, std::vector<uint32_t> &starts) {
+  switch (r.function) {
+  case kLevel: return fips_isa_level();
+  case kMultiply: return fips_multiply(&r.matrix, &r.call);
+  case kColumns: return fips_multiply_columns(&r.matrix, &r.call);
+  case kSearch: return fips_search_paths(&r.search);
+  case kStarts:
+    starts.resize(size_t(r.arguments[0]));
+    return fips_row_starts(&r.matrix, starts.empty() ? nullptr : starts.data(), r.arguments[0]);
+  case kBytes: return fips_scratch_bytes();
+  default: return fips_free_scratch();
+  }
+}
+
+} // namespace
+
+int main() {
+  Request request;
+  while (receive(0, &request, sizeof request)) {
+    std::vector<void *> held;
+    each_buffer(request, [&](auto *&pointer, int64_t bytes, bool) {
+      if (!pointer) return;
+      void *room = malloc(size_t(bytes > 0 ? bytes : 1));
+      if (!room || !receive(0, room, bytes)) _exit(2);
+      held.push_back(room);
+      pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(room);
+    });
+    std::vector<uint32_t> starts;
+    const int64_t result = answer(request, starts);
+    send(1, &result, sizeof result);
+    each_buffer(request, [&](const void *pointer, int64_t bytes, bool written) {
+      if (pointer && written) send(1, pointer, bytes);
+    });
+    send(1, starts.data(), int64_t(starts.size()) * 4);
+    for (void *room : held) free(room);
+  }
+}
