@@ -22,14 +22,12 @@ from typing import Any
 
 import compare_methods
 import torch
-import whole_models
 
 import fips
-from fips.data import load_batches
 from fips.evaluation import evaluate
 from fips.kernels import cpu
 from fips.layers.linear import factored_layers
-from fips.models.transformers import load_dense, load_processor, model_kind
+from fips.models.transformers import load_dense, model_kind
 from fips.record import environment
 
 
@@ -40,15 +38,14 @@ def with_inputs(model: torch.nn.Module, bits: int) -> torch.nn.Module:
 
 
 def measure(args: argparse.Namespace, name: str, sizes: list[float], scratch: Path) -> list[dict[str, Any]]:
-    source, calibration, evaluation = whole_models.settings(argparse.Namespace(**{**vars(args), "name": name}), scratch)
+    source, calibration, evaluation = compare_methods.settings(name, args.models, args.data, scratch)
     model = load_dense(source, dtype="auto", device=torch.device("cpu")).float()
     kind = model_kind(model)
-    options = {"processor": load_processor(source, kind), "kind": kind}
-    samples = {"image": (256, 500), "text": (64, 64)}[kind]
-    examples, scored = (
-        compare_methods.in_memory(load_batches(data.replace(num_samples=count), purpose=purpose, **options))
-        for data, count, purpose in zip((calibration, evaluation), samples, ("calibration", "evaluation"), strict=True)
-    )
+    few, many = {"image": (256, 500), "text": (64, 64)}[kind]
+    examples, scored = compare_methods.load_examples(
+        source, model, (calibration.replace(num_samples=few), "calibration"),
+        (evaluation.replace(num_samples=many), "evaluation"),
+    )  # fmt: skip
     found = []
     for bits in sizes:
         small = copy.deepcopy(model)

@@ -38,6 +38,18 @@ from fips.models.transformers import load_dense, load_processor, model_kind
 from fips.record import environment
 
 IMAGE_MODELS = {"vit": "vit-tiny-tinyimagenet", "dinov2-small": "dinov2-small"}
+PROTEINS = {"sequence_length": 160, "document_separator": "\n"}
+TEXTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "smollm2-135m": (
+        {"source": "text/wikitext2_valid.txt", "num_samples": 128, "sequence_length": 512},
+        {"source": "text/wikitext2_test.txt", "num_samples": 24, "sequence_length": 512},
+    ),
+    "antiberty": (
+        {**PROTEINS, "source": "antibodies/calibration.txt", "num_samples": 512},
+        {**PROTEINS, "source": "antibodies/test.txt", "num_samples": 256},
+    ),
+}
+"""Calibration and evaluation data of language models and encoders, under the folder of data."""
 METHODS = (
     "fips,fips+values=float,no-sharing,no-sharing+values=float,sparsegpt,sparsegpt+values=int8,"
     "wanda,magnitude,svd-llm,basis-sharing,svd"
@@ -46,6 +58,12 @@ METHODS = (
 
 def settings(name: str, models: Path, data: Path, scratch: Path) -> tuple[str, DataConfig, DataConfig]:
     """Model, calibration data and evaluation data."""
+    if name in TEXTS:
+        calibration, evaluation = (
+            DataConfig(**{**fields, "source": str(data / str(fields["source"]))}, batch_size=8)
+            for fields in TEXTS[name]
+        )
+        return str(models / name), calibration, evaluation
     if name in IMAGE_MODELS:
         images = data / "tiny-imagenet"
         calibration = DataConfig(source=str(images / "train"), num_samples=1024, batch_size=64)
@@ -93,7 +111,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
     evaluation = evaluation.replace(num_samples=args.eval_samples or evaluation.num_samples)
     model = load_dense(source, dtype="auto", device=torch.device("cpu"))
     kind = model_kind(model)
-    options: dict[str, Any] = {"processor": load_processor(source, kind), "kind": kind}
+    options: dict[str, Any] = {"processor": load_processor(source, kind), "kind": kind, "task": task_of(model)}
     if kind == "text":
         options["context_length"] = model.config.max_position_embeddings
 
@@ -118,7 +136,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=(*IMAGE_MODELS, "demo", *STORY_WINDOWS))
+    parser.add_argument("name", choices=(*IMAGE_MODELS, "demo", *STORY_WINDOWS, *TEXTS))
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)

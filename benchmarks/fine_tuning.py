@@ -28,7 +28,6 @@ from typing import Any
 
 import compare_methods
 import torch
-import whole_models
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
@@ -120,14 +119,11 @@ def new_head(model: nn.Module, classes: int) -> nn.Module:
 
 def settings(args: argparse.Namespace, scratch: Path) -> tuple[str, DataConfig, DataConfig, DataConfig]:
     """Model, calibration data, data to train on, evaluation data."""
-    if args.name in whole_models.TEXTS:
-        source, calibration, evaluation = whole_models.settings(args, scratch)
-        trained = calibration.replace(
-            num_samples=args.examples, sequence_length=args.length, batch_size=args.batch, seed=1
-        )
-        return source, calibration, trained, evaluation
     source, calibration, evaluation = compare_methods.settings(args.name, args.models, args.data, scratch)
-    return source, calibration, calibration.replace(num_samples=args.examples, batch_size=args.batch), evaluation
+    trained = calibration.replace(num_samples=args.examples, batch_size=args.batch)
+    if args.name in compare_methods.TEXTS:
+        trained = trained.replace(sequence_length=args.length, seed=1)
+    return source, calibration, trained, evaluation
 
 
 def main() -> None:
@@ -137,6 +133,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--bits", type=float, default=2.25)
     parser.add_argument("--values", nargs="+", default=["auto"])
+    parser.add_argument("--effort", default="default")
     parser.add_argument("--ways", nargs="+", default=["none", "head", "labels", "teacher"])
     parser.add_argument("--new-head", action="store_true")
     parser.add_argument("--examples", type=int, default=4000)
@@ -196,7 +193,7 @@ def run_all(
         note("original", "head", dense_head)
     for values in args.values:
         small = copy.deepcopy(original)
-        fips.compress(small, examples, fips.CompressionConfig(bits=args.bits, values=values))
+        fips.compress(small, examples, fips.CompressionConfig(bits=args.bits, values=values, effort=args.effort))
         for way in args.ways:
             note(
                 values,

@@ -133,7 +133,7 @@ def packed(model: Any, values: str) -> Any:
         width, hidden = (cols, rows) if role == "up" else (rows, cols)
         layer = FactoredLinear(
             None, role=role, hidden=hidden, kept=rows * cols, fmt="full", dtype=torch.bfloat16, width=width,
-            values=values, rotation=64 if numbers.bits and numbers.bits < 5 and not values.startswith("int") else 1,
+            values=values, rotation=64 if numbers.bits and numbers.bits < 6 and not values.startswith("int") else 1,
         )  # fmt: skip
         layer.values = torch.randint(0, 256, layer.values.shape, generator=generator).to(layer.values.dtype)
         layer.scales = torch.full_like(layer.scales, 0.02 / (16 if numbers.scale_group else 1) / numbers.largest)
@@ -250,11 +250,15 @@ def peak() -> int:
 
 
 def transformers(args: argparse.Namespace) -> dict[str, float]:
+    began = time.perf_counter()
     import torch
-    from transformers import AutoModelForCausalLM, CompileConfig
+    import transformers as library
+    from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
-    import fips  # noqa: F401 - teaches transformers packed layers
+    import fips.storage.quantizer  # noqa: F401 - teaches transformers packed layers; else loading would import it
 
+    for architecture in AutoConfig.from_pretrained(args.model).architectures:
+        getattr(library, architecture)  # transformers imports a model when it is asked for it
     torch.set_num_threads(args.threads)
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
@@ -281,13 +285,14 @@ def transformers(args: argparse.Namespace) -> dict[str, float]:
         generated(args.prompt, args.tokens + 1)
         later = generated(args.prompt, args.tokens + 1) - generated(args.prompt, 1)
     return {
-        "load_s": loaded - started, "first_prompt_s": first, "first_tokens_s": compiling,
+        "imports_s": started - began, "load_s": loaded - started, "first_prompt_s": first, "first_tokens_s": compiling,
         "prompt_per_s": args.prompt / prompt, "tokens_per_s": args.tokens / seconds,
         "tokens_after_prompt_per_s": args.tokens / later,
     }  # fmt: skip
 
 
 def llama(args: argparse.Namespace) -> dict[str, float]:
+    began = time.perf_counter()
     from llama_cpp import Llama
 
     started = time.perf_counter()
@@ -313,7 +318,8 @@ def llama(args: argparse.Namespace) -> dict[str, float]:
     read(ids[:8])
     seconds = sum(read([token]) for token in range(300, 300 + args.tokens))
     return {
-        "load_s": loaded - started, "first_prompt_s": first, "first_tokens_s": started_again,
+        "imports_s": started - began, "load_s": loaded - started, "first_prompt_s": first,
+        "first_tokens_s": started_again,
         "prompt_per_s": args.prompt / prompt, "tokens_per_s": args.tokens / seconds,
         "tokens_after_prompt_per_s": args.tokens / later,
     }  # fmt: skip

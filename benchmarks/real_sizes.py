@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_checkpoint import write_checkpoint
 from transformers import PreTrainedModel
 
 import fips
@@ -163,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         more: list[str] = []
         if device.type == "cpu":
-            random_model(architecture(args)[0], device).save_pretrained(Path(scratch) / "model")
+            write_checkpoint(architecture(args)[0], Path(scratch) / "model")
             more = ["--source", str(Path(scratch) / "model")]
         for number, setting in enumerate(args.settings):
             work = ["--work", str(Path(scratch) / f"work-{number}")]

@@ -35,7 +35,6 @@ from unittest import mock
 
 import compare_methods
 import torch
-import whole_models
 from torch import Tensor, nn
 
 import fips
@@ -187,7 +186,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]), "environment": environment(torch.device("cpu")),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        source, calibration, evaluation = whole_models.settings(args, Path(scratch))
+        source, calibration, evaluation = compare_methods.settings(args.name, args.models, args.data, Path(scratch))
         if args.eval_samples:
             evaluation = evaluation.replace(num_samples=args.eval_samples)
         original = load_dense(source, dtype="float32", device=torch.device("cpu"))

@@ -194,7 +194,7 @@ def generation() -> str:
     """A whole language model that generates, beside llama.cpp."""
     labels = {
         "dense": "bfloat16, transformers", "tc4g64": "fips, `tc4g64`", "nl4g64": "fips, `nl4g64`",
-        "int4g64": "fips, `int4g64`", "tc4g64, compiled": "fips, `tc4g64`, `torch.compile`",
+        "int4g64": "fips, `int4g64`", "nl5g64": "fips, `nl5g64`", "tc4g64, compiled": "fips, `tc4g64`, `torch.compile`",
         "int4g64, compiled": "fips, `int4g64`, `torch.compile`", "Q4_K_M.gguf": "llama.cpp, Q4_K_M",
     }  # fmt: skip
     rows = []
@@ -203,14 +203,40 @@ def generation() -> str:
         rows.append([
             label, f"{found['file_bytes'] / 1e6:.0f} MB", f"{found['tokens_per_s']:.1f}",
             f"{found['tokens_after_prompt_per_s']:.1f}",
-            f"{found['prompt_per_s']:.0f}", f"{found['first_prompt_s']:.1f} s", f"{found['load_s']:.1f} s",
-            f"{found['peak_bytes'] / 1e9:.2f} GB",
+            f"{found['prompt_per_s']:.0f}", f"{found['first_prompt_s']:.1f} s",
+            f"{found['imports_s']:.1f} s", f"{found['load_s']:.1f} s", f"{found['peak_bytes'] / 1e9:.2f} GB",
         ])  # fmt: skip
     head = [
-        "", "file", "tokens a second", "behind the prompt", "prompt, tokens a second", "first prompt", "load",
-        "peak memory",
+        "", "file", "tokens a second", "behind the prompt", "prompt, tokens a second", "first prompt", "imports",
+        "load", "peak memory",
     ]  # fmt: skip
     return markdown(head, rows)
+
+
+def generation_smollm2() -> str:
+    """A small model that generates: files of fips beside those of llama.cpp that take as many bytes."""
+    found = {name: one["median"] for name, one in load("generation-smollm2")["results"].items()}
+    rows = []
+    for name in sorted(found, key=lambda name: -found[name]["file_bytes"]):
+        one = found[name]
+        label = "fips" if name.startswith("fips-") else f"llama.cpp, {Path(name).stem}"
+        rows.append([
+            label, f"{one['file_bytes'] / 1e6:.0f} MB", f"{one['tokens_per_s']:.0f}",
+            f"{one['prompt_per_s']:.0f}", f"{one['first_prompt_s']:.2f} s", f"{one['load_s']:.1f} s",
+            f"{one['peak_bytes'] / 1e9:.2f} GB",
+        ])  # fmt: skip
+    head = ["", "file", "tokens a second", "prompt, tokens a second", "first prompt", "load", "peak memory"]
+    return markdown(head, rows)
+
+
+def dense_layers() -> str:
+    """Layers that stay dense in bfloat16: how many times as fast the kernels are as torch."""
+    found = load("dense-layers")["results"]
+    tokens = sorted({one["tokens"] for one in found})
+    shapes = list(dict.fromkeys((one["rows"], one["cols"]) for one in found))
+    faster = {(one["rows"], one["cols"], one["tokens"]): one["torch_s"] / one["kernels_s"] for one in found}
+    rows = [[f"{rows} x {cols}", *(f"{faster[rows, cols, count]:.1f}" for count in tokens)] for rows, cols in shapes]
+    return markdown(["outputs x inputs", *(f"{count} token{'s' * (count > 1)}" for count in tokens)], rows)
 
 
 def now() -> str:
@@ -652,6 +678,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "whole": whole,
     "generation": generation,
+    "generation-smollm2": generation_smollm2,
+    "dense-layers": dense_layers,
     **{f"compare-{name}": functools.partial(comparison, name) for name in MODELS},
     "now": now,
     "blocks": blocks,

@@ -29,34 +29,11 @@ import compare_methods
 import torch
 
 import fips
-from fips.config import DataConfig
 from fips.evaluation import evaluate
 from fips.layers.linear import factored_layers
 from fips.models.transformers import load_dense
 from fips.plan.footprint import state_bytes
 from fips.record import environment
-
-PROTEINS = {"sequence_length": 160, "document_separator": "\n"}
-TEXTS = {
-    "smollm2-135m": (
-        {"source": "text/wikitext2_valid.txt", "num_samples": 128, "sequence_length": 512},
-        {"source": "text/wikitext2_test.txt", "num_samples": 24, "sequence_length": 512},
-    ),
-    "antiberty": (
-        {**PROTEINS, "source": "antibodies/calibration.txt", "num_samples": 512},
-        {**PROTEINS, "source": "antibodies/test.txt", "num_samples": 256},
-    ),
-}
-
-
-def settings(args: argparse.Namespace, scratch: Path) -> tuple[str, DataConfig, DataConfig]:
-    if args.name in TEXTS:
-        calibration, evaluation = (
-            DataConfig(**{**fields, "source": str(args.data / str(fields["source"]))}, batch_size=8)
-            for fields in TEXTS[args.name]
-        )
-        return str(args.models / args.name), calibration, evaluation
-    return compare_methods.settings(args.name, args.models, args.data, scratch)
 
 
 def run(
@@ -96,7 +73,7 @@ def main() -> None:
     }  # fmt: skip
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     with tempfile.TemporaryDirectory() as scratch:
-        source, calibration, evaluation = settings(args, Path(scratch))
+        source, calibration, evaluation = compare_methods.settings(args.name, args.models, args.data, Path(scratch))
         model = load_dense(source, dtype="bfloat16", device=torch.device("cpu"))
         examples, scored = compare_methods.load_examples(
             source, model, (calibration, "calibration"), (evaluation, "evaluation")
