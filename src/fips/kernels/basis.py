@@ -58,25 +58,29 @@ class BasisRuntime:
     def __reduce__(self) -> tuple[type[BasisRuntime], tuple[()]]:
         return BasisRuntime, ()
 
-    def multiply(self, x: Tensor, weight_DR: Tensor, *, expand: bool, offloaded: bool = False) -> Tensor:
-        """``x B`` of (..., D) inputs, or with ``expand`` the vectors ``x B^T`` of (..., R).
+    def multiply(
+        self, x: Tensor, weight_DR: Tensor, *, expand: bool, bias: Tensor | None = None, offloaded: bool = False
+    ) -> Tensor:
+        """``x B`` of (..., D) inputs, or with ``expand`` the vectors ``x B^T`` of (..., R), to which a bias is added.
 
         Nothing is kept of an ``offloaded`` weight, which is there for this call only.
         """
         check_inputs(x, weight_DR.shape[1] if expand else weight_DR.shape[0])
-        if self._may_ask(x, weight_DR):
+        if self._may_ask(x, weight_DR, bias):
             try:
-                y = self._multiply(x, weight_DR, expand, offloaded)
+                y = self._multiply(x, weight_DR, expand, bias, offloaded)
             except Exception as error:
                 self._failed = True
-                y = self.multiply(x, weight_DR, expand=expand)
+                y = self.multiply(x, weight_DR, expand=expand, bias=bias)
                 say_once(f"a kernel failed, its basis is multiplied by plain torch: {type(error).__name__}: {error}")
             if y is not None:
                 return y
         weight = weight_DR.to(x.dtype)
-        return linear(x, weight) if expand else linear(x, weight.T)
+        return linear(x, weight, bias) if expand else linear(x, weight.T)
 
-    def _multiply(self, x: Tensor, weight_DR: Tensor, expand: bool, offloaded: bool) -> Tensor | None:
+    def _multiply(
+        self, x: Tensor, weight_DR: Tensor, expand: bool, bias: Tensor | None, offloaded: bool
+    ) -> Tensor | None:
         kernel = self._kernel  # read once: another thread may put its own there
         if offloaded or kernel is None or not kernel.is_for(x, weight_DR):
             kernel = _Kernel.of(x, weight_DR)
@@ -84,13 +88,13 @@ class BasisRuntime:
         if x.shape[:-1].numel() > kernel.few:
             return None
         backend = kernel.backend
-        return backend.multiply(x, kernel.prepared, None) if expand else backend.multiply_columns(x, kernel.prepared)
+        return backend.multiply(x, kernel.prepared, bias) if expand else backend.multiply_columns(x, kernel.prepared)
 
-    def _may_ask(self, x: Tensor, weight: Tensor) -> bool:
+    def _may_ask(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return (
             not torch.compiler.is_compiling()
             and not self._failed
             and x.shape[:-1].numel() in range(1, self.FEW + 1)
             and ops.is_plain(x, weight)
-            and not ops.needs_grad(x, weight)
+            and not ops.needs_grad(x, weight, bias)
         )

@@ -30,6 +30,7 @@ __all__ = [
     "basis_owner",
     "factored_layers",
     "homes_of",
+    "offloaded",
     "replace_everywhere",
 ]
 
@@ -54,7 +55,7 @@ class SharedBasis(nn.Module):
 
     def forward(self, x: Tensor, *, expand: bool = False) -> Tensor:
         r"""Coordinates :math:`x B` of (..., D) inputs, or with ``expand`` the vectors :math:`x B^\top` of (..., R)."""
-        return self._runtime.multiply(x, self.weight, expand=expand, offloaded=_offloaded(self))
+        return self._runtime.multiply(x, self.weight, expand=expand, offloaded=offloaded(self))
 
     def extra_repr(self) -> str:
         return f"width={self.weight.shape[0]}, rank={self.weight.shape[1]}"
@@ -318,7 +319,7 @@ class FactoredLinear(nn.Module):
         values = parameters.get("values") if self.bits is None else buffers.get("values")
         weight = None if basis is None else basis._parameters.get("weight")
         pattern, scales, groups = buffers.get("pattern"), buffers.get("scales"), buffers.get("group_scales")
-        return values, pattern, scales, groups, parameters.get("bias"), weight, _offloaded(self)
+        return values, pattern, scales, groups, parameters.get("bias"), weight, offloaded(self)
 
     def product(self) -> Product:
         """What the layer multiplies by, for ``runtime``."""
@@ -326,7 +327,7 @@ class FactoredLinear(nn.Module):
         weight = None if basis is None else basis.weight
         return Product(
             self.packed(), up=self.reads_stream, features=(self.in_features, self.out_features), bias=self.bias,
-            basis=basis, basis_DR=weight, offloaded=_offloaded(self),
+            basis=basis, basis_DR=weight, offloaded=offloaded(self),
         )  # fmt: skip
 
     def backends(self, dtype: torch.dtype | None = None) -> dict[str, str]:
@@ -344,7 +345,7 @@ class FactoredLinear(nn.Module):
         )
 
 
-def _offloaded(module: nn.Module) -> bool:
+def offloaded(module: nn.Module) -> bool:
     """Whether accelerate brings the tensors of a module for one call and takes them away again."""
     hook = module.__dict__.get("_hf_hook")  # getattr would search parameters and raise inside: 1 us in every call
     return hook is not None and any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import ModelError
+from fips.layers.dense import forget_dense
 from fips.layers.embedding import PackedEmbedding, TiedLayer, tied_layers
 from fips.layers.fixed import ignore_training
 from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers, homes_of, replace_everywhere
@@ -59,6 +60,7 @@ def drop_unused_bases(model: nn.Module) -> None:
     if not layers:
         delattr(owner, BASES)
         ignore_training(model)
+        forget_dense(model)
         _forget_packing(model)
 
 

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fips.errors import CheckpointError, ConfigError, ModelError
 from fips.files.manifest import MANIFEST, read_json, write_json
 from fips.files.untrusted import file_inside
+from fips.layers.dense import quicken_dense
 from fips.layers.embedding import PackedEmbedding
 from fips.layers.fixed import watch_training
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
@@ -147,6 +148,7 @@ def attach(model: nn.Module) -> None:
         return
     _refresh_config(model)
     quicken(model)
+    quicken_dense(model)
     if not isinstance(getattr(model, "hf_quantizer", None), FipsHfQuantizer):
         model.hf_quantizer = FipsHfQuantizer(model.config.quantization_config)
     if "_fips_conversions" not in vars(model):

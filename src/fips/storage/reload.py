@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fips.errors import ModelError
+from fips.layers.dense import plain_class
 from fips.layers.linear import BASES
 from fips.models.architectures import lies_in_repository, saved_class, saved_config_class
 from fips.models.experts import expert_lists, split_experts
@@ -69,7 +70,11 @@ def _compare_modules(model: nn.Module, twin: nn.Module, packed: Collection[str])
         other = theirs.get(place)
         if other is None:
             raise _different(wanted, f"{_at(place)}, a `{type(module).__name__}`, is not part of it", _undo(module))
-        if place and type(module) is not type(other) and not (isinstance(module, _STILL) and isinstance(other, _STILL)):
+        if (
+            place
+            and plain_class(module) is not type(other)
+            and not (isinstance(module, _STILL) and isinstance(other, _STILL))
+        ):
             what = f"{_at(place)} is a `{type(module).__name__}` instead of a `{type(other).__name__}`"
             raise _different(wanted, what, _undo(module))
     lost = next((place for place in theirs if place not in ours), None)
