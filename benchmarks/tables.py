@@ -229,6 +229,12 @@ def generation_smollm2() -> str:
     return markdown(head, rows)
 
 
+def overfit() -> str:
+    """Error on data held out over that on the data fitted."""
+    rows = [[run["model"], f"{run['median']:.2f}", f"{run['largest']:.2f}"] for run in load("overfit")["runs"]]
+    return markdown(["", "median of the layers", "largest"], rows)
+
+
 def dense_layers() -> str:
     """Layers that stay dense in bfloat16: how many times as fast the kernels are as torch."""
     found = load("dense-layers")["results"]
@@ -680,6 +686,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "generation-smollm2": generation_smollm2,
     "dense-layers": dense_layers,
+    "overfit": overfit,
     **{f"compare-{name}": functools.partial(comparison, name) for name in MODELS},
     "now": now,
     "blocks": blocks,
