@@ -604,6 +604,7 @@ WAYS = {
 TUNED = {
     "vit": ("ViT-Tiny, top-1 %", "top1_percent", 2),
     "dinov2-small": ("DINOv2-small, 200 new classes, top-1 %", "top1_percent", 2),
+    "smollm2": ("SmolLM2-135M, perplexity", "perplexity", 2),
 }  # fmt: skip
 
 
@@ -618,7 +619,7 @@ def fine_tuning() -> str:
             rows.append([
                 label, "dense" if dense else f"{run['bits']:g}, {VALUE_NAMES.get(run['values'], run['values'])}",
                 WAYS[run["way"]], f"{quality[metric]:.{digits}f}", "" if against is None else f"{against['kl']:.4f}",
-                "" if run["way"] == "none" else minutes(run["seconds"]),
+                "" if run["way"] == "none" or run["seconds"] is None else minutes(run["seconds"]),
             ])  # fmt: skip
     return markdown(["", "bits, values", "trained", "quality", "KL", "time"], rows)
 
