@@ -50,13 +50,8 @@ __all__ = [
 log = logging.getLogger("fips.kernels")
 
 ABI = 8
-
-
-def is_arm() -> bool:
-    return platform.machine().lower() in ("aarch64", "arm64")
-
-
-ISAS = ("portable", "neon") if is_arm() else ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+_ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
+ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
@@ -473,8 +468,9 @@ class CpuBackend(Backend):
         return Repeat(x, cast(CpuMatrix, prepared), bias, bits) if Repeat.suits(x, bias) else None
 
     def few_tokens(self, packed: Packed) -> int:
-        fast = packed.values_Z.dtype in (torch.float32, torch.bfloat16) and isa_names()[-1:] != ISAS[:1]
-        return 4 if fast else 0
+        if isa_names() == ("portable",):  # slower than torch
+            return 0
+        return 4 if packed.values_Z.dtype in (torch.float32, torch.bfloat16) else 0
 
     def multiply_columns(self, x: Tensor, prepared: PreparedMatrix) -> Tensor:
         return multiply_columns(x, cast(CpuMatrix, prepared))
