@@ -133,3 +133,13 @@ def write_recipe(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter takes as long for a row as for many: programs of many rows, where there is no GPU."""
+    if not torch.cuda.is_available():
+        from fips.kernels import triton_words
+
+        for name, value in {"ROWS": 256, "DECODED_ROWS": 256, "TILE_ROWS": 256, "TILE_EIGHTS": 64}.items():
+            monkeypatch.setattr(triton_words, name, value)

@@ -40,6 +40,7 @@ from fips.kernels import triton_kernel
 from fips.layers.linear import FactoredLinear, SharedBasis
 from fips.models.sites import Role
 
+pytestmark = pytest.mark.usefixtures("large_programs")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = FORMATS if DEVICE == "cuda" else ["full", "bitmask", "2:4", "4:16", "block4"]
 """In the interpreter, which is slow, one format of every kind that the kernels tell apart."""

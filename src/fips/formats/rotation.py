@@ -47,9 +47,10 @@ def rotate(numbers: Tensor, block: int, dim: int = -1) -> Tensor:
     """
     if block == 1:
         return numbers
-    moved = numbers.movedim(dim, -1)
-    turned: Tensor = moved.unflatten(-1, (-1, block)) @ _hadamard(block, numbers.dtype, numbers.device)
-    return turned.flatten(-2).movedim(-1, dim)
+    matrix = _hadamard(block, numbers.dtype, numbers.device)
+    if dim == -1:
+        return (numbers.reshape(-1, block) @ matrix).view(numbers.shape)
+    return rotate(numbers.movedim(dim, -1), block).movedim(-1, dim)
 
 
 def rotate_moment(moment_KK: Tensor, block: int) -> Tensor:

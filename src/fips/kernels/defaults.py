@@ -14,13 +14,13 @@ from fips.kernels.backend import Backend
 from fips.kernels.call import Product
 from fips.kernels.timings import Way
 
-__all__ = ["PACKED_UP_TO", "default_way", "kind_of", "merging_pays"]
+__all__ = ["PACKED_UP_TO", "default_way", "kind_of", "merging_pays", "packed_up_to"]
 
 PACKED_UP_TO: dict[str, dict[str, int]] = {
     "portable": {"floats": 0, "bytes": 0, "codes": 32, "coded": 32, "pattern": 64},
     "avx2": {"floats": 4},
     "neon": {"floats": 4, "bytes": 4, "codes": 32, "coded": 32, "pattern": 64},
-    "triton": {"floats": 0, "bytes": 0, "codes": 16, "coded": 16, "pattern": 16},
+    "triton": {"floats": 0, "bytes": 64, "codes": 64, "coded": 64, "pattern": 16},
 }
 """Tokens up to which the packed bytes are read, by instruction set or backend and by ``kind_of`` a matrix; beyond them
 rows are decoded and torch multiplies. What is not named is read packed whatever the number of tokens.
@@ -39,7 +39,7 @@ def default_way(possible: tuple[Way, ...], layer: Product, backend: Backend, tok
         return possible[0]
     if "merge" in possible and merging_pays(layer, tokens):
         return "merge"
-    if "packed" in possible and tokens <= _limit(layer.packed, backend):
+    if "packed" in possible and tokens <= packed_up_to(layer.packed, backend):
         return "packed"
     return "decode"
 
@@ -65,6 +65,7 @@ def merging_pays(layer: Product, tokens: int) -> bool:
     return width * hidden * (rank + tokens) < GAIN * tokens * rank * (width + hidden)
 
 
-def _limit(packed: Packed, backend: Backend) -> float:
+def packed_up_to(packed: Packed, backend: Backend) -> float:
+    """Tokens up to which a backend reads the packed bytes of a matrix."""
     level = cpu.isa_names()[-1] if backend.name == "cpu" else backend.name
     return PACKED_UP_TO.get(level, {}).get(kind_of(packed), float("inf"))

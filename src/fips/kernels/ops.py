@@ -13,11 +13,13 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from fips.formats.packed import Packed
 from fips.formats.patterns import BlockAxis
 from fips.kernels import reference, registry
 from fips.kernels.backend import Backend, PreparedMatrix, RepeatedCall
+from fips.kernels.defaults import packed_up_to
 from fips.kernels.validity import is_plain, needs_grad
 
 __all__ = ["Keeper", "is_plain", "needs_grad", "number_of", "packed_linear", "traceable"]
@@ -72,6 +74,15 @@ def packed_linear(
     return y
 
 
+def _product(
+    backend: Backend, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, activation_bits: int | None
+) -> Tensor:
+    """A graph is made before the number of tokens is known: whether to decode is asked here."""
+    if backend.decodes and x.shape[:-1].numel() > packed_up_to(prepared.packed, backend):
+        return linear(x, backend.decode(prepared, x.dtype), None if bias is None else bias.to(x.dtype))
+    return backend.multiply(x, prepared, bias, activation_bits=activation_bits)
+
+
 def traceable(x: Tensor, packed: Packed) -> bool:
     """Whether the operator may stand in a traced graph: not in exported ones, which must run without fips."""
     if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:  # `is_exporting()` is True in any trace
@@ -102,7 +113,7 @@ def _packed_linear(
     # in a graph from another process the number may be that of some other layer, which looks whether it is its own
     kept = None if keeper is None else _keepers.get(int(keeper))
     prepared = backend.prepare(packed) if kept is None else kept.prepared(packed, backend)
-    return backend.multiply(x, prepared, bias, activation_bits=activation_bits)
+    return _product(backend, x, prepared, bias, activation_bits)
 
 
 @_packed_linear.register_fake
@@ -140,7 +151,7 @@ def _packed_product(
     activation_bits = None if bits == "None" else int(bits)
     backend = registry.choose(packed, x.device, x.dtype)
     prepared = backend.prepare(packed) if kept is None else kept.prepared(packed, backend)
-    y = backend.multiply(x, prepared, bias, activation_bits=activation_bits)
+    y = _product(backend, x, prepared, bias, activation_bits)
     if kept is not None and 0 < x.numel() <= backend.repeats_up_to * x.shape[-1] and x.is_contiguous():
         call = backend.repeat(x, prepared, bias, activation_bits)
         if call is not None:

@@ -27,7 +27,9 @@ from fips.errors import BackendError
 from fips.formats.packed import Packed, check_packed
 from fips.formats.rotation import rotate
 from fips.formats.trellis import RUN
-from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
+from fips.formats.values import values_named
+from fips.kernels import triton_words
+from fips.kernels.backend import Backend, PreparedMatrix, RepeatedCall, kernel_refuses, unsupported_format
 from fips.kernels.reference import check_inputs
 
 try:
@@ -133,20 +135,15 @@ class TritonMatrix(PreparedMatrix):
     def __init__(self, packed: Packed, *, splits: int | None = None) -> None:
         check_packed(packed)
         super().__init__(packed)
+        self.words = triton_words.WordMatrix(packed) if triton_words.WordMatrix.fits(packed) else None
         self.layout = layout = TileLayout.of(packed)
         rows, cols = packed.shape
         device = packed.values_Z.device
-        coded = layout.FORMAT == _NM
-        self.table = (
-            _code_table(layout.GROUP_KEPT, layout.UNIT, device)
-            if coded
-            else torch.zeros(1, dtype=torch.int32, device=device)
-        )
+        self.table = _code_table(layout.GROUP_KEPT, layout.UNIT if layout.FORMAT == _NM else 0, device)
         self.values, pattern = layout.read(packed)
         self.pattern = pattern if pattern.numel() else self.table
         self.group_scales = self.table if packed.group_scales is None else packed.group_scales
-        self.levels = torch.tensor(packed.numbers.levels or [0], dtype=torch.int8, device=device)
-        self.history = torch.tensor(packed.numbers.history or [0], dtype=torch.uint8, device=device)
+        self.levels, self.history = _tables(packed.value_format, device)
         tile = layout.GROUP * layout.GROUPS
         wanted = _splits(rows, device) if splits is None else splits
         self.split_columns = -(-cols // (wanted * tile)) * tile
@@ -212,6 +209,8 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
     bias_N = None if bias_N is None else bias_N.contiguous()
     x = rotate(x_TK.reshape(-1, cols), packed.rotation)
     tokens = x.shape[0]
+    if prepared.words is not None and triton_words.takes(tokens, x.dtype):
+        return triton_words.multiply(x.contiguous(), packed, prepared.words, bias_N).view(*x_TK.shape[:-1], rows)
     y = x.new_empty(tokens, rows)
     if y.numel() == 0:
         return y.view(*x_TK.shape[:-1], rows)
@@ -230,15 +229,15 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
         WIDE=not x.is_cuda, BLOCK_T=block_t, ROWS=ROWS, UNROLL=UNROLL, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip  # WIDE is for the interpreter, whose dot product knows no bfloat16
     if not alone:
-        _finish_kernel[(triton.cdiv(tokens * rows, 1024),)](
-            sums, scales, bias, y, tokens * rows, rows, prepared.splits, **affine, BLOCK=1024
-        )
+        triton_words.add_splits(sums, packed.scales_N, bias_N, y)
     return y.view(*x_TK.shape[:-1], rows)
 
 
 def decode(prepared: TritonMatrix, dtype: torch.dtype) -> Tensor:
     """S as a dense (N, K) matrix; integers are multiplied by their scales in float32."""
     packed = prepared.packed
+    if prepared.words is not None:
+        return rotate(triton_words.decode(packed, prepared.words, dtype), packed.rotation)
     rows, cols = packed.shape
     dense = torch.empty(rows, cols, dtype=dtype, device=packed.values_Z.device)
     _decode_kernel[(triton.cdiv(rows, DECODED_ROWS), prepared.splits)](
@@ -257,6 +256,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     decodes = True
+    repeats_up_to = triton_words.MOST_TOKENS
 
     def supports(self, packed: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
         if not available():
@@ -279,19 +279,58 @@ class TritonBackend(Backend):
         with _on_device_of(prepared.packed.values_Z):
             return decode(cast(TritonMatrix, prepared), dtype)
 
+    def repeat(
+        self, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, activation_bits: int | None
+    ) -> RepeatedCall | None:
+        matrix = cast(TritonMatrix, prepared)
+        whole = bias is None or bias.is_contiguous()
+        return _Repeated(x.dtype, matrix) if matrix.words is not None and x.is_cuda and whole else None
+
+
+class _Repeated(RepeatedCall):
+    """Few tokens once more through words of the same matrix."""
+
+    __slots__ = ("dtype", "matrix")
+
+    def __init__(self, dtype: torch.dtype, matrix: TritonMatrix) -> None:
+        self.dtype, self.matrix = dtype, matrix
+
+    def holds(self) -> bool:
+        return self.matrix.holds()
+
+    def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        words = self.matrix.words
+        assert words is not None
+        rows, cols = packed.shape
+        turned = rotate(x.reshape(-1, cols), packed.rotation).contiguous()
+        with _on_device_of(x):
+            return triton_words.multiply(turned, packed, words, bias).view(*x.shape[:-1], rows)
+
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    there = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
+    return nullcontext() if there else torch.cuda.device(tensor.device)
 
 
 @cache
 def _code_table(n: int, m: int, device: torch.device) -> Tensor:
-    """The M-bit mask of every code of an N:M format, in code order; of numbers that are no code, 0."""
+    """The M-bit mask of every code of an N:M format, in code order; of numbers that are no code, 0.
+
+    Kept for a device, as all such tables: while a graph is captured nothing may be copied to a GPU.
+    """
     masks = sorted(mask for mask in range(1 << m) if mask.bit_count() == n)  # colexicographic order of the subsets
     assert len(masks) == math.comb(m, n)
     masks += [0] * ((1 << (len(masks) - 1).bit_length()) - len(masks))
     return torch.tensor(masks, dtype=torch.int32, device=device)
+
+
+@cache
+def _tables(value_format: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The levels of a value format and what the codes above an entry add to its place; [0] where there are none."""
+    numbers = values_named(value_format)
+    levels = torch.tensor(numbers.levels or [0], dtype=torch.int8, device=device)
+    return levels, torch.tensor(numbers.history or [0], dtype=torch.uint8, device=device)
 
 
 if triton is not None:
@@ -545,24 +584,6 @@ if triton is not None:
             total += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
         y_at = (split.to(tl.int64) * tokens + t[None, :]) * rows + n[:, None]
         tl.store(y_ptr + y_at, total.to(y_ptr.dtype.element_ty), mask=(n[:, None] < rows) & t_inside)
-
-    @triton.jit
-    def _finish_kernel(
-        sums, scales, bias, y_ptr, size, rows, splits, SCALED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr
-    ) -> None:
-        """Adds the sums of all splits, in their order."""
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < size
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        place = sums + at
-        for _ in range(splits):
-            total += tl.load(place, mask=inside, other=0.0)
-            place += size
-        if SCALED:
-            total *= tl.load(scales + at % rows, mask=inside, other=0.0).to(tl.float32)
-        if BIASED:
-            total += tl.load(bias + at % rows, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _decode_kernel(
