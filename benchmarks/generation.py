@@ -94,12 +94,12 @@ def make(args: argparse.Namespace) -> None:
         shutil.rmtree(args.output / "dense")
 
 
-def filled(model: Any) -> Any:
+def filled(model: Any, device: str = "cpu") -> Any:
     """The model with random numbers in all that is still on the meta device."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    model.to_empty(device="cpu")
+    generator = torch.Generator(device).manual_seed(0)
+    model.to_empty(device=device)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1.0)
@@ -117,7 +117,7 @@ def with_positions(model: Any) -> Any:
     return model.eval()
 
 
-def packed(model: Any, values: str) -> Any:
+def packed(model: Any, values: str, device: str = "cpu") -> Any:
     """The model with random codes of a value format in all matrices."""
     import torch
     from torch import nn
@@ -127,7 +127,10 @@ def packed(model: Any, values: str) -> Any:
     from fips.storage.layout import replace_embedding, replace_linear
     from fips.storage.quantizer import attach
 
-    numbers, generator = values_named(values), torch.Generator().manual_seed(0)
+    numbers, generator = values_named(values), torch.Generator(device).manual_seed(0)
+
+    def random(low: int, high: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.randint(low, high, like.shape, generator=generator, device=device, dtype=torch.uint8)
 
     def layer_of(rows: int, cols: int, *, role: str) -> FactoredLinear:
         width, hidden = (cols, rows) if role == "up" else (rows, cols)
@@ -135,11 +138,11 @@ def packed(model: Any, values: str) -> Any:
             None, role=role, hidden=hidden, kept=rows * cols, fmt="full", dtype=torch.bfloat16, width=width,
             values=values, rotation=64 if numbers.bits and numbers.bits < 6 and not values.startswith("int") else 1,
         )  # fmt: skip
-        layer.values = torch.randint(0, 256, layer.values.shape, generator=generator).to(layer.values.dtype)
+        layer.values = random(0, 256, layer.values).view(layer.values.dtype)
         layer.scales = torch.full_like(layer.scales, 0.02 / (16 if numbers.scale_group else 1) / numbers.largest)
         if numbers.scale_group:
-            layer.group_scales = torch.randint(8, 24, layer.group_scales.shape, generator=generator).to(torch.uint8)
-        return layer
+            layer.group_scales = random(8, 24, layer.group_scales)
+        return layer.to(device)
 
     tied = bool(model.config.tie_word_embeddings)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -151,7 +154,7 @@ def packed(model: Any, values: str) -> Any:
         for name, module in linear.items()
         if not (tied and name in heads)
     }
-    filled(model)
+    filled(model, device)
     model.requires_grad_(False)
     setattr(basis_owner(model), BASES, nn.ModuleDict())
     for name, layer in layers.items():

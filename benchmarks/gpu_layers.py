@@ -34,8 +34,10 @@ from fips.record import environment
 
 SHAPES = {"llama-1b": (2048, 8192), "llama-8b": (4096, 14336)}
 KINDS = {
-    "int4, all kept": (FULL, 1.0, "int4"),
-    "int8, all kept": (FULL, 1.0, "int8"),
+    "int4g64": (FULL, 1.0, "int4g64"),
+    "tc4g64": (FULL, 1.0, "tc4g64"),
+    "nl5g64": (FULL, 1.0, "nl5g64"),
+    "int8": (FULL, 1.0, "int8"),
     "int4, half kept": (BITMASK, 0.5, "int4"),
 }
 TOKENS = (1, 4, 16, 64, 512)
@@ -45,10 +47,26 @@ Layer = Callable[[Tensor], Tensor]
 
 def make_layers(shape: tuple[int, int], kind: tuple[str, float, str], *, role: str, copies: int) -> list[Layer]:
     fmt, density, values = kind
+    if fmt == FULL:
+        return [whole_layer(shape, values, role=role, seed=seed) for seed in range(copies)]
     factor = torch.randn(shape, device="cuda")
-    mask = torch.rand(shape, device="cuda") < density if density < 1 else torch.ones_like(factor, dtype=torch.bool)
+    mask = torch.rand(shape, device="cuda") < density
     layer = FactoredLinear.from_factor(None, factor, mask, role=role, fmt=fmt, values=values, dtype=torch.bfloat16)
     return [copy.deepcopy(layer.cuda()) for _ in range(copies)]
+
+
+def whole_layer(shape: tuple[int, int], values: str, *, role: str, seed: int) -> Layer:
+    """A layer that leaves no entry out, of random codes."""
+    width, hidden = shape
+    layer = FactoredLinear(
+        None, role=role, hidden=hidden, kept=width * hidden, fmt=FULL, width=width, values=values, dtype=torch.bfloat16
+    ).cuda()
+    torch.manual_seed(seed)
+    layer.values = torch.randint(0, 256, layer.values.shape, device="cuda").to(layer.values.dtype)
+    layer.scales = torch.full_like(layer.scales, 1e-4)
+    if layer.value_format.scale_group:
+        layer.group_scales = torch.randint(8, 24, layer.group_scales.shape, device="cuda", dtype=torch.uint8)
+    return layer.eval()
 
 
 def set_policy(layers: Sequence[Any], policy: str) -> None:
@@ -96,10 +114,10 @@ def call_seconds(layers: Sequence[Layer], x: Tensor, *, runs: int) -> float:
 
 @torch.inference_mode()
 def measure(layers: list[Layer], dense: list[Layer], x: Tensor, *, runs: int) -> dict[str, Any]:
-    graphs, calls = {"dense": captured(dense, x)}, {"dense": call_seconds(dense, x, runs=5)}
+    graphs, calls = {"dense": captured(dense, x)}, {"dense": call_seconds(dense, x, runs=3)}
     for way in WAYS:
         set_policy(layers, way)
-        graphs[way], calls[way] = captured(layers, x), call_seconds(layers, x, runs=5)
+        graphs[way], calls[way] = captured(layers, x), call_seconds(layers, x, runs=3)
     taken = {name: [run / len(dense) for run in found] for name, found in alternate(graphs, runs=runs).items()}
     set_policy(layers, "auto")
     first: Any = layers[0]
@@ -118,8 +136,8 @@ def measure(layers: list[Layer], dense: list[Layer], x: Tensor, *, runs: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--megabytes", type=int, default=800, help="dense bfloat16 weights visited in turn")
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--megabytes", type=int, default=500, help="dense bfloat16 weights visited in turn")
+    parser.add_argument("--runs", type=int, default=11)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
     torch.manual_seed(0)

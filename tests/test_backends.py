@@ -196,3 +196,15 @@ def test_a_snapshot_sees_what_counts() -> None:
     assert not seen.equals(Snapshot(places=(place,), contents=(content,)))
     place.data = place.data[:4]
     assert not Snapshot(places=(torch.zeros(8),)).equals(Snapshot(places=(place,)))
+
+
+def test_one_node_of_a_graph_computes_what_the_layer_does() -> None:
+    packed = example("bitmask", (24, 64), dtype=torch.int8)
+    bias, x = inputs(1, 24, torch.float32)[0], inputs(3, 64, torch.float32)
+    parts = (packed.values_Z, packed.pattern, packed.scales_N, None, bias, None, False)
+    with torch.no_grad():
+        y = ops.product_in_graph(x, parts, 24, ops.meaning_of(packed, 16))
+    assert y is not None
+    assert_close(y, x.double() @ reference.decode(packed, torch.float32).double().T + bias, TOLERANCE[torch.float32])
+    assert ops.product_in_graph(x.requires_grad_(), parts, 24, "") is None  # a graph with gradients has an operator
+    assert ops.product_in_graph(x, (*parts[:-1], True), 24, "") is None

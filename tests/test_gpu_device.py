@@ -137,6 +137,23 @@ def test_a_layer_may_be_on_a_gpu_that_is_not_the_current_one() -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_layer_is_one_node_of_a_graph() -> None:
+    for values, rotation in (("tc4g64", 64), ("int5", 1)):
+        shape = {"hidden": 192, "kept": 192 * 256, "width": 256}
+        layer = FactoredLinear(None, role="up", fmt="full", values=values, rotation=rotation, **shape).cuda()
+        layer.values = torch.randint(0, 256, layer.values.shape, dtype=torch.uint8).cuda()
+        layer.scales.fill_(1e-3)
+        if layer.value_format.scale_group:
+            layer.group_scales.fill_(3)
+        layer = layer.to(torch.bfloat16)
+        with torch.no_grad():
+            compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+            for tokens in (1, 100, 1, 1):
+                x = inputs(tokens, 256, torch.bfloat16).cuda()
+                assert_close(compiled(x), x.double() @ layer.dense_weight().double().T, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.slow
 def test_gradients_and_traced_graphs_use_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIPS_RUNTIME", "packed")
     layer = layer_of(64, 96, fmt="bitmask", values="float")
@@ -171,6 +188,7 @@ def test_a_model_computes_on_a_gpu_what_it_does_on_a_cpu(policy: str, monkeypatc
 def test_the_way_is_the_faster_one_and_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FIPS_RUNTIME", raising=False)
     layer = layer_of(4096, 1024)
+    layer.runtime.policy = "measure"
     with torch.inference_mode():
         for tokens in (1, 2048):
             x = inputs(tokens, 1024, torch.bfloat16).cuda()

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import batches_for, tiny_model
-from test_kernels import rounded_inputs
+from test_kernels import assert_close, rounded_inputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import fips
 from fips.errors import BackendError, BudgetError, ConfigError
+from fips.formats import rotation
 from fips.formats.packed import Packed, check_packed, to_dense
 from fips.formats.trellis import RUN, Trellis
 from fips.formats.values import automatic_values, values_named
@@ -317,3 +318,22 @@ def test_training_moves_their_steps_and_leaves_their_codes(llama: PreTrainedMode
 def test_too_few_bits_for_every_entry_are_an_error_before_any_work(llama: PreTrainedModel) -> None:
     with pytest.raises(BudgetError, match="smallest `bits` for these settings"):
         fips.compress(llama, batches_for(llama), fips.CompressionConfig(bits=3.0, values="tc4"))
+
+
+@pytest.mark.parametrize("values", ["tc3g64", "nl3", "int3"])
+def test_what_inference_mode_made_first_can_be_trained_after(values: str) -> None:
+    for kept in (rotation._kept_matrix.cache_clear, values_named(values).__dict__.get("_tables", {}).clear):
+        kept()
+    layer = FactoredLinear(None, role="up", hidden=8, kept=8 * 64, fmt="full", width=64, values=values, rotation=16)
+    layer.values.zero_()
+    layer.scales.fill_(1)
+    if layer.value_format.scale_group:
+        layer.group_scales.fill_(1)
+    x = torch.ones(1, 64)
+    with torch.inference_mode():
+        layer(x)
+        layer.dense_weight()
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert not layer.runtime._failed  # else plain torch would have done it
+    assert_close(x.grad, layer.dense_weight().double().sum(0, keepdim=True), (1e-5, 1e-4))

@@ -15,6 +15,8 @@ import functools
 import torch
 from torch import Tensor
 
+from fips.formats.constants import made_apart
+
 __all__ = ["ROTATIONS", "rotate", "rotate_moment", "rotation_fits", "widest_rotation"]
 
 ROTATIONS = (1, 4, 16, 64)
@@ -31,13 +33,23 @@ def widest_rotation(columns: int) -> int:
     return max(block for block in ROTATIONS if rotation_fits(columns, block))
 
 
-@functools.cache
 def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _matrix(block).to(device=device, dtype=dtype)  # part of the graph
+    return _kept_matrix(block, dtype, device)
+
+
+@functools.cache
+def _kept_matrix(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return made_apart(lambda: _matrix(block).to(device=device, dtype=dtype))
+
+
+def _matrix(block: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < block:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    found: Tensor = (matrix / block**0.5).to(device=device, dtype=dtype)
-    return found
+    unit: Tensor = matrix / block**0.5
+    return unit
 
 
 def rotate(numbers: Tensor, block: int, dim: int = -1) -> Tensor:
@@ -49,7 +61,8 @@ def rotate(numbers: Tensor, block: int, dim: int = -1) -> Tensor:
         return numbers
     matrix = _hadamard(block, numbers.dtype, numbers.device)
     if dim == -1:
-        return (numbers.reshape(-1, block) @ matrix).view(numbers.shape)
+        turned: Tensor = numbers.reshape(-1, block) @ matrix
+        return turned.view(numbers.shape)
     return rotate(numbers.movedim(dim, -1), block).movedim(-1, dim)
 
 

@@ -29,6 +29,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from fips.formats.constants import made_apart
 from fips.formats.values import SCALE_GROUPS, VALUES, Values, signed
 
 __all__ = ["RUN", "Trellis"]
@@ -132,12 +133,15 @@ class Trellis(Values):
     def _on(self, device: torch.device) -> Tensor:
         """The number of every code together with those above it, the code itself in the lowest bits."""
         if device not in self._tables:
-            mask, codes = (1 << self.bits) - 1, torch.arange(1 << self.bits * (self.memory + 1))
-            places = codes & mask
-            for back, added in enumerate(self.history, start=1):
-                places ^= torch.tensor(added)[codes >> self.bits * back & mask]
-            self._tables[device] = torch.tensor(self.levels, dtype=torch.float32)[places].to(device)
+            self._tables[device] = made_apart(lambda: self._made_on(device))
         return self._tables[device]
+
+    def _made_on(self, device: torch.device) -> Tensor:
+        mask, codes = (1 << self.bits) - 1, torch.arange(1 << self.bits * (self.memory + 1))
+        places = codes & mask
+        for back, added in enumerate(self.history, start=1):
+            places ^= torch.tensor(added)[codes >> self.bits * back & mask]
+        return torch.tensor(self.levels, dtype=torch.float32)[places].to(device)
 
     def encode(self, numbers: Tensor) -> Tensor:
         raise NotImplementedError(f"codes of {self.name} are found together, by `search`")

@@ -23,6 +23,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from fips.formats.constants import made_apart
 from fips.formats.registry import Registry
 
 __all__ = [
@@ -319,13 +320,14 @@ class _Levels(Values):
         """``(levels, codes, nearest)``: the number of every code, and code and number next to every integer from -128
         to 128."""
         if device not in self._tables:
-            levels = torch.tensor(self.levels, dtype=torch.float32)
-            middles = (levels[1:] + levels[:-1]) / 2
-            places = torch.bucketize(torch.arange(-128.0, 129.0), middles)
-            tables = levels, places.to(torch.int8), levels[places]
-            levels, codes, nearest = (table.to(device) for table in tables)
-            self._tables[device] = levels, codes, nearest
+            self._tables[device] = made_apart(lambda: self._made_on(device))
         return self._tables[device]
+
+    def _made_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        levels = torch.tensor(self.levels, dtype=torch.float32)
+        middles = (levels[1:] + levels[:-1]) / 2
+        places = torch.bucketize(torch.arange(-128.0, 129.0), middles)
+        return levels.to(device), places.to(device=device, dtype=torch.int8), levels[places].to(device)
 
     def _places(self, numbers: Tensor) -> Tensor:
         """Places in the table of integers of numbers, flat."""

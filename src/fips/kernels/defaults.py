@@ -20,7 +20,7 @@ PACKED_UP_TO: dict[str, dict[str, int]] = {
     "portable": {"floats": 0, "bytes": 0, "codes": 32, "coded": 32, "pattern": 64},
     "avx2": {"floats": 4},
     "neon": {"floats": 4, "bytes": 4, "codes": 32, "coded": 32, "pattern": 64},
-    "triton": {"floats": 0, "bytes": 64, "codes": 64, "coded": 64, "pattern": 16},
+    "triton": {"floats": 0, "bytes": 64, "codes": 64, "coded": 32, "pattern": 16},
 }
 """Tokens up to which the packed bytes are read, by instruction set or backend and by ``kind_of`` a matrix; beyond them
 rows are decoded and torch multiplies. What is not named is read packed whatever the number of tokens.

@@ -22,7 +22,9 @@ from fips.kernels.backend import Backend, PreparedMatrix, RepeatedCall
 from fips.kernels.defaults import packed_up_to
 from fips.kernels.validity import is_plain, needs_grad
 
-__all__ = ["Keeper", "is_plain", "needs_grad", "number_of", "packed_linear", "traceable"]
+__all__ = [
+    "Keeper", "is_plain", "meaning_of", "needs_grad", "number_of", "packed_linear", "product_in_graph", "traceable",
+]  # fmt: skip
 
 _numbers = count(1)
 
@@ -60,8 +62,7 @@ def packed_linear(
     """
     y: Tensor
     if keeper is not None and not needs_grad(x, packed.values_Z, bias):
-        layout = (*packed.shape, packed.fmt, packed.block_axis, packed.value_format, packed.count, packed.rotation)
-        meaning = " ".join(map(str, (*layout, activation_bits)))
+        meaning = meaning_of(packed, activation_bits)
         y = torch.ops.fips.packed_product(
             x, packed.values_Z, packed.pattern, packed.scales_N, packed.group_scales, bias, keeper, packed.shape[0],
             meaning,
@@ -71,6 +72,25 @@ def packed_linear(
         x, packed.values_Z, packed.pattern, packed.scales_N, bias, list(packed.shape), packed.fmt, packed.block_axis,
         packed.value_format, packed.count, packed.rotation, packed.group_scales, activation_bits, keeper,
     )  # fmt: skip
+    return y
+
+
+def meaning_of(packed: Packed, activation_bits: int | None) -> str:
+    """What the tensors of a matrix mean, in a word that ``packed_product`` reads."""
+    layout = (*packed.shape, packed.fmt, packed.block_axis, packed.value_format, packed.count, packed.rotation)
+    return " ".join(map(str, (*layout, activation_bits)))
+
+
+def product_in_graph(x: Tensor, parts: Sequence[Any], rows: int, meaning: str) -> Tensor | None:
+    """The product of a layer without a basis as one node of a graph for a GPU; None where it takes another way.
+
+    ``parts`` are those of ``FactoredLinear``. Whatever a traced layer is asked for is looked at again before every run
+    of the graph, some hundreds of nanoseconds each, so it is asked for little.
+    """
+    values, pattern, scales, group_scales, bias, basis, offloaded = parts
+    if basis is not None or scales is None or offloaded or needs_grad(x, bias) or torch.compiler._is_exporting_flag:
+        return None
+    y: Tensor = torch.ops.fips.packed_product(x, values, pattern, scales, group_scales, bias, None, rows, meaning)
     return y
 
 
@@ -123,8 +143,8 @@ def _(x: Tensor, values: Tensor, pattern: Tensor, scales: Any, bias: Any, shape:
 
 _library = torch.library.Library("fips", "FRAGMENT")
 _library.define(
-    "packed_product(Tensor x, Tensor values, Tensor pattern, Tensor? scales, Tensor? group_scales, Tensor? bias, "
-    "Tensor keeper, int rows, str meaning) -> Tensor",
+    "packed_product(Tensor x, Tensor values, Tensor? pattern, Tensor? scales, Tensor? group_scales, Tensor? bias, "
+    "Tensor? keeper, int rows, str meaning) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -132,15 +152,16 @@ _library.define(
 def _packed_product(
     x: Tensor,
     values: Tensor,
-    pattern: Tensor,
+    pattern: Tensor | None,
     scales: Tensor | None,
     group_scales: Tensor | None,
     bias: Tensor | None,
-    keeper: Tensor,
+    keeper: Tensor | None,
     rows: int,
     meaning: str,
 ) -> Tensor:
-    kept = _keepers.get(int(keeper))
+    kept = None if keeper is None else _keepers.get(int(keeper))
+    pattern = values.new_empty(0, dtype=torch.uint8) if pattern is None else pattern
     tensors = (values, pattern, scales, group_scales, bias)
     known = None if kept is None else kept.again(x, meaning, tensors)
     if known is not None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fips.errors import BackendError
+from fips.formats.constants import made_apart
 from fips.formats.packed import Packed, check_packed
 from fips.formats.rotation import rotate
 from fips.formats.trellis import RUN
@@ -301,10 +302,8 @@ class _Repeated(RepeatedCall):
     def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         words = self.matrix.words
         assert words is not None
-        rows, cols = packed.shape
-        turned = rotate(x.reshape(-1, cols), packed.rotation).contiguous()
         with _on_device_of(x):
-            return triton_words.multiply(turned, packed, words, bias).view(*x.shape[:-1], rows)
+            return triton_words.multiply(rotate(x, packed.rotation).contiguous(), packed, words, bias)
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -315,22 +314,19 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 @cache
 def _code_table(n: int, m: int, device: torch.device) -> Tensor:
-    """The M-bit mask of every code of an N:M format, in code order; of numbers that are no code, 0.
-
-    Kept for a device, as all such tables: while a graph is captured nothing may be copied to a GPU.
-    """
+    """The M-bit mask of every code of an N:M format, in code order; of numbers that are no code, 0."""
     masks = sorted(mask for mask in range(1 << m) if mask.bit_count() == n)  # colexicographic order of the subsets
     assert len(masks) == math.comb(m, n)
     masks += [0] * ((1 << (len(masks) - 1).bit_length()) - len(masks))
-    return torch.tensor(masks, dtype=torch.int32, device=device)
+    return made_apart(lambda: torch.tensor(masks, dtype=torch.int32, device=device))
 
 
 @cache
 def _tables(value_format: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The levels of a value format and what the codes above an entry add to its place; [0] where there are none."""
     numbers = values_named(value_format)
-    levels = torch.tensor(numbers.levels or [0], dtype=torch.int8, device=device)
-    return levels, torch.tensor(numbers.history or [0], dtype=torch.uint8, device=device)
+    levels = made_apart(lambda: torch.tensor(numbers.levels or [0], dtype=torch.int8, device=device))
+    return levels, made_apart(lambda: torch.tensor(numbers.history or [0], dtype=torch.uint8, device=device))
 
 
 if triton is not None:

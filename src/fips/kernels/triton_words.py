@@ -16,12 +16,14 @@ Shape legend: T tokens, N stored rows (outputs), K stored columns (the reduction
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fips.formats.constants import made_apart
 from fips.formats.packed import Packed
 from fips.formats.patterns import FULL
 from fips.formats.trellis import RUN
@@ -33,19 +35,20 @@ try:
 except ImportError:
     triton = None
 
-__all__ = ["EIGHT", "MOST_FEW", "MOST_TOKENS", "WordMatrix", "add_splits", "decode", "multiply", "takes"]
+__all__ = ["EIGHT", "MOST_TOKENS", "WordMatrix", "add_splits", "decode", "multiply", "takes"]
 
 EIGHT = 8
 """Columns whose codes one thread reads at a time."""
-MOST_FEW, MOST_TOKENS = 2, 64
-"""Tokens that are multiplied in threads, and those that ``multiply`` takes."""
+MOST_TOKENS = 64
+"""Tokens that ``multiply`` takes."""
+MOST_FEW, MOST_FEW_ROWS, LARGE = 4, 2, 4096
+"""Tokens up to which threads multiply them, and those where a matrix has at least so many rows: matrix units are faster
+from about there on."""
 ROWS, WARPS = 4, 4
 """Rows of a program for few tokens, all of them in every thread, and warps, side by side along the columns."""
-FEW_ROWS = 4096
-"""Matrices of fewer rows have twice as many warps in a program."""
 TILE_ROWS, TILE_EIGHTS, TILE_WARPS = 64, 16, 4
 """Rows and eights of columns of a tile that goes to the matrix units."""
-PROGRAMS, MOST_SPLITS = 4, 8
+PROGRAMS, MOST_SPLITS = 8, 8
 """Programs per multiprocessor that columns are split for where rows are few, and parts at most."""
 DECODED_ROWS, DECODING_WARPS = 4, 4
 
@@ -66,8 +69,24 @@ class WordMatrix:
             "HISTORY": _history(numbers.history, packed.bits),
             "RUN": RUN,
         }
-        self.compiled: dict[tuple[int, torch.dtype, torch.dtype | None, bool], Any] = {}
-        """Kernels by tokens, type of inputs, type of a bias, and whether both begin at 16 bytes."""
+        self._launches: dict[Hashable, tuple[Any, tuple[object, ...]]] = {}
+
+    def again(self, key: Hashable, tensors: Sequence[Tensor | None]) -> bool:
+        """Start a kernel as the first time: looking at all arguments again takes Triton longer than a product."""
+        known = self._launches.get(key)
+        if known is not None:
+            known[0](*tensors, *known[1])
+        return known is not None
+
+    def first(
+        self, key: Hashable, kernel: Any, grid: tuple[int, int, int], tensors: Sequence[Tensor | None],
+        numbers: tuple[int, ...], settings: dict[str, int], **options: object,
+    ) -> None:  # fmt: skip
+        """Start a kernel, and remember how under a key that says everything it was compiled for; None: do not."""
+        constants = self.constants | settings
+        compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+        if compiled is not None and key is not None:  # the interpreter compiles nothing
+            self._launches[key] = compiled[grid], (*numbers, *constants.values())
 
     @staticmethod
     def fits(packed: Packed) -> bool:
@@ -81,14 +100,17 @@ class WordMatrix:
 
 @cache
 def _levels(name: str, device: torch.device) -> Tensor:
-    """The number of every code, or place, as float32; once for a device: nothing may be copied there while a graph is
-    captured. The table does not cross a multiple of its size."""
+    """The number of every code, or place, as float32. The table does not cross a multiple of its size."""
     numbers = values_named(name)
     half = 0 if numbers.memory else len(numbers.levels) // 2  # codes have a sign: those above the half come first
-    table = torch.tensor(numbers.levels[half:] + numbers.levels[:half], dtype=torch.float32)
-    room = torch.empty(2 * table.numel(), dtype=torch.float32, device=device)
-    before = -room.data_ptr() % table.nbytes // table.itemsize
-    return room[before : before + table.numel()].copy_(table)
+
+    def table() -> Tensor:
+        levels = torch.tensor(numbers.levels[half:] + numbers.levels[:half], dtype=torch.float32)
+        room = torch.empty(2 * levels.numel(), dtype=torch.float32, device=device)
+        before = -room.data_ptr() % levels.nbytes // levels.itemsize
+        return room[before : before + levels.numel()].copy_(levels)
+
+    return made_apart(table)
 
 
 def _history(history: tuple[tuple[int, ...], ...], bits: int) -> int:
@@ -99,54 +121,63 @@ def _history(history: tuple[tuple[int, ...], ...], bits: int) -> int:
 
 def takes(tokens: int, dtype: torch.dtype) -> bool:
     """Whether ``multiply`` takes so many: of float32, in which matrix units are not exact, those of threads only."""
-    return 0 < tokens <= (MOST_FEW if dtype == torch.float32 else MOST_TOKENS)
+    return 0 < tokens <= (MOST_FEW_ROWS if dtype == torch.float32 else MOST_TOKENS)
 
 
-def multiply(x_TK: Tensor, packed: Packed, matrix: WordMatrix, bias_N: Tensor | None) -> Tensor:
-    r""":math:`y = x S^\top + b` of 1 to ``MOST_TOKENS`` tokens side by side, in the type of ``x``; sums in float32."""
-    return (_few if len(x_TK) <= MOST_FEW else _many)(x_TK, packed, matrix, bias_N)
+def multiply(x: Tensor, packed: Packed, matrix: WordMatrix, bias_N: Tensor | None) -> Tensor:
+    r""":math:`y = x S^\top + b` of 1 to ``MOST_TOKENS`` tokens (..., K) side by side; sums are float32."""
+    rows, cols = packed.shape
+    tokens = x.numel() // cols
+    y = x.new_empty(*x.shape[:-1], rows)
+    if tokens <= MOST_FEW_ROWS or (tokens <= MOST_FEW and rows < LARGE):
+        _multiply_few(x, packed, matrix, bias_N, y, tokens)
+    else:
+        _multiply_many(x, packed, matrix, bias_N, y, tokens)
+    return y
 
 
-def _few(x_TK: Tensor, packed: Packed, matrix: WordMatrix, bias_N: Tensor | None) -> Tensor:
-    (tokens, cols), rows = x_TK.shape, packed.shape[0]
-    y_TN = x_TK.new_empty(tokens, rows)
-    grid, warps = ((rows + ROWS - 1) // ROWS, 1, 1), WARPS if rows >= FEW_ROWS else 2 * WARPS
-    tensors = (x_TK, *_stored(packed, matrix, bias_N), y_TN)
-    numbers = (tokens, rows, cols, matrix.pitch, matrix.words.numel())
-    settings = {"BIASED": bias_N is not None, "TOKENS": 1 << (tokens - 1).bit_length(), "ROWS": ROWS}
-    settings["EIGHTS"] = 32 * warps
-    aligned = not (x_TK.data_ptr() % 16 or (bias_N is not None and bias_N.data_ptr() % 16))
-    key = (tokens, x_TK.dtype, None if bias_N is None else bias_N.dtype, aligned)
-    known = matrix.compiled.get(key)
-    if known is not None:  # Triton looks again at all arguments, which takes longer than the kernel
-        known[grid](*tensors, *numbers, *matrix.constants.values(), *settings.values())
-        return y_TN
-    compiled = _few_kernel[grid](
-        *tensors, *numbers, **matrix.constants, **settings, num_warps=warps, enable_fp_fusion=True
-    )
-    if compiled is not None and aligned:  # the interpreter compiles nothing
-        matrix.compiled[key] = compiled
-    return y_TN
+def _multiply_few(x: Tensor, packed: Packed, matrix: WordMatrix, bias: Tensor | None, y: Tensor, tokens: int) -> None:
+    tensors = (x, *_stored(packed, matrix, bias), y)
+    key = _key("few", tokens, x, bias)
+    if not matrix.again(key, tensors):
+        rows, cols = packed.shape
+        settings = {"BIASED": bias is not None, "TOKENS": triton.next_power_of_2(tokens), "ROWS": ROWS}
+        matrix.first(
+            key, _few_kernel, (triton.cdiv(rows, ROWS), 1, 1), tensors,
+            (tokens, rows, cols, matrix.pitch, matrix.words.numel()), settings | {"EIGHTS": 32 * WARPS},
+            num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
-def _many(x_TK: Tensor, packed: Packed, matrix: WordMatrix, bias_N: Tensor | None) -> Tensor:
-    (tokens, cols), rows = x_TK.shape, packed.shape[0]
-    y_TN = x_TK.new_empty(tokens, rows)
+def _multiply_many(x: Tensor, packed: Packed, matrix: WordMatrix, bias: Tensor | None, y: Tensor, tokens: int) -> None:
+    rows, cols = packed.shape
     tiles, steps = triton.cdiv(rows, TILE_ROWS), triton.cdiv(matrix.pitch, TILE_EIGHTS)
-    splits = max(1, min(MOST_SPLITS, steps, PROGRAMS * _processors(x_TK.device) // tiles))
+    splits = max(1, min(MOST_SPLITS, steps, PROGRAMS * _processors(x.device) // tiles))
     split_eights = triton.cdiv(steps, splits) * TILE_EIGHTS
     splits = triton.cdiv(matrix.pitch, split_eights)
-    sums = y_TN if splits == 1 else x_TK.new_empty(splits, tokens, rows, dtype=torch.float32)
-    stored = _stored(packed, matrix, bias_N)
-    _many_kernel[(tiles, splits)](
-        x_TK, *stored, sums, tokens, rows, cols, matrix.pitch, matrix.words.numel(), split_eights, **matrix.constants,
-        BIASED=bias_N is not None, ALONE=splits == 1, WIDE=not x_TK.is_cuda,
-        TOKENS=max(16, triton.next_power_of_2(tokens)), ROWS=TILE_ROWS, EIGHTS=TILE_EIGHTS, num_warps=TILE_WARPS,
-        num_stages=1,
-    )  # fmt: skip  # WIDE is for the interpreter, whose dot product knows no bfloat16
+    sums = y if splits == 1 else x.new_empty(splits, tokens, rows, dtype=torch.float32)
+    tensors = (x, *_stored(packed, matrix, bias), sums)
+    key = _key("many", tokens, x, bias)
+    if not matrix.again(key, tensors):
+        crowded = packed.numbers.memory and tokens > 32  # more numbers than four warps have registers for
+        settings = {
+            "BIASED": bias is not None, "ALONE": splits == 1, "WIDE": not x.is_cuda,
+            "TOKENS": max(16, triton.next_power_of_2(tokens)), "ROWS": TILE_ROWS, "EIGHTS": TILE_EIGHTS,
+        }  # fmt: skip  # WIDE is for the interpreter, whose dot product knows no bfloat16
+        matrix.first(
+            key, _many_kernel, (tiles, splits, 1), tensors,
+            (tokens, rows, cols, matrix.pitch, matrix.words.numel(), split_eights), settings,
+            num_warps=2 * TILE_WARPS if crowded else TILE_WARPS, num_stages=1,
+        )  # fmt: skip
     if splits > 1:
-        add_splits(sums, packed.scales_N, bias_N, y_TN)
-    return y_TN
+        add_splits(sums, packed.scales_N, bias, y.view(tokens, rows))
+
+
+def _key(kernel: str, tokens: int, x: Tensor, bias: Tensor | None) -> Hashable:
+    """What a program was compiled for; None where something begins at an address of its own."""
+    if x.data_ptr() % 16 or (bias is not None and bias.data_ptr() % 16):
+        return None
+    return kernel, tokens, x.dtype, None if bias is None else bias.dtype
 
 
 def add_splits(sums_STN: Tensor, scales_N: Tensor | None, bias_N: Tensor | None, y_TN: Tensor) -> None:
@@ -162,12 +193,14 @@ def decode(packed: Packed, matrix: WordMatrix, dtype: torch.dtype) -> Tensor:
     """S as a dense (N, K) matrix, in the columns it is stored in; numbers are multiplied by their scales in float32."""
     rows, cols = packed.shape
     dense = torch.empty(rows, cols, dtype=dtype, device=matrix.words.device)
-    words, scales, groups, levels, _ = _stored(packed, matrix, None)
-    lanes = 32 * DECODING_WARPS
-    _written_kernel[(triton.cdiv(rows, DECODED_ROWS), triton.cdiv(matrix.pitch, lanes))](
-        words, scales, groups, levels, dense, rows, cols, matrix.pitch, matrix.words.numel(), **matrix.constants,
-        ROWS=DECODED_ROWS, EIGHTS=lanes, num_warps=DECODING_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    tensors = (*_stored(packed, matrix, None)[:-1], dense)
+    if not matrix.again(("decode", dtype), tensors):
+        lanes = 32 * DECODING_WARPS
+        matrix.first(
+            ("decode", dtype), _written_kernel, (triton.cdiv(rows, DECODED_ROWS), triton.cdiv(matrix.pitch, lanes), 1),
+            tensors, (rows, cols, matrix.pitch, matrix.words.numel()), {"ROWS": DECODED_ROWS, "EIGHTS": lanes},
+            num_warps=DECODING_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return dense
 
 
@@ -226,18 +259,15 @@ if triton is not None:
         """
         MASK: tl.constexpr = (1 << BITS) - 1
         SIGN: tl.constexpr = 1 << (BITS - 1)
-        if AT + BITS <= 22:
-            SHIFT: tl.constexpr = AT
-            bits = low
-        elif AT + BITS <= 32:
-            SHIFT: tl.constexpr = AT - 16 if AT >= 16 else 0
-            bits = low >> (AT - SHIFT)
-        elif AT < 32:
-            SHIFT: tl.constexpr = 0
+        HERE: tl.constexpr = AT if AT < 32 else AT - 32  # in its word
+        CUT: tl.constexpr = HERE + BITS > 32
+        SHIFT: tl.constexpr = HERE if HERE + BITS <= 22 else HERE - 16 if HERE >= 16 and not CUT else 0
+        if CUT:
             bits = _shifted(low, high, AT)
+        elif AT < 32:
+            bits = low >> (HERE - SHIFT)
         else:
-            SHIFT: tl.constexpr = AT - 32 if AT - 32 + BITS <= 22 else 0
-            bits = high >> (AT - 32 - SHIFT)
+            bits = high >> (HERE - SHIFT)
         BASE: tl.constexpr = (150 - SHIFT) << 23
         found = ((bits & (MASK << SHIFT)) ^ ((SIGN << SHIFT) | BASE)).to(tl.float32, bitcast=True)
         return found - (float(1 << (23 - SHIFT)) + SIGN)

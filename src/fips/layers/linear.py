@@ -16,7 +16,7 @@ from fips.formats.packed import Packed, to_dense
 from fips.formats.patterns import BITMASK, FULL, pattern_named
 from fips.formats.rotation import rotate, rotation_fits
 from fips.formats.values import FLOAT, Values, values_named
-from fips.kernels import registry
+from fips.kernels import ops, registry
 from fips.kernels.basis import BasisRuntime
 from fips.kernels.call import Product
 from fips.kernels.runtime import LayerRuntime
@@ -149,6 +149,7 @@ class FactoredLinear(nn.Module):
             self.register_buffer("pattern", torch.empty(size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
         self.register_buffer("weight", torch.empty(self.placeholder_shape, dtype=dtype))
+        self._meaning = ops.meaning_of(self.packed(), None)
         self.runtime = LayerRuntime()
 
     @classmethod
@@ -311,6 +312,10 @@ class FactoredLinear(nn.Module):
         return factor @ basis_DR.T if self.reads_stream else basis_DR @ factor
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and torch.compiler.is_compiling():
+            y = ops.product_in_graph(x, self._parts(), self.out_features, self._meaning)
+            if y is not None:
+                return y
         return self.runtime.forward(x, self._parts(), self.product)
 
     def _parts(self) -> tuple[object, ...]:
