@@ -333,7 +333,10 @@ def test_what_inference_mode_made_first_can_be_trained_after(values: str) -> Non
     with torch.inference_mode():
         layer(x)
         layer.dense_weight()
+        rotation.rotate(x, 16)
     x.requires_grad_()
+    rotation.rotate(x, 16).square().sum().backward()
+    x.grad = None
     layer(x).sum().backward()
     assert not layer.runtime._failed  # else plain torch would have done it
     assert_close(x.grad, layer.dense_weight().double().sum(0, keepdim=True), (1e-5, 1e-4))

@@ -88,17 +88,23 @@ class Remembered:
 
     MOST_REPEATS = 8
 
-    __slots__ = ("backends", "chosen", "parts", "product", "repeats")
+    __slots__ = ("backends", "chosen", "inference", "parts", "product", "repeats")
 
     def __init__(self, product: Product | None = None, parts: Sequence[object] = ()) -> None:
         self.product, self.parts = product, parts
         self.backends = registry.backends()
+        self.inference = torch.is_inference_mode_enabled()
         self.chosen: dict[Hashable, Choice] = {}
         self.repeats: dict[torch.Size, RepeatedCall] = {}
 
     def is_of(self, parts: Sequence[object]) -> bool:
-        """Whether the product is made of the same objects, and the backends are those that it knows."""
+        """Whether the product is made of the same objects, and the backends are those that it knows.
+
+        What inference mode made autograd refuses to keep, so it serves only there.
+        """
         same = self.product is not None and self.backends is registry.backends()
+        if self.inference and not torch.is_inference_mode_enabled():
+            return False
         return same and all(map(operator.is_, parts, self.parts))
 
     def repeat(self, shape: torch.Size, call: RepeatedCall) -> None:
