@@ -25,59 +25,59 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fips.formats.packed import Packed
-from fips.kernels import triton_kernel
+from fips.formats.values import values_named
+from fips.kernels import triton_kernel, triton_words
 from fips.record import environment
 
 ROWS, COLUMNS, WARPS = 128, 4096, triton_kernel.WARPS
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32"}
 CASES = [
-    *(("full", bits) for bits in (3, 4, 5, 6, 8)),
-    *(("bitmask", bits) for bits in (4, 6, 8, 0)),
-    *(("4:16", bits) for bits in (4, 8, 0)),
-    ("2:4", 0),
-    *(("block8", bits) for bits in (8, 0)),
+    *(("full", values) for values in ("int4g64", "int5g64", "int8", "nl4g64", "nl5g64", "tc2g64", "tc3g64", "tc4g64")),
+    *(("bitmask", values) for values in ("int4", "int6", "int8", "float")),
+    *(("4:16", values) for values in ("int4", "int8", "float")),
+    ("2:4", "float"),
+    *(("block8", values) for values in ("int8", "float")),
 ]
-FEW_CASES = {"bfloat16": [("full", 4), ("4:16", 0)], "float32": [("bitmask", 8), ("block8", 0)]}
-TOKENS = (16, 64)
+FEW_CASES = {
+    "bfloat16": [("full", "nl5g64"), ("full", "tc4g64"), ("4:16", "float")],
+    "float32": [("full", "int4"), ("bitmask", "int8"), ("block8", "float")],
+}
+TOKENS = (1, 16, 64)
 POINTERS = (
     *("x_ptr", "values", "pattern", "starts", "table", "scales", "group_scales", "bias", "y_ptr", "dense", "counts"),
-    *("sums", "levels", "history"),
+    *("sums", "levels", "history", "words"),
 )
-ALIGNED = (*POINTERS, "rows", "cols", "stride_t", "split_columns")
+ALIGNED = (*POINTERS, "rows", "cols", "stride_t", "split_columns", "split_eights")
 
 
-def example(fmt: str, bits: int) -> Packed:
+def example(fmt: str, values: str) -> Packed:
     """Stored tensors of the right types; what is in them does not matter to a compiler."""
-    values = torch.zeros(64, dtype=torch.bfloat16 if bits == 0 else torch.int8 if bits == 8 else torch.uint8)
-    scales = torch.zeros(ROWS, dtype=torch.bfloat16) if bits else None
+    numbers = values_named(values)
+    stored = torch.zeros(64, dtype=numbers.dtype or torch.bfloat16)
+    scales = torch.zeros(ROWS, dtype=torch.bfloat16) if numbers.scaled else None
     pattern = torch.zeros(0 if fmt == "full" else 64, dtype=torch.uint8)
-    return Packed(
-        values,
-        pattern,
-        scales,
-        (ROWS, COLUMNS),
-        fmt,
-        0 if fmt == "block8" else 1,
-        f"int{bits}" if bits else "float",
-        64,
-    )
+    groups = torch.zeros(64, dtype=torch.uint8) if numbers.scale_group else None
+    return Packed(stored, pattern, scales, (ROWS, COLUMNS), fmt, 0 if fmt == "block8" else 1, values, 64, groups)
 
 
 def pointers(packed: Packed, inputs: torch.dtype) -> dict[str, torch.dtype]:
     values, pattern = triton_kernel.TileLayout.of(packed).read(packed)
+    words = triton_words.WordMatrix.fits(packed)
     return {
         **dict.fromkeys(("x_ptr", "y_ptr", "bias", "dense"), inputs),
         "scales": torch.bfloat16,
         **dict.fromkeys(("group_scales", "history"), torch.uint8),
-        "levels": torch.int8,
-        **dict.fromkeys(("starts", "table", "counts"), torch.int32),
+        "levels": torch.float32 if words else torch.int8,
+        **dict.fromkeys(("starts", "table", "counts", "words"), torch.int32),
         "sums": torch.float32,
         "values": values.dtype,
         "pattern": pattern.dtype if pattern.numel() else torch.int32,  # of the table that stands for it
     }
 
 
-def compiled(kernel: Any, packed: Packed, constants: dict[str, Any], capability: int, inputs: torch.dtype) -> Any:
+def compiled(
+    kernel: Any, packed: Packed, constants: dict[str, Any], capability: int, inputs: torch.dtype, warps: int
+) -> Any:
     types = pointers(packed, inputs)
     signature = {
         name: "constexpr" if name in constants else f"*{TYPES[types[name]]}" if name in POINTERS else "i32"
@@ -90,18 +90,21 @@ def compiled(kernel: Any, packed: Packed, constants: dict[str, Any], capability:
         constexprs={places[name]: value for name, value in constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name in ALIGNED if name in places and name not in constants},
     )
-    options = {"num_warps": WARPS, "num_stages": triton_kernel.STAGES}
+    options = {"num_warps": warps, "num_stages": triton_kernel.STAGES}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     """Name, kernel, constants and entries of S in one tile."""
+    if triton_words.WordMatrix.fits(packed):
+        yield from word_kernels(packed, tokens)
+        return
     layout, scaled = triton_kernel.TileLayout.of(packed), packed.scales_N is not None
     common, tile = layout.constants(), layout.GROUP * layout.GROUPS
     groups = layout.meanings()
     for count in tokens:
         constants = {**common, **groups, "SCALED": scaled, "BIASED": True, "ALONE": True, "WIDE": False, "stride_k": 1}
-        constants |= {"BLOCK_T": count, "ROWS": triton_kernel.ROWS, "UNROLL": triton_kernel.UNROLL}
+        constants |= {"BLOCK_T": max(16, count), "ROWS": triton_kernel.ROWS, "UNROLL": triton_kernel.UNROLL}
         yield f"multiply, {count} tokens", triton_kernel._multiply_kernel, constants, triton_kernel.ROWS * tile
     yield (
         "decode",
@@ -111,6 +114,23 @@ def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any,
     )
     if layout.counts:
         yield "count", triton_kernel._count_kernel, common | {"ROWS": triton_kernel.ROWS}, triton_kernel.ROWS * tile
+
+
+def word_kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any, dict[str, Any], int]]:
+    common = triton_words.WordMatrix(packed).constants
+    for count in tokens:
+        if count <= triton_words.MOST_FEW_ROWS:
+            rows, eights = triton_words.ROWS, 32 * triton_words.WARPS
+            constants = {"BIASED": True, "TOKENS": count, "ROWS": rows, "EIGHTS": eights}
+            kernel = triton_words._few_kernel
+        else:
+            rows, eights = triton_words.TILE_ROWS, triton_words.TILE_EIGHTS
+            constants = {"BIASED": True, "ALONE": True, "WIDE": False, "TOKENS": count, "ROWS": rows, "EIGHTS": eights}
+            kernel = triton_words._many_kernel
+        yield f"multiply, {count} tokens", kernel, common | constants, rows * eights * triton_words.EIGHT
+    rows, eights = triton_words.DECODED_ROWS, 32 * triton_words.DECODING_WARPS
+    constants = {"ROWS": rows, "EIGHTS": eights}
+    yield "decode", triton_words._written_kernel, common | constants, rows * eights * triton_words.EIGHT
 
 
 def tool(name: str, binary: bytes, *options: str) -> str:
@@ -137,7 +157,7 @@ def loops(code: str) -> list[tuple[int, int]]:
 def instructions_per_tile(code: str, turns: int) -> int:
     """Of the longest loop; a loop in it is the one over the columns of a group, gone through ``turns`` times."""
     lines = [line.strip() for line in code.splitlines()]
-    whole, *others = loops(code) or [(0, -1)]
+    whole, *others = [loop for loop in loops(code) if loop[0] + 1 < loop[1]] or [(0, len(lines) - 1)]  # or no loop
     inner = next((loop for loop in others if whole[0] < loop[0] and loop[1] < whole[1]), None)
     count = _instructions(lines, whole)
     return count if inner is None else count + (turns - 1) * _instructions(lines, inner)
@@ -148,11 +168,11 @@ def _instructions(lines: list[str], loop: tuple[int, int]) -> int:
 
 
 def measure(
-    fmt: str, bits: int, tokens: tuple[int, ...], capability: int, inputs: torch.dtype
+    fmt: str, values: str, tokens: tuple[int, ...], capability: int, inputs: torch.dtype
 ) -> Iterator[dict[str, Any]]:
-    packed = example(fmt, bits)
+    packed = example(fmt, values)
     for name, kernel, constants, entries in kernels(packed, tokens):
-        program = compiled(kernel, packed, constants, capability, inputs)
+        program = compiled(kernel, packed, constants, capability, inputs, WARPS)
         usage = tool("cuobjdump", program.asm["cubin"], "-res-usage")
         found = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}
         turns = triton_kernel.TileLayout.of(packed).GROUP // triton_kernel.UNROLL
@@ -160,7 +180,7 @@ def measure(
         yield {
             "capability": capability,
             "format": fmt,
-            "values": f"int{bits}" if bits else "bfloat16",
+            "values": "bfloat16" if values == "float" else values,
             "kernel": name,
             "instructions_per_entry": round(count * 32 * WARPS / entries, 2),
             "registers": found["REG"],
@@ -176,11 +196,11 @@ def main() -> None:
     parser.add_argument("--inputs", choices=("bfloat16", "float32"), default="bfloat16", help="type of the tokens")
     args = parser.parse_args()
     inputs = getattr(torch, args.inputs)
-    cases, tokens, capabilities = (FEW_CASES[args.inputs], TOKENS[:1], (90,)) if args.few else (CASES, TOKENS, (80, 90))
+    cases, tokens, capabilities = (FEW_CASES[args.inputs], TOKENS[:2], (90,)) if args.few else (CASES, TOKENS, (80, 90))
     rows = []
     for capability in capabilities:
-        for fmt, bits in cases:
-            for row in measure(fmt, bits, tokens, capability, inputs):
+        for fmt, values in cases:
+            for row in measure(fmt, values, tokens, capability, inputs):
                 rows.append(row)
                 print(row, flush=True)
     record = {

@@ -449,6 +449,15 @@ def gpu_layers() -> str:
     return markdown(["µs of a layer: dense, packed, decode", "1 token", "16 tokens", "64 tokens", "512 tokens"], rows)
 
 
+def gpu_generation() -> str:
+    keys = {"tokens_per_s": "tokens a second", "compiled_tokens_per_s": "static cache, compiled", "prompt_per_s": "prompt"}
+    rows = [
+        [name, megabytes(run["weights_bytes"]), *(f"{run[key]:,.0f}" for key in keys)]
+        for name, run in load("gpu-generation")["results"].items()
+    ]
+    return markdown(["", "weights", *keys.values()], rows)
+
+
 def _microseconds(runs: dict[tuple[str, int], dict[str, Any]], tokens: int) -> str:
     """Of the two roles on average."""
     times = [runs[role, tokens]["graph_s"] for role in ("up", "down")]
@@ -712,6 +721,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fine-tuning": fine_tuning,
     "shared-basis": shared_basis,
     "layers-gpu": gpu_layers,
+    "gpu-generation": gpu_generation,
     **{
         f"layers-{model}-{machine}": functools.partial(layer_speed, model + suffix, long)
         for model, long in (("llama", 512), ("deit", 197))
