@@ -34,7 +34,7 @@ MODELS = {
     "tinystories-656k": "tinystories-656k, perplexity",
     "demo": "demo model, perplexity",
 }
-DIGITS = {"vit": 2, "stories260k": 3, "tinystories-656k": 2, "demo": 3}
+DIGITS = {"vit": 2, "stories260k": 3, "tinystories-656k": 2, "demo": 3, "antiberty": 3}
 METHODS = {
     "fips": "fips",
     "gptq": "gptq, all weights kept",
@@ -248,7 +248,8 @@ def dense_layers() -> str:
 def now() -> str:
     """The default beside what the field runs: quality, and KL to the original."""
     rows = []
-    for name, label in {**MODELS, "dinov2-small": "DINOv2-small, top-1 %"}.items():
+    larger = {name: WHOLE[name] for name in ("dinov2-small", "antiberty")}
+    for name, label in {**MODELS, **larger}.items():
         found, digits = Comparison(f"{name}-default"), DIGITS.get(name, 2)
         for size in sorted({asked(run) for run in found.fields["runs"]}, reverse=True):
             if not found.runs("fips", size):
@@ -450,7 +451,7 @@ def gpu_layers() -> str:
 
 
 def gpu_generation() -> str:
-    keys = {"tokens_per_s": "tokens a second", "compiled_tokens_per_s": "static cache, compiled", "prompt_per_s": "prompt"}
+    keys = {"tokens_per_s": "tokens a second", "compiled_tokens_per_s": "compiled", "prompt_per_s": "prompt of 512"}
     rows = [
         [name, megabytes(run["weights_bytes"]), *(f"{run[key]:,.0f}" for key in keys)]
         for name, run in load("gpu-generation")["results"].items()
