@@ -39,8 +39,8 @@ CASES = [
     *(("block8", values) for values in ("int8", "float")),
 ]
 FEW_CASES = {
-    "bfloat16": [("full", "nl5g64"), ("full", "tc4g64"), ("4:16", "float")],
-    "float32": [("full", "int4"), ("bitmask", "int8"), ("block8", "float")],
+    "bfloat16": [("full", "tc4g64"), ("4:16", "float")],
+    "float32": [("full", "int4"), ("block8", "float")],
 }
 TOKENS = (1, 16, 64)
 POINTERS = (

@@ -124,11 +124,11 @@ def test_the_kernels_have_the_numbers_of_the_patterns() -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("tc2g64", (5, 80)), ("tc3", (5, 80)), ("tc3", (RUN + 7, 64)), ("tc4g16", (RUN + 7, 64))],
+    [("tc2g64", (5, 80)), ("tc4", (RUN + 2, 12))],  # rows of 12 columns are not read word by word
 )
 @pytest.mark.slow
 def test_values_that_are_coded_together(shape: tuple[int, int], name: str) -> None:
-    packed = coded(name, *shape, rotation=16)
+    packed = coded(name, *shape, rotation=16 if shape[1] % 16 == 0 else 1)
     prepared = triton_kernel.prepare(moved(packed))
     for tokens, dtype in ((5, torch.float32), (3, torch.bfloat16)):
         x = inputs(tokens, shape[1], dtype)

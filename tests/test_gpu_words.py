@@ -20,7 +20,7 @@ from fips.kernels import triton_kernel, triton_words
 pytestmark = pytest.mark.usefixtures("large_programs")
 INTEGERS = [f"int{bits}" for bits in range(2, 9)]
 LEVELS = ["nl2", "nl3g16", "nl4g64", "nl5", "nl5g32"]
-CODED = ["tc2", "tc2g64", "tc3", "tc3g64", "tc4", "tc4g16"]
+CODED = ["tc2g64", "tc3", "tc4g16"]
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
@@ -50,8 +50,8 @@ def check(packed: Packed, tokens: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("values", [*INTEGERS, "int4g32", "int6g64", *LEVELS, *CODED])
 @pytest.mark.slow
 def test_products_and_matrices_of_every_format(values: str) -> None:
-    packed = matrix(values, 12, 320)
-    for tokens, dtype in ((1, torch.bfloat16), (2, torch.float32), (9, torch.float16), (33, torch.bfloat16)):
+    packed = matrix(values, 12, 320 if DEVICE == "cuda" else 128)
+    for tokens, dtype in ((1, torch.bfloat16), (2, torch.float32), (33, torch.float16)):
         check(packed, tokens, dtype)
     decoded = triton_kernel.decode(triton_kernel.prepare(moved(packed)), torch.float32).cpu()
     assert torch.equal(decoded, to_dense(packed).float())

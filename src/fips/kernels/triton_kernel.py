@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from fips.errors import BackendError
 from fips.formats.constants import made_apart
@@ -210,8 +211,13 @@ def multiply(x_TK: Tensor, prepared: TritonMatrix, bias_N: Tensor | None = None)
     bias_N = None if bias_N is None else bias_N.contiguous()
     x = rotate(x_TK.reshape(-1, cols), packed.rotation)
     tokens = x.shape[0]
-    if prepared.words is not None and triton_words.takes(tokens, x.dtype):
-        return triton_words.multiply(x.contiguous(), packed, prepared.words, bias_N).view(*x_TK.shape[:-1], rows)
+    words = prepared.words
+    if words is not None and tokens:
+        if triton_words.takes(tokens, x.dtype):
+            y = triton_words.multiply(x.contiguous(), packed, words, bias_N)
+        else:
+            y = linear(x, triton_words.decode(packed, words, x.dtype), None if bias_N is None else bias_N.to(x.dtype))
+        return y.view(*x_TK.shape[:-1], rows)
     y = x.new_empty(tokens, rows)
     if y.numel() == 0:
         return y.view(*x_TK.shape[:-1], rows)
