@@ -248,7 +248,7 @@ def dense_layers() -> str:
 def now() -> str:
     """The default beside what the field runs: quality, and KL to the original."""
     rows = []
-    larger = {name: WHOLE[name] for name in ("dinov2-small", "antiberty")}
+    larger = {name: WHOLE[name] for name in ("dinov2-small", "antiberty", "smollm2-135m")}
     for name, label in {**MODELS, **larger}.items():
         found, digits = Comparison(f"{name}-default"), DIGITS.get(name, 2)
         for size in sorted({asked(run) for run in found.fields["runs"]}, reverse=True):

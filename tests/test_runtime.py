@@ -349,12 +349,12 @@ def test_the_default_on_a_gpu_and_of_other_backends() -> None:
     pruned = make_layer(basis=False).product()
     ways = ("packed", "decode", "merged")
     for name, product, few in (
-        *(("triton", packed[values], 16) for values in ("int4", "tc4")), ("triton", pruned, 16),
-        *(("triton", packed[values], 0) for values in ("int8", "float")),
+        *(("triton", packed[values], 64) for values in ("int4", "int8")),
+        ("triton", packed["tc4"], 32), ("triton", pruned, 16), ("triton", packed["float"], 0),
         *(("another", product, 1 << 20) for product in (*packed.values(), pruned)),
     ):  # fmt: skip
         backend = type("Named", (backends.Reference,), {"name": name})()
-        for tokens in (1, 16, 32, 1 << 20):
+        for tokens in (1, 16, 32, 64, 1 << 20):
             way = default_way(ways, product, backend, tokens, grad=False)
             assert way == ("packed" if tokens <= few else "decode")
 
