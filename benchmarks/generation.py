@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -117,33 +118,42 @@ def with_positions(model: Any) -> Any:
     return model.eval()
 
 
+def random_layer(rows: int, cols: int, *, role: str, values: str, rotation: int, generator: Any) -> Any:
+    """A layer that leaves no entry out, of random codes, on the device of the generator."""
+    import torch
+
+    from fips.layers.linear import FactoredLinear
+
+    width, hidden = (cols, rows) if role == "up" else (rows, cols)
+    layer = FactoredLinear(
+        None, role=role, hidden=hidden, kept=rows * cols, fmt="full", dtype=torch.bfloat16, width=width, values=values,
+        rotation=rotation,
+    )  # fmt: skip
+
+    def random(low: int, high: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.randint(low, high, like.shape, generator=generator, device=generator.device, dtype=torch.uint8)
+
+    numbers = layer.value_format
+    layer.values = random(0, 256, layer.values).view(layer.values.dtype)
+    layer.scales = torch.full_like(layer.scales, 0.02 / (16 if numbers.scale_group else 1) / numbers.largest)
+    if numbers.scale_group:
+        layer.group_scales = random(8, 24, layer.group_scales)
+    return layer.to(generator.device).eval()
+
+
 def packed(model: Any, values: str, device: str = "cpu") -> Any:
     """The model with random codes of a value format in all matrices."""
     import torch
     from torch import nn
 
     from fips.formats.values import values_named
-    from fips.layers.linear import BASES, FactoredLinear, basis_owner
+    from fips.layers.linear import BASES, basis_owner
     from fips.storage.layout import replace_embedding, replace_linear
     from fips.storage.quantizer import attach
 
     numbers, generator = values_named(values), torch.Generator(device).manual_seed(0)
-
-    def random(low: int, high: int, like: torch.Tensor) -> torch.Tensor:
-        return torch.randint(low, high, like.shape, generator=generator, device=device, dtype=torch.uint8)
-
-    def layer_of(rows: int, cols: int, *, role: str) -> FactoredLinear:
-        width, hidden = (cols, rows) if role == "up" else (rows, cols)
-        layer = FactoredLinear(
-            None, role=role, hidden=hidden, kept=rows * cols, fmt="full", dtype=torch.bfloat16, width=width,
-            values=values, rotation=64 if numbers.bits and numbers.bits < 6 and not values.startswith("int") else 1,
-        )  # fmt: skip
-        layer.values = random(0, 256, layer.values).view(layer.values.dtype)
-        layer.scales = torch.full_like(layer.scales, 0.02 / (16 if numbers.scale_group else 1) / numbers.largest)
-        if numbers.scale_group:
-            layer.group_scales = random(8, 24, layer.group_scales)
-        return layer.to(device)
-
+    rotation = 64 if numbers.bits and numbers.bits < 6 and not values.startswith("int") else 1
+    layer_of = partial(random_layer, values=values, rotation=rotation, generator=generator)
     tied = bool(model.config.tie_word_embeddings)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     embedding = next(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))

@@ -119,7 +119,7 @@ def kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any,
 def word_kernels(packed: Packed, tokens: tuple[int, ...]) -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     common = triton_words.WordMatrix(packed).constants
     for count in tokens:
-        if count <= triton_words.MOST_FEW_ROWS:
+        if count <= triton_words.FEW_TOKENS_OF_LARGE:
             rows, eights = triton_words.ROWS, 32 * triton_words.WARPS
             constants = {"BIASED": True, "TOKENS": count, "ROWS": rows, "EIGHTS": eights}
             kernel = triton_words._few_kernel

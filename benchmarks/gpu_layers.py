@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import triton
+from generation import random_layer
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -57,16 +58,9 @@ def make_layers(shape: tuple[int, int], kind: tuple[str, float, str], *, role: s
 
 def whole_layer(shape: tuple[int, int], values: str, *, role: str, seed: int) -> Layer:
     """A layer that leaves no entry out, of random codes."""
-    width, hidden = shape
-    layer = FactoredLinear(
-        None, role=role, hidden=hidden, kept=width * hidden, fmt=FULL, width=width, values=values, dtype=torch.bfloat16
-    ).cuda()
-    torch.manual_seed(seed)
-    layer.values = torch.randint(0, 256, layer.values.shape, device="cuda").to(layer.values.dtype)
-    layer.scales = torch.full_like(layer.scales, 1e-4)
-    if layer.value_format.scale_group:
-        layer.group_scales = torch.randint(8, 24, layer.group_scales.shape, device="cuda", dtype=torch.uint8)
-    return layer.eval()
+    rows, cols = shape[::-1] if role == "up" else shape
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return random_layer(rows, cols, role=role, values=values, rotation=1, generator=generator)
 
 
 def set_policy(layers: Sequence[Any], policy: str) -> None:

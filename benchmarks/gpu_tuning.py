@@ -39,7 +39,7 @@ FEW_TOKENS, MANY_TOKENS, RUNS = (1, 2, 4), (4, 16, 32, 64), 7
 @torch.inference_mode()
 def measure(shape: tuple[int, int], values: str, tokens: int, change: dict[str, int], copies: int) -> dict[str, Any]:
     few = "ROWS" in change
-    wanted = change | {"MOST_FEW": 8 if few else 0, "MOST_FEW_ROWS": 8 if few else 0}
+    wanted = change | dict.fromkeys(("FEW_TOKENS", "FEW_TOKENS_OF_LARGE"), 8 if few else 0)
     kept = {name: getattr(triton_words, name) for name in wanted}
     try:
         for name, value in wanted.items():

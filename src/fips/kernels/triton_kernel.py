@@ -331,8 +331,12 @@ def _code_table(n: int, m: int, device: torch.device) -> Tensor:
 def _tables(value_format: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The levels of a value format and what the codes above an entry add to its place; [0] where there are none."""
     numbers = values_named(value_format)
-    levels = made_apart(lambda: torch.tensor(numbers.levels or [0], dtype=torch.int8, device=device))
-    return levels, made_apart(lambda: torch.tensor(numbers.history or [0], dtype=torch.uint8, device=device))
+    return made_apart(
+        lambda: (
+            torch.tensor(numbers.levels or [0], dtype=torch.int8, device=device),
+            torch.tensor(numbers.history or [0], dtype=torch.uint8, device=device),
+        )
+    )
 
 
 if triton is not None:

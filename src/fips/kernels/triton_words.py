@@ -41,9 +41,9 @@ EIGHT = 8
 """Columns whose codes one thread reads at a time."""
 MOST_TOKENS = 64
 """Tokens that ``multiply`` takes."""
-MOST_FEW, MOST_FEW_ROWS, LARGE = 4, 2, 4096
-"""Tokens up to which threads multiply them, and those where a matrix has at least so many rows: matrix units are faster
-from about there on."""
+FEW_TOKENS, FEW_TOKENS_OF_LARGE, LARGE_ROWS = 4, 2, 4096
+"""Tokens up to which threads multiply them, and the same for matrices of at least so many rows; matrix units are faster
+for more."""
 ROWS, WARPS = 4, 4
 """Rows of a program for few tokens, all of them in every thread, and warps, side by side along the columns."""
 TILE_ROWS, TILE_EIGHTS, TILE_WARPS = 64, 16, 4
@@ -121,7 +121,7 @@ def _history(history: tuple[tuple[int, ...], ...], bits: int) -> int:
 
 def takes(tokens: int, dtype: torch.dtype) -> bool:
     """Whether ``multiply`` takes so many: of float32, in which matrix units are not exact, those of threads only."""
-    return 0 < tokens <= (MOST_FEW_ROWS if dtype == torch.float32 else MOST_TOKENS)
+    return 0 < tokens <= (FEW_TOKENS_OF_LARGE if dtype == torch.float32 else MOST_TOKENS)
 
 
 def multiply(x: Tensor, packed: Packed, matrix: WordMatrix, bias_N: Tensor | None) -> Tensor:
@@ -129,7 +129,7 @@ def multiply(x: Tensor, packed: Packed, matrix: WordMatrix, bias_N: Tensor | Non
     rows, cols = packed.shape
     tokens = x.numel() // cols
     y = x.new_empty(*x.shape[:-1], rows)
-    if tokens <= MOST_FEW_ROWS or (tokens <= MOST_FEW and rows < LARGE):
+    if tokens <= (FEW_TOKENS if rows < LARGE_ROWS else FEW_TOKENS_OF_LARGE):
         _multiply_few(x, packed, matrix, bias_N, y, tokens)
     else:
         _multiply_many(x, packed, matrix, bias_N, y, tokens)
