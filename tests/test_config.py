@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fips.app.compare import method_config
 from fips.app.compressing import plan_source
 from fips.app.tables import format_bytes
 from fips.config import CompressionConfig, DataConfig, Recipe
@@ -124,6 +125,14 @@ def test_defaults_follow_the_method() -> None:
 def test_a_recipe_survives_its_yaml(name: str) -> None:
     recipe = load_recipe(name)
     assert Recipe.from_yaml(recipe.to_yaml(), name=name) == recipe
+
+
+def test_sharing_has_the_same_settings_as_a_recipe_and_in_comparisons() -> None:
+    recipe, alias = load_recipe("fips-shared").compression, method_config("fips-shared", bits=4.8, seed=0)
+    assert recipe.reconstruction.steps > 0
+    assert alias.reconstruction.steps == 0
+    assert recipe.replace(reconstruction={}) == alias
+    assert (alias.sharing, alias.effort, alias.share_blocks) == ("always", "max", 4)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_toy_method_is_compared_under_its_names(toy: type[Rows]) -> None:
     assert quarter.relative_error is not None
     assert half.relative_error is not None
     assert half.relative_error < quarter.relative_error
-    assert {"toy", "toy-half", "fips", "no-sharing"} <= aliases().keys()
+    assert {"toy", "toy-half", "fips", "fips-shared", "no-sharing"} <= aliases().keys()
 
 
 def test_settings_of_a_toy_method_are_checked_like_all_others(toy: type[Rows]) -> None:

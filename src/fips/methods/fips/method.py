@@ -61,7 +61,10 @@ MUCH_OVERFIT = 1.3
 @register
 class Fips(Method[FipsConfig]):
     settings = FipsConfig
-    aliases: ClassVar = {"no-sharing": {"sharing": "never"}}
+    aliases: ClassVar = {
+        "no-sharing": {"sharing": "never"},
+        "fips-shared": {"sharing": "always", "effort": "max"},
+    }
 
     @property
     def needs(self) -> Needs:
