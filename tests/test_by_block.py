@@ -485,21 +485,28 @@ def test_finished_blocks_are_not_made_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"bits": 5.0}, "settings"), ({"seed": 1}, "settings"), ({"weights": True}, "model"), ({"data": True}, "data")],
+    [
+        ({"bits": 5.0}, r"settings \(bits: 6.0 there, 5.0 now\)"),
+        ({"seed": 1}, r"settings \(seed: unset there, 1 now\)"),
+        ({"metric": {"token_floor": 0.5}}, r"settings \(token_floor: 0.4 there, 0.5 now\)"),
+        ({"weights": True}, r"model \(model: .* there, .* now\)"),
+        ({"data": True}, r"data \(data: .* there, .* now\)"),
+    ],
 )
 def test_the_work_of_another_run_is_refused_with_what_differs(
     change: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     model = tiny_model("vit")
-    fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.0), work=tmp_path / "work")
+    config = fips.CompressionConfig(bits=6.0, metric={"token_floor": 0.4})
+    fips.compress(model, batches_for(model), config, work=tmp_path / "work")
     other = tiny_model("vit")
     batches = batches_for(other)
     if change.pop("weights", False):
         nn.init.ones_(other.classifier.bias)
     if change.pop("data", False):
         batches = batches[1:]
-    config = fips.CompressionConfig(**{"bits": 6.0, **change})
-    with pytest.raises(OutputError, match=rf"belongs to a run with other {named} \({named}: .* there, .* now\)"):
+    config = fips.CompressionConfig(**{"bits": 6.0, "metric": {"token_floor": 0.4}, **change})
+    with pytest.raises(OutputError, match=f"belongs to a run with other {named}"):
         fips.compress(other, batches, config, work=tmp_path / "work")
     assert not factored_layers(other)
 
@@ -643,7 +650,7 @@ def test_finished_work_is_named_when_a_command_fails(
     with monkeypatch.context() as patch:
         patch.setattr(compressing, "_write", fail)
         assert main(command(*source, tmp_path / "out")[1:]) == 1
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "the command that began it goes on from there" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
     assert main(command(*source, tmp_path / "out")[1:]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -176,6 +176,19 @@ class TestDescribeSource:
                 describe_source(source)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "header.csv", "a.parquet"])
+def test_tables_without_rows_are_refused_as_such(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        datasets.Dataset.from_dict({"text": []}).to_parquet(path)
+    else:
+        path.write_text("text\n" if name.startswith("header") else "")
+    with pytest.raises(DataError, match=f"has no rows: `{path}` is empty"):
+        rows_module.load_rows(
+            describe_source(str(path)), DataConfig(source=str(path)), kind="text", purpose="calibration"
+        )
+
+
 class TestChecksBeforeReading:
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -557,11 +570,6 @@ class TestTables:
     def test_broken_table(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(b"no table")
         with pytest.raises(DataError, match=r"cannot be loaded: .*check that the files are complete"):
-            text_batches(tmp_path / "a.parquet")
-
-    def test_table_without_rows(self, tmp_path: Path) -> None:
-        write_table(tmp_path / "a.parquet", {"text": []})
-        with pytest.raises(DataError, match=r"cannot be loaded: .* no data"):
             text_batches(tmp_path / "a.parquet")
 
     def test_directory_split_by_file_names(self, tmp_path: Path) -> None:

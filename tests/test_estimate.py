@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from test_bench import seq2seq
 from test_cli import llama_directory, text  # noqa: F401
 
+from fips.app.fitting import examples_of
 from fips.app.forecast import Forecast
 from fips.cli import main
-from fips.config import CompressionConfig
-from fips.estimate import Operations, Speed, operations
+from fips.config import CompressionConfig, DataConfig
+from fips.estimate import Operations, Speed, calibration_memory, operations
 from fips.estimate.time import timed_dtype
 from fips.models.transformers import build_empty
 from fips.plan.plan import plan_compression
@@ -34,6 +36,21 @@ def counted(count: int = 8, **settings: Any) -> tuple[Operations | None, Any]:
     plan = plan_compression(model, config)
     found = operations(build_empty(model.config), plan, config, examples, count=count, device=CPU)
     return found, (model, config, plan)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_encoder_decoders_are_told(family: str) -> None:
+    model = seq2seq(family)
+    model.config.architectures = [type(model).__name__]
+    config = CompressionConfig(bits=6.0, layers="mlp")
+    plan, empty = plan_compression(model, config), build_empty(model.config)
+    made = examples_of(empty, DataConfig(source="", sequence_length=LENGTH))
+    found = operations(empty, plan, config, made, count=8, device=CPU)
+    assert found is not None
+    assert found.products > 0
+    need = calibration_memory(empty, plan, config, made, device=CPU)
+    assert need is not None
+    assert need.total(8) > need.total(1)
 
 
 def forward_by_hand(model: Any) -> float:

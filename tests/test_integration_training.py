@@ -203,6 +203,11 @@ class TestLora:
         done = python(code, tmp_path / "base", imported="torch")
         assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr[-2000:]
 
+    @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}])
+    def test_adapters_that_read_the_weights_are_refused(self, options: dict[str, Any]) -> None:
+        with pytest.raises(fips.FipsError, match="reads the weights of its layer, which is packed"):
+            self.adapted(packed("llama"), ["up_proj"], **options)
+
     def test_transformers_own_adapter_calls_work(self, tmp_path: Path) -> None:
         try:
             transformers.utils.peft_utils.check_peft_version(transformers.integrations.peft.MIN_PEFT_VERSION)

@@ -309,6 +309,17 @@ def test_contradictory_layouts_are_refused(change: dict[str, object], message: s
         Layout.parse(fields, where="here")
 
 
+def test_what_is_merged_in_inference_mode_trains() -> None:
+    model = tiny_model("llama")
+    batches = batches_for(model)
+    fips.compress(model, batches, fips.CompressionConfig(bits=6.0, effort="fast"))
+    with torch.inference_mode():
+        fips.merge(model)
+    model(**batches[0]).logits.sum().backward()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.grad is not None
+
+
 def test_a_merged_model_has_one_type_and_its_numbers_are_rounded_once() -> None:
     """Packed numbers are often of a narrower type than the model computes in, and their biases too."""
     model, _ = mixed_llama(torch.float32)

@@ -121,6 +121,14 @@ class Texts(Dataset):  # type: ignore[type-arg]
         return {"input_ids": ids, "labels": ids}
 
 
+def test_a_packed_embedding_is_no_news_to_who_lets_the_rest_train(caplog: pytest.LogCaptureFixture) -> None:
+    model = fips.prepare_qat(packed({"bits": 6.0, "layers": "all", "effort": "fast"})).train()
+    ids = torch.arange(3, 15)[None]
+    model(ids, labels=ids).loss.backward()
+    assert "training leaves" not in caplog.text
+    assert fips.finish_qat(model) is model
+
+
 @pytest.mark.slow
 def test_the_trainer_trains_saves_and_loads_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = fips.prepare_qat(packed({"bits": 3.6, "values": "nl3g64"}))

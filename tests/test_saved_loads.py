@@ -251,6 +251,22 @@ def test_a_changed_model_is_refused_before_work(case: str) -> None:
     assert factored_layers(model) == {}
 
 
+def test_layers_that_the_configuration_parametrises_come_back(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "wav2vec2", **SMALL, vocab_size=32, conv_dim=[16, 16], conv_stride=[5, 2], conv_kernel=[10, 3],
+        num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForCTC(config).eval()
+    batches = [{"input_values": torch.randn(2, 400)} for _ in range(2)]
+    path = compressed(model, batches, tmp_path / "out")
+    assert torch.equal(fips.load(path)(**batches[0]).logits, model(**batches[0]).logits)
+    changed = transformers.Wav2Vec2ForCTC(config).eval()
+    nn.utils.parametrize.remove_parametrizations(changed.wav2vec2.encoder.pos_conv_embed.conv, "weight")
+    with pytest.raises(fips.FipsError, match="`Conv1d` instead of a `ParametrizedConv1d`"):
+        fips.compress(changed, NoBatches(), quick_settings())
+
+
 def test_changes_that_do_nothing_are_accepted(tmp_path: Path) -> None:
     model = tiny_model("bert")
     model.bert.encoder.layer[0].output.dropout = nn.Identity()

@@ -245,6 +245,16 @@ def test_a_target_that_matches_nothing_shows_the_closest_names() -> None:
         locate_layers(tiny_model("llama"), ignore=["layers.9.mlp"])
 
 
+@pytest.mark.parametrize("part", ["model.layers.0", "layers.0"])
+def test_a_pattern_that_names_a_part_is_told_one_that_fits_what_is_inside(part: str) -> None:
+    with pytest.raises(NoMatchError, match=r"`[^`]*` fits the 8 whose") as refused:
+        locate_layers(tiny_model("llama"), ignore=[part])
+    told = re.findall(r"`([^`]*)` fits the", str(refused.value))
+    layers = {site.name for part in locate_layers(tiny_model("llama"), ignore=told).sublayers for site in part.sites}
+    assert layers
+    assert not any(name.startswith("model.layers.0.") for name in layers)
+
+
 @pytest.mark.parametrize("pattern", ["model.layers.1.mlp", "layers.1.mlp", "*.layers.1.*", r"re:layers\.1\."])
 def test_ignore_leaves_layers_alone_and_says_so(pattern: str) -> None:
     located = locate_layers(tiny_model("llama"), ignore=[pattern])

@@ -22,7 +22,7 @@ from fips.app.page import PAGE, report_page
 from fips.app.sources import Source, empty_model, pick_device
 from fips.compression import Progress, compress
 from fips.config import DataConfig, Recipe
-from fips.errors import ConfigError, DataError, ModelError, OutputError
+from fips.errors import ConfigError, ModelError, OutputError
 from fips.evaluation import EvaluationResult, check_evaluation, evaluate
 from fips.files.output import Output, require_empty
 from fips.methods.workbench import measured
@@ -109,7 +109,7 @@ def compress_to_directory(
     started, the first writes; the others return None.
     """
     if recipe.data is None:
-        raise DataError("no calibration data: give --data, or a recipe with `data`")
+        raise ConfigError("no calibration data: give --data, or a recipe with `data`")
     place_of_output = Path(os.path.abspath(output))  # resolve() would fail on links that cannot be followed
     work = work or place_of_output.with_name(f"{place_of_output.name}.work")
     original = Source.named(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

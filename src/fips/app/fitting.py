@@ -17,6 +17,7 @@ from fips.data.text import DEFAULT_CALIBRATION_WINDOWS
 from fips.errors import ConfigError
 from fips.estimate import MemoryNeed, available_memory, calibration_memory
 from fips.models.reading import kind_of, longest_sequence
+from fips.models.tasks import task_name
 from fips.models.timm import TimmProcessor, is_timm_model
 from fips.models.transformers import example_inputs
 from fips.plan.plan import CompressionPlan
@@ -89,6 +90,7 @@ def examples_of(model: nn.Module, data: DataConfig) -> Any:
         return lambda count: torch.empty(count, 3, transform.height, transform.width, device="meta")
     if kind_of(model) == "text":
         length = window_length(data, longest_sequence(model), "calibration")
-        return lambda count: {"input_ids": torch.empty(count, length, dtype=torch.int64, device="meta")}
+        names = ["input_ids", "decoder_input_ids"] if task_name(model) == "seq2seq-lm" else ["input_ids"]
+        return lambda count: {name: torch.empty(count, length, dtype=torch.int64, device="meta") for name in names}
     made: dict[str, Tensor] = example_inputs(model)
     return lambda count: {name: value[:1].to("meta").expand(count, *value.shape[1:]) for name, value in made.items()}

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["RandomState", "in_place_of", "neutral_torch", "plain_forward", "preserved", "replaced_forward", "take_over"]
+__all__ = [
+    "RandomState", "caching_configs", "in_place_of", "neutral_torch", "plain_forward", "preserved", "replaced_forward",
+    "take_over",
+]  # fmt: skip
 
 
 @contextmanager
@@ -54,9 +57,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """No key-value cache in any part of the model: a block replayed with a live cache would append to it."""
-    configs: list[Any] = []
-    for module in model.modules():
-        _collect_configs(vars(module).get("config"), configs)
+    configs = caching_configs(model)
     before = [(config, dict(vars(config))) for config in configs]
     try:
         for config in configs:
@@ -68,6 +69,14 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
                 config.use_cache = fields["use_cache"]
             else:
                 del config.use_cache
+
+
+def caching_configs(model: nn.Module) -> list[Any]:
+    """The configurations of all parts of a model that have a setting ``use_cache``."""
+    found: list[Any] = []
+    for module in model.modules():
+        _collect_configs(vars(module).get("config"), found)
+    return found
 
 
 def _collect_configs(config: Any, found: list[Any]) -> None:

@@ -181,7 +181,7 @@ def compress(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Compress layers of a model, by default its MLPs, and write a directory that `fips.load` reads."""
+    """Compress a model, by default its MLPs and attention, into a directory that `fips.load` reads."""
     from fips.app.compressing import compress_to_directory, plan_batches, plan_source
     from fips.app.outline import outline_of_plan
 

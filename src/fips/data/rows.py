@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fips.config import DataConfig
 from fips.data.batches import Kind, Purpose
@@ -55,9 +58,32 @@ def load_rows(source: Source, config: DataConfig, *, kind: Kind, purpose: Purpos
     arguments: dict[str, Any] = {"streaming": True} if streams(source, config, purpose) else {}
     if source.files:
         arguments["data_files"] = {split: list(source.files[split])}
+    if is_local(source) and source.files and source.builder != "imagefolder":
+        _require_rows(source.name, source.files[split])
     with loading_errors(source.name, local=is_local(source)), progress_bars(shown=not is_local(source)):
         rows = datasets.load_dataset(source.builder, source.configuration, split=split, **arguments)
     return rows, split
+
+
+def _require_rows(name: str, patterns: Sequence[str]) -> None:
+    """Raise ``DataError`` for tables without a row, which ``datasets`` refuses with errors of its parsers."""
+    files = sorted(itertools.chain.from_iterable(glob.glob(pattern) for pattern in patterns))
+    if files and all(_is_empty(file) for file in files):
+        raise DataError(f"`source={name}` has no rows: `{files[0]}` is empty; give data with at least one")
+
+
+def _is_empty(path: str) -> bool:
+    """Whether a table has no row: a header at most."""
+    if os.path.getsize(path) == 0:
+        return True
+    with suppress(pa.ArrowInvalid):  # what is damaged is for `datasets` to say
+        if path.endswith(".parquet"):
+            return bool(pq.read_metadata(path).num_rows == 0)
+    if not path.endswith((".csv", ".tsv")):
+        return False
+    with open(path, "rb") as file:
+        lines = (line for line in file if line.strip())
+        return len(list(itertools.islice(lines, 2))) < 2
 
 
 def streams(source: Source, config: DataConfig, purpose: Purpose) -> bool:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from fips.calibration.inputs import CalibrationData
 from fips.calibration.moments import moment_bytes
 from fips.calibration.precision import has_bfloat16, resolve_precision
+from fips.calibration.preserve import caching_configs
 from fips.config import CompressionConfig
 from fips.methods.registry import Method, method_of
 from fips.methods.sweep import blocks_of, bytes_beside, steps_of
@@ -104,7 +105,8 @@ def calibration_memory(
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy without numbers, as it is while it is measured."""
     twin = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
-    _without_cache(twin)
+    for config in caching_configs(twin):
+        config.use_cache = False
     return twin
 
 
@@ -118,14 +120,6 @@ def available_memory(device: torch.device) -> int | None:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-
-
-def _without_cache(model: nn.Module) -> None:
-    config: Any = getattr(model, "config", None)
-    parts: tuple[Any, ...] = (config, getattr(config, "get_text_config", lambda: None)())
-    for part in parts:
-        if getattr(part, "use_cache", None) is not None:
-            part.use_cache = False
 
 
 def _peak(model: nn.Module, plan: CompressionPlan, config: CompressionConfig, batch: Any) -> int:

@@ -18,7 +18,8 @@ log = logging.getLogger("fips.training")
 def watch_training(model: nn.Module) -> None:
     """Look at the first forward pass in training mode and say once what training leaves alone, if that is a surprise.
 
-    It is one where everything around the packed layers trains. Adapters and parts trained on purpose leave the rest of
+    It is one where everything around the packed layers trains and ``fips.prepare_qat`` was not called, which leaves
+    only a packed embedding as it is. Adapters and parts trained on purpose leave the rest of
     their block frozen, and are met with silence.
     """
     if _look not in model._forward_pre_hooks.values():
@@ -36,9 +37,9 @@ def _look(model: nn.Module, _: Any) -> None:
     if not model.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     ignore_training(model)
-    added = _adapter_parameters(model)
-    surprising = [layer for name, layer in factored_layers(model).items() if _is_surprising(model, name, layer, added)]
-    if not surprising:
+    added, layers = _adapter_parameters(model), factored_layers(model)
+    surprising = [layer for name, layer in layers.items() if _is_surprising(model, name, layer, added)]
+    if not surprising or any(layer.trains_numbers for layer in layers.values()):  # then `prepare_qat` was called
         return
     fixed = sum(layer.kept for layer in surprising)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

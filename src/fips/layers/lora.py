@@ -22,6 +22,9 @@ from fips.layers.merge import dense_layer
 
 __all__ = ["LoraFactoredLinear", "adaptable", "packed_adapter"]
 
+READS_WEIGHTS = ("pissa", "olora", "corda", "loftq")
+"""Starts of an adapter that are made from the weights of its layer."""
+
 
 class LoraFactoredLinear(LoraLinear):  # type: ignore[misc]
     r"""A packed layer plus low-rank adapters: :math:`y = W x + b + \sum_a s_a B_a A_a x` with packed :math:`W`."""
@@ -87,5 +90,12 @@ def packed_adapter(
         )
     if not isinstance(base, FactoredLinear | TiedLayer) or config._custom_modules:
         return None
+    start = str(config.init_lora_weights).lower()
+    if config.use_dora or start.startswith(READS_WEIGHTS):
+        setting = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
+        raise ModelError(
+            f"an adapter with `{setting}` reads the weights of its layer, which is packed; leave that out, or call "
+            "`fips.merge(model)` first"
+        )
     options.pop("device_map", None)
     return LoraFactoredLinear(target, adapter_name, config=config, **options)

@@ -22,6 +22,8 @@ __all__ = ["dense_layer", "drop_unused_bases", "merge"]
 
 
 @torch.no_grad()
+@torch.inference_mode(False)
+@torch.no_grad()
 def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every factored layer by a dense one with weight B C, in place; returns the model.
 

@@ -36,6 +36,10 @@ def _fits(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
 
+def _count(pattern: str, names: Sequence[str]) -> int:
+    return sum(_fits(name, pattern) for name in names)
+
+
 def closest(pattern: str, names: Sequence[str], *, count: int = 3) -> list[str]:
     """The names most like a pattern, by their text and by the text of their last parts."""
     wanted = pattern.removeprefix("re:")
@@ -53,8 +57,9 @@ def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) 
     for pattern in patterns:
         if not any(_fits(name, pattern) for name in names):
             near = ", ".join(f"`{name}`" for name in closest(pattern, names)) or "none: the model has no linear layer"
-            inside = sum(f".{pattern}." in f".{name}" for name in names)
-            hint = f"`*.{pattern}.*` fits the {inside} whose names hold it; " if inside else ""
+            wider = max((f"{pattern}.*", f"*.{pattern}.*"), key=lambda one: _count(one, names))
+            inside = _count(wider, names)
+            hint = f"`{wider}` fits the {inside} whose names hold it; " if inside else ""
             raise NoMatchError(
                 f"`{option}` pattern `{pattern}` matched none of {len(names)} layers; {hint}closest names: {near}; "
                 "`fips inspect MODEL` lists them"

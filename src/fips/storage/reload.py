@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from fips.errors import ModelError
@@ -70,16 +71,21 @@ def _compare_modules(model: nn.Module, twin: nn.Module, packed: Collection[str])
         other = theirs.get(place)
         if other is None:
             raise _different(wanted, f"{_at(place)}, a `{type(module).__name__}`, is not part of it", _undo(module))
-        if (
-            place
-            and plain_class(module) is not type(other)
-            and not (isinstance(module, _STILL) and isinstance(other, _STILL))
-        ):
+        if place and _kind(module) != _kind(other) and not (isinstance(module, _STILL) and isinstance(other, _STILL)):
             what = f"{_at(place)} is a `{type(module).__name__}` instead of a `{type(other).__name__}`"
             raise _different(wanted, what, _undo(module))
     lost = next((place for place in theirs if place not in ours), None)
     if lost is not None:
         raise _different(wanted, f"{_at(lost)} is missing", _UNDO)
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """The class of a module as it was made; parametrised ones have a class each, so theirs and what parametrises."""
+    if not is_parametrized(module):
+        return (plain_class(module),)
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return type(module).__base__, {name: [type(one) for one in parts.children()] for name, parts in lists.items()}
 
 
 def _compare_tensors(model: nn.Module, twin: nn.Module, packed: Collection[str]) -> None:

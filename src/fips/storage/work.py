@@ -28,6 +28,7 @@ __all__ = ["WorkDirectory", "kept_work"]
 
 RUN, LOG = "run.json", "log.txt"
 SUFFIX = ".safetensors"
+UNSET = "unset"
 
 
 class WorkDirectory:
@@ -59,10 +60,10 @@ class WorkDirectory:
         )
         if differing:
             one = differing[0]
+            place, there, now = _difference(one, found.get(one), self._fingerprint.get(one))
             raise OutputError(
-                f"work directory `{self.path}` belongs to a run with other {', '.join(differing)} ({one}: "
-                f"{_short(found.get(one))} there, {_short(self._fingerprint.get(one))} now); remove it to start anew, "
-                "or choose another with `--work`"
+                f"work directory `{self.path}` belongs to a run with other {', '.join(differing)} ({place}: {there} "
+                f"there, {now} now); remove it to start anew, or choose another with `--work`"
             )
 
     def has(self, name: str) -> bool:
@@ -156,7 +157,7 @@ def kept_work(path: Path, *, first: bool, keep: bool) -> Iterator[Keeper]:
         keeper.finished = True
     except BaseException as error:
         if not keeper.finished and _is_there(path) and any(path.glob(f"*{SUFFIX}")):
-            error.add_note(f"what is finished is in `{path}`: the same command goes on from there")
+            error.add_note(f"what is finished is in `{path}`: the command that began it goes on from there")
             keep = True
         raise
     finally:
@@ -183,6 +184,16 @@ def _write(path: Path, content: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def _difference(name: str, there: Any, now: Any) -> tuple[str, str, str]:
+    """The first place where two things of a run differ, and what is written at it."""
+    while isinstance(there, dict) and isinstance(now, dict):
+        name = next(
+            key for key in sorted({*there, *now}) if (key in there, there.get(key)) != (key in now, now.get(key))
+        )
+        there, now = there.get(name, UNSET), now.get(name, UNSET)
+    return name, _short(there), _short(now)
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = UNSET if value is UNSET else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
