@@ -182,7 +182,7 @@ BAD_INPUT: dict[str, Case] = {
         ["compare", "VIT", "--data", "IMAGES", "--output", "OUT", "--methods", "fips,magic"], 2, "`method`"
     ),
     "no size": (["compress", "VIT", "--data", "IMAGES"], 2, "no size"),
-    "no data": (["compress", "VIT", "--budget", "0.5"], 1, "no calibration data"),
+    "no data": (["compress", "VIT", "--budget", "0.5"], 2, "no calibration data"),
     "missing data": (["compress", "VIT", "--data", "./nothing", "--budget", "0.5"], 1, "nothing"),
     "empty image folder": (["compress", "VIT", "--data", "EMPTY", "--budget", "0.5"], 1, "empty"),
     "empty text": (["compress", "LLAMA", "--data", "BLANK", "--budget", "0.5"], 1, "blank.txt"),
