@@ -58,8 +58,8 @@ def load_rows(source: Source, config: DataConfig, *, kind: Kind, purpose: Purpos
     arguments: dict[str, Any] = {"streaming": True} if streams(source, config, purpose) else {}
     if source.files:
         arguments["data_files"] = {split: list(source.files[split])}
-    if is_local(source) and source.files and source.builder != "imagefolder":
-        _require_rows(source.name, source.files[split])
+        if source.builder in TABLE_BUILDERS.values():
+            _require_rows(source.name, source.files[split])
     with loading_errors(source.name, local=is_local(source)), progress_bars(shown=not is_local(source)):
         rows = datasets.load_dataset(source.builder, source.configuration, split=split, **arguments)
     return rows, split
@@ -67,7 +67,7 @@ def load_rows(source: Source, config: DataConfig, *, kind: Kind, purpose: Purpos
 
 def _require_rows(name: str, patterns: Sequence[str]) -> None:
     """Raise ``DataError`` for tables without a row, which ``datasets`` refuses with errors of its parsers."""
-    files = sorted(itertools.chain.from_iterable(glob.glob(pattern) for pattern in patterns))
+    files = _matching(patterns)
     if files and all(_is_empty(file) for file in files):
         raise DataError(f"`source={name}` has no rows: `{files[0]}` is empty; give data with at least one")
 
@@ -76,14 +76,13 @@ def _is_empty(path: str) -> bool:
     """Whether a table has no row: a header at most."""
     if os.path.getsize(path) == 0:
         return True
-    with suppress(pa.ArrowInvalid):  # what is damaged is for `datasets` to say
-        if path.endswith(".parquet"):
+    if path.endswith(".parquet"):
+        with suppress(pa.ArrowInvalid):  # what is damaged is for `datasets` to say
             return bool(pq.read_metadata(path).num_rows == 0)
-    if not path.endswith((".csv", ".tsv")):
-        return False
-    with open(path, "rb") as file:
-        lines = (line for line in file if line.strip())
-        return len(list(itertools.islice(lines, 2))) < 2
+    if path.endswith((".csv", ".tsv")):
+        with open(path, "rb") as file:
+            return len(list(itertools.islice(filter(bytes.strip, file), 2))) < 2
+    return False
 
 
 def streams(source: Source, config: DataConfig, purpose: Purpose) -> bool:
@@ -150,10 +149,14 @@ def choose_split(available: Sequence[str], config: DataConfig, *, kind: Kind, pu
     raise DataError(f"`source={config.source}` has no usual split for {purpose}; set `split` to one of {names}")
 
 
+def _matching(patterns: Sequence[str]) -> list[str]:
+    return sorted(itertools.chain.from_iterable(glob.glob(pattern) for pattern in patterns))
+
+
 def _read_texts(patterns: Sequence[str]) -> Any:
     """One row per file, newlines exactly as in the file (the `text` builder of ``datasets`` would change CRLF)."""
     texts = []
-    for name in sorted(itertools.chain.from_iterable(glob.glob(pattern) for pattern in patterns)):
+    for name in _matching(patterns):
         try:
             with open(name, encoding="utf-8", newline="") as file:
                 texts.append(file.read())

@@ -28,7 +28,7 @@ __all__ = ["WorkDirectory", "kept_work"]
 
 RUN, LOG = "run.json", "log.txt"
 SUFFIX = ".safetensors"
-UNSET = "unset"
+UNSET = object()
 
 
 class WorkDirectory:
@@ -59,8 +59,7 @@ class WorkDirectory:
             name for name in {*found, *self._fingerprint} if found.get(name) != self._fingerprint.get(name)
         )
         if differing:
-            one = differing[0]
-            place, there, now = _difference(one, found.get(one), self._fingerprint.get(one))
+            place, there, now = _difference(found, self._fingerprint)
             raise OutputError(
                 f"work directory `{self.path}` belongs to a run with other {', '.join(differing)} ({place}: {there} "
                 f"there, {now} now); remove it to start anew, or choose another with `--work`"
@@ -184,16 +183,15 @@ def _write(path: Path, content: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _difference(name: str, there: Any, now: Any) -> tuple[str, str, str]:
-    """The first place where two things of a run differ, and what is written at it."""
-    while isinstance(there, dict) and isinstance(now, dict):
-        name = next(
-            key for key in sorted({*there, *now}) if (key in there, there.get(key)) != (key in now, now.get(key))
-        )
-        there, now = there.get(name, UNSET), now.get(name, UNSET)
-    return name, _short(there), _short(now)
+def _difference(there: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str]:
+    """The first place where what two runs are made of differs, and what is written at it."""
+    name = next(key for key in sorted({*there, *now}) if there.get(key, UNSET) != now.get(key, UNSET))
+    old, new = there.get(name, UNSET), now.get(name, UNSET)
+    if isinstance(old, dict) and isinstance(new, dict):
+        return _difference(old, new)
+    return name, _short(old), _short(new)
 
 
 def _short(value: Any) -> str:
-    text = UNSET if value is UNSET else json.dumps(value)
+    text = "unset" if value is UNSET else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
