@@ -3,12 +3,15 @@
     python benchmarks/fine_tuning.py vit --models ../shared/models --data ../shared/data --bits 2.25 \
         --values nl2g64 auto --ways none head labels teacher --out benchmarks/results/fine-tuning-vit.json
 
-`none` is the model as compressed; `head` trains its classifier; `rest` all but the packed numbers, which is what trains
-without `prepare_qat`; `labels` everything, on labels (of language models: the next token); `teacher` everything, to
-predict what the original does on the same examples. With `--new-head` the model gets a new classifier for other
-classes, and so does the original, whose row `original, head` says what the dense backbone gives. One pass over the
-examples per epoch, AdamW, warm-up over a tenth of the steps, then cosine. Scored on other data. The file is written
-after every run, and a later call goes on where it ended.
+`none` is the model as compressed; `head` trains its classifier, or the head of a language model (a copy of its own
+where it is the embedding too); `rest` all but the packed numbers, which is what trains without `prepare_qat`; `labels`
+everything but embeddings, on labels (of language models: the next token); `teacher` the same, to predict what the
+original does on the same examples. With `--new-head` the model gets a new classifier for other classes, and so does
+the original, whose row `original, head` says what the dense backbone gives. With `--text` a language model is
+calibrated and trained on the first nine tenths of another text and scored on the last; the rows `original` say what
+the dense model does there as it is and with its head trained. One pass over the examples per epoch, AdamW, warm-up
+over a tenth of the steps, then cosine. Scored on other data. The file is written after every run, and a later call
+goes on where it ended.
 """
 
 from __future__ import annotations
@@ -79,27 +82,43 @@ def train(
     return losses
 
 
-def features(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """What the classifier reads, so that training it alone needs one pass of the rest."""
+def own_head(model: nn.Module) -> nn.Module:
+    """The classifier, or the head of a language model, whose weight is made its own where an embedding has it too."""
+    if hasattr(model, "classifier"):
+        return model.classifier
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    return head
+
+
+def features(model: nn.Module, head: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """What the head reads and has to say, so that training it alone needs one pass of the rest."""
     found: list[dict[str, Tensor]] = []
     seen: list[Tensor] = []
-    handle = model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     with torch.no_grad():
         for batch in batches:
-            model(batch["pixel_values"])
-            found.append({"x": seen.pop().float(), "labels": batch["labels"]})
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+            x = seen.pop().float()
+            if "input_ids" in batch:
+                found.append({"x": x[:, :-1].flatten(0, 1), "labels": batch["input_ids"][:, 1:].flatten()})
+            else:
+                found.append({"x": x, "labels": batch["labels"]})
     handle.remove()
     return found
 
 
 def train_head(model: nn.Module, batches: list[dict[str, Tensor]], rate: float, epochs: int) -> list[float]:
-    found = features(model, batches)
-    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=rate, weight_decay=0.0)
+    head = own_head(model)
+    found = features(model, head, batches)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * len(found), pct_start=0.1)
     losses = []
     for _ in range(epochs):
         for one in found:
-            loss = cross_entropy(model.classifier(one["x"]), one["labels"])
+            loss = cross_entropy(head(one["x"]), one["labels"])
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -120,6 +139,13 @@ def new_head(model: nn.Module, classes: int) -> nn.Module:
 def settings(args: argparse.Namespace, scratch: Path) -> tuple[str, DataConfig, DataConfig, DataConfig]:
     """Model, calibration data, data to train on, evaluation data."""
     source, calibration, evaluation = compare_methods.settings(args.name, args.models, args.data, scratch)
+    if args.text:
+        text = (args.data / args.text).read_text()
+        cut = text.index("\n", len(text) * 9 // 10)
+        for name, part in (("first.txt", text[:cut]), ("last.txt", text[cut:])):
+            (scratch / name).write_text(part)
+        calibration = calibration.replace(source=str(scratch / "first.txt"))
+        evaluation = evaluation.replace(source=str(scratch / "last.txt"))
     trained = calibration.replace(num_samples=args.examples, batch_size=args.batch)
     if args.name in compare_methods.TEXTS:
         trained = trained.replace(sequence_length=args.length, seed=1)
@@ -136,6 +162,7 @@ def main() -> None:
     parser.add_argument("--effort", default="default")
     parser.add_argument("--ways", nargs="+", default=["none", "head", "labels", "teacher"])
     parser.add_argument("--new-head", action="store_true")
+    parser.add_argument("--text", help="another text for a language model, under the folder of data")
     parser.add_argument("--examples", type=int, default=4000)
     parser.add_argument("--eval-examples", type=int)
     parser.add_argument("--batch", type=int, default=32)
@@ -186,10 +213,14 @@ def run_all(
         args.out.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
 
     def dense_head() -> tuple[nn.Module, list[float]]:
-        model = new_head(copy.deepcopy(original), classes)
+        model = copy.deepcopy(original)
+        if args.new_head:
+            new_head(model, classes)
         return model, train_head(model, batches, args.head_rate, args.head_epochs)
 
-    if args.new_head:
+    if args.text:
+        note("original", "none", lambda: (original, []))
+    if args.new_head or args.text:
         note("original", "head", dense_head)
     for values in args.values:
         small = copy.deepcopy(original)

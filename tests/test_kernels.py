@@ -200,7 +200,8 @@ def rounded_inputs(x: Tensor, rotation: int) -> Tensor:
 @needs_library
 @pytest.mark.parametrize(
     ("values", "rotation"),
-    [("int8", 1), ("int4", 1), ("int4g16", 1), ("int8g32", 1), ("int4g64", 1), ("int6g128", 1), ("nl4", 64),
+    [("int8", 1), ("int4", 1), ("int4g16", 1), ("int2g32", 1), ("int3g32", 1), ("int5g16", 1), ("int8g32", 1),
+     ("int4g64", 1), ("int6g128", 1), ("nl2g16", 1), ("nl4", 64),
      ("nl3g64", 16)],
 )  # fmt: skip
 @pytest.mark.parametrize("fmt", ["full", "bitmask", "2:4"])
@@ -250,7 +251,8 @@ def leveled(packed: Packed, values: str, rotation: int = 1) -> Packed:
 @needs_library
 @pytest.mark.parametrize("isa", cpu.isa_names())
 @pytest.mark.parametrize(
-    ("values", "rotation"), [("nl2", 4), ("nl3g16", 16), ("nl4", 64), ("nl4g64", 1), ("nl5g128", 64), ("nl5", 1)]
+    ("values", "rotation"),
+    [("nl2", 4), ("nl2g16", 1), ("nl3g16", 16), ("nl5g32", 1), ("nl4", 64), ("nl4g64", 1), ("nl5g128", 64), ("nl5", 1)],
 )
 @pytest.mark.parametrize("fmt", ["full", "bitmask", "2:4", "block4"])
 @pytest.mark.slow

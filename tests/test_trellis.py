@@ -28,7 +28,7 @@ from fips.solve.feedback import inverse_root, with_feedback
 from fips.solve.grids import grid_for
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "library present")
-NAMES = ["tc2", "tc3", "tc4", "tc2g64", "tc3g16", "tc4g128"]
+NAMES = ["tc2", "tc3", "tc4", "tc2g64", "tc2g16", "tc2g32", "tc3g16", "tc4g32", "tc4g128"]
 
 
 def code(name: str) -> Trellis:

@@ -1,4 +1,4 @@
-// Codes of 2 to 7 bits of matrices without a pattern, 32 at a time from whole bytes.
+// Codes of 2 to 7 bits of matrices without a pattern, 64 at a time from whole bytes.
 #pragma once
 #include "values256.h"
 
@@ -9,86 +9,134 @@ inline bool reads_whole(const fips_matrix &a) {
   return a.format == FIPS_FULL && a.value_type == FIPS_I8 && a.cols % 64 == 0;
 }
 
-// 32 numbers in the order of `Codes`, as floats in that of their columns.
+// Where 64 columns of a row lie in two registers of bytes.
+enum class Order { natural, halves, pairs, twos, quarters };
+
+// The column of byte `p` of register `r`. A code may lie where it takes least to put it: tokens are brought into the
+// same order once.
+constexpr int column_of(Order order, int r, int p) {
+  switch (order) {
+  case Order::halves: return 32 * r + (p / 8 == 1 ? p + 8 : p / 8 == 2 ? p - 8 : p); // as packing leaves them
+  case Order::pairs: return 2 * p + r;
+  case Order::twos: return 4 * (p / 2) + 2 * (p % 2) + r;
+  case Order::quarters: return 4 * (p % 16) + 2 * r + p / 16;
+  default: return 32 * r + p;
+  }
+}
+
+// Which 16 of the 64 columns byte `p` belongs to; four bytes that follow each other have it in common.
+constexpr int sixteen_of(Order order, int r, int p) { return column_of(order, r, p) / 16; }
+
+// Whether that is so for the same byte of both registers.
+constexpr bool alike(Order order) { return order != Order::natural && order != Order::halves; }
+
+// 32 bytes as floats, in their order.
 FIPS_INLINE void as_floats(__m256i all, __m256 (&to)[4]) {
   const __m128i one = _mm256_castsi256_si128(all), two = _mm256_extracti128_si256(all, 1);
   to[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(one));
-  to[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(two));
-  to[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(one, one)));
+  to[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(one, one)));
+  to[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(two));
   to[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(two, two)));
 }
 
-// Codes of 16 columns in the lowest or highest bits of 16-bit lanes: a byte shuffle brings two bytes that hold a code
-// into each lane, a product shifts it to the top.
-template <int BITS> struct Windows {
+// The same 16 bytes twice, and 16 in each half.
+FIPS_INLINE __m256i twice(const uint8_t *from) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+}
+FIPS_INLINE __m256i two_parts(const uint8_t *low, const uint8_t *high) {
+  return _mm256_set_m128i(_mm_loadu_si128(reinterpret_cast<const __m128i *>(high)),
+                          _mm_loadu_si128(reinterpret_cast<const __m128i *>(low)));
+}
+
+// Fields of `BITS` bits, `EACH` of them together, 16 times: a byte shuffle brings two bytes that hold them into every lane
+// of 16 bits, a product shifts them to the top. Fields of the second half lie `SPLIT` bytes behind those of the first.
+template <int BITS, int EACH, int SPLIT> struct Windows {
   alignas(32) uint8_t place[32] = {};
   alignas(32) uint16_t factor[16] = {};
   constexpr Windows() {
     for (int i = 0; i < 16; ++i) {
-      const int bit = i * BITS;
+      const int bit = i * BITS * EACH - (i < 8 ? 0 : 8 * SPLIT);
       place[2 * i] = uint8_t(bit / 8), place[2 * i + 1] = uint8_t(bit / 8 + 1);
-      factor[i] = uint16_t(1 << (16 - BITS - bit % 8));
+      factor[i] = uint16_t(1 << (16 - BITS * EACH - bit % 8));
     }
   }
 };
-template <int BITS> constexpr Windows<BITS> windows;
+template <int BITS, int EACH, int SPLIT> constexpr Windows<BITS, EACH, SPLIT> windows;
 
-// Reads 32 numbers; `LEVELS`: codes are looked up, of 4 bits always.
+template <int BITS, int EACH, int SPLIT = 0> FIPS_INLINE __m256i at_top(__m256i raw) {
+  constexpr const auto &table = windows<BITS, EACH, SPLIT>;
+  const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i *>(table.place));
+  return _mm256_mullo_epi16(_mm256_shuffle_epi8(raw, places),
+                            _mm256_load_si256(reinterpret_cast<const __m256i *>(table.factor)));
+}
+
+// Reads 64 numbers; `LEVELS`: codes of 5 bits are looked up, as those of fewer always are.
 template <int BITS, bool LEVELS> struct Codes {
-  static constexpr int bytes = 4 * BITS; // of 32 codes
-  __m256i low, high;                     // the numbers of the codes as they lie in the stream, below 16 and from there on
+  static constexpr int bytes = 8 * BITS; // of 64 codes
+  static constexpr int reach = BITS == 2 ? 16 : BITS == 3 ? 28 : BITS == 4 ? 32 : 6 * BITS + 16; // of what is read
+  static constexpr Order order = BITS == 2 ? Order::quarters : BITS == 3 ? Order::twos : BITS == 4 ? Order::pairs : Order::halves;
+  __m256i low, high; // the numbers of the codes as they lie in the stream, below 16 and from there on
   const uint8_t *end;
   explicit Codes(const fips_matrix &a) : end(static_cast<const uint8_t *>(a.values) + a.value_bytes) {
     alignas(32) int8_t table[32] = {};
-    for (int i = 0; LEVELS && !a.memory && i < 1 << BITS; ++i) table[i] = int8_t(number_of(a, i));
+    for (int i = 0; (LEVELS || BITS < 5) && !a.memory && i < 1 << BITS; ++i) table[i] = int8_t(number_of(a, i));
     low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
     high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table + 16)));
   }
-  FIPS_INLINE static __m256i top(const uint8_t *from) {
-    const __m256i raw = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
-    const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i *>(windows<BITS>.place));
-    const __m256i factors = _mm256_load_si256(reinterpret_cast<const __m256i *>(windows<BITS>.factor));
-    return _mm256_mullo_epi16(_mm256_shuffle_epi8(raw, places), factors);
-  }
-  // Codes as they lie in the stream, of columns 0 to 7, 16 to 23, 8 to 15 and 24 to 31.
-  FIPS_INLINE static __m256i fields(const uint8_t *from) {
-    if constexpr (BITS == 4) {
-      const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from)), mask = _mm_set1_epi8(15);
-      const __m128i even = _mm_and_si128(pairs, mask), odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
-      const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
-      return _mm256_permute4x64_epi64(codes, 0xD8);
+  FIPS_INLINE static __m256i top(const uint8_t *from) { return at_top<BITS, 1>(twice(from)); } // of 16
+  // Codes as they lie in the stream.
+  FIPS_INLINE static void fields(const uint8_t *from, __m256i (&to)[2]) {
+    if constexpr (BITS == 2) {
+      const __m256i raw = twice(from), mask = _mm256_set1_epi8(3);
+      to[0] = _mm256_and_si256(upper_half_down<2>(raw), mask);
+      to[1] = _mm256_and_si256(_mm256_srli_epi16(upper_half_down<2>(raw), 4), mask);
+    } else if constexpr (BITS == 3) {
+      const __m256i four = at_top<3, 4, 12>(two_parts(from, from + 12)); // bits 4 to 15 of every lane
+      const __m256i first = _mm256_set1_epi32(0x00070007), third = _mm256_set1_epi32(0x07000700);
+      to[0] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(four, 4), first),
+                              _mm256_and_si256(_mm256_srli_epi16(four, 2), third));
+      to[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(four, 7), first),
+                              _mm256_and_si256(_mm256_srli_epi16(four, 5), third));
+    } else if constexpr (BITS == 4) {
+      const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)), mask = _mm256_set1_epi8(15);
+      to[0] = _mm256_and_si256(raw, mask);
+      to[1] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), mask);
     } else {
-      const __m256i first = _mm256_srli_epi16(top(from), 16 - BITS);
-      return _mm256_packus_epi16(first, _mm256_srli_epi16(top(from + 2 * BITS), 16 - BITS));
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r, from += 4 * BITS)
+        to[r] = _mm256_packus_epi16(_mm256_srli_epi16(top(from), 16 - BITS),
+                                    _mm256_srli_epi16(top(from + 2 * BITS), 16 - BITS));
     }
   }
-  // The numbers of these columns.
-  FIPS_INLINE __m256i numbers(const uint8_t *from) const {
-    if constexpr (BITS == 4 || LEVELS) {
-      if constexpr (BITS < 5) return look_up(low, fields(from));
-      return look_up(low, high, fields(from));
-    } else {
-      return _mm256_packs_epi16(_mm256_srai_epi16(top(from), 16 - BITS),
-                                _mm256_srai_epi16(top(from + 2 * BITS), 16 - BITS));
-    }
-  }
-  // `from`, or a copy of its last bytes where 16 would leave the stream.
-  FIPS_INLINE const uint8_t *within(const uint8_t *from, uint8_t (&last)[64]) const {
-    if (BITS == 4 || from + 2 * BITS + 16 <= end) return from;
+  // `from`, or a copy of its last bytes where reading would leave the stream.
+  FIPS_INLINE const uint8_t *within(const uint8_t *from, uint8_t (&last)[96]) const {
+    if (reach == bytes || from + reach <= end) return from;
     std::memcpy(last, from, bytes);
     return last;
   }
-  FIPS_INLINE __m256i read(const uint8_t *from) const {
-    alignas(32) uint8_t last[64];
-    return numbers(within(from, last));
+  FIPS_INLINE void read(const uint8_t *from, __m256i (&to)[2]) const {
+    alignas(32) uint8_t last[96];
+    from = within(from, last);
+    if constexpr (BITS < 5 || LEVELS) {
+      fields(from, to);
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) to[r] = BITS < 5 ? look_up(low, to[r]) : look_up(low, high, to[r]);
+    } else {
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r, from += 4 * BITS)
+        to[r] = _mm256_packs_epi16(_mm256_srai_epi16(top(from), 16 - BITS),
+                                   _mm256_srai_epi16(top(from + 2 * BITS), 16 - BITS));
+    }
   }
 };
 
-struct WholeBytes { // integers of 8 bits, in the order of `Codes`
-  static constexpr int bytes = 32;
+struct WholeBytes { // integers of 8 bits
+  static constexpr int bytes = 64;
+  static constexpr Order order = Order::natural;
   explicit WholeBytes(const fips_matrix &) {}
-  FIPS_INLINE static __m256i read(const uint8_t *from) {
-    return _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)), 0xD8);
+  FIPS_INLINE static void read(const uint8_t *from, __m256i (&to)[2]) {
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) to[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from) + r);
   }
 };
 

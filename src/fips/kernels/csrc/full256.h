@@ -6,34 +6,34 @@ namespace {
 
 template <int T, Scales SCALES, class Codes, class Inputs>
 void whole_row(const fips_matrix &a, const fips_call &c, const Codes &codes, int64_t row, const Inputs &inputs) {
-  const auto *from = static_cast<const uint8_t *>(a.values) + row * (a.cols / 32) * Codes::bytes;
+  const auto *from = static_cast<const uint8_t *>(a.values) + row * (a.cols / 64) * Codes::bytes;
   const RowGroups groups = SCALES == Scales::none ? RowGroups() : RowGroups(a, row);
   __m256 acc[T][2]; // an addition has a latency of several cycles
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
-  for (int64_t k = 0; k < a.cols; k += 64) {
+  for (int64_t k = 0; k < a.cols; k += 64, from += Codes::bytes) {
+    __m256i numbers[2];
     _mm_prefetch(reinterpret_cast<const char *>(from) + 1024, _MM_HINT_T0);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half, from += Codes::bytes)
-      inputs.add(codes.read(from), k + 32 * half, groups, half, acc);
+    codes.read(from, numbers);
+    inputs.add(numbers, k, groups, acc);
   }
   for (int t = 0; t < T; ++t) store_sum(a, c, row, t, total(_mm256_add_ps(acc[t][0], acc[t][1])));
 }
 
-template <int T, class Codes> void whole_path(const fips_matrix &a, const fips_call &c, const float *x) {
+template <int T, class Codes> void whole_path(const fips_matrix &a, const fips_call &c, float *x) {
   const Codes codes(a);
-  with_scales_and_inputs<T>(a, c, x, [&](const auto &inputs) {
+  with_scales_and_inputs<T, Codes::order>(a, c, x, [&](const auto &inputs) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < a.rows; ++row) whole_row<T, std::decay_t<decltype(inputs)>::kind>(a, c, codes, row, inputs);
   });
 }
 
 // `x`: the tokens as floats, one behind the other.
-template <int T> void whole_path(const fips_matrix &a, const fips_call &c, const float *x) {
+template <int T> void whole_path(const fips_matrix &a, const fips_call &c, float *x) {
   switch (a.value_bits) {
-  case 2: return a.num_levels ? whole_path<T, Codes<2, true>>(a, c, x) : whole_path<T, Codes<2, false>>(a, c, x);
-  case 3: return a.num_levels ? whole_path<T, Codes<3, true>>(a, c, x) : whole_path<T, Codes<3, false>>(a, c, x);
-  case 4: return whole_path<T, Codes<4, true>>(a, c, x);
+  case 2: return whole_path<T, Codes<2, false>>(a, c, x);
+  case 3: return whole_path<T, Codes<3, false>>(a, c, x);
+  case 4: return whole_path<T, Codes<4, false>>(a, c, x);
   case 5: return a.num_levels ? whole_path<T, Codes<5, true>>(a, c, x) : whole_path<T, Codes<5, false>>(a, c, x);
   case 6: return whole_path<T, Codes<6, false>>(a, c, x);
   case 7: return whole_path<T, Codes<7, false>>(a, c, x);

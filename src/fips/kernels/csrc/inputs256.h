@@ -1,69 +1,105 @@
-// Few tokens beside 32 numbers of a row at a time: as floats, or in 8 bits, 64 of which share a scale.
+// Few tokens beside 64 numbers of a row at a time: as floats, or in 8 bits, 64 of which share a scale.
 //
-// Numbers come as `Codes` gives them, of columns 0 to 7, 16 to 23, 8 to 15 and 24 to 31; digits lie in that order too.
+// Tokens lie in the order in which the numbers come, `Codes::order`.
 #pragma once
 #include "codes256.h"
 
 namespace {
 
-template <Scales SCALES> struct FloatInputs {
+// The scales of 16 columns each from k on, of which groups of 32 and more have some in common.
+FIPS_INLINE __m256 four_scales(const RowGroups &groups, int64_t k) { // and once more
+  const float a = groups.at(k), b = groups.at(k + 16), c = groups.at(k + 32), d = groups.at(k + 48);
+  return _mm256_setr_ps(a, b, c, d, a, b, c, d);
+}
+
+// For which of four scales every lane of eight asks: byte 32 `r` + `first` + `step` times the lane.
+template <Order ORDER> struct Lanes {
+  alignas(32) int32_t of[8] = {};
+  constexpr Lanes(int r, int first, int step) {
+    for (int lane = 0; lane < 8; ++lane) of[lane] = sixteen_of(ORDER, r, first + step * lane);
+  }
+  FIPS_INLINE __m256 take(__m256 scales) const {
+    return _mm256_permutevar8x32_ps(scales, _mm256_load_si256(reinterpret_cast<const __m256i *>(of)));
+  }
+};
+template <Order ORDER> constexpr Lanes<ORDER> sums_of[2] = {{0, 0, 4}, {1, 0, 4}}; // of four bytes
+template <Order ORDER>
+constexpr Lanes<ORDER> floats_of[2][4] = {{{0, 0, 1}, {0, 8, 1}, {0, 16, 1}, {0, 24, 1}}, {{1, 0, 1}, {1, 8, 1}, {1, 16, 1}, {1, 24, 1}}};
+
+template <Scales SCALES, Order ORDER> struct FloatInputs {
   static constexpr Scales kind = SCALES;
   const float *x; // the tokens, one behind the other
   int64_t cols;
 
-  // The products of columns k to k + 31 with every token, in `CHAINS` sums each, of which later ones do not wait for
-  // each other.
+  // Adds the products of columns k to k + 63 with every token, in `CHAINS` sums each, of which later ones do not wait
+  // for each other.
   template <int T, int CHAINS>
-  FIPS_INLINE void add(__m256i numbers, int64_t k, const RowGroups &groups, int, __m256 (&acc)[T][CHAINS]) const {
-    __m256 w[4];
-    as_floats(numbers, w);
-    if constexpr (SCALES == Scales::fine) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) w[i] = _mm256_mul_ps(w[i], _mm256_set1_ps(groups.at(k + 8 * i)));
-    }
-    const __m256 scale = SCALES == Scales::wide ? _mm256_set1_ps(groups.at(k)) : _mm256_setzero_ps();
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
-      const float *xk = x + t * cols + k;
-      __m256 sums[CHAINS];
+  FIPS_INLINE void add(const __m256i (&numbers)[2], int64_t k, const RowGroups &groups, __m256 (&acc)[T][CHAINS]) const {
+    const __m256 scales = SCALES == Scales::fine   ? four_scales(groups, k)
+                          : SCALES == Scales::wide ? _mm256_set1_ps(groups.at(k))
+                                                   : _mm256_setzero_ps();
 #pragma GCC unroll 2
-      for (int i = 0; i < CHAINS; ++i)
-        sums[i] = SCALES == Scales::wide ? _mm256_mul_ps(w[i], _mm256_load_ps(xk + 8 * i))
-                                         : _mm256_fmadd_ps(w[i], _mm256_load_ps(xk + 8 * i), acc[t][i]);
+    for (int r = 0; r < 2; ++r) {
+      __m256 w[4];
+      as_floats(numbers[r], w);
 #pragma GCC unroll 4
-      for (int i = CHAINS; i < 4; ++i)
-        sums[i % CHAINS] = _mm256_fmadd_ps(w[i], _mm256_load_ps(xk + 8 * i), sums[i % CHAINS]);
-#pragma GCC unroll 2
-      for (int i = 0; i < CHAINS; ++i)
-        acc[t][i] = SCALES == Scales::wide ? _mm256_fmadd_ps(sums[i], scale, acc[t][i]) : sums[i];
+      for (int i = 0; SCALES == Scales::fine && i < 4; ++i) w[i] = _mm256_mul_ps(w[i], floats_of<ORDER>[r][i].take(scales));
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const float *xk = x + t * cols + k + 32 * r;
+        __m256 sum = acc[t][r % CHAINS];
+        if (SCALES == Scales::wide) sum = _mm256_mul_ps(w[0], _mm256_load_ps(xk));
+#pragma GCC unroll 4
+        for (int i = SCALES == Scales::wide; i < 4; ++i) sum = _mm256_fmadd_ps(w[i], _mm256_load_ps(xk + 8 * i), sum);
+        acc[t][r % CHAINS] = SCALES == Scales::wide ? _mm256_fmadd_ps(sum, scales, acc[t][r % CHAINS]) : sum;
+      }
     }
   }
 };
 
-template <Scales SCALES> struct DigitInputs {
+template <Scales SCALES, Order ORDER> struct DigitInputs {
   static constexpr Scales kind = SCALES;
   const int8_t *digits;
   const float *scales; // of 64 digits
   int64_t cols;
 
-  // `half`: of the 64 columns.
   template <int T, int CHAINS>
-  FIPS_INLINE void add(__m256i numbers, int64_t k, const RowGroups &groups, int half, __m256 (&acc)[T][CHAINS]) const {
-    const bool sixteen = SCALES == Scales::fine && groups.shift == 4;
-    const float own = SCALES == Scales::none ? 1.0f : groups.at(k), next = sixteen ? groups.at(k + 16) : own;
+  FIPS_INLINE void add(const __m256i (&numbers)[2], int64_t k, const RowGroups &groups, __m256 (&acc)[T][CHAINS]) const {
+    constexpr bool together = SCALES != Scales::fine || alike(ORDER);
+    const float own = SCALES == Scales::wide ? groups.at(k) : 1.0f;
+    const __m256 four = SCALES == Scales::fine ? four_scales(groups, k) : _mm256_setzero_ps();
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       const auto *from = reinterpret_cast<const __m256i *>(digits + t * cols + k);
-      const __m256 sums = _mm256_cvtepi32_ps(byte_products(numbers, _mm256_load_si256(from)));
       const float scale = scales[(t * cols + k) / 64];
-      __m256 factor = _mm256_set1_ps(own * scale);
-      if (sixteen) factor = _mm256_blend_ps(factor, _mm256_set1_ps(next * scale), 0b11001100);
-      acc[t][half % CHAINS] = _mm256_fmadd_ps(sums, factor, acc[t][half % CHAINS]);
+      const __m256i one = byte_products(numbers[0], _mm256_load_si256(from));
+      const __m256i two = byte_products(numbers[1], _mm256_load_si256(from + 1));
+      __m256 &sum = acc[t][0];
+      if constexpr (SCALES != Scales::fine) {
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(one, two)), _mm256_set1_ps(own * scale), sum);
+      } else {
+        const __m256 scaled = _mm256_mul_ps(four, _mm256_set1_ps(scale));
+        const __m256i first = together ? _mm256_add_epi32(one, two) : one;
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(first), sums_of<ORDER>[0].take(scaled), sum);
+        if (!together) sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(two), sums_of<ORDER>[1].take(scaled), sum);
+      }
     }
   }
 };
 
-// Tokens, of which `cols` is a multiple of 64, as digits in their order.
+// Brings every 64 numbers into an order; `count` is a multiple of 64.
+template <Order ORDER, class Number> void arrange(Number *numbers, int64_t count) {
+  if (ORDER == Order::natural) return;
+  for (Number *block = numbers; block < numbers + count; block += 64) {
+    Number natural[64];
+    std::memcpy(natural, block, sizeof natural);
+    for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 32
+      for (int p = 0; p < 32; ++p) block[32 * r + p] = natural[column_of(ORDER, r, p)];
+  }
+}
+
+// Tokens, of which `cols` is a multiple of 64, as digits.
 inline void digits_of(const float *x, int64_t count, int8_t *digits, float *scales) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   for (int64_t k = 0; k < count; k += 64) {
@@ -80,28 +116,33 @@ inline void digits_of(const float *x, int64_t count, int8_t *digits, float *scal
       for (int i = 0; i < 4; ++i) whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(x + j + 8 * i), inverse));
       // packing takes turns between the halves of registers
       const __m256i low = _mm256_packs_epi32(whole[0], whole[1]), high = _mm256_packs_epi32(whole[2], whole[3]);
-      const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
+      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
       _mm256_store_si256(reinterpret_cast<__m256i *>(digits + j),
                          _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
     }
   }
 }
 
-// Calls `body` with the tokens in the form that a call wants: `x` are floats, one token behind the other.
-template <int T, Scales SCALES, class Body>
-void with_inputs_of(const fips_matrix &a, const fips_call &c, const float *x, Body &&body) {
-  if (fixed_planes(c) > 1) return body(FloatInputs<SCALES>{x, a.cols});
+// Calls `body` with the tokens in the form that a call wants and in an order: `x` are floats, one token behind the other.
+template <int T, Scales SCALES, Order ORDER, class Body>
+void with_inputs_of(const fips_matrix &a, const fips_call &c, float *x, Body &&body) {
+  if (fixed_planes(c) > 1) {
+    arrange<ORDER>(x, T * a.cols);
+    return body(FloatInputs<SCALES, ORDER>{x, a.cols});
+  }
   auto *digits = scratch<int8_t>(Scratch::bytes, T * a.cols);
   auto *scales = scratch<float>(Scratch::scales, T * a.cols / 64);
   digits_of(x, T * a.cols, digits, scales);
-  body(DigitInputs<SCALES>{digits, scales, a.cols});
+  arrange<ORDER>(digits, T * a.cols);
+  body(DigitInputs<SCALES, ORDER>{digits, scales, a.cols});
 }
 
 // The same with what the scales of a matrix are.
-template <int T, class Body> void with_scales_and_inputs(const fips_matrix &a, const fips_call &c, const float *x, Body &&body) {
-  if (!a.scale_group) return with_inputs_of<T, Scales::none>(a, c, x, body);
-  if (a.scale_group < 64) return with_inputs_of<T, Scales::fine>(a, c, x, body);
-  with_inputs_of<T, Scales::wide>(a, c, x, body);
+template <int T, Order ORDER, class Body>
+void with_scales_and_inputs(const fips_matrix &a, const fips_call &c, float *x, Body &&body) {
+  if (!a.scale_group) return with_inputs_of<T, Scales::none, ORDER>(a, c, x, body);
+  if (a.scale_group < 64) return with_inputs_of<T, Scales::fine, ORDER>(a, c, x, body);
+  with_inputs_of<T, Scales::wide, ORDER>(a, c, x, body);
 }
 
 } // namespace

@@ -120,12 +120,11 @@ template <int ORDER> FIPS_INLINE __m256 swapped_halves(__m256 v) {
   return {v.high, v.low};
 }
 #define _mm256_permute2f128_ps(v, same, order) swapped_halves<(order)>(v)
-template <int LANES> FIPS_INLINE __m256 second_pairs(__m256 a, __m256 b) {
-  static_assert(LANES == 0b11001100, "every second pair of lanes");
-  return {vcombine_f32(vget_low_f32(a.low), vget_high_f32(b.low)),
-          vcombine_f32(vget_low_f32(a.high), vget_high_f32(b.high))};
+template <int LANES> FIPS_INLINE __m256 joined_halves(__m256 a, __m256 b) {
+  static_assert(LANES == 0xF0, "the lower half of one, the upper of the other");
+  return {a.low, b.high};
 }
-#define _mm256_blend_ps(a, b, lanes) second_pairs<(lanes)>(a, b)
+#define _mm256_blend_ps(a, b, lanes) joined_halves<(lanes)>(a, b)
 
 // ---- integers
 

@@ -367,7 +367,8 @@ inline int recalled_number(const fips_matrix &a, int64_t i) {
 
 // The codes with a memory that vectors read as they are.
 inline bool recalls(const fips_matrix &a) {
-  return (a.value_bits == 2 && a.memory == 3) || ((a.value_bits == 3 || a.value_bits == 4) && a.memory == 2);
+  if (a.value_bits == 2) return a.memory == 3 && a.num_levels <= 32;
+  return (a.value_bits == 3 || a.value_bits == 4) && a.memory == 2;
 }
 
 // Calls `body` with the reader of the type of x.

@@ -41,6 +41,15 @@ FIPS_INLINE __m256i look_up(const __m256i (&tables)[4], __m256i places) {
 #endif
 }
 
+// Words of 16 bits of the upper half moved down, so that those of the lower stay in line with them.
+template <int COUNT> FIPS_INLINE __m256i upper_half_down(__m256i v) {
+#if defined(__aarch64__)
+  return {v.low, shifted_down_half<COUNT>(v.high)};
+#else
+  return _mm256_srlv_epi32(v, _mm256_setr_epi32(0, 0, 0, 0, COUNT, COUNT, COUNT, COUNT));
+#endif
+}
+
 // The sums of four neighbouring products of bytes; of `b` none is -128.
 FIPS_INLINE __m256i byte_products(__m256i a, __m256i b) {
 #if defined(__aarch64__)

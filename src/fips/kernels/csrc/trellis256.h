@@ -4,10 +4,11 @@
 
 namespace {
 
-// The numbers of 32 entries, given their codes and those of `MEMORY` rows above: tables say what each adds to the
+// The numbers of 64 entries, given their codes and those of `MEMORY` rows above: tables say what each adds to the
 // place in the table of levels.
 template <int MEMORY> struct Recall {
-  __m256i added[MEMORY], tables[4];
+  static constexpr int parts = MEMORY == 3 ? 2 : 4; // 16 levels each, see `recalls`
+  __m256i added[MEMORY], tables[parts];
   explicit Recall(const fips_matrix &a) {
     const int64_t codes = int64_t(1) << a.value_bits;
     for (int back = 0; back < MEMORY; ++back) {
@@ -15,19 +16,22 @@ template <int MEMORY> struct Recall {
       std::memcpy(one, a.history + back * codes, size_t(codes));
       added[back] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(one)));
     }
-    for (int part = 0; part < 4; ++part) {
+    for (int part = 0; part < parts; ++part) {
       alignas(16) int8_t one[16];
       for (int i = 0; i < 16; ++i) one[i] = a.levels[(16 * part + i) & (a.num_levels - 1)];
       tables[part] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(one)));
     }
   }
+  FIPS_INLINE __m256i level(__m256i place) const {
+    if constexpr (parts == 2) return look_up(tables[0], tables[1], place);
+    else return look_up(tables, place);
+  }
   // `codes`: of the first row above all that is looked at; `row` counts from there.
-  FIPS_INLINE __m256i number(const __m256i *codes, int row) const {
-    __m256i place = codes[row];
+  template <class Registers> FIPS_INLINE __m256i number(const Registers &codes, int row) const {
+    __m256i place = codes(row);
 #pragma GCC unroll 4
-    for (int back = 1; back <= MEMORY; ++back)
-      place = _mm256_xor_si256(place, look_up(added[back - 1], codes[row - back]));
-    return look_up(tables, place);
+    for (int back = 1; back <= MEMORY; ++back) place = _mm256_xor_si256(place, look_up(added[back - 1], codes(row - back)));
+    return level(place);
   }
 };
 
@@ -47,33 +51,39 @@ void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, t
 #pragma GCC unroll 8
   for (int r = -MEMORY; r < kRecalled; ++r) {
     const int64_t place = row + (r < left ? r : left - 1);
-    from[MEMORY + r] = static_cast<const uint8_t *>(a.values) + (place < 0 ? 0 : place) * (a.cols / 32) * bytes;
+    from[MEMORY + r] = static_cast<const uint8_t *>(a.values) + (place < 0 ? 0 : place) * (a.cols / 64) * bytes;
     if (r >= 0 && SCALES != Scales::none) groups[r] = RowGroups(a, place);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRecalled; ++r)
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) acc[r][t][0] = _mm256_setzero_ps();
-  for (int64_t k = 0, at = 0; k < a.cols; k += 32, at += bytes) {
-    __m256i fields[MEMORY + kRecalled];
+  for (int64_t k = 0, at = 0; k < a.cols; k += 64, at += bytes) {
+    __m256i fields[MEMORY + kRecalled][2];
 #pragma GCC unroll 8
     for (int r = 0; r < MEMORY + kRecalled; ++r) {
-      alignas(32) uint8_t last[64];
-      if (k % 64 == 0) _mm_prefetch(reinterpret_cast<const char *>(from[r]) + at + 1024, _MM_HINT_T0);
-      fields[r] = Codes<BITS, true>::fields(codes.within(from[r] + at, last));
-      if (r < MEMORY && first) fields[r] = _mm256_setzero_si256();
+      alignas(32) uint8_t last[96];
+      _mm_prefetch(reinterpret_cast<const char *>(from[r]) + at + 1024, _MM_HINT_T0);
+      Codes<BITS, true>::fields(codes.within(from[r] + at, last), fields[r]);
+      if (r < MEMORY && first) fields[r][0] = fields[r][1] = _mm256_setzero_si256();
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRecalled; ++r) inputs.add(recall.number(fields, MEMORY + r), k, groups[r], 0, acc[r]);
+    for (int r = 0; r < kRecalled; ++r) {
+      __m256i numbers[2];
+#pragma GCC unroll 2
+      for (int side = 0; side < 2; ++side)
+        numbers[side] = recall.number([&](int at) { return fields[at][side]; }, MEMORY + r);
+      inputs.add(numbers, k, groups[r], acc[r]);
+    }
   }
   for (int r = 0; r < left; ++r)
     for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, total(acc[r][t][0]));
 }
 
-template <int T, int BITS, int MEMORY> void recalled_path(const fips_matrix &a, const fips_call &c, const float *x) {
+template <int T, int BITS, int MEMORY> void recalled_path(const fips_matrix &a, const fips_call &c, float *x) {
   const Codes<BITS, true> codes(a);
   const Recall<MEMORY> recall(a);
-  with_scales_and_inputs<T>(a, c, x, [&](const auto &inputs) {
+  with_scales_and_inputs<T, Codes<BITS, true>::order>(a, c, x, [&](const auto &inputs) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < a.rows; row += kRecalled)
       recalled_rows<T, std::decay_t<decltype(inputs)>::kind>(a, c, codes, recall, row, inputs);
@@ -81,7 +91,7 @@ template <int T, int BITS, int MEMORY> void recalled_path(const fips_matrix &a, 
 }
 
 // Of the codes that `recalls` knows.
-template <int T> void recalled_path(const fips_matrix &a, const fips_call &c, const float *x) {
+template <int T> void recalled_path(const fips_matrix &a, const fips_call &c, float *x) {
   switch (a.value_bits) {
   case 2: return recalled_path<T, 2, 3>(a, c, x);
   case 3: return recalled_path<T, 3, 2>(a, c, x);
