@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import fips
+from fips.formats import rotation
+from fips.formats.values import values_named
 from fips.layers.linear import factored_layers
 
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(5))
@@ -136,6 +139,27 @@ def test_compile_captures_the_whole_graph() -> None:
         gradients.append((layer.values.grad.clone(), model.model.fips_bases["g0"].weight.grad.clone()))
     for a, b in zip(*gradients, strict=True):
         assert (a - b).norm() / a.norm() < 1e-4
+
+
+@pytest.mark.parametrize("values", ["nl3g16", "tc3", "nl4"])
+def test_what_a_tracer_made_first_serves_nothing_outside_its_graph(values: str) -> None:
+    """Tables of the numbers are made where they are first asked for, here while a backward pass is traced."""
+    numbers = values_named(values)
+    model = tiny_model("llama", num_hidden_layers=1)
+    fips.compress(model, batches_for(model), fips.CompressionConfig(bits=5, values=values))
+    model.config.use_cache = False
+    expected = model(IDS).logits
+    for store in (numbers._tables, rotation._matrices):
+        store.clear()
+    copied = copy.deepcopy(model)
+    traced = torch.compile(copied, fullgraph=True, backend="aot_eager")(IDS).logits
+    assert (traced - expected).norm() / expected.norm() < 1e-5
+    for logits in (traced, model(IDS).logits):
+        logits.square().mean().backward()
+    for one, other in zip(copied.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
+    dense = fips.merge(copy.deepcopy(model))(IDS).logits
+    assert (dense - expected).norm() / expected.norm() < 1e-2
 
 
 def test_a_thin_model_serves_half_precision_inputs() -> None:

@@ -101,6 +101,28 @@ def test_int8_values_stay_while_bases_train(tmp_path: Path) -> None:
     assert not torch.equal(model.model.fips_bases["g0"].weight, before.model.fips_bases["g0"].weight)
 
 
+@pytest.mark.parametrize("values", ["float", "int4g16", "tc3"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_same_gradients(use_reentrant: bool, values: str, caplog: Any) -> None:
+    """Without reentry it ends what it computes anew by an error, from inside the call of a layer."""
+    model = tiny_model("llama")
+    fips.compress(model, batches_for(model), fips.CompressionConfig(bits=8 if values == "float" else 4, values=values))
+    model.train()
+    model.enable_input_require_grads()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        for _ in range(2):
+            model.zero_grad()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for gradients in found[1:]:
+        assert gradients.keys() == found[0].keys()
+        assert all(torch.allclose(gradients[name], found[0][name], atol=1e-6) for name in gradients)
+    assert "kernel failed" not in caplog.text
+
+
 def test_gradients_of_values_and_basis_are_those_of_the_dense_product() -> None:
     model = packed("llama").double()
     layer = factored_layers(model)["model.layers.0.mlp.up_proj"]

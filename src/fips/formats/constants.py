@@ -6,16 +6,17 @@ memory belongs to that graph, into which nothing may be copied besides. Both hol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["made_apart"]
+__all__ = ["kept", "made_apart"]
 
 Tensors = TypeVar("Tensors", bound="Tensor | tuple[Tensor, ...]")
+Key = TypeVar("Key", bound=Hashable)
 
 
 def made_apart(make: Callable[[], Tensors]) -> Tensors:
@@ -35,3 +36,16 @@ def made_apart(make: Callable[[], Tensors]) -> Tensors:
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(finished).result()
+
+
+def kept(store: dict[Key, Tensors], key: Key, make: Callable[[], Tensors]) -> Tensors:
+    """What a function has returned for a key, made apart where there is none yet.
+
+    What a tracer makes is not kept: outside its graph it is no tensor that anything can be computed with.
+    """
+    found = store.get(key)
+    if found is None:
+        found = made_apart(make)
+        if not torch.compiler.is_compiling():
+            store[key] = found
+    return found

@@ -10,12 +10,10 @@ References: Tseng et al., arXiv 2402.04396; Ashkboos et al., arXiv 2404.00456, w
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from fips.formats.constants import made_apart
+from fips.formats.constants import kept
 
 __all__ = ["ROTATIONS", "rotate", "rotate_moment", "rotation_fits", "widest_rotation"]
 
@@ -33,15 +31,11 @@ def widest_rotation(columns: int) -> int:
     return max(block for block in ROTATIONS if rotation_fits(columns, block))
 
 
+_matrices: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
 def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _matrix(block).to(device=device, dtype=dtype)  # part of the graph
-    return _kept_matrix(block, dtype, device)
-
-
-@functools.cache
-def _kept_matrix(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return made_apart(lambda: _matrix(block).to(device=device, dtype=dtype))
+    return kept(_matrices, (block, dtype, device), lambda: _matrix(block).to(device=device, dtype=dtype))
 
 
 def _matrix(block: int) -> Tensor:

@@ -29,7 +29,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from fips.formats.constants import made_apart
+from fips.formats.constants import kept
 from fips.formats.values import SCALE_GROUPS, VALUES, Values, signed
 
 __all__ = ["RUN", "Trellis"]
@@ -132,9 +132,7 @@ class Trellis(Values):
 
     def _on(self, device: torch.device) -> Tensor:
         """The number of every code together with those above it, the code itself in the lowest bits."""
-        if device not in self._tables:
-            self._tables[device] = made_apart(lambda: self._made_on(device))
-        return self._tables[device]
+        return kept(self._tables, device, lambda: self._made_on(device))
 
     def _made_on(self, device: torch.device) -> Tensor:
         mask, codes = (1 << self.bits) - 1, torch.arange(1 << self.bits * (self.memory + 1))

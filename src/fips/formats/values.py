@@ -23,7 +23,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from fips.formats.constants import made_apart
+from fips.formats.constants import kept
 from fips.formats.registry import Registry
 
 __all__ = [
@@ -319,9 +319,7 @@ class _Levels(Values):
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """``(levels, codes, nearest)``: the number of every code, and code and number next to every integer from -128
         to 128."""
-        if device not in self._tables:
-            self._tables[device] = made_apart(lambda: self._made_on(device))
-        return self._tables[device]
+        return kept(self._tables, device, lambda: self._made_on(device))
 
     def _made_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         levels = torch.tensor(self.levels, dtype=torch.float32)

@@ -23,7 +23,8 @@ from fips.kernels.defaults import packed_up_to
 from fips.kernels.validity import is_plain, needs_grad
 
 __all__ = [
-    "Keeper", "is_plain", "meaning_of", "needs_grad", "number_of", "packed_linear", "product_in_graph", "traceable",
+    "Keeper", "is_plain", "meaning_of", "needs_grad", "number_of", "packed_linear", "product_in_graph", "raised_inside",
+    "traceable",
 ]  # fmt: skip
 
 _numbers = count(1)
@@ -129,11 +130,23 @@ def _packed_linear(
 ) -> Tensor:
     layout = (shape, fmt, block_axis, value_format, count, rotation)
     packed = _packed(values, pattern, scales, *layout, group_scales=group_scales)
-    backend = registry.choose(packed, x.device, x.dtype)
-    # in a graph from another process the number may be that of some other layer, which looks whether it is its own
-    kept = None if keeper is None else _keepers.get(int(keeper))
-    prepared = backend.prepare(packed) if kept is None else kept.prepared(packed, backend)
-    return _product(backend, x, prepared, bias, activation_bits)
+    try:
+        backend = registry.choose(packed, x.device, x.dtype)
+        # in a graph from another process the number may be that of some other layer, which looks whether it is its own
+        kept = None if keeper is None else _keepers.get(int(keeper))
+        prepared = backend.prepare(packed) if kept is None else kept.prepared(packed, backend)
+        return _product(backend, x, prepared, bias, activation_bits)
+    except Exception as error:
+        error.__dict__[_INSIDE] = True
+        raise
+
+
+_INSIDE = "raised inside a fips operator"
+
+
+def raised_inside(error: Exception) -> bool:
+    """Whether the operator itself failed; around it autograd runs hooks of others, such as those of checkpointing."""
+    return _INSIDE in error.__dict__
 
 
 @_packed_linear.register_fake
@@ -197,10 +210,42 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, pattern, scales, group_scales = ctx.saved_tensors
-    packed = _packed(values, pattern, scales, *ctx.layout, group_scales=group_scales)
-    grad_x, grad_values = reference.multiply_backward(grad, x, packed)
+    if is_plain(grad, x, values):  # differentiable once more
+        packed = _packed(values, pattern, scales, *ctx.layout, group_scales=group_scales)
+        grad_x, grad_values = reference.multiply_backward(grad, x, packed)
+    else:  # a graph has no business in how a matrix is decoded
+        grad_x, grad_values = torch.ops.fips.packed_linear_backward(
+            grad, x, values, pattern, scales, *ctx.layout, group_scales
+        )
+        grad_values = grad_values if values.is_floating_point() else None
     bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
     return grad_x, grad_values, None, None, bias, *[None] * 9
+
+
+@torch.library.custom_op("fips::packed_linear_backward", mutates_args=())
+def _packed_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    scales: Tensor | None,
+    shape: list[int],
+    fmt: str,
+    block_axis: int,
+    value_format: str,
+    count: int,
+    rotation: int,
+    group_scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    layout = (shape, fmt, block_axis, value_format, count, rotation)
+    packed = _packed(values, pattern, scales, *layout, group_scales=group_scales)
+    grad_x, grad_values = reference.multiply_backward(grad, x, packed)
+    return grad_x, values.new_empty(0) if grad_values is None else grad_values
+
+
+@_packed_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(x.shape), values.new_empty(values.shape if values.is_floating_point() else 0)
 
 
 _packed_linear.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -103,6 +103,8 @@ class LayerRuntime:
         try:
             return self._multiply(x, product, held)
         except Exception as error:
+            if ops.needs_grad(x, *product.tensors()) and not ops.raised_inside(error):
+                raise  # by a hook of autograd, such as checkpointing's, which stops what it computes anew in this way
             return self._without_kernel(x, product, held, error)
 
     def _multiply(self, x: Tensor, product: Product, held: Remembered) -> Tensor:
