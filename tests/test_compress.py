@@ -271,6 +271,10 @@ def test_tensor_batches_work_for_plain_modules() -> None:
     report = fips.compress(model, [torch.randn(8, 16) for _ in range(3)], settings())
     assert set(factored_layers(model)) == {"0.fc1", "0.fc2", "1.fc1", "1.fc2"}
     assert report.groups[0]["relative_error_final"] < 1
+    x = torch.randn(8, 16)
+    y = model(x)  # its bases stand in the sequence too
+    assert torch.equal(y, model[1](model[0](x)))
+    assert torch.allclose(fips.merge(model)(x), y, atol=1e-5)
 
 
 def test_calibrating_a_group_moves_the_basis_jointly() -> None:

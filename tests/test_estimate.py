@@ -121,6 +121,8 @@ def test_a_line_says_what_is_known() -> None:
         "memory 2.00 GB of 8.00 GB free; 10.0 GB free on the disk"
     )
     assert Forecast(device="cpu", examples=1).line().endswith("none")
+    short = Forecast(device="cpu", examples=1, operations=1e9, seconds=2)
+    assert short.line() == "estimate for 1 examples on cpu: a minute or less (1.0e+09 operations)"
 
 
 @pytest.mark.slow

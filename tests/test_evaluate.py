@@ -273,6 +273,10 @@ class TestImages:
         with pytest.raises(DataError, match=r"got 10 classes in .*, the model has 4"):
             evaluate(model, image_batches(photos))
 
+    def test_a_plain_list_of_batches(self) -> None:
+        with pytest.raises(DataError, match=r"got `list`; make them by `fips.load_data\(source, model, purpose="):
+            evaluate(nn.Linear(2, 2), [torch.zeros(1, 2)])  # type: ignore[arg-type]
+
     def test_module_that_does_not_tell_its_classes(self, photos: Path) -> None:
         with pytest.raises(DataError, match=r"got 10 classes in .*, the model has 6"):
             evaluate(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 6)), image_batches(photos))

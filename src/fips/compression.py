@@ -21,7 +21,7 @@ from fips.calibration.precision import autocast_for, in_native_types, resolve_pr
 from fips.calibration.preserve import in_place_of, neutral_torch, plain_forward, preserved, take_over
 from fips.config import CompressionConfig
 from fips.errors import ConfigError, DataError, ModelError
-from fips.layers.linear import BASES, FactoredLinear, basis_owner, homes_of
+from fips.layers.linear import BASES, Bases, FactoredLinear, basis_owner, homes_of
 from fips.methods.registry import Method, method_of
 from fips.methods.workbench import CompressedGroup, MomentCache, Progress, ProgressEvent, Workbench, measured
 from fips.models import Site
@@ -196,7 +196,7 @@ def _size_note(asked: CompressionConfig, config: CompressionConfig, groups: Sequ
     return (
         note
         if config.bits is None or used > 0.97 * config.bits
-        else f"{note}; with {used:.4g}, the most, they take less"
+        else f"{asked.size} would be {config.bits:.4g} bits a weight; the most that layers take is {used:.4g}"
     )
 
 
@@ -278,7 +278,7 @@ def _install(model: nn.Module, groups: Sequence[CompressedGroup], *, activation_
     trained: set[int] = set()
     homes = homes_of(model)
     with in_place_of(model, [*layers, *(name for names in tied.values() for name in names)], basis_owner(model), BASES):
-        setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
+        setattr(basis_owner(model), BASES, Bases(bases))
         for name, layer in layers.items():
             if name in tied:
                 _install_embedding(model, name, layer, tied[name], activation_bits=activation_bits)

@@ -23,6 +23,10 @@ from fips.plan.plan import CompressionPlan
 __all__ = ["Forecast", "forecast"]
 
 
+COUNTED = 40
+"""Seconds below which what is not counted, such as the choice between formats, takes longer than what is."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
     """Estimates, None where they cannot be told."""
@@ -46,7 +50,8 @@ class Forecast:
         """All that is known, for people."""
         parts = []
         if self.seconds is not None and self.operations is not None:
-            parts.append(f"about {_duration(self.seconds)} ({self.operations:.1e} operations)")
+            duration = f"about {_duration(self.seconds)}" if self.seconds > COUNTED else "a minute or less"
+            parts.append(f"{duration} ({self.operations:.1e} operations)")
         if self.memory_bytes is not None:
             free = "" if self.available_bytes is None else f" of {format_bytes(self.available_bytes)} free"
             parts.append(f"memory {format_bytes(self.memory_bytes)}{free}")

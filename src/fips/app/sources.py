@@ -11,11 +11,18 @@ from torch import nn
 
 from fips.config import DataConfig
 from fips.data import Batches, load_batches
-from fips.errors import ConfigError, ModelError
+from fips.errors import ConfigError
 from fips.models.reading import kind_of, longest_sequence, processor_of
 from fips.models.tasks import task_of
 from fips.models.timm import build_timm, is_timm_source, load_timm
-from fips.models.transformers import build_empty, config_fields, load_config, load_dense, resolve_dtype
+from fips.models.transformers import (
+    already_compressed,
+    build_empty,
+    config_fields,
+    load_config,
+    load_dense,
+    resolve_dtype,
+)
 from fips.storage.checkpoint import is_compressed, load
 from fips.storage.layout import QUANT_METHOD
 
@@ -83,7 +90,7 @@ def empty_model(source: str, *, compressed: bool = True, trust_remote_code: bool
     if is_timm_source(source):
         return build_timm(source)
     if not compressed and config_fields(source).get("quantization_config") is not None:
-        raise ModelError(f"`{source}` is already compressed; give the original model")
+        raise already_compressed(source)
     config, trusted = load_config(source, trust_remote_code=trust_remote_code)
     model: nn.Module = build_empty(config, source=source, trusted=trusted)
     return model

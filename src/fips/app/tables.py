@@ -207,11 +207,13 @@ def result_table(report: CompressionReport) -> Table:
     plans = report.plan["groups"]
     with_basis = any(group["rank"] for group in plans)
     trained = any(result["relative_error_start"] != result["relative_error_final"] for result in report.groups)
+    distilled = getattr(getattr(report.config, "distill", None), "steps", 0) > 0
     columns = ["group", "blocks", *(["rank"] if with_basis else []), "bits", "patterns", "values"]
     table = Table(*columns, *(["start"] if trained else []), "error", "time", title="Result", title_justify="left")
     table.caption = (
         "error: MSE of the block outputs / their variance, mean over blocks, calibration data"
         + ("; start: before training" if trained else "")
+        + ("; distilling lessens another error, that of the predictions" if trained and distilled else "")
     )  # fmt: skip
     table.caption_justify = "left"
     for result, group in zip(report.groups, plans, strict=True):

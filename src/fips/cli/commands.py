@@ -87,6 +87,7 @@ from fips.cli.printing import (
     print_packed,
     print_plan,
     print_tasks,
+    tell_file,
 )
 from fips.errors import ConfigError
 
@@ -215,6 +216,8 @@ def compress(
         )  # fmt: skip
     if done is not None:
         print_compression(done, output, as_json=as_json)
+        if not as_json:
+            tell_file(str(source))
 
 
 def _require_given(options: dict[str, Any]) -> None:
@@ -260,6 +263,8 @@ def plan(
     source = named_source(model, gguf_file)
     empty, made = plan_source(source, setting, dtype=dtype, trust_remote_code=trust_remote_code)
     print_plan(outline_of_plan(empty, made, setting.compression), as_json=as_json)
+    if not as_json:
+        tell_file(source)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -449,7 +454,7 @@ def export(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Write a compressed model for tools that do not know fips; ONNX files are checked on the first batch of --data."""
+    """Write a compressed model for tools that do not know fips; ONNX files are checked on --data, or made-up inputs."""
     from dataclasses import asdict
 
     from fips.app.exporting import export_directory

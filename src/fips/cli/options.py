@@ -38,7 +38,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         metavar="TYPE",
-        help="To load the weights in: auto (the checkpoint's), float32, bfloat16 or float16.",
+        help="To load the weights in: auto (the checkpoint's), float32, bfloat16 (bf16) or float16 (fp16).",
         rich_help_panel=MODEL,
     ),
 ]

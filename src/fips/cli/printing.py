@@ -56,6 +56,16 @@ def print_packed(packed: Any, *, as_json: bool) -> None:
         stdout.tell(line)
 
 
+def tell_file(source: str | None) -> None:
+    """Sizes of a GGUF file are those of its numbers as floats, in which it is read."""
+    if source is not None and source.lower().endswith(".gguf"):
+        from fips.app.tables import format_bytes
+
+        file = Path(source)
+        size = f" takes {format_bytes(file.stat().st_size)}" if file.is_file() else " is smaller"
+        stdout.tell(f"sizes before are of its numbers as floats; the GGUF file itself{size}")
+
+
 def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
     from fips.app.page import PAGE
     from fips.app.tables import format_bytes, left_dense_lines, result_table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,8 @@ __all__ = [
     "text_columns",
     "wrong_kind",
 ]
+
+log = logging.getLogger("fips.data")
 
 LABELS = ("label", "labels")
 """Columns that classes are looked for in."""
@@ -119,6 +122,8 @@ def is_local(source: Source) -> bool:
 
 def _inspect_hub(source: Source, config: DataConfig, kind: Kind) -> list[str]:
     """Names of the splits of a hub dataset; refuses the wrong kind before the download where its card tells."""
+    if source.name not in HUB_SHORTCUTS:
+        log.info("there is no file or directory `%s`: looking for a dataset of this name on the hub", source.name)
     with loading_errors(source.name, local=False):
         builder = datasets.load_dataset_builder(source.builder, source.configuration)
         splits = list(builder.info.splits or builder.config.data_files or ())
@@ -176,7 +181,7 @@ def loading_errors(source: str, *, local: bool) -> Iterator[None]:
         if local:
             hint = "check that the files are complete and of the type their suffix says"
         else:
-            hint = "check the id (`owner/name:configuration`), the network and the login, or give a local path"
+            hint = "no file or directory has this name: check it, or the id, network and login"
         raise DataError(f"`source={source}` cannot be loaded: {first_line(error)}; {hint}") from error
 
 

@@ -42,6 +42,11 @@ def register(kind: T) -> T:
 
 def evaluator_for(batches: Batches) -> Evaluator:
     """Of the task that batches were made for."""
+    if not isinstance(batches, Batches):
+        raise DataError(
+            f"`batches` of an evaluation know what they score, got `{type(batches).__name__}`; make them by "
+            '`fips.load_data(source, model, purpose="evaluation")`'
+        )
     found = _EVALUATORS.get(batches.task)
     if found is None:
         raise DataError(

@@ -24,6 +24,7 @@ from fips.models.sites import Role
 
 __all__ = [
     "BASES",
+    "Bases",
     "FactoredLinear",
     "Homes",
     "SharedBasis",
@@ -59,6 +60,14 @@ class SharedBasis(nn.Module):
 
     def extra_repr(self) -> str:
         return f"width={self.weight.shape[0]}, rank={self.weight.shape[1]}"
+
+
+class Bases(nn.ModuleDict):
+    """The bases of a model by name; an outermost ``nn.Sequential`` calls it as its last layer."""
+
+    def forward(self, x: Any) -> Any:
+        """``x`` as it is."""
+        return x
 
 
 class FactoredLinear(nn.Module):

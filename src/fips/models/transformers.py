@@ -24,6 +24,7 @@ from fips.models.gguf import as_plain, check_tensors, gguf_fields, gguf_source, 
 from fips.models.names import listed
 
 __all__ = [
+    "already_compressed",
     "build_empty",
     "build_from_classes",
     "build_packed",
@@ -122,6 +123,14 @@ def _configure(kind: type[PretrainedConfig], fields: Mapping[str, Any]) -> Pretr
         raise ModelError(_wrong_field(kind.__name__, fields, error)) from None
 
 
+def already_compressed(source: str, how: str = "") -> ModelError:
+    """The refusal of a model whose numbers are not the original's any more."""
+    return ModelError(
+        f"`{source}` is already compressed{how}; give the original model, or where it was trained since, what "
+        "`fips export` makes of it"
+    )
+
+
 def load_dense(
     source: str, *, dtype: str = "auto", device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -134,7 +143,7 @@ def load_dense(
     config, trusted = load_config(source, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         method = getattr(config.quantization_config, "get", lambda _: None)("quant_method") or "another method"
-        raise ModelError(f"`{source}` is already compressed ({method}); give the original model")
+        raise already_compressed(source, f" ({method})")
     options = {"config": config, "dtype": wanted if wanted == "auto" else getattr(torch, wanted)}
     kind = model_class(config, source, trusted=trusted)
     if is_gguf_source(source):

@@ -18,6 +18,7 @@ from fips.formats.values import FLOAT, values_named
 from fips.layers.embedding import Lookup, PackedEmbedding, TiedLayer, tied_layers
 from fips.layers.linear import (
     BASES,
+    Bases,
     FactoredLinear,
     Homes,
     SharedBasis,
@@ -282,7 +283,7 @@ def _install(model: nn.Module, layout: Layout, *, partial: bool) -> None:
             )
     used, homes = {entry.basis for entry in present.values()}, homes_of(model)
     bases = {name: SharedBasis(basis.width, basis.rank) for name, basis in layout.bases.items() if name in used}
-    setattr(basis_owner(model), BASES, nn.ModuleDict(bases))
+    setattr(basis_owner(model), BASES, Bases(bases))
     for name, entry in present.items():
         layer = _empty_layer(entry, None if entry.basis is None else bases[entry.basis])
         if entry.embedding:
