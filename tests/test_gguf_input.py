@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import fips
 import fips.integrations.gguf.write
+from fips.app.tables import format_bytes
 from fips.cli import main
 from fips.errors import ModelError
 from fips.layers.linear import factored_layers
@@ -147,6 +148,8 @@ class TestCommands:
         data = ["--data", str(directory / "text.txt"), "--num-samples", "4", "--sequence-length", "16"]
         command = ["compress", str(directory), "--gguf-file", "model.gguf", "--bits", "6", "--layers", "mlp", *data]
         assert main([*command, "--output", str(tmp_path / "out")]) == 0
+        own = f"the GGUF file itself takes {format_bytes((directory / 'model.gguf').stat().st_size)}"
+        assert own in " ".join(capsys.readouterr().out.split())
         files = {path.name for path in (tmp_path / "out").iterdir()}
         assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
         fields = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -170,6 +173,8 @@ class TestCommands:
             assert main(["plan", str(directory / "model.gguf"), "--json", *options]) == 0
             sizes.append(json.loads(capsys.readouterr().out)["model"]["bytes"])
         assert sizes[0] == 2 * sizes[1]
+        assert main(["plan", str(directory / "model.gguf")]) == 0
+        assert "the GGUF file itself takes" in " ".join(capsys.readouterr().out.split())
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
