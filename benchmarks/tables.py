@@ -616,6 +616,7 @@ TUNED = {
     "dinov2-small": ("DINOv2-small, 200 new classes, top-1 % of 2,000", "top1_percent", 2),
     "dinov2-small-2.3-bits": ("the same, top-1 % of 1,000", "top1_percent", 2),
     "smollm2": ("SmolLM2-135M, perplexity", "perplexity", 2),
+    "smollm2-shakespeare": ("SmolLM2-135M on Shakespeare, perplexity", "perplexity", 2),
 }  # fmt: skip
 
 
@@ -629,7 +630,7 @@ def fine_tuning() -> str:
             dense = run["values"] == "original"
             rows.append([
                 label, "dense" if dense else f"{run['bits']:g}, {VALUE_NAMES.get(run['values'], run['values'])}",
-                WAYS[run["way"]], f"{quality[metric]:.{digits}f}", "" if against is None else f"{against['kl']:.4f}",
+                "not" if dense and run["way"] == "none" else WAYS[run["way"]], f"{quality[metric]:.{digits}f}", "" if against is None else f"{against['kl']:.4f}",
                 "" if run["way"] == "none" or run["seconds"] is None else minutes(run["seconds"]),
             ])  # fmt: skip
     return markdown(["", "bits, values", "trained", "quality", "KL", "time"], rows)
