@@ -630,7 +630,8 @@ def fine_tuning() -> str:
             dense = run["values"] == "original"
             rows.append([
                 label, "dense" if dense else f"{run['bits']:g}, {VALUE_NAMES.get(run['values'], run['values'])}",
-                "not" if dense and run["way"] == "none" else WAYS[run["way"]], f"{quality[metric]:.{digits}f}", "" if against is None else f"{against['kl']:.4f}",
+                "not" if dense and run["way"] == "none" else WAYS[run["way"]], f"{quality[metric]:.{digits}f}",
+                "" if against is None else f"{against['kl']:.4f}",
                 "" if run["way"] == "none" or run["seconds"] is None else minutes(run["seconds"]),
             ])  # fmt: skip
     return markdown(["", "bits, values", "trained", "quality", "KL", "time"], rows)

@@ -140,4 +140,4 @@ def test_a_run_begins_with_what_it_will_take(
     assert 0 < estimate["seconds"] < 60
     assert estimate["memory_bytes"] < estimate["available_bytes"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().err.startswith("estimate for 8 examples on cpu: about ")
+    assert capsys.readouterr().err.startswith("estimate for 8 examples on cpu: a minute or less ")

@@ -93,7 +93,7 @@ def test_a_size_that_is_not_used_up_is_said() -> None:
     model = wide_model()
     report = fips.compress(model, batches_for(model), fips.CompressionConfig(size="60%", layers="blocks"))
     assert state_bytes(model) < size_bytes("30%", report.plan["model"]["bytes"])
-    assert "they take less" in " ".join(report.notes)
+    assert "bits a weight; the most that layers take is 8" in " ".join(report.notes)
 
 
 def test_one_of_bits_size_and_budget_is_given() -> None:

@@ -322,7 +322,7 @@ def test_too_few_bits_for_every_entry_are_an_error_before_any_work(llama: PreTra
 
 @pytest.mark.parametrize("values", ["tc3g64", "nl3", "int3"])
 def test_what_inference_mode_made_first_can_be_trained_after(values: str) -> None:
-    for kept in (rotation._kept_matrix.cache_clear, values_named(values).__dict__.get("_tables", {}).clear):
+    for kept in (rotation._matrices.clear, values_named(values).__dict__.get("_tables", {}).clear):
         kept()
     layer = FactoredLinear(None, role="up", hidden=8, kept=8 * 64, fmt="full", width=64, values=values, rotation=16)
     layer.values.zero_()
