@@ -58,9 +58,10 @@ def print_packed(packed: Any, *, as_json: bool) -> None:
 
 def tell_file(source: str | None) -> None:
     """Sizes of a GGUF file are those of its numbers as floats, in which it is read."""
-    if source is not None and source.lower().endswith(".gguf"):
-        from fips.app.tables import format_bytes
+    from fips.app.tables import format_bytes
+    from fips.models.gguf import is_gguf_source
 
+    if source is not None and is_gguf_source(source):
         file = Path(source)
         size = f" takes {format_bytes(file.stat().st_size)}" if file.is_file() else " is smaller"
         stdout.tell(f"sizes before are of its numbers as floats; the GGUF file itself{size}")

@@ -198,7 +198,8 @@ template <int MEMORY> void recall_run(const fips_matrix &a, int64_t k0, int64_t 
         const auto *from = reinterpret_cast<const __m256i *>(wide + (row - back) * a.cols + k);
         codes[MEMORY - back] = _mm256_and_si256(_mm256_loadu_si256(from), mask);
       }
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(wide + row * a.cols + k), recall.number([&](int at) { return codes[at]; }, MEMORY));
+      const __m256i numbers = recall.number([&](int at) { return codes[at]; }, MEMORY);
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(wide + row * a.cols + k), numbers);
     }
 }
 
