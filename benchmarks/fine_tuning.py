@@ -6,12 +6,11 @@
 `none` is the model as compressed; `head` trains its classifier, or the head of a language model (a copy of its own
 where it is the embedding too); `rest` all but the packed numbers, which is what trains without `prepare_qat`; `labels`
 everything but embeddings, on labels (of language models: the next token); `teacher` the same, to predict what the
-original does on the same examples. With `--new-head` the model gets a new classifier for other classes, and so does
-the original, whose row `original, head` says what the dense backbone gives. With `--text` a language model is
-calibrated and trained on the first nine tenths of another text and scored on the last; the rows `original` say what
-the dense model does there as it is and with its head trained. One pass over the examples per epoch, AdamW, warm-up
-over a tenth of the steps, then cosine. Scored on other data. The file is written after every run, and a later call
-goes on where it ended.
+original does on the same examples. The rows `original` say what the dense model does as it is and with its head alone
+trained. With `--new-head` both get a new classifier for other classes, with `--turned` one that tells by how many
+quarters an image is turned. With `--text` a language model is calibrated and trained on the first nine tenths of
+another text and scored on the last. One pass over the examples per epoch, AdamW, warm-up over a tenth of the steps,
+then cosine. Scored on other data. The file is written after every run, and a later call goes on where it ended.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -136,6 +135,18 @@ def new_head(model: nn.Module, classes: int) -> nn.Module:
     return model
 
 
+def turned(images: Batches) -> Batches:
+    """Every image turned by 0 to 3 quarters, which its number among the images decides; its label says how many."""
+
+    def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
+        quarters = [random.Random(number).randrange(4) for number in numbers]
+        pixels = images.collate(numbers)["pixel_values"]
+        pixels = torch.stack([x.rot90(k, (-2, -1)) for x, k in zip(pixels, quarters, strict=True)])
+        return {"pixel_values": pixels, "labels": torch.tensor(quarters)}
+
+    return replace(images, collate=collate, max_label=3, class_names=None)
+
+
 def settings(args: argparse.Namespace, scratch: Path) -> tuple[str, DataConfig, DataConfig, DataConfig]:
     """Model, calibration data, data to train on, evaluation data."""
     source, calibration, evaluation = compare_methods.settings(args.name, args.models, args.data, scratch)
@@ -162,6 +173,7 @@ def main() -> None:
     parser.add_argument("--effort", default="default")
     parser.add_argument("--ways", nargs="+", default=["none", "head", "labels", "teacher"])
     parser.add_argument("--new-head", action="store_true")
+    parser.add_argument("--turned", action="store_true")
     parser.add_argument("--text", help="another text for a language model, under the folder of data")
     parser.add_argument("--examples", type=int, default=4000)
     parser.add_argument("--eval-examples", type=int)
@@ -173,6 +185,7 @@ def main() -> None:
     parser.add_argument("--head-rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    args.new_head |= args.turned
     facts = {
         "benchmark": f"training after compression, {args.name}", "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]), "environment": environment(torch.device("cpu")),
@@ -187,6 +200,8 @@ def main() -> None:
         examples, trained, scored = compare_methods.load_examples(
             source, original, *zip(data, ("calibration", labelled, "evaluation"), strict=True)
         )
+        if args.turned:
+            trained, scored = turned(trained), turned(scored)
         batches = list(trained)
         run_all(args, original, examples, batches, scored, runs, facts)
 
@@ -218,10 +233,9 @@ def run_all(
             new_head(model, classes)
         return model, train_head(model, batches, args.head_rate, args.head_epochs)
 
-    if args.text:
+    if not args.new_head:
         note("original", "none", lambda: (original, []))
-    if args.new_head or args.text:
-        note("original", "head", dense_head)
+    note("original", "head", dense_head)
     for values in args.values:
         small = copy.deepcopy(original)
         fips.compress(small, examples, fips.CompressionConfig(bits=args.bits, values=values, effort=args.effort))

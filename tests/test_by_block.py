@@ -475,11 +475,16 @@ def test_moments_that_another_method_left_do_not_change_what_is_chosen() -> None
 
 def test_finished_blocks_are_not_made_again(tmp_path: Path) -> None:
     config = fips.CompressionConfig(bits=6.0, method="gptq")
+    reports = []
     for number in range(2):
         model, events = tiny_model("llama"), []
-        fips.compress(model, batches_for(model), config, progress=events.append, work=tmp_path / "work")
+        reports.append(fips.compress(model, batches_for(model), config, progress=events.append, work=tmp_path / "work"))
         assert ("solve" in {event.stage for event in events}) == (number == 0)
         assert "measure" not in {event.stage for event in events} or number == 0
+    first, second = reports
+    assert "earlier runs" not in first.phases
+    assert 0 < second.phases["earlier runs"] <= first.seconds
+    assert sum(second.phases.values()) <= second.seconds
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def test_a_line_says_what_is_known() -> None:
     )  # fmt: skip
     assert whole.line() == (
         "estimate for 128 examples on cpu: about 10 min (2.0e+13 operations); "
-        "memory 2.00 GB of 8.00 GB free; 10.0 GB free on the disk"
+        "tensors in memory 2.00 GB of 8.00 GB free; 10.0 GB free on the disk"
     )
     assert Forecast(device="cpu", examples=1).line().endswith("none")
     short = Forecast(device="cpu", examples=1, operations=1e9, seconds=2)

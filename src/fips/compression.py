@@ -42,6 +42,8 @@ from fips.version import __version__
 __all__ = ["Progress", "ProgressEvent", "compress"]
 
 SIZES = ("bits", "size", "budget")
+EARLIER = "earlier runs"
+"""Stage of the time that a run took which ended before, and whose finished work this one went on from."""
 
 
 def compress(
@@ -102,7 +104,9 @@ def compress(
             influence_examples=method.influence_examples, ranks=ranks,
         )  # fmt: skip
         if work is not None:
-            bench.store = WorkDirectory(work, _fingerprint(model, asked, data))
+            bench.store = kept = WorkDirectory(work, _fingerprint(model, asked, data))
+            if kept.earlier_seconds:
+                bench.phases[EARLIER] = kept.earlier_seconds
         for item in plan.skipped:
             if item.end:
                 bench.note(f"`{item.name}` is left dense: {item.reason}")
@@ -168,13 +172,13 @@ def _drawn() -> Iterator[Progress]:
 def _report(
     bench: Workbench, plan: CompressionPlan, groups: Sequence[CompressedGroup], started: float
 ) -> CompressionReport:
-    """What was done, and on what."""
+    """What was done, and on what; the time of earlier runs from which this one went on counts too."""
     device = bench.device
     return CompressionReport(
         config=bench.config,
         plan=replace(plan, groups=tuple(group.plan for group in groups)).to_dict(),
         groups=[_result(group).to_dict() for group in groups],
-        seconds=time.perf_counter() - started,
+        seconds=bench.phases.get(EARLIER, 0.0) + time.perf_counter() - started,
         peak_memory_bytes=measured("peak memory", lambda: peak_memory_bytes(device)),
         activation_file_bytes=bench.file_bytes,
         data=measured("the description of the data", lambda: _description(bench.batches)) or {},

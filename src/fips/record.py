@@ -102,7 +102,8 @@ class CompressionReport:
     asked: dict[str, float | str] = field(default_factory=dict)
     """The size asked for: ``bits``, ``size`` or ``budget``, as given; ``config`` has the bits that a size came to."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage of ``ProgressEvent``, in the process that wrote the report; parts of ``seconds``."""
+    """Seconds by stage of ``ProgressEvent``, in the process that wrote the report, and of ``earlier runs``, whose work
+    it went on from; parts of ``seconds``."""
     quality: dict[str, Any] | None = None
     """``EvaluationResult.to_dict()`` of the compressed model, where somebody evaluated it before it was saved."""
 

@@ -54,7 +54,7 @@ class Forecast:
             parts.append(f"{duration} ({self.operations:.1e} operations)")
         if self.memory_bytes is not None:
             free = "" if self.available_bytes is None else f" of {format_bytes(self.available_bytes)} free"
-            parts.append(f"memory {format_bytes(self.memory_bytes)}{free}")
+            parts.append(f"tensors in memory {format_bytes(self.memory_bytes)}{free}")
         if self.free_disk_bytes is not None:
             parts.append(f"{format_bytes(self.free_disk_bytes)} free on the disk")
         return f"estimate for {self.examples} examples on {self.device}: " + ("; ".join(parts) or "none")

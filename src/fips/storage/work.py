@@ -1,8 +1,8 @@
 """Where a run keeps what it has finished, so that after a crash the same command goes on from there.
 
 A work directory holds ``run.json``, which says what the run is made of, ``log.txt`` with a line for every finished
-block, and for every finished piece a file of tensors and fields. A file appears by one rename when it is complete:
-whatever ends the process, what is there is whole.
+block, ``seconds.txt`` with the time that it took, and for every finished piece a file of tensors and fields. A file
+appears by one rename when it is complete: whatever ends the process, what is there is whole.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from fips.files.output import require_file
 
 __all__ = ["WorkDirectory", "kept_work"]
 
-RUN, LOG = "run.json", "log.txt"
+RUN, LOG, SECONDS = "run.json", "log.txt", "seconds.txt"
 SUFFIX = ".safetensors"
 UNSET = object()
 
@@ -50,6 +51,9 @@ class WorkDirectory:
             raise OutputError(
                 f"cannot write work directory `{self.path}`: {error.strerror or error}; choose another with `--work`"
             ) from None
+        self.earlier_seconds = _seconds(self.path / SECONDS)
+        """What earlier runs took until they kept their last piece."""
+        self._opened = time.perf_counter()
 
     def _check(self) -> None:
         found = _run_of(self.path)
@@ -86,6 +90,7 @@ class WorkDirectory:
         try:
             held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             _write(self._file(name), save(held, metadata={"fields": json.dumps(fields)}))
+            _write(self.path / SECONDS, f"{self.earlier_seconds + time.perf_counter() - self._opened:.3f}".encode())
         except OSError as error:
             raise OutputError(
                 f"cannot keep finished work in `{self.path}`: {error.strerror or error}; what is there is whole: free "
@@ -120,6 +125,14 @@ def _run_of(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise OutputError(f"cannot read `{path / RUN}`: {error}; remove the work directory") from None
     return found
+
+
+def _seconds(path: Path) -> float:
+    """Zero where nothing is kept yet."""
+    try:
+        return float(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _require_place(path: Path) -> None:
