@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import datasets
@@ -18,6 +18,7 @@ from fips.config import DataConfig
 from fips.data.batches import Kind, Purpose
 from fips.data.source import HUB_SHORTCUTS, TABLE_BUILDERS, WHOLE, Source
 from fips.errors import DataError
+from fips.files.hub import hub_where_reached
 
 __all__ = [
     "LABELS",
@@ -174,7 +175,8 @@ def _read_texts(patterns: Sequence[str]) -> Any:
 def loading_errors(source: str, *, local: bool) -> Iterator[None]:
     """Turn whatever ``datasets`` and the hub client raise while loading into one line with the next step."""
     try:
-        yield
+        with nullcontext() if local else hub_where_reached():
+            yield
     except DataError:
         raise
     except Exception as error:

@@ -23,6 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.hub import cached_file
 
 from fips.errors import ModelError
+from fips.files.hub import hub_where_reached
 from fips.models.names import listed
 from fips.optional import require
 
@@ -108,7 +109,8 @@ def _fetched(source: str) -> Path:
     if found is None or found[1].startswith("."):
         raise ModelError(f"unknown model `{source}`: no such file; give a GGUF file, or OWNER/REPOSITORY/NAME.gguf")
     try:
-        return Path(str(cached_file(found[1], found[2])))
+        with hub_where_reached():
+            return Path(str(cached_file(found[1], found[2])))
     except Exception as error:  # whatever the client of the hub may raise
         reason = " ".join(str(error).split()).partition(". ")[0][:200]
         raise ModelError(

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from transformers.utils.hub import cached_file
 
 from fips.errors import CheckpointError, ConfigError, ModelError
+from fips.files.hub import hub_where_reached
 from fips.models.architectures import check_trust, config_class, model_class
 from fips.models.gguf import as_plain, check_tensors, gguf_fields, gguf_source, is_gguf_source
 from fips.models.names import listed
@@ -104,7 +105,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> tuple[Pretra
     if is_gguf_source(source):
         return config_from_fields(fields, source=source), False
     try:
-        with quiet():
+        with quiet(), _hub_for(source):
             return AutoConfig.from_pretrained(source, trust_remote_code=trusted), trusted
     except Exception as error:  # fields are anyone's, and each class checks them in its own way
         raise ModelError(f"`{source}`: {_wrong_field(kind, fields, error)}") from None
@@ -354,7 +355,7 @@ def load_processor(source: str, kind: Literal["image", "text", "both"], *, trust
     }
     load = loaders[kind]
     try:
-        with quiet():
+        with quiet(), _hub_for(source):
             processor = load.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # files are anyone's, and each class fails in its own way
         advice = "repair it, or remove its files to go without"
@@ -387,7 +388,7 @@ def _holds(source: str, name: str) -> bool:
     if Path(source).is_dir():
         return (Path(source) / name).is_file()
     try:
-        with quiet():
+        with quiet(), hub_where_reached():
             return cached_file(source, name, _raise_exceptions_for_missing_entries=False) is not None
     except OSError:
         return False
@@ -397,9 +398,14 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or (os.sep != "/" and os.sep in source)
 
 
+def _hub_for(source: str) -> AbstractContextManager[None]:
+    """What a model is read in that may have to be fetched."""
+    return nullcontext() if Path(source).is_dir() else hub_where_reached()
+
+
 def _from_source(source: str, load: Callable[..., _T], **options: Any) -> _T:
     try:
-        with quiet():
+        with quiet(), _hub_for(source):
             return load(source, **options)
     except Exception as error:  # whatever readers of damaged files and foreign fields may raise
         advice = "there is no directory of this name; give one, or a hub id while online"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fips.errors import CheckpointError, ModelError
+from fips.files.hub import hub_where_reached
 from fips.files.manifest import MANIFEST, read_json, verify_manifest, write_json, write_manifest
 from fips.files.output import Output
 from fips.files.untrusted import file_inside
@@ -261,7 +262,8 @@ def local_directory(source: str | Path) -> Path:
     if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise CheckpointError(f"`{path}` is not a directory; give one written by `fips.save` or `fips compress`")
     try:
-        return Path(snapshot_download(source))
+        with hub_where_reached():
+            return Path(snapshot_download(source))
     except (OSError, ValueError, HfHubHTTPError) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"cannot download `{source}`, which is no directory either: {first}") from None
