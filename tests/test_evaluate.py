@@ -255,6 +255,22 @@ class TestImages:
         assert found["data"] == batches.description
         assert found["headline"] == {"name": "top1_percent", "value": found["top1_percent"], "higher_is_better": True}
 
+    def test_bars_and_tables_for_a_notebook(
+        self, colors: Colors, photos: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        result = evaluate(colors, image_batches(photos), progress=False)
+        assert capfd.readouterr() == ("", "")
+        assert evaluate(colors, image_batches(photos), progress=True) == result
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert "evaluate 1/" in err
+        lines = result.summary().splitlines()
+        assert f"{result.headline.value:.2f} %" in lines[0]
+        assert lines[-1].endswith("30 images")
+        html = result._repr_html_()
+        assert html.startswith("<table")
+        assert html.count("<tr>") == len(lines)
+
     def test_pixels_follow_the_type_of_the_model(self, colors: Colors, photos: Path) -> None:
         batches = image_batches(photos)
         exact = evaluate(colors, batches).headline.value

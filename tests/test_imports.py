@@ -17,6 +17,8 @@ from fresh import python
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import fips
+from fips.errors import MissingPackageError
+from fips.optional import require
 from fips.registration import METHOD, TOLD, Finder, register_when_imported
 from fips.storage.layout import QUANT_METHOD
 from fips.storage.quantizer import FipsConfig, FipsHfQuantizer
@@ -208,11 +210,22 @@ def test_a_library_that_is_made_otherwise_is_imported_all_the_same(
     sys.modules.pop("strange")
 
 
+def test_an_optional_package_that_lacks_another_is_told_apart_from_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "halfway.py").write_text("import not_there_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingPackageError, match=r"`halfway`, which cannot be .*: install `not_there_at_all`$"):
+        require("halfway", extra="half", purpose="a test")
+    with pytest.raises(MissingPackageError, match=r"`not_there_at_all` .*`pip install 'fips\[half\]'`"):
+        require("not_there_at_all.part", extra="half", purpose="a test")
+
+
 def test_data_is_loaded_for_a_model_and_scores_it(tmp_path: Path) -> None:
     from fips.demo.run import MODEL_DIRECTORY
 
     (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 200)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, num_hidden_layers=1)
     data = fips.load_data(str(tmp_path / "text.txt"), model, num_samples=4, sequence_length=16)
@@ -222,6 +235,12 @@ def test_data_is_loaded_for_a_model_and_scores_it(tmp_path: Path) -> None:
     assert result.perplexity > 1
     assert result.against is not None
     assert result.against.kl == 0
+    fips.compress(model, data, fips.CompressionConfig(bits=6.0, effort="fast"))
+    fips.save(model, tmp_path / "small", processor=AutoTokenizer.from_pretrained(MODEL_DIRECTORY))
+    loaded = fips.load(tmp_path / "small")
+    assert loaded.name_or_path == loaded.config.name_or_path == str(tmp_path / "small")
+    again = fips.load_data(str(tmp_path / "text.txt"), loaded, num_samples=4, sequence_length=16)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(again, data, strict=True))
     with pytest.raises(fips.FipsError, match="num_sample"):
         fips.load_data(str(tmp_path / "text.txt"), model, num_sample=4)
     with pytest.raises(fips.FipsError, match="`purpose` must be"):

@@ -106,15 +106,18 @@ def _local_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_local_tasks_only")
 def test_in_process_through_the_command_line(
-    directory: Path, tasks: Path, accuracy: float, capsys: pytest.CaptureFixture[str]
+    directory: Path, tasks: Path, accuracy: float, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert 0.2 < accuracy < 0.8  # neither answer is always right
     command = ["evaluate", str(directory), "--tasks", "local_words", "--include-path", str(tasks)]
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["local_words"]["acc"] == pytest.approx(accuracy)
+    assert set(result["local_words"]) == {"acc", "acc_stderr"}
+    caplog.clear()
     assert main([*command, "--limit", "4"]) == 0
     assert "local_words" in capsys.readouterr().out
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]
 
 
 def harness_options(model: str, tasks: Path, results: Path) -> list[str]:

@@ -152,9 +152,12 @@ def test_there_is_one_bar_for_a_stage_however_many_groups_it_has() -> None:
 def test_a_log_has_a_line_per_tenth() -> None:
     log = io.StringIO()
     bars = Bars(Console(file=log, width=80))
+    for _ in range(2):
+        bars.show("measure", 1, 2)
     for done in range(1, 101):
         bars.event(fips.ProgressEvent("reconstruct", "g0", done, 100, 0.5))
     lines = log.getvalue().splitlines()
+    assert lines.pop(0) == "measure 1/2"
     assert lines[:2] == ["reconstruct g0 1/100 loss 0.5", "reconstruct g0 10/100 loss 0.5"]
     assert len(lines) == 11
 
@@ -336,5 +339,7 @@ def test_all_loggers_are_below_the_one_of_fips() -> None:
     )
     ours = [name for name in names if name.startswith('"')]
     assert ours
-    assert not [name for name in ours if not re.fullmatch(r'"(fips(\.[\w.]+)?|transformers[\w.]*|torch[\w.]*)"', name)]
+    assert not [
+        name for name in ours if not re.fullmatch(r'"(fips(\.[\w.]+)?|lm_eval|transformers[\w.]*|torch[\w.]*)"', name)
+    ]
     assert logging.getLogger("fips").handlers == []

@@ -43,6 +43,7 @@ class Bars:
         self._draws = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self._tasks: dict[str, TaskID] = {}
+        self._said: tuple[str, ...] = ()
 
     def event(self, event: Event) -> None:
         """Show a ``fips.ProgressEvent``."""
@@ -59,6 +60,9 @@ class Bars:
                 self._draw(label, done, total, f"{group} {note}".strip())
             elif done in (1, total) or (total >= 10 and done % (total // 10) == 0):
                 words = (label, group, f"{done}/{total or '?'}", note)
+                if words == self._said:  # the end of one step and the beginning of the next
+                    return
+                self._said = words
                 self._console.print(" ".join(word for word in words if word), highlight=False, soft_wrap=True)
 
     def _draw(self, label: str, done: int, total: int, note: str) -> None:

@@ -15,7 +15,12 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        package, missing = (name.partition(".")[0] for name in (module, error.name or module))
+        if missing != package:
+            raise MissingPackageError(
+                f"{purpose} needs `{package}`, which cannot be imported here ({error}): install `{missing}`"
+            ) from None
         raise MissingPackageError(
-            f"{purpose} needs `{module.partition('.')[0]}` ({error}); install fips with its extra: "
+            f"{purpose} needs `{package}` ({error}); install fips with its extra: "
             f"`pip install 'fips[{extra}]'`, or `pip install '.[{extra}]'` in a checkout"
         ) from None

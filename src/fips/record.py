@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Self
@@ -25,6 +25,8 @@ __all__ = [
     "GroupResult",
     "Score",
     "environment",
+    "in_html",
+    "in_lines",
     "peak_memory_bytes",
     "scores",
     "size_asked_for",
@@ -129,14 +131,11 @@ class CompressionReport:
 
     def summary(self) -> str:
         """What became of the model, in a few lines for people."""
-        rows = self.rows()
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+        return in_lines(self.rows())
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.rows())
-        return f'<table class="fips-report" style="text-align: left">{rows}</table>'
+        return in_html(self.rows())
 
     def rows(self) -> list[tuple[str, str]]:
         """What ``summary`` shows: names and values, the notes last."""
@@ -195,6 +194,18 @@ class CompressionReport:
                 )
             },
         )
+
+
+def in_lines(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values, a line each."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def in_html(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values as the table that a notebook shows."""
+    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f'<table class="fips-report" style="text-align: left">{cells}</table>'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

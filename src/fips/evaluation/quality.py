@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from fips.bars import progress_bars
 from fips.calibration.precision import in_native_types
 from fips.data import Batches
 from fips.evaluation import causal, classes, embeddings, masked, targets  # noqa: F401, each registers its metric
@@ -23,7 +24,7 @@ def evaluate(
     *,
     against: nn.Module | None = None,
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> EvaluationResult:
     """How good a model is at what the batches were made for (``Batches.task``), by ``fips.load_data`` for that model.
 
@@ -39,7 +40,8 @@ def evaluate(
     ``logits``, or hidden states. It runs in evaluation mode without gradients and is left in the mode it had. Batches
     go to ``device``, by default to that of the model's first floating-point parameter; the model is not moved.
     ``against`` is the original that the predictions are compared with (``result.against``), on the same batches.
-    ``progress`` is called with the number of finished batches and of all batches.
+    ``progress=True`` shows a bar, on a terminal or in a notebook, or give a function that is called with the number of
+    finished batches and of all batches.
 
     Raises ``DataError`` for batches that cannot score the model, ``ModelError`` for a model of another task.
     """
@@ -50,6 +52,8 @@ def evaluate(
             stack.enter_context(evaluation_mode(each))
             stack.enter_context(in_native_types(each))
             models.append(Predictor.placed(each, device))
+        if isinstance(progress, bool):
+            progress = stack.enter_context(progress_bars()).counter("evaluate") if progress else None
         return evaluator_for(batches).run(models, batches, progress)
 
 

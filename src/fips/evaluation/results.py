@@ -9,7 +9,7 @@ from typing import Any
 
 from fips.evaluation.divergence import Divergence, EmbeddingDistance
 from fips.models.tasks import TaskName
-from fips.record import Score
+from fips.record import Score, in_html, in_lines
 
 __all__ = [
     "EmbeddingResult", "EvaluationResult", "ImageResult", "LabelResult", "MaskedResult", "Metric", "TargetResult",
@@ -50,6 +50,18 @@ class EvaluationResult(ABC):
 
         Those of the original follow from the mean difference on the same examples.
         """
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What ``summary`` shows: names and values."""
+        return [*((score.name, score.line()) for score in self.scores()), ("scored on", self.scored_on)]
+
+    def summary(self) -> str:
+        """What was found, in a few lines for people."""
+        return in_lines(self.rows())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return in_html(self.rows())
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, the headline and the same in words, ready for JSON."""

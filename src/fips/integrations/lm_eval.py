@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from fips.errors import ConfigError, DataError
 from fips.optional import require
 
 __all__ = ["run_tasks"]
+
+COUNTS = ("sample_len", "sample_count")
+"""What lm-eval writes among the metrics of a task that says how large it is."""
 
 
 def run_tasks(
@@ -37,11 +42,10 @@ def run_tasks(
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(f"`--tasks`: lm-eval knows no task `{unknown[0]}`; `lm-eval ls tasks` lists them")
-    wrapper = require("lm_eval.models.huggingface", extra="lm-eval", purpose="evaluation on tasks").HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size
-    )
+    wrapped = require("lm_eval.models.huggingface", extra="lm-eval", purpose="evaluation on tasks").HFLM
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _only_errors():
+            wrapper = wrapped(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             outcome = harness.simple_evaluate(
                 model=wrapper,
                 tasks=list(tasks),
@@ -55,7 +59,19 @@ def run_tasks(
     return {task: _numbers(metrics) for task, metrics in outcome["results"].items()}
 
 
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Without the warnings of lm-eval that it is given a model in memory, which is meant."""
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Without names and ``N/A``; ``acc,none`` (metric, filter) becomes ``acc``."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    """Without names, counts and ``N/A``; ``acc,none`` (metric, filter) becomes ``acc``."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float) and name not in COUNTS}
     return {name.removesuffix(",none"): float(value) for name, value in numbers.items()}

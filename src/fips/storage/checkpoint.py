@@ -199,7 +199,7 @@ def load(
     model does not depend on them.
     """
     path = local_directory(directory)
-    read = partial(_load, path, device=device, trust_remote_code=trust_remote_code)
+    read = partial(_load, path, str(directory), device=device, trust_remote_code=trust_remote_code)
     listed = path / MANIFEST
     if not verify or not (listed.is_symlink() or listed.exists()):
         return read()
@@ -218,7 +218,7 @@ def load(
     return model
 
 
-def _load(path: Path, *, device: torch.device | str, trust_remote_code: bool) -> Any:
+def _load(path: Path, name: str, *, device: torch.device | str, trust_remote_code: bool) -> Any:
     config_file = file_inside(path, CONFIG, where=f"`{path}`")
     fields = read_json(config_file)
     layout = Layout.parse(fields.pop("quantization_config", None), where=f"`{config_file}`")
@@ -236,6 +236,8 @@ def _load(path: Path, *, device: torch.device | str, trust_remote_code: bool) ->
             restore_buffers(model)
         model.to(device)  # buffers that no file holds, such as rotary frequencies
         attach(model)
+    if not is_timm_model(model):
+        model.name_or_path = model.config._name_or_path = name  # as `from_pretrained` leaves it: tokenizers lie there
     report = read_report(path)
     if report is not None:
         model.fips_report = report
