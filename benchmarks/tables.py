@@ -613,6 +613,7 @@ WAYS = {
 }  # fmt: skip
 TUNED = {
     "vit": ("ViT-Tiny, top-1 %", "top1_percent", 2),
+    "vit-turned": ("ViT-Tiny, quarters that an image is turned by, top-1 %", "top1_percent", 2),
     "dinov2-small": ("DINOv2-small, 200 new classes, top-1 % of 2,000", "top1_percent", 2),
     "dinov2-small-2.3-bits": ("the same, top-1 % of 1,000", "top1_percent", 2),
     "smollm2": ("SmolLM2-135M, perplexity", "perplexity", 2),
