@@ -444,9 +444,10 @@ class TestAgainst:
         assert found is not None
         assert (found.kl, found.agreement_percent, found.change) == (pytest.approx(0, abs=1e-7), 100, 0)
 
-    def test_other_outcomes(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match="got predictions of 64 outcomes, the original has 80"):
-            evaluate(sharp_llama, text_batches(tmp_path), against=tiny_model("llama", vocab_size=80))
+    @pytest.mark.parametrize("size", [32, 80])
+    def test_another_vocabulary(self, size: int, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match=f"`against` knows {size} tokens, the model 64: give the original"):
+            evaluate(sharp_llama, text_batches(tmp_path), against=tiny_model("llama", vocab_size=size))
 
     def test_one_window_has_no_standard_error(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
         batches = text_batches(tmp_path, num_samples=1)

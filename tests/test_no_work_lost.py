@@ -301,6 +301,14 @@ def test_what_a_killed_run_left_is_named_and_removed(exists: bool, tmp_path: Pat
     assert files_of(tmp_path) == {"out"}
 
 
+def test_a_killed_run_that_left_nothing_is_not_worth_a_word(tmp_path: Path, caplog: Log) -> None:
+    output = Output(tmp_path / "out")
+    os.close(output._lock)  # as the end of its process would
+    with caplog.at_level(logging.WARNING), complete_directory(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("x")
+    assert not caplog.records
+
+
 def test_a_complete_model_that_lacks_only_its_name_is_not_removed(tmp_path: Path) -> None:
     output = Output(tmp_path / "out")
     (output.scratch / MANIFEST).write_text("{}")

@@ -385,6 +385,20 @@ def test_calibration_from_the_solver_lowers_the_error(family: str, schedule: str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("values", ["auto", "int4", "float"])
+def test_steps_that_make_errors_larger_are_taken_back(values: Any) -> None:
+    model = tiny_model("llama")
+    config = fips.CompressionConfig(
+        bits=6.4, values=values, precision="float32", schedule="rigl", effort="fast",
+        reconstruction={"steps": 4, "update_every": 1, "learning_rate": 1.0},
+    )  # fmt: skip
+    report = fips.compress(model, batches_for(model), config)
+    assert "4 steps made the errors of `g0` no smaller: it stays as it was solved" in report.notes
+    (group,) = report.groups
+    assert group["relative_error_final"] <= 1.01 * group["relative_error_start"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "size", "rate"), [("float", 4.8, 1e-3), ("auto", 3.2, 3e-4), ("int4", 3.2, 3e-4)])
 @pytest.mark.parametrize("family", ["vit", "llama"])
 def test_distillation_moves_the_logits_towards_the_teacher(family: str, values: Any, size: float, rate: float) -> None:

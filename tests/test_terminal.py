@@ -250,7 +250,11 @@ def test_a_plan_says_sizes_by_kind_and_the_smallest_one(model: Path, capsys: Cap
     assert sum(kind["bytes_before"] for kind in plan["kinds"]) == plan["model"]["bytes"]
     assert sum(kind["bytes_after"] for kind in plan["kinds"]) == pytest.approx(plan["compressed_model"]["bytes"])
     least = plan["smallest"]
+    assert plan["unused"] is None
+    assert main(["plan", str(model), "--size", "90%"]) == 0
+    assert re.search(r"90% would be [\d.]+ bits a weight; the most that layers take is 9", capsys.readouterr().out)
     assert main(["plan", str(model), "--size", f"{least['bytes'] + 1}B", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unused"] is None
     assert main(["plan", str(model), "--bits", str(least["bits"])]) == 0
     capsys.readouterr()
     for option, value in (("--size", f"{int(0.99 * least['bytes'])}B"), ("--bits", str(0.99 * least["bits"]))):

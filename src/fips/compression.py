@@ -28,7 +28,7 @@ from fips.models import Site
 from fips.models.experts import experts_apart
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
-from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size
+from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size, size_note
 from fips.plan.rest import cast_rest
 from fips.ranks import Ranks, joined
 from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
@@ -118,7 +118,7 @@ def compress(
         cast_rest(model, config)
         bench.say_tokens()
         if asked.size is not None:
-            bench.notes.append(_size_note(asked, bench.config, groups))
+            bench.notes.append(size_note(asked, bench.config, [group.plan for group in groups]))
         report = _report(bench, plan, groups, started)
         report.asked = {name: value for name in SIZES if (value := getattr(asked, name)) is not None}
     model.fips_report = report  # type: ignore[assignment]
@@ -190,17 +190,6 @@ def _report(
             **(measured("hardware and versions", lambda: environment(device)) or {}),
             "precision": resolve_precision(bench.config.precision, device),
         },
-    )
-
-
-def _size_note(asked: CompressionConfig, config: CompressionConfig, groups: Sequence[CompressedGroup]) -> str:
-    """What became of the size of the whole file."""
-    used = 8 * sum(group.plan.factored.bytes for group in groups) / sum(group.plan.dense.parameters for group in groups)
-    note = f"{config.bits:.4g} bits a weight, so that all tensors take {asked.size}"
-    return (
-        note
-        if config.bits is None or used > 0.97 * config.bits
-        else f"{asked.size} would be {config.bits:.4g} bits a weight; the most that layers take is {used:.4g}"
     )
 
 

@@ -13,7 +13,7 @@ from fips.app.sources import Source
 from fips.config import DataConfig
 from fips.data import Batches
 from fips.errors import ModelError
-from fips.evaluation import EvaluationResult, check_evaluation, evaluate
+from fips.evaluation import EvaluationResult, check_evaluation, evaluate, require_comparable
 from fips.integrations.lm_eval import run_tasks
 from fips.models.tasks import task_name
 from fips.models.transformers import load_processor
@@ -49,7 +49,10 @@ def evaluable_source(
     empty = own.empty()
     batches, processor = own.batches(data, empty, purpose="evaluation")
     check_evaluation(empty, batches, compared=against is not None)
-    original = None if against is None else replace(own, name=against).model()
+    other = None if against is None else replace(own, name=against)
+    if other is not None:
+        require_comparable(empty, other.empty())
+    original = None if other is None else other.model()
     return Evaluable(own.model(), original, batches, processor)
 
 

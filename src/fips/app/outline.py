@@ -18,7 +18,7 @@ from fips.models.experts import experts_apart
 from fips.models.wrappers import unwrap
 from fips.plan.kinds import KindSize, layer_bytes, sizes_by_kind
 from fips.plan.least import round_up
-from fips.plan.plan import CompressionPlan
+from fips.plan.plan import CompressionPlan, settle_size, size_note, uses_size
 from fips.plan.rest import rest_sizes
 from fips.plan.size import sizes_of, smallest_sizes
 from fips.record import CompressionReport
@@ -38,10 +38,12 @@ class Outline:
     kinds: tuple[KindSize, ...]
     smallest: dict[str, float]
     """What could be asked for at least: ``bits`` and the ``bytes`` of the whole file then, or the ``budget``."""
+    unused: str | None = None
+    """Why a size of the whole file is not used up, where it is not."""
 
     def to_dict(self) -> dict[str, Any]:
         kinds = [kind.to_dict() for kind in self.kinds]
-        return {**self.plan.to_dict(), "kinds": kinds, "smallest": self.smallest}
+        return {**self.plan.to_dict(), "kinds": kinds, "smallest": self.smallest, "unused": self.unused}
 
 
 def outline_of_plan(model: nn.Module, plan: CompressionPlan, config: CompressionConfig) -> Outline:
@@ -59,7 +61,11 @@ def _outline(model: nn.Module, plan: CompressionPlan, config: CompressionConfig)
         sizes = sizes_of(model, groups, config)
         smallest = {"bits": float(round_up(sizes.least_bits)), "bytes": round(sizes.least_bytes)}
     others = rest_sizes(model, [site.name for group in groups for site in group.sites], config)
-    return Outline(plan, sizes_by_kind(model, layer_bytes(plan), others), smallest)
+    unused = None
+    if config.size is not None:
+        settled = settle_size(plan, model, config)
+        unused = None if uses_size(settled, plan.groups) else size_note(config, settled, plan.groups)
+    return Outline(plan, sizes_by_kind(model, layer_bytes(plan), others), smallest, unused)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from fips.errors import DataError, ModelError
 
-__all__ = ["NOT_FINITE", "Predictor", "Progress", "check_vocabulary", "counted", "evaluation_mode", "vocabulary_size"]
+__all__ = [
+    "NOT_FINITE",
+    "Predictor",
+    "Progress",
+    "check_vocabulary",
+    "counted",
+    "evaluation_mode",
+    "require_comparable",
+    "vocabulary_size",
+]
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished batches and of all batches."""
@@ -79,6 +88,18 @@ def vocabulary_size(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     size: int | None = getattr(config.get_text_config() if config is not None else None, "vocab_size", None)
     return size
+
+
+def require_comparable(model: nn.Module, against: nn.Module) -> None:
+    """Raise ``ModelError`` for two models that cannot be asked the same; they may be without weights."""
+    for what, sizes in (
+        ("tokens", [vocabulary_size(one) for one in (model, against)]),
+        ("classes", [getattr(getattr(one, "config", None), "num_labels", None) for one in (model, against)]),
+    ):
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise ModelError(
+                f"`against` knows {sizes[1]} {what}, the model {sizes[0]}: give the original that it was made from"
+            )
 
 
 def check_vocabulary(model: nn.Module, input_ids_ET: Tensor) -> None:

@@ -11,7 +11,7 @@ from fips.bars import progress_bars
 from fips.calibration.precision import in_native_types
 from fips.data import Batches
 from fips.evaluation import causal, classes, embeddings, masked, targets  # noqa: F401, each registers its metric
-from fips.evaluation.predictor import Predictor, Progress, evaluation_mode
+from fips.evaluation.predictor import Predictor, Progress, evaluation_mode, require_comparable
 from fips.evaluation.registry import evaluator_for
 from fips.evaluation.results import EvaluationResult
 
@@ -46,6 +46,8 @@ def evaluate(
     Raises ``DataError`` for batches that cannot score the model, ``ModelError`` for a model of another task.
     """
     check_evaluation(model, batches, compared=against is not None)
+    if against is not None:
+        require_comparable(model, against)
     with ExitStack() as stack:
         models = []
         for each in [model] if against is None else [model, against]:

@@ -330,10 +330,11 @@ def _clear(scratch: Path, directory: Path) -> None:
     for name in names:
         path = scratch / name
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    log.warning(
-        "removed what a run that was killed left in `%s`: %d files, %s (%s)", scratch, len(names), _amount(size),
-        ", ".join(names[:3]) or "nothing",
-    )  # fmt: skip
+    if names:
+        log.warning(
+            "removed what a run that was killed left in `%s`: %d files, %s (%s)", scratch, len(names), _amount(size),
+            ", ".join(names[:3]),
+        )  # fmt: skip
 
 
 def _refuse_scratch(scratch: Path, directory: Path, why: str) -> NoReturn:

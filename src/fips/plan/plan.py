@@ -23,7 +23,7 @@ from fips.plan.planner import planner_of
 from fips.plan.rest import rest_saving
 from fips.plan.size import smallest_sizes, weight_dtype, with_bits
 
-__all__ = ["CompressionPlan", "LeftDense", "leave_dense", "plan_compression", "settle_size"]
+__all__ = ["CompressionPlan", "LeftDense", "leave_dense", "plan_compression", "settle_size", "size_note", "uses_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,20 @@ def settle_size(
     model = unwrap(model)
     with experts_apart(model):
         return with_bits(model, [group.group for group in plan.groups], config, left)
+
+
+def size_note(asked: CompressionConfig, config: CompressionConfig, groups: Sequence[GroupPlan]) -> str:
+    """What becomes of the ``size`` that was asked for; ``config`` has the bits in its place."""
+    if config.bits is not None and not uses_size(config, groups):
+        used = 8 * sum(group.factored.bytes for group in groups) / sum(group.dense.parameters for group in groups)
+        return f"{asked.size} would be {config.bits:.4g} bits a weight; the most that layers take is {used:.4g}"
+    return f"{config.bits:.4g} bits a weight, so that all tensors take {asked.size}"
+
+
+def uses_size(config: CompressionConfig, groups: Sequence[GroupPlan]) -> bool:
+    """Whether layers take nearly all of the bits that they may."""
+    used = 8 * sum(group.factored.bytes for group in groups) / sum(group.dense.parameters for group in groups)
+    return config.bits is None or used > 0.97 * config.bits
 
 
 def leave_dense(

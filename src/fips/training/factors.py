@@ -129,6 +129,21 @@ class TrainableGroup:
         """The layer that stands in for each linear layer, by name."""
         return {site.name: layer for site, layer in zip(self.sites, self.layers, strict=True)}
 
+    def state(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Copies of all that is trained, and of the supports, for ``restore``."""
+        return [one.detach().clone() for one in self._parameters()], [mask.clone() for mask in self.masks]
+
+    @torch.no_grad()
+    def restore(self, state: tuple[list[Tensor], list[Tensor]]) -> None:
+        """Be what the group was when it gave its ``state``."""
+        values, masks = state
+        self.set_masks(masks)
+        for parameter, value in zip(self._parameters(), values, strict=True):
+            parameter.copy_(value)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for part in self.learning_rates(1.0) for parameter in part["params"]]
+
     def learning_rates(self, learning_rate: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups of an optimizer whose steps are of about the learning rate (Adam).
 

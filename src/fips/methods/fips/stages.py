@@ -439,12 +439,21 @@ def train(bench: Workbench, item: Solved, config: FipsConfig) -> None:
             lambda: bench.errors_with(plan.group, group.modules, records, spool),
         )
         item.start = start or ()
+        steps = config.reconstruction.steps
+        untrained = group.state()
         with swapped(bench.model, group.modules):
-            steps = config.reconstruction.steps
             item.losses = reconstruct_(
                 group, bench.blocks(plan.group), records, spool, bench.device,
                 lambda step, loss: bench.report("reconstruct", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
+        if steps and not _lessened(item.start, bench.errors_with(plan.group, group.modules, records, spool)):
+            group.restore(untrained)
+            bench.note(f"{steps} steps made the errors of `{plan.group.name}` no smaller: it stays as it was solved")
+
+
+def _lessened(before: Sequence[BlockError], after: Sequence[BlockError]) -> bool:
+    """Whether the errors of blocks became smaller together; also where they could not be measured."""
+    return not before or sum(one.mse for one in after) < sum(one.mse for one in before)
 
 
 def pack(item: Solved) -> Packed:
