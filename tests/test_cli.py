@@ -140,7 +140,9 @@ def test_compare_writes_table_json_and_plot(vit_directory: Path, images: Path, t
     methods = "fips,no-sharing+values=float,fips-paper+reconstruction.steps=2,sparsegpt,wanda,svd-llm,basis-sharing"
     command = ["compare", str(vit_directory), "--data", str(images), "--output", str(out), "--methods", methods]
     assert main([*command, "--bits", "0.8,8", "--seeds", "0,1", "--num-samples", "8", "--batch-size", "4"]) == 0
-    assert "does not fit" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "does not fit" in shown
+    assert "A method takes the largest of its settings that fits" in " ".join(shown.split())
     result = json.loads((out / "compare.json").read_text())
     assert result["metric"] == "top1_percent"
     assert len(result["runs"]) == 7 * 2 * 2

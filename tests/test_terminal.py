@@ -251,6 +251,8 @@ def test_a_plan_says_sizes_by_kind_and_the_smallest_one(model: Path, capsys: Cap
     assert sum(kind["bytes_after"] for kind in plan["kinds"]) == pytest.approx(plan["compressed_model"]["bytes"])
     least = plan["smallest"]
     assert plan["unused"] is None
+    assert main(["plan", str(model)]) == 0
+    assert "no size was given: this is 4.8 bits a weight" in capsys.readouterr().out
     assert main(["plan", str(model), "--size", "90%"]) == 0
     assert re.search(r"90% would be [\d.]+ bits a weight; the most that layers take is 9", capsys.readouterr().out)
     assert main(["plan", str(model), "--size", f"{least['bytes'] + 1}B", "--json"]) == 0

@@ -242,10 +242,13 @@ def write_comparison(comparison: Comparison, directory: Path, *, facts: dict[str
         (directory / "compare.svg").unlink(missing_ok=True)
 
 
+LARGEST_THAT_FITS = "A method takes the largest of its settings that fits into the size asked for, which may be less."
+
+
 def _markdown(comparison: Comparison) -> str:
     lines = [
         f"Original: {comparison.metric} {comparison.original:.4g}. Bits: stored bits per weight of the layers. "
-        "A method takes the largest of its settings that fits into the size asked for, which may be less. "
+        f"{LARGEST_THAT_FITS} "
         "KL (nats) and agreement (percent of the most likely outcomes): with the original on the evaluation data.",
         "",
         f"| method | bits | {comparison.metric} | spread | KL | agreement | block error | time |",

@@ -33,7 +33,7 @@ from fips.plan.plan import CompressionPlan, plan_compression, settle_size
 from fips.ranks import joined
 from fips.record import CompressionReport
 from fips.storage.checkpoint import save, write_model
-from fips.storage.work import Keeper, kept_work
+from fips.storage.work import Keeper, kept_seconds, kept_work
 
 __all__ = ["Compression", "compress_to_directory", "plan_batches", "plan_source"]
 
@@ -105,8 +105,8 @@ def compress_to_directory(
     goes into the record, the model card and the page that are written with the model.
 
     What is finished is kept in ``work``, by default a directory beside the output, so that the same command goes on
-    after a crash. ``announce`` is given a line about what the run will take. Of the processes that ``torchrun`` has
-    started, the first writes; the others return None.
+    after a crash. ``announce`` is given a line about what the run will take, and one if it goes on from another.
+    Of the processes that ``torchrun`` has started, the first writes; the others return None.
     """
     if recipe.data is None:
         raise ConfigError("no calibration data: give --data, or a recipe with `data`")
@@ -134,6 +134,8 @@ def compress_to_directory(
                     empty, plan, sized, data, need, device=original.device, count=batches.num_samples, output=output
                 )
                 announce(expected.line())
+                if kept := kept_seconds(work):
+                    announce(f"goes on from `{work.name}`, which keeps what earlier runs finished in {kept:.0f} s")
             model = original.dense()
             examples = PixelBatches(batches) if is_timm_model(model) else batches
             report = compress(model, examples, recipe.compression, progress=progress, work=work)

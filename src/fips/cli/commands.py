@@ -259,11 +259,14 @@ def plan(
     from fips.app.compressing import plan_source
     from fips.app.outline import outline_of_plan
 
-    setting = settings_of_options(recipe, compression=given(locals(), COMPRESSION), default_size=DEFAULT_BITS)
+    options = given(locals(), COMPRESSION)
+    setting = settings_of_options(recipe, compression=options, default_size=DEFAULT_BITS)
     source = named_source(model, gguf_file)
     empty, made = plan_source(source, setting, dtype=dtype, trust_remote_code=trust_remote_code)
     print_plan(outline_of_plan(empty, made, setting.compression), as_json=as_json)
     if not as_json:
+        if recipe is None and not options.keys() & {"bits", "size", "budget"}:
+            stdout.tell(f"no size was given: this is {DEFAULT_BITS:g} bits a weight")
         tell_file(source)
 
 
@@ -514,6 +517,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal stored bits: quality, block error, size and time of each."""
+    from fips.app.compare import LARGEST_THAT_FITS
     from fips.app.comparing import compare_source
     from fips.app.tables import comparison_table
     from fips.config import DataConfig
@@ -526,7 +530,11 @@ def compare(
             sizes=numbers("--bits", sizes, float), seeds=numbers("--seeds", seeds, int), layers=layers or "blocks",
             dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=bars.counter("compare"),
         )  # fmt: skip
-    print_json(result.to_dict()) if as_json else stdout.print(comparison_table(result))
+    if as_json:
+        print_json(result.to_dict())
+        return
+    stdout.print(comparison_table(result))
+    stdout.tell(LARGEST_THAT_FITS)
 
 
 @app.command(rich_help_panel=MEASURE)

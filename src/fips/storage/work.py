@@ -25,7 +25,7 @@ from torch import Tensor
 from fips.errors import OutputError
 from fips.files.output import require_file
 
-__all__ = ["WorkDirectory", "kept_work"]
+__all__ = ["WorkDirectory", "kept_seconds", "kept_work"]
 
 RUN, LOG, SECONDS = "run.json", "log.txt", "seconds.txt"
 SUFFIX = ".safetensors"
@@ -51,7 +51,7 @@ class WorkDirectory:
             raise OutputError(
                 f"cannot write work directory `{self.path}`: {error.strerror or error}; choose another with `--work`"
             ) from None
-        self.earlier_seconds = _seconds(self.path / SECONDS)
+        self.earlier_seconds = kept_seconds(self.path)
         """What earlier runs took until they kept their last piece."""
         self._opened = time.perf_counter()
 
@@ -127,10 +127,10 @@ def _run_of(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _seconds(path: Path) -> float:
-    """Zero where nothing is kept yet."""
+def kept_seconds(path: Path) -> float:
+    """How long earlier runs took to make what a work directory holds; zero where nothing is kept yet."""
     try:
-        return float(path.read_text(encoding="utf-8"))
+        return float((path / SECONDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 0.0
 
