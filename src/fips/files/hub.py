@@ -7,6 +7,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
@@ -24,14 +25,15 @@ def hub_where_reached() -> Iterator[None]:
     if constants.HF_HUB_OFFLINE or _has_address():
         yield
         return
-    settings = [module for module in (constants, sys.modules.get("datasets.config")) if module is not None]
+    settings: list[Any] = [module for module in (constants, sys.modules.get("datasets.config")) if module is not None]
+    before = [module.HF_HUB_OFFLINE for module in settings]
     try:
         for module in settings:
-            module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+            module.HF_HUB_OFFLINE = True
         yield
     finally:
-        for module in settings:
-            module.HF_HUB_OFFLINE = False  # type: ignore[attr-defined]
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _has_address() -> bool:

@@ -137,16 +137,19 @@ def settle_size(
 
 def size_note(asked: CompressionConfig, config: CompressionConfig, groups: Sequence[GroupPlan]) -> str:
     """What becomes of the ``size`` that was asked for; ``config`` has the bits in its place."""
-    if config.bits is not None and not uses_size(config, groups):
-        used = 8 * sum(group.factored.bytes for group in groups) / sum(group.dense.parameters for group in groups)
-        return f"{asked.size} would be {config.bits:.4g} bits a weight; the most that layers take is {used:.4g}"
+    if not uses_size(config, groups):
+        most = _bits_used(groups)
+        return f"{asked.size} would be {config.bits:.4g} bits a weight; the most that layers take is {most:.4g}"
     return f"{config.bits:.4g} bits a weight, so that all tensors take {asked.size}"
 
 
 def uses_size(config: CompressionConfig, groups: Sequence[GroupPlan]) -> bool:
     """Whether layers take nearly all of the bits that they may."""
-    used = 8 * sum(group.factored.bytes for group in groups) / sum(group.dense.parameters for group in groups)
-    return config.bits is None or used > 0.97 * config.bits
+    return config.bits is None or _bits_used(groups) > 0.97 * config.bits
+
+
+def _bits_used(groups: Sequence[GroupPlan]) -> float:
+    return 8 * sum(group.factored.bytes for group in groups) / sum(group.dense.parameters for group in groups)
 
 
 def leave_dense(

@@ -446,13 +446,17 @@ def train(bench: Workbench, item: Solved, config: FipsConfig) -> None:
                 group, bench.blocks(plan.group), records, spool, bench.device,
                 lambda step, loss: bench.report("reconstruct", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
-        if steps and not _lessened(item.start, bench.errors_with(plan.group, group.modules, records, spool)):
+        trained = measured(
+            f"the block errors of group {plan.group.name} after training",
+            lambda: bench.errors_with(plan.group, group.modules, records, spool) if steps else (),
+        )
+        if trained and not _lessened(item.start, trained):
             group.restore(untrained)
             bench.note(f"{steps} steps made the errors of `{plan.group.name}` no smaller: it stays as it was solved")
 
 
 def _lessened(before: Sequence[BlockError], after: Sequence[BlockError]) -> bool:
-    """Whether the errors of blocks became smaller together; also where they could not be measured."""
+    """Whether the errors of blocks became smaller together; also where those before could not be measured."""
     return not before or sum(one.mse for one in after) < sum(one.mse for one in before)
 
 
