@@ -210,6 +210,7 @@ BAD_INPUT: dict[str, Case] = {
     "chats": (["compress", "LLAMA", "--data", "CHAT", "--bits", "6"], 1, "are read with `--chat`"),
     "text to score images": (["evaluate", "VIT", "--data", "TEXT"], 1, "reads images"),
     "nothing to evaluate on": (["evaluate", "VIT"], 2, "give --data or --tasks"),
+    "dense to merge": (["merge", "VIT", "--output", "OUT"], 1, "is not a compressed model"),
     "dense to export": (["export", "VIT", "--output", "OUT"], 1, "is not a compressed model"),
     "dense to bench": (["bench", "VIT"], 1, "is not a compressed directory"),
     "no model to plan": (["plan", "--bits", "6"], 2, "no model: give MODEL"),
@@ -300,5 +301,17 @@ def test_an_interrupt_exits_cleanly_and_leaves_nothing(
 def test_help_names_every_subcommand(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("plan", "inspect", "compress", "evaluate", "compare", "bench", "export", "recipes", "demo"):
+    for name in (
+        "plan",
+        "inspect",
+        "compress",
+        "evaluate",
+        "compare",
+        "bench",
+        "export",
+        "merge",
+        "report",
+        "recipes",
+        "demo",
+    ):
         assert name in out

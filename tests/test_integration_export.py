@@ -60,8 +60,9 @@ def outputs_of(model: Any, **inputs: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-def test_dense_export_loads_without_fips(directories: dict[str, Path], tmp_path: Path) -> None:
-    assert main(["export", str(directories["vit"]), "--output", str(tmp_path / "dense")]) == 0
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_dense_export_loads_without_fips(command: str, directories: dict[str, Path], tmp_path: Path) -> None:
+    assert main([command, str(directories["vit"]), "--output", str(tmp_path / "dense")]) == 0
     code = (
         "import sys, torch; from transformers import AutoModelForImageClassification as M, AutoImageProcessor as P;"
         "m, i = M.from_pretrained(sys.argv[1], output_loading_info=True); assert not any(i.values()), i;"

@@ -178,7 +178,9 @@ def test_a_notebook_without_widgets_has_the_lines_of_a_log(widgets: bool, monkey
     assert widgets or (len(shown) == 11 and shown[-1] == "solve g0 20/20\n")
 
 
-COMMANDS = ("compress", "plan", "inspect", "evaluate", "compare", "bench", "export", "report", "recipes", "demo")
+COMMANDS = (
+    "compress", "plan", "inspect", "evaluate", "compare", "bench", "export", "merge", "report", "recipes", "demo",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -477,6 +477,17 @@ def export(
     stdout.tell(f"written to {output}: {done.file_bytes:,} bytes{checked}")
 
 
+@app.command(rich_help_panel=COMPRESS)
+def merge(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Compressed directory.")],
+    output: Written,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a compressed model with plain dense layers again, as `fips export --format dense` does."""
+    export(model, output, trust_remote_code=trust_remote_code, as_json=as_json)
+
+
 @app.command(rich_help_panel=MEASURE)
 def compare(
     model: ModelArgument,
