@@ -302,16 +302,6 @@ def test_help_names_every_subcommand(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     for name in (
-        "plan",
-        "inspect",
-        "compress",
-        "evaluate",
-        "compare",
-        "bench",
-        "export",
-        "merge",
-        "report",
-        "recipes",
-        "demo",
-    ):
+        "plan", "inspect", "compress", "evaluate", "compare", "bench", "export", "merge", "report", "recipes", "demo",
+    ):  # fmt: skip
         assert name in out

@@ -444,6 +444,11 @@ class TestAgainst:
         assert found is not None
         assert (found.kl, found.agreement_percent, found.change) == (pytest.approx(0, abs=1e-7), 100, 0)
 
+    def test_other_outcomes(self, colors: Colors, photos: Path) -> None:
+        batches = replace(image_batches(photos), class_names=None)
+        with pytest.raises(ModelError, match="got predictions of 10 outcomes, the original has 12"):
+            evaluate(colors, batches, against=Colors(12))
+
     @pytest.mark.parametrize("size", [32, 80])
     def test_another_vocabulary(self, size: int, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=f"`against` knows {size} tokens, the model 64: give the original"):

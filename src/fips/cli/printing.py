@@ -33,14 +33,10 @@ def print_plan(outline: Any, *, as_json: bool, with_layers: bool = False, estima
     if any(group.rank for group in plan.groups):  # otherwise groups share nothing that is planned
         stdout.print(plan_table(plan.groups))
     stdout.print(kind_table(outline.kinds))
-    unused = [] if outline.unused is None else [outline.unused]
-    lines = [
-        share_line(outline.kinds),
-        *unused,
-        *parameter_lines(outline),
-        smallest_line(outline),
-        *skipped_lines(plan),
-    ]
+    lines = [share_line(outline.kinds)]
+    if outline.unused is not None:
+        lines.append(outline.unused)
+    lines += [*parameter_lines(outline), smallest_line(outline), *skipped_lines(plan)]
     if estimate is not None:
         lines.append(estimate.line())
     for line in lines:

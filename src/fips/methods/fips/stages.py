@@ -432,32 +432,33 @@ def train(bench: Workbench, item: Solved, config: FipsConfig) -> None:
     if found.grids is not None:
         group.set_grids(found.grids)
     item.trainable = group
-    limit = None if config.reconstruction.steps else MAX_ERROR_BATCHES
-    with bench.recorded(plan.group, limit=limit) as (records, spool):
-        start = measured(
-            f"the block errors of group {plan.group.name} before training",
-            lambda: bench.errors_with(plan.group, group.modules, records, spool),
-        )
-        item.start = start or ()
-        steps = config.reconstruction.steps
+    steps = config.reconstruction.steps
+    with bench.recorded(plan.group, limit=None if steps else MAX_ERROR_BATCHES) as (records, spool):
+
+        def errors(when: str) -> tuple[BlockError, ...]:
+            found = measured(
+                f"the block errors of group {plan.group.name} {when} training",
+                lambda: bench.errors_with(plan.group, group.modules, records, spool),
+            )
+            return found or ()
+
+        item.start = errors("before")
+        if not steps:
+            return
         untrained = group.state()
         with swapped(bench.model, group.modules):
             item.losses = reconstruct_(
                 group, bench.blocks(plan.group), records, spool, bench.device,
                 lambda step, loss: bench.report("reconstruct", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
-        trained = measured(
-            f"the block errors of group {plan.group.name} after training",
-            lambda: bench.errors_with(plan.group, group.modules, records, spool) if steps else (),
-        )
-        if trained and not _lessened(item.start, trained):
+        if not _lessened(item.start, errors("after")):
             group.restore(untrained)
             bench.note(f"{steps} steps made the errors of `{plan.group.name}` no smaller: it stays as it was solved")
 
 
 def _lessened(before: Sequence[BlockError], after: Sequence[BlockError]) -> bool:
-    """Whether the errors of blocks became smaller together; also where those before could not be measured."""
-    return not before or sum(one.mse for one in after) < sum(one.mse for one in before)
+    """Whether the errors of blocks became smaller together; also where they could not be measured."""
+    return not before or not after or sum(one.mse for one in after) < sum(one.mse for one in before)
 
 
 def pack(item: Solved) -> Packed:
