@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -775,7 +776,7 @@ def test_the_number_to_use_leaves_room_and_is_one_where_one_can_fit() -> None:
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "available_memory", lambda _: 30_000_000)
+    monkeypatch.setattr(fitting, "available_memory", lambda *_, **__: 30_000_000)
     monkeypatch.setattr(fitting, "calibration_memory", lambda *_, **__: MemoryNeed(1_000_000, 4_000_000))
 
 
@@ -818,7 +819,7 @@ def test_a_batch_size_nobody_chose_is_lowered_aloud(
 def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
     planned: bool, monkeypatch: pytest.MonkeyPatch, caplog: Log
 ) -> None:
-    monkeypatch.setattr(fitting, "available_memory", lambda _: 1000)
+    monkeypatch.setattr(fitting, "available_memory", lambda *_, **__: 1000)
     model = build_empty(tiny_model("llama").config)
     config, data = CompressionConfig(bits=8.0), DataConfig(source="x", sequence_length=16)
     plan, place = plan_compression(model, config), torch.device("cpu")
@@ -835,7 +836,7 @@ def test_where_not_even_one_example_fits_a_run_is_refused_and_a_plan_is_not(
 def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(fitting, "available_memory", lambda _: 6 * 10**9)
+    monkeypatch.setattr(fitting, "available_memory", lambda *_, **__: 6 * 10**9)
     monkeypatch.setattr("fips.app.forecast.operations", lambda *_, **__: None)  # how long it takes is not asked here
     architecture = load_recipe("paper-llama-3.2-1b").architecture
     (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
@@ -844,6 +845,71 @@ def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size
     assert main([*command, "--batch-size", "32"]) == 2
     assert "texts of 2048 tokens need about" in capsys.readouterr().err
     assert main([*command, "--batch-size", "1"]) == 0
+
+
+@pytest.mark.slow
+def test_weights_that_stay_in_their_files_do_not_need_memory(
+    llama_directory: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    """An 8B checkpoint of 16 GB, mapped on a CPU, was refused on a machine with 20 GB."""
+    source = sources.Source(str(llama_directory))
+    empty, model = source.empty(), source.dense()
+    own = sum(parameter.nbytes for parameter in model.parameters())
+    assert source.mapped_bytes(empty) == own
+    assert own == sum(parameter.nbytes for parameter in model.parameters() if in_a_weights_file(parameter))
+    config, data = CompressionConfig(bits=8.0), DataConfig(source=str(text), sequence_length=16, batch_size=1)
+    plan, place = plan_compression(empty, config), torch.device("cpu")
+    counted, need = (
+        calibration_memory(empty, plan, config, fitting.examples_of(empty, data), device=place, mapped=mapped)
+        for mapped in (0, own)
+    )
+    assert counted is not None
+    assert need is not None
+    assert need.mapped == own
+    assert counted.total(1) - need.total(1) == own - plan.factored.bytes
+    monkeypatch.setattr(fitting, "available_memory", lambda *_, **__: (counted.total(1) + need.total(1)) // 2)
+    command = ["compress", str(llama_directory), "--data", str(text), "--bits", "8.0", "--sequence-length", "16"]
+    command += ["--batch-size", "1", "--num-samples", "8", "--output", str(tmp_path / "out")]
+    assert main([*command, "--dry-run"]) == 0
+    assert main(command) == 0
+    assert "weights left in their files" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="one alone about"):
+        fitting.fitting_data(empty, plan, config, data, device=place, chosen=True)
+
+
+def in_a_weights_file(tensor: torch.Tensor) -> bool:
+    """Whether its memory is that of a mapped file."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    places = [line.split(" ", 1)[0].split("-") for line in lines if line.endswith(".safetensors")]
+    return any(int(first, 16) <= tensor.data_ptr() < int(last, 16) for first, last in places)
+
+
+def test_weights_that_are_read_into_memory_are_not_mapped(llama_directory: Path, tmp_path: Path) -> None:  # noqa: F811
+    source = sources.Source(str(llama_directory))
+    empty = source.empty()
+    assert replace(source, device=torch.device("cuda")).mapped_bytes(empty) == 0
+    assert source.mapped_bytes(source.empty().half()) == 0  # converted while they are read
+    (tmp_path / "config.json").write_bytes((llama_directory / "config.json").read_bytes())
+    unseen = replace(source, name=str(tmp_path))
+    assert unseen.mapped_bytes(empty) == source.mapped_bytes(empty)
+    assert unseen.mapped_bytes(source.empty().half()) == 0
+    (tmp_path / "pytorch_model.bin").touch()
+    assert unseen.mapped_bytes(empty) == 0
+    shutil.copytree(llama_directory, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert replace(source, name=str(tmp_path / "cut")).mapped_bytes(empty) == 0
+
+
+def test_mapped_files_take_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "_address_space_bytes", lambda: 10_000)
+    assert available_memory(torch.device("cpu")) == 10_000
+    assert available_memory(torch.device("cpu"), mapped=4_000) == 6_000
+    assert available_memory(torch.device("cpu"), mapped=40_000) == 0
 
 
 def test_a_control_group_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,9 +59,19 @@ def plan_source(
 
 
 def plan_batches(
-    model: nn.Module, plan: CompressionPlan, recipe: Recipe, *, device: str, chosen: bool, output: Path | None = None
+    model: nn.Module,
+    plan: CompressionPlan,
+    recipe: Recipe,
+    *,
+    source: str | None,
+    device: str,
+    chosen: bool,
+    output: Path | None = None,
 ) -> Forecast | None:
-    """Say or refuse, as ``fitting_data`` does, what a run would, and what it would take; None for devices not here."""
+    """Say or refuse, as ``fitting_data`` does, what a run would, and what it would take; None for devices not here.
+
+    ``model`` and ``plan`` are what ``plan_source`` gave for ``source`` and the recipe.
+    """
     try:
         place = pick_device(device)
         kind_of(model)
@@ -69,7 +79,9 @@ def plan_batches(
         return None
     data = recipe.data or DataConfig(source="")
     sized = settle_size(plan, model, recipe.compression)
-    data, need = fitting_data(model, plan, sized, data, device=place, chosen=chosen, only_planned=True)
+    name = source or recipe.model
+    mapped = 0 if name is None else Source(name, device=place).mapped_bytes(model)
+    data, need = fitting_data(model, plan, sized, data, device=place, chosen=chosen, only_planned=True, mapped=mapped)
     return forecast(model, plan, sized, data, need, device=place, output=output)
 
 
@@ -120,7 +132,8 @@ def compress_to_directory(
         empty, plan = plan_source(source, recipe, dtype=dtype, trust_remote_code=trust_remote_code)
         sized = settle_size(plan, empty, recipe.compression)
         chosen = "batch_size" in recipe.data.model_fields_set
-        data, need = fitting_data(empty, plan, sized, recipe.data, device=original.device, chosen=chosen)
+        mapped = original.mapped_bytes(empty)
+        data, need = fitting_data(empty, plan, sized, recipe.data, device=original.device, chosen=chosen, mapped=mapped)
         recipe = recipe.model_copy(update={"data": data})
         with Output(output, needed=plan.compressed_bytes) if ranks.first else nullcontext() as target:
             batches, processor = original.batches(data, empty, purpose="calibration")

@@ -36,10 +36,11 @@ def fitting_data(
     device: torch.device,
     chosen: bool,
     only_planned: bool = False,
+    mapped: int = 0,
 ) -> tuple[DataConfig, MemoryNeed | None]:
     """``data`` with a batch size whose calibration fits into the memory there is, and the memory it needs.
 
-    ``model`` is on the meta device.
+    ``model`` is on the meta device; ``mapped`` bytes of its weights stay in their files (``Source.mapped_bytes``).
 
     A batch size that the user has ``chosen`` is kept or refused. The default one is small enough for every one of the
     ``CHUNKS`` parts that moments are made of to have a batch, and lowered further with a warning. Where not
@@ -47,8 +48,8 @@ def fitting_data(
     a warning. Nothing is said where the need cannot be told. Raises ``ConfigError``.
     """
     kind = kind_of(model)
-    need = calibration_memory(model, plan, config, examples_of(model, data), device=device)
-    available = available_memory(device)
+    need = calibration_memory(model, plan, config, examples_of(model, data), device=device, mapped=mapped)
+    available = available_memory(device, mapped=mapped)
     count = data.num_samples or (DEFAULT_CALIBRATION_WINDOWS if kind == "text" else 1 << 60)
     if not chosen:
         data = data.replace(batch_size=max(1, min(data.batch_size, count // CHUNKS)))

@@ -38,7 +38,9 @@ class Forecast:
     seconds: float | None = None
     """On this machine, from the speed of products, factorisations and rounding that was just measured."""
     memory_bytes: int | None = None
-    """Of the device, the model included: the least that calibration takes."""
+    """Of the device, the least that calibration takes, with the model but for its ``mapped_bytes``."""
+    mapped_bytes: int = 0
+    """Weights that stay in their files on a CPU, read again where memory is short."""
     available_bytes: int | None = None
     free_disk_bytes: int | None = None
     """Where the output is written."""
@@ -55,6 +57,8 @@ class Forecast:
         if self.memory_bytes is not None:
             free = "" if self.available_bytes is None else f" of {format_bytes(self.available_bytes)} free"
             parts.append(f"tensors in memory {format_bytes(self.memory_bytes)}{free}")
+            if self.mapped_bytes:
+                parts[-1] += f", weights left in their files {format_bytes(self.mapped_bytes)}"
         if self.free_disk_bytes is not None:
             parts.append(f"{format_bytes(self.free_disk_bytes)} free on the disk")
         return f"estimate for {self.examples} examples on {self.device}: " + ("; ".join(parts) or "none")
@@ -86,7 +90,8 @@ def forecast(
         operations=None if work is None else work.total,
         seconds=seconds,
         memory_bytes=None if need is None else need.total(min(data.batch_size, count)),
-        available_bytes=available_memory(device),
+        mapped_bytes=0 if need is None else need.mapped,
+        available_bytes=available_memory(device, mapped=0 if need is None else need.mapped),
         free_disk_bytes=None if output is None else _free(output),
     )
 

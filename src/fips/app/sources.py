@@ -11,7 +11,8 @@ from torch import nn
 
 from fips.config import DataConfig
 from fips.data import Batches, load_batches
-from fips.errors import ConfigError
+from fips.errors import CheckpointError, ConfigError
+from fips.models.gguf import is_gguf_source
 from fips.models.reading import kind_of, longest_sequence, processor_of
 from fips.models.tasks import task_of
 from fips.models.timm import build_timm, is_timm_source, load_timm
@@ -25,6 +26,7 @@ from fips.models.transformers import (
 )
 from fips.storage.checkpoint import is_compressed, load
 from fips.storage.layout import QUANT_METHOD
+from fips.storage.weights import StoredWeights
 
 __all__ = ["Source", "empty_model", "is_compressed_source", "pick_device"]
 
@@ -55,6 +57,36 @@ class Source:
             self.name, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
         )
         return found
+
+    def mapped_bytes(self, model: nn.Module) -> int:
+        """Bytes of the weights of ``dense()`` that stay in their files: memory holds as many as there is room for.
+
+        ``model`` is it on the meta device. On a CPU those are the tensors that are in safetensors files as the model
+        has them, in type and shape. Where the files are not here, that is taken to be so for all of the type that the
+        configuration names, but for tensors with more than two dimensions, such as experts, which are put together.
+        """
+        if self.device.type != "cpu" or is_timm_source(self.name) or is_gguf_source(self.name):
+            return 0
+        if next(Path(self.name).glob("*.bin"), None) is not None:
+            return 0
+        files = sorted(Path(self.name).glob("*.safetensors"))
+        parameters = dict(model.named_parameters())
+        if files:
+            try:
+                stored = StoredWeights.of(files).tensors
+            except CheckpointError:
+                return 0
+            prefix = f"{getattr(model, 'base_model_prefix', '')}."
+            found = {name: stored.get(name, stored.get(name.removeprefix(prefix))) for name in parameters}
+            same = [
+                parameter
+                for name, parameter in parameters.items()
+                if (one := found[name]) and (one.dtype, one.shape) == (parameter.dtype, tuple(parameter.shape))
+            ]
+        else:
+            named = getattr(getattr(model, "config", None), "dtype", None)
+            same = [one for one in parameters.values() if one.ndim <= 2 and one.dtype == named]
+        return sum(parameter.nbytes for parameter in same)
 
     def model(self) -> nn.Module:
         """A compressed model, whose types are its own, or a dense one."""

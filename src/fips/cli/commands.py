@@ -198,7 +198,7 @@ def compress(
     if dry_run:
         empty, made = plan_source(model, setting, dtype=dtype, trust_remote_code=trust_remote_code)
         estimate = plan_batches(
-            empty, made, setting, device=device, chosen=batch_size is not None, output=output or Path()
+            empty, made, setting, source=model, device=device, chosen=batch_size is not None, output=output or Path()
         )
         print_plan(outline_of_plan(empty, made, setting.compression), as_json=as_json, estimate=estimate)
         return

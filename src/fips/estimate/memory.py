@@ -55,6 +55,8 @@ class MemoryNeed:
     per_example: int
     least: int = 0
     """Whatever the batch: what some batches do not reach, since it is needed when they are gone."""
+    mapped: int = 0
+    """Of the model, not in the others: what stays in its files, of which memory holds what there is room for."""
 
     def total(self, batch_size: int) -> int:
         return max(self.fixed + batch_size * self.per_example, self.least)
@@ -70,17 +72,26 @@ class MemoryNeed:
 
 
 def calibration_memory(
-    model: nn.Module, plan: CompressionPlan, config: CompressionConfig, examples: Examples, *, device: torch.device
+    model: nn.Module,
+    plan: CompressionPlan,
+    config: CompressionConfig,
+    examples: Examples,
+    *,
+    device: torch.device,
+    mapped: int = 0,
 ) -> MemoryNeed | None:
     """What calibrating a model, given on the meta device, takes on ``device``; None where it cannot be told.
 
-    That is where the code of the model looks at numbers, which there are none of.
+    That is where the code of the model looks at numbers, which there are none of. ``mapped`` bytes of the weights stay
+    in their files; what those layers become is counted instead.
     """
     twin = copy.deepcopy(model)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in twin.parameters())
+    mapped = min(mapped, stored)
+    stored -= mapped - min(mapped, plan.factored.bytes)
     if resolve_precision(config.precision, device) == "bfloat16" and _dtype(twin) == torch.float32:
         twin.to(torch.bfloat16)  # activations are, and so are copies of the weights that the backward pass keeps
-        stored += stored // 2
+        stored += sum(parameter.nbytes for parameter in twin.parameters())
     elif _dtype(twin) == torch.bfloat16 and not has_bfloat16(device):
         blocks = [block for group in plan.groups for block in group.group.blocks] if method_of(config).by_block else []
         inside = [sum(p.numel() for p in twin.get_submodule(name).parameters()) for name in dict.fromkeys(blocks)]
@@ -99,7 +110,7 @@ def calibration_memory(
     trained = TRAINED_BYTES * plan.dense.parameters if method.trains_model else 0
     kept = (bytes_beside(blocks_of(plan), method.moment_memory) or 0) if method.holds_out else 0
     always, each = stored + trained + kept, max(0, more - some) // 4
-    return MemoryNeed(always + max(0, more - 8 * each), each, always + max(one, few))
+    return MemoryNeed(always + max(0, more - 8 * each), each, always + max(one, few), mapped)
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -110,12 +121,16 @@ def on_meta(model: nn.Module) -> nn.Module:
     return twin
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can be had now: of the GPU, or of machine, control group and ``ulimit -v``; None if unknown."""
+def available_memory(device: torch.device, *, mapped: int = 0) -> int | None:
+    """Bytes that can be had now: of the GPU, or of machine, control group and ``ulimit -v``; None if unknown.
+
+    ``mapped`` bytes of files will take addresses, but no memory that others want.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [limit for limit in (_host_bytes(), _control_group_bytes(), _address_space_bytes()) if limit is not None]
-    return min(limits, default=None)
+    addresses = _address_space_bytes()
+    limits = [_host_bytes(), _control_group_bytes(), None if addresses is None else max(0, addresses - mapped)]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
