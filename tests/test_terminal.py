@@ -14,7 +14,7 @@ import struct
 import sys
 import termios
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import batches_for, tiny_model
@@ -22,12 +22,14 @@ from fresh import COMMAND, start_fips
 from rich.console import Console
 
 import fips
+from fips.app.tables import result_table
 from fips.bars import Bars, progress_bars
 from fips.cli import main
 from fips.cli.console import fitted, stdout
 from fips.demo.run import MODEL_DIRECTORY
 from fips.models.transformers import load_processor
 from fips.plan.footprint import state_bytes
+from fips.recipes import load_recipe, recipe_names
 
 Capture = pytest.CaptureFixture[str]
 UP = re.compile(r"\x1b\[\d*A")
@@ -231,6 +233,55 @@ def test_tables_fit(
     assert tables
     assert max(map(len, tables)) <= columns
     assert not [line for line in tables if "…" in line]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_widest_result_fits(columns: int) -> None:
+    """With bases and training, which the header of 80 columns had no room for."""
+    names = [f"layers.{number}" for number in range(12)]
+    formats = [("full", "int8"), ("bitmask, full", "int5g64, nl4g64, nl5, tc3, tc3g64")]
+    report = SimpleNamespace(
+        plan={
+            "groups": [
+                {"rank": 2048, "factored": {"bytes": 1}, "dense": {"parameters": 1}, "format": fmt, "values": values}
+                for fmt, values in formats
+            ]
+        },
+        groups=[
+            {"name": f"g1{n}", "blocks": names, "relative_error_start": 0.12345, "relative_error_final": 0.1 * n,
+             "seconds": 12345.6 * n}
+            for n in (0, 1)
+        ],
+        config=None,
+    )  # fmt: skip
+    shown = io.StringIO()
+    Console(file=shown, width=columns).print(result_table(report))  # type: ignore[arg-type]
+    text = shown.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= columns
+    for words in (
+        "group",
+        "rank",
+        "patterns",
+        "values",
+        "start",
+        "error",
+        "int5g64,",
+        "bitmask,",
+        "12346 s",
+        "0.12345",
+    ):
+        assert re.search(rf"(?<!\S){words}(?!\S)", text), words
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_names_of_recipes_are_not_broken(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(stdout, "width", columns)
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    recipes = [load_recipe(name) for name in recipe_names()]
+    assert all(recipe.model is None or f"│ {recipe.model} " in shown for recipe in recipes)
+    assert any(recipe.model for recipe in recipes)
 
 
 def test_a_plan_says_sizes_by_kind_and_the_smallest_one(model: Path, capsys: Capture) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from fips.app.outline import Outline, PackedOutline
+from fips.config import Recipe
 from fips.models import Sublayer
 from fips.plan.footprint import format_bytes
 from fips.plan.groups import GroupPlan
@@ -28,6 +29,7 @@ __all__ = [
     "packed_table",
     "parameter_lines",
     "plan_table",
+    "recipe_table",
     "record_lines",
     "result_table",
     "share_line",
@@ -208,8 +210,11 @@ def result_table(report: CompressionReport) -> Table:
     with_basis = any(group["rank"] for group in plans)
     trained = any(result["relative_error_start"] != result["relative_error_final"] for result in report.groups)
     distilled = getattr(getattr(report.config, "distill", None), "steps", 0) > 0
-    columns = ["group", "blocks", *(["rank"] if with_basis else []), "bits", "patterns", "values"]
-    table = Table(*columns, *(["start"] if trained else []), "error", "time", title="Result", title_justify="left")
+    numbers = ["rank"] if with_basis else [], ["bits"], ["start"] if trained else [], ["error", "time"]
+    rank, bits, start, rest = ([Column(name, justify="right", no_wrap=True) for name in names] for names in numbers)
+    # Where there is little room these are broken between words: no number is, and no header.
+    group, patterns, values = (Column(name, min_width=len(name)) for name in ("group", "patterns", "values"))
+    table = Table(group, *rank, *bits, patterns, values, *start, *rest, title="Result", title_justify="left")
     table.caption = (
         "error: MSE of the block outputs / their variance, mean over blocks, calibration data"
         + ("; start: before training" if trained else "")
@@ -218,17 +223,24 @@ def result_table(report: CompressionReport) -> Table:
     table.caption_justify = "left"
     for result, group in zip(report.groups, plans, strict=True):
         table.add_row(
-            result["name"],
-            str(len(result["blocks"])),
+            f"{result['name']}: {_blocks(len(result['blocks']))}",
             *([str(group["rank"])] if with_basis else []),
             f"{8 * group['factored']['bytes'] / group['dense']['parameters']:.2f}",
             group["format"],
             group.get("values", "float"),
             *([_number(result["relative_error_start"], ".5f")] if trained else []),
             _number(result["relative_error_final"], ".5f"),
-            f"{result['seconds']:.1f} s",
+            _seconds(result["seconds"]),
         )
     return table
+
+
+def _blocks(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
 
 
 def _number(value: float | None, digits: str) -> str:
@@ -254,6 +266,19 @@ def left_dense_lines(plan: dict[str, Any]) -> list[str]:
             f"{format_bytes(left['bytes'])} more"
         )
     return lines
+
+
+def recipe_table(recipes: Mapping[str, Recipe]) -> Table:
+    """One line per recipe: its name, model and size, which are not broken, and what it is for."""
+    entries = {}
+    for name, recipe in recipes.items():
+        setting = recipe.compression
+        size = setting.size or (f"{setting.budget:g} of the parameters" if setting.budget else f"{setting.bits:g} bits")
+        entries[f"{name}\n{recipe.model or 'any model'}\n{size}"] = recipe.description
+    table = Table(Column("recipe, model, size", no_wrap=True), "description", show_lines=True)
+    for row in entries.items():
+        table.add_row(*row)
+    return table
 
 
 def comparison_table(comparison: Any) -> Table:

@@ -584,21 +584,14 @@ def bench(
 @app.command(rich_help_panel=LOOK)
 def recipes(as_json: Json = False) -> None:
     """List the recipes that ship with fips."""
-    from rich import table as rich_table
-
+    from fips.app.tables import recipe_table
     from fips.recipes import load_recipe, recipe_names
 
     entries = {name: load_recipe(name) for name in recipe_names()}
     if as_json:
         print_json({name: entry.model_dump(mode="json", exclude_none=True) for name, entry in entries.items()})
         return
-    table = rich_table.Table(rich_table.Column("recipe, model", overflow="fold"), "keeps", "description")
-    for name, entry in entries.items():
-        setting = entry.compression
-        size = setting.size or (f"{setting.budget:g} parameters" if setting.budget else f"{setting.bits:g} bits")
-        table.add_row(f"{name}\n{entry.model or 'any model'}", size, entry.description)
-        table.add_section()
-    stdout.print(table)
+    stdout.print(recipe_table(entries))
 
 
 @app.command(rich_help_panel=COMPRESS)
