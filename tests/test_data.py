@@ -641,7 +641,7 @@ class TestHub:
         with pytest.raises(DataError) as caught:
             text_batches(source)
         assert str(caught.value).startswith(
-            f"`source={source}` cannot be loaded: Couldn't reach the Hub (no route); no file or directory has"
+            f"`{source}` cannot be loaded: Couldn't reach the Hub (no route); no file or directory has"
         )
         assert "\n" not in str(caught.value)
 

@@ -42,6 +42,11 @@ def test_what_is_no_size_is_refused_with_examples(size: str) -> None:
         fips.CompressionConfig(size=size)
 
 
+def test_a_share_without_its_sign_is_no_number_of_bytes() -> None:
+    with pytest.raises(ConfigError, match="got '40'; a share is written `40%`"):
+        fips.CompressionConfig(size="40")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "layers"), [("20%", "blocks"), ("5.5x", "blocks"), ("35%", "mlp"), ("950kB", "mlp")])
 def test_the_size_is_met_to_one_percent(size: str, layers: str) -> None:

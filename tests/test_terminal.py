@@ -217,6 +217,28 @@ def test_options_stand_in_panels_with_their_units(monkeypatch: pytest.MonkeyPatc
     assert "<float>" not in shown
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("compress --effort ", ["fast", "default", "max"]),
+        ("compress --method fips-", ["fips-shared", "fips-paper"]),
+        ("plan --recipe paper-l", ["paper-llama-3.1-8b", "paper-llama-3.2-1b"]),
+        ("compress --values tc4", ["tc4", "tc4g64"]),
+        ("export --format g", ["gguf"]),
+    ],
+)
+def test_a_shell_completes_what_an_option_takes(
+    typed: str, offered: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    words = f"fips {typed}"
+    monkeypatch.setenv("_FIPS_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().out.split() == offered
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize(
     "words",

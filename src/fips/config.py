@@ -272,11 +272,15 @@ def size_bytes(size: str, before: int) -> float:
         elif unit == "x":
             share = 1 / float(number)
         else:
-            return float(TypeAdapter(ByteSize).validate_python(size))
+            found = float(TypeAdapter(ByteSize).validate_python(size))
+            if found > 100:  # no model is of so few bytes: a share without its sign
+                return found
+            share = 0.0
     except (ValueError, ZeroDivisionError):
         share = 0.0
     if not 0 < share <= 1:
-        raise ValueError(f"wants bytes (`400MB`), a share (`25%`) or how much smaller (`4x`), got {size!r}")
+        hint = f"; a share is written `{number}%`" if number.isdecimal() and unit.isdecimal() else ""
+        raise ValueError(f"wants bytes (`400MB`), a share (`25%`) or how much smaller (`4x`), got {size!r}{hint}")
     return share * before
 
 

@@ -77,6 +77,7 @@ from fips.cli.options import (
     given,
     named_source,
     numbers,
+    offer,
     settings_of_options,
 )
 from fips.cli.printing import (
@@ -432,6 +433,7 @@ def export(
         str,
         typer.Option(
             "--format",
+            autocompletion=offer("dense", "onnx", "gguf"),
             metavar="dense|onnx|gguf",
             help="A plain checkpoint, ONNX, or GGUF for llama.cpp.",
             rich_help_panel=MODEL,
@@ -440,6 +442,7 @@ def export(
     gguf_type: Annotated[
         str | None,
         typer.Option(
+            autocompletion=offer("q8_0", "f16"),
             metavar="q8_0|f16",
             help="Of packed layers that llama.cpp has no integers for; default: q8_0.",
             rich_help_panel=MODEL,

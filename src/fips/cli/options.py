@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,32 @@ TASKS, MACHINE = "Tasks of lm-eval", "Machine and work"
 """Panels of the help."""
 DEFAULT_BITS = 4.8
 """Of a plan without a size, as in the demo."""
+
+VALUES = [
+    f"{kind}{bits}{scale}"
+    for kind, most in (("int", 8), ("nl", 5), ("tc", 4))
+    for bits in range(2, most + 1)
+    for scale in ("", "g64")
+]
+Complete = Callable[[str], list[str]]
+
+
+def offer(*values: str) -> Complete:
+    """What the shell completes an option with; it keeps those that begin as what was typed."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+def _offer_methods(incomplete: str) -> list[str]:
+    from fips.methods.registry import aliases
+
+    return offer(*aliases())(incomplete)
+
+
+def _offer_recipes(incomplete: str) -> list[str]:
+    from fips.recipes import recipe_names
+
+    return offer(*recipe_names())(incomplete)
+
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory, hub id or .gguf file.", show_default=False)
@@ -33,10 +60,19 @@ GgufFile = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=MODEL)]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)]
+Device = Annotated[
+    str,
+    typer.Option(
+        autocompletion=offer("auto", "cpu", "cuda"),
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:1, ...",
+        rich_help_panel=MACHINE,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
+        autocompletion=offer("auto", "float32", "bfloat16", "float16"),
         metavar="TYPE",
         help="To load the weights in: auto (the checkpoint's), float32, bfloat16 (bf16) or float16 (fp16).",
         rich_help_panel=MODEL,
@@ -49,7 +85,11 @@ Trust = Annotated[
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME|FILE", help="Recipe name or YAML file; options override it.", rich_help_panel=METHOD
+        "--recipe",
+        autocompletion=_offer_recipes,
+        metavar="NAME|FILE",
+        help="Recipe name or YAML file; options override it.",
+        rich_help_panel=METHOD,
     ),
 ]
 Budget = Annotated[
@@ -76,9 +116,13 @@ Sparsity = Annotated[
 ]
 Pattern = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Which entries are kept: auto, unstructured, N:M (4:16), block4 or block8.",
-                 rich_help_panel=METHOD),
-]  # fmt: skip
+    typer.Option(
+        autocompletion=offer("auto", "unstructured", "4:16", "2:4", "block4", "block8"),
+        metavar="NAME",
+        help="Which entries are kept: auto, unstructured, N:M (4:16), block4 or block8.",
+        rich_help_panel=METHOD,
+    ),
+]
 ShareBlocks = Annotated[
     int | None, typer.Option(metavar="BLOCKS", help="Consecutive blocks that share a basis.", rich_help_panel=SHARING)
 ]
@@ -91,6 +135,7 @@ Groups = Annotated[
 Layers = Annotated[
     str | None,
     typer.Option(
+        autocompletion=offer("mlp", "blocks", "all"),
         metavar="mlp|blocks|all",
         help="mlp; blocks: attention too; all: also embedding and head.",
         rich_help_panel=LAYERS,
@@ -177,12 +222,26 @@ Written = Annotated[
 
 Method = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="fips, fips-paper, or a method to compare with.", rich_help_panel=METHOD),
+    typer.Option(
+        autocompletion=_offer_methods,
+        metavar="NAME",
+        help="fips, fips-paper, or a method to compare with.",
+        rich_help_panel=METHOD,
+    ),
 ]
-Effort = Annotated[str | None, typer.Option(metavar="LEVEL", help="fast, default or max.", rich_help_panel=METHOD)]
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        autocompletion=offer("fast", "default", "max"),
+        metavar="LEVEL",
+        help="fast, default or max.",
+        rich_help_panel=METHOD,
+    ),
+]
 ValueType = Annotated[
     str | None,
     typer.Option(
+        autocompletion=offer("auto", "float", *VALUES),
         metavar="TYPE",
         help="Of the numbers: auto, float, int2 to int8, nl2 to nl5, tc2 to tc4; nl4g64: a scale per 64 weights.",
         rich_help_panel=METHOD,
@@ -197,6 +256,7 @@ ActivationBits = Annotated[
 RestDtype = Annotated[
     str | None,
     typer.Option(
+        autocompletion=offer("float32", "bfloat16", "float16"),
         metavar="TYPE",
         help="Of all that is not compressed: bfloat16, float16 or float32; default: as it is.",
         rich_help_panel=METHOD,
@@ -205,12 +265,16 @@ RestDtype = Annotated[
 FactorDtype = Annotated[
     str | None,
     typer.Option(
-        metavar="TYPE", help="Of scales and floating values: float32, bfloat16 or float16.", rich_help_panel=METHOD
+        autocompletion=offer("float32", "bfloat16", "float16"),
+        metavar="TYPE",
+        help="Of scales and floating values: float32, bfloat16 or float16.",
+        rich_help_panel=METHOD,
     ),
 ]
 Group = Annotated[
     str | None,
     typer.Option(
+        autocompletion=offer("auto", "none"),
         metavar="auto|none|BLOCKS",
         help="Who shares a basis: auto (as measured), none, or a number of blocks.",
         rich_help_panel=SHARING,
@@ -219,12 +283,20 @@ Group = Annotated[
 Schedule = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Which entries are kept while training: static, gmp or rigl.", rich_help_panel=SHARING
+        autocompletion=offer("static", "gmp", "rigl"),
+        metavar="NAME",
+        help="Which entries are kept while training: static, gmp or rigl.",
+        rich_help_panel=SHARING,
     ),
 ]
 ThresholdScope = Annotated[
     str | None,
-    typer.Option(metavar="group|layer", help="What one threshold holds for.", rich_help_panel=SHARING),
+    typer.Option(
+        autocompletion=offer("group", "layer"),
+        metavar="group|layer",
+        help="What one threshold holds for.",
+        rich_help_panel=SHARING,
+    ),
 ]
 Distill = Annotated[
     int | None,
@@ -241,7 +313,12 @@ LearningRate = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(metavar="TYPE", help="Of calibration arithmetic: auto, float32 or bfloat16.", rich_help_panel=MACHINE),
+    typer.Option(
+        autocompletion=offer("auto", "float32", "bfloat16"),
+        metavar="TYPE",
+        help="Of calibration arithmetic: auto, float32 or bfloat16.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 Memory = Annotated[
     str | None,

@@ -72,7 +72,7 @@ def choose(available: int, config: DataConfig, *, default: int | None = None) ->
     wanted = config.num_samples if config.num_samples is not None else min(default or available, available)
     if wanted > available:
         raise DataError(
-            f"`num_samples={wanted}` is more than the {available} samples of `source={config.source}`; "
+            f"`num_samples={wanted}` is more than the {available} samples of `{config.source}`; "
             f"use at most {available}, or leave it out"
         )
     return np.random.default_rng(config.seed).permutation(available)[:wanted]

@@ -21,7 +21,7 @@ def chat_column(features: Any, config: DataConfig) -> str:
     names = [config.column] if config.column is not None else [name for name in COLUMNS if name in features]
     if not names or names[0] not in features:
         raise DataError(
-            f"`source={config.source}` has no column of chats (`{config.column or '`, `'.join(COLUMNS)}`); its "
+            f"`{config.source}` has no column of chats (`{config.column or '`, `'.join(COLUMNS)}`); its "
             f"columns: {columns_in_words(features)}"
         )
     return str(names[0])
@@ -46,7 +46,7 @@ def chat_text(messages: Any, tokenizer: Any, config: DataConfig) -> str:
         raise
     except Exception as error:  # templates are programs, each with its own ideas of a chat
         raise DataError(
-            f"a chat of `source={config.source}` does not fit the template: {first_line(error)}; remove such rows"
+            f"a chat of `{config.source}` does not fit the template: {first_line(error)}; remove such rows"
         ) from None
     return str(found)
 

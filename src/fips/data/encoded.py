@@ -92,7 +92,7 @@ def encoded_batches(
     num_tokens = sum(len(document.tokens) for document in documents)
     if not pieces:
         raise DataError(
-            f"`source={config.source}` has {num_tokens} tokens of text, a window needs {1 if scored else room} beside "
+            f"`{config.source}` has {num_tokens} tokens of text, a window needs {1 if scored else room} beside "
             "special tokens; give more text" + ("" if scored else " or lower `sequence_length`")
         )
     chosen = choose(len(pieces), config, default=limit)

@@ -67,7 +67,7 @@ def _labels(rows: Any, column: str | None, *, required_by: str | None) -> tuple[
         if required_by is None:
             return None, None
         raise DataError(
-            f"`source={required_by}` has images without a label (missing or negative) in column `{column}`; "
+            f"`{required_by}` has images without a label (missing or negative) in column `{column}`; "
             "use a labeled split, for example `split: validation`"
         )
     feature = rows.features[column]

@@ -44,7 +44,7 @@ def class_batches(
         raise DataError(f"`column={config.column}` names {len(columns)} columns; a classifier reads one text or two")
     if label_column is None and scored:
         raise DataError(
-            f"`source={config.source}` has no column of labels (`{'`, `'.join(LABELS)}`), which accuracy needs; its "
+            f"`{config.source}` has no column of labels (`{'`, `'.join(LABELS)}`), which accuracy needs; its "
             f"columns: {columns_in_words(rows.features)}"
         )
     kept = _chosen(rows, config, scored=scored)
@@ -65,7 +65,7 @@ def _classes(
     """Labels as the numbers the model gives classes, and the names of the classes where the data numbers them."""
     if any(value is None or (isinstance(value, int) and value < 0) for value in values):
         raise DataError(
-            f"`source={config.source}` has rows without a label (missing or negative) in column `{column}`; use a "
+            f"`{config.source}` has rows without a label (missing or negative) in column `{column}`; use a "
             "labelled split, for example `split: validation`"
         )
     if isinstance(feature, datasets.ClassLabel):
@@ -81,7 +81,7 @@ def _numbers(values: Sequence[Any], config: DataConfig, task: Task) -> list[int]
     unknown = sorted(set(values) - known.keys())
     if unknown:
         raise DataError(
-            f"`source={config.source}` has the label `{unknown[0]}`, which `{task.model}` does not know; it knows "
+            f"`{config.source}` has the label `{unknown[0]}`, which `{task.model}` does not know; it knows "
             f"{', '.join(f'`{name}`' for name in list(known)[:8])}: rename them, or give their numbers"
         )
     return [known[value] for value in values]
@@ -96,7 +96,7 @@ def word_batches(
     tags = _first([name for name in TAGS if name in lists])
     if words is None or tags is None:
         raise DataError(
-            f"`source={config.source}` has no lists of words (`{'`, `'.join(WORDS)}`) with a label for each (`"
+            f"`{config.source}` has no lists of words (`{'`, `'.join(WORDS)}`) with a label for each (`"
             f"{'`, `'.join(TAGS)}`), which `{task.model}` is scored on; its columns: {columns_in_words(rows.features)}"
         )
     if not tokenizer.is_fast:
@@ -142,7 +142,7 @@ def pair_batches(
     columns = target_columns(rows.features, config)
     if columns is None:
         raise DataError(
-            f"`{task.model}` reads a source and predicts a target: `source={config.source}` needs two columns of text, "
+            f"`{task.model}` reads a source and predicts a target: `{config.source}` needs two columns of text, "
             f"named by `--column SOURCE,TARGET`; its columns: {columns_in_words(rows.features)}"
         )
     kept = _chosen(rows, config, scored=description["purpose"] == "evaluation")
@@ -238,7 +238,7 @@ def _batches(
     """Batches of texts of like length, long ones first."""
     empty = next((index for index, one in enumerate(encoded) if not one["input_ids"]), None)
     if empty is not None:
-        raise DataError(f"row {empty} of `source={config.source}` has no text; remove it")
+        raise DataError(f"row {empty} of `{config.source}` has no text; remove it")
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]["input_ids"]))
     return Batches(
         kind="text",

@@ -133,7 +133,7 @@ def load_batches(
 def _mixed(shares: Mapping[str, float], config: DataConfig, **options: Any) -> Batches:
     """Samples of several sources, so many of each as its share says."""
     if options["purpose"] == "evaluation":
-        raise DataError(f"`source={config.source}` is a mixture, which is for calibration; evaluate on each by itself")
+        raise DataError(f"`{config.source}` is a mixture, which is for calibration; evaluate on each by itself")
     default = DEFAULT_CALIBRATION_WINDOWS if options["kind"] == "text" else DEFAULT_CALIBRATION_IMAGES
     counts = counts_of(shares, config.num_samples or default)
     for name in counts:
@@ -178,7 +178,7 @@ def _check_request(
         raise DataError(wrong_kind(config, kind))
     if processor is None:
         what = "an image processor (preprocessor_config.json)" if kind == "image" else "a tokenizer (tokenizer.json)"
-        raise DataError(f"`source={config.source}` needs {what} of the model, got none; save it next to the weights")
+        raise DataError(f"`{config.source}` needs {what} of the model, got none; save it next to the weights")
     if kind == "image":
         unused = [name for name in ("sequence_length", "document_separator") if getattr(config, name) is not None]
         unused += ["chat"] if config.chat else []
@@ -192,11 +192,11 @@ def _check_request(
         require_template(getattr(processor, "tokenizer", processor))
     if source.kind == "text" and task.name in TABLES and (purpose == "evaluation" or not task.reads_text_alone):
         raise DataError(
-            f"`source={config.source}` is plain text, and `{task.model}` needs {TABLES[task.name]}; give a table "
+            f"`{config.source}` is plain text, and `{task.model}` needs {TABLES[task.name]}; give a table "
             "(.csv, .jsonl, .parquet) or a `datasets` id that has them"
         )
     if streams(source, config, purpose) and purpose == "evaluation" and config.num_samples is None:
-        raise DataError(f"`source={config.source}` is too large to evaluate whole; set `num_samples`, for example 256")
+        raise DataError(f"`{config.source}` is too large to evaluate whole; set `num_samples`, for example 256")
 
 
 def window_length(config: DataConfig, context_length: int | None, purpose: Purpose) -> int:

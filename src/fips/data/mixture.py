@@ -34,11 +34,9 @@ def mixture_of(source: str) -> dict[str, float] | None:
         except ValueError:
             number = 0.0
         if not name or not 0 < number < float("inf"):
-            raise DataError(
-                f"`source={source}` is a list, and `{part.strip()}` has no share; write `a.txt:0.7,b.txt:0.3`"
-            )
+            raise DataError(f"`{source}` is a list, and `{part.strip()}` has no share; write `a.txt:0.7,b.txt:0.3`")
         if name in found:
-            raise DataError(f"`source={source}` names `{name}` twice; add up its shares")
+            raise DataError(f"`{source}` names `{name}` twice; add up its shares")
         found[name] = number
     return {name: number / sum(found.values()) for name, number in found.items()}
 

@@ -32,7 +32,7 @@ def picture_batches(rows: Any, config: DataConfig, processor: Any, description: 
     """
     if description["purpose"] == "evaluation":
         raise DataError(
-            f"`source={config.source}` has images beside texts, which `{task.model}` is calibrated on but not scored; "
+            f"`{config.source}` has images beside texts, which `{task.model}` is calibrated on but not scored; "
             "evaluate on texts alone"
         )
     image = find_column(rows.features, config.replace(column=None), "image")

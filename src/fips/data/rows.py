@@ -73,7 +73,7 @@ def _require_rows(name: str, patterns: Sequence[str]) -> None:
     """Raise ``DataError`` for tables without a row, which ``datasets`` refuses with errors of its parsers."""
     files = _matching(patterns)
     if files and all(_is_empty(file) for file in files):
-        raise DataError(f"`source={name}` has no rows: `{files[0]}` is empty; give data with at least one")
+        raise DataError(f"`{name}` has no rows: `{files[0]}` is empty; give data with at least one")
 
 
 def _is_empty(path: str) -> bool:
@@ -93,7 +93,7 @@ def streams(source: Source, config: DataConfig, purpose: Purpose) -> bool:
     """Whether rows are read only as far as they are needed; raises ``DataError`` for what cannot be read so."""
     if config.stream and source.builder in ("text", "imagefolder"):
         raise DataError(
-            f"`source={source.name}` is read where it lies; `stream` is for tables and `datasets` ids: leave it out"
+            f"`{source.name}` is read where it lies; `stream` is for tables and `datasets` ids: leave it out"
         )
     if config.stream is not None:
         return config.stream
@@ -111,7 +111,7 @@ def taken(rows: Any, config: DataConfig, count: int, *, buffer: int) -> Any:
         found = list(rows.shuffle(seed=config.seed, buffer_size=buffer).take(count))
     if config.num_samples is not None and len(found) < config.num_samples:
         raise DataError(
-            f"`num_samples={config.num_samples}` is more than the {len(found)} rows of `source={config.source}`; use "
+            f"`num_samples={config.num_samples}` is more than the {len(found)} rows of `{config.source}`; use "
             f"at most {len(found)}, or leave it out"
         )
     return datasets.Dataset.from_list(found, features=plain).cast(features)
@@ -139,20 +139,18 @@ def _inspect_hub(source: Source, config: DataConfig, kind: Kind) -> list[str]:
 def choose_split(available: Sequence[str], config: DataConfig, *, kind: Kind, purpose: Purpose) -> str:
     if list(available) == [WHOLE]:
         if config.split is not None:
-            raise DataError(
-                f"`source={config.source}` is not divided into splits, got `split={config.split}`; leave it out"
-            )
+            raise DataError(f"`{config.source}` is not divided into splits, got `split={config.split}`; leave it out")
         return WHOLE
     names = ", ".join(f"`{name}`" for name in available)
     if config.split is not None:
         if config.split not in available:
-            raise DataError(f"`source={config.source}` has no split `{config.split}`; it has {names}")
+            raise DataError(f"`{config.source}` has no split `{config.split}`; it has {names}")
         return config.split
     found = {name.lower(): name for name in available}
     for name in PREFERRED_SPLITS[kind, purpose]:
         if name in found:
             return found[name]
-    raise DataError(f"`source={config.source}` has no usual split for {purpose}; set `split` to one of {names}")
+    raise DataError(f"`{config.source}` has no usual split for {purpose}; set `split` to one of {names}")
 
 
 def _matching(patterns: Sequence[str]) -> list[str]:
@@ -184,7 +182,7 @@ def loading_errors(source: str, *, local: bool) -> Iterator[None]:
             hint = "check that the files are complete and of the type their suffix says"
         else:
             hint = "no file or directory has this name: check it, or the id, network and login"
-        raise DataError(f"`source={source}` cannot be loaded: {first_line(error)}; {hint}") from error
+        raise DataError(f"`{source}` cannot be loaded: {first_line(error)}; {hint}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -216,7 +214,7 @@ def find_column(features: Any, config: DataConfig, kind: Kind) -> str:
     if config.column is not None:
         if config.column not in candidates:
             raise DataError(
-                f"`column={config.column}` is no {kind} column of `source={config.source}`; its columns: {columns}"
+                f"`column={config.column}` is no {kind} column of `{config.source}`; its columns: {columns}"
             )
         return config.column
     if kind in candidates:
@@ -231,7 +229,7 @@ def find_column(features: Any, config: DataConfig, kind: Kind) -> str:
             if lists
             else ""
         )
-        raise DataError(f"`source={config.source}` has {what}; its columns: {columns}{advice}")
+        raise DataError(f"`{config.source}` has {what}; its columns: {columns}{advice}")
     return candidates[0]
 
 
@@ -291,4 +289,4 @@ def wrong_kind(config: DataConfig, kind: Kind) -> str:
     hint = (
         "a folder with one sub-folder per class" if kind == "image" else "a text file, or a hub id such as `wikitext`"
     )
-    return f"`source={config.source}` holds {got}, but the model reads {wanted}; give {hint}"
+    return f"`{config.source}` holds {got}, but the model reads {wanted}; give {hint}"

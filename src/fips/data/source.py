@@ -83,7 +83,7 @@ def describe_source(source: str) -> Source:
         return _describe_file(source, path)
     if _looks_like_path(source):
         raise DataError(
-            f"`source={source}` looks like a path, but there is no such file or directory; "
+            f"`{source}` looks like a path, but there is no such file or directory; "
             "correct the path, or give a hub id such as `wikitext` or `owner/name:configuration`"
         )
     if source in HUB_SHORTCUTS:
@@ -104,7 +104,7 @@ def _describe_file(source: str, path: Path) -> Source:
     if builder is not None:
         return Source(name=source, kind=None, builder=builder, files=files)
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        raise DataError(f"`source={source}` is a single image; give a folder with one sub-folder per class")
+        raise DataError(f"`{source}` is a single image; give a folder with one sub-folder per class")
     _check_utf8(path)
     return Source(name=source, kind="text", builder="text", files=files)
 
@@ -117,7 +117,7 @@ def _check_utf8(path: Path) -> None:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"`source={path}` is not UTF-8 text (byte {error.start}); "
+            f"`{path}` is not UTF-8 text (byte {error.start}); "
             f"wanted a text file, an image folder, or one of {', '.join(TABLE_BUILDERS)}"
         ) from None
 
@@ -128,7 +128,7 @@ def _describe_directory(source: str, path: Path) -> Source:
     del types[""]
     if not types:
         raise DataError(
-            f"`source={source}` is a directory without images, texts or tables; wanted files such as .jpeg, .png, "
+            f"`{source}` is a directory without images, texts or tables; wanted files such as .jpeg, .png, "
             f".txt, {', '.join(TABLE_BUILDERS)}, in class sub-folders for images"
         )
     builder = types.most_common(1)[0][0]

@@ -78,7 +78,7 @@ def text_batches(rows: Any, config: DataConfig, tokenizer: Any, length: int, des
     num_tokens = sum(len(document.tokens) for document in documents)
     if not windows:
         raise DataError(
-            f"`source={config.source}` has {num_tokens} tokens of text, a window needs {2 if scored else length}; "
+            f"`{config.source}` has {num_tokens} tokens of text, a window needs {2 if scored else length}; "
             "give more text" + ("" if scored else " or lower `sequence_length`")
         )
     chosen = choose(len(windows), config, default=limit)

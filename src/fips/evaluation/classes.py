@@ -31,8 +31,7 @@ class _ClassEvaluator(Evaluator):
         """The labels must be classes of the model, as far as data and model tell before the first pass."""
         if batches.max_label is None:
             raise DataError(
-                f"`source={batches.description.get('source')}` has no labels, which accuracy needs; "
-                f"give {self.labelled}"
+                f"`{batches.description.get('source')}` has no labels, which accuracy needs; give {self.labelled}"
             )
         config = getattr(model, "config", None)
         problem = getattr(config, "problem_type", None)
@@ -57,7 +56,7 @@ def _check_class_count(batches: Batches, count: int) -> None:
     got = (batches.max_label or 0) + 1 if batches.class_names is None else len(batches.class_names)
     if got > count or (batches.class_names is not None and got != count):
         raise DataError(
-            f"got {got} classes in `source={batches.description.get('source')}`, the model has {count}; "
+            f"got {got} classes in `{batches.description.get('source')}`, the model has {count}; "
             "evaluate on the classes the model was trained for, all of them"
         )
     if count == 1:
