@@ -876,7 +876,7 @@ def test_weights_that_stay_in_their_files_do_not_need_memory(
     command += ["--batch-size", "1", "--num-samples", "8", "--output", str(tmp_path / "out")]
     assert main([*command, "--dry-run"]) == 0
     assert main(command) == 0
-    assert "weights left in their files" in capsys.readouterr().err
+    assert "of weights that stay in their files" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="one alone about"):
         fitting.fitting_data(empty, plan, config, data, device=place, chosen=True)
 

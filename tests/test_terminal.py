@@ -270,7 +270,7 @@ def test_the_widest_result_fits(columns: int) -> None:
             ]
         },
         groups=[
-            {"name": f"g1{n}", "blocks": names, "relative_error_start": 0.12345, "relative_error_final": 0.1 * n,
+            {"name": f"g1{n}", "blocks": names, "relative_error_start": 0.000012345, "relative_error_final": 0.1 * n,
              "seconds": 12345.6 * n}
             for n in (0, 1)
         ],
@@ -291,7 +291,7 @@ def test_the_widest_result_fits(columns: int) -> None:
         "int5g64,",
         "bitmask,",
         "12346 s",
-        "0.12345",
+        "1.23e-05",
     ):
         assert re.search(rf"(?<!\S){words}(?!\S)", text), words
 

@@ -58,7 +58,7 @@ class Bars:
         with suppress(OSError, ValueError):  # a terminal or a pipe that is gone must not cost the work
             if self._draws:
                 self._draw(label, done, total, f"{group} {note}".strip())
-            elif done in (1, total) or (total >= 10 and done % (total // 10) == 0):
+            elif done in (1, total) or 10 * done // max(total, 1) != 10 * (done - 1) // max(total, 1):
                 words = (label, group, f"{done}/{total or '?'}", note)
                 if words == self._said:  # the end of one step and the beginning of the next
                     return

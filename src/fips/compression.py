@@ -28,7 +28,7 @@ from fips.models import Site
 from fips.models.experts import experts_apart
 from fips.models.wrappers import check_layers, check_model, unwrap
 from fips.plan.finite import require_finite_layers, require_finite_weights, require_storable
-from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size, size_note
+from fips.plan.plan import CompressionPlan, leave_dense, plan_compression, settle_size, size_note, uses_size
 from fips.plan.rest import cast_rest
 from fips.ranks import Ranks, joined
 from fips.record import CompressionReport, GroupResult, environment, peak_memory_bytes
@@ -117,8 +117,9 @@ def compress(
         _install(model, groups, activation_bits=config.activation_bits)
         cast_rest(model, config)
         bench.say_tokens()
-        if asked.size is not None:
-            bench.notes.append(size_note(asked, bench.config, [group.plan for group in groups]))
+        taken = [group.plan for group in groups]
+        if asked.size is not None or not uses_size(bench.config, taken):
+            bench.notes.append(size_note(asked, bench.config, taken))
         report = _report(bench, plan, groups, started)
         report.asked = {name: value for name in SIZES if (value := getattr(asked, name)) is not None}
     model.fips_report = report  # type: ignore[assignment]

@@ -79,7 +79,7 @@ def _error_fields(when: str, error: BlockError | None) -> dict[str, float | None
     }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class CompressionReport:
     """Result of ``fips.compress``; saved as ``fips_report.json`` beside the weights."""
 
@@ -132,6 +132,9 @@ class CompressionReport:
     def summary(self) -> str:
         """What became of the model, in a few lines for people."""
         return in_lines(self.rows())
+
+    def __repr__(self) -> str:
+        return self.summary()
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

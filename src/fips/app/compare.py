@@ -24,7 +24,7 @@ from fips.evaluation import Divergence, EmbeddingDistance, EvaluationResult, eva
 from fips.methods.registry import aliases
 from fips.methods.workbench import MomentCache
 
-__all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
+__all__ = ["Comparison", "Run", "compare", "known_methods", "method_config", "write_comparison"]
 
 log = logging.getLogger("fips.app.compare")
 
@@ -91,6 +91,11 @@ class Comparison:
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return stats.median(known) if known else None
+
+
+def known_methods() -> list[str]:
+    """The names that ``method_config`` knows."""
+    return list(aliases())
 
 
 def method_config(text: str, *, bits: float, seed: int, layers: str = "blocks") -> CompressionConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,8 @@ from fips.record import environment
 
 __all__ = ["compare_source"]
 
+log = logging.getLogger("fips.app.comparing")
+
 
 def compare_source(
     source: str,
@@ -44,6 +47,8 @@ def compare_source(
 ) -> Comparison:
     """Compare methods (None: all) on a model and write table, JSON and plot to a directory that is absent or empty."""
     require_empty(output)
+    if (evaluation.source, evaluation.split) == (calibration.source, calibration.split):
+        log.warning("scoring on the data that is calibrated on, where models are better than on other data")
     original = Source.named(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     methods = methods or list(aliases())
     for method in methods:

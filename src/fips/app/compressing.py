@@ -22,8 +22,11 @@ from fips.app.page import PAGE, report_page
 from fips.app.sources import Source, empty_model, pick_device
 from fips.compression import Progress, compress
 from fips.config import DataConfig, Recipe
+from fips.data.mixture import mixture_of
+from fips.data.source import describe_source
 from fips.errors import ConfigError, ModelError, OutputError
 from fips.evaluation import EvaluationResult, check_evaluation, evaluate
+from fips.files.names import base_name
 from fips.files.output import Output, require_empty
 from fips.methods.workbench import measured
 from fips.models.reading import kind_of
@@ -70,14 +73,18 @@ def plan_batches(
 ) -> Forecast | None:
     """Say or refuse, as ``fitting_data`` does, what a run would, and what it would take; None for devices not here.
 
-    ``model`` and ``plan`` are what ``plan_source`` gave for ``source`` and the recipe.
+    ``model`` and ``plan`` are what ``plan_source`` gave for ``source`` and the recipe. Raises ``DataError`` for data
+    that is not there.
     """
+    data = recipe.data or DataConfig(source="")
+    for one in mixture_of(data.source) or [data.source]:
+        if one:
+            describe_source(one)
     try:
         place = pick_device(device)
         kind_of(model)
     except (ConfigError, ModelError):
         return None
-    data = recipe.data or DataConfig(source="")
     sized = settle_size(plan, model, recipe.compression)
     name = source or recipe.model
     mapped = 0 if name is None else Source(name, device=place).mapped_bytes(model)
@@ -158,7 +165,8 @@ def compress_to_directory(
             if quality is not None:
                 found = measured("quality", partial(quality, model))
                 report.quality = None if found is None else found.to_dict()
-            used = recipe.model_copy(update={"model": source, "architecture": None})
+            words = f"The settings that {base_name(source)} was compressed with."
+            used = recipe.model_copy(update={"description": words, "model": source, "architecture": None})
             beside = partial(_write_page, output, trust_remote_code=trust_remote_code)
             return Compression(report, *_write(model, target, processor, used.to_yaml(), keeper, beside))
 

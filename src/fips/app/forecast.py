@@ -58,7 +58,7 @@ class Forecast:
             free = "" if self.available_bytes is None else f" of {format_bytes(self.available_bytes)} free"
             parts.append(f"tensors in memory {format_bytes(self.memory_bytes)}{free}")
             if self.mapped_bytes:
-                parts[-1] += f", weights left in their files {format_bytes(self.mapped_bytes)}"
+                parts[-1] += f" beside {format_bytes(self.mapped_bytes)} of weights that stay in their files"
         if self.free_disk_bytes is not None:
             parts.append(f"{format_bytes(self.free_disk_bytes)} free on the disk")
         return f"estimate for {self.examples} examples on {self.device}: " + ("; ".join(parts) or "none")

@@ -62,7 +62,7 @@ def _outline(model: nn.Module, plan: CompressionPlan, config: CompressionConfig)
         smallest = {"bits": float(round_up(sizes.least_bits)), "bytes": round(sizes.least_bytes)}
     others = rest_sizes(model, [site.name for group in groups for site in group.sites], config)
     unused = None
-    if config.size is not None:
+    if config.budget is None:
         settled = settle_size(plan, model, config)
         unused = None if uses_size(settled, plan.groups) else size_note(config, settled, plan.groups)
     return Outline(plan, sizes_by_kind(model, layer_bytes(plan), others), smallest, unused)

@@ -175,7 +175,7 @@ def block_table(errors: Mapping[str, float]) -> Table:
     """Errors of the outputs of blocks."""
     table = Table("block", Column("error", justify="right"), title="Blocks", title_justify="left")
     for name, error in errors.items():
-        table.add_row(name, f"{error:.5f}")
+        table.add_row(name, f"{error:.3g}")
     return table
 
 
@@ -223,20 +223,22 @@ def result_table(report: CompressionReport) -> Table:
     table.caption_justify = "left"
     for result, group in zip(report.groups, plans, strict=True):
         table.add_row(
-            f"{result['name']}: {_blocks(len(result['blocks']))}",
+            _group_name(result),
             *([str(group["rank"])] if with_basis else []),
             f"{8 * group['factored']['bytes'] / group['dense']['parameters']:.2f}",
             group["format"],
             group.get("values", "float"),
-            *([_number(result["relative_error_start"], ".5f")] if trained else []),
-            _number(result["relative_error_final"], ".5f"),
+            *([_number(result["relative_error_start"], ".3g")] if trained else []),
+            _number(result["relative_error_final"], ".3g"),
             _seconds(result["seconds"]),
         )
     return table
 
 
-def _blocks(count: int) -> str:
-    return "1 block" if count == 1 else f"{count} blocks"
+def _group_name(result: Mapping[str, Any]) -> str:
+    """With the number of its blocks; embedding and head are none."""
+    count = len(result["blocks"])
+    return f"{result['name']}: {count} block{'s' if count > 1 else ''}" if count else str(result["name"])
 
 
 def _seconds(value: float) -> str:

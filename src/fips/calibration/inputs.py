@@ -424,7 +424,8 @@ def _check_iterable(batches: Any) -> None:
         raise DataError(f"{WANTED}, got `{kind}`; give a list or a `DataLoader`")
     if isinstance(batches, Iterator):
         raise DataError(
-            f"{WANTED} several times, got a `{kind}`, which is used up after one pass; give a list: `list(batches)`"
+            f"{WANTED}, to be read several times, got a `{kind}`, which is used up after one pass; give a list: "
+            "`list(batches)`"
         )
     if isinstance(batches, Sized) and not len(batches):
         raise DataError("the calibration data has no batch; give at least one")

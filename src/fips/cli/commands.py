@@ -498,7 +498,10 @@ def compare(
         str, typer.Option(metavar="DATA", help="Calibration data, as for `fips compress`.", rich_help_panel=DATA_PANEL)
     ],
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="For compare.json, compare.md and compare.svg.", rich_help_panel=MODEL)
+        Path,
+        typer.Option(
+            metavar="DIR", help="For compare.json, compare.md and, with matplotlib, compare.svg.", rich_help_panel=MODEL
+        ),
     ],
     methods: Annotated[
         str | None,
@@ -530,7 +533,7 @@ def compare(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Compare methods at equal stored bits: quality, block error, size and time of each."""
+    """Compare methods at the same stored bits at most: quality, size and time of each."""
     from fips.app.compare import LARGEST_THAT_FITS
     from fips.app.comparing import compare_source
     from fips.app.tables import comparison_table

@@ -32,9 +32,9 @@ def offer(*values: str) -> Complete:
 
 
 def _offer_methods(incomplete: str) -> list[str]:
-    from fips.methods.registry import aliases
+    from fips.app.compare import known_methods
 
-    return offer(*aliases())(incomplete)
+    return offer(*known_methods())(incomplete)
 
 
 def _offer_recipes(incomplete: str) -> list[str]:

@@ -31,7 +31,7 @@ def require_template(tokenizer: Any) -> None:
     """Raise ``DataError`` for a tokenizer that does not say how a chat is written."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
-            f"`--chat` needs a chat template, and `{type(tokenizer).__name__}` has none; take the tokenizer of the "
+            "`--chat` needs a chat template, and the tokenizer of this model has none; take the tokenizer of the "
             "instruction-tuned model, or leave it out and name a column of text"
         )
 

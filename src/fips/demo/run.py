@@ -20,7 +20,7 @@ from fips.app.tables import format_bytes, kind_table, layer_table, result_table
 from fips.bars import progress_bars
 from fips.config import CompressionConfig, DataConfig, Recipe
 from fips.demo.corpus import calibration_files, copy_files, held_out_files
-from fips.evaluation import EvaluationResult
+from fips.evaluation import Divergence, EvaluationResult
 from fips.files.manifest import require_free
 from fips.recipes import load_recipe
 
@@ -97,8 +97,9 @@ def run_demo(output: Path, *, bits: float, console: Console, bars: Console | Non
 def _quality_table(before: EvaluationResult, after: EvaluationResult) -> Table:
     table = Table("held-out modules", "before", "after", title="Quality", title_justify="left")
     first, second = before.to_dict(), after.to_dict()
-    for key in ("bits_per_byte", "perplexity", "num_bytes"):
-        table.add_row(
-            key, *(f"{value:.4f}" if isinstance(value, float) else f"{value:,}" for value in (first[key], second[key]))
-        )
+    for key in ("bits_per_byte", "perplexity"):
+        table.add_row(key, f"{first[key]:.4f}", f"{second[key]:.4f}")
+    if isinstance(after.against, Divergence):
+        table.add_row("KL to the original", "", f"{after.against.kl:.3g}")
+        table.add_row("same likeliest byte", "", f"{after.against.agreement_percent:.1f} %")
     return table

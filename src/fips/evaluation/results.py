@@ -59,6 +59,10 @@ class EvaluationResult(ABC):
         """What was found, in a few lines for people."""
         return in_lines(self.rows())
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython prints."""
+        printer.text(self.summary())
+
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         return in_html(self.rows())

@@ -144,6 +144,7 @@ class Output(AbstractContextManager["Output"]):
         """
         with self.writing("the files"):
             for path in self.scratch.rglob("*"):
+                _open_to_others(path)
                 _flush(path)
         with uninterrupted(), self.writing("the last names", finished="everything"):
             if self._in_place:
@@ -355,6 +356,14 @@ def _allocate(descriptor: int, size: int) -> None:
     call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     if call(descriptor, 0, 0, size) != 0 and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file the rights that files of this process have; writers of weights keep theirs to their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    if path.is_file() and not path.is_symlink():
+        path.chmod(path.stat().st_mode | 0o666 & ~mask)
 
 
 def _flush(path: Path) -> None:

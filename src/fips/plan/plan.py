@@ -136,10 +136,10 @@ def settle_size(
 
 
 def size_note(asked: CompressionConfig, config: CompressionConfig, groups: Sequence[GroupPlan]) -> str:
-    """What becomes of the ``size`` that was asked for; ``config`` has the bits in its place."""
+    """What becomes of the ``size`` or ``bits`` that were asked for; ``config`` has the bits in the place of a size."""
     if not uses_size(config, groups):
-        most = _bits_used(groups)
-        return f"{asked.size} would be {config.bits:.4g} bits a weight; the most that layers take is {most:.4g}"
+        words = f"{asked.size} would be {config.bits:.4g}" if asked.size is not None else f"asked for {config.bits:.4g}"
+        return f"{words} bits a weight; the most that layers take is {_bits_used(groups):.4g}"
     return f"{config.bits:.4g} bits a weight, so that all tensors take {asked.size}"
 
 

@@ -84,7 +84,7 @@ _USAGE_TIMM = """
 import fips
 
 model = fips.load("{name}")
-fips.merge(model)  # optional: plain dense layers, faster where memory does not matter
+fips.merge(model)  # optional: plain dense layers again, for tools that want them
 ```
 """
 

@@ -70,8 +70,14 @@ template <int BITS, int EACH, int SPLIT = 0> FIPS_INLINE __m256i at_top(__m256i 
                             _mm256_load_si256(reinterpret_cast<const __m256i *>(table.factor)));
 }
 
-// Reads 64 numbers; `LEVELS`: codes of 5 bits are looked up, as those of fewer always are.
+// What products with inputs of 8 bits are made of. Integers also come as words, at their top, or without a sign.
+enum class Kind { bytes, words, unsigned_bytes };
+
+// Reads 64 numbers; `LEVELS`: they are looked up, as integers of less than 5 bits may be, too.
 template <int BITS, bool LEVELS> struct Codes {
+  static constexpr int bits = BITS;
+  static constexpr Kind kind = !signs_are_moved || LEVELS ? Kind::bytes : BITS > 4 ? Kind::words : Kind::unsigned_bytes;
+  static constexpr char offset = 1 << (BITS - 1);
   static constexpr int bytes = 8 * BITS; // of 64 codes
   static constexpr int reach = BITS == 2 ? 16 : BITS == 3 ? 28 : BITS == 4 ? 32 : 6 * BITS + 16; // of what is read
   static constexpr Order order = BITS == 2 ? Order::quarters : BITS == 3 ? Order::twos : BITS == 4 ? Order::pairs : Order::halves;
@@ -79,7 +85,7 @@ template <int BITS, bool LEVELS> struct Codes {
   const uint8_t *end;
   explicit Codes(const fips_matrix &a) : end(static_cast<const uint8_t *>(a.values) + a.value_bytes) {
     alignas(32) int8_t table[32] = {};
-    for (int i = 0; (LEVELS || BITS < 5) && !a.memory && i < 1 << BITS; ++i) table[i] = int8_t(number_of(a, i));
+    for (int i = 0; LEVELS && !a.memory && i < 1 << BITS; ++i) table[i] = int8_t(number_of(a, i));
     low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
     high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table + 16)));
   }
@@ -114,10 +120,22 @@ template <int BITS, bool LEVELS> struct Codes {
     std::memcpy(last, from, bytes);
     return last;
   }
+  template <class Unsigned> FIPS_INLINE void read(const uint8_t *from, Unsigned &to) const { // `offset` more
+    alignas(32) uint8_t last[96];
+    fields(within(from, last), to.of);
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) to.of[r] = _mm256_xor_si256(to.of[r], _mm256_set1_epi8(offset));
+  }
+  FIPS_INLINE void read(const uint8_t *from, __m256i (&to)[4]) const { // at the top of words, in their order
+    alignas(32) uint8_t last[96];
+    from = within(from, last);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) to[i] = _mm256_and_si256(top(from + 2 * BITS * i), _mm256_set1_epi16(short(0xFFFFu << (16 - BITS))));
+  }
   FIPS_INLINE void read(const uint8_t *from, __m256i (&to)[2]) const {
     alignas(32) uint8_t last[96];
     from = within(from, last);
-    if constexpr (BITS < 5 || LEVELS) {
+    if constexpr (LEVELS) {
       fields(from, to);
 #pragma GCC unroll 2
       for (int r = 0; r < 2; ++r) to[r] = BITS < 5 ? look_up(low, to[r]) : look_up(low, high, to[r]);
@@ -131,6 +149,7 @@ template <int BITS, bool LEVELS> struct Codes {
 };
 
 struct WholeBytes { // integers of 8 bits
+  static constexpr Kind kind = Kind::bytes;
   static constexpr int bytes = 64;
   static constexpr Order order = Order::natural;
   explicit WholeBytes(const fips_matrix &) {}

@@ -12,7 +12,7 @@ void whole_row(const fips_matrix &a, const fips_call &c, const Codes &codes, int
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
   for (int64_t k = 0; k < a.cols; k += 64, from += Codes::bytes) {
-    __m256i numbers[2];
+    typename Inputs::Numbers numbers;
     _mm_prefetch(reinterpret_cast<const char *>(from) + 1024, _MM_HINT_T0);
     codes.read(from, numbers);
     inputs.add(numbers, k, groups, acc);
@@ -22,18 +22,21 @@ void whole_row(const fips_matrix &a, const fips_call &c, const Codes &codes, int
 
 template <int T, class Codes> void whole_path(const fips_matrix &a, const fips_call &c, float *x) {
   const Codes codes(a);
-  with_scales_and_inputs<T, Codes::order>(a, c, x, [&](const auto &inputs) {
+  with_scales_and_inputs<T, Codes>(a, c, x, [&](const auto &inputs) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < a.rows; ++row) whole_row<T, std::decay_t<decltype(inputs)>::kind>(a, c, codes, row, inputs);
   });
 }
 
+template <int BITS> using Integers = Codes<BITS, !signs_are_moved>; // of less than 5 bits
+
 // `x`: the tokens as floats, one behind the other.
 template <int T> void whole_path(const fips_matrix &a, const fips_call &c, float *x) {
+  const bool looked_up = a.num_levels || fixed_planes(c) > 1; // as numbers with a sign
   switch (a.value_bits) {
-  case 2: return whole_path<T, Codes<2, false>>(a, c, x);
-  case 3: return whole_path<T, Codes<3, false>>(a, c, x);
-  case 4: return whole_path<T, Codes<4, false>>(a, c, x);
+  case 2: return looked_up ? whole_path<T, Codes<2, true>>(a, c, x) : whole_path<T, Integers<2>>(a, c, x);
+  case 3: return looked_up ? whole_path<T, Codes<3, true>>(a, c, x) : whole_path<T, Integers<3>>(a, c, x);
+  case 4: return looked_up ? whole_path<T, Codes<4, true>>(a, c, x) : whole_path<T, Integers<4>>(a, c, x);
   case 5: return a.num_levels ? whole_path<T, Codes<5, true>>(a, c, x) : whole_path<T, Codes<5, false>>(a, c, x);
   case 6: return whole_path<T, Codes<6, false>>(a, c, x);
   case 7: return whole_path<T, Codes<7, false>>(a, c, x);

@@ -28,6 +28,7 @@ constexpr Lanes<ORDER> floats_of[2][4] = {{{0, 0, 1}, {0, 8, 1}, {0, 16, 1}, {0,
 
 template <Scales SCALES, Order ORDER> struct FloatInputs {
   static constexpr Scales kind = SCALES;
+  using Numbers = __m256i[2];
   const float *x; // the tokens, one behind the other
   int64_t cols;
 
@@ -59,6 +60,7 @@ template <Scales SCALES, Order ORDER> struct FloatInputs {
 
 template <Scales SCALES, Order ORDER> struct DigitInputs {
   static constexpr Scales kind = SCALES;
+  using Numbers = __m256i[2];
   const int8_t *digits;
   const float *scales; // of 64 digits
   int64_t cols;
@@ -71,18 +73,15 @@ template <Scales SCALES, Order ORDER> struct DigitInputs {
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       const auto *from = reinterpret_cast<const __m256i *>(digits + t * cols + k);
-      const float scale = scales[(t * cols + k) / 64];
+      const __m256 scale = _mm256_set1_ps(own * scales[(t * cols + k) / 64]);
       const __m256i one = byte_products(numbers[0], _mm256_load_si256(from));
       const __m256i two = byte_products(numbers[1], _mm256_load_si256(from + 1));
+      const __m256i first = together ? _mm256_add_epi32(one, two) : one;
       __m256 &sum = acc[t][0];
-      if constexpr (SCALES != Scales::fine) {
-        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(one, two)), _mm256_set1_ps(own * scale), sum);
-      } else {
-        const __m256 scaled = _mm256_mul_ps(four, _mm256_set1_ps(scale));
-        const __m256i first = together ? _mm256_add_epi32(one, two) : one;
-        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(first), sums_of<ORDER>[0].take(scaled), sum);
-        if (!together) sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(two), sums_of<ORDER>[1].take(scaled), sum);
-      }
+      const __m256 by = SCALES == Scales::fine ? sums_of<ORDER>[0].take(_mm256_mul_ps(four, scale)) : scale;
+      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(first), by, sum);
+      if (!together)
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(two), sums_of<ORDER>[1].take(_mm256_mul_ps(four, scale)), sum);
     }
   }
 };
@@ -99,8 +98,23 @@ template <Order ORDER, class Number> void arrange(Number *numbers, int64_t count
   }
 }
 
+FIPS_INLINE void store_digits(const __m256i (&whole)[4], int8_t *to) {
+  // packing takes turns between the halves of registers
+  const __m256i low = _mm256_packs_epi32(whole[0], whole[1]), high = _mm256_packs_epi32(whole[2], whole[3]);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_store_si256(reinterpret_cast<__m256i *>(to),
+                     _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+FIPS_INLINE void store_digits(const __m256i (&whole)[4], int16_t *to) {
+  const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    _mm256_store_si256(reinterpret_cast<__m256i *>(to + 16 * i),
+                       _mm256_permutevar8x32_epi32(_mm256_packs_epi32(whole[2 * i], whole[2 * i + 1]), order));
+}
+
 // Tokens, of which `cols` is a multiple of 64, as digits.
-inline void digits_of(const float *x, int64_t count, int8_t *digits, float *scales) {
+template <class Digit> void digits_of(const float *x, int64_t count, Digit *digits, float *scales) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   for (int64_t k = 0; k < count; k += 64) {
     __m256 most = _mm256_setzero_ps();
@@ -114,35 +128,47 @@ inline void digits_of(const float *x, int64_t count, int8_t *digits, float *scal
     for (int64_t j = k; j < k + 64; j += 32) {
       __m256i whole[4];
       for (int i = 0; i < 4; ++i) whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(x + j + 8 * i), inverse));
-      // packing takes turns between the halves of registers
-      const __m256i low = _mm256_packs_epi32(whole[0], whole[1]), high = _mm256_packs_epi32(whole[2], whole[3]);
-      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-      _mm256_store_si256(reinterpret_cast<__m256i *>(digits + j),
-                         _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+      store_digits(whole, digits + j);
     }
   }
 }
 
-// Calls `body` with the tokens in the form that a call wants and in an order: `x` are floats, one token behind the other.
-template <int T, Scales SCALES, Order ORDER, class Body>
-void with_inputs_of(const fips_matrix &a, const fips_call &c, float *x, Body &&body) {
-  if (fixed_planes(c) > 1) {
-    arrange<ORDER>(x, T * a.cols);
-    return body(FloatInputs<SCALES, ORDER>{x, a.cols});
-  }
+// Tokens as digits, in the order in which the numbers of `Codes` come.
+template <int T, class Codes> const int8_t *digits_in_order(const fips_matrix &a, const float *x, float *scales) {
   auto *digits = scratch<int8_t>(Scratch::bytes, T * a.cols);
-  auto *scales = scratch<float>(Scratch::scales, T * a.cols / 64);
   digits_of(x, T * a.cols, digits, scales);
-  arrange<ORDER>(digits, T * a.cols);
-  body(DigitInputs<SCALES, ORDER>{digits, scales, a.cols});
+  arrange<Codes::order>(digits, T * a.cols);
+  return digits;
+}
+
+} // namespace
+
+#include "integers256.h"
+
+namespace {
+
+// Calls `body` with the tokens in the form that a call and its codes want: `x` are floats, one token behind the other.
+template <int T, Scales SCALES, class Codes, class Body>
+void with_inputs_of(const fips_matrix &a, const fips_call &c, float *x, Body &&body) {
+  if constexpr (Codes::kind != Kind::unsigned_bytes) {
+    if (fixed_planes(c) > 1) {
+      arrange<Codes::order>(x, T * a.cols);
+      return body(FloatInputs<SCALES, Codes::order>{x, a.cols});
+    }
+  }
+  auto *scales = scratch<float>(Scratch::scales, T * a.cols / 64);
+  if constexpr (Codes::kind == Kind::words) return body(WordInputs<SCALES, Codes::bits>::template of<T>(a, x, scales));
+  else if constexpr (Codes::kind == Kind::unsigned_bytes)
+    return body(UnsignedInputs<SCALES, Codes>::template of<T>(a, x, scales));
+  else body(DigitInputs<SCALES, Codes::order>{digits_in_order<T, Codes>(a, x, scales), scales, a.cols});
 }
 
 // The same with what the scales of a matrix are.
-template <int T, Order ORDER, class Body>
+template <int T, class Codes, class Body>
 void with_scales_and_inputs(const fips_matrix &a, const fips_call &c, float *x, Body &&body) {
-  if (!a.scale_group) return with_inputs_of<T, Scales::none, ORDER>(a, c, x, body);
-  if (a.scale_group < 64) return with_inputs_of<T, Scales::fine, ORDER>(a, c, x, body);
-  with_inputs_of<T, Scales::wide, ORDER>(a, c, x, body);
+  if (!a.scale_group) return with_inputs_of<T, Scales::none, Codes>(a, c, x, body);
+  if (a.scale_group < 64) return with_inputs_of<T, Scales::fine, Codes>(a, c, x, body);
+  with_inputs_of<T, Scales::wide, Codes>(a, c, x, body);
 }
 
 } // namespace

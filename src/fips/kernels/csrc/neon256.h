@@ -144,6 +144,7 @@ FIPS_INLINE __m128i _mm256_castsi256_si128(__m256i v) { return v.low; }
 #define _mm256_extracti128_si256(v, half) ((half) ? (v).high : (v).low)
 FIPS_INLINE __m256i _mm256_set_m128i(__m128i high, __m128i low) { return {low, high}; }
 FIPS_INLINE __m256i _mm256_set1_epi8(char value) { return _mm256_broadcastsi128_si256(vdupq_n_s8(int8_t(value))); }
+FIPS_INLINE __m256i _mm256_set1_epi16(short value) { return {bytes(vdupq_n_s16(value)), bytes(vdupq_n_s16(value))}; }
 FIPS_INLINE __m256i _mm256_set1_epi32(int value) { return _mm256_broadcastsi128_si256(bytes(vdupq_n_s32(value))); }
 FIPS_INLINE __m256i _mm256_set1_epi64x(long long value) {
   return _mm256_broadcastsi128_si256(bytes(vdupq_n_s64(value)));

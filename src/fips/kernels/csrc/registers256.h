@@ -10,6 +10,13 @@
 
 namespace {
 
+// Whether bytes with signs are multiplied by moving those of one side to the other.
+#if defined(__aarch64__)
+constexpr bool signs_are_moved = false;
+#else
+constexpr bool signs_are_moved = true;
+#endif
+
 // Bytes of a table of 16, which both halves of `table` hold, at places below 16.
 FIPS_INLINE __m256i look_up(__m256i table, __m256i places) {
 #if defined(__aarch64__)

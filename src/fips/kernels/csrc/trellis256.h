@@ -83,7 +83,7 @@ void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, t
 template <int T, int BITS, int MEMORY> void recalled_path(const fips_matrix &a, const fips_call &c, float *x) {
   const Codes<BITS, true> codes(a);
   const Recall<MEMORY> recall(a);
-  with_scales_and_inputs<T, Codes<BITS, true>::order>(a, c, x, [&](const auto &inputs) {
+  with_scales_and_inputs<T, Codes<BITS, true>>(a, c, x, [&](const auto &inputs) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < a.rows; row += kRecalled)
       recalled_rows<T, std::decay_t<decltype(inputs)>::kind>(a, c, codes, recall, row, inputs);

@@ -182,7 +182,13 @@ class Fips(Method[FipsConfig]):
 
 def _by_block(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[CompressedGroup]:
     """Every MLP by itself, some blocks at a time."""
-    chosen = allot(bench, plan, config) if config.effort == "fast" else _tried(bench, plan, config)
+    if config.effort == "fast":
+        bench.note(
+            "`effort: fast` measures no errors on data held out, which would tell whether the examples are enough"
+        )
+        chosen = allot(bench, plan, config)
+    else:
+        chosen = _tried(bench, plan, config)
 
     def solve_one(
         group: GroupPlan, sublayer: Sublayer, moments: Mapping[str, LayerMoments]

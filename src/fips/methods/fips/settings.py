@@ -42,8 +42,8 @@ class FipsConfig(SparseConfig):
     packs_ends: ClassVar[bool] = True
     method: Literal["fips"] = "fips"
     effort: Literal["fast", "default", "max"] = "default"
-    """How hard to look. `fast` and `default` prune and round every layer once, with error feedback; `fast` decides on
-    structures before it has measured inputs and keeps all entries where it may, `default` after it has tried some
+    """How much time to take. `fast` and `default` prune and round every layer once, with error feedback; `fast` decides
+    on structures before it has measured inputs and keeps all entries where it may, `default` after it has tried some
     rows. `max` weighs the gradients of all tokens, lets layers share a basis where that measures better, and solves
     every choice that it tries."""
     sharing: Literal["auto", "always", "never"] = "auto"
