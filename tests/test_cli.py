@@ -135,6 +135,30 @@ def test_dry_run_plans_a_recipe_without_weights_or_data(name: str, capsys: Captu
 
 
 @pytest.mark.slow
+def test_compare_says_that_the_data_is_not_other_data(
+    llama_directory: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [
+        "compare",
+        str(llama_directory),
+        "--data",
+        str(text),
+        "--methods",
+        "gptq",
+        "--bits",
+        "6",
+        "--num-samples",
+    ]
+    command += ["4", "--sequence-length", "16", "--eval-samples", "4", "--output"]
+    assert main([*command, str(tmp_path / "same")]) == 0
+    assert "scoring on the data that is calibrated on" in caplog.text
+    caplog.clear()
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text())
+    assert main([*command, str(tmp_path / "other"), "--eval-data", str(other)]) == 0
+    assert "scoring on" not in caplog.text
+
+
 def test_compare_writes_table_json_and_plot(vit_directory: Path, images: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "compared"
     methods = "fips,no-sharing+values=float,fips-paper+reconstruction.steps=2,sparsegpt,wanda,svd-llm,basis-sharing"

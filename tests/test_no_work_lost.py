@@ -912,6 +912,28 @@ def test_mapped_files_take_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_memory(torch.device("cpu"), mapped=40_000) == 0
 
 
+def test_other_users_can_read_what_this_one_writes(tmp_path: Path) -> None:
+    """Writers of safetensors give their files to their owner alone."""
+    mask = os.umask(0o022)
+    try:
+        with Output(tmp_path / "out") as output:
+            file = output.scratch / "model.safetensors"
+            file.touch(mode=0o600)
+            script = output.scratch / "run.sh"
+            script.touch(mode=0o700)
+            output.commit()
+        os.umask(0o077)
+        with Output(tmp_path / "own") as output:
+            (output.scratch / "model.safetensors").touch(mode=0o600)
+            output.commit()
+    finally:
+        os.umask(mask)
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert found["model.safetensors"] == 0o644
+    assert found["run.sh"] == 0o744
+    assert (tmp_path / "own" / "model.safetensors").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_control_group_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (available_memory(torch.device("cpu")) or 0) > 10**8
     (tmp_path / "memory.max").write_text("5000\n")

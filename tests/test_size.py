@@ -101,6 +101,17 @@ def test_a_size_that_is_not_used_up_is_said() -> None:
     assert "bits a weight; the most that layers take is 8" in " ".join(report.notes)
 
 
+@pytest.mark.slow
+def test_bits_that_are_not_reached_are_said_and_so_is_what_effort_fast_leaves_out() -> None:
+    model = wide_model()
+    settings = fips.CompressionConfig(bits=4.2, pattern="4:16", values="int4", effort="fast")
+    report = fips.compress(model, batches_for(model), settings)
+    notes = " ".join(report.notes)
+    assert "asked for 4.2 bits a weight; the most that layers take is 1." in notes
+    assert "`effort: fast` measures no errors on data held out" in notes
+    assert repr(report) == report.summary()
+
+
 def test_one_of_bits_size_and_budget_is_given() -> None:
     with pytest.raises(ConfigError, match="got bits and size"):
         fips.CompressionConfig(bits=4.0, size="4x")

@@ -339,6 +339,18 @@ def test_a_plan_says_sizes_by_kind_and_the_smallest_one(model: Path, capsys: Cap
         assert "smallest" in capsys.readouterr().err
 
 
+def test_a_plan_says_when_bits_are_not_reached(model: Path, capsys: Capture) -> None:
+    assert main(["plan", str(model), "--bits", "14"]) == 0
+    assert re.search(r"asked for 14 bits a weight; the most that layers take is 9", capsys.readouterr().out)
+
+
+def test_a_dry_run_refuses_data_that_is_not_there(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    command = ["compress", str(model), "--bits", "6", "--dry-run", "--data"]
+    for missing in (str(tmp_path / "no.txt"), f"{tmp_path / 'no.txt'}:0.5,{tmp_path / 'neither.txt'}:0.5"):
+        assert main([*command, missing]) == 1
+        assert "there is no such file" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_dry_run_shows_the_same_table_and_what_the_run_takes(model: Path, text: Path, capsys: Capture) -> None:
     options = ["--bits", "6", "--layers", "blocks"]
