@@ -153,7 +153,7 @@ def test_the_page_says_what_is_known(packed: Path) -> None:
     words += [f"{layer.bits:.2f} bits" for layer in outline.layers]
     words += [layer.values for layer in outline.layers]
     words += [f"held out {layer.held_out:.3f}" for layer in outline.layers]
-    words += [f"{error:.5f}" for error in outline.block_errors.values()]
+    words += [f"{error:.3g}" for error in outline.block_errors.values()]
     words += [value for name, value in report.rows() if name != "note"]
     words += ["functions.txt", "num_samples 16", "seed 0", report.environment["device"], report.environment["torch"]]
     words += ["fips report DIR --data DATA --against MODEL", *report.phases]
@@ -261,7 +261,9 @@ def made_up(blocks: int, layers: int, report: CompressionReport | None) -> Packe
         for index, name in enumerate(names)
     )
     kinds = (KindSize("MLP up", 3, 1000, 4000, 500.0), KindSize("all else", 2, 10, 40, 44.0))
-    return PackedOutline(found, kinds, {f"model.layers.{block}": 0.001 * block for block in range(blocks)}, report)
+    return PackedOutline(
+        found, kinds, {f"model.layers.{block}": 0.00123 + 0.001 * block for block in range(blocks)}, report
+    )
 
 
 @pytest.mark.parametrize(("blocks", "layers"), [(1, 3), (30, 3), (2, 9)])
@@ -275,7 +277,7 @@ def test_every_layer_is_on_the_page_once(blocks: int, layers: int) -> None:
     assert len(rows) == (blocks * layers if layers == 9 else blocks)
     assert rows == sorted(rows, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
     for block in range(blocks):
-        assert text.count(f" {0.001 * block:.5f}") == 1
+        assert text.count(f" {0.00123 + 0.001 * block:.3g}") == 1
     assert "No record lies beside the weights" in text
 
 

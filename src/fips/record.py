@@ -156,7 +156,7 @@ class CompressionReport:
         ]
         if errors:
             mean = sum(errors) / len(errors)
-            rows.append(("error", f"{mean:.5f} of the variance of block outputs, calibration data"))
+            rows.append(("error", f"{mean:.3g} of the variance of block outputs, calibration data"))
         if self.overfit:
             mean = sum(self.overfit.values()) / len(self.overfit)
             rows.append(("held out", f"errors are {mean:.3f} times those on the data that was fitted"))

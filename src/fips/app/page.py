@@ -206,7 +206,7 @@ def _layers(packed: PackedOutline) -> dict[str, Any]:
             {
                 "name": row,
                 "cells": [_cell(cells[rest], most_bits, shapes[rest]) if rest in cells else None for rest in columns],
-                "error": None if (error := errors.get(row)) is None else f"{error:.5f}",
+                "error": None if (error := errors.get(row)) is None else f"{error:.3g}",
                 "error_width": _percent(error or 0.0, most_error),
             }
             for row, cells in rows.items()

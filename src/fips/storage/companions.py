@@ -246,7 +246,7 @@ def _auto_class(architecture: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.5f}"
+    return "not measured" if value is None else f"{value:.3g}"
 
 
 def _results(report: CompressionReport, license_fields: Mapping[str, str] | None) -> str:
