@@ -658,5 +658,5 @@ def test_finished_work_is_named_when_a_command_fails(
     assert "the command that began it goes on from there" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
     assert main(command(*source, tmp_path / "out")[1:]) == 0
-    assert "goes on from `out.work`, which keeps what earlier runs finished in " in capsys.readouterr().err
+    assert "`out.work` keeps what earlier runs finished in " in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
