@@ -22,6 +22,7 @@ from fips.plan.footprint import itemsize, state_bytes
 from fips.plan.kinds import layer_bytes, sizes_by_kind
 from fips.plan.plan import plan_compression, settle_size
 from fips.plan.rest import rest_sizes
+from fips.plan.size import sizes_of
 
 
 def wide_model() -> nn.Module:
@@ -193,3 +194,17 @@ def test_what_a_class_keeps_in_float32_stays_so() -> None:
     assert types["wo"] == torch.float32
     assert types["q"] == torch.float16
     assert report.plan["compressed_model"]["bytes"] == state_bytes(model)
+
+
+@pytest.mark.parametrize("pattern", ["4:16", "2:4"])
+def test_the_smallest_size_of_a_fixed_pattern_is_the_one_it_has(pattern: str) -> None:
+    """Layers differ in what their scales take, and it was the largest of them."""
+    model = tiny_model("llama", hidden_size=128, intermediate_size=384)
+    config = fips.CompressionConfig(bits=8, pattern=pattern, values="int4", layers="blocks")
+    plan = plan_compression(model, config)
+    taken = 8 * plan.factored.bytes / plan.dense.parameters
+    groups = [group.group for group in plan.groups]
+    least = sizes_of(model, groups, config).least_bits
+    assert least == pytest.approx(taken, rel=1e-3)
+    again = plan_compression(model, config.replace(bits=least))
+    assert again.factored.bytes == plan.factored.bytes

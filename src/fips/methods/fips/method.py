@@ -157,6 +157,8 @@ class Fips(Method[FipsConfig]):
         if self.config.sharing == "always" and len(group.sites) > 1:
             basis = group.width**2 * (item if self.config.budget is None else 1)
             return (basis + sum(least.values())) / (group.hidden * group.width * unit)
+        if self.config.format.group_kept is not None:  # what such a pattern keeps is its size
+            return sum(least.values()) / (group.hidden * group.width * unit)
         return max(size / (site.hidden * group.width * unit) for site, size in least.items())
 
     def compress(self, bench: Workbench, plan: CompressionPlan) -> list[CompressedGroup]:
