@@ -250,7 +250,7 @@ def test_an_expert_that_no_token_reaches_is_packed_and_the_report_says_so(config
 
 def test_enough_tokens_are_no_reason_for_a_note() -> None:
     report = fips.compress(mixtral(), [{"input_ids": texts(8, 32)}], settings())
-    assert report.notes == []
+    assert not [note for note in report.notes if "experts" in note]
 
 
 # ------------------------------------------------------------------------------------------------------- packed models
@@ -403,7 +403,7 @@ def test_a_run_that_was_ended_goes_on_with_experts(tmp_path: Path) -> None:
     first = fips.compress(whole, data, settings(), work=tmp_path / "work")
     second = fips.compress(again, data, settings(), work=tmp_path / "work")  # all of it is there
     assert second.notes == first.notes
-    assert len(first.notes) == 1
+    assert len([note for note in first.notes if "experts" in note]) == 1
     assert torch.equal(logits(again), logits(whole))
 
 

@@ -840,6 +840,7 @@ def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size
     monkeypatch.setattr("fips.app.forecast.operations", lambda *_, **__: None)  # how long it takes is not asked here
     architecture = load_recipe("paper-llama-3.2-1b").architecture
     (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
+    (tmp_path / "x.txt").write_text("some text")
     command = ["compress", str(tmp_path), "--bits", "5.6", "--dry-run", "--data", str(tmp_path / "x.txt")]
     command += ["--sequence-length", "2048"]
     assert main([*command, "--batch-size", "32"]) == 2
