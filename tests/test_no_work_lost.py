@@ -900,6 +900,9 @@ def test_weights_that_are_read_into_memory_are_not_mapped(llama_directory: Path,
     assert unseen.mapped_bytes(source.empty().half()) == 0
     (tmp_path / "pytorch_model.bin").touch()
     assert unseen.mapped_bytes(empty) == 0
+    shutil.copytree(llama_directory, tmp_path / "trained")
+    (tmp_path / "trained" / "training_args.bin").touch()  # a Trainer leaves it beside the weights
+    assert replace(source, name=str(tmp_path / "trained")).mapped_bytes(empty) == source.mapped_bytes(empty)
     shutil.copytree(llama_directory, tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])

@@ -39,6 +39,7 @@ __all__ = [
     "Settings",
     "SparseConfig",
     "all_settings",
+    "same_data",
     "settings_of",
     "size_bytes",
 ]
@@ -398,6 +399,11 @@ class DataConfig(Settings):
     """Examples per batch."""
     seed: int = Field(default=0, ge=0)
     """Seed of the choice of samples."""
+
+
+def same_data(one: DataConfig, other: DataConfig) -> bool:
+    """Whether two settings name the same source and split."""
+    return (one.source, one.split) == (other.source, other.split)
 
 
 class Recipe(Settings):

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fips.app.compare import Comparison, Run, compare, method_config, write_comparison
+from fips.app.compare import Comparison, Run, compare, known_methods, method_config, write_comparison
 from fips.app.fitting import fitting_data
 from fips.app.sources import Source
-from fips.config import DataConfig
+from fips.config import DataConfig, same_data
 from fips.errors import BudgetError
 from fips.files.output import Output, require_empty
-from fips.methods.registry import aliases
 from fips.models.timm import PixelBatches, is_timm_model
 from fips.plan.plan import plan_compression
 from fips.record import environment
@@ -47,10 +46,10 @@ def compare_source(
 ) -> Comparison:
     """Compare methods (None: all) on a model and write table, JSON and plot to a directory that is absent or empty."""
     require_empty(output)
-    if (evaluation.source, evaluation.split) == (calibration.source, calibration.split):
+    if same_data(evaluation, calibration):
         log.warning("scoring on the data that is calibrated on, where models are better than on other data")
     original = Source.named(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    methods = methods or list(aliases())
+    methods = methods or known_methods()
     for method in methods:
         method_config(method, bits=sizes[0], seed=0, layers=layers)
     empty = original.empty(compressed=False)

@@ -21,7 +21,7 @@ from fips.app.outline import outline_of_directory
 from fips.app.page import PAGE, report_page
 from fips.app.sources import Source, empty_model, pick_device
 from fips.compression import Progress, compress
-from fips.config import DataConfig, Recipe
+from fips.config import DataConfig, Recipe, same_data
 from fips.data.mixture import mixture_of
 from fips.data.source import describe_source
 from fips.errors import ConfigError, ModelError, OutputError
@@ -181,7 +181,7 @@ def _at_the_end(
     progress: Callable[[int, int], None] | None,
 ) -> Callable[[nn.Module], EvaluationResult]:
     """An evaluation beside the original, checked now and run when there is a compressed model."""
-    if (evaluation.source, evaluation.split) == (calibration.source, calibration.split):
+    if same_data(evaluation, calibration):
         log.warning("evaluating on the data that is calibrated on, where the model is better than on other data")
     batches, _ = source.batches(evaluation, empty, purpose="evaluation")
     check_evaluation(empty, batches, compared=True)

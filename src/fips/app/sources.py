@@ -67,8 +67,6 @@ class Source:
         """
         if self.device.type != "cpu" or is_timm_source(self.name) or is_gguf_source(self.name):
             return 0
-        if next(Path(self.name).glob("*.bin"), None) is not None:
-            return 0
         files = sorted(Path(self.name).glob("*.safetensors"))
         parameters = dict(model.named_parameters())
         if files:
@@ -83,6 +81,8 @@ class Source:
                 for name, parameter in parameters.items()
                 if (one := found[name]) and (one.dtype, one.shape) == (parameter.dtype, tuple(parameter.shape))
             ]
+        elif any(Path(self.name).glob("*.bin")):
+            return 0
         else:
             named = getattr(getattr(model, "config", None), "dtype", None)
             same = [one for one in parameters.values() if one.ndim <= 2 and one.dtype == named]

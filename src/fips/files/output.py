@@ -143,8 +143,10 @@ class Output(AbstractContextManager["Output"]):
         what was written did not reach the disk.
         """
         with self.writing("the files"):
+            rights = _rights_of_files()
             for path in self.scratch.rglob("*"):
-                _open_to_others(path)
+                if path.is_file() and not path.is_symlink():
+                    path.chmod(path.stat().st_mode | rights)  # writers of weights keep theirs to their owner alone
                 _flush(path)
         with uninterrupted(), self.writing("the last names", finished="everything"):
             if self._in_place:
@@ -358,12 +360,11 @@ def _allocate(descriptor: int, size: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _open_to_others(path: Path) -> None:
-    """Give a file the rights that files of this process have; writers of weights keep theirs to their owner alone."""
+def _rights_of_files() -> int:
+    """Those that a new file of this process has."""
     mask = os.umask(0)
     os.umask(mask)
-    if path.is_file() and not path.is_symlink():
-        path.chmod(path.stat().st_mode | 0o666 & ~mask)
+    return 0o666 & ~mask
 
 
 def _flush(path: Path) -> None:
