@@ -34,6 +34,7 @@ from fips.recipes import load_recipe, recipe_names
             r"`values` belongs to `method: fips` and .*`method: wanda`.*, not to `method: svd`",
         ),
         ({"budget": 0.5, "method": "magnitud"}, r"`method`: there is no `magnitud`; did you mean `magnitude`\?.*gptq"),
+        ({"budget": 0.5, "method": "fips-shrd"}, r"`method`: there is no `fips-shrd`; did you mean `fips-shared`\?"),
         ({"budget": 0.5, "method": ["fips"]}, r"`method`: there is no"),
         (
             {"bits": 8.0, "method": "gptq", "reconstruction": {"steps": 1}},
@@ -133,6 +134,8 @@ def test_sharing_has_the_same_settings_as_a_recipe_and_in_comparisons() -> None:
     assert alias.reconstruction.steps == 0
     assert recipe.replace(reconstruction={}) == alias
     assert (alias.sharing, alias.effort, alias.share_blocks) == ("always", "max", 4)
+    assert CompressionConfig(method="gptq", bits=4.8).replace(method="fips-shared") == alias.replace(layers="blocks")
+    assert Recipe.from_yaml("compression: {method: fips-shared, bits: 4.8}", name="r").compression == alias
 
 
 @pytest.mark.parametrize(

@@ -438,6 +438,7 @@ class TestAgainst:
         assert found.agreement_percent == pytest.approx(100 * ratio_by_hand(same)[0])
         assert found.change == pytest.approx(100 * ratio_by_hand(changes)[0])
         assert found.change_standard_error == pytest.approx(100 * ratio_by_hand(changes)[1])
+        assert result.scores()[-1].line().startswith(f"{found.change:+.2f} ± ")
 
     def test_itself(self, colors: Colors, photos: Path) -> None:
         found = evaluate(colors, image_batches(photos), against=colors).against

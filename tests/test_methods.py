@@ -9,17 +9,17 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 from conftest import batches_for, tiny_model
-from pydantic import Field
+from pydantic import Field, create_model
 from torch import Tensor, nn
 
 import fips
 from fips.app.compare import compare
-from fips.config import SETTINGS, CompressionConfig
+from fips.config import NAMED, SETTINGS, CompressionConfig, known_methods
 from fips.data import Batches
 from fips.errors import ConfigError
 from fips.layers.linear import factored_layers
 from fips.methods.layerwise import MatrixMethod, StoredMatrix
-from fips.methods.registry import Method, aliases, method_of, register
+from fips.methods.registry import Method, method_of, register
 from fips.methods.sweep import _Pass
 from fips.methods.workbench import Needs, Workbench
 from fips.plan.groups import GroupPlan
@@ -53,6 +53,7 @@ class Rows(MatrixMethod[Any]):
 def toy() -> Iterator[type[Rows]]:
     yield register(Rows)
     SETTINGS.pop("toy", None)
+    NAMED.pop("toy-half", None)
     PLANNERS.pop("toy", None)
 
 
@@ -92,7 +93,8 @@ def test_a_toy_method_is_compared_under_its_names(toy: type[Rows]) -> None:
     assert quarter.relative_error is not None
     assert half.relative_error is not None
     assert half.relative_error < quarter.relative_error
-    assert {"toy", "toy-half", "fips", "fips-shared", "no-sharing"} <= aliases().keys()
+    assert {"toy", "toy-half", "fips", "fips-shared", "no-sharing"} <= set(known_methods())
+    assert toy_settings(method="toy-half", keep=0.75).keep == 0.75
 
 
 def test_settings_of_a_toy_method_are_checked_like_all_others(toy: type[Rows]) -> None:
@@ -102,6 +104,9 @@ def test_settings_of_a_toy_method_are_checked_like_all_others(toy: type[Rows]) -
         CompressionConfig(method="gptq", bits=8.0, keep=1)
     with pytest.raises(ConfigError, match="there is a `method: toy` already, Rows"):
         register(Rows)
+    taken = type("Taken", (Rows,), {"settings": create_model("Fresh", __base__=Rows.Settings, method=(str, "fresh"))})
+    with pytest.raises(ConfigError, match="there is a `method: toy-half` already, Rows"):
+        register(taken)
 
 
 def test_a_name_that_nothing_answers_to_raises(toy: type[Rows], tmp_path: Path) -> None:

@@ -448,7 +448,9 @@ def test_scores_of_the_original_follow_from_the_difference() -> None:
     first, second, *others = scores(result.to_dict())
     assert (first.before, first.after) == ("4", "5")
     assert second.before == f"{2 - math.log2(1.25) / 2:.4f}"
-    assert [score.line() for score in others] == ["0.01 nats per token", "99.00 % of tokens"]
+    assert [score.line() for score in others] == ["0.01 nats per token", "99.00 % of tokens", "+0.223 nats per token"]
+    paired = replace(result, against=replace(against, change_standard_error=0.0123))
+    assert paired.rows()[-2] == ("change of the loss", "+0.223 ± 0.01 nats per token")
     assert [score.before for score in scores(replace(result, against=None).to_dict())] == [None, None]
     earlier = {name: value for name, value in result.to_dict().items() if name not in ("scores", "scored_on", "task")}
     assert [(score.name, score.line()) for score in scores(earlier)] == [("perplexity", "5")]

@@ -221,7 +221,7 @@ def test_options_stand_in_panels_with_their_units(monkeypatch: pytest.MonkeyPatc
     ("typed", "offered"),
     [
         ("compress --effort ", ["fast", "default", "max"]),
-        ("compress --method fips-", ["fips-shared", "fips-paper"]),
+        ("compress --method fips-", ["fips-paper", "fips-shared"]),
         ("plan --recipe paper-l", ["paper-llama-3.1-8b", "paper-llama-3.2-1b"]),
         ("compress --values tc4", ["tc4", "tc4g64"]),
         ("export --format g", ["gguf"]),

@@ -30,6 +30,7 @@ from fips.errors import ConfigError
 from fips.formats.patterns import Pattern, pattern_for
 
 __all__ = [
+    "NAMED",
     "SETTINGS",
     "CompressionConfig",
     "DataConfig",
@@ -39,6 +40,7 @@ __all__ = [
     "Settings",
     "SparseConfig",
     "all_settings",
+    "known_methods",
     "same_data",
     "settings_of",
     "size_bytes",
@@ -205,6 +207,9 @@ class CompressionConfig(Settings):
         instance: Self = object.__new__(found)
         return instance
 
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**_in_full(fields))
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = [name for name in ("bits", "size", "budget") if getattr(self, name) is not None]
@@ -241,6 +246,7 @@ class CompressionConfig(Settings):
 
         With another ``method``, settings made before that it does not have are dropped.
         """
+        fields = _in_full(fields)
         method = fields.get("method", self.method)
         kept = _known(self.model_dump(exclude_unset=True), settings_of(method))
         replaced: Self = CompressionConfig(**{**kept, "method": method, **fields})  # type: ignore[assignment]
@@ -287,8 +293,10 @@ def size_bytes(size: str, before: int) -> float:
 
 SETTINGS: dict[str, type[CompressionConfig]] = {}
 """The settings of every method by its name, entered by ``fips.methods.registry.register``; read ``all_settings()``."""
+NAMED: dict[str, dict[str, Any]] = {}
+"""Settings of a method that have a name of their own, such as ``fips-shared``: their fields, ``method`` among them."""
 METHODS = "fips.methods"
-"""The package that enters them."""
+"""The package that enters both."""
 
 
 def all_settings() -> Mapping[str, type[CompressionConfig]]:
@@ -301,12 +309,23 @@ def all_settings() -> Mapping[str, type[CompressionConfig]]:
 
 
 def settings_of(method: str) -> type[CompressionConfig]:
-    """The class of a method's settings; raises ``ConfigError`` for a name that no method has."""
-    known = all_settings()
-    if not isinstance(method, str) or method not in known:
+    """The class of a method's settings; raises ``ConfigError`` for a name that no method and none of ``NAMED`` has."""
+    known = known_methods()
+    if method not in known:
         guess = _guess(str(method), known)
         raise ConfigError(f"`method`: there is no `{method}`; {guess}known methods: {', '.join(known)}")
-    return known[method]
+    return SETTINGS[NAMED.get(method, {"method": method})["method"]]
+
+
+def known_methods() -> list[str]:
+    """What ``method`` may be: the methods, and the names of some settings of theirs."""
+    return [*all_settings(), *NAMED]
+
+
+def _in_full(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields with those that the name of their ``method`` stands for, if that is one of ``NAMED``."""
+    named = NAMED.get(str(fields.get("method")))
+    return fields if named is None else {**named, **fields, "method": named["method"]}
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:

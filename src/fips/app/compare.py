@@ -21,10 +21,9 @@ from fips.config import CompressionConfig
 from fips.data import Batches
 from fips.errors import BudgetError, ConfigError
 from fips.evaluation import Divergence, EmbeddingDistance, EvaluationResult, evaluate
-from fips.methods.registry import aliases
 from fips.methods.workbench import MomentCache
 
-__all__ = ["Comparison", "Run", "compare", "known_methods", "method_config", "write_comparison"]
+__all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
 
 log = logging.getLogger("fips.app.compare")
 
@@ -93,11 +92,6 @@ def _median(values: Iterable[float | None]) -> float | None:
     return stats.median(known) if known else None
 
 
-def known_methods() -> list[str]:
-    """The names that ``method_config`` knows."""
-    return list(aliases())
-
-
 def method_config(text: str, *, bits: float, seed: int, layers: str = "blocks") -> CompressionConfig:
     """Settings of ``name`` or ``name+field=value+section.field=value``, such as ``fips+distill.steps=100``.
 
@@ -107,7 +101,7 @@ def method_config(text: str, *, bits: float, seed: int, layers: str = "blocks") 
     Raises ``ConfigError`` for what is not a setting.
     """
     name, *changes = text.split("+")
-    fields = {"layers": layers, **aliases().get(name, {"method": name}), "bits": bits, "seed": seed}
+    fields = {"layers": layers, "method": name, "bits": bits, "seed": seed}
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:

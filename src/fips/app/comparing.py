@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fips.app.compare import Comparison, Run, compare, known_methods, method_config, write_comparison
+from fips.app.compare import Comparison, Run, compare, method_config, write_comparison
 from fips.app.fitting import fitting_data
 from fips.app.sources import Source
-from fips.config import DataConfig, same_data
+from fips.config import DataConfig, known_methods, same_data
 from fips.errors import BudgetError
 from fips.files.output import Output, require_empty
 from fips.models.timm import PixelBatches, is_timm_model

@@ -32,7 +32,7 @@ def offer(*values: str) -> Complete:
 
 
 def _offer_methods(incomplete: str) -> list[str]:
-    from fips.app.compare import known_methods
+    from fips.config import known_methods
 
     return offer(*known_methods())(incomplete)
 
@@ -137,7 +137,7 @@ Layers = Annotated[
     typer.Option(
         autocompletion=offer("mlp", "blocks", "all"),
         metavar="mlp|blocks|all",
-        help="mlp; blocks: attention too; all: also embedding and head.",
+        help="mlp; blocks (the default of fips): attention too; all: also embedding and head.",
         rich_help_panel=LAYERS,
     ),
 ]
@@ -183,10 +183,20 @@ Stream = Annotated[
     ),
 ]
 NumSamples = Annotated[
-    int | None, typer.Option(metavar="N", help="Images or text windows to use.", rich_help_panel=DATA_PANEL)
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Images or text windows to use; default: all, but 1,024 images or 128 windows when calibrating.",
+        rich_help_panel=DATA_PANEL,
+    ),
 ]
 SequenceLength = Annotated[
-    int | None, typer.Option(metavar="TOKENS", help="Tokens per text window.", rich_help_panel=DATA_PANEL)
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        help="Tokens per text window; default: 512 when calibrating, else the model's context up to 2,048.",
+        rich_help_panel=DATA_PANEL,
+    ),
 ]
 Separator = Annotated[
     str | None,
@@ -197,7 +207,9 @@ Separator = Annotated[
         rich_help_panel=DATA_PANEL,
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Examples per batch.", rich_help_panel=DATA_PANEL)]
+BatchSize = Annotated[
+    int | None, typer.Option(metavar="N", help="Examples per batch; default: 32.", rich_help_panel=DATA_PANEL)
+]
 Seed = Annotated[
     int | None, typer.Option(metavar="N", help="Seed of samples and batch order.", rich_help_panel=DATA_PANEL)
 ]
@@ -301,12 +313,17 @@ ThresholdScope = Annotated[
 Distill = Annotated[
     int | None,
     typer.Option(
-        metavar="STEPS", help="End-to-end training steps with the original as teacher.", rich_help_panel=TRAINING
+        min=0,
+        metavar="STEPS",
+        help="End-to-end training steps with the original as teacher.",
+        rich_help_panel=TRAINING,
     ),
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(metavar="STEPS", help="Training steps of every group, block by block.", rich_help_panel=TRAINING),
+    typer.Option(
+        min=0, metavar="STEPS", help="Training steps of every group, block by block.", rich_help_panel=TRAINING
+    ),
 ]
 LearningRate = Annotated[
     float | None, typer.Option(metavar="RATE", help="Peak learning rate of these.", rich_help_panel=TRAINING)

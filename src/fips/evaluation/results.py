@@ -98,7 +98,11 @@ class ImageResult(EvaluationResult):
 
     def scores(self) -> list[Score]:
         top5 = Score(name="top-5", before=None, after=f"{self.top5_percent:.2f} %")
-        return [_share("top-1", self.top1_percent, self.against), top5, *_divergence(self.against, "image")]
+        return [
+            _share("top-1", self.top1_percent, self.against),
+            top5,
+            *_divergence(self.against, "image", score="top-1"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +132,8 @@ class LabelResult(EvaluationResult):
 
     def scores(self) -> list[Score]:
         unit = "text" if self.task == "text-classification" else "word"
-        return [_share("accuracy", self.accuracy_percent, self.against), *_divergence(self.against, unit)]
+        differs = _divergence(self.against, unit, score="accuracy")
+        return [_share("accuracy", self.accuracy_percent, self.against), *differs]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,14 +308,18 @@ def _perplexity(name: str, value: float, against: Divergence | None) -> Score:
     return Score(name=name, before=before, after=f"{value:.4g}")
 
 
-def _divergence(against: Divergence | None, unit: str) -> list[Score]:
+def _divergence(against: Divergence | None, unit: str, *, score: str = "") -> list[Score]:
+    """What stands between a model and the original; ``score`` is the one in percent that changed, else the loss."""
     if against is None:
         return []
+    name, what, digits = (score, "percentage points", ".2f") if score else ("the loss", f"nats per {unit}", ".3g")
+    moved = f"{against.change:+{digits}}{_give_or_take(against.change_standard_error)} {what}"
     kl = f"{against.kl:.3g}{_give_or_take(against.kl_standard_error)} nats per {unit}"
     same = f"{against.agreement_percent:.2f}{_give_or_take(against.agreement_standard_error)} % of {unit}s"
     return [
         Score(name="KL to the original", before=None, after=kl),
         Score(name="same first choice", before=None, after=same),
+        Score(name=f"change of {name}", before=None, after=moved),
     ]
 
 

@@ -9,20 +9,20 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
-from fips.config import SETTINGS, CompressionConfig
+from fips.config import NAMED, SETTINGS, CompressionConfig
 from fips.errors import ConfigError
 from fips.methods.workbench import CompressedGroup, Needs, Workbench
 from fips.plan.plan import CompressionPlan
 from fips.plan.planner import PLANNERS, C, Planner, planner_of
 
-__all__ = ["Method", "aliases", "method_of", "register"]
+__all__ = ["Method", "method_of", "register"]
 
 
 class Method(Planner[C]):
     """One way to compress a model, with its settings ``config``; see ``Planner`` for how it plans."""
 
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Names for some of its settings, to compare with."""
+    """Names for some of its settings: ``method: <name>`` stands for the method with these fields."""
 
     @property
     def needs(self) -> Needs:
@@ -83,27 +83,20 @@ M = TypeVar("M", bound=type[Method[Any]])
 
 
 def register(method: M) -> M:
-    """Make a method known under the default ``method`` of its settings.
+    """Make a method known under the default ``method`` of its settings, and its aliases under theirs.
 
-    Raises ``ConfigError`` if that name is taken.
+    Raises ``ConfigError`` if a name is taken.
     """
     name = method.settings.model_fields["method"].default
-    if name in PLANNERS:
-        raise ConfigError(f"there is a `method: {name}` already, {PLANNERS[name].__qualname__}; take another name")
+    for taken in {name, *method.aliases} & {*SETTINGS, *NAMED}:
+        owner = PLANNERS[NAMED.get(taken, {"method": taken})["method"]]
+        raise ConfigError(f"there is a `method: {taken}` already, {owner.__qualname__}; take another name")
     SETTINGS[name] = method.settings
     PLANNERS[name] = method
+    NAMED.update({alias: {"method": name, **fields} for alias, fields in method.aliases.items()})
     return method
 
 
 def method_of(config: CompressionConfig) -> Method[Any]:
     """The method that settings ask for; raises ``ConfigError`` if there is none."""
     return cast(Method[Any], planner_of(config))
-
-
-def aliases() -> dict[str, dict[str, Any]]:
-    """Settings by every name that one can compare: those of methods, and those that methods give to some settings."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, method in PLANNERS.items():
-        found[name] = {"method": name}
-        found |= {alias: {"method": name, **fields} for alias, fields in getattr(method, "aliases", {}).items()}
-    return found
