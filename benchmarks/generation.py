@@ -4,13 +4,17 @@
         --llama-python /tmp/llamacpp/bin/python --output ~/.cache/fips-generation
     python benchmarks/generation.py run ~/.cache/fips-generation/* --compiled tc4g64 --rounds 3 --threads 2 \
         --llama-python /tmp/llamacpp/bin/python --out benchmarks/results/generation.json
+    python benchmarks/generation.py turns ~/.cache/fips-generation/int5g64 ~/.cache/fips-generation/Q4_K_M.gguf \
+        --llama-python /tmp/llamacpp/bin/python --out benchmarks/results/generation-turns.json
 
 ``make`` writes models of the shapes of a recipe in random numbers: speed does not depend on them. All matrices of
 packed models, embedding and head included, have the same values, columns turned in blocks of 64. ``run`` starts every
 contestant in a process of its own, all in turn, ``--rounds`` times: it loads the model, reads a prompt, then
 generates token after token, as ``generate`` does, after 8 tokens and after the prompt. Those named in ``--compiled``
-run once more with a static cache and ``torch.compile``, as ``generate`` does it with a ``compile_config``. llama.cpp
-needs a Python with llama-cpp-python. Nothing else should run.
+run once more with a static cache and ``torch.compile``, as ``generate`` does it with a ``compile_config``. ``turns``
+keeps all contestants loaded and lets them generate a few tokens in turn, then read the prompt, ``--rounds`` times: on a
+machine whose memory others use, too, only what ran within the same second compares. llama.cpp needs a Python with
+llama-cpp-python. Nothing else should run.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -56,6 +61,21 @@ def main() -> None:
     running.add_argument("--llama-python", default=sys.executable)
     running.add_argument("--out", type=Path, required=True)
     running.set_defaults(run=run)
+    turning = commands.add_parser("turns")
+    turning.add_argument("models", nargs="+", type=Path)
+    turning.add_argument("--rounds", type=int, default=15)
+    turning.add_argument("--threads", type=int, default=2)
+    turning.add_argument("--prompt", type=int, default=512)
+    turning.add_argument("--tokens", type=int, default=8)
+    turning.add_argument("--llama-python", default=sys.executable)
+    turning.add_argument("--out", type=Path, required=True)
+    turning.set_defaults(run=turns)
+    taking = commands.add_parser("take")
+    taking.add_argument("model", type=Path)
+    taking.add_argument("threads", type=int)
+    taking.add_argument("prompt", type=int)
+    taking.add_argument("tokens", type=int)
+    taking.set_defaults(run=take)
     one = commands.add_parser("one")
     one.add_argument("model", type=Path)
     one.add_argument("threads", type=int)
@@ -231,6 +251,10 @@ def run(args: argparse.Namespace) -> None:
         name: {"runs": runs, "median": {key: median(one[key] for one in runs) for key in keys}}
         for name, runs in found.items()
     }
+    write(args, results)
+
+
+def write(args: argparse.Namespace, results: dict[str, Any]) -> None:
     import torch
 
     from fips.record import environment
@@ -243,6 +267,117 @@ def run(args: argparse.Namespace) -> None:
         "results": results,
     }
     args.out.write_text(json.dumps(fields, indent=1) + "\n")
+
+
+TURNS = ("tokens", "prompt")
+
+
+def turns(args: argparse.Namespace) -> None:
+    """All models loaded at a time, each in its process; the last one is what the others are compared with."""
+    workers = {}
+    for model in args.models:
+        python = args.llama_python if model.suffix == LLAMA_CPP else sys.executable
+        command = [python, __file__, "take", model, args.threads, args.prompt, args.tokens]
+        workers[model.name] = subprocess.Popen(
+            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    speeds: dict[str, dict[str, list[float]]] = {name: {what: [] for what in TURNS} for name in workers}
+    for index in range(args.rounds + 1):
+        for what, count in zip(TURNS, (args.tokens, args.prompt), strict=True):
+            for name, worker in workers.items():
+                worker.stdin.write(what + "\n")
+                worker.stdin.flush()
+                speeds[name][what].append(count / float(worker.stdout.readline()))
+        print(
+            index,
+            {name: {what: round(one[-1], 1) for what, one in of.items()} for name, of in speeds.items()},
+            flush=True,
+        )
+    for worker in workers.values():
+        worker.communicate("")
+    results: dict[str, Any] = {}
+    *_, last = speeds.values()
+    for model in args.models:
+        found = {what: speeds[model.name][what][1:] for what in TURNS}  # the first warms up
+        ratios = {what: [a / b for a, b in zip(found[what], last[what][1:], strict=True)] for what in TURNS}
+        results[model.name] = {
+            "file_bytes": model.stat().st_size if model.is_file() else tensor_bytes(model),
+            **{f"{what}_per_s": median(found[what]) for what in TURNS},
+            **{f"{what}_ratio": median(ratios[what]) for what in TURNS},
+            "rounds": {what: [round(one, 3) for one in found[what]] for what in TURNS},
+        }
+        print(model.name, {key: value for key, value in results[model.name].items() if key != "rounds"})
+    write(args, results)
+
+
+def take(args: argparse.Namespace) -> None:
+    """Reads what to do, line by line, and answers with the seconds it took."""
+    work = (llama_turns if args.model.suffix == LLAMA_CPP else transformers_turns)(args)
+    for line in sys.stdin:
+        sys.stdout.write(f"{work[line.strip()]()}\n")
+        sys.stdout.flush()
+
+
+def transformers_turns(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import fips.storage.quantizer  # noqa: F401 - teaches transformers packed layers
+
+    torch.set_num_threads(args.threads)
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    ids = torch.randint(300, model.config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(1))
+
+    class Times(list[float]):  # the prompt and every token
+        def put(self, _: Any) -> None:
+            self.append(time.perf_counter())
+
+        def end(self) -> None: ...
+
+    def generated(length: int, tokens: int) -> Times:
+        times = Times()
+        model.generate(
+            ids[:, :length], attention_mask=torch.ones_like(ids[:, :length]), max_new_tokens=tokens, do_sample=False,
+            eos_token_id=None, pad_token_id=0, streamer=times,
+        )  # fmt: skip
+        return times
+
+    def tokens() -> float:
+        _, first, *_, last = generated(8, args.tokens + 1)
+        return last - first
+
+    def prompt() -> float:
+        before, after = generated(args.prompt, 1)
+        return after - before
+
+    return {"tokens": tokens, "prompt": prompt}
+
+
+def llama_turns(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    from llama_cpp import Llama
+
+    model = Llama(
+        str(args.model), n_ctx=args.prompt + args.tokens + 16, n_threads=args.threads, n_threads_batch=args.threads,
+        n_batch=512, verbose=False,
+    )  # fmt: skip
+    ids = [300 + 37 * index % 30000 for index in range(args.prompt)]
+
+    def read(*chunks: list[int]) -> float:
+        start = time.perf_counter()
+        for chunk in chunks:
+            model.eval(chunk)
+        return time.perf_counter() - start
+
+    def tokens() -> float:
+        model.reset()
+        read(ids[:8])
+        return read(*([token] for token in range(300, 300 + args.tokens)))
+
+    def prompt() -> float:
+        model.reset()
+        return read(ids)
+
+    return {"tokens": tokens, "prompt": prompt}
 
 
 def measure(args: argparse.Namespace) -> None:

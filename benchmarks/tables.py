@@ -192,14 +192,15 @@ def whole() -> str:
 
 GENERATION = {
     "dense": "bfloat16, transformers", "tc4g64": "fips, `tc4g64`", "nl4g64": "fips, `nl4g64`",
-    "int4g64": "fips, `int4g64`", "nl5g64": "fips, `nl5g64`", "tc4g64, compiled": "fips, `tc4g64`, `torch.compile`",
-    "int4g64, compiled": "fips, `int4g64`, `torch.compile`", "Q4_K_M.gguf": "llama.cpp, Q4_K_M",
+    "int4g64": "fips, `int4g64`", "nl5g64": "fips, `nl5g64`", "int5g64": "fips, `int5g64`",
+    "tc4g64, compiled": "fips, `tc4g64`, `torch.compile`", "int4g64, compiled": "fips, `int4g64`, `torch.compile`",
+    "Q4_K_M.gguf": "llama.cpp, Q4_K_M",
 }  # fmt: skip
 
 
-def generation(name: str = "generation", *, behind: bool = True) -> str:
-    """A whole language model that generates, beside llama.cpp, also ``behind`` the prompt."""
-    found = load(name)["results"]
+def generation() -> str:
+    """A whole language model that generates, beside llama.cpp."""
+    found = load("generation")["results"]
     rows = []
     for run, label in GENERATION.items():
         if run not in found:
@@ -207,15 +208,29 @@ def generation(name: str = "generation", *, behind: bool = True) -> str:
         one = found[run]["median"]
         rows.append([
             label, f"{one['file_bytes'] / 1e6:.0f} MB", f"{one['tokens_per_s']:.1f}",
-            *([f"{one['tokens_after_prompt_per_s']:.1f}"] if behind else []),
-            f"{one['prompt_per_s']:.0f}", f"{one['first_prompt_s']:.1f} s", f"{one['imports_s']:.1f} s",
-            f"{one['load_s']:.1f} s", f"{one['peak_bytes'] / 1e9:.2f} GB",
+            f"{one['tokens_after_prompt_per_s']:.1f}", f"{one['prompt_per_s']:.0f}", f"{one['first_prompt_s']:.1f} s",
+            f"{one['imports_s']:.1f} s", f"{one['load_s']:.1f} s", f"{one['peak_bytes'] / 1e9:.2f} GB",
         ])  # fmt: skip
     head = [
-        "", "file", "tokens a second", *(["behind the prompt"] if behind else []), "prompt, tokens a second",
-        "first prompt", "imports", "load", "peak memory",
+        "", "file", "tokens a second", "behind the prompt", "prompt, tokens a second", "first prompt", "imports",
+        "load", "peak memory",
     ]  # fmt: skip
     return markdown(head, rows)
+
+
+def generation_turns() -> str:
+    """Models that generate in turn, and how many times as fast as llama.cpp within a turn."""
+    found = load("generation-turns-avx2")["results"]
+    rows = [
+        [
+            label, f"{one['file_bytes'] / 1e6:.0f} MB", f"{one['tokens_per_s']:.1f}", f"{one['tokens_ratio']:.2f}",
+            f"{one['prompt_per_s']:.0f}", f"{one['prompt_ratio']:.2f}",
+        ]
+        for label, one in ((label, found[run]) for run, label in GENERATION.items() if run in found)
+    ]  # fmt: skip
+    return markdown(
+        ["", "file", "tokens a second", "times llama.cpp", "prompt, tokens a second", "times llama.cpp"], rows
+    )
 
 
 def generation_smollm2() -> str:
@@ -536,7 +551,8 @@ def operations() -> str:
 
 def value_formats() -> str:
     """Times as fast as the dense product in bfloat16."""
-    runs = load("value-formats")["runs"]
+    better = [run for run in load("value-formats")["runs"] if run["isa"] != "avx2"]  # those beside AVX-512 for torch
+    runs = load("value-formats-avx2")["runs"] + better
     names = [name for name in runs[0]["milliseconds"] if name != "bfloat16"]
     rows = []
     for run in runs:
@@ -704,7 +720,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "whole": whole,
     "generation": generation,
-    "generation-avx2": functools.partial(generation, "generation-avx2", behind=False),
+    "generation-turns-avx2": generation_turns,
     "generation-smollm2": generation_smollm2,
     "dense-layers": dense_layers,
     "overfit": overfit,

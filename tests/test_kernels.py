@@ -196,6 +196,10 @@ def rounded_inputs(x: Tensor, rotation: int) -> Tensor:
     return rotate(rounded, rotation)  # the turn is its own inverse
 
 
+ROUNDS_MANY = "FIPS_BRIDGE" not in os.environ
+"""Whether registers of 256 bits multiply many tokens in 8 bits: those of x86 do, see test_arm.py for the others."""
+
+
 @pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize(
@@ -230,8 +234,10 @@ def test_inputs_of_8_bits_share_a_scale_64_at_a_time(isa: str, fmt: str, values:
                 except BackendError:
                     assert isa == "portable"
                     continue
-                few = path == "auto" and tokens <= 4 and fmt == "full" and shape[1] % 64 == 0
-                rounds = isa.startswith("avx512") or (isa == "avx2" and few)
+                few = path == "auto" and tokens <= 4
+                tiles = path == "tiles" or fmt == "full"  # of the others so little is kept that zeros are skipped
+                with_256 = fmt == "full" and shape[1] % 64 == 0 if few else tiles and ROUNDS_MANY
+                rounds = isa.startswith("avx512") or (isa == "avx2" and with_256)
                 allowed = [wanted] if rounds else [exact_y]
                 allowed += [wanted] if isa == "amx" else []  # sums whole rows, so it rounds less
                 assert min(float((y - one).norm() / exact_y.norm()) for one in allowed) < 1e-3

@@ -101,7 +101,7 @@ def method_config(text: str, *, bits: float, seed: int, layers: str = "blocks") 
     Raises ``ConfigError`` for what is not a setting.
     """
     name, *changes = text.split("+")
-    fields = {"layers": layers, "method": name, "bits": bits, "seed": seed}
+    fields: dict[str, Any] = {"layers": layers, "method": name, "bits": bits, "seed": seed}
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:

@@ -4,6 +4,7 @@
 
 bool fips_portable(const fips_matrix &matrix, const fips_call &call);
 bool fips_256(const fips_matrix &matrix, const fips_call &call);
+bool fips_tiles_256(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512_tiles(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512_bf16(const fips_matrix &matrix, const fips_call &call);

@@ -25,6 +25,16 @@ template <class Values> __m256 read8(const typename Values::type *v) {
   }
 }
 
+struct Vector8 {
+  static constexpr int width = 8;
+  using type = __m256;
+  static type load(const float *from) { return _mm256_load_ps(from); }
+  template <class Values> static type read(const typename Values::type *from) { return read8<Values>(from); }
+  static void store(float *to, type v) { _mm256_store_ps(to, v); }
+  static type set(float value) { return _mm256_set1_ps(value); }
+  static type fma(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
+};
+
 // Lane i of entry `mask` holds how many kept entries come before column i, or 0x80 where column i is not kept.
 struct SpreadTable {
   alignas(64) uint8_t lane[256][8];

@@ -6,22 +6,11 @@
 #include "magnitudes.h"
 #include "paths.h"
 #include "rotate256.h"
-#include "row_blocks256.h"
 #include "sparse_tokens.h"
 #include "trellis256.h"
 #include "trellis_search.h"
 
 namespace {
-
-struct Vector8 {
-  static constexpr int width = 8;
-  using type = __m256;
-  static type load(const float *from) { return _mm256_load_ps(from); }
-  template <class Values> static type read(const typename Values::type *from) { return read8<Values>(from); }
-  static void store(float *to, type v) { _mm256_store_ps(to, v); }
-  static type set(float value) { return _mm256_set1_ps(value); }
-  static type fma(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
-};
 
 // With group scales: the sums of a group, or of its part among 64 columns, are scaled when they are complete.
 template <int T, class Reader, class Cursor>
@@ -90,7 +79,7 @@ template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
 bool fips_256(const fips_matrix &a, const fips_call &c) {
   if (c.path == FIPS_TOKENS) return tokens_path<Vector8>(a, c);
   if (a.format == FIPS_BLOCK_ROWS) return false; // values of a row do not lie together
-  if (c.path == FIPS_TILES) return blocks_path<Vector8, 6, 2>(a, c);
+  if (c.path == FIPS_TILES) return fips_tiles_256(a, c);
   if (c.path != FIPS_DIRECT) return false;
   return with_few_tokens(c, [&](auto count) { return direct_path<decltype(count)::value>(a, c); });
 }
