@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import save_tiny_vit, tiny_model
+from conftest import batches_for, save_tiny_vit, tiny_model
 from PIL import Image
 
 import fips
@@ -546,3 +546,17 @@ def test_where_no_report_can_be_is_told_before_the_evaluation(
     assert bool(evaluated) == (place == "new/r.html")
     assert "Traceback" not in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "fips-paper", "budget": 0.5, "reconstruction": {"steps": 2}}, "2 steps of every group"),
+        ({"bits": 6.0, "effort": "fast", "distill": {"steps": 3}}, "3 steps of the whole model"),
+        ({"bits": 6.0, "effort": "fast"}, None),
+    ],
+)
+def test_a_report_says_what_was_trained(settings: dict[str, Any], said: str | None) -> None:
+    model = tiny_model("llama")
+    report = fips.compress(model, batches_for(model), fips.CompressionConfig(**settings))
+    assert dict(report.rows()).get("trained") == said

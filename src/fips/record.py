@@ -154,6 +154,13 @@ class CompressionReport:
             ("values", _each(group.get("values", "float") for group in self.plan["groups"])),
             ("patterns", _each(group["format"] for group in self.plan["groups"])),
         ]
+        trained = [
+            f"{stage.steps:,} steps {how}"
+            for field, how in (("reconstruction", "of every group"), ("distill", "of the whole model"))
+            if (stage := getattr(self.config, field, None)) is not None and stage.steps
+        ]
+        if trained:
+            rows.append(("trained", ", ".join(trained)))
         if errors:
             mean = sum(errors) / len(errors)
             rows.append(("error", f"{mean:.3g} of the variance of block outputs, calibration data"))

@@ -81,8 +81,8 @@ def run_demo(output: Path, *, bits: float, console: Console, bars: Console | Non
         highlight=False,
     )
     for line in (
-        f"Compressed model in {output}, a report on it in {output / PAGE}. Load it:",
-        f'\n    import fips\n    model = fips.load("{output}")\n',
+        f"Compressed model in {output}, a report on it in {output / PAGE}.",
+        f'Load it:\n\n    import fips\n    model = fips.load("{output}")\n',
     ):
         console.print(line, highlight=False, soft_wrap=True)
     return {
