@@ -241,6 +241,16 @@ def test_progress_reports_every_step() -> None:
     assert [event.done for event in events if event.stage == "record"][-1] == 4
 
 
+def test_a_group_is_announced_before_the_minutes_that_it_takes() -> None:
+    model = tiny_model("llama")
+    events: list[ProgressEvent] = []
+    config = fips.CompressionConfig(method="fips-shared", bits=8.0, share_blocks=2)
+    fips.compress(model, batches_for(model), config, progress=events.append)
+    for stage in ("try", "solve"):
+        steps = [(event.group, event.done, event.total) for event in events if event.stage == stage]
+        assert steps == [("g0", 0, 2), ("g0", 1, 2), ("g1", 1, 2), ("g1", 2, 2)]
+
+
 def test_wrong_batches_and_double_compression_are_refused() -> None:
     model = tiny_model("vit")
     with pytest.raises(fips.FipsError, match="must be a dict of tensors or a tensor, got list"):

@@ -282,6 +282,8 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
         chosen = {group.group.name: [found[site.name] for site in group.group.sites] for group in plan.groups}
     else:
         chosen, searches = _choose(bench, plan, config, chunks)
+    total = sum(not is_kept(bench, group) for group in plan.groups)
+    done = 0
     with ExitStack() as installed:
         for chunk in chunks:
             left = [group for group in chunk if not is_kept(bench, group)]
@@ -291,7 +293,10 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
                 started = time.perf_counter()
                 name = group.group.name
                 search = searches.pop(name, None) or open_search(bench, group, config, moments)
+                bench.report("solve", name, done, total)
                 item = solve(bench, group, config, search, chosen[name])
+                done += 1
+                bench.report("solve", name, done, total)
                 train(bench, item, config)
                 item.seconds = time.perf_counter() - started
                 yield item
@@ -312,13 +317,14 @@ def _choose(
         if not all(map(bench.store.has, names.values())):
             moments = measure(bench, config, chunk)
             for group in chunk:
+                bench.report("try", group.group.name, len(sizes) + len(searches), len(plan.groups))
                 search = open_search(bench, group, config, moments)
                 with torch.autocast(bench.device.type, enabled=False):
                     found = try_choices(search, group, config)
                 search.forget()
                 searches[group.group.name] = search
                 bench.store.put(names[group.group.name], {}, {"units": found})
-                bench.report("solve", "trials", len(sizes) + len(searches), len(plan.groups))
+                bench.report("try", group.group.name, len(sizes) + len(searches), len(plan.groups))
         for name, piece in names.items():
             kept = bench.store.get(piece)
             assert kept is not None
