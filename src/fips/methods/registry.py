@@ -88,9 +88,10 @@ def register(method: M) -> M:
     Raises ``ConfigError`` if a name is taken.
     """
     name = method.settings.model_fields["method"].default
-    for taken in {name, *method.aliases} & {*SETTINGS, *NAMED}:
-        owner = PLANNERS[NAMED.get(taken, {"method": taken})["method"]]
-        raise ConfigError(f"there is a `method: {taken}` already, {owner.__qualname__}; take another name")
+    for wanted in (name, *method.aliases):
+        if wanted in SETTINGS or wanted in NAMED:
+            owner = PLANNERS[NAMED.get(wanted, {"method": wanted})["method"]]
+            raise ConfigError(f"there is a `method: {wanted}` already, {owner.__qualname__}; take another name")
     SETTINGS[name] = method.settings
     PLANNERS[name] = method
     NAMED.update({alias: {"method": name, **fields} for alias, fields in method.aliases.items()})
