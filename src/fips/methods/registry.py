@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
-from fips.config import NAMED, SETTINGS, CompressionConfig
+from fips.config import NAMED, SETTINGS, CompressionConfig, settings_of
 from fips.errors import ConfigError
 from fips.methods.workbench import CompressedGroup, Needs, Workbench
 from fips.plan.plan import CompressionPlan
@@ -90,7 +90,7 @@ def register(method: M) -> M:
     name = method.settings.model_fields["method"].default
     for wanted in (name, *method.aliases):
         if wanted in SETTINGS or wanted in NAMED:
-            owner = PLANNERS[NAMED.get(wanted, {"method": wanted})["method"]]
+            owner = PLANNERS[settings_of(wanted).model_fields["method"].default]
             raise ConfigError(f"there is a `method: {wanted}` already, {owner.__qualname__}; take another name")
     SETTINGS[name] = method.settings
     PLANNERS[name] = method
