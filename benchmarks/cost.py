@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fips.record import environment
+from fips.record import environment, peak_memory_bytes
 from fips.solve.allocate import allocate
 from fips.solve.problems import LayerProblem
 from fips.solve.search import COLUMNS, SAMPLE, GroupSearch
@@ -90,7 +89,7 @@ def measure(part: str, width: int) -> dict[str, Any]:
 
 
 def peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory_bytes(torch.device("cpu"))
 
 
 def pruning(width: int, hidden: int) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import fips
 from fips.formats.rotation import widest_rotation
 from fips.methods.fips.settings import SWEEPS, FipsConfig
 from fips.methods.fips.stages import NEAR_BITS
-from fips.record import environment
+from fips.record import environment, peak_memory_bytes
 from fips.solve.oneshot import OneShot
 from fips.solve.structures import Choice, Pricing
 
@@ -68,8 +67,8 @@ def measure(width: int, inputs: int) -> dict[str, float]:
     begin = time.perf_counter()
     OneShot(weight_DF, moment_II, power_O, axis, PRICING, torch.bfloat16, **shared).solve(best.choice, size)
     seconds["solution"] = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**{name: round(value, 3) for name, value in seconds.items()}, "peak_bytes": peak}
+    rounded = {name: round(value, 3) for name, value in seconds.items()}
+    return {**rounded, "peak_bytes": peak_memory_bytes(torch.device("cpu"))}
 
 
 def exponent(widths: list[int], seconds: list[float]) -> float:

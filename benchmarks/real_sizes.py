@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import fips
 from fips.methods.workbench import ProgressEvent
 from fips.models.transformers import build_empty, config_from_fields, load_dense
 from fips.recipes import load_recipe
+from fips.record import peak_memory_bytes
 
 STAGES = {
     "measure": "measuring",
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> None:
         spent[STAGES.get(event.stage, event.stage)] += now - last
         last = now
 
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    loaded = peak_memory_bytes(torch.device("cpu"))
     asked = json.loads(args.one)
     metric = {} if asked.get("method") == "fips-paper" else {"metric": {"memory": args.memory}}
     settings = {"layers": "mlp", **metric, "activation_memory": args.memory // 2, **asked}
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace) -> None:
         "whole_model_s": round(scaled, 1),
         "bits": 8 * layers["factored"]["bytes"] / layers["dense"]["parameters"],
         "model_bytes_after": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_memory_bytes(torch.device("cpu")),
         "peak_bytes_after_loading": loaded,
     }
     if device.type == "cuda":

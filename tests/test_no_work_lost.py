@@ -141,6 +141,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_weights_are_read(
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+    assert "work directory" not in captured.err
+    assert "--work" not in captured.err
     assert readers == []
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -560,3 +562,16 @@ def test_a_report_says_what_was_trained(settings: dict[str, Any], said: str | No
     model = tiny_model("llama")
     report = fips.compress(model, batches_for(model), fips.CompressionConfig(**settings))
     assert dict(report.rows()).get("trained") == said
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a program alone is told on Linux only")
+def test_the_peak_memory_of_a_run_is_its_own_and_not_that_of_the_program_that_started_it() -> None:
+    peak = "import torch; from fips.record import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
+    parent = f"""
+import subprocess, sys
+large = bytearray(3_000_000_000)
+large[:] = bytes(1) * len(large)
+print(subprocess.run([sys.executable, "-c", {peak!r}], capture_output=True, text=True, check=True).stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 10**8 < int(done.stdout) < 2 * 10**9

@@ -280,13 +280,4 @@ def _report_first(source: str, policy: str, lengths: str, trust: str = "") -> No
     ready = time.perf_counter()
     run(model)
     seconds = {"load_s": loaded - started, "first_s": time.perf_counter() - ready}
-    sys.stdout.write(json.dumps({"case": name, **seconds, "peak_bytes": _own_peak()}) + "\n")
-
-
-def _own_peak() -> int:
-    """Peak resident bytes of this program alone: what ``getrusage`` says includes the process that started it."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return peak_memory_bytes(torch.device("cpu"))
+    sys.stdout.write(json.dumps({"case": name, **seconds, "peak_bytes": peak_memory_bytes(torch.device("cpu"))}) + "\n")

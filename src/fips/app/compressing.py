@@ -27,7 +27,7 @@ from fips.data.source import describe_source
 from fips.errors import ConfigError, ModelError, OutputError
 from fips.evaluation import EvaluationResult, check_evaluation, evaluate
 from fips.files.names import base_name
-from fips.files.output import Output, require_empty
+from fips.files.output import Output
 from fips.methods.workbench import measured
 from fips.models.reading import kind_of
 from fips.models.timm import PixelBatches, is_timm_model
@@ -132,9 +132,11 @@ def compress_to_directory(
     place_of_output = Path(os.path.abspath(output))  # resolve() would fail on links that cannot be followed
     work = work or place_of_output.with_name(f"{place_of_output.name}.work")
     original = Source.named(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    with joined() as ranks, kept_work(work, first=ranks.first, keep=keep_work) as keeper:
-        if ranks.first:
-            require_empty(output)
+    with (
+        joined() as ranks,
+        Output(output) if ranks.first else nullcontext() as target,
+        kept_work(work, first=ranks.first, keep=keep_work) as keeper,
+    ):
         original = replace(original, device=ranks.device(original.device))
         empty, plan = plan_source(source, recipe, dtype=dtype, trust_remote_code=trust_remote_code)
         sized = settle_size(plan, empty, recipe.compression)
@@ -142,34 +144,35 @@ def compress_to_directory(
         mapped = original.mapped_bytes(empty)
         data, need = fitting_data(empty, plan, sized, recipe.data, device=original.device, chosen=chosen, mapped=mapped)
         recipe = recipe.model_copy(update={"data": data})
-        with Output(output, needed=plan.compressed_bytes) if ranks.first else nullcontext() as target:
-            batches, processor = original.batches(data, empty, purpose="calibration")
-            if evaluation is not None and target is not None:
-                quality = _at_the_end(original, evaluation, empty, calibration=data, progress=on_evaluation)
-            if target is not None and processor is not None and not is_timm_model(empty):
-                with target.writing("the tokenizer or image processor"):  # timm keeps the transform in its config.json
-                    processor.save_pretrained(target.scratch)
-            if announce is not None and ranks.first:
-                expected = forecast(
-                    empty, plan, sized, data, need, device=original.device, count=batches.num_samples, output=output
-                )
-                announce(expected.line())
-                if kept := kept_seconds(work):
-                    words = f"`{work.name}` keeps what earlier runs finished in {kept:.0f} s"
-                    announce(f"{words}: with the same settings this one goes on from there")
-            model = original.dense()
-            examples = PixelBatches(batches) if is_timm_model(model) else batches
-            report = compress(model, examples, recipe.compression, progress=progress, work=work)
-            if target is None:
-                return None
-            report.source = source
-            if quality is not None:
-                found = measured("quality", partial(quality, model))
-                report.quality = None if found is None else found.to_dict()
-            words = f"The settings that {base_name(source)} was compressed with."
-            used = recipe.model_copy(update={"description": words, "model": source, "architecture": None})
-            beside = partial(_write_page, output, trust_remote_code=trust_remote_code)
-            return Compression(report, *_write(model, target, processor, used.to_yaml(), keeper, beside))
+        if target is not None:
+            target.require_room(plan.compressed_bytes)
+        batches, processor = original.batches(data, empty, purpose="calibration")
+        if evaluation is not None and target is not None:
+            quality = _at_the_end(original, evaluation, empty, calibration=data, progress=on_evaluation)
+        if target is not None and processor is not None and not is_timm_model(empty):
+            with target.writing("the tokenizer or image processor"):  # timm keeps the transform in its config.json
+                processor.save_pretrained(target.scratch)
+        if announce is not None and ranks.first:
+            expected = forecast(
+                empty, plan, sized, data, need, device=original.device, count=batches.num_samples, output=output
+            )
+            announce(expected.line())
+            if kept := kept_seconds(work):
+                words = f"`{work.name}` keeps what earlier runs finished in {kept:.0f} s"
+                announce(f"{words}: with the same settings this one goes on from there")
+        model = original.dense()
+        examples = PixelBatches(batches) if is_timm_model(model) else batches
+        report = compress(model, examples, recipe.compression, progress=progress, work=work)
+        if target is None:
+            return None
+        report.source = source
+        if quality is not None:
+            found = measured("quality", partial(quality, model))
+            report.quality = None if found is None else found.to_dict()
+        words = f"The settings that {base_name(source)} was compressed with."
+        used = recipe.model_copy(update={"description": words, "model": source, "architecture": None})
+        beside = partial(_write_page, output, trust_remote_code=trust_remote_code)
+        return Compression(report, *_write(model, target, processor, used.to_yaml(), keeper, beside))
 
 
 def _at_the_end(

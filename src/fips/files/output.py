@@ -36,6 +36,8 @@ KEPT = "-unfinished"
 LARGEST_FILE = 5_000_000_000
 """Bytes of one file of weights; larger models are cut into several."""
 LONGEST_NAME = 255
+TRIAL = "trial"
+"""What is written and removed again to see that it can be."""
 
 
 def require_empty(directory: Path) -> None:
@@ -117,7 +119,8 @@ class Output(AbstractContextManager["Output"]):
             if self._in_place:
                 _clear_beside(self._place, self.directory)
             self._lock = _hold(self.scratch, self.directory)
-            self._try(needed)
+            self._try_to_write()
+            self.require_room(needed)
         except BaseException as error:
             self.discard()
             if isinstance(error, OSError):
@@ -158,6 +161,23 @@ class Output(AbstractContextManager["Output"]):
             self._release()
         with suppress(OSError):
             _flush(self._place.parent)
+
+    def require_room(self, needed: int) -> None:
+        """Raise ``OutputError`` where ``needed`` bytes, or a file of as many, cannot be written."""
+        try:
+            usage = os.statvfs(self.scratch)
+            free = usage.f_bavail * usage.f_frsize
+            if usage.f_blocks and free < needed:
+                raise OutputError(
+                    f"`{self.directory}` needs about {_amount(needed)}, its file system has {_amount(free)} free; make "
+                    "room or choose another place"
+                )
+            trial = self.scratch / TRIAL
+            with trial.open("wb") as file:
+                _allocate(file.fileno(), min(needed, LARGEST_FILE))
+            trial.unlink()
+        except OSError as error:
+            raise OutputError(_cannot_write(self.directory, error)) from None
 
     @contextmanager
     def writing(self, what: str, *, finished: str | None = None) -> Iterator[None]:
@@ -206,20 +226,11 @@ class Output(AbstractContextManager["Output"]):
             parent.mkdir()
             self._parents.append(parent)
 
-    def _try(self, needed: int) -> None:
-        """Do once what will be done in the end: write, take the room, rename."""
-        usage = os.statvfs(self.scratch)
-        free = usage.f_bavail * usage.f_frsize
-        if usage.f_blocks and free < needed:
-            raise OutputError(
-                f"`{self.directory}` needs about {_amount(needed)}, its file system has {_amount(free)} free; make "
-                "room or choose another place"
-            )
-        trial = self.scratch / "trial"
+    def _try_to_write(self) -> None:
+        """Do once what will be done in the end: write and rename."""
+        trial = self.scratch / TRIAL
         with trial.open("wb") as file:
             file.write(b"fips")
-            file.flush()
-            _allocate(file.fileno(), min(needed, LARGEST_FILE))
         trial.unlink()
         if not self._in_place:
             trial.mkdir()
