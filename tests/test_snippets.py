@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fips.demo.run
 from fips.cli import main
-from fips.cli.commands import app
+from fips.cli.app import app
 from fips.cli.options import COMPRESSION, RECONSTRUCTION, data_fields, given, settings_of_options
 from fips.config import DataConfig
 

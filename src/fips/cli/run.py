@@ -6,7 +6,8 @@ import signal
 
 import typer
 
-from fips.cli.commands import app
+from fips.cli import commands  # noqa: F401 - adds the commands to the app
+from fips.cli.app import app
 from fips.cli.console import say, stdout
 from fips.errors import FipsError
 from fips.signals import FINISHED, Stopped, stoppable
