@@ -22,6 +22,7 @@ from typing import Any
 
 import compare_methods
 import torch
+from output import result_file
 
 import fips
 from fips.evaluation import evaluate
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--bits", default="3.2,4.2")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     args = parser.parse_args()
     before = json.loads(args.output.read_text()) if args.output.exists() else {"results": []}
     results = list(before["results"])

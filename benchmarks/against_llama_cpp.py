@@ -30,6 +30,7 @@ from typing import Any
 import compare_methods
 import torch
 from generation import quantized
+from output import result_file
 from torch import Tensor, nn
 
 import fips
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["field-gptq", "fips"])
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--keep", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     facts = {
         "benchmark": f"whole models beside llama.cpp's files, {Path(args.model).name}",

@@ -41,6 +41,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+from output import result_file
+
 # This file runs in both environments, and a new process starts with the peak memory of the one that made it: torch and
 # what needs it are imported where they are used, in the processes that are measured and never in the one that waits.
 
@@ -342,7 +344,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1, help="windows per batch, of both")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=result_file, default=RESULT)
     sizes = {"blocks": 8, "hidden": 1024, "intermediate": 3584, "heads": 16, "kv-heads": 8, "vocabulary": 32000}
     for name, size in {**sizes, "windows": 16, "tokens": 512, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
@@ -361,7 +363,6 @@ def main() -> None:
         return
     args = parse()
     workload = Workload(**{name: getattr(args, name) for name in Workload.__dataclass_fields__})
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         record = compare(args, workload, Path(scratch))
     args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ from typing import Any
 
 import field_methods  # noqa: F401 - `rtn`, `field-gptq` and `awq`
 import torch
+from output import result_directory
 from paper_recipe import SEPARATOR, STORY_WINDOWS, story_job
 from transformers import PreTrainedModel
 
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("name", choices=(*IMAGE_MODELS, "demo", *STORY_WINDOWS, *TEXTS))
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_directory, required=True)
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--bits", default="9.6,8,6.4,4.8")
     parser.add_argument("--seeds", default="0")

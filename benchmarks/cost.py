@@ -16,10 +16,10 @@ import math
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from output import result_file
 
 from fips.record import environment, peak_memory_bytes
 from fips.solve.allocate import allocate
@@ -110,7 +110,7 @@ def operations(part: str, width: int, hidden: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     parser.add_argument("--limit", type=int, default=4096)
     parser.add_argument("--sharing-limit", type=int, default=2048)
     parser.add_argument("--one", nargs=2, metavar=("PART", "WIDTH"), help="measure one part and print it")

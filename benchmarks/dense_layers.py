@@ -12,10 +12,10 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
+from output import result_file
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -54,7 +54,7 @@ def measure(rows: int, cols: int, tokens: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     results = [measure(rows, cols, tokens) for rows, cols in SHAPES for tokens in TOKENS]
     record = {

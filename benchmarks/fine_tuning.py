@@ -30,6 +30,7 @@ from typing import Any
 
 import compare_methods
 import torch
+from output import result_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--head-epochs", type=int, default=30)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--head-rate", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     args.new_head |= args.turned
     facts = {

@@ -35,6 +35,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from output import result_directory, result_file
+
 LLAMA_CPP = ".gguf"
 """Files that it reads; all else is for transformers."""
 
@@ -49,14 +51,14 @@ def main() -> None:
     making.add_argument("--dense", action="store_true")
     making.add_argument("--gguf", nargs="*", default=[])
     making.add_argument("--llama-python", default=sys.executable)
-    making.add_argument("--output", type=Path, required=True)
+    making.add_argument("--output", type=result_directory, required=True)
     making.set_defaults(run=make)
     of_all = argparse.ArgumentParser(add_help=False)
     of_all.add_argument("models", nargs="+", type=Path)
     of_all.add_argument("--threads", type=int, default=2)
     of_all.add_argument("--prompt", type=int, default=512)
     of_all.add_argument("--llama-python", default=sys.executable)
-    of_all.add_argument("--out", type=Path, required=True)
+    of_all.add_argument("--out", type=result_file, required=True)
     running = commands.add_parser("run", parents=[of_all])
     running.add_argument("--compiled", nargs="*", default=[])
     running.add_argument("--rounds", type=int, default=3)
@@ -89,7 +91,6 @@ def make(args: argparse.Namespace) -> None:
     if args.blocks:
         fields["num_hidden_layers"] = args.blocks
     config = config_from_fields(fields)
-    args.output.mkdir(parents=True, exist_ok=True)
     for values in args.values:
         directory = args.output / values
         if not directory.exists():

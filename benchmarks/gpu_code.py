@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+from output import result_file
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -191,7 +192,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     parser.add_argument("--few", action="store_true", help="two formats, newest device, 16 tokens")
     parser.add_argument("--inputs", choices=("bfloat16", "float32"), default="bfloat16", help="type of the tokens")
     args = parser.parse_args()

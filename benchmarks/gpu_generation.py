@@ -17,12 +17,12 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from generation import filled, packed
+from output import result_file
 
 from fips.models.transformers import build_empty, config_from_fields
 from fips.recipes import load_recipe
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=result_file)
     args = parser.parse_args()
     if args.one:
         sys.stdout.write(json.dumps(measure(args)) + "\n")

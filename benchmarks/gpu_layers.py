@@ -20,12 +20,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from generation import random_layer
+from output import result_file
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -129,7 +129,7 @@ def measure(layers: list[Layer], dense: list[Layer], x: Tensor, *, runs: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     parser.add_argument("--megabytes", type=int, default=500, help="dense bfloat16 weights visited in turn")
     parser.add_argument("--runs", type=int, default=11)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))

@@ -13,12 +13,12 @@ import json
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from gpu_layers import alternate, captured, whole_layer
+from output import result_file
 
 from fips.kernels import triton_kernel, triton_words
 from fips.record import environment
@@ -61,7 +61,7 @@ def measure(shape: tuple[int, int], values: str, tokens: int, change: dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     parser.add_argument("--values", nargs="+", default=list(VALUES))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -25,6 +25,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from output import result_file
+
 
 def start(args: argparse.Namespace, output: Path) -> subprocess.Popen[bytes]:
     command = [
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     moments: list[dict[str, Any]] = []

@@ -17,10 +17,10 @@ import subprocess
 import sys
 import time
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
+from output import result_file
 
 import fips
 from fips.formats.rotation import widest_rotation
@@ -80,7 +80,7 @@ def exponent(widths: list[int], seconds: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--one", type=int, nargs=2, metavar=("WIDTH", "INPUTS"), help=argparse.SUPPRESS)
     args = parser.parse_args()

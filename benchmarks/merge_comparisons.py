@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from output import result_directory
+
 from fips.app.compare import Comparison, Run, write_comparison
 from fips.evaluation import Divergence
 
@@ -19,7 +21,7 @@ from fips.evaluation import Divergence
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_directory, required=True)
     args = parser.parse_args()
     parts: list[dict[str, Any]] = [json.loads((path / "compare.json").read_text()) for path in args.results]
     first = parts[0]

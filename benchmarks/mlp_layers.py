@@ -26,9 +26,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
+from output import result_file
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -193,7 +193,7 @@ def summary(taken: dict[str, list[float]], layer: FactoredLinear) -> dict[str, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     parser.add_argument("--megabytes", type=int, default=400, help="dense bfloat16 weights visited in turn")
     parser.add_argument("--seconds", type=float, default=0.4, help="per combination")
     parser.add_argument("--float32-only", action="store_true", help="float32 tokens, and no dense bfloat16 layers")

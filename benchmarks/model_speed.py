@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from output import result_file
 from paper_recipe import fips
 
 from fips.demo import MODEL_DIRECTORY
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="*")
     parser.add_argument("--sizes", nargs="+", default=["25%"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     facts = {
         "benchmark": "whole small models", "date": date.today().isoformat(),

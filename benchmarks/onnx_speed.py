@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from output import result_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 128])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fips-onnx-") as scratch:
         written = {name: export(Path(scratch), number, name, args) for number, name in enumerate(CONTESTANTS)}

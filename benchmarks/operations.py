@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from output import result_file
 
 import fips
 from fips.estimate.time import Operations, operations
@@ -59,7 +60,7 @@ def counted(recipe: str | None, effort: str) -> Operations:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     args = parser.parse_args()
     run = json.loads((RESULTS / "real-sizes-h200.json").read_text(encoding="utf-8"))["runs"][0]
     stages = run["stages_s"]

@@ -19,6 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from output import result_directory
+
 BUDGETS = (0.25, 0.5, 0.75)
 SEPARATOR = "<|endoftext|>"
 CALIBRATION_SHARE = 0.2
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("name", choices=("vit", *STORY_WINDOWS))
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_directory, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from output import result_file
 
 from fips.record import environment
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--bits", type=float, default=4.25)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     parser.add_argument("more", nargs="*", help="further options of `fips compress`")
     args = parser.parse_args()
     jobs = [(ranks, 1) for ranks in RANKS] + [(1, os.cpu_count() or 1)]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from compare_methods import overfit_of
+from output import result_file
 from paper_recipe import fips
 
 from fips.record import environment
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--eval-samples", type=int, default=24)
     parser.add_argument("--eval-length", type=int, default=512)
     parser.add_argument("--runs", nargs="+", required=True, help="options of `fips compress`, one string for each run")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     runs = []
     for options in args.runs:

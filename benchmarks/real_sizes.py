@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from output import result_file
 from random_checkpoint import write_checkpoint
 from transformers import PreTrainedModel
 
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=2 << 30, help="bytes of moments")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--settings", nargs="+", required=True, help="JSON objects")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_file, required=True)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)

@@ -35,6 +35,7 @@ from unittest import mock
 
 import compare_methods
 import torch
+from output import result_file
 from torch import Tensor, nn
 
 import fips
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=["tc4g64"], help="`-as-is` behind one: columns are not turned")
     parser.add_argument("--ways", nargs="+", default=["none", "all", "four", "own", "random"])
     parser.add_argument("--eval-samples", type=int)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     facts: dict[str, Any] = {
         "benchmark": f"a basis shared by all MLPs, {args.name}", "date": date.today().isoformat(),

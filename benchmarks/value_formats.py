@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from output import result_file
 
 from fips.formats.packed import Packed
 from fips.formats.values import values_named
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--isa", nargs="*", help="instruction sets; default: avx2 and the best of the machine")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     names = args.isa or list(dict.fromkeys(("avx2", cpu.isa_names()[-1])))

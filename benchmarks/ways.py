@@ -14,10 +14,10 @@ import json
 import shlex
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
+from output import result_file
 from torch import Tensor
 
 from fips.formats.patterns import pattern_named
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=(1, 8, 16, 32, 64, 128, 512))
     parser.add_argument("--shapes", nargs="*", default=("2048x2048", "8192x2048", "2048x8192"))
     parser.add_argument("--kinds", nargs="*", default=tuple(KINDS))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = []

@@ -27,6 +27,7 @@ from typing import Any
 
 import compare_methods
 import torch
+from output import result_file
 
 import fips
 from fips.evaluation import evaluate
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="51%,35%,27%,21%")
     parser.add_argument("--methods", default="field-gptq,fips")
     parser.add_argument("--layers", default="all")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     facts = {

@@ -15,15 +15,6 @@ struct DigitTokens {
   float *scales;
 };
 
-// 64 columns of a token from k on, as floats.
-template <class Values>
-void read_64(const typename Values::type *from, int64_t k, int64_t cols, float (&to)[64]) {
-  const int64_t used = min_of(64, cols - k);
-  int64_t j = 0;
-  for (; j + 8 <= used; j += 8) _mm256_store_ps(to + j, read8<Values>(from + k + j));
-  for (; j < 64; ++j) to[j] = j < used ? Values::get(from[k + j]) : 0.0f;
-}
-
 template <int BLOCK>
 void lay_out_digits(const fips_matrix &a, const fips_call &c, const DigitTokens &to) {
   const int64_t padded = round_up(a.cols, 64), blocks = (c.tokens + BLOCK - 1) / BLOCK;
@@ -39,7 +30,7 @@ void lay_out_digits(const fips_matrix &a, const fips_call &c, const DigitTokens 
           scales[t] = 0;
           if (b * BLOCK + t >= c.tokens) continue;
           alignas(32) float numbers[64];
-          read_64<Values>(x + (b * BLOCK + t) * c.x_stride, k, c.x_columns, numbers);
+          read_floats<Values>(x + (b * BLOCK + t) * c.x_stride + k, min_of(64, c.x_columns - k), 64, numbers);
           digits_of(numbers, 64, rows[t], scales + t);
         }
         auto *pairs = reinterpret_cast<int32_t *>(to.digits + (b * padded + k) * BLOCK);

@@ -25,6 +25,14 @@ template <class Values> __m256 read8(const typename Values::type *v) {
   }
 }
 
+// `used` inputs as floats, and zeros behind them up to `count`.
+template <class Values> void read_floats(const typename Values::type *from, int64_t used, int64_t count, float *to) {
+  int64_t k = 0;
+  for (; k + 8 <= used; k += 8) _mm256_storeu_ps(to + k, read8<Values>(from + k));
+  for (; k < used; ++k) to[k] = Values::get(from[k]);
+  for (; k < count; ++k) to[k] = 0.0f;
+}
+
 struct Vector8 {
   static constexpr int width = 8;
   using type = __m256;

@@ -43,24 +43,18 @@ void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, 
   for (int t = 0; t < T; ++t) store_sum(a, c, row, t, total(acc[t]));
 }
 
-// One token as floats.
-void read_token(const fips_call &c, int64_t t, float *to) {
+// One token as floats, and zeros behind it up to `count`.
+void read_token(const fips_call &c, int64_t t, int64_t count, float *to) {
   with_inputs(c, [&](auto values) {
     using Values = decltype(values);
-    const auto *from = static_cast<const typename Values::type *>(c.x) + t * c.x_stride;
-    int64_t k = 0;
-    for (; k + 8 <= c.x_columns; k += 8) _mm256_storeu_ps(to + k, read8<Values>(from + k));
-    for (; k < c.x_columns; ++k) to[k] = Values::get(from[k]);
+    read_floats<Values>(static_cast<const typename Values::type *>(c.x) + t * c.x_stride, c.x_columns, count, to);
   });
 }
 
 template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
   const int64_t padded = round_up(a.cols, 64);
   float *x = scratch<float>(Scratch::tokens, T * padded);
-  for (int t = 0; t < T; ++t) {
-    read_token(c, t, x + t * padded);
-    for (int64_t k = a.cols; k < padded; ++k) x[t * padded + k] = 0.0f;
-  }
+  for (int t = 0; t < T; ++t) read_token(c, t, padded, x + t * padded);
   if (a.memory) return recalled_path<T>(a, c, x), true; // whole rows, see `reads_narrow`
   if (reads_whole(a)) return whole_path<T>(a, c, x), true;
   return with_cursor(a, [&](const auto &reader, auto cursor) {
@@ -90,7 +84,7 @@ void fips_rotate_256(const fips_matrix &a, const fips_call &c, float *to) {
 #pragma omp parallel for num_threads(c.threads) schedule(static) if (c.tokens > 1)
   for (int64_t t = 0; t < c.tokens; ++t) {
     float *row = to + t * a.cols;
-    read_token(c, t, row);
+    read_token(c, t, a.cols, row);
     if (a.rotation == 64) rotate_row256<64>(row, a.cols);
     else if (a.rotation == 16) rotate_row256<16>(row, a.cols);
     else rotate_row(a, row);
