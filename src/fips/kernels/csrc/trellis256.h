@@ -43,6 +43,7 @@ template <int T, Scales SCALES, int BITS, int MEMORY, class Inputs>
 void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, true> &codes, const Recall<MEMORY> &recall,
                    int64_t row, const Inputs &inputs) {
   constexpr int64_t bytes = Codes<BITS, true>::bytes;
+  const int64_t row_bytes = a.cols / 64 * bytes;
   const bool first = row % a.run == 0;
   const int left = int(min_of(kRecalled, a.rows - row));
   const uint8_t *from[MEMORY + kRecalled]; // behind the last row that one again
@@ -51,7 +52,7 @@ void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, t
 #pragma GCC unroll 8
   for (int r = -MEMORY; r < kRecalled; ++r) {
     const int64_t place = row + (r < left ? r : left - 1);
-    from[MEMORY + r] = static_cast<const uint8_t *>(a.values) + (place < 0 ? 0 : place) * (a.cols / 64) * bytes;
+    from[MEMORY + r] = static_cast<const uint8_t *>(a.values) + (place < 0 ? 0 : place) * row_bytes;
     if (r >= 0 && SCALES != Scales::none) groups[r] = RowGroups(a, place);
   }
 #pragma GCC unroll 4
@@ -63,7 +64,8 @@ void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, t
 #pragma GCC unroll 8
     for (int r = 0; r < MEMORY + kRecalled; ++r) {
       alignas(32) uint8_t last[96];
-      _mm_prefetch(reinterpret_cast<const char *>(from[r]) + at + 1024, _MM_HINT_T0);
+      if (r >= MEMORY) // the rows after these
+        _mm_prefetch(reinterpret_cast<const char *>(from[r]) + at + kRecalled * row_bytes, _MM_HINT_T0);
       Codes<BITS, true>::fields(codes.within(from[r] + at, last), fields[r]);
       if (r < MEMORY && first) fields[r][0] = fields[r][1] = _mm256_setzero_si256();
     }
