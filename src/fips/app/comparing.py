@@ -85,7 +85,10 @@ def compare_source(
             target.commit()
         except BaseException as error:
             if done and target.kept is None and target.scratch.is_dir():
-                error.add_note(f"{len(done)} of {total} runs are in `{_keep_runs(done, target, facts)}`")
+                place = _keep_runs(done, target, facts)
+                error.add_note(
+                    f"{len(done)} of {total} runs are in `{place}`, to be read: the same command begins anew"
+                )
             raise
     return result
 

@@ -73,6 +73,7 @@ from fips.cli.options import (
     settings_of_options,
 )
 from fips.cli.printing import print_compression, print_json, print_plan, tell_file
+from fips.cli.threads import wait_briefly
 from fips.errors import ConfigError
 
 __all__ = ["compress", "demo", "export", "merge"]
@@ -131,6 +132,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a model, by default its MLPs and attention, into a directory that `fips.load` reads."""
+    wait_briefly()
     from fips.app.compressing import compress_to_directory, plan_batches, plan_source
     from fips.app.outline import outline_of_plan
 
@@ -258,7 +260,8 @@ def demo(
     ] = 4.8,
     as_json: Json = False,
 ) -> None:
-    """Compress the embedded byte-level Llama on your interpreter's standard library; no network, under 3 minutes."""
+    """Compress the embedded byte-level Llama on the standard library; no network, a few minutes."""
+    wait_briefly()
     from fips.demo import run_demo
 
     result = run_demo(output, bits=bits, console=stderr if as_json else stdout, bars=stderr)

@@ -38,6 +38,7 @@ from fips.cli.options import (
     numbers,
 )
 from fips.cli.printing import print_bench, print_evaluation, print_json, print_tasks
+from fips.cli.threads import wait_briefly
 from fips.errors import ConfigError
 
 __all__ = ["bench", "compare", "evaluate"]
@@ -153,6 +154,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare methods at the same stored bits at most: quality, size and time of each."""
+    wait_briefly()
     from fips.app.compare import LARGEST_THAT_FITS
     from fips.app.comparing import compare_source
     from fips.app.tables import comparison_table
