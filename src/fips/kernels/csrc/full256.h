@@ -4,8 +4,6 @@
 
 namespace {
 
-constexpr int64_t kAhead = 4096; // bytes between what is read and what is fetched: rows of a thread follow each other
-
 template <int T, Scales SCALES, class Codes, class Inputs>
 void whole_row(const fips_matrix &a, const fips_call &c, const Codes &codes, int64_t row, const Inputs &inputs) {
   const auto *from = static_cast<const uint8_t *>(a.values) + row * (a.cols / 64) * Codes::bytes;
@@ -15,7 +13,7 @@ void whole_row(const fips_matrix &a, const fips_call &c, const Codes &codes, int
   for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
   for (int64_t k = 0; k < a.cols; k += 64, from += Codes::bytes) {
     typename Inputs::Numbers numbers;
-    _mm_prefetch(reinterpret_cast<const char *>(from) + kAhead, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char *>(from) + 1024, _MM_HINT_T0);
     codes.read(from, numbers);
     inputs.add(numbers, k, groups, acc);
   }
