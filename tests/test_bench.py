@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_cli import vit_directory  # noqa: F401
 import fips
 from fips.app.bench import _cases, bench, runtime_report
 from fips.cli import main
+from fips.cli.printing import print_bench
 from fips.errors import ModelError
 from fips.storage.checkpoint import load
 
@@ -56,6 +58,31 @@ def test_the_table_and_json(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     out = capsys.readouterr().out
     assert "next token, batch 8" in out
     assert "peak memory" in out
+
+
+@pytest.mark.parametrize(
+    ("speedup", "dense_bytes", "said"),
+    [
+        (0.7, 10**6, True),
+        ({"dense": 1.2, "other": 0.9}, 10**6, True),
+        (0.98, 10**6, False),  # noise
+        (0.7, 10**9, False),  # not for being small
+    ],
+)
+def test_what_is_slower_for_being_small_is_told(
+    capsys: pytest.CaptureFixture[str], speedup: Any, dense_bytes: int, said: bool
+) -> None:
+    sides = list(speedup) if isinstance(speedup, dict) else ["dense"]
+    timed = {"median_s": 1e-3, "quartiles_s": [1e-3, 1e-3], "per_second": 1000}
+    sizes = dict.fromkeys([*sides, "compressed"], 1000)
+    print_bench(
+        {
+            "cases": {"prompt of 1": {**dict.fromkeys(sizes, timed), "speedup": speedup}},
+            "file_bytes": sizes, "peak_memory_bytes": sizes, "first_answer": {},
+            "runtime": {"stored_bytes": 100, "extra_bytes": 0, "dense_bytes": dense_bytes},
+        }
+    )  # fmt: skip
+    assert ("slower than dense" in capsys.readouterr().out) is said
 
 
 def test_prompts_ask_for_the_last_logits_and_several_models_stand_by_their_names() -> None:

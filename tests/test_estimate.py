@@ -113,14 +113,14 @@ def test_a_speed_is_that_of_this_machine() -> None:
 
 def test_a_line_says_what_is_known() -> None:
     whole = Forecast(
-        device="cpu", examples=128, operations=2e13, seconds=600, memory_bytes=2 * 10**9, available_bytes=8 * 10**9,
-        free_disk_bytes=10**10,
+        device="cpu", examples=128, operations=2e13, seconds=600, memory_bytes=2 * 10**9, program_bytes=10**9,
+        available_bytes=8 * 10**9, free_disk_bytes=10**10,
     )  # fmt: skip
     assert whole.line() == (
         "estimate for 128 examples on cpu: about 10 min (2.0e+13 operations); "
-        "tensors in memory 2.00 GB of 8.00 GB free; 10.0 GB free on the disk"
+        "tensors in memory 2.00 GB of 8.00 GB free beside 1.00 GB of the program itself; 10.0 GB free on the disk"
     )
-    assert Forecast(device="cpu", examples=1).line().endswith("none")
+    assert Forecast(device="cpu", examples=1).line() == "estimate for 1 examples on cpu: time not known beforehand"
     short = Forecast(device="cpu", examples=1, operations=1e9, seconds=2)
     assert short.line() == "estimate for 1 examples on cpu: a minute or less (1.0e+09 operations)"
 
@@ -139,5 +139,6 @@ def test_a_run_begins_with_what_it_will_take(
     assert estimate["examples"] == 8
     assert 0 < estimate["seconds"] < 60
     assert estimate["memory_bytes"] < estimate["available_bytes"]
+    assert estimate["program_bytes"] > 10**8  # torch alone
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err.startswith("estimate for 8 examples on cpu: a minute or less ")

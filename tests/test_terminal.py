@@ -23,7 +23,7 @@ from rich.console import Console
 
 import fips
 from fips.app.tables import result_table
-from fips.bars import Bars, progress_bars
+from fips.bars import Bars, Clock, progress_bars
 from fips.cli import main
 from fips.cli.console import fitted, stdout
 from fips.demo.run import MODEL_DIRECTORY
@@ -149,6 +149,24 @@ def test_there_is_one_bar_for_a_stage_however_many_groups_it_has() -> None:
     ups = [int(up[2:-1] or 1) for up in UP.findall(screen.getvalue())]
     assert max(ups, default=1) == 1, "never more than one line is drawn over"
     assert max(len(line) for line in re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", final).split("\n")) <= 80
+
+
+def test_a_bar_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = Bars(Console(file=io.StringIO(), force_terminal=True, width=80))
+    now = [0.0]
+    monkeypatch.setattr(bars._bars, "get_time", lambda: now[0])
+
+    def clock(seconds: float, done: int) -> str:
+        now[0] = seconds
+        bars.show("reconstruct", done, 10)
+        return Clock().render(bars._bars.tasks[0]).plain
+
+    assert clock(0, 0) == "0:00:00<-:--:--"
+    assert clock(60, 1) == "0:01:00<-:--:--"
+    assert clock(120, 2) == "0:02:00<0:08:00"
+    assert clock(180, 10) == "0:03:00"
+    assert clock(240, 1).startswith("0:04:00<")  # the next group
+    bars.stop()
 
 
 def test_a_log_has_a_line_per_tenth() -> None:

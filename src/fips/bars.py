@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 __all__ = ["Bars", "progress_bars"]
+
+
+SPEED_SECONDS = 600
+"""The last steps whose speed tells what is left; a block of a large model takes a minute."""
 
 
 class Event(Protocol):
@@ -28,6 +34,16 @@ class Event(Protocol):
     def loss(self) -> float | None: ...
 
 
+class Clock(ProgressColumn):
+    """Time since a bar began and, until it ends, what is left of this round at the speed of its last steps."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        words = _clock(task.finished_time if task.finished else task.elapsed)
+        return Text(words if task.finished else f"{words}<{_clock(task.time_remaining)}", style="progress.elapsed")
+
+
 class Bars:
     """Bars on a terminal or in a notebook, a line per tenth of the work in a log.
 
@@ -38,10 +54,12 @@ class Bars:
     """
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), Clock())
         self._console = console
         self._draws = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
-        self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+        self._bars = Progress(
+            *columns, TextColumn("{task.fields[note]}"), console=console, speed_estimate_period=SPEED_SECONDS
+        )
         self._tasks: dict[str, TaskID] = {}
         self._said: tuple[str, ...] = ()
 
@@ -91,3 +109,7 @@ def progress_bars(console: Console | None = None) -> Iterator[Bars]:
         yield bars
     finally:
         bars.stop()
+
+
+def _clock(seconds: float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=max(0, int(seconds))))

@@ -19,6 +19,7 @@ from fips.data.text import DEFAULT_CALIBRATION_WINDOWS
 from fips.estimate import MemoryNeed, Speed, available_memory, operations, timed_dtype
 from fips.models.reading import kind_of
 from fips.plan.plan import CompressionPlan
+from fips.record import peak_memory_bytes
 
 __all__ = ["Forecast", "forecast"]
 
@@ -41,6 +42,8 @@ class Forecast:
     """Of the device, the least that calibration takes, with the model but for its ``mapped_bytes``."""
     mapped_bytes: int = 0
     """Weights that stay in their files on a CPU, read again where memory is short."""
+    program_bytes: int = 0
+    """The most that this process has taken until now, with Python and its libraries, where that is the same memory."""
     available_bytes: int | None = None
     free_disk_bytes: int | None = None
     """Where the output is written."""
@@ -54,14 +57,20 @@ class Forecast:
         if self.seconds is not None and self.operations is not None:
             duration = f"about {_duration(self.seconds)}" if self.seconds > COUNTED else "a minute or less"
             parts.append(f"{duration} ({self.operations:.1e} operations)")
+        else:
+            parts.append("time not known beforehand")
         if self.memory_bytes is not None:
             free = "" if self.available_bytes is None else f" of {format_bytes(self.available_bytes)} free"
             parts.append(f"tensors in memory {format_bytes(self.memory_bytes)}{free}")
-            if self.mapped_bytes:
-                parts[-1] += f" beside {format_bytes(self.mapped_bytes)} of weights that stay in their files"
+            beside = (
+                (self.program_bytes, "the program itself"),
+                (self.mapped_bytes, "weights that stay in their files"),
+            )
+            words = " and ".join(f"{format_bytes(size)} of {name}" for size, name in beside if size)
+            parts[-1] += words and f" beside {words}"
         if self.free_disk_bytes is not None:
             parts.append(f"{format_bytes(self.free_disk_bytes)} free on the disk")
-        return f"estimate for {self.examples} examples on {self.device}: " + ("; ".join(parts) or "none")
+        return f"estimate for {self.examples} examples on {self.device}: " + "; ".join(parts)
 
 
 def forecast(
@@ -91,6 +100,7 @@ def forecast(
         seconds=seconds,
         memory_bytes=None if need is None else need.total(min(data.batch_size, count)),
         mapped_bytes=0 if need is None else need.mapped,
+        program_bytes=peak_memory_bytes(device) if device.type == "cpu" else 0,
         available_bytes=available_memory(device, mapped=0 if need is None else need.mapped),
         free_disk_bytes=None if output is None else _free(output),
     )

@@ -8,6 +8,11 @@ from typing import Any
 
 from fips.cli.console import stdout
 
+CACHED_BYTES = 32 * 2**20
+"""Dense matrices of this many bytes may stay in a processor's caches from one token to the next."""
+NO_FASTER = 0.95
+"""Speed-up from which on a case counts as slower; what is above may be noise."""
+
 
 def print_json(value: Any) -> None:
     stdout.write(json.dumps(value, indent=2) + "\n")
@@ -136,9 +141,8 @@ def print_bench(result: dict[str, Any]) -> None:
             f"{500 * (case[side]['quartiles_s'][1] - case[side]['quartiles_s'][0]):.2f}"
             for side in names
         )
-        gains = case["speedup"].values() if isinstance(case["speedup"], dict) else [case["speedup"]]
         table.add_row(
-            name, *sides, ", ".join(f"{gain:.2f}" for gain in gains), f"{case['compressed']['per_second']:.0f}"
+            name, *sides, ", ".join(f"{gain:.2f}" for gain in _gains(case)), f"{case['compressed']['per_second']:.0f}"
         )
     stdout.print(table)
     for words, sizes in (("file", result["file_bytes"]), ("peak memory", result["peak_memory_bytes"])):
@@ -153,3 +157,15 @@ def print_bench(result: dict[str, Any]) -> None:
         f"packed layers: {format_bytes(runtime['stored_bytes'])} stored, {format_bytes(runtime['extra_bytes'])} beside "
         f"them at run time, {format_bytes(runtime['dense_bytes'])} as dense matrices"
     )
+    slower = any(min(_gains(case)) < NO_FASTER for case in result["cases"].values())
+    if slower and runtime["dense_bytes"] < CACHED_BYTES:
+        stdout.tell(
+            "slower than dense, as packed layers this small are: the processor's caches hold them either way, and "
+            "calling one costs more; `fips merge` writes dense layers"
+        )
+
+
+def _gains(case: dict[str, Any]) -> list[float]:
+    """Of one case over every other model."""
+    found = case["speedup"]
+    return list(found.values()) if isinstance(found, dict) else [found]
