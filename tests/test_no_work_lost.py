@@ -27,8 +27,8 @@ from test_cli import TEXT, llama_directory, text  # noqa: F401 - fixtures
 from transformers import PreTrainedModel
 
 import fips
-from fips.app import comparing, fitting, sources
-from fips.app.compare import Run
+from fips.app import compare as app_compare
+from fips.app import fitting, sources
 from fips.app.exporting import export_directory
 from fips.calibration.inputs import CalibrationData
 from fips.cli import main
@@ -458,24 +458,48 @@ def test_a_tokenizer_is_written_before_weights_are_read(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_finished_runs_of_a_comparison_outlive_the_one_that_fails(
+def test_a_comparison_goes_on_from_the_runs_that_are_finished(
     llama_directory: Path,  # noqa: F811
     text: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
-    def two_and_a_failure(*_: Any, on_run: Callable[[Run], None], **__: Any) -> None:
-        on_run(Run("svd", 8, 0, quality=1.0))
-        on_run(Run("svd", 9.6, 0, quality=2.0))
-        raise fips.FipsError("the third is broken")
+    asked: list[str] = []
+    compress, evaluate = app_compare.compress, app_compare.evaluate
 
-    monkeypatch.setattr(comparing, "compare", two_and_a_failure)
-    command = ["compare", str(llama_directory), "--data", str(text), "--output", str(tmp_path / "out")]
-    assert main([*command, "--methods", "svd", "--bits", "8,9.6,11.2", "--sequence-length", "16"]) == 1
-    assert "2 of 3 runs are in" in capsys.readouterr().err
-    kept = json.loads((tmp_path / "out-unfinished" / "compare.json").read_text())
-    assert [run["quality"] for run in kept["runs"]] == [1.0, 2.0]
+    def third_fails(model: torch.nn.Module, batches: Any, config: fips.CompressionConfig, **options: Any) -> Any:
+        asked.append(f"{config.method} {config.bits:g}")
+        if len(asked) == 3:
+            raise fips.FipsError("the third is broken")
+        return compress(model, batches, config, **options)
+
+    def evaluated(*arguments: Any, **options: Any) -> Any:
+        asked.append("evaluate")
+        return evaluate(*arguments, **options)
+
+    def run(output: str, methods: str, *options: str) -> int:
+        command = ["compare", str(llama_directory), "--data", str(text), "--output", str(tmp_path / output)]
+        return main([*command, "--methods", methods, "--bits", "9.6,11.2", "--sequence-length", "16", *options])
+
+    monkeypatch.setattr(app_compare, "compress", third_fails)
+    assert run("out", "gptq,magnitude") == 1
+    assert f"is in `{tmp_path}/out.work`: the command that began it goes on from there" in capsys.readouterr().err
+    assert asked == ["gptq 9.6", "gptq 11.2", "magnitude 9.6"]
+    monkeypatch.setattr(app_compare, "evaluate", evaluated)
+    asked[:] = ["", "", "", ""]
+    assert run("out", "gptq,magnitude", "--num-samples", "3") == 1
+    assert "out.work` belongs to a run with other data" in capsys.readouterr().err
+    assert run("out", "gptq,magnitude,svd") == 0
+    again = ["magnitude 9.6", "magnitude 11.2", "svd 9.6", "svd 11.2"]
+    assert asked[4:] == [word for name in again for word in (name, "evaluate")]
+    assert not (tmp_path / "out.work").exists()
+    assert run("undisturbed", "gptq,magnitude,svd") == 0
+    found, wanted = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("out", "undisturbed"))
+    for each in (*found["runs"], *wanted["runs"]):
+        assert each.pop("seconds") > 0
+    assert found == wanted
+    assert all(run["against"]["kl"] > 0 for run in found["runs"])
 
 
 # Measurements after the work

@@ -63,6 +63,11 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
         self._said: tuple[str, ...] = ()
 
+    @property
+    def drawn(self) -> Bars:
+        """These where they are drawn; in a log nothing, of what would be too many lines there."""
+        return self if self._draws else Bars(Console(quiet=True))
+
     def event(self, event: Event) -> None:
         """Show a ``fips.ProgressEvent``."""
         loss = "" if event.loss is None else f"loss {event.loss:.3g}"

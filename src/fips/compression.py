@@ -39,7 +39,7 @@ from fips.storage.work import WorkDirectory
 from fips.training.factors import swapped
 from fips.version import __version__
 
-__all__ = ["Progress", "ProgressEvent", "compress"]
+__all__ = ["Progress", "ProgressEvent", "circumstances", "compress"]
 
 SIZES = ("bits", "size", "budget")
 EARLIER = "earlier runs"
@@ -238,6 +238,12 @@ def _check_ranks(method: Method[Any], ranks: Ranks, work: str | Path | None) -> 
 
 def _fingerprint(model: nn.Module, config: CompressionConfig, data: CalibrationData) -> dict[str, Any]:
     """Everything that the result depends on."""
+    settings = {"settings": config.model_dump(mode="json", exclude_unset=True)}
+    return settings | circumstances(model, data.key(), precision=config.precision)
+
+
+def circumstances(model: nn.Module, data: Any, *, precision: str) -> dict[str, Any]:
+    """What a result depends on beside the settings: a digest of the weights, those of the data, versions, hardware."""
     weights = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -245,11 +251,10 @@ def _fingerprint(model: nn.Module, config: CompressionConfig, data: CalibrationD
     device = next(model.parameters()).device
     return {
         "model": weights.hexdigest(),
-        "settings": config.model_dump(mode="json", exclude_unset=True),
-        "data": data.key(),
+        "data": data,
         "versions": f"fips {__version__}, torch {torch.__version__}",
         "device": device.type,
-        "precision": resolve_precision(config.precision, device),
+        "precision": resolve_precision(precision, device),
     }
 
 

@@ -12,21 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 from torch import Tensor, nn
 
 from fips.app.plots import quality_plot
+from fips.bars import Bars
 from fips.calibration.inputs import decoder_inputs
 from fips.compression import compress
 from fips.config import CompressionConfig
 from fips.data import Batches
 from fips.errors import BudgetError, ConfigError
-from fips.evaluation import Divergence, EmbeddingDistance, EvaluationResult, evaluate
+from fips.evaluation import Divergence, EmbeddingDistance, evaluate
 from fips.methods.workbench import MomentCache
+from fips.storage.work import WorkDirectory
 
 __all__ = ["Comparison", "Run", "compare", "method_config", "write_comparison"]
 
 log = logging.getLogger("fips.app.compare")
 
+ORIGINAL = "original"
+"""Name of its piece among the runs that are kept."""
 MOST_REMEMBERED = 1 << 28
 """Bytes of what the original returns that are kept between the runs of a comparison."""
 
@@ -53,6 +58,14 @@ class Run:
     """Groups that ended with a shared basis."""
     formats: tuple[str, ...] = ()
     failure: str | None = None
+
+    @classmethod
+    def kept(cls, fields: Mapping[str, Any]) -> Run:
+        """What ``asdict`` took apart, read from JSON."""
+        against = fields["against"]
+        if against is not None:
+            against = (Divergence if "kl" in against else EmbeddingDistance)(**against)
+        return cls(**{**fields, "against": against, "formats": tuple(fields["formats"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +137,14 @@ def compare(
     seeds: Sequence[int] = (0,),
     layers: str = "blocks",
     on_run: Callable[[Run], None] | None = None,
+    store: WorkDirectory | None = None,
+    bars: Bars | None = None,
 ) -> Comparison:
     """Compress copies of ``model`` with every method at every size and evaluate them; the model stays as it is.
 
-    ``calibration(seed)`` gives the batches of a seed. A size that a method cannot reach is recorded as such. Raises
-    ``ConfigError`` before any work if a method is unknown.
+    ``calibration(seed)`` gives the batches of a seed. A size that a method cannot reach is recorded as such. What is
+    in the ``store`` is taken from there, and what is finished is kept in it. Raises ``ConfigError`` before any work if
+    a method is unknown.
     """
     jobs = [
         (method, method_config(method, bits=size, seed=seed, layers=layers))
@@ -136,16 +152,46 @@ def compare(
         for method in methods
         for size in sizes
     ]
+    bars = bars or Bars(Console(quiet=True))
     reference = _Remembering(model)
-    original = evaluate(model, evaluation, against=reference)
+    original = _original(model, evaluation, reference, store, bars)
     runs = []
     moments: MomentCache = {}
-    for method, config in jobs:
-        runs.append(_run(model, method, config, calibration(config.seed), evaluation, moments, reference))
+    for done, (method, config) in enumerate(jobs):
+        name = f"{method} at {config.bits:g} bits"
+        bars.show("compare", done, len(jobs), group=name)
+        piece = f"{name}, seed {config.seed}"
+        known = None if store is None else store.get(piece)
+        if known is not None:
+            runs.append(Run.kept(known[1]))
+            continue
+        made = _run(model, method, config, calibration(config.seed), evaluation, moments, reference, bars)
+        runs.append(made)
+        if store is not None:
+            store.put(piece, {}, asdict(made))
+            store.log(f"{piece}: {made.failure or f'{made.quality:.5g} in {made.seconds:.0f} s'}")
         if on_run is not None:
-            on_run(runs[-1])
-    headline = original.headline
-    return Comparison(headline.name, headline.higher_is_better, headline.value, tuple(runs))
+            on_run(made)
+    bars.show("compare", len(jobs), len(jobs))
+    return Comparison(original["metric"], original["higher_is_better"], original["original"], tuple(runs))
+
+
+def _original(
+    model: nn.Module, evaluation: Batches, reference: _Remembering, store: WorkDirectory | None, bars: Bars
+) -> dict[str, Any]:
+    """The headline of the original's evaluation."""
+    known = None if store is None else store.get(ORIGINAL)
+    if known is not None:
+        return known[1]
+    headline = evaluate(model, evaluation, against=reference, progress=_shown(bars, "the original")).headline
+    found = {"metric": headline.name, "higher_is_better": headline.higher_is_better, "original": headline.value}
+    if store is not None:
+        store.put(ORIGINAL, {}, found)
+    return found
+
+
+def _shown(bars: Bars, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: bars.show("evaluate", done, total, group=name)
 
 
 class _Remembering(nn.Module):
@@ -193,15 +239,16 @@ def _run(
     evaluation: Batches,
     moments: MomentCache,
     reference: _Remembering,
+    bars: Bars,
 ) -> Run:
     assert config.bits is not None
     candidate = copy.deepcopy(model)
     try:
-        report = compress(candidate, calibration, config, moments=moments)
+        report = compress(candidate, calibration, config, moments=moments, progress=bars.drawn.event)
     except BudgetError as error:
         return Run(method, config.bits, config.seed, failure=str(error))
     reference.begin()
-    result: EvaluationResult = evaluate(candidate, evaluation, against=reference)
+    result = evaluate(candidate, evaluation, against=reference, progress=_shown(bars.drawn, method))
     layers = report.plan["layers"]
     groups = report.groups
     return Run(

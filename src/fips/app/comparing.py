@@ -1,28 +1,31 @@
-"""``fips compare``: methods on a model, with the runs kept that were made before one failed."""
+"""``fips compare``: methods on a model, with finished runs kept so that the same command goes on from them."""
 
 from __future__ import annotations
 
-import json
 import logging
-import tempfile
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fips.app.compare import Comparison, Run, compare, method_config, write_comparison
+from fips.app.compare import Comparison, compare, method_config, write_comparison
 from fips.app.fitting import fitting_data
 from fips.app.sources import Source
+from fips.bars import Bars
+from fips.calibration.inputs import CalibrationData, digest
+from fips.compression import circumstances
 from fips.config import DataConfig, known_methods, same_data
+from fips.data import Batches
 from fips.errors import BudgetError
 from fips.files.output import Output, require_empty
 from fips.models.timm import PixelBatches, is_timm_model
 from fips.plan.plan import plan_compression
 from fips.record import environment
+from fips.storage.work import WorkDirectory, kept_work
 
 __all__ = ["compare_source"]
 
@@ -42,9 +45,13 @@ def compare_source(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    progress: Any = None,
+    bars: Bars | None = None,
 ) -> Comparison:
-    """Compare methods (None: all) on a model and write table, JSON and plot to a directory that is absent or empty."""
+    """Compare methods (None: all) on a model and write table, JSON and plot to a directory that is absent or empty.
+
+    Finished runs are kept in a work directory beside it until all are there: the same command goes on from them, with
+    other methods and sizes too.
+    """
     require_empty(output)
     if same_data(evaluation, calibration):
         log.warning("scoring on the data that is calibrated on, where models are better than on other data")
@@ -59,15 +66,9 @@ def compare_source(
         "evaluation": evaluation.model_dump(mode="json", exclude_none=True),
         "environment": environment(original.device),
     }
-    done: list[Run] = []
-    total = len(methods) * len(sizes) * len(seeds)
-
-    def on_run(run: Run) -> None:
-        done.append(run)
-        if progress is not None:
-            progress(len(done), total)
-
-    with Output(output) as target:
+    place = Path(os.path.abspath(output))
+    work = place.with_name(f"{place.name}.work")
+    with Output(output) as target, kept_work(work, first=True, keep=False):
         calibration = _fitting_comparison(empty, calibration, methods, sizes[0], original.device)
         scored, _ = original.batches(evaluation, empty, purpose="evaluation")
         model = original.dense()
@@ -76,21 +77,32 @@ def compare_source(
             batches, _ = original.batches(calibration.replace(seed=seed), empty, purpose="calibration")
             return PixelBatches(batches) if is_timm_model(model) else batches
 
-        try:
-            result = compare(
-                model, examples, scored, methods=methods, sizes=sizes, seeds=seeds, layers=layers, on_run=on_run
-            )
-            with target.writing("the comparison"):
-                write_comparison(result, target.scratch, facts=facts)
-            target.commit()
-        except BaseException as error:
-            if done and target.kept is None and target.scratch.is_dir():
-                place = _keep_runs(done, target, facts)
-                error.add_note(
-                    f"{len(done)} of {total} runs are in `{place}`, to be read: the same command begins anew"
-                )
-            raise
+        keys = {
+            "calibration": {seed: _key(model, examples(seed), seed) for seed in seeds},
+            "evaluation": _rough(scored),
+        }
+        made_of = {"comparison": layers} | circumstances(model, keys, precision="auto")
+        result = compare(
+            model, examples, scored, methods=methods, sizes=sizes, seeds=seeds, layers=layers,
+            store=WorkDirectory(work, made_of), bars=bars,
+        )  # fmt: skip
+        with target.writing("the comparison"):
+            write_comparison(result, target.scratch, facts=facts)
+        target.commit()
     return result
+
+
+def _key(model: nn.Module, batches: Any, seed: int) -> str:
+    """A digest of calibration data."""
+    data = CalibrationData(model, batches, seed=seed)
+    data.check()
+    return data.key()
+
+
+def _rough(scored: Batches) -> list[Any]:
+    """What tells other evaluation data, which may be long, apart: its description, its first and its last batch."""
+    ends = sorted({0, len(scored) - 1})
+    return [scored.description, scored.num_samples, *map(digest, scored.only(ends))]
 
 
 def _fitting_comparison(
@@ -104,14 +116,3 @@ def _fitting_comparison(
             plan = plan_compression(model, config)
             data, _ = fitting_data(model, plan, config, data, device=device, chosen=chosen)
     return data
-
-
-def _keep_runs(done: Sequence[Run], target: Output, facts: Mapping[str, Any]) -> Path:
-    """Keep the runs of a comparison that did not come to its end."""
-    with suppress(OSError):
-        runs = {**facts, "runs": [asdict(run) for run in done]}
-        (target.scratch / "compare.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
-        return target.keep()
-    place = Path(tempfile.mkdtemp(prefix="fips-compare-"))
-    (place / "compare.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
-    return place

@@ -34,7 +34,16 @@ from transformers.utils.generic import find_labels
 from fips.calibration.preserve import RandomState
 from fips.errors import DataError
 
-__all__ = ["CalibrationData", "Wanted", "decoder_inputs", "few_examples", "first_examples", "numbered", "place"]
+__all__ = [
+    "CalibrationData",
+    "Wanted",
+    "decoder_inputs",
+    "digest",
+    "few_examples",
+    "first_examples",
+    "numbered",
+    "place",
+]
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +102,7 @@ class CalibrationData:
         Raises ``DataError`` naming the batch that cannot be used, or if a second pass gives other batches.
         """
         self._digests = [
-            _digest(batch) for _, batch in islice(self._passed(check=True), 1 if self._same_every_pass else None)
+            digest(batch) for _, batch in islice(self._passed(check=True), 1 if self._same_every_pass else None)
         ]
         if not self._digests:
             raise DataError("the calibration data has no batch; give at least one")
@@ -103,7 +112,7 @@ class CalibrationData:
         again = next((batch for _, batch in self._passed(check=False)), None)
         if again is None:
             raise DataError("the batches were used up by the first pass, several are needed; give a list of them")
-        if _digest(again) != self._digests[0]:
+        if digest(again) != self._digests[0]:
             raise DataError(
                 "the batches are other ones on every pass; seed what draws them, or give a list: `list(batches)`"
             )
@@ -120,7 +129,7 @@ class CalibrationData:
         chosen = [number for number in range(self._count) if wanted(number)]
         expected, seen = len(chosen) if isinstance(self._source, Selectable) else self._count, 0
         for number, batch in self._passed(check=self._same_every_pass, chosen=chosen):
-            if number < len(self._digests) and _digest(batch) != self._digests[number]:
+            if number < len(self._digests) and digest(batch) != self._digests[number]:
                 log.warning("calibration batch %d is another one than on the first pass", number)
             seen += 1
             if wanted(number):
@@ -131,7 +140,7 @@ class CalibrationData:
     def key(self) -> str:
         """A digest of the data: equal for equal batches."""
         if self._same_every_pass and len(self._digests) < self._count:
-            self._digests = [_digest(batch) for _, batch in self._passed(check=True)]
+            self._digests = [digest(batch) for _, batch in self._passed(check=True)]
         return hashlib.sha256("".join(self._digests).encode()).hexdigest()
 
     def _passed(self, *, check: bool, chosen: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
@@ -477,7 +486,7 @@ def _holds_text(value: Any) -> bool:
     return any(isinstance(leaf, (str, bytes)) for leaf in _leaves(value))
 
 
-def _digest(batch: Any) -> str:
+def digest(batch: Any) -> str:
     """A digest of all that a batch holds."""
     found = hashlib.blake2b(digest_size=16)
     items = batch.items() if isinstance(batch, Mapping) else [("", batch)]

@@ -194,10 +194,10 @@ class Output(AbstractContextManager["Output"]):
             cause = f"cannot write {what} to `{self.directory}`: {_words(error)}"
             if finished is None:
                 raise OutputError(cause) from error
-            place = self.keep()
+            place = self._keep()
             raise OutputError(f"{cause}; {finished} is complete in `{place}`, write the rest there") from error
 
-    def keep(self) -> Path:
+    def _keep(self) -> Path:
         """Give what was written a name that says it is not complete, and let go of it; returns its place."""
         with uninterrupted():
             base = self._place / "fips" if self._in_place else self._place

@@ -166,7 +166,7 @@ def compare(
         result = compare_source(
             model, DataConfig(**fields), DataConfig(**scored), output, methods=methods.split(",") if methods else None,
             sizes=numbers("--bits", sizes, float), seeds=numbers("--seeds", seeds, int), layers=layers or "blocks",
-            dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=bars.counter("compare"),
+            dtype=dtype, device=device, trust_remote_code=trust_remote_code, bars=bars,
         )  # fmt: skip
     if as_json:
         print_json(result.to_dict())
