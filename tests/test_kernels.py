@@ -244,6 +244,32 @@ def test_inputs_of_8_bits_share_a_scale_64_at_a_time(isa: str, fmt: str, values:
                 assert float((y - exact_y).norm() / exact_y.norm()) < 2e-2
 
 
+@needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [0, 16, 64])
+def test_the_largest_integers_beside_the_largest_inputs_of_8_bits(group: int, bits: int, isa: str) -> None:
+    """Sums of products have room for them, whatever the signs."""
+    rows, cols, most = 30, 320, 1 << (bits - 1)
+    ends = torch.tensor([-most, most - 1], dtype=torch.int8)
+    generator = torch.Generator().manual_seed(bits)
+    numbers = ends[torch.randint(0, 2, (rows, cols), generator=generator)]
+    numbers[:4] = ends[torch.tensor([[0], [1], [0], [1]])]
+    groups = rows * -(-cols // group) if group else 0
+    packed = Packed(
+        numbers.flatten() if bits == 8 else pack_integers(numbers.flatten(), bits=bits),
+        torch.empty(0, dtype=torch.uint8), torch.ones(rows), (rows, cols), "full",
+        value_format=f"int{bits}" + (f"g{group}" if group else ""), count=0 if bits == 8 else numbers.numel(),
+        group_scales=torch.randint(1, 256, (groups,), generator=generator).to(torch.uint8) if group else None,
+    )  # fmt: skip
+    for tokens in (1, 4, 5, 8, 9, 37):
+        x = torch.randint(0, 2, (tokens, cols), generator=generator) * 254.0 - 127.0
+        x[0], x[-1] = 127.0, -127.0
+        y = cpu.multiply(x, cpu.prepare(packed), isa=isa, activation_bits=8).double()
+        expected = x.double() @ to_dense(packed).double().T
+        assert float((y - expected).abs().max()) <= 1e-5 * float(expected.abs().max()), tokens
+
+
 def leveled(packed: Packed, values: str, rotation: int = 1) -> Packed:
     """The matrix of int8 values with their highest bits as codes of levels, and random group scales where there are."""
     numbers = values_named(values)

@@ -1,22 +1,28 @@
-// Many tokens in 8 bits beside numbers of at most 8: both are words of 16 bits, so that one instruction multiplies 16 of
-// them and adds pairs, twice as many as of floats. Rows are decoded a few at a time, as in row_blocks256.h.
+// Many tokens in 8 bits beside numbers of at most 8, of which one instruction multiplies 16 or 32 and adds some together,
+// where it multiplies 8 floats. Rows are decoded a few at a time, as in row_blocks256.h.
 #pragma once
-#include "inputs256.h"
 #include "row_blocks256.h"
+#include "full256.h"
+#include "trellis256.h"
 
 namespace {
 
-constexpr int64_t kWordRows = 24; // with the tokens of a block they fit into 32 KB
+constexpr int64_t kDigitRows = 24; // as words, with the tokens of a block, they fit into 32 KB
 
-// Tokens as digits, 64 of which share a scale: [token block][cols / 2][tokens of the block][2], and the scales
-// [token block][cols / 64][tokens of the block]; zero where there is no column or no token.
-struct DigitTokens {
-  int16_t *digits;
+// Tokens as digits, 64 of which share a scale; `together` columns of a token fill a lane of 32 bits:
+// [token block][cols / together][tokens of the block][together], and the scales [token block][cols / 64][tokens of the
+// block]; zero where there is no column or no token. For every `unit` of columns `surplus` is what their sums begin with.
+template <class Numbers> struct DigitTokens {
+  typename Numbers::digit *digits;
   float *scales;
+  int32_t *surplus;
+  int64_t unit;
 };
 
-template <int BLOCK>
-void lay_out_digits(const fips_matrix &a, const fips_call &c, const DigitTokens &to) {
+template <class Numbers, int BLOCK>
+void lay_out_digits(const fips_matrix &a, const fips_call &c, const DigitTokens<Numbers> &to) {
+  using Digit = typename Numbers::digit;
+  constexpr int together = 4 / sizeof(Digit);
   const int64_t padded = round_up(a.cols, 64), blocks = (c.tokens + BLOCK - 1) / BLOCK;
   with_inputs(c, [&](auto values) {
     using Values = decltype(values);
@@ -24,7 +30,7 @@ void lay_out_digits(const fips_matrix &a, const fips_call &c, const DigitTokens 
 #pragma omp parallel for collapse(2) num_threads(c.threads) schedule(static)
     for (int64_t b = 0; b < blocks; ++b)
       for (int64_t k = 0; k < padded; k += 64) {
-        alignas(32) int16_t rows[BLOCK][64] = {};
+        alignas(32) Digit rows[BLOCK][64] = {};
         float *scales = to.scales + (b * padded + k) / 64 * BLOCK;
         for (int t = 0; t < BLOCK; ++t) {
           scales[t] = 0;
@@ -33,55 +39,258 @@ void lay_out_digits(const fips_matrix &a, const fips_call &c, const DigitTokens 
           read_floats<Values>(x + (b * BLOCK + t) * c.x_stride + k, min_of(64, c.x_columns - k), 64, numbers);
           digits_of(numbers, 64, rows[t], scales + t);
         }
-        auto *pairs = reinterpret_cast<int32_t *>(to.digits + (b * padded + k) * BLOCK);
-        for (int p = 0; p < 32; ++p)
+        auto *lanes = reinterpret_cast<int32_t *>(to.digits + (b * padded + k) * BLOCK);
+        for (int p = 0; p < 64 / together; ++p)
 #pragma GCC unroll 16
-          for (int t = 0; t < BLOCK; ++t) std::memcpy(pairs + p * BLOCK + t, rows[t] + 2 * p, sizeof *pairs);
+          for (int t = 0; t < BLOCK; ++t) std::memcpy(lanes + p * BLOCK + t, rows[t] + together * p, sizeof *lanes);
+        if constexpr (Numbers::offset)
+          for (int64_t u = 0; u < 64; u += to.unit)
+            for (int t = 0; t < BLOCK; ++t) {
+              int32_t sum = 0;
+              for (int64_t i = u; i < u + to.unit; ++i) sum += rows[t][i];
+              to.surplus[(b * padded + k + u) / to.unit * BLOCK + t] = -Numbers::offset * sum;
+            }
       }
   });
 }
 
-// Columns [k0, k1) of one row as words, zero where nothing is kept.
-template <class Reader, class Cursor>
-void decode_words(const Reader &reader, int64_t row, int64_t k0, int64_t k1, Cursor &cursor, int16_t *to) {
-  for (int64_t k = k0; k < k1; k += 64, to += 64) {
-    __m256i whole[8];
-    read_columns(reader, row, k, cursor, [&](int64_t j, __m256 w) { whole[j / 8] = _mm256_cvtps_epi32(w); });
+// Numbers of at most 8 bits as words of 16, beside words.
+struct Words {
+  using number = int16_t;
+  using digit = int16_t;
+  static constexpr int offset = 0, at_once = 6; // rows
+
+  struct Numbers {
+    __m256i of[2];
+  };
+  template <class Codes> FIPS_INLINE static void read(const Codes &codes, const uint8_t *from, Numbers &to) {
+    codes.read(from, to.of);
+  }
+  FIPS_INLINE static void store_bytes(const __m256i (&bytes)[2], int16_t *to) {
+    auto *out = reinterpret_cast<__m256i *>(to);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      _mm256_store_si256(out + 2 * i, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes[i])));
+      _mm256_store_si256(out + 2 * i + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes[i], 1)));
+    }
+  }
+  FIPS_INLINE static void store_words(const __m256i (&words)[4], int16_t *to) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) // packing takes turns between the halves of registers
-      _mm256_store_si256(reinterpret_cast<__m256i *>(to + 16 * i),
-                         _mm256_permute4x64_epi64(_mm256_packs_epi32(whole[2 * i], whole[2 * i + 1]), 0xD8));
+    for (int i = 0; i < 4; ++i) _mm256_store_si256(reinterpret_cast<__m256i *>(to) + i, words[i]);
+  }
+  // Calls `body` with what reads the numbers of a matrix without a pattern, 64 at a time.
+  template <class Body> static void with_codes(const fips_matrix &a, Body &&body) {
+    switch (a.num_levels ? a.value_bits : a.value_bits + 8) {
+    case 2: return body(Codes<2, true>(a));
+    case 3: return body(Codes<3, true>(a));
+    case 4: return body(Codes<4, true>(a));
+    case 5: return body(Codes<5, true>(a));
+    case 15: return body(Codes<7, false>(a));
+    default: return body(WholeBytes(a));
+    }
+  }
+
+  template <int R, int C>
+  FIPS_INLINE static void add(const int16_t *weights, const int16_t *x, int64_t lanes, __m256i (&acc)[R][C]) {
+    for (int64_t p = 0; p < lanes; ++p) {
+      __m256i xp[C];
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) {
+        xp[j] = _mm256_load_si256(reinterpret_cast<const __m256i *>(x) + p * C + j);
+        __asm__("" : "+x"(xp[j])); // read once
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, weights + r * kDecodedColumns + 2 * p, sizeof pair);
+        const __m256i w = _mm256_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) { // GCC itself multiplies early, for which it has no registers, and copies sums
+          const __m256i products = _mm256_madd_epi16(w, xp[j]);
+          __asm__("vpaddd %1, %0, %0" : "+x"(acc[r][j]) : "x"(products));
+        }
+      }
+    }
+  }
+};
+
+// Integers of `BITS` bits as bytes that are `offset` more, and so have no sign, beside bytes: `STEPS` sums of two products,
+// each at most 2 (2^BITS - 1) 127, have room in words of 16 bits.
+template <int BITS> struct UnsignedBytes {
+  static_assert(BITS <= 6, "two products would not have room, or more bits cost nothing");
+  using number = uint8_t;
+  using digit = int8_t;
+  static constexpr int offset = 1 << (BITS - 1), at_once = 3; // rows: each has a sum more
+  static constexpr int64_t STEPS = 1 << (7 - BITS);
+
+  struct Numbers {
+    __m256i of[2];
+  };
+  template <class Codes> FIPS_INLINE static void read(const Codes &codes, const uint8_t *from, Numbers &to) {
+    codes.read(from, to);
+  }
+  FIPS_INLINE static void store_bytes(const __m256i (&bytes)[2], uint8_t *to) {
+    _mm256_store_si256(reinterpret_cast<__m256i *>(to), bytes[0]);
+    _mm256_store_si256(reinterpret_cast<__m256i *>(to) + 1, bytes[1]);
+  }
+  FIPS_INLINE static void store_words(const __m256i (&words)[4], uint8_t *to) {
+    const __m256i more = _mm256_set1_epi8(char(offset));
+    __m256i bytes[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) // packing takes turns between the halves of registers
+      bytes[i] = _mm256_add_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(words[2 * i], words[2 * i + 1]), 0xD8), more);
+    store_bytes(bytes, to);
+  }
+  template <class Body> static void with_codes(const fips_matrix &a, Body &&body) { body(Codes<BITS, false>(a)); }
+
+  template <int R, int C>
+  FIPS_INLINE static void add(const uint8_t *weights, const int8_t *x, int64_t lanes, __m256i (&acc)[R][C]) {
+    constexpr int together = STEPS < 4 ? int(STEPS) : 4; // every unit of columns is a multiple
+    const int64_t most = min_of(STEPS, lanes);
+    for (int64_t first = 0; first < lanes; first += most) {
+      __m256i sums[R][C];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) sums[r][j] = _mm256_setzero_si256();
+      for (int64_t s = 0; s < most; s += together, x += 32 * C * together, weights += 4 * together)
+#pragma GCC unroll 4
+        for (int p = 0; p < together; ++p) {
+          __m256i xp[C];
+#pragma GCC unroll 4
+          for (int j = 0; j < C; ++j) {
+            xp[j] = _mm256_load_si256(reinterpret_cast<const __m256i *>(x) + p * C + j);
+            __asm__("" : "+x"(xp[j])); // read once
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            int32_t four;
+            std::memcpy(&four, weights + r * kDecodedColumns + 4 * p, sizeof four);
+            const __m256i w = _mm256_set1_epi32(four);
+#pragma GCC unroll 4
+            for (int j = 0; j < C; ++j) {
+              const __m256i products = _mm256_maddubs_epi16(w, xp[j]);
+              __asm__("vpaddw %1, %0, %0" : "+x"(sums[r][j]) : "x"(products));
+            }
+          }
+        }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j)
+          acc[r][j] = _mm256_add_epi32(acc[r][j], _mm256_madd_epi16(sums[r][j], _mm256_set1_epi16(1)));
+    }
+  }
+};
+
+// 64 bytes as codes leave them, brought into the order of their columns.
+template <Order ORDER> FIPS_INLINE void bring_in_order(__m256i (&bytes)[2]) {
+  const __m256i one = bytes[0], two = bytes[1];
+  if constexpr (ORDER == Order::pairs || ORDER == Order::twos) { // even columns, and odd ones
+    const __m256i low = _mm256_unpacklo_epi8(one, two), high = _mm256_unpackhi_epi8(one, two);
+    bytes[0] = _mm256_permute2x128_si256(low, high, 0x20), bytes[1] = _mm256_permute2x128_si256(low, high, 0x31);
+  } else if constexpr (ORDER == Order::quarters) { // every fourth from the first on, from the second on, ...
+    const __m256i even = _mm256_permute2x128_si256(one, two, 0x20), odd = _mm256_permute2x128_si256(one, two, 0x31);
+    const __m256i low = _mm256_unpacklo_epi8(even, odd), high = _mm256_unpackhi_epi8(even, odd);
+    const __m256i first = _mm256_permute2x128_si256(low, high, 0x20), second = _mm256_permute2x128_si256(low, high, 0x31);
+    const __m256i a = _mm256_unpacklo_epi16(first, second), b = _mm256_unpackhi_epi16(first, second);
+    bytes[0] = _mm256_permute2x128_si256(a, b, 0x20), bytes[1] = _mm256_permute2x128_si256(a, b, 0x31);
+  } else if constexpr (ORDER == Order::halves) {
+    bytes[0] = _mm256_permute4x64_epi64(one, 0xD8), bytes[1] = _mm256_permute4x64_epi64(two, 0xD8);
   }
 }
 
-// sums (R, 8 C tokens) += weights (R, 2 pairs) x (2 pairs, 8 C tokens), times the scales of both.
-template <int R, int C>
-FIPS_INLINE void add_digits(const int16_t *weights, const int16_t *x, int64_t pairs, const float *own, int64_t own_stride,
-                            const float *scales, float *sums, int64_t stride) {
+// Columns [k0, k1) of rows from `row0` on of a matrix that `reads_whole` knows. What follows in a row is fetched.
+template <class Numbers>
+void decode_whole(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k0, int64_t k1, typename Numbers::number *to) {
+  Numbers::with_codes(a, [&](const auto &codes) {
+    using Codes = std::decay_t<decltype(codes)>;
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto *from = static_cast<const uint8_t *>(a.values) + ((row0 + r) * a.cols + k0) / 64 * Codes::bytes;
+      for (int64_t k = k0; k < k1; k += 64, from += Codes::bytes) {
+        typename Numbers::Numbers numbers;
+        _mm_prefetch(reinterpret_cast<const char *>(from) + kDecodedColumns / 64 * Codes::bytes, _MM_HINT_T0);
+        Numbers::read(codes, from, numbers);
+        bring_in_order<Codes::order>(numbers.of);
+        Numbers::store_bytes(numbers.of, to + r * kDecodedColumns + k - k0);
+      }
+    }
+  });
+}
+
+// The same of a matrix with a memory.
+template <int BITS, int MEMORY>
+void decode_recalled(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k0, int64_t k1, int16_t *to) {
+  constexpr int64_t bytes = Codes<BITS, true>::bytes;
+  const Codes<BITS, true> codes(a);
+  const Recall<MEMORY> recall(a);
+  const int64_t row_bytes = a.cols / 64 * bytes;
+  for (int64_t k = k0; k < k1; k += 64) {
+    const auto *from = static_cast<const uint8_t *>(a.values) + row0 * row_bytes + k / 64 * bytes;
+    __m256i above[MEMORY + 1][2]; // codes, of this row last
+    const auto read = [&](const uint8_t *place, __m256i (&fields)[2]) {
+      alignas(32) uint8_t last[96];
+      Codes<BITS, true>::fields(codes.within(place, last), fields);
+    };
+#pragma GCC unroll 4
+    for (int back = 1; back <= MEMORY; ++back)
+      if (row0 >= back) read(from - back * row_bytes, above[MEMORY - back]);
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint8_t *place = from + r * row_bytes;
+      _mm_prefetch(reinterpret_cast<const char *>(place) + kDecodedColumns / 64 * bytes, _MM_HINT_T0);
+      if ((row0 + r) % a.run == 0)
+#pragma GCC unroll 4
+        for (int back = 1; back <= MEMORY; ++back) above[MEMORY - back][0] = above[MEMORY - back][1] = _mm256_setzero_si256();
+      read(place, above[MEMORY]);
+      __m256i numbers[2];
+#pragma GCC unroll 2
+      for (int side = 0; side < 2; ++side)
+        numbers[side] = recall.number([&](int at) { return above[at][side]; }, MEMORY);
+      bring_in_order<Codes<BITS, true>::order>(numbers);
+      Words::store_bytes(numbers, to + r * kDecodedColumns + k - k0);
+#pragma GCC unroll 4
+      for (int back = 0; back < MEMORY; ++back) above[back][0] = above[back + 1][0], above[back][1] = above[back + 1][1];
+    }
+  }
+}
+inline void decode_recalled(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k0, int64_t k1, int16_t *to) {
+  switch (a.value_bits) {
+  case 2: return decode_recalled<2, 3>(a, row0, rows, k0, k1, to);
+  case 3: return decode_recalled<3, 2>(a, row0, rows, k0, k1, to);
+  default: return decode_recalled<4, 2>(a, row0, rows, k0, k1, to);
+  }
+}
+
+// The same of any matrix, zero where nothing is kept; `next` are where the values of the rows go on.
+template <class Numbers, class Reader, class Cursor>
+void decode_digits(const fips_matrix &a, const Reader &reader, int64_t row0, int64_t rows, int64_t k0, int64_t k1, Cursor *next,
+                   typename Numbers::number *to) {
+  if constexpr (std::is_same_v<Numbers, Words>)
+    if (a.memory) return decode_recalled(a, row0, rows, k0, k1, to);
+  if (reads_whole(a)) return decode_whole<Numbers>(a, row0, rows, k0, k1, to);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = k0; k < k1; k += 64) {
+      __m256i whole[8], words[4];
+      read_columns(reader, row0 + r, k, next[r], [&](int64_t j, __m256 w) { whole[j / 8] = _mm256_cvtps_epi32(w); });
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        words[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(whole[2 * i], whole[2 * i + 1]), 0xD8);
+      Numbers::store_words(words, to + r * kDecodedColumns + k - k0);
+    }
+}
+
+// sums (R, 8 C tokens) += weights (R, unit) x (unit, 8 C tokens), times the scales of both.
+template <class Numbers, int R, int C>
+FIPS_INLINE void add_digits(const typename Numbers::number *weights, const typename Numbers::digit *x, int64_t unit,
+                            const int32_t *surplus, const float *own, int64_t own_stride, const float *scales, float *sums,
+                            int64_t stride) {
   __m256i acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) acc[r][j] = _mm256_setzero_si256();
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m256i xp[C];
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
-      xp[j] = _mm256_load_si256(reinterpret_cast<const __m256i *>(x) + p * C + j);
-      __asm__("" : "+x"(xp[j])); // read once
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, weights + r * kDecodedColumns + 2 * p, sizeof pair);
-      const __m256i w = _mm256_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) { // GCC itself multiplies early, for which it has no registers, and copies sums
-        const __m256i products = _mm256_madd_epi16(w, xp[j]);
-        __asm__("vpaddd %1, %0, %0" : "+x"(acc[r][j]) : "x"(products));
-      }
-    }
-  }
+    for (int j = 0; j < C; ++j)
+      acc[r][j] = Numbers::offset ? _mm256_load_si256(reinterpret_cast<const __m256i *>(surplus) + j) : _mm256_setzero_si256();
+  Numbers::template add<R, C>(weights, x, unit * int64_t(sizeof *x) / 4, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -93,66 +302,72 @@ FIPS_INLINE void add_digits(const int16_t *weights, const int16_t *x, int64_t pa
 }
 
 // What a thread works with: decoded rows, their scales per `unit` columns, and sums.
-struct DigitBlock {
-  int16_t *weights;
+template <class Numbers> struct DigitBlock {
+  typename Numbers::number *weights;
   float *own, *sums;
 };
 
-template <int R, int C, class Cursor, class Reader>
+template <class Numbers, int R, int C, class Cursor, class Reader>
 void digit_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row0, int64_t t0,
-                 const DigitTokens &x, const DigitBlock &work) {
+                 const DigitTokens<Numbers> &x, const DigitBlock<Numbers> &work) {
   constexpr int64_t block = 8 * C;
-  const int64_t padded = round_up(a.cols, 64), unit = a.scale_group ? min_of(a.scale_group, 64) : 64;
-  const int64_t units = kDecodedColumns / unit;
-  const int64_t rows = min_of(kWordRows, a.rows - row0), tokens = min_of(kTokensPerPass, c.tokens - t0);
+  const int64_t padded = round_up(a.cols, 64), unit = x.unit, units = kDecodedColumns / unit;
+  const int64_t rows = min_of(kDigitRows, a.rows - row0), tokens = min_of(kTokensPerPass, c.tokens - t0);
   const int64_t stride = round_up(tokens, block);
-  std::memset(work.sums, 0, size_t(kWordRows * stride) * sizeof *work.sums);
-  Cursor next[kWordRows];
+  std::memset(work.sums, 0, size_t(kDigitRows * stride) * sizeof *work.sums);
+  Cursor next[kDigitRows];
   for (int64_t r = 0; r < rows; ++r) next[r] = Cursor(a, reader.start(row0 + r));
   for (int64_t k0 = 0; k0 < padded; k0 += kDecodedColumns) {
     const int64_t k1 = min_of(k0 + kDecodedColumns, padded);
+    decode_digits<Numbers>(a, reader, row0, rows, k0, k1, next, work.weights);
     for (int64_t r = 0; r < rows; ++r) {
-      decode_words(reader, row0 + r, k0, k1, next[r], work.weights + r * kDecodedColumns);
       const RowGroups groups = a.scale_group ? RowGroups(a, row0 + r) : RowGroups();
       for (int64_t k = k0; k < k1; k += unit) work.own[r * units + (k - k0) / unit] = a.scale_group ? groups.at(k) : 1.0f;
     }
     for (int64_t t = 0; t < tokens; t += block) {
-      const int16_t *xt = x.digits + (t0 + t) * padded;
+      const auto *xt = x.digits + (t0 + t) * padded;
       const float *scales = x.scales + (t0 + t) * (padded / 64);
+      const int32_t *surplus = x.surplus + (t0 + t) * (padded / unit);
       for (int64_t r = 0; r < rows; r += R)
         for (int64_t k = k0; k < k1; k += unit)
-          add_digits<R, C>(work.weights + r * kDecodedColumns + k - k0, xt + k * block, unit / 2,
-                           work.own + r * units + (k - k0) / unit, units, scales + k / 64 * block,
-                           work.sums + r * stride + t, stride);
+          add_digits<Numbers, R, C>(work.weights + r * kDecodedColumns + k - k0, xt + k * block, unit,
+                                    surplus + k / unit * block, work.own + r * units + (k - k0) / unit, units,
+                                    scales + k / 64 * block, work.sums + r * stride + t, stride);
     }
   }
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t r = 0; r < rows; ++r) store_sum(a, c, row0 + r, t0 + t, work.sums[r * stride + t]);
+  store_block<kDigitRows>(a, c, row0, rows, t0, tokens, work.sums, stride);
 }
 
 // R rows by 8 C tokens fill the registers of the machine.
-template <int R, int C> bool digit_blocks_path(const fips_matrix &a, const fips_call &c) {
+template <class Numbers, int R, int C> bool digit_blocks_path(const fips_matrix &a, const fips_call &c) {
   constexpr int64_t block = 8 * C, most_units = kDecodedColumns / 16;
-  static_assert(kWordRows % R == 0 && kTokensPerPass % block == 0, "blocks do not fill their buffers");
+  static_assert(kDigitRows % R == 0 && kTokensPerPass % block == 0, "blocks do not fill their buffers");
   const int64_t padded = round_up(a.cols, 64), tokens = round_up(c.tokens, block);
-  const DigitTokens x{scratch<int16_t>(Scratch::tokens, tokens * padded),
-                      scratch<float>(Scratch::scales, tokens * (padded / 64))};
+  const int64_t unit = a.scale_group ? min_of(a.scale_group, 64) : 64;
+  const DigitTokens<Numbers> x{scratch<typename Numbers::digit>(Scratch::tokens, tokens * padded),
+                               scratch<float>(Scratch::scales, tokens * (padded / 64)),
+                               scratch<int32_t>(Scratch::surplus, Numbers::offset ? tokens * (padded / unit) : 0), unit};
   const int64_t most = round_up(min_of(kTokensPerPass, c.tokens), block);
-  const PerThread<float> sums(Scratch::sums, kWordRows * (most + most_units), c.threads);
-  const PerThread<int16_t> weights(Scratch::weights, kWordRows * kDecodedColumns, c.threads);
-  lay_out_digits<block>(a, c, x);
-  const int64_t chunks = (a.rows + kWordRows - 1) / kWordRows;
+  const PerThread<float> sums(Scratch::sums, kDigitRows * (most + most_units), c.threads);
+  const PerThread<typename Numbers::number> weights(Scratch::weights, kDigitRows * kDecodedColumns, c.threads);
+  lay_out_digits<Numbers, block>(a, c, x);
+  const int64_t chunks = (a.rows + kDigitRows - 1) / kDigitRows;
   const int64_t passes = (c.tokens + kTokensPerPass - 1) / kTokensPerPass;
   return with_cursor(a, [&](const auto &reader, auto cursor) {
     if constexpr (reads_integers<decltype(cursor)>) {
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic) collapse(2)
       for (int64_t pass = 0; pass < passes; ++pass)
         for (int64_t i = 0; i < chunks; ++i) {
-          const DigitBlock work{weights.mine(), sums.mine() + kWordRows * most, sums.mine()};
-          digit_chunk<R, C, decltype(cursor)>(a, c, reader, i * kWordRows, pass * kTokensPerPass, x, work);
+          const DigitBlock<Numbers> work{weights.mine(), sums.mine() + kDigitRows * most, sums.mine()};
+          digit_chunk<Numbers, R, C, decltype(cursor)>(a, c, reader, i * kDigitRows, pass * kTokensPerPass, x, work);
         }
     }
   });
+}
+
+template <class Numbers> bool digit_blocks_path(const fips_matrix &a, const fips_call &c) {
+  if (c.tokens <= 8) return digit_blocks_path<Numbers, 6, 1>(a, c);
+  return digit_blocks_path<Numbers, Numbers::at_once, 2>(a, c);
 }
 
 } // namespace

@@ -117,11 +117,21 @@ int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
   return skip ? FIPS_TOKENS : FIPS_TILES;
 }
 
+// Whether the variant for AVX2 multiplies tokens of 8 bits on the tiles path: see fips_tiles_256.
+bool tiles_of_digits(const fips_call &c) {
+#if defined(__aarch64__)
+  (void)c;
+  return false;
+#else
+  return c.path == FIPS_TILES && fixed_planes(c) == 1;
+#endif
+}
+
 // Whether the variant that will run reads integers of less than 8 bits as they are.
 bool reads_narrow(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS || c.path == FIPS_TOKENS) return false;
   if (a.memory && !recalls(a)) return false;
-  if (a.memory && level < FIPS_AVX512 && (c.path != FIPS_DIRECT || a.cols % 64)) return false;
+  if (a.memory && level < FIPS_AVX512 && (a.cols % 64 || !(c.path == FIPS_DIRECT || tiles_of_digits(c)))) return false;
   if (a.num_levels && a.format != FIPS_FULL) return false;
   return level >= FIPS_VECTORS_256;
 }

@@ -217,8 +217,8 @@ FIPS_INLINE float bf16_to_float(uint16_t bits) {
 inline uint16_t float_to_bf16(float value) { // to nearest even, NaN stays NaN
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  const uint32_t rounded = bits + 0x7FFF + (bits >> 16 & 1); // both are made, so that loops are vectors
+  return uint16_t(((bits & 0x7FFFFFFF) > 0x7F800000 ? bits | 0x400000 : rounded) >> 16);
 }
 
 inline float f16_to_float(uint16_t bits) {
@@ -270,6 +270,16 @@ inline void store_float(void *data, int type, int64_t index, float value) {
   case FIPS_F32: static_cast<float *>(data)[index] = value; break;
   case FIPS_BF16: static_cast<uint16_t *>(data)[index] = float_to_bf16(value); break;
   default: static_cast<uint16_t *>(data)[index] = float_to_f16(value); break;
+  }
+}
+
+// Several that lie together.
+inline void store_floats(void *data, int type, int64_t first, const float *from, int64_t count) {
+  if (type == FIPS_BF16) {
+    auto *to = static_cast<uint16_t *>(data) + first;
+    for (int64_t i = 0; i < count; ++i) to[i] = float_to_bf16(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) store_float(data, type, first + i, from[i]);
   }
 }
 

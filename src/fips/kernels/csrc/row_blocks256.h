@@ -19,6 +19,25 @@ void decode_floats(const Reader &reader, const Groups &groups, int64_t row, int6
     });
 }
 
+// The outputs of a block from its sums (rows, tokens), as a matrix (tokens, rows).
+template <int64_t MOST>
+void store_block(const fips_matrix &a, const fips_call &c, int64_t row0, int64_t rows, int64_t t0, int64_t tokens,
+                 const float *sums, int64_t stride) {
+  constexpr int64_t few = 16;
+  float turned[few][MOST];
+  for (int64_t t = 0; t < tokens; t += few) {
+    const int64_t count = min_of(few, tokens - t);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float scale = a.scales ? a.scales[row0 + r] : 1.0f;
+      for (int64_t i = 0; i < count; ++i) turned[i][r] = sums[r * stride + t + i] * scale;
+      if (!c.bias) continue;
+      const float bias = load_float(c.bias, c.y_type, row0 + r);
+      for (int64_t i = 0; i < count; ++i) turned[i][r] += bias;
+    }
+    for (int64_t i = 0; i < count; ++i) store_floats(c.y, c.y_type, (t0 + t + i) * c.y_stride + row0, turned[i], rows);
+  }
+}
+
 // sums (R, C vectors of tokens) += weights (R, count) x (count, C vectors)
 template <class V, int R, int C>
 void add_block(const float *weights, const float *x, int64_t count, float *sums, int64_t stride) {
@@ -63,8 +82,7 @@ void blocks_chunk(const fips_matrix &a, const fips_call &c, const Reader &reader
         add_block<V, R, C>(weights + r * kDecodedColumns, x_all + (t0 + t) * a.cols + k0 * block, k1 - k0,
                            sums + r * stride + t, stride);
   }
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t r = 0; r < rows; ++r) store_sum(a, c, row0 + r, t0 + t, sums[r * stride + t]);
+  store_block<kDecodedRows>(a, c, row0, rows, t0, tokens, sums, stride);
 }
 
 // R rows by C vectors of tokens fill the registers of the machine.

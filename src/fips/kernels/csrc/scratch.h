@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-enum class Scratch { tokens, scales, sums, weights, bytes, rotated, count };
+enum class Scratch { tokens, scales, sums, weights, bytes, rotated, surplus, count };
 
 // At least so many bytes for one use; what was there before is lost. Throws std::bad_alloc.
 void *fips_scratch(Scratch use, int64_t bytes);
