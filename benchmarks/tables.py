@@ -218,9 +218,9 @@ def generation() -> str:
     return markdown(head, rows)
 
 
-def generation_turns() -> str:
+def generation_turns(isa: str) -> str:
     """Models that generate in turn, and how many times as fast as llama.cpp within a turn."""
-    found = load("generation-turns-avx2")["results"]
+    found = load(f"generation-turns-{isa}")["results"]
     rows = [
         [
             label, f"{one['file_bytes'] / 1e6:.0f} MB", f"{one['tokens_per_s']:.1f}", f"{one['tokens_ratio']:.2f}",
@@ -720,7 +720,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "whole": whole,
     "generation": generation,
-    "generation-turns-avx2": generation_turns,
+    **{f"generation-turns-{isa}": functools.partial(generation_turns, isa) for isa in ("avx2", "avx512")},
     "generation-smollm2": generation_smollm2,
     "dense-layers": dense_layers,
     "overfit": overfit,

@@ -206,13 +206,13 @@ ROUNDS_MANY = "FIPS_BRIDGE" not in os.environ
     ("values", "rotation"),
     [("int8", 1), ("int4", 1), ("int4g16", 1), ("int2g32", 1), ("int3g32", 1), ("int5g16", 1), ("int8g32", 1),
      ("int4g64", 1), ("int6g128", 1), ("nl2g16", 1), ("nl4", 64),
-     ("nl3g64", 16)],
+     ("nl3g64", 16), ("int3", 1), ("int5g64", 1), ("nl2g128", 1), ("nl5g64", 64)],
 )  # fmt: skip
 @pytest.mark.parametrize("fmt", ["full", "bitmask", "2:4"])
 @pytest.mark.parametrize("isa", cpu.isa_names())
 def test_inputs_of_8_bits_share_a_scale_64_at_a_time(isa: str, fmt: str, values: str, rotation: int) -> None:
     numbers = values_named(values)
-    for shape in ((40, 384), (150, 64 * 9 + 32), (33, 2048 + 128)):
+    for shape in ((40, 384), (150, 64 * 9 + 32), (33, 2048 + 128), (43, 320), (14, 4096 + 64)):
         if shape[1] % rotation:
             continue
         packed = example(fmt, shape, dtype=torch.int8)
@@ -711,6 +711,7 @@ def test_no_byte_behind_whole_rows_is_read(values: str, isa: str) -> None:
     for tokens in (1, 4):
         x = inputs(tokens, 192, torch.float32)
         assert_close(cpu.multiply(x, cpu.prepare(packed), isa=isa), exact_grouped(x, packed), TOLERANCE[torch.float32])
+        cpu.multiply(x, cpu.prepare(packed), isa=isa, activation_bits=8)  # would end the process
 
 
 def at_the_end_of_a_page(values: Tensor) -> Tensor:

@@ -187,10 +187,13 @@ void recalled_digits(const fips_matrix &a, const fips_call &c, const RecalledRow
     for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, _mm512_reduce_add_ps(sums[r][t]) + added[r][t]);
 }
 
+// Of 128 columns in two registers.
+enum class DigitOrder { columns, even_and_odd, far_halves };
+
 // How the rows of a matrix are gone through, for T tokens: `Base` row by row.
 template <class Base, int T> struct SingleRows {
   static constexpr int rows = 1;
-  static constexpr bool parted = false; // into digits of even columns and odd ones
+  static constexpr DigitOrder order = DigitOrder::columns;
   explicit SingleRows(const fips_matrix &) {}
   template <class Factors, class Reader>
   void multiply(const fips_matrix &a, const fips_call &c, const Reader &reader, int64_t row, const DigitToken *tokens,
@@ -201,7 +204,7 @@ template <class Base, int T> struct SingleRows {
 
 template <int MEMORY, int T> struct SeveralRows : RecalledRows<MEMORY> {
   static constexpr int rows = kRecalledRows;
-  static constexpr bool parted = false;
+  static constexpr DigitOrder order = DigitOrder::columns;
   using RecalledRows<MEMORY>::RecalledRows;
   template <class Factors, class Reader>
   void multiply(const fips_matrix &a, const fips_call &c, const Reader &, int64_t row, const DigitToken *tokens,
@@ -237,9 +240,14 @@ inline bool reads_half_bytes(const fips_matrix &a) {
   return true;
 }
 
-inline void part_even_and_odd(const DigitLayout &layout, uint8_t *digits) {
-  for (int64_t k = 0; k < layout.padded; k += 128) {
+template <DigitOrder ORDER> void arrange(const DigitLayout &layout, uint8_t *digits) {
+  for (int64_t k = 0; ORDER != DigitOrder::columns && k < layout.padded; k += 128) {
     const __m512i low = _mm512_load_si512(digits + k), high = _mm512_load_si512(digits + k + 64);
+    if constexpr (ORDER == DigitOrder::far_halves) {
+      _mm512_store_si512(digits + k, _mm512_shuffle_i32x4(low, high, 0x44));
+      _mm512_store_si512(digits + k + 64, _mm512_shuffle_i32x4(low, high, 0xEE));
+      continue;
+    }
     const auto joined = [&](__m256i left, __m256i right) {
       return _mm512_inserti64x4(_mm512_castsi256_si512(left), right, 1);
     };
@@ -251,24 +259,32 @@ inline void part_even_and_odd(const DigitLayout &layout, uint8_t *digits) {
   }
 }
 
-inline __m512i half_byte_table(const fips_matrix &a) { // of the numbers with 128 added, whatever lies above the place
+inline __m512i lifted_numbers(const fips_matrix &a) { // of all codes with 128 added, whatever lies above the place
   if (a.memory) return lifted(repeated(a.levels, a.num_levels));
-  alignas(16) int8_t numbers[16];
-  for (int code = 0; code < 16; ++code) numbers[code] = int8_t(number_of(a, code));
-  return lifted(repeated(numbers, 16));
+  alignas(64) int8_t numbers[64];
+  for (int i = 0; i < 64; ++i) numbers[i] = int8_t(number_of(a, i & ((1 << a.value_bits) - 1)));
+  return lifted(_mm512_load_si512(numbers));
+}
+
+// The products of 128 columns, of which the first half of either register is of one block and the second half of the next.
+FIPS_INLINE __m512 add_pair(__m512i first, __m512i second, const uint8_t *digits, const float *factors, __m512 sum) {
+  __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_load_si512(digits));
+  dot = _mm512_dpbusd_epi32(dot, second, _mm512_load_si512(digits + 64));
+  const __m512 both = _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(factors[0]), _mm512_set1_ps(factors[1]));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, sum);
 }
 
 // Codes of 4 bits, two rows at a time and as they lie in the stream: a permutation of bytes looks up the number of
 // either half of a byte. Digits lie as these halves do: of 128 columns first those with even numbers.
 template <int MEMORY, int T> struct HalfByteRows : NarrowStream {
   static constexpr int rows = 2; // more are slower where they come from memory
-  static constexpr bool parted = true;
+  static constexpr DigitOrder order = DigitOrder::even_and_odd;
   static constexpr int64_t ahead = 1024; // bytes behind the last of these rows: they are fetched in the order they lie
   int64_t row_bytes;
   __m512i table;
   HalfMaps maps[2];
   explicit HalfByteRows(const fips_matrix &a)
-      : NarrowStream(a), row_bytes(a.cols / 2), table(half_byte_table(a)) {
+      : NarrowStream(a), row_bytes(a.cols / 2), table(lifted_numbers(a)) {
     for (int back = 0; back < MEMORY; ++back) maps[back] = half_maps(a.history + 16 * back);
   }
 
@@ -312,11 +328,7 @@ template <int MEMORY, int T> struct HalfByteRows : NarrowStream {
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
           const uint8_t *digits = tokens[t].digits + k;
-          __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights[0], _mm512_load_si512(digits));
-          dot = _mm512_dpbusd_epi32(dot, weights[1], _mm512_load_si512(digits + 64));
-          const float *pair = factors[r][t].factors + k / 64;
-          const __m512 both = _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(pair[0]), _mm512_set1_ps(pair[1]));
-          sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, sums[r][t]);
+          sums[r][t] = add_pair(weights[0], weights[1], digits, factors[r][t].factors + k / 64, sums[r][t]);
         }
       }
     }
@@ -324,6 +336,68 @@ template <int MEMORY, int T> struct HalfByteRows : NarrowStream {
       for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, _mm512_reduce_add_ps(sums[r][t]) + added[r][t]);
   }
 };
+
+// Codes of 2 to 5 bits, some rows at a time and 128 columns in two steps: a register holds the codes of 32 columns and of
+// those 64 further on, so that its first half is of one block of digits and its second half of the next, and the sums of
+// all 128 become floats together. Digits lie in the same order. A permutation of bytes looks up every number, whatever
+// lies above the bits of its code.
+template <int ROWS, int T> struct FarHalves : NarrowStream {
+  static constexpr int rows = ROWS;
+  static constexpr DigitOrder order = DigitOrder::far_halves;
+  int64_t row_bytes, half, step; // bytes of a row, of 32 codes, of 128
+  __m512i far, shifts, table;
+  explicit FarHalves(const fips_matrix &a)
+      : NarrowStream(a), row_bytes(a.cols / 8 * a.value_bits), half(4 * a.value_bits), step(16 * a.value_bits),
+        shifts(_mm512_load_si512(narrow_tables.low_shifts[a.value_bits][0])), table(lifted_numbers(a)) {
+    alignas(64) uint8_t at[64];
+    for (int i = 0; i < 64; ++i) at[i] = uint8_t((i / 8 + i / 32 * 4) * a.value_bits + i % 8);
+    far = _mm512_load_si512(at);
+  }
+
+  template <class Reader>
+  void multiply(const fips_matrix &a, const fips_call &c, const Reader &, int64_t row, const DigitToken *tokens,
+                const UnitFactors (*factors)[T], const float (*added)[T]) const {
+    const int64_t from = row * row_bytes;
+    if (from + rows * row_bytes + half <= last) // no load leaves the stream
+      multiply(a, c, row, from, tokens, factors, added, [&](int64_t at) { return _mm512_loadu_si512(stream + at); });
+    else
+      multiply(a, c, row, from, tokens, factors, added, [&](int64_t at) { return bytes(at); });
+  }
+
+  template <class Load>
+  FIPS_INLINE void multiply(const fips_matrix &a, const fips_call &c, int64_t row, int64_t from,
+                            const DigitToken *tokens, const UnitFactors (*factors)[T], const float (*added)[T],
+                            const Load &load) const {
+    constexpr int R = rows;
+    const int left = int(min_of(R, a.rows - row));
+    __m512 sums[R][T] = {};
+    for (int64_t k = 0, at = from; k < a.cols; k += 128, at += step) {
+      const char *next = reinterpret_cast<const char *>(stream) + from + R * (row_bytes + at - from);
+      for (int64_t line = 0; line < R * step; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const int64_t own = at + min_of(r, left - 1) * row_bytes;
+        const auto weights = [&](int64_t place) {
+          const __m512i fields = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(far, load(place)));
+          return _mm512_permutexvar_epi8(fields, table);
+        };
+        const __m512i first = weights(own), second = weights(own + half);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const uint8_t *digits = tokens[t].digits + k;
+          sums[r][t] = add_pair(first, second, digits, factors[r][t].factors + k / 64, sums[r][t]);
+        }
+      }
+    }
+    for (int r = 0; r < left; ++r)
+      for (int t = 0; t < T; ++t) store_sum(a, c, row + r, t, _mm512_reduce_add_ps(sums[r][t]) + added[r][t]);
+  }
+};
+
+inline bool reads_far_halves(const fips_matrix &a) {
+  if (a.format != FIPS_FULL || a.memory || a.cols % 64 || (a.scale_group && a.scale_group < 64)) return false;
+  return a.value_bits <= 5; // else half a step would not lie in one register
+}
 
 template <class Rows, int T, class Reader>
 void digits_rows(const fips_matrix &a, const fips_call &c, const Reader &reader, const DigitLayout &layout,
@@ -349,7 +423,7 @@ void digits_rows(const fips_matrix &a, const fips_call &c, const Reader &reader,
         scale_blocks<T>(a, row + r, layout, tokens, mine + r * T * stride, added[r]);
         for (int t = 0; fine && t < T; ++t) lanes[r][t].groups = RowGroups(a, row + r);
       }
-      if constexpr (!Rows::parted) { // groups of parted digits are no smaller than 64 columns
+      if constexpr (Rows::order == DigitOrder::columns) { // else groups are no smaller than 64 columns
         if (fine) {
           how.multiply(a, c, reader, row, tokens, lanes, added);
           continue;
@@ -368,7 +442,7 @@ template <class Base, class Rows, int T> bool digits_path(const fips_matrix &a, 
   DigitToken tokens[T];
   for (int t = 0; t < T; ++t) {
     prepare_digits(c, t, layout, x + t * nbytes);
-    if (Rows::parted) part_even_and_odd(layout, x + t * nbytes);
+    arrange<Rows::order>(layout, x + t * nbytes);
     tokens[t] = layout.place(x + t * nbytes);
   }
   const PerThread<float> products(Scratch::sums, Rows::rows * T * layout.stride(), c.threads);
@@ -383,6 +457,10 @@ template <class Base, int T> bool digits_path(const fips_matrix &a, const fips_c
   constexpr int memory = recalled_rows<typename Base::Cursor>;
   if constexpr (Base::Cursor::whole && (memory == 0 || memory == 2)) {
     if (reads_half_bytes(a)) return digits_path<Base, HalfByteRows<memory, T>, T>(a, c);
+  }
+  if constexpr (Base::Cursor::whole && memory == 0) {
+    if (reads_far_halves(a) && a.cols <= 4096) return digits_path<Base, FarHalves<4, T>, T>(a, c);
+    if (reads_far_halves(a)) return digits_path<Base, FarHalves<2, T>, T>(a, c);
   }
   if constexpr (memory > 0) {
     if (a.cols % 64 == 0) return digits_path<Base, SeveralRows<memory, T>, T>(a, c);
