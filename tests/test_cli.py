@@ -223,7 +223,7 @@ BAD_INPUT: dict[str, Case] = {
     "unknown device": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--device", "tpu9"], 2, "tpu9"),
     "unknown option": (["compress", "VIT", "--frobnicate"], 2, "`fips compress --help` lists the options"),
     "option of another type": (["compress", "VIT", "--bits", "x"], 2, "'--bits': Input should be a valid number"),
-    "unknown command": (["comprss", "VIT"], 2, "Did you mean 'compress'"),
+    "unknown command": (["comprss", "VIT"], 2, "Did you mean 'compress', 'compare'? `fips --help` lists the options"),
     "nothing but an output": (["compress"], 2, "missing: MODEL, a size (--bits, --size or --budget), --data DATA"),
     "bits beyond 16": (
         ["compress", "VIT", "--data", "IMAGES", "--bits", "35"], 2, "got 35.0 (stored bits per weight of the compressed"

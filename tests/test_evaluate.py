@@ -452,8 +452,18 @@ class TestAgainst:
 
     @pytest.mark.parametrize("size", [32, 80])
     def test_another_vocabulary(self, size: int, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=f"`against` knows {size} tokens, the model 64: give the original"):
+        with pytest.raises(
+            ModelError, match=f"LlamaForCausalLM` of {size} tokens, the model a `LlamaForCausalLM` of 64 t"
+        ):
             evaluate(sharp_llama, text_batches(tmp_path), against=tiny_model("llama", vocab_size=size))
+
+    def test_a_model_of_another_kind(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
+        vit = tiny_model("vit")
+        vit.config.num_labels = sharp_llama.config.num_labels
+        with pytest.raises(
+            ModelError, match=r"`against` is a `ViT.*`, the model a `LlamaForCausalLM`: give the original"
+        ):
+            evaluate(sharp_llama, text_batches(tmp_path), against=vit)
 
     def test_one_window_has_no_standard_error(self, sharp_llama: PreTrainedModel, tmp_path: Path) -> None:
         batches = text_batches(tmp_path, num_samples=1)

@@ -53,12 +53,12 @@ def compare_source(
     other methods and sizes too.
     """
     require_empty(output)
-    if same_data(evaluation, calibration):
-        log.warning("scoring on the data that is calibrated on, where models are better than on other data")
     original = Source.named(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     methods = methods or known_methods()
     for method in methods:
         method_config(method, bits=sizes[0], seed=0, layers=layers)
+    if same_data(evaluation, calibration):
+        log.warning("scoring on the data that is calibrated on, where models are better than on other data")
     empty = original.empty(compressed=False)
     facts = {
         "source": Path(source).name,

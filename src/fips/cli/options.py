@@ -107,7 +107,9 @@ Bits = Annotated[
 Size = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE", help="Of the whole file: bytes (400MB), a share (25%), or 4x smaller.", rich_help_panel=SIZE
+        metavar="SIZE",
+        help="Of all tensors in the file: bytes (400MB), a share (25%), or 4x smaller.",
+        rich_help_panel=SIZE,
     ),
 ]
 Sparsity = Annotated[

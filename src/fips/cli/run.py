@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
             show()
         else:
             words = " ".join(str(error.format_message()).split()).rstrip(".")  # type: ignore[attr-defined]
-            say(f"error: {words}; `{context.command_path} --help` lists the options")
+            end = " " if words.endswith("?") else "; "
+            say(f"error: {words}{end}`{context.command_path} --help` lists the options")
         return int(getattr(error, "exit_code", 2))
 
 

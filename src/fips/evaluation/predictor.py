@@ -92,14 +92,17 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 def require_comparable(model: nn.Module, against: nn.Module) -> None:
     """Raise ``ModelError`` for two models that cannot be asked the same; they may be without weights."""
-    for what, sizes in (
-        ("tokens", [vocabulary_size(one) for one in (model, against)]),
-        ("classes", [getattr(getattr(one, "config", None), "num_labels", None) for one in (model, against)]),
-    ):
-        if None not in sizes and sizes[0] != sizes[1]:
-            raise ModelError(
-                f"`against` knows {sizes[1]} {what}, the model {sizes[0]}: give the original that it was made from"
-            )
+    both = (against, model)
+    said = [f"a `{type(one).__name__}`" for one in both]
+    known = all(hasattr(one, "config") for one in both)
+    tokens = [vocabulary_size(one) for one in both]
+    classes = [getattr(getattr(one, "config", None), "num_labels", None) for one in both]
+    for what, sizes in (("tokens", tokens), ("classes", classes)):
+        if sizes[0] == sizes[1] or (None in sizes and (what == "classes" or not known)):
+            continue
+        if None not in sizes:
+            said = [f"{name} of {size} {what}" for name, size in zip(said, sizes, strict=True)]
+        raise ModelError(f"`against` is {said[0]}, the model {said[1]}: give the original that it was made from")
 
 
 def check_vocabulary(model: nn.Module, input_ids_ET: Tensor) -> None:

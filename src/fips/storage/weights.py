@@ -143,7 +143,10 @@ class MappedFiles:
         if self._places and found.nbytes >= LARGE:
             begin = found.data_ptr() // size * size
             self._advise(begin, -(-(found.data_ptr() + found.nbytes) // size) * size - begin, HUGE_PAGES)
-        found.copy_(tensor)
+        if tensor.is_contiguous():  # `copy_` would share it among threads of its own, which wait for each other awake
+            ctypes.memmove(found.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+        else:
+            found.copy_(tensor)
         first = tensor.data_ptr()
         last = first + tensor.nbytes
         if any(start <= first and last <= end for start, end in self._places):
