@@ -245,6 +245,14 @@ class TestImages:
             "num_samples": 9, "size": [3, 8, 8], "processor": "ViTImageProcessorPil", "num_classes": 3,
         }  # fmt: skip
 
+    def test_linked_folders_are_named(self, photos: Path, tmp_path: Path) -> None:
+        linked = tmp_path / "linked"
+        linked.mkdir()
+        for name in ("dog", "ant"):
+            (linked / name).symlink_to(photos / name)
+        with pytest.raises(DataError, match="copies in place of links such as `ant`, which are not followed"):
+            image_batches(linked)
+
     def test_same_batches_every_time(self, photos: Path) -> None:
         batches = image_batches(photos, purpose="calibration")
         again = image_batches(photos, purpose="calibration")

@@ -159,9 +159,9 @@ def compare(
     moments: MomentCache = {}
     for done, (method, config) in enumerate(jobs):
         name = f"{method} at {config.bits:g} bits"
-        bars.show("compare", done, len(jobs), group=name)
         piece = f"{name}, seed {config.seed}"
         known = None if store is None else store.get(piece)
+        bars.show("compare", done, len(jobs), group=name if known is None else f"{name}, kept from before")
         if known is not None:
             runs.append(Run.kept(known[1]))
             continue

@@ -159,7 +159,7 @@ def compress_to_directory(
             announce(expected.line())
             if kept := kept_seconds(work):
                 words = f"`{work.name}` keeps what earlier runs finished in {kept:.0f} s"
-                announce(f"{words}: with the same settings this one goes on from there")
+                announce(f"{words}: a run with the same settings and data goes on from there")
         model = original.dense()
         examples = PixelBatches(batches) if is_timm_model(model) else batches
         report = compress(model, examples, recipe.compression, progress=progress, work=work)

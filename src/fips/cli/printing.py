@@ -72,7 +72,7 @@ def tell_file(source: str | None) -> None:
     if source is not None and is_gguf_source(source):
         file = Path(source)
         size = f" takes {format_bytes(file.stat().st_size)}" if file.is_file() else " is smaller"
-        stdout.tell(f"sizes before are of its numbers as floats; the GGUF file itself{size}")
+        stdout.tell(f"the sizes before compression are those of its numbers as floats; the GGUF file itself{size}")
 
 
 def print_compression(done: Any, output: Path, *, as_json: bool) -> None:

@@ -179,10 +179,18 @@ def loading_errors(source: str, *, local: bool) -> Iterator[None]:
         raise
     except Exception as error:
         if local:
-            hint = "check that the files are complete and of the type their suffix says"
+            hint = "check that the files are complete and of the type their suffix says" + _linked(source)
         else:
             hint = "no file or directory has this name: check it, or the id, network and login"
         raise DataError(f"`{source}` cannot be loaded: {first_line(error)}; {hint}") from error
+
+
+def _linked(source: str) -> str:
+    """What to know of folders inside a folder that are links."""
+    if not os.path.isdir(source):
+        return ""
+    links = [entry.name for entry in os.scandir(source) if entry.is_symlink() and entry.is_dir()]
+    return f", and give copies in place of links such as `{min(links)}`, which are not followed" if links else ""
 
 
 def first_line(error: Exception) -> str:

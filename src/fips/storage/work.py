@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,8 @@ __all__ = ["WorkDirectory", "kept_seconds", "kept_work"]
 RUN, LOG, SECONDS = "run.json", "log.txt", "seconds.txt"
 SUFFIX = ".safetensors"
 UNSET = object()
+MOST_SHOWN = 3
+"""Differences to the run of a work directory that an error names."""
 
 
 class WorkDirectory:
@@ -63,10 +66,11 @@ class WorkDirectory:
             name for name in {*found, *self._fingerprint} if found.get(name) != self._fingerprint.get(name)
         )
         if differing:
-            place, there, now = _difference(found, self._fingerprint)
+            changes = _changes(found, self._fingerprint)
+            shown = f" ({'; '.join(changes[:MOST_SHOWN])})" if changes else ""
             raise OutputError(
-                f"work directory `{self.path}` belongs to a run with other {', '.join(differing)} ({place}: {there} "
-                f"there, {now} now); remove it to start anew, or choose another with `--work`"
+                f"work directory `{self.path}` belongs to a run with other {', '.join(differing)}{shown}; remove it to "
+                "start anew, or choose another with `--work`"
             )
 
     def has(self, name: str) -> bool:
@@ -196,13 +200,20 @@ def _write(path: Path, content: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _difference(there: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str]:
-    """The first place where what two runs are made of differs, and what is written at it."""
-    name = next(key for key in sorted({*there, *now}) if there.get(key, UNSET) != now.get(key, UNSET))
-    old, new = there.get(name, UNSET), now.get(name, UNSET)
-    if isinstance(old, dict) and isinstance(new, dict):
-        return _difference(old, new)
-    return name, _short(old), _short(new)
+def _changes(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs in what two runs are made of, and what is written there; digests say nothing and are left out."""
+    changes = []
+    for name in sorted({*there, *now}):
+        old, new = there.get(name, UNSET), now.get(name, UNSET)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _changes(old, new)
+        elif old != new and not (_is_digest(old) or _is_digest(new)):
+            changes.append(f"{name}: {_short(old)} there, {_short(new)} now")
+    return changes
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value) is not None
 
 
 def _short(value: Any) -> str:
