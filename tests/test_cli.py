@@ -134,6 +134,14 @@ def test_dry_run_plans_a_recipe_without_weights_or_data(name: str, capsys: Captu
     assert "25.0%" in capsys.readouterr().out
 
 
+def test_a_comparison_without_names_is_of_the_methods_that_train_nothing() -> None:
+    from fips.app.comparing import untrained_methods
+
+    found = untrained_methods(4.8)
+    assert {"fips", "gptq", "sparsegpt", "svd"} <= set(found)
+    assert not {"fips-paper", "fips-shared", "no-sharing"} & set(found)
+
+
 @pytest.mark.slow
 def test_compare_says_that_the_data_is_not_other_data(
     llama_directory: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -18,18 +18,24 @@ from fips.app.sources import Source
 from fips.bars import Bars
 from fips.calibration.inputs import CalibrationData, digest
 from fips.compression import circumstances
-from fips.config import DataConfig, known_methods, same_data
+from fips.config import DataConfig, all_settings, same_data
 from fips.data import Batches
 from fips.errors import BudgetError
 from fips.files.output import Output, require_empty
+from fips.methods.registry import method_of
 from fips.models.timm import PixelBatches, is_timm_model
 from fips.plan.plan import plan_compression
 from fips.record import environment
 from fips.storage.work import WorkDirectory, kept_work
 
-__all__ = ["compare_source"]
+__all__ = ["compare_source", "untrained_methods"]
 
 log = logging.getLogger("fips.app.comparing")
+
+
+def untrained_methods(size: float) -> list[str]:
+    """All methods but those that train, which take hours where others take minutes; without named settings of them."""
+    return [name for name in all_settings() if not method_of(method_config(name, bits=size, seed=0)).trains_blocks]
 
 
 def compare_source(
@@ -47,14 +53,16 @@ def compare_source(
     trust_remote_code: bool = False,
     bars: Bars | None = None,
 ) -> Comparison:
-    """Compare methods (None: all) on a model and write table, JSON and plot to a directory that is absent or empty.
+    """Compare methods on a model and write table, JSON and plot to a directory that is absent or empty.
+
+    ``methods``: None for all that train nothing.
 
     Finished runs are kept in a work directory beside it until all are there: the same command goes on from them, with
     other methods and sizes too.
     """
     require_empty(output)
     original = Source.named(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    methods = methods or known_methods()
+    methods = methods or untrained_methods(sizes[0])
     for method in methods:
         method_config(method, bits=sizes[0], seed=0, layers=layers)
     if same_data(evaluation, calibration):

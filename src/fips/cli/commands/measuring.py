@@ -127,7 +127,8 @@ def compare(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100. Default: all.",
+            help="Comma-separated; `name+field=value` changes a setting, as in fips+distill.steps=100. Default: all "
+            "that train nothing (not: fips-paper, fips-shared, no-sharing).",
         ),
     ] = None,
     sizes: Annotated[
