@@ -187,9 +187,9 @@ def loading_errors(source: str, *, local: bool) -> Iterator[None]:
 
 def _linked(source: str) -> str:
     """What to know of folders inside a folder that are links."""
-    if not os.path.isdir(source):
-        return ""
-    links = [entry.name for entry in os.scandir(source) if entry.is_symlink() and entry.is_dir()]
+    links: list[str] = []
+    with suppress(OSError):  # no folder
+        links = [entry.name for entry in os.scandir(source) if entry.is_symlink() and entry.is_dir()]
     return f", and give copies in place of links such as `{min(links)}`, which are not followed" if links else ""
 
 
