@@ -228,9 +228,14 @@ inline HalfMaps half_maps(const uint8_t *added) { // by what each of the 16 code
   return maps;
 }
 
+// Nothing is left out, and every 64 columns of a row have one scale.
+inline bool whole_blocks(const fips_matrix &a) {
+  return a.format == FIPS_FULL && a.cols % 64 == 0 && !(a.scale_group && a.scale_group < 64);
+}
+
 inline bool reads_half_bytes(const fips_matrix &a) {
   if (!a.memory && a.cols > 4096) return false; // two rows are too far from each other: slower from memory
-  if (a.format != FIPS_FULL || a.value_bits != 4 || a.cols % 64 || (a.scale_group && a.scale_group < 64)) return false;
+  if (a.value_bits != 4 || !whole_blocks(a)) return false;
   for (int back = 0; back < a.memory; ++back)
     for (int code = 0; code < 16; ++code) {
       const uint8_t *added = a.history + 16 * back;
@@ -394,11 +399,6 @@ template <int ROWS, int T> struct FarHalves : NarrowStream {
   }
 };
 
-inline bool reads_far_halves(const fips_matrix &a) {
-  if (a.format != FIPS_FULL || a.memory || a.cols % 64 || (a.scale_group && a.scale_group < 64)) return false;
-  return a.value_bits <= 5; // else half a step would not lie in one register
-}
-
 template <class Rows, int T, class Reader>
 void digits_rows(const fips_matrix &a, const fips_call &c, const Reader &reader, const DigitLayout &layout,
                  const DigitToken *tokens, const PerThread<float> &products) {
@@ -459,8 +459,8 @@ template <class Base, int T> bool digits_path(const fips_matrix &a, const fips_c
     if (reads_half_bytes(a)) return digits_path<Base, HalfByteRows<memory, T>, T>(a, c);
   }
   if constexpr (Base::Cursor::whole && memory == 0) {
-    if (reads_far_halves(a) && a.cols <= 4096) return digits_path<Base, FarHalves<4, T>, T>(a, c);
-    if (reads_far_halves(a)) return digits_path<Base, FarHalves<2, T>, T>(a, c);
+    if (whole_blocks(a) && a.value_bits <= 5) // of more bits half a step would not lie in one register
+      return a.cols <= 4096 ? digits_path<Base, FarHalves<4, T>, T>(a, c) : digits_path<Base, FarHalves<2, T>, T>(a, c);
   }
   if constexpr (memory > 0) {
     if (a.cols % 64 == 0) return digits_path<Base, SeveralRows<memory, T>, T>(a, c);
