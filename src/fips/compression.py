@@ -185,6 +185,7 @@ def _report(
         data=measured("the description of the data", lambda: _description(bench.batches)) or {},
         notes=bench.notes,
         overfit=bench.overfit,
+        distilled=bench.distilled,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         phases=bench.phases,
         environment={

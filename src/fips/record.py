@@ -99,6 +99,9 @@ class CompressionReport:
     """What went otherwise than asked for, one sentence each."""
     overfit: dict[str, float] = field(default_factory=dict)
     """By layer the error on half of the data over that on the other half, which was fitted; where it was measured."""
+    distilled: dict[str, Any] = field(default_factory=dict)
+    """Of distillation ``steps`` done, after how many what is ``kept`` was reached, and the loss on data ``held_out``
+    by steps done: ``Distilled.to_dict()``; empty without."""
     created: str | None = None
     """When, as ISO 8601 with the time zone."""
     asked: dict[str, float | str] = field(default_factory=dict)
@@ -123,6 +126,7 @@ class CompressionReport:
             "environment": self.environment,
             "notes": self.notes,
             "overfit": {name: round(ratio, 3) for name, ratio in self.overfit.items()},
+            "distilled": self.distilled,
             "created": self.created,
             "asked": self.asked,
             "phases": {stage: round(seconds, 2) for stage, seconds in self.phases.items()},
@@ -161,6 +165,8 @@ class CompressionReport:
         ]
         if trained:
             rows.append(("trained", ", ".join(trained)))
+        if line := self.distillation():
+            rows.append(("distilled", line))
         if errors:
             mean = sum(errors) / len(errors)
             rows.append(("error", f"{mean:.3g} of the variance of block outputs, calibration data"))
@@ -176,6 +182,14 @@ class CompressionReport:
         rows.append(("took", f"{self.seconds:.0f} s" + ("" if peak is None else f", peak memory {format_bytes(peak)}")))
         return [*rows, *(("note", note) for note in self.notes)]
 
+    def distillation(self) -> str:
+        """What distillation gave on data it was not trained on; nothing where that was not measured."""
+        losses = dict(self.distilled.get("held_out", ()))
+        if not losses:
+            return ""
+        kept, steps = self.distilled["kept"], self.distilled["steps"]
+        return f"loss on data held out {losses[0]:.4g} → {losses[kept]:.4g}, after {kept} of {steps} steps"
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         plan_keys = ("model", "compressed_model", "layers", "groups", "skipped")
@@ -188,6 +202,7 @@ class CompressionReport:
             groups=fields["results"],
             notes=fields.get("notes", []),
             overfit=fields.get("overfit", {}),
+            distilled=fields.get("distilled", {}),
             created=fields.get("created"),
             asked=fields.get("asked", {}),
             phases=fields.get("phases", {}),

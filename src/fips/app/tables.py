@@ -198,7 +198,8 @@ def record_lines(report: CompressionReport) -> list[str]:
     if data.get("source") is not None:
         parts.append(f"calibrated on {data.get('num_samples', '?')} examples of {data['source']}")
     parts.append(f"in {report.seconds:.0f} s")
-    return ["; ".join(parts), *report.notes]
+    distilled = report.distillation()
+    return ["; ".join(parts), *([f"distilled: {distilled}"] if distilled else []), *report.notes]
 
 
 def result_table(report: CompressionReport) -> Table:

@@ -137,6 +137,10 @@ class CalibrationData:
         if seen != expected:
             log.warning("this pass over the calibration data had %d batches, the first %d", seen, expected)
 
+    def only(self, wanted: Wanted) -> Iterable[Any]:
+        """Those batches whose numbers are wanted, as often as they are iterated."""
+        return _Part(self, wanted)
+
     def key(self) -> str:
         """A digest of the data: equal for equal batches."""
         if self._same_every_pass and len(self._digests) < self._count:
@@ -201,6 +205,17 @@ class _own_generators:
     def __exit__(self, *_: object) -> None:
         for generator, state in self._states:
             generator.set_state(state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The batches of ``data`` whose numbers are wanted, in every pass."""
+
+    data: CalibrationData
+    wanted: Wanted
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for _, batch in self.data.part(self.wanted))
 
 
 @dataclass(frozen=True, slots=True)

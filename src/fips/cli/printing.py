@@ -87,6 +87,8 @@ def print_compression(done: Any, output: Path, *, as_json: bool) -> None:
     stdout.print(result_table(done.report))
     for line in (*left_dense_lines(done.report.plan), *done.report.notes):
         stdout.tell(line)
+    if distilled := done.report.distillation():
+        stdout.tell(f"distilled: {distilled}")
     if done.report.quality is not None:
         for score in scores(done.report.quality):
             stdout.tell(f"{score.name}: {score.line()}")

@@ -165,6 +165,8 @@ class Workbench:
     """Most bytes of activations that were in a temporary file at once."""
     overfit: dict[str, float] = field(default_factory=dict)
     """By layer the error on data held out over that on the data fitted, where it was measured."""
+    distilled: dict[str, Any] = field(default_factory=dict)
+    """What distillation did (``Distilled.to_dict``), if there was any."""
     tokens: dict[str, tuple[float, int]] = field(default_factory=dict)
     """By layer of an expert how many tokens reached it, and its inputs."""
     notes: list[str] = field(default_factory=list)

@@ -4,13 +4,15 @@ r"""End-to-end training of compressed layers with the original model as teacher;
           + \lambda \frac{1}{L} \sum_l \frac{|h_l - g_l|^2}{\mathrm{Var}(g_l)}
 
 with the logits t and block outputs g of the original and y, h of the compressed model. Models without logits are
-trained on their block outputs alone. Reference: Hinton et al., arXiv 1503.02531.
+trained on their block outputs alone. Some batches are held out: what is kept is the state whose loss on these was the
+least, the one before training among them. Reference: Hinton et al., arXiv 1503.02531.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +24,10 @@ from fips.calibration.heads import ScoredHead, first_tensor
 from fips.calibration.tokens import TokenTracker
 from fips.config import Settings
 from fips.errors import DataError
-from fips.training.factors import TrainableGroup, swapped
+from fips.training.factors import TrainableGroup, TrainableState, swapped
 from fips.training.schedules import cosine
 
-__all__ = ["DistillConfig", "distill_"]
+__all__ = ["DistillConfig", "Distilled", "distill_", "held_out_batches"]
 
 
 class DistillConfig(Settings):
@@ -39,6 +41,37 @@ class DistillConfig(Settings):
     """Temperature of both softmaxes in the KL divergence."""
     hidden_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean relative squared error of the block outputs, beside 1 for the logits."""
+    held_out: float = Field(default=0.125, ge=0, le=0.5)
+    """Share of the batches, at least one of several, that is not trained on. The loss on them is measured before
+    training, every ``check_every`` steps and at the end, and the state with the least is kept. 0: the last is."""
+    check_every: int = Field(default=10, ge=1)
+    """Steps between two measurements of the loss on held-out batches."""
+    patience: int = Field(default=3, ge=1)
+    """Measurements in a row without a smaller loss after which training ends early."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """What training did."""
+
+    losses: list[float]
+    """Of every step, on its batch."""
+    checks: list[tuple[int, float]]
+    """Steps done and the mean loss on held-out batches then, 0 steps first; empty where none are held out."""
+
+    @property
+    def kept(self) -> int:
+        """Steps after which the model was what it is now."""
+        return min(self.checks, key=lambda check: check[1])[0] if self.checks else len(self.losses)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"steps": len(self.losses), "kept": self.kept, "held_out": [list(check) for check in self.checks]}
+
+
+def held_out_batches(count: int, share: float) -> frozenset[int]:
+    """Numbers of the batches that are not trained on, spread over all; none of a single batch."""
+    wanted = min(max(round(share * count), 1), count - 1) if share else 0
+    return frozenset((2 * index + 1) * count // (2 * wanted) for index in range(wanted))
 
 
 WARMUP = 0.1
@@ -54,12 +87,14 @@ def distill_(
     settings: DistillConfig,
     run: Callable[[nn.Module, Any], Any],
     on_step: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """Train bases, factors on their supports and biases of all groups; returns the loss of every step.
+    *,
+    held_out: Iterable[Any] = (),
+) -> Distilled:
+    """Train bases, factors on their supports and biases of all groups.
 
-    One step takes one batch; ``batches`` is iterated again and again. The teacher is ``model`` itself with its own
-    layers in place, the student the same model with those of the groups. ``blocks`` are those whose outputs count
-    with ``hidden_weight``.
+    One step takes one batch; ``batches`` is iterated again and again, ``held_out`` at every measurement. The teacher is
+    ``model`` itself with its own layers in place, the student the same model with those of the groups. ``blocks`` are
+    those whose outputs count with ``hidden_weight``.
     """
     rates = [part for group in groups for part in group.learning_rates(settings.learning_rate)]
     optimizer = torch.optim.AdamW(rates)
@@ -67,12 +102,19 @@ def distill_(
     layers: dict[str, nn.Module] = {}
     for group in groups:
         layers |= group.modules
-    losses: list[float] = []
-    for step, batch in zip(range(settings.steps), _forever(batches), strict=False):
+
+    def loss_on(batch: Any) -> Tensor:
         with torch.no_grad(), _Outputs(model, blocks, settings.hidden_weight) as teacher:
             target = teacher.tokens.heads(run(model, batch))
-        with swapped(model, layers), torch.enable_grad(), _Outputs(model, blocks, settings.hidden_weight) as student:
-            loss = _loss(student.tokens.heads(run(model, batch)), target, student, teacher, settings)
+        with swapped(model, layers), _Outputs(model, blocks, settings.hidden_weight) as student:
+            return _loss(student.tokens.heads(run(model, batch)), target, student, teacher, settings)
+
+    best = _Best(groups, lambda: [loss_on(batch).item() for batch in held_out], settings.patience)
+    best.check(0)
+    losses: list[float] = []
+    for step, batch in zip(range(settings.steps), _forever(batches), strict=False):
+        with torch.enable_grad():
+            loss = loss_on(batch)
             loss.backward()
         optimizer.step()
         schedule.step()
@@ -80,7 +122,42 @@ def distill_(
         losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
-    return losses
+        done = step + 1
+        if (done % settings.check_every == 0 or done == settings.steps) and best.check(done):
+            break
+    best.restore()
+    return Distilled(losses, best.checks)
+
+
+class _Best:
+    """The state of groups with the least loss on held-out batches; without such batches whatever it is at last."""
+
+    def __init__(self, groups: Sequence[TrainableGroup], measure: Callable[[], list[float]], patience: int) -> None:
+        self.checks: list[tuple[int, float]] = []
+        self._groups, self._measure, self._patience = groups, measure, patience
+        self._states: list[TrainableState] = []
+        self._since = 0
+
+    @torch.no_grad()
+    def check(self, done: int) -> bool:
+        """Measure after so many steps; whether it is time to end, since nothing has improved for long."""
+        losses = self._measure()
+        if not losses:
+            return False
+        loss = sum(losses) / len(losses)
+        better = not self.checks or loss < min(one for _, one in self.checks)
+        self.checks.append((done, loss))
+        if better:
+            self._states.clear()  # before there are others
+            self._states = [group.state() for group in self._groups]
+        self._since = 0 if better else self._since + 1
+        return self._since >= self._patience
+
+    def restore(self) -> None:
+        """Put the best state back."""
+        if self._since:
+            for group, state in zip(self._groups, self._states, strict=True):
+                group.restore(state)
 
 
 def _rate(step: int, steps: int) -> float:

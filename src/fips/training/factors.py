@@ -22,7 +22,10 @@ from fips.solve.patterns import prune_and_regrow, unstructured_masks
 from fips.solve.rounding import Grid
 from fips.training.rounded import INTEGER_RATE, STEP_RATE, rounded_numbers, rounded_steps
 
-__all__ = ["TrainableGroup", "swapped"]
+__all__ = ["TrainableGroup", "TrainableState", "swapped"]
+
+TrainableState = tuple[list[Tensor], list[Tensor]]
+"""Values of all that is trained, and supports."""
 
 EDGE = 0.49
 """Farthest from its integer that an entry starts, in steps."""
@@ -129,12 +132,12 @@ class TrainableGroup:
         """The layer that stands in for each linear layer, by name."""
         return {site.name: layer for site, layer in zip(self.sites, self.layers, strict=True)}
 
-    def state(self) -> tuple[list[Tensor], list[Tensor]]:
+    def state(self) -> TrainableState:
         """Copies of all that is trained, and of the supports, for ``restore``."""
         return [one.detach().clone() for one in self._parameters()], [mask.clone() for mask in self.masks]
 
     @torch.no_grad()
-    def restore(self, state: tuple[list[Tensor], list[Tensor]]) -> None:
+    def restore(self, state: TrainableState) -> None:
         """Be what the group was when it gave its ``state``."""
         values, masks = state
         self.set_masks(masks)

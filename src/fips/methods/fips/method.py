@@ -49,7 +49,7 @@ from fips.plan.planner import check_inputs, equal_layers
 from fips.solve.allocate import allocate, tempered
 from fips.solve.oneshot import SAMPLE
 from fips.solve.structures import Choice, Point
-from fips.training.distill import distill_
+from fips.training.distill import DistillConfig, Distilled, distill_, held_out_batches
 from fips.training.factors import swapped
 
 __all__ = ["Fips"]
@@ -170,16 +170,37 @@ class Fips(Method[FipsConfig]):
             return _finished_groups(bench, plan, config)
         solved = list(_solve_groups(bench, plan, config))
         if config.distill.steps:
-            blocks = [block for item in solved for block in bench.blocks(item.plan.group).values()]
-            losses = distill_(
-                bench.model, [item.trainable for item in solved if item.trainable is not None], blocks,
-                bench.batches, config.distill, bench.run,
-                lambda step, loss: bench.report("distill", "all", step + 1, config.distill.steps, loss),
-            )  # fmt: skip
+            distilled = _distill(bench, solved, config.distill)
             for item in solved:
-                item.losses += losses
+                item.losses += distilled.losses
         packed = [pack(item) for item in solved]  # before anything else can fail
         return [finish(bench, item, *done) for item, done in zip(solved, packed, strict=True)]
+
+
+def _distill(bench: Workbench, solved: Sequence[Solved], settings: DistillConfig) -> Distilled:
+    """Train all groups together, on all batches but those held out, and say where that was of no use."""
+    held = held_out_batches(len(bench.batches), settings.held_out)
+    found = distill_(
+        bench.model,
+        [item.trainable for item in solved if item.trainable is not None],
+        [block for item in solved for block in bench.blocks(item.plan.group).values()],
+        bench.batches.only(lambda number: number not in held),
+        settings,
+        bench.run,
+        lambda step, loss: bench.report("distill", "all", step + 1, settings.steps, loss),
+        held_out=bench.batches.only(lambda number: number in held) if held else (),
+    )
+    bench.distilled = found.to_dict()
+    if not found.kept:
+        bench.note(
+            f"{len(found.losses)} steps of distillation made the loss on data held out no smaller: the layers stay as "
+            "they were solved; try another `distill.learning_rate`, or leave it out"
+        )
+    elif not found.checks and settings.held_out:
+        bench.note(
+            "one batch of data leaves none to see whether distillation helps; give more, or a smaller batch size"
+        )
+    return found
 
 
 def _by_block(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> list[CompressedGroup]:
