@@ -70,6 +70,13 @@ int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const 
   return fips_multiply(matrix, &again);
 }
 
+int fips_multiply_together(const fips_matrix *const *matrices, const fips_call *const *calls, int64_t count, const void *x,
+                           void *const *ys) {
+  for (int64_t i = 0; i < count; ++i)
+    if (const int status = fips_multiply_again(matrices[i], calls[i], x, ys[i])) return status;
+  return 0;
+}
+
 int fips_search_paths(const fips_search *search) {
   Request request;
   request.function = kSearch, request.search = *search;

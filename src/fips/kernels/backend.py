@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fips.formats.packed import Packed
 from fips.kernels import reference
+from fips.kernels.together import Company
 from fips.kernels.validity import Snapshot
 
 __all__ = ["Backend", "PreparedMatrix", "Reference", "RepeatedCall", "kernel_refuses", "say_once", "unsupported_format"]
@@ -56,6 +57,11 @@ class RepeatedCall(Protocol):
 
     dtype: torch.dtype
     """Of the inputs."""
+
+    @property
+    def company(self) -> Company | None:
+        """What it is made together with, where the backend can do that."""
+        return None
 
     def holds(self) -> bool:
         """Whether nothing that it keeps has changed."""

@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -29,6 +29,7 @@ from fips.formats.trellis import RUN
 from fips.formats.values import Values
 from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
 from fips.kernels.reference import check_inputs
+from fips.kernels.together import Company
 from fips.kernels.validity import Snapshot
 
 __all__ = [
@@ -49,7 +50,7 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 8
+ABI = 9
 _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""
@@ -87,7 +88,7 @@ class _Call(ctypes.Structure):
         ("x", c_void_p), ("y", c_void_p), ("bias", c_void_p), ("tokens", c_int64), ("x_columns", c_int64),
         ("y_columns", c_int64), ("x_stride", c_int64), ("y_stride", c_int64), ("x_length", c_int64),
         ("y_length", c_int64), ("bias_length", c_int64), ("x_type", c_int32), ("y_type", c_int32), ("threads", c_int32),
-        ("isa", c_int32), ("path", c_int32), ("activation_bits", c_int32),
+        ("isa", c_int32), ("path", c_int32), ("activation_bits", c_int32), ("first_row", c_int64), ("end_row", c_int64),
     ]  # fmt: skip
 
 
@@ -260,6 +261,8 @@ class Repeat:
     """``multiply`` once more for inputs like the first: what does not change between calls is made once.
 
     Around a small product that is most of the time: 7 of 13 us, and more where the interpreter has left the cache.
+    Layers that are called one after the other with the same input, as those of queries, keys and values are, are
+    multiplied in one call of the library: see ``fips.kernels.together``.
     """
 
     MOST = 64
@@ -270,12 +273,14 @@ class Repeat:
         self.prepared, self.bias, self.activation_bits = prepared, bias, activation_bits
         self.shape, self.dtype, self.threads = x.shape, x.dtype, torch.get_num_threads()
         self.out = (*x.shape[:-1], packed.shape[0])
+        self.like = x.new_empty([1] * x.dim()).expand(self.out)  # room like it is found sooner than room of a shape
         check_inputs(x, packed.shape[1], bias, packed.shape[0])
         borrowed = (packed.values_Z, packed.group_scales, bias)
         self._seen = Snapshot(places=borrowed, contents=(packed.pattern, packed.scales_N))
         self.call = _call(x, _new(x, self.out), bias, None, PATHS["auto"], activation_bits)
         self.arguments = (prepared.reference, ctypes.byref(self.call))
         self.run = _require().fips_multiply_again
+        self.company = Company(self, Repeat.joined)
 
     @staticmethod
     def suits(x: Tensor, bias: Tensor | None) -> bool:
@@ -290,14 +295,41 @@ class Repeat:
     def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         if x.dtype is not self.dtype or x.shape != self.shape or not x.is_contiguous():
             return multiply(x, self.prepared, bias, activation_bits=self.activation_bits)
-        try:
-            y = x.new_empty(self.out)
-        except RuntimeError:
-            y = _new(x, self.out)  # says what is wrong; a call more would count here
+        return self.company.product(x, self)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """The product with this matrix."""
+        y = self.empty(x)
         status = self.run(*self.arguments, x.data_ptr(), y.data_ptr())
         if status != 0:
-            raise _error(status, packed, f"inputs {x.dtype}")
+            raise _error(status, self.prepared.packed, f"inputs {x.dtype}")
         return y
+
+    def empty(self, x: Tensor) -> Tensor:
+        """Room for the product."""
+        try:
+            return torch.empty_like(self.like)
+        except RuntimeError:
+            return _new(x, self.out)  # says what is wrong; a call more would count here
+
+    @staticmethod
+    def joined(members: Sequence[Repeat]) -> Callable[[Tensor], list[Tensor]]:
+        """The products of an input with several matrices, in one call of the library; it keeps none of them alive."""
+        pointers = c_void_p * len(members)
+        matrices = pointers(*(ctypes.addressof(one.prepared.struct) for one in members))
+        calls = pointers(*(ctypes.addressof(one.call) for one in members))
+        likes, run = [one.like for one in members], _require().fips_multiply_together
+        kinds = ", ".join(one.prepared.packed.kind for one in members)
+        first = members[0].prepared.packed
+
+        def multiply_together(x: Tensor) -> list[Tensor]:
+            ys = [torch.empty_like(like) for like in likes]
+            status = run(matrices, calls, len(ys), x.data_ptr(), pointers(*(y.data_ptr() for y in ys)))
+            if status != 0:
+                raise _error(status, first, f"inputs {x.dtype}, together with {kinds}")
+            return ys
+
+        return multiply_together
 
 
 def multiply_columns(x_TN: Tensor, prepared: CpuMatrix, *, isa: str | None = None) -> Tensor:
@@ -339,7 +371,7 @@ def _call(x: Tensor, y: Tensor, bias: Tensor | None, isa: str | None, path: int,
     return _Call(
         x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), tokens, features, y.shape[-1], stride,
         y.shape[-1], length, y.numel(), 0 if bias is None else bias.numel(), TYPES[x.dtype], TYPES[y.dtype],
-        torch.get_num_threads(), _best if isa is None else ISAS.index(isa), path, bits,
+        torch.get_num_threads(), _best if isa is None else ISAS.index(isa), path, bits, 0, y.shape[-1],
     )  # fmt: skip
 
 
@@ -414,6 +446,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library.fips_multiply.argtypes = [c_void_p, c_void_p]
         library.fips_multiply_again.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
         library.fips_multiply_columns.argtypes = [c_void_p, c_void_p]
+        library.fips_multiply_together.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
         library.fips_search_paths.argtypes = [c_void_p]
         library.fips_row_starts.argtypes = [c_void_p, c_void_p, c_int64]
         for counting in (library.fips_row_starts, library.fips_scratch_bytes, library.fips_free_scratch):

@@ -32,6 +32,7 @@ from fips.kernels.call import Product, Remembered
 from fips.kernels.defaults import default_way
 from fips.kernels.select import FRUGAL, POLICIES, Choice, check_bits, check_policy, select, wished_bits, wished_way
 from fips.kernels.timings import Timings, Way, fingerprint, timings_file
+from fips.kernels.together import Waiting
 from fips.kernels.ways import Ways
 
 __all__ = ["FRUGAL", "POLICIES", "LayerRuntime", "Way", "fingerprint", "timings_file"]
@@ -53,6 +54,8 @@ class LayerRuntime:
         self.activation_bits = wished_bits() if activation_bits is None else activation_bits
         self._wish = wished_way()
         self._failed = False
+        self.waiting = Waiting()
+        """A product made beforehand, together with that of a layer that reads the same input."""
         cpu.available()  # loaded here, not while a tracer watches
 
     def __reduce__(self) -> tuple[type[LayerRuntime], tuple[str, int | None]]:
@@ -97,6 +100,10 @@ class LayerRuntime:
             layer = make()
             layer.check(x)
             return self._compute(_traced("packed" if ops.traceable(x, layer.packed) else "decode"), x, layer)
+        if self.waiting and self._held.is_of(parts):
+            y = self.waiting.take(x)
+            if y is not None:
+                return y
         held = self._remembered(parts, make)
         product = held.product
         assert product is not None
@@ -163,6 +170,8 @@ class LayerRuntime:
         prepared = self._ways.prepared(layer.packed, choice.backend)
         repeat = choice.backend.repeat(inner, prepared, bias, self._activation_bits)
         if repeat is not None:
+            if repeat.company is not None and layer.basis is None:
+                repeat.company.waiting = self.waiting
             held.repeat(x.shape, repeat)
 
     def way(self, x: Tensor, layer: Product) -> Way:

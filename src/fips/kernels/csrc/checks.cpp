@@ -146,6 +146,8 @@ int fips_check_call(const fips_call &c, int64_t inputs, int64_t outputs) {
   if (c.threads < 1 || c.threads > kMostThreads) return FIPS_INVALID;
   if (c.isa < FIPS_PORTABLE || c.isa > FIPS_AMX || c.path < FIPS_AUTO || c.path > FIPS_TILES) return FIPS_INVALID;
   if (c.activation_bits != 8 && c.activation_bits != 16 && c.activation_bits != 24) return FIPS_INVALID;
+  if (c.first_row < 0 || c.end_row < c.first_row || c.end_row > outputs || c.first_row % FIPS_ROW_UNIT) return FIPS_INVALID;
+  if (c.end_row % FIPS_ROW_UNIT && c.end_row != outputs) return FIPS_INVALID;
   if (!is_there(c.bias, c.bias_length) || c.bias_length != (c.bias ? outputs : 0)) return FIPS_INVALID;
   if (c.tokens == 0 || outputs == 0) return 0;
   const int64_t widest = inputs > outputs ? inputs : outputs;

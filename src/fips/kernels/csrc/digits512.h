@@ -418,7 +418,7 @@ void digits_rows(const fips_matrix &a, const fips_call &c, const Reader &reader,
         lanes[r][t].scales = tokens[t].scales;
       }
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; row += R) {
+    for (int64_t row = c.first_row; row < c.end_row; row += R) {
       for (int r = 0; a.scale_group && r < R && row + r < a.rows; ++r) {
         scale_blocks<T>(a, row + r, layout, tokens, mine + r * T * stride, added[r]);
         for (int t = 0; fine && t < T; ++t) lanes[r][t].groups = RowGroups(a, row + r);

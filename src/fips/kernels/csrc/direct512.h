@@ -364,7 +364,7 @@ template <class Dot, int T> bool direct_path(const fips_matrix &a, const fips_ca
     tokens[t] = Dot::prepare(c, t, a.cols, padded, x + t * Dot::bytes(padded));
   const auto all_rows = [&](const auto &reader) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row) direct_row<Dot, T>(a, c, reader, row, x, padded, tokens);
+    for (int64_t row = c.first_row; row < c.end_row; ++row) direct_row<Dot, T>(a, c, reader, row, x, padded, tokens);
   };
   if constexpr (!Dot::Cursor::whole) return with_reader(a, all_rows);
   if (a.format != FIPS_FULL) return false;

@@ -246,6 +246,15 @@ fips_call part_of(const fips_call &c, int64_t first, int64_t count) {
   return part;
 }
 
+constexpr int64_t kMostTogether = 16;
+
+int check_product(const fips_matrix &a, const fips_call &c) {
+  int status = fips_check_matrix(a);
+  if (!status) status = fips_check_call(c, a.cols, a.rows);
+  if (!status) status = fips_check_rows(a);
+  return status;
+}
+
 int best_level(const fips_call &c) { return c.isa < fips_isa_level() ? c.isa : fips_isa_level(); }
 
 // No exception leaves the library.
@@ -300,14 +309,28 @@ int multiply_apart(const fips_matrix &a, const fips_call &c, int level, bool fix
   return status;
 }
 
-int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
-  const int level = best_level(c);
+// The call with the path that it takes.
+fips_call with_path(const fips_matrix &a, const fips_call &c, int level) {
   fips_call chosen = c;
   if (c.path == FIPS_AUTO) chosen.path = fastest_path(a, c, level);
-  const bool widen = a.value_bits < 8 && !reads_narrow(a, chosen, level);
-  const fips_matrix read = widen ? widened(a, chosen, level) : a;
+  return chosen;
+}
+
+bool wants_bytes(const fips_matrix &a, const fips_call &c, int level) {
+  return a.value_bits < 8 && !reads_narrow(a, c, level);
+}
+
+bool is_fixed_point(const fips_matrix &a, const fips_call &c, int level) {
   const bool digits = level >= FIPS_AVX512 || (level >= FIPS_VECTORS_256 && fixed_planes(c) == 1);
-  const bool fixed_point = a.value_type == FIPS_I8 && digits && chosen.path != FIPS_TOKENS;
+  return a.value_type == FIPS_I8 && digits && c.path != FIPS_TOKENS;
+}
+
+int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
+  const int level = best_level(c);
+  const fips_call chosen = with_path(a, c, level);
+  if (c.end_row - c.first_row != a.rows && (chosen.path != FIPS_DIRECT || level < FIPS_VECTORS_256)) return FIPS_UNSUPPORTED;
+  const fips_matrix read = wants_bytes(a, chosen, level) ? widened(a, chosen, level) : a;
+  const bool fixed_point = is_fixed_point(a, chosen, level);
   if (const int64_t apart = tokens_apart(a, c)) return multiply_apart(read, chosen, level, fixed_point, apart);
   const int64_t at_a_time = tokens_at_a_time(a, c);
   for (int64_t first = 0; first < c.tokens; first += at_a_time) {
@@ -315,6 +338,67 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
     if (!multiply_part(read, part, level, fixed_point)) return FIPS_UNSUPPORTED;
   }
   return 0;
+}
+
+struct Product {
+  const fips_matrix *matrix;
+  fips_call call;
+};
+
+// Whether threads may take parts of the rows: few tokens, read as they lie.
+bool rows_may_part(const Product &one) {
+  const int level = best_level(one.call);
+  const fips_call chosen = with_path(*one.matrix, one.call, level);
+  const bool direct = level >= FIPS_VECTORS_256 && chosen.path == FIPS_DIRECT && one.matrix->rows && one.call.tokens;
+  return direct && one.matrix->format != FIPS_BLOCK_ROWS && !wants_bytes(*one.matrix, chosen, level);
+}
+
+int64_t units_of(const Product &one) { return (one.matrix->rows + FIPS_ROW_UNIT - 1) / FIPS_ROW_UNIT; }
+
+double cost_of_unit(const Product &one) { return double(one.matrix->num_values) * double(one.matrix->value_bits) / double(units_of(one)); }
+
+// Of all products one behind the other the part of one thread: rows of about as many bytes for each. Columns of x are
+// turned once for products of the same turn that follow each other.
+int multiply_share(const std::vector<Product> &products, int thread, int threads) {
+  double all = 0, before = 0;
+  for (const Product &one : products) all += cost_of_unit(one) * double(units_of(one));
+  const double from = all * thread / threads, to = all * (thread + 1) / threads;
+  int64_t turn = 1;
+  fips_call turned = {};
+  for (const Product &one : products) {
+    const fips_matrix &a = *one.matrix;
+    const int64_t units = units_of(one);
+    const auto unit_at = [&](double cost) { // the first that begins behind it, counted from the middle of units
+      const double place = (cost - before) / cost_of_unit(one) + 0.5;
+      return place <= 0 ? int64_t(0) : place >= double(units) ? units : int64_t(place);
+    };
+    const int64_t first = thread ? unit_at(from) : 0, end = thread + 1 < threads ? unit_at(to) : units;
+    before += cost_of_unit(one) * double(units);
+    if (first >= end) continue;
+    const int level = best_level(one.call);
+    fips_call part = with_path(a, one.call, level);
+    part.threads = 1;
+    part.first_row = first * FIPS_ROW_UNIT;
+    part.end_row = min_of(end * FIPS_ROW_UNIT, a.rows);
+    if (a.rotation > 1) {
+      if (a.rotation != turn) turned = rotated(a, part, level), turn = a.rotation;
+      part.x = turned.x, part.x_type = turned.x_type, part.x_stride = turned.x_stride, part.x_length = turned.x_length;
+    }
+    if (!multiply(a, part, level)) return FIPS_UNSUPPORTED;
+    fips_mend_tokens(a, part, is_fixed_point(a, part, level), magnitude_of(level));
+  }
+  return 0;
+}
+
+int multiply_side_by_side(const std::vector<Product> &products) {
+  std::atomic<int> status{0};
+#pragma omp parallel num_threads(products[0].call.threads)
+  {
+    const auto body = [&] { return multiply_share(products, thread_number(), thread_count()); };
+    const int one = thread_number() == 0 ? caught(body) : guarded(1, body); // the first is in the call already
+    if (one) status = one;
+  }
+  return status;
 }
 
 bool multiply_columns(const fips_matrix &a, const fips_call &c) {
@@ -411,6 +495,8 @@ int64_t fips_layout(int64_t *numbers, int64_t length) {
       int64_t(offsetof(fips_call, isa)),
       int64_t(offsetof(fips_call, path)),
       int64_t(offsetof(fips_call, activation_bits)),
+      int64_t(offsetof(fips_call, first_row)),
+      int64_t(offsetof(fips_call, end_row)),
       int64_t(sizeof(fips_search)),
       int64_t(offsetof(fips_search, wanted)),
       int64_t(offsetof(fips_search, weight)),
@@ -442,9 +528,7 @@ int fips_isa_level(void) {
 
 int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
   if (!matrix || !call) return FIPS_INVALID;
-  int status = fips_check_matrix(*matrix);
-  if (!status) status = fips_check_call(*call, matrix->cols, matrix->rows);
-  if (!status) status = fips_check_rows(*matrix);
+  const int status = check_product(*matrix, *call);
   if (status || !matrix->rows || !call->tokens) return status;
   return guarded(call->threads, [&] { return multiply_in_parts(*matrix, *call); });
 }
@@ -455,6 +539,34 @@ int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const 
   again.x = x;
   again.y = y;
   return fips_multiply(matrix, &again);
+}
+
+int fips_multiply_together(const fips_matrix *const *matrices, const fips_call *const *calls, int64_t count, const void *x,
+                           void *const *ys) {
+  if (!matrices || !calls || !ys || count < 1 || count > kMostTogether) return FIPS_INVALID;
+  return caught([&] {
+    std::vector<Product> products;
+    bool together = true;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!matrices[i] || !calls[i]) return int(FIPS_INVALID);
+      Product one = {matrices[i], *calls[i]};
+      one.call.x = x;
+      one.call.y = ys[i];
+      products.push_back(one);
+      const fips_call &first = products[0].call;
+      together &= one.call.threads == first.threads && one.call.x_columns == first.x_columns &&
+                  one.call.tokens == first.tokens && one.call.x_type == first.x_type && one.call.x_stride == first.x_stride;
+    }
+    for (const Product &one : products) {
+      const int status = check_product(*one.matrix, one.call);
+      if (status) return status;
+      together = together && rows_may_part(one);
+    }
+    if (together) return guarded(products[0].call.threads, [&] { return multiply_side_by_side(products); });
+    for (const Product &one : products)
+      if (const int status = fips_multiply(one.matrix, &one.call)) return status;
+    return 0;
+  });
 }
 
 int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call) {

@@ -70,7 +70,7 @@ void store_exact(const fips_matrix &a, const fips_call &c, int64_t row, int64_t 
 
 void multiply_exactly(const fips_matrix &a, const fips_call &c, int64_t t, uint32_t most) {
   if (most > kInfinity) { // NaN times anything
-    for (int64_t row = 0; row < a.rows; ++row) store_exact(a, c, row, t, __builtin_nan(""));
+    for (int64_t row = c.first_row; row < c.end_row; ++row) store_exact(a, c, row, t, __builtin_nan(""));
     return;
   }
   const int64_t words = (a.cols + 63) / 64;
@@ -83,7 +83,7 @@ void multiply_exactly(const fips_matrix &a, const fips_call &c, int64_t t, uint3
   }
   with_reader(a, [&](const auto &reader) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row) store_exact(a, c, row, t, row_sum(a, reader, row, token));
+    for (int64_t row = c.first_row; row < c.end_row; ++row) store_exact(a, c, row, t, row_sum(a, reader, row, token));
   });
 }
 

@@ -18,7 +18,8 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 8 };
+enum { FIPS_ABI = 9 };
+enum { FIPS_ROW_UNIT = 16 }; // rows that parts of a matrix are counted in
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
 enum fips_status {
@@ -88,6 +89,9 @@ typedef struct {
   int32_t x_type, y_type;   // of x, and of y and bias: F32, BF16 or F16
   int32_t threads, isa, path;
   int32_t activation_bits;  // 24, 16 or 8: fixed-point width of x beside int8 values
+  int64_t first_row, end_row; // columns of y that are computed, the others stay as they are: all of them, or with the
+                            // path DIRECT a part that begins at a multiple of FIPS_ROW_UNIT and ends at one or
+                            // at the last
 } fips_call;
 
 // The cheapest way through a trellis, for every column and every run of `run` rows of it: see fips/formats/trellis.py.
@@ -120,6 +124,11 @@ FIPS_API int fips_isa_level(void);
 FIPS_API int fips_multiply(const fips_matrix *matrix, const fips_call *call);
 // The same call with another x and y of the same lengths.
 FIPS_API int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y);
+// The same of several matrices with one x, each with a call and a y of its own. Few tokens go through all of them in one
+// parallel region, in which every thread has a share of the bytes of all together. What matrices before one that fails
+// have written stays.
+FIPS_API int fips_multiply_together(const fips_matrix *const *matrices, const fips_call *const *calls, int64_t count,
+                                    const void *x, void *const *ys);
 // y = x S without bias, for a dense S of floats and at most four tokens: x has as many columns as S has rows.
 FIPS_API int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call);
 // Fill `codes` and `numbers`. FIPS_UNSUPPORTED for other codes than 2 bits with a memory of 3 rows, 3 and 4 with one of 2.

@@ -24,7 +24,8 @@ template <int T, class Codes> void whole_path(const fips_matrix &a, const fips_c
   const Codes codes(a);
   with_scales_and_inputs<T, Codes>(a, c, x, [&](const auto &inputs) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row) whole_row<T, std::decay_t<decltype(inputs)>::kind>(a, c, codes, row, inputs);
+    for (int64_t row = c.first_row; row < c.end_row; ++row)
+      whole_row<T, std::decay_t<decltype(inputs)>::kind>(a, c, codes, row, inputs);
   });
 }
 

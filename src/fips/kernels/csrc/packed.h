@@ -428,6 +428,14 @@ inline int thread_number() { // in a parallel region, from 0 on
 #endif
 }
 
+inline int thread_count() { // of the parallel region
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 // Room for `count` elements, for the time of a call. Not in parallel regions: what is thrown would end the process.
 template <class T> T *scratch(Scratch use, int64_t count) {
   return static_cast<T *>(fips_scratch(use, count * int64_t(sizeof(T))));

@@ -87,7 +87,7 @@ template <int T, int BITS, int MEMORY> void recalled_path(const fips_matrix &a, 
   const Recall<MEMORY> recall(a);
   with_scales_and_inputs<T, Codes<BITS, true>>(a, c, x, [&](const auto &inputs) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t row = 0; row < a.rows; row += kRecalled)
+    for (int64_t row = c.first_row; row < c.end_row; row += kRecalled)
       recalled_rows<T, std::decay_t<decltype(inputs)>::kind>(a, c, codes, recall, row, inputs);
   });
 }

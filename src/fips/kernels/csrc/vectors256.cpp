@@ -62,7 +62,7 @@ template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
     with_groups<reads_integers<decltype(cursor)>>(a, [&](auto tag) {
       using Groups = typename decltype(tag)::type;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-      for (int64_t row = 0; row < a.rows; ++row)
+      for (int64_t row = c.first_row; row < c.end_row; ++row)
         direct_row<T, Reader, decltype(cursor)>(a, c, reader, Groups(a, row), row, x, padded);
     });
   });
