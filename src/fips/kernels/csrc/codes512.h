@@ -29,6 +29,29 @@ struct NarrowTables {
 };
 constexpr NarrowTables narrow_tables;
 
+inline __m512i repeated(const void *from, int64_t bytes) { // 4 to 64 of them, a power of 2, all over a register
+  switch (bytes) {
+  case 64: return _mm512_loadu_si512(from);
+  case 32: return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i *>(from)));
+  case 16: return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i *>(from)));
+  default: break;
+  }
+  uint64_t word = 0;
+  std::memcpy(&word, from, size_t(bytes));
+  return _mm512_set1_epi64(int64_t(bytes == 8 ? word : word << 32 | word));
+}
+
+// The numbers of all codes, as their bits lie in the stream, again and again: whatever lies above them looks up the same.
+inline __m512i numbers_of_levels(const fips_matrix &a) {
+  alignas(64) static constexpr auto places = [] {
+    struct { uint8_t at[64]; } table = {};
+    for (int i = 0; i < 64; ++i) table.at[i] = uint8_t(i);
+    return table;
+  }();
+  const __m512i sign = _mm512_set1_epi8(char(a.num_levels / 2)); // code 0 is in the middle
+  return _mm512_permutexvar_epi8(_mm512_xor_si512(_mm512_load_si512(places.at), sign), repeated(a.levels, a.num_levels));
+}
+
 struct NarrowStream {
   const uint8_t *stream;
   int64_t last; // byte from which on 64 bytes would leave the stream
@@ -39,9 +62,7 @@ struct NarrowStream {
     places = _mm512_load_si512(narrow_tables.places[a.value_bits]);
     high = _mm512_set1_epi8(char(0xFF << (8 - a.value_bits)));
     by_level = a.num_levels > 0 && !a.memory;
-    alignas(64) int8_t table[64] = {};
-    for (int i = 0; by_level && i < 64; ++i) table[i] = int8_t(number_of(a, i & (a.num_levels - 1)));
-    levels = _mm512_load_si512(table);
+    levels = by_level ? numbers_of_levels(a) : _mm512_setzero_si512();
     lifted_levels = lifted(levels);
   }
   static float unit(const fips_matrix &a) { return a.num_levels ? 1.0f : 1.0f / float(1 << (8 - a.value_bits)); }
@@ -89,18 +110,6 @@ struct NarrowCursor : NarrowStream { // of a matrix kept whole: 64 integers are 
     return out;
   }
 };
-
-inline __m512i repeated(const void *from, int64_t bytes) { // 4 to 64 of them, a power of 2, all over a register
-  switch (bytes) {
-  case 64: return _mm512_loadu_si512(from);
-  case 32: return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i *>(from)));
-  case 16: return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i *>(from)));
-  default: break;
-  }
-  uint64_t word = 0;
-  std::memcpy(&word, from, size_t(bytes));
-  return _mm512_set1_epi64(int64_t(bytes == 8 ? word : word << 32 | word));
-}
 
 // Of a matrix whose codes depend on those of `MEMORY` rows above (fips/formats/trellis.py): permutations of bytes say what
 // each of them adds to the place, and what is there.

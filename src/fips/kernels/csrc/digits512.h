@@ -266,6 +266,7 @@ template <DigitOrder ORDER> void arrange(const DigitLayout &layout, uint8_t *dig
 
 inline __m512i lifted_numbers(const fips_matrix &a) { // of all codes with 128 added, whatever lies above the place
   if (a.memory) return lifted(repeated(a.levels, a.num_levels));
+  if (a.num_levels) return lifted(numbers_of_levels(a));
   alignas(64) int8_t numbers[64];
   for (int i = 0; i < 64; ++i) numbers[i] = int8_t(number_of(a, i & ((1 << a.value_bits) - 1)));
   return lifted(_mm512_load_si512(numbers));

@@ -15,6 +15,18 @@ constexpr int64_t kFewColumns = 2, kSomeColumns = 16, kSlabColumns = 256;
 constexpr int kFewThreads = 2;
 constexpr int64_t kOwnBytes = 2 << 20; // of tokens that each of few threads packs for itself
 
+// `sum` plus products of bytes, those of `bytes` without a sign, in the register where it is: GCC 12 copies the sums of a
+// loop from register to register where the intrinsic is called, two copies for each product.
+template <class Vector> FIPS_INLINE Vector add_products(Vector sum, Vector bytes, Vector with_sign) {
+#if defined(__GNUC__)
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(with_sign));
+  return sum;
+#else
+  if constexpr (sizeof sum == 64) return _mm512_dpbusd_epi32(sum, bytes, with_sign);
+  else return _mm256_dpbusd_epi32(sum, bytes, with_sign);
+#endif
+}
+
 // Sums of one row by W tokens; the last tokens of a call may fill only half a vector, which is half the work.
 template <class Values, int W> struct Dots;
 
@@ -60,7 +72,7 @@ struct ByteDots16 {
   static Sum start(Sum sum, int32_t excess) { return _mm512_sub_epi32(sum, _mm512_set1_epi32(excess)); }
   FIPS_INLINE static Tokens tokens(const uint8_t *x) { return _mm512_load_si512(x); }
   FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
-    return _mm512_dpbusd_epi32(sum, x, _mm512_set1_epi32(word));
+    return add_products(sum, x, _mm512_set1_epi32(word));
   }
 };
 
@@ -72,7 +84,7 @@ struct ByteDots8 {
   static Sum start(Sum sum, int32_t excess) { return _mm256_sub_epi32(sum, _mm256_set1_epi32(excess)); }
   FIPS_INLINE static Tokens tokens(const uint8_t *x) { return load(x); }
   FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
-    return _mm256_dpbusd_epi32(sum, x, _mm256_set1_epi32(word));
+    return add_products(sum, x, _mm256_set1_epi32(word));
   }
 };
 
@@ -96,12 +108,12 @@ template <> struct Dots<NarrowValues, 16> : ByteDots16 {};
 template <> struct Dots<NarrowValues, 8> : ByteDots8 {};
 template <class Values> struct Dots<Scaled<Values>, 16> : ByteDots16 {
   FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(word), x);
+    return add_products(sum, _mm512_set1_epi32(word), x);
   }
 };
 template <class Values> struct Dots<Scaled<Values>, 8> : ByteDots8 {
   FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
-    return _mm256_dpbusd_epi32(sum, _mm256_set1_epi32(word), x);
+    return add_products(sum, _mm256_set1_epi32(word), x);
   }
 };
 
@@ -246,6 +258,14 @@ inline void unit_scales(const fips_matrix &a, int64_t row, int64_t rows, int64_t
                         float *to) {
   for (int64_t r = 0; r < rows; ++r, to += kUnits) {
     const RowGroups groups = a.scale_group ? RowGroups(a, row + r) : RowGroups();
+    if (a.scale_group == columns) { // a unit is a group; behind the last nothing is added
+      for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 there = __mmask16(first_columns(min_of(groups.groups - first - i, 16)));
+        const __m128i scales = _mm_maskz_loadu_epi8(there, groups.scales + first + i);
+        _mm512_storeu_ps(to + i, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(scales)));
+      }
+      continue;
+    }
     for (int64_t i = 0; i < count; ++i) to[i] = a.scale_group ? groups.at((first + i) * columns) : 1.0f;
   }
 }
