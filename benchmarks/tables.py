@@ -233,6 +233,41 @@ def generation_turns(isa: str) -> str:
     )
 
 
+PEERS = {
+    "llama.cpp Q4_K": ("llama.cpp Q4_K",),
+    "llama.cpp Q5_K": ("llama.cpp Q5_K",),
+    "ONNX Runtime, 4 bits": ("ONNX Runtime 4 bits",),
+    "OpenVINO, groups of 64": ("OpenVINO int4, group 64",),
+    "OpenVINO, groups of 128": ("OpenVINO int4, group 128",),
+    "8 bits, the fastest": (
+        "llama.cpp Q8_0",
+        "ONNX Runtime 8 bits",
+        "OpenVINO int8",
+        "torchao torch's int8",
+        "torchao int8,",
+    ),
+}
+"""Columns of the table of one matrix: the names of their rows begin so."""
+
+
+def matrix_peers() -> str:
+    """One matrix: how many times as fast as the fastest row of a peer each format is, beside 8 bits `int8`."""
+    rows = []
+    for run in load("matrix-peers-avx512")["results"]:
+        shape, ratios = run["rows_by_cols"], run["ratios"]
+
+        def cell(start: tuple[str, ...], ratios: dict[str, dict[str, float]] = ratios) -> str:
+            formats = ("int8",) if len(start) > 1 else ("int4g64", "tc4g64", "nl5g64")
+            least = (
+                min(ratio for peer, ratio in ratios[f"fips {name}"].items() if peer.startswith(start))
+                for name in formats
+            )
+            return " / ".join(f"{ratio:.2f}" for ratio in least)
+
+        rows.append([f"{shape[0]} x {shape[1]}", str(run["tokens"]), *(cell(start) for start in PEERS.values())])
+    return markdown(["outputs x inputs", "tokens", *PEERS], rows)
+
+
 def generation_smollm2() -> str:
     """A small model that generates: files of fips beside those of llama.cpp that take as many bytes."""
     found = {name: one["median"] for name, one in load("generation-smollm2")["results"].items()}
@@ -722,6 +757,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     **{f"generation-turns-{isa}": functools.partial(generation_turns, isa) for isa in ("avx2", "avx512")},
     "generation-smollm2": generation_smollm2,
+    "matrix-peers": matrix_peers,
     "dense-layers": dense_layers,
     "overfit": overfit,
     **{f"compare-{name}": functools.partial(comparison, name) for name in MODELS},
