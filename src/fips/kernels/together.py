@@ -47,15 +47,17 @@ Join = Callable[[Sequence[Any]], Callable[[Tensor], list[Tensor]]]
 """Of several products what makes all of them; whoever calls that keeps them alive meanwhile."""
 
 
+_Made = tuple[weakref.ref[Tensor], int, Tensor]
+"""An input, its version then, and its product."""
+
+
 class Waiting:
     """What was made for a layer before it asked: one product at most, for one input as it was."""
 
     __slots__ = ("_held",)
 
     def __init__(self) -> None:
-        self._held: dict[
-            int, tuple[weakref.ref[Tensor], int, Tensor]
-        ] = {}  # under 0: `pop` gives it to one thread alone
+        self._held: dict[int, _Made] = {}  # under 0: `pop` gives it to one thread alone
 
     def __bool__(self) -> bool:
         return bool(self._held)
