@@ -3,7 +3,8 @@
     python benchmarks/matrix_peers.py --threads 1 --output benchmarks/results/matrix-peers-1.json \\
         --peers-python /tmp/peers/bin/python --llama-python /tmp/llamacpp/bin/python
 
-Every library is a process of its own (`matrix_peer_workers.py`): llama.cpp's ggml, ONNX Runtime's MatMulNBits and the
+The first of these Pythons has what `peers-requirements.txt` names, the second llama-cpp-python and numpy. Every
+library is a process of its own (`matrix_peer_workers.py`): llama.cpp's ggml, ONNX Runtime's MatMulNBits and the
 compressed weights of OpenVINO and torchao. All hold many copies of the matrix, so that weights come from memory, and
 multiply by 16 of them in one call, as they would compute a model. They are asked in turn, in another order every round,
 and only what ran in the same round is compared: a ratio is the median of the peer's time over that of fips, above 1

@@ -281,12 +281,12 @@ class Repeat:
         packed = prepared.packed
         self.prepared, self.bias, self.activation_bits = prepared, bias, activation_bits
         self.shape, self.dtype, self.threads = x.shape, x.dtype, torch.get_num_threads()
-        self.out = (*x.shape[:-1], packed.shape[0])
-        self.like = x.new_empty([1] * x.dim()).expand(self.out)
+        out = (*x.shape[:-1], packed.shape[0])
+        self.like = x.new_empty([1] * x.dim()).expand(out)
         check_inputs(x, packed.shape[1], bias, packed.shape[0])
         borrowed = (packed.values_Z, packed.group_scales, bias)
         self._seen = Snapshot(places=borrowed, contents=(packed.pattern, packed.scales_N))
-        self.call = _call(x, _new(x, self.out), bias, None, PATHS["auto"], activation_bits)
+        self.call = _call(x, _new(x, out), bias, None, PATHS["auto"], activation_bits)
         self.arguments = (prepared.reference, ctypes.byref(self.call))
         self.run = _require().fips_multiply_again
         self.company = Company(self, Repeat.joined)
