@@ -374,19 +374,25 @@ def low_bits() -> str:
     return markdown(["", "original", "fips (bits)", "gptq (bits)"], rows)
 
 
+DISTILLED = ("stories260k", "tinystories-656k", "demo", "vit", "antiberty")
+
+
 def distillation() -> str:
+    """The default, and the same with 60 steps of distillation: KL to the original, and quality."""
     rows = []
-    for name, sizes in {
-        "stories260k": (0.3, 0.25),
-        "tinystories-656k": (0.3, 0.25),
-        "demo": (0.3, 0.25, 0.2),
-        "vit": (0.2,),
-    }.items():
-        found, digits = Comparison(f"{name}-distill"), DIGITS[name]
-        for size in sizes:
-            before, after = (found.cell(method, size, digits) for method in ("fips", "fips+distill.steps=60"))
-            rows.append([MODELS[name], quality(found.original, digits), f"{16 * size:.1f}", before, after])
-    return markdown(["", "original", "bits per weight", "before", "after 60 steps"], rows)
+    labels = {**MODELS, **WHOLE}
+    for name in DISTILLED:
+        found, digits = Comparison(f"{name}-trained"), DIGITS[name]
+        for size in sorted({asked(run) for run in found.fields["runs"]}, reverse=True):
+            methods = ("fips", "fips+distill.steps=60")
+            before, after = (found.median(method, size, "kl") for method in methods)
+            rows.append([
+                labels[name], f"{REFERENCE_BITS * size:g}", f"{before:.4f}", f"**{after:.4f}**",
+                f"{after / before:.2f}", quality(found.original, digits),
+                *(found.cell(method, size, digits) for method in methods),
+            ])  # fmt: skip
+    head = ["", "bits", "KL", "KL, 60 steps", "ratio", "original", "quality", "60 steps"]
+    return markdown(head, rows)
 
 
 def parts() -> str:

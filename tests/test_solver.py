@@ -561,8 +561,6 @@ def test_what_is_expected_of_a_choice_falls_with_bytes_and_bits() -> None:
         < expected_error(1.0, named_integers(4))
         < expected_error(0.3, named_integers(8))
     )
-    half_of_8, all_of_4 = expected_error(0.5, named_integers(8)), expected_error(1.0, named_integers(4))
-    assert half_of_8 > 5 * all_of_4  # nearly alike with shares that were measured on one image model
 
 
 @pytest.mark.slow
