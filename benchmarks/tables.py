@@ -374,7 +374,7 @@ def low_bits() -> str:
     return markdown(["", "original", "fips (bits)", "gptq (bits)"], rows)
 
 
-DISTILLED = ("stories260k", "tinystories-656k", "demo")
+DISTILLED = ("stories260k", "tinystories-656k", "demo", "vit")
 
 
 def distillation() -> str:
