@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import batches_for, tiny_model
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import fips
@@ -90,3 +91,20 @@ def test_without_batches_held_out_the_last_state_is_kept() -> None:
     solved, _ = _distilled(steps=0)
     state = solved.state_dict()
     assert any(not torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_what_is_computed_anew_in_the_backward_pass_is_the_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that compute their activations once more for the gradients give those of the layers that are trained."""
+
+    def trained() -> dict[str, torch.Tensor]:
+        model = tiny_model("llama")
+        distill = {"steps": 3, "learning_rate": 1e-2, "held_out": 0}
+        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.4, values="float", distill=distill))
+        return model.state_dict()
+
+    once = trained()
+    kind = type(tiny_model("llama").model.layers[0].mlp)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: checkpoint(forward, self, x, use_reentrant=False))
+    assert all(torch.equal(once[name], tensor) for name, tensor in trained().items())

@@ -103,23 +103,24 @@ def distill_(
     for group in groups:
         layers |= group.modules
 
-    def loss_on(batch: Any) -> Tensor:
-        with torch.no_grad(), _Outputs(model, blocks, settings.hidden_weight) as teacher:
+    def loss_on(batch: Any, *, train: bool) -> float:
+        weight = settings.hidden_weight
+        with torch.no_grad(), _Outputs(model, blocks, weight) as teacher:
             target = teacher.tokens.heads(run(model, batch))
-        with swapped(model, layers), _Outputs(model, blocks, settings.hidden_weight) as student:
-            return _loss(student.tokens.heads(run(model, batch)), target, student, teacher, settings)
+        with swapped(model, layers), torch.set_grad_enabled(train), _Outputs(model, blocks, weight) as student:
+            loss = _loss(student.tokens.heads(run(model, batch)), target, student, teacher, settings)
+            if train:
+                loss.backward()  # here: what checkpoints recompute wants the student's layers in place
+        return loss.item()
 
-    best = _Best(groups, lambda: [loss_on(batch).item() for batch in held_out], settings.patience)
+    best = _Best(groups, lambda: [loss_on(batch, train=False) for batch in held_out], settings.patience)
     best.check(0)
     losses: list[float] = []
     for step, batch in zip(range(settings.steps), _forever(batches), strict=False):
-        with torch.enable_grad():
-            loss = loss_on(batch)
-            loss.backward()
+        losses.append(loss_on(batch, train=True))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
         done = step + 1
@@ -138,7 +139,6 @@ class _Best:
         self._states: list[TrainableState] = []
         self._since = 0
 
-    @torch.no_grad()
     def check(self, done: int) -> bool:
         """Measure after so many steps; whether it is time to end, since nothing has improved for long."""
         losses = self._measure()
