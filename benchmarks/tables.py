@@ -380,14 +380,13 @@ DISTILLED = ("stories260k", "tinystories-656k", "demo", "vit")
 def distillation() -> str:
     """The default, and the same with 60 steps of distillation: KL to the original, and quality."""
     rows = []
-    labels = {**MODELS, **WHOLE}
     for name in DISTILLED:
         found, digits = Comparison(f"{name}-trained"), DIGITS[name]
         for size in sorted({asked(run) for run in found.fields["runs"]}, reverse=True):
             methods = ("fips", "fips+distill.steps=60")
             before, after = (found.median(method, size, "kl") for method in methods)
             rows.append([
-                labels[name], f"{REFERENCE_BITS * size:g}", f"{before:.4f}", f"**{after:.4f}**",
+                MODELS[name], f"{REFERENCE_BITS * size:g}", f"{before:.4f}", f"**{after:.4f}**",
                 f"{after / before:.2f}", quality(found.original, digits),
                 *(found.cell(method, size, digits) for method in methods),
             ])  # fmt: skip

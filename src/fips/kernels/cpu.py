@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -156,18 +156,10 @@ def _as_memory_error() -> Iterator[None]:
         raise MemoryError(f"no memory for what the CPU kernels need: {error}") from error
 
 
-def _new(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _room(make: Callable[..., Tensor], *what: Any) -> Tensor:
+    """A new tensor, or ``MemoryError``."""
     try:  # not the context above, which takes as long as a small product
-        return x.new_empty(shape)
-    except RuntimeError as error:
-        with _as_memory_error():
-            raise error
-
-
-def _room_like(like: Tensor) -> Tensor:
-    """A new tensor like one without memory of its own: that takes two thirds of the time that one of a shape takes."""
-    try:
-        return torch.empty_like(like)
+        return make(*what)
     except RuntimeError as error:
         with _as_memory_error():
             raise error
@@ -257,7 +249,7 @@ def multiply(
     rows, cols = prepared.packed.shape
     check_inputs(x_TK, cols, bias_N, rows)
     x = _rows_of(x_TK, cols)
-    y = _new(x, (*x.shape[:-1], rows))
+    y = _room(x.new_empty, (*x.shape[:-1], rows))
     bias = _bias_for(x, bias_N)  # held until the call is over
     call = _call(x, y, bias, isa, PATHS[path], activation_bits)
     status = _require().fips_multiply(prepared.reference, ctypes.byref(call))
@@ -283,10 +275,11 @@ class Repeat:
         self.shape, self.dtype, self.threads = x.shape, x.dtype, torch.get_num_threads()
         out = (*x.shape[:-1], packed.shape[0])
         self.like = x.new_empty([1] * x.dim()).expand(out)
+        """Without memory of its own: room like it takes two thirds of the time that room of a shape takes."""
         check_inputs(x, packed.shape[1], bias, packed.shape[0])
         borrowed = (packed.values_Z, packed.group_scales, bias)
         self._seen = Snapshot(places=borrowed, contents=(packed.pattern, packed.scales_N))
-        self.call = _call(x, _new(x, out), bias, None, PATHS["auto"], activation_bits)
+        self.call = _call(x, _room(x.new_empty, out), bias, None, PATHS["auto"], activation_bits)
         self.arguments = (prepared.reference, ctypes.byref(self.call))
         self.run = _require().fips_multiply_again
         self.company = Company(self, Repeat.joined)
@@ -308,7 +301,7 @@ class Repeat:
 
     def alone(self, x: Tensor) -> Tensor:
         """The product with this matrix."""
-        y = _room_like(self.like)
+        y = _room(torch.empty_like, self.like)
         status = self.run(*self.arguments, x.data_ptr(), y.data_ptr())
         if status != 0:
             raise _error(status, self.prepared.packed, f"inputs {x.dtype}")
@@ -325,7 +318,7 @@ class Repeat:
         first = members[0].prepared.packed
 
         def multiply_together(x: Tensor) -> list[Tensor]:
-            ys = [_room_like(like) for like in likes]
+            ys = [_room(torch.empty_like, like) for like in likes]
             status = run(matrices, calls, len(ys), x.data_ptr(), pointers(*(y.data_ptr() for y in ys)))
             if status != 0:
                 raise _error(status, first, f"inputs {x.dtype}, together with {kinds}")
@@ -342,7 +335,7 @@ def multiply_columns(x_TN: Tensor, prepared: CpuMatrix, *, isa: str | None = Non
     rows, cols = prepared.packed.shape
     check_inputs(x_TN, rows)
     x = _rows_of(x_TN, rows)
-    y = _new(x, (*x.shape[:-1], cols))
+    y = _room(x.new_empty, (*x.shape[:-1], cols))
     status = _require().fips_multiply_columns(prepared.reference, ctypes.byref(_call(x, y, None, isa, 0, None)))
     if status != 0:
         raise _error(status, prepared.packed, f"{x.shape[:-1].numel()} inputs {x.dtype} times its columns")
