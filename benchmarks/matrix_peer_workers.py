@@ -121,7 +121,7 @@ class Products(Row):
 
 
 class Layers(Products):
-    """Packed layers of fips."""
+    """Packed layers of fips, in memory as a model that was loaded has them."""
 
     def __init__(self, work: Work, values: str) -> None:
         rows, cols = work.matrix.shape
@@ -131,7 +131,16 @@ class Layers(Products):
         )  # fmt: skip
         self.bits = 8 * layer.packed().nbytes() / work.matrix.size
         self.matrix = layer.dense_weight().numpy()
-        self.parts = [[copy.deepcopy(layer) for _ in range(work.part)] for _ in work.parts(self.bits)]
+        self.parts = [[self.loaded(layer) for _ in range(work.part)] for _ in work.parts(self.bits)]
+
+    @staticmethod
+    def loaded(layer: Any) -> Any:
+        from fips.storage.weights import copied
+
+        new = copy.deepcopy(layer)
+        for name, buffer in new.named_buffers(recurse=False):
+            setattr(new, name, copied(buffer))
+        return new
 
 
 class WithoutPython(Row):

@@ -233,6 +233,28 @@ def generation_turns(isa: str) -> str:
     )
 
 
+LOADS = {"rested": "had to be given", "touched": "was there"}
+
+
+def load_time() -> str:
+    """Loading and the first prompt beside llama.cpp, by what a virtual machine had of its memory."""
+    run = load("load-time")
+    rows = []
+    for state, label in LOADS.items():
+        for name, one in run["results"][state].items():
+            found, ratio = one["median"], one["ratio"]
+            rows.append([
+                GENERATION[name], label, f"{run['file_bytes'][name] / 1e6:.0f} MB", f"{found['load_s']:.2f} s",
+                f"{ratio['load_s']:.2f}", f"{found['both_s']:.1f} s", f"{ratio['both_s']:.2f}",
+                f"{found['peak_bytes'] / 1e9:.2f} GB", f"{ratio['peak_bytes']:.2f}",
+            ])  # fmt: skip
+    head = [
+        "", "memory", "file", "load", "times llama.cpp", "and first prompt", "times llama.cpp", "peak memory",
+        "times llama.cpp",
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
 PEERS = {
     "llama.cpp Q4_K": ("llama.cpp Q4_K",),
     "llama.cpp Q5_K": ("llama.cpp Q5_K",),
@@ -762,6 +784,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     **{f"generation-turns-{isa}": functools.partial(generation_turns, isa) for isa in ("avx2", "avx512")},
     "generation-smollm2": generation_smollm2,
+    "load-time": load_time,
     "matrix-peers": matrix_peers,
     "dense-layers": dense_layers,
     "overfit": overfit,

@@ -174,6 +174,10 @@ inline I set1_epi8(char v) { return each<int8_t, I>([&](int) { return v; }); }
 inline I set1_epi16(short v) { return each<int16_t, I>([&](int) { return v; }); }
 inline I set1_epi32(int v) { return each<int32_t, I>([&](int) { return v; }); }
 inline I set1_epi64(long long v) { return each<int64_t, I>([&](int) { return v; }); }
+inline __m512d set1_pd(double v) {
+  return each<double, __m512d>([&](int) { return v; });
+}
+inline F castpd_ps(__m512d v) { return read<F>(&v); }
 inline I broadcast_i64x4(__m256i v) {
   int64_t all[4];
   std::memcpy(all, &v, sizeof all);
@@ -362,6 +366,14 @@ inline F permutexvar_ps(I places, F a) {
   const Lanes<uint32_t, I> from(places);
   return each<float, F>([&](int i) { return x[int(from[i] & 15)]; });
 }
+inline I permutexvar_epi32(I places, I a) {
+  const Lanes<uint32_t, I> x(a), from(places);
+  return each<uint32_t, I>([&](int i) { return x[int(from[i] & 15)]; });
+}
+inline I permutex2var_epi32(I a, I places, I b) {
+  const Lanes<uint32_t, I> x(a), y(b), from(places);
+  return each<uint32_t, I>([&](int i) { return from[i] & 16 ? y[int(from[i] & 15)] : x[int(from[i] & 15)]; });
+}
 inline I permutexvar_epi8(I places, I a) {
   const Lanes<uint8_t, I> x(a), from(places);
   return each<uint8_t, I>([&](int i) { return x[from[i] & 63]; });
@@ -393,10 +405,6 @@ inline void mask_storeu_epi16(void *p, __mmask32 mask, I v) { masked_write<uint1
 inline I mask_blend_epi16(__mmask32 mask, I a, I b) {
   const Lanes<uint16_t, I> x(a), y(b);
   return each<uint16_t, I>([&](int i) { return bit(mask, i) ? y[i] : x[i]; });
-}
-inline F mask_blend_ps(__mmask16 mask, F a, F b) {
-  const Lanes<float, F> x(a), y(b);
-  return each<float, F>([&](int i) { return bit(mask, i) ? y[i] : x[i]; });
 }
 inline __m128i maskz_loadu_epi8_128(__mmask16 mask, const void *p) { return masked_read<uint8_t, __m128i>(mask, p); }
 inline I mask_or_epi32(I from, __mmask16 mask, I a, I b) {
@@ -489,8 +497,6 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_loadu_si512 emulated::mm::load_si512
 #undef _mm512_mask_blend_epi16
 #define _mm512_mask_blend_epi16 emulated::mm::mask_blend_epi16
-#undef _mm512_mask_blend_ps
-#define _mm512_mask_blend_ps emulated::mm::mask_blend_ps
 #undef _mm512_mask_or_epi32
 #define _mm512_mask_or_epi32 emulated::mm::mask_or_epi32
 #undef _mm512_mask_reduce_add_epi32
@@ -533,6 +539,10 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_permutex2var_epi8 emulated::mm::permutex2var_epi8
 #undef _mm512_permutex2var_ps
 #define _mm512_permutex2var_ps emulated::mm::permutex2var_ps
+#undef _mm512_permutexvar_epi32
+#define _mm512_permutexvar_epi32 emulated::mm::permutexvar_epi32
+#undef _mm512_permutex2var_epi32
+#define _mm512_permutex2var_epi32 emulated::mm::permutex2var_epi32
 #undef _mm512_permutexvar_epi8
 #define _mm512_permutexvar_epi8 emulated::mm::permutexvar_epi8
 #undef _mm512_permutexvar_ps
@@ -555,6 +565,10 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_set1_epi64 emulated::mm::set1_epi64
 #undef _mm512_set1_epi8
 #define _mm512_set1_epi8 emulated::mm::set1_epi8
+#undef _mm512_set1_pd
+#define _mm512_set1_pd emulated::mm::set1_pd
+#undef _mm512_castpd_ps
+#define _mm512_castpd_ps emulated::mm::castpd_ps
 #undef _mm512_set1_ps
 #define _mm512_set1_ps emulated::mm::set1_ps
 #undef _mm512_set_epi32

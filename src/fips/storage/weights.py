@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,7 @@ __all__ = [
     "StoredWeights",
     "check_layout",
     "check_types",
+    "copied",
     "require",
     "weight_files",
 ]
@@ -128,9 +131,7 @@ class MappedFiles:
                 if line.endswith(".safetensors"):
                     first, last = line.split(" ", 1)[0].split("-")
                     self._places.append((int(first, 16), int(last, 16)))
-            self._advise = ctypes.CDLL(None).madvise
-            self._advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError):
             self._places = []
 
     def copies(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -139,21 +140,40 @@ class MappedFiles:
             yield from pool.map(self._copy, tensors)
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        found, size = torch.empty_like(tensor), mmap.PAGESIZE
-        if self._places and found.nbytes >= LARGE:
-            begin = found.data_ptr() // size * size
-            self._advise(begin, -(-(found.data_ptr() + found.nbytes) // size) * size - begin, HUGE_PAGES)
-        if tensor.is_contiguous():  # `copy_` would share it among threads of its own, which wait for each other awake
-            ctypes.memmove(found.data_ptr(), tensor.data_ptr(), tensor.nbytes)
-        else:
-            found.copy_(tensor)
+        found = copied(tensor)
         first = tensor.data_ptr()
         last = first + tensor.nbytes
         if any(start <= first and last <= end for start, end in self._places):
-            begin, end = -(-first // size) * size, last // size * size
+            begin, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
             if begin < end:
-                self._advise(begin, end - begin, mmap.MADV_DONTNEED)  # a file's pages: read anew if asked for
+                _advise(begin, end, mmap.MADV_DONTNEED)  # a file's pages: read anew if asked for
         return found
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own, by this thread alone; a large one in huge pages where the system has them."""
+    found = torch.empty_like(tensor)
+    if found.nbytes >= LARGE:
+        first, last = found.data_ptr(), found.data_ptr() + found.nbytes
+        _advise(first // mmap.PAGESIZE * mmap.PAGESIZE, -(-last // mmap.PAGESIZE) * mmap.PAGESIZE, HUGE_PAGES)
+    if tensor.is_contiguous():  # `copy_` would share it among threads of its own, which wait for each other awake
+        ctypes.memmove(found.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+    else:
+        found.copy_(tensor)
+    return found
+
+
+def _advise(begin: int, end: int, what: int) -> None:
+    """``madvise`` of whole pages, on Linux; what it refuses changes nothing."""
+    if sys.platform == "linux":
+        _madvise()(begin, end - begin, what)
+
+
+@functools.cache
+def _madvise() -> Any:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
 
 
 def weight_files(directory: Path) -> list[str]:

@@ -34,11 +34,17 @@ inline __m512i repeated(const void *from, int64_t bytes) { // 4 to 64 of them, a
   case 64: return _mm512_loadu_si512(from);
   case 32: return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i *>(from)));
   case 16: return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i *>(from)));
-  default: break;
+  case 8: {
+    int64_t word;
+    std::memcpy(&word, from, 8);
+    return _mm512_set1_epi64(word);
   }
-  uint64_t word = 0;
-  std::memcpy(&word, from, size_t(bytes));
-  return _mm512_set1_epi64(int64_t(bytes == 8 ? word : word << 32 | word));
+  default: {
+    int32_t word;
+    std::memcpy(&word, from, 4);
+    return _mm512_set1_epi32(word);
+  }
+  }
 }
 
 // The numbers of all codes, as their bits lie in the stream, again and again: whatever lies above them looks up the same.

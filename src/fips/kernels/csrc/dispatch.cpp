@@ -101,17 +101,25 @@ int detect() {
 int detect() { return FIPS_PORTABLE; }
 #endif
 
+bool uses_matrix_unit(const fips_matrix &a, int level) {
+  return level >= FIPS_AMX && (a.value_type == FIPS_BF16 || (a.value_type == FIPS_I8 && !a.scale_group));
+}
+
+// Up to how many tokens a matrix is read in memory order, each row for all of them.
+int most_direct(const fips_matrix &a, const fips_call &c, int level) {
+  if (uses_matrix_unit(a, level)) return 1;
+  return level >= FIPS_AVX512 && c.tokens > 4 && fixed_planes(c) == 1 && takes_pairs(a) ? 8 : 4;
+}
+
 // The path of a call that leaves it open. Tiles pay from a few tokens on, unless so little is kept that skipping the
 // rest is faster.
 int fastest_path(const fips_matrix &a, const fips_call &c, int level) {
   if (a.format == FIPS_BLOCK_ROWS) return FIPS_TOKENS; // values of a row do not lie together
-  const bool bytes = a.value_type == FIPS_I8; // multiplied as they are
-  const bool matrix_unit = level >= FIPS_AMX && (a.value_type == FIPS_BF16 || (bytes && !a.scale_group));
-  if (c.tokens <= (matrix_unit ? 1 : 4)) return FIPS_DIRECT;
+  if (c.tokens <= most_direct(a, c, level)) return FIPS_DIRECT;
   if (level < FIPS_VECTORS_256) return FIPS_TOKENS;
   const double kept = double(a.num_values) / (double(a.rows) * double(a.cols)); // limits measured on Zen 4
   if (level < FIPS_AVX512) return kept < 0.55 ? FIPS_TOKENS : FIPS_TILES;
-  if (matrix_unit || bytes) return FIPS_TILES;
+  if (uses_matrix_unit(a, level) || a.value_type == FIPS_I8) return FIPS_TILES; // bytes are multiplied as they are
   const bool pairs = level >= FIPS_AVX512_BF16 && a.value_type == FIPS_BF16 && c.x_type == FIPS_BF16;
   const bool skip = pairs ? c.tokens > 32 && kept < 0.2 : kept < (c.tokens > 16 ? 0.6 : 0.3);
   return skip ? FIPS_TOKENS : FIPS_TILES;
@@ -340,6 +348,11 @@ int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
   return 0;
 }
 
+int multiply_checked(const fips_matrix &a, const fips_call &c) {
+  if (!a.rows || !c.tokens) return 0;
+  return guarded(c.threads, [&] { return multiply_in_parts(a, c); });
+}
+
 struct Product {
   const fips_matrix *matrix;
   fips_call call;
@@ -529,8 +542,7 @@ int fips_isa_level(void) {
 int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
   if (!matrix || !call) return FIPS_INVALID;
   const int status = check_product(*matrix, *call);
-  if (status || !matrix->rows || !call->tokens) return status;
-  return guarded(call->threads, [&] { return multiply_in_parts(*matrix, *call); });
+  return status ? status : multiply_checked(*matrix, *call);
 }
 
 int fips_multiply_again(const fips_matrix *matrix, const fips_call *call, const void *x, void *y) {
@@ -564,7 +576,7 @@ int fips_multiply_together(const fips_matrix *const *matrices, const fips_call *
     }
     if (together) return guarded(products[0].call.threads, [&] { return multiply_side_by_side(products); });
     for (const Product &one : products)
-      if (const int status = fips_multiply(one.matrix, &one.call)) return status;
+      if (const int status = multiply_checked(*one.matrix, one.call)) return status;
     return 0;
   });
 }

@@ -398,6 +398,29 @@ inline int value_type_bits(int type) { // in memory; 0 for an unknown type
 #undef FIPS_ROW
 }
 
+// Nothing is left out, and every 64 columns of a row have one scale.
+inline bool whole_blocks(const fips_matrix &a) {
+  return a.format == FIPS_FULL && a.cols % 64 == 0 && !(a.scale_group && a.scale_group < 64);
+}
+
+// Codes of 4 bits that are looked up as they lie, two rows at a time; what those above add is linear in their bits.
+inline bool reads_half_bytes(const fips_matrix &a) {
+  if (!a.memory && a.cols > 4096) return false; // two rows are too far from each other: slower from memory
+  if (a.value_bits != 4 || !whole_blocks(a)) return false;
+  for (int back = 0; back < a.memory; ++back)
+    for (int code = 0; code < 16; ++code) {
+      const uint8_t *added = a.history + 16 * back;
+      const int lowest = code & -code;
+      if (added[code] != (code ? added[lowest] ^ added[code ^ lowest] : 0) || added[code] > 63) return false;
+    }
+  return true;
+}
+
+// Whether rows are multiplied in pairs of blocks of 64 columns, see pairs512.h.
+inline bool takes_pairs(const fips_matrix &a) {
+  return a.value_type == FIPS_I8 && whole_blocks(a) && (!a.memory || reads_half_bytes(a));
+}
+
 // Calls `body` with the number of tokens of the direct path; false for more than it takes.
 template <class Body> bool with_few_tokens(const fips_call &c, Body &&body) {
   switch (c.tokens) {
