@@ -144,7 +144,7 @@ class Layers(Products):
 
 
 class WithoutPython(Row):
-    """The same layers for one token: the function of the C library is called, with arguments made beforehand."""
+    """The same layers, by the function of the C library with arguments made beforehand: as others go through a graph."""
 
     def __init__(self, layers: Layers) -> None:
         self.layers, self.bits, self.matrix = layers, layers.bits, layers.matrix
@@ -152,10 +152,8 @@ class WithoutPython(Row):
     def calls(self, x: Floats) -> Calls:
         from fips.kernels import cpu
 
-        if len(x) > 1:
-            return []
         self.x = torch.from_numpy(x).bfloat16()
-        self.y, self.rest = (self.x.new_empty(1, len(self.matrix)) for _ in range(2))
+        self.y, self.rest = (self.x.new_empty(len(x), len(self.matrix)) for _ in range(2))
         layers: Any = self.layers.parts
         parts = [[cpu.Repeat(self.x, cpu.prepare(layer.packed()), None, 8) for layer in part] for part in layers]
         return [partial(self.multiply, part) for part in parts]

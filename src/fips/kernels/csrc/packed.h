@@ -405,7 +405,6 @@ inline bool whole_blocks(const fips_matrix &a) {
 
 // Codes of 4 bits that are looked up as they lie, two rows at a time; what those above add is linear in their bits.
 inline bool reads_half_bytes(const fips_matrix &a) {
-  if (!a.memory && a.cols > 4096) return false; // two rows are too far from each other: slower from memory
   if (a.value_bits != 4 || !whole_blocks(a)) return false;
   for (int back = 0; back < a.memory; ++back)
     for (int code = 0; code < 16; ++code) {
