@@ -144,7 +144,7 @@ class Layers(Products):
 
 
 class WithoutPython(Row):
-    """The same layers, by the function of the C library with arguments made beforehand: as others go through a graph."""
+    """The same layers, by the function of the C library with arguments made beforehand, as others by a graph."""
 
     def __init__(self, layers: Layers) -> None:
         self.layers, self.bits, self.matrix = layers, layers.bits, layers.matrix
