@@ -405,7 +405,7 @@ inline bool whole_blocks(const fips_matrix &a) {
 
 // Codes of 4 bits that are looked up as they lie, two rows at a time; what those above add is linear in their bits.
 inline bool reads_half_bytes(const fips_matrix &a) {
-  if (a.value_bits != 4 || !whole_blocks(a)) return false;
+  if (a.value_bits != 4 || !whole_blocks(a) || (a.memory && !recalls(a))) return false;
   for (int back = 0; back < a.memory; ++back)
     for (int code = 0; code < 16; ++code) {
       const uint8_t *added = a.history + 16 * back;
