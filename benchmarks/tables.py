@@ -346,6 +346,22 @@ def now() -> str:
     return markdown(head, rows)
 
 
+def forced_sharing() -> str:
+    """KL where every group of blocks has to share a basis, beside the default, which shares none."""
+    rows = []
+    for name in ("stories260k", "tinystories-656k"):
+        shared, default = Comparison(f"{name}-shared"), Comparison(f"{name}-default")
+        for size in sorted({asked(run) for run in shared.fields["runs"]}, reverse=True):
+            cells = [default.divergence("fips", size)]
+            for method in ("fips-shared", "fips-shared+values=nl3"):
+                cell = shared.divergence(method, size)
+                times = shared.median(method, size, "kl") / default.median("fips", size, "kl") if cell else 0
+                cells += [cell or ("impossible" if shared.runs(method, size) else ""), f"{times:.1f}" if times else ""]
+            rows.append([MODELS[name].partition(",")[0], f"{REFERENCE_BITS * size:g}", *cells])
+    head = ["", "bits", "the default, KL", "shared, KL", "times", "shared, values of 3 bits, KL", "times"]
+    return markdown(head, rows)
+
+
 def blocks() -> str:
     """All matrices of the blocks instead of the MLPs alone."""
     rows = []
@@ -399,7 +415,7 @@ def low_bits() -> str:
     return markdown(["", "original", "fips (bits)", "gptq (bits)"], rows)
 
 
-DISTILLED = ("stories260k", "tinystories-656k", "demo", "vit")
+DISTILLED = ("stories260k", "tinystories-656k", "demo", "vit", "antiberty")
 
 
 def distillation() -> str:
@@ -411,7 +427,7 @@ def distillation() -> str:
             methods = ("fips", "fips+distill.steps=60")
             before, after = (found.median(method, size, "kl") for method in methods)
             rows.append([
-                MODELS[name], f"{REFERENCE_BITS * size:g}", f"{before:.4f}", f"**{after:.4f}**",
+                {**MODELS, **WHOLE}[name], f"{REFERENCE_BITS * size:g}", f"{before:.4f}", f"**{after:.4f}**",
                 f"{after / before:.2f}", quality(found.original, digits),
                 *(found.cell(method, size, digits) for method in methods),
             ])  # fmt: skip
@@ -813,6 +829,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "model-speed": model_speed,
     "against-llama-cpp": against_llama_cpp,
     "fine-tuning": fine_tuning,
+    "forced-sharing": forced_sharing,
     "shared-basis": shared_basis,
     "layers-gpu": gpu_layers,
     "gpu-generation": gpu_generation,
