@@ -349,7 +349,7 @@ def now() -> str:
 def forced_sharing() -> str:
     """KL where every group of blocks has to share a basis, beside the default, which shares none."""
     rows = []
-    for name in ("stories260k", "tinystories-656k"):
+    for name in ("stories260k", "tinystories-656k", "demo"):
         shared, default = Comparison(f"{name}-shared"), Comparison(f"{name}-default")
         for size in sorted({asked(run) for run in shared.fields["runs"]}, reverse=True):
             cells = [default.divergence("fips", size)]
