@@ -46,6 +46,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(args)
+    if args.out is None:
+        parser.error("no --out to write to")
     import torch
 
     from fips.record import environment

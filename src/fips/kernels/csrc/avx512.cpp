@@ -46,7 +46,7 @@ bool direct_path(const fips_matrix &a, const fips_call &c) {
   case FIPS_F32: return direct_path<FloatDot>(a, c);
   case FIPS_F16: return direct_path<HalfDot>(a, c);
   case FIPS_I8:
-    if (fixed_planes(c) == 1 && takes_pairs(a)) return fips_avx512_pairs(a, c);
+    if (fixed_planes(c) == 1 && fips_avx512_pairs(a, c)) return true;
     if (a.value_bits == 8) return byte_path<ByteDot<1>, ByteDot<2>, ByteDot<3>>(a, c);
     if (a.memory == 2) return narrow_path<RecalledCursor<2>>(a, c);
     if (a.memory == 3) return narrow_path<RecalledCursor<3>>(a, c);

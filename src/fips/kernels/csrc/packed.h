@@ -403,9 +403,9 @@ inline bool whole_blocks(const fips_matrix &a) {
   return a.format == FIPS_FULL && a.cols % 64 == 0 && !(a.scale_group && a.scale_group < 64);
 }
 
-// Codes of 4 bits that are looked up as they lie, two rows at a time; what those above add is linear in their bits.
-inline bool reads_half_bytes(const fips_matrix &a) {
-  if (a.value_bits != 4 || !whole_blocks(a) || (a.memory && !recalls(a))) return false;
+// Whether what codes of 4 bits add to those below is linear in their bits: then halves of bytes are mapped as they lie.
+inline bool maps_half_bytes(const fips_matrix &a) {
+  if (a.value_bits != 4 || !recalls(a)) return false;
   for (int back = 0; back < a.memory; ++back)
     for (int code = 0; code < 16; ++code) {
       const uint8_t *added = a.history + 16 * back;
@@ -417,7 +417,7 @@ inline bool reads_half_bytes(const fips_matrix &a) {
 
 // Whether rows are multiplied in pairs of blocks of 64 columns, see pairs512.h.
 inline bool takes_pairs(const fips_matrix &a) {
-  return a.value_type == FIPS_I8 && whole_blocks(a) && (!a.memory || reads_half_bytes(a));
+  return a.value_type == FIPS_I8 && whole_blocks(a) && (!a.memory || maps_half_bytes(a));
 }
 
 // Calls `body` with the number of tokens of the direct path; false for more than it takes.

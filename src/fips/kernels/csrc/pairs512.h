@@ -355,12 +355,13 @@ bool pairs_path(const fips_matrix &a, const fips_call &c) {
 template <int ROWS, int T> using RowsOfBytes = WholeRows<ByteStream, ROWS, T>;
 template <int ROWS, int T> using WideRows = WholeRows<WideStream, ROWS, T>;
 
+// Of a matrix that `takes_pairs`: with a memory it has codes of 4 bits.
 template <int T> bool pairs_path(const fips_matrix &a, const fips_call &c) {
-  if (reads_half_bytes(a)) {
-    return a.memory ? pairs_path<HalfByteRows<2, T>, T>(a, c) : pairs_path<HalfByteRows<0, T>, T>(a, c);
-  }
+  if (a.memory) return pairs_path<HalfByteRows<2, T>, T>(a, c);
+  if (a.value_bits == 4) return pairs_path<HalfByteRows<0, T>, T>(a, c);
   if (a.value_bits == 8) return pairs_path<RowsOfBytes, 2, (T > 4 ? 2 : 1), T>(a, c);
-  if (a.value_bits > 5) return pairs_path<WideRows, 2, (T > 4 ? 2 : 1), T>(a, c); // half a step would not lie in one register
+  if (a.value_bits > 5) // half a step would not lie in one register
+    return pairs_path<WideRows, 2, (T > 4 ? 2 : 1), T>(a, c);
   return pairs_path<FarFours, (T > 4 ? 2 : 4), 2, T>(a, c); // all sums in registers
 }
 
