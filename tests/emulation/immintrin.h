@@ -207,6 +207,9 @@ inline I xor_si512(I a, I b) { return a ^ b; }
 inline I slli_epi32(I a, unsigned count) { return map<uint32_t>(a, [&](uint32_t x) { return x << count; }); }
 inline I srli_epi32(I a, unsigned count) { return map<uint32_t>(a, [&](uint32_t x) { return x >> count; }); }
 inline I srli_epi16(I a, unsigned count) { return map<uint16_t>(a, [&](uint16_t x) { return x >> count; }); }
+inline I srlv_epi32(I a, I counts) {
+  return zip<uint32_t>(a, counts, [](uint32_t x, uint32_t count) { return count < 32 ? x >> count : 0; });
+}
 inline I mullo_epi32(I a, I b) { return zip<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x * y; }); }
 inline I ternarylogic_epi64(I a, I b, I c, int table) {
   I out = setzero_si512();
@@ -585,6 +588,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_srli_epi16 emulated::mm::srli_epi16
 #undef _mm512_srli_epi32
 #define _mm512_srli_epi32 emulated::mm::srli_epi32
+#undef _mm512_srlv_epi32
+#define _mm512_srlv_epi32 emulated::mm::srlv_epi32
 #undef _mm512_store_ps
 #define _mm512_store_ps emulated::mm::store_ps
 #undef _mm512_store_si512

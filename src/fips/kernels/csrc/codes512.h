@@ -152,7 +152,7 @@ struct KeptCursor : NarrowStream { // of the entries under a mask
   static constexpr bool whole = false;
   const uint8_t (*shifts)[64];
   int64_t bit, bits;
-  KeptCursor(const fips_matrix &a, int64_t first)
+  explicit KeptCursor(const fips_matrix &a, int64_t first = 0)
       : NarrowStream(a), shifts(shifts_of(a)), bit(first * a.value_bits), bits(a.value_bits) {}
   FIPS_INLINE void prefetch() const { NarrowStream::prefetch(bit >> 3); }
   FIPS_INLINE __m512i next(uint64_t mask) {
@@ -161,6 +161,112 @@ struct KeptCursor : NarrowStream { // of the entries under a mask
     return _mm512_maskz_expand_epi8(_cvtu64_mask64(mask), kept);
   }
   FIPS_INLINE __m512i next_lifted(uint64_t mask) { return lifted(next(mask)); }
+};
+
+// Rows of a matrix kept whole, many codes of a row at a time.
+struct NarrowRows : NarrowStream {
+  const uint8_t (*shifts)[64];
+  int64_t bits;
+  explicit NarrowRows(const fips_matrix &a) : NarrowStream(a), shifts(shifts_of(a)), bits(a.value_bits) {}
+
+  // Writes `blocks` times 64 numbers, from that of code `first` on; LIFT: with 128 added.
+  template <bool LIFT> void write(int64_t first, int64_t blocks, uint8_t *to) const {
+    const int64_t from = first * bits >> 3, step = 8 * bits;
+    const __m512i own = _mm512_load_si512(shifts[first * bits & 7]);
+    const auto all = [&](const auto &load, const auto &number) {
+      for (int64_t i = 0; i < blocks; ++i)
+        _mm512_store_si512(to + 64 * i, number(_mm512_multishift_epi64_epi8(own, _mm512_permutexvar_epi8(
+                                            places, load(from + step * i)))));
+    };
+    const auto with = [&](const auto &number) {
+      if (from + step * (blocks - 1) <= last) // no load leaves the stream
+        all([&](int64_t at) { return _mm512_loadu_si512(stream + at); }, number);
+      else
+        all([&](int64_t at) { return bytes(at); }, number);
+    };
+    if (by_level) {
+      const __m512i table = LIFT ? lifted_levels : levels;
+      with([&](__m512i found) { return _mm512_permutexvar_epi8(found, table); });
+    } else if (LIFT) {
+      constexpr int and_then_xor = 0x6A;
+      const __m512i sign = _mm512_set1_epi8(char(0x80)), kept = high;
+      with([&](__m512i found) { return _mm512_ternarylogic_epi64(found, kept, sign, and_then_xor); });
+    } else {
+      const __m512i kept = high;
+      with([&](__m512i found) { return _mm512_and_si512(found, kept); });
+    }
+  }
+};
+
+// Rows of codes that depend on those above them, several at a time: each row of codes is read once for all that ask.
+constexpr int kRecalledRows = 4; // they divide a run, so that nothing above the first of a run is theirs
+
+// Where R rows from `row` on begin, of which `left` are there, and MEMORY rows above them; any row where there is none.
+template <int MEMORY, int R>
+FIPS_INLINE void starts_of_rows(int64_t row, int left, int64_t row_bytes, int64_t (&from)[MEMORY + R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < MEMORY + R; ++r) {
+    const int64_t place = row - MEMORY + min_of(r, MEMORY + left - 1);
+    from[r] = (place < 0 ? 0 : place) * row_bytes;
+  }
+}
+
+template <int MEMORY> struct RecalledRows : NarrowStream {
+  static constexpr int R = kRecalledRows;
+  int64_t row_bytes, step; // step: bytes of 64 codes
+  int run;                 // rows
+  __m512i shifts, mask, table, added[MEMORY];
+  explicit RecalledRows(const fips_matrix &a) : NarrowStream(a), step(8 * a.value_bits), run(int(a.run)) {
+    const int64_t codes = int64_t(1) << a.value_bits;
+    row_bytes = a.cols / 64 * step;
+    shifts = _mm512_load_si512(narrow_tables.low_shifts[a.value_bits][0]);
+    mask = _mm512_set1_epi8(char(codes - 1));
+    table = lifted(repeated(a.levels, a.num_levels));
+    for (int back = 0; back < MEMORY; ++back) added[back] = repeated(a.history + back * codes, codes);
+  }
+
+  // What the rows above `row`, the first of several, add: nothing at the beginning of a run.
+  FIPS_INLINE void above(int64_t row, __m512i (&adds)[MEMORY]) const {
+    for (int back = 0; back < MEMORY; ++back) adds[back] = row % run ? added[back] : _mm512_setzero_si512();
+  }
+
+  // 64 numbers of row `r` of several with 128 added, by the codes of all and of those above, which add `adds`.
+  FIPS_INLINE __m512i lifted_number(const __m512i (&codes)[MEMORY + R], int r, const __m512i (&adds)[MEMORY]) const {
+    __m512i place = _mm512_and_si512(codes[MEMORY + r], mask);
+#pragma GCC unroll 4
+    for (int back = 1; back <= MEMORY; ++back) {
+      const __m512i own = back <= r ? added[back - 1] : adds[back - 1];
+      place = _mm512_xor_si512(place, _mm512_permutexvar_epi8(codes[MEMORY + r - back], own));
+    }
+    return _mm512_permutexvar_epi8(place, table);
+  }
+
+  // Writes `blocks` times 64 numbers of `left` rows from `row` on, the first of several, from that of column k on; rows
+  // of `to` are `apart` bytes apart. LIFT: with 128 added.
+  template <bool LIFT>
+  void write(int64_t row, int left, int64_t k, int64_t blocks, uint8_t *to, int64_t apart) const {
+    __m512i adds[MEMORY];
+    above(row, adds);
+    int64_t from[MEMORY + R];
+    starts_of_rows<MEMORY, R>(row, left, row_bytes, from);
+    const auto all = [&](const auto &load) {
+      for (int64_t i = 0, at = k / 64 * step; i < blocks; ++i, at += step) {
+        __m512i codes[MEMORY + R];
+#pragma GCC unroll 8
+        for (int r = 0; r < MEMORY + R; ++r)
+          codes[r] = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, load(from[r] + at)));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const __m512i numbers = lifted_number(codes, r, adds);
+          if (r < left) _mm512_store_si512(to + r * apart + 64 * i, LIFT ? numbers : lifted(numbers));
+        }
+      }
+    };
+    if (from[MEMORY + R - 1] + k / 64 * step + (blocks - 1) * step <= last) // no load leaves the stream
+      all([&](int64_t at) { return _mm512_loadu_si512(stream + at); });
+    else
+      all([&](int64_t at) { return bytes(at); });
+  }
 };
 
 } // namespace

@@ -122,32 +122,6 @@ FIPS_INLINE void digits_row(const fips_matrix &a, const fips_call &c, const Read
 template <class Cursor> constexpr int recalled_rows = 0;
 template <int MEMORY> constexpr int recalled_rows<RecalledCursor<MEMORY>> = MEMORY;
 
-// Rows of codes that depend on those above them, several at a time: each row of codes is read once for all that ask.
-constexpr int kRecalledRows = 4; // they divide a run, so that nothing above the first of a run is theirs
-
-template <int MEMORY> struct RecalledRows : NarrowStream {
-  int64_t row_bytes, step; // step: bytes of 64 codes
-  __m512i shifts, mask, table, added[MEMORY];
-  explicit RecalledRows(const fips_matrix &a) : NarrowStream(a), step(8 * a.value_bits) {
-    const int64_t codes = int64_t(1) << a.value_bits;
-    row_bytes = a.cols / 64 * step;
-    shifts = _mm512_load_si512(narrow_tables.low_shifts[a.value_bits][0]);
-    mask = _mm512_set1_epi8(char(codes - 1));
-    table = lifted(repeated(a.levels, a.num_levels));
-    for (int back = 0; back < MEMORY; ++back) added[back] = repeated(a.history + back * codes, codes);
-  }
-};
-
-// Where R rows from `row` on begin, of which `left` are there, and MEMORY rows above them; any row where there is none.
-template <int MEMORY, int R>
-FIPS_INLINE void starts_of_rows(int64_t row, int left, int64_t row_bytes, int64_t (&from)[MEMORY + R]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < MEMORY + R; ++r) {
-    const int64_t place = row - MEMORY + min_of(r, MEMORY + left - 1);
-    from[r] = (place < 0 ? 0 : place) * row_bytes;
-  }
-}
-
 // Written out, since in a loop that may end early the compiler would keep the sums in memory from the beginning.
 template <int R, int T>
 FIPS_INLINE void store_sums(const fips_matrix &a, const fips_call &c, int64_t row, int left, const __m512 (&sums)[R][T],
@@ -164,8 +138,8 @@ void recalled_digits(const fips_matrix &a, const fips_call &c, const RecalledRow
                      const DigitToken *tokens, const Factors (*factors)[T], const float (*added)[T]) {
   constexpr int R = kRecalledRows;
   const int left = int(min_of(R, a.rows - row));
-  __m512i above[MEMORY]; // what the rows before these add: nothing at the beginning of a run
-  for (int back = 0; back < MEMORY; ++back) above[back] = row % a.run ? codes.added[back] : _mm512_setzero_si512();
+  __m512i adds[MEMORY];
+  codes.above(row, adds);
   int64_t from[MEMORY + R];
   starts_of_rows<MEMORY, R>(row, left, codes.row_bytes, from);
   __m512 sums[R][T] = {};
@@ -179,13 +153,7 @@ void recalled_digits(const fips_matrix &a, const fips_call &c, const RecalledRow
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      __m512i place = _mm512_and_si512(fields[MEMORY + r], codes.mask);
-#pragma GCC unroll 4
-      for (int back = 1; back <= MEMORY; ++back) {
-        const __m512i own = back <= r ? codes.added[back - 1] : above[back - 1];
-        place = _mm512_xor_si512(place, _mm512_permutexvar_epi8(fields[MEMORY + r - back], own));
-      }
-      const __m512i weights = _mm512_permutexvar_epi8(place, codes.table);
+      const __m512i weights = codes.lifted_number(fields, r, adds);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         const __m512i digits = _mm512_load_si512(tokens[t].digits + k);

@@ -9,8 +9,9 @@
 
 namespace {
 
-constexpr int64_t kWords = 512, kRowBytes = kWords * 4 + 64; // of a row at a time; rows lie in different cache sets
-constexpr int64_t kFewRows = 12, kPartRows = 48; // decoded at a time: multiples of the rows of every block
+constexpr int64_t kWords = 1024, kRowBytes = kWords * 4 + 64; // of a row at a time; rows lie in different cache sets
+constexpr int64_t kFewRows = 12, kSomeRows = 24, kPartRows = 48; // decoded at a time: multiples of the rows of every block
+constexpr int64_t kLongSteps = 64;                                // of rows of which fewer are fetched ahead
 constexpr int64_t kFewColumns = 2, kSomeColumns = 16, kSlabColumns = 256;
 constexpr int kFewThreads = 2;
 constexpr int64_t kOwnBytes = 2 << 20; // of tokens that each of few threads packs for itself
@@ -70,6 +71,13 @@ struct ByteDots16 {
   static Sum load(const uint8_t *from) { return _mm512_load_si512(from); }
   static void store(uint8_t *to, Sum sum) { _mm512_store_si512(to, sum); }
   static Sum start(Sum sum, int32_t excess) { return _mm512_sub_epi32(sum, _mm512_set1_epi32(excess)); }
+  using Floats = __m512;
+  FIPS_INLINE static Floats floats(const float *from) { return _mm512_load_ps(from); }
+  FIPS_INLINE static Floats times(Floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
+  FIPS_INLINE static Floats add_scaled(Floats to, Sum sum, Floats scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, to);
+  }
+  FIPS_INLINE static void store(float *to, Floats sum) { _mm512_store_ps(to, sum); }
   FIPS_INLINE static Tokens tokens(const uint8_t *x) { return _mm512_load_si512(x); }
   FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
     return add_products(sum, x, _mm512_set1_epi32(word));
@@ -82,25 +90,18 @@ struct ByteDots8 {
   static Sum load(const uint8_t *from) { return _mm256_load_si256(reinterpret_cast<const __m256i *>(from)); }
   static void store(uint8_t *to, Sum sum) { _mm256_store_si256(reinterpret_cast<__m256i *>(to), sum); }
   static Sum start(Sum sum, int32_t excess) { return _mm256_sub_epi32(sum, _mm256_set1_epi32(excess)); }
+  using Floats = __m256;
+  FIPS_INLINE static Floats floats(const float *from) { return _mm256_load_ps(from); }
+  FIPS_INLINE static Floats times(Floats a, float b) { return _mm256_mul_ps(a, _mm256_set1_ps(b)); }
+  FIPS_INLINE static Floats add_scaled(Floats to, Sum sum, Floats scale) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, to);
+  }
+  FIPS_INLINE static void store(float *to, Floats sum) { _mm256_store_ps(to, sum); }
   FIPS_INLINE static Tokens tokens(const uint8_t *x) { return load(x); }
   FIPS_INLINE static Sum add(Sum sum, Tokens x, int32_t word) {
     return add_products(sum, x, _mm256_set1_epi32(word));
   }
 };
-
-// The sum of a unit of columns, times the scales of a row and of the inputs, added to the floats at `to`.
-FIPS_INLINE void add_unit(uint8_t *to, __m512i sum, float row_scale, const float *scales, bool first) {
-  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scale), _mm512_load_ps(scales));
-  const __m512 before = first ? _mm512_setzero_ps() : _mm512_load_ps(to);
-  _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before));
-}
-
-FIPS_INLINE void add_unit(uint8_t *to, __m256i sum, float row_scale, const float *scales, bool first) {
-  const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(row_scale), _mm256_load_ps(scales));
-  auto *at = reinterpret_cast<float *>(to);
-  const __m256 before = first ? _mm256_setzero_ps() : _mm256_load_ps(at);
-  _mm256_store_ps(at, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, before));
-}
 
 template <> struct Dots<I8Values, 16> : ByteDots16 {};
 template <> struct Dots<I8Values, 8> : ByteDots8 {};
@@ -190,15 +191,23 @@ FIPS_APART void multiply_block(const uint8_t *weights, const Column *columns, in
     for (int j = 0; j < C; ++j) D::store(place(r, j), acc[r][j]);
 }
 
-// The same where sums are scaled after every unit: `scales` has the numbers of the units of these rows.
-template <class Values, int W, int R, int C>
+// The same where sums are scaled after every unit, in registers beside those of the unit: sums of floats in memory would
+// cost a third of the time. `scales` has the numbers of the units of these rows, if the matrix has GROUPS.
+template <class Values, int W, int R, int C, bool GROUPS>
 FIPS_APART void multiply_units(const uint8_t *weights, const Column *columns, int64_t steps, int64_t row,
                                int64_t lower, bool first, const float *scales, int units, Ahead &ahead) {
   using D = Dots<Values, W>;
-  const auto place = [&](int r, int j) { return columns[j].sums + (row + r) / 16 * lower + (row + r) % 16 * 64; };
+  const auto place = [&](int r, int j) {
+    return reinterpret_cast<float *>(columns[j].sums + (row + r) / 16 * lower + (row + r) % 16 * 64);
+  };
   const int64_t words = 16 / units;
   const uint8_t *x[C];
   for (int j = 0; j < C; ++j) x[j] = columns[j].x;
+  typename D::Floats sums[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) sums[r][j] = first ? typename D::Floats{} : D::floats(place(r, j));
   for (int64_t s = 0; s < steps; ++s) {
     ahead.fetch();
     for (int64_t unit = s * units; unit < (s + 1) * units; ++unit) {
@@ -211,12 +220,20 @@ FIPS_APART void multiply_units(const uint8_t *weights, const Column *columns, in
       }
       for (int64_t at = unit * words; at < (unit + 1) * words; ++at) add_word<D, R, C>(acc, weights, x, at);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int j = 0; j < C; ++j)
-          add_unit(place(r, j), acc[r][j], scales[r * kUnits + unit], columns[j].scales + s * 16, first && unit == 0);
+        for (int j = 0; j < C; ++j) {
+          const auto scale = D::floats(columns[j].scales + s * 16);
+          sums[r][j] =
+              D::add_scaled(sums[r][j], acc[r][j], GROUPS ? D::times(scale, scales[r * kUnits + unit]) : scale);
+        }
+      }
     }
   }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) D::store(place(r, j), sums[r][j]);
 }
 
 // All rows of a part by some columns; rows behind the last of a slab are multiplied too, and not looked at.
@@ -235,9 +252,10 @@ struct Part {
         from[j].scales = columns[j].scales + step * 16;
         from[j].starts = columns[j].starts + step * units * 16;
       }
+      const auto multiply_rows = scales ? multiply_units<Values, W, R, C, true> : multiply_units<Values, W, R, C, false>;
       for (int64_t r = 0; r < rows; r += R)
-        multiply_units<Values, W, R, C>(weights + r * kRowBytes, from, steps, row + r, lower, step == 0,
-                                        scales + r * kUnits, units, ahead);
+        multiply_rows(weights + r * kRowBytes, from, steps, row + r, lower, step == 0,
+                      scales ? scales + r * kUnits : nullptr, units, ahead);
       return;
     }
     for (int64_t r = 0; r < rows; r += R)
@@ -246,6 +264,12 @@ struct Part {
   }
 
   template <class Values, int W> void multiply(const Column *columns, int64_t count, Ahead &ahead) const {
+    if constexpr (is_scaled<Values>) {
+      for (; count == 2 || count >= 4; count -= 2, columns += 2) multiply<Values, W, 6, 2>(columns, ahead);
+      if (count == 3) multiply<Values, W, 4, 3>(columns, ahead);
+      if (count == 1) multiply<Values, W, 12, 1>(columns, ahead);
+      return;
+    }
     for (; count >= 4; count -= 4, columns += 4) multiply<Values, W, 6, 4>(columns, ahead);
     if (count == 3) multiply<Values, W, 8, 3>(columns, ahead);
     if (count == 2) multiply<Values, W, 12, 2>(columns, ahead);
@@ -253,21 +277,29 @@ struct Part {
   }
 };
 
-// What the units of some rows are multiplied by, from one unit of so many columns on.
+// Those of the rows that come next.
+inline void fetch_scales(const fips_matrix &a, int64_t row, int64_t rows) {
+  if (!a.scale_group) return;
+  const int64_t groups = groups_of_row(a);
+  const uint8_t *from = a.group_scales + row * groups;
+  for (int64_t i = 0; i < rows * groups; i += 64) _mm_prefetch(reinterpret_cast<const char *>(from + i), _MM_HINT_T0);
+}
+
+// What the units of some rows are multiplied by, from one unit of so many columns on, which is no more than a group has.
 inline void unit_scales(const fips_matrix &a, int64_t row, int64_t rows, int64_t first, int64_t count, int64_t columns,
                         float *to) {
-  for (int64_t r = 0; r < rows; ++r, to += kUnits) {
-    const RowGroups groups = a.scale_group ? RowGroups(a, row + r) : RowGroups();
-    if (a.scale_group == columns) { // a unit is a group; behind the last nothing is added
-      for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 there = __mmask16(first_columns(min_of(groups.groups - first - i, 16)));
-        const __m128i scales = _mm_maskz_loadu_epi8(there, groups.scales + first + i);
-        _mm512_storeu_ps(to + i, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(scales)));
-      }
-      continue;
+  const int shift = lowest_bit(uint64_t(a.scale_group / columns)); // units of a group: a power of 2
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const int64_t groups = groups_of_row(a);
+  const uint8_t *from = a.group_scales + row * groups;
+  for (int64_t r = 0; r < rows; ++r, from += groups, to += kUnits)
+    for (int64_t i = 0; i < count; i += 16) {
+      const int64_t unit = first + i, group = unit >> shift;
+      const __m128i bytes = _mm_maskz_loadu_epi8(__mmask16(first_columns(min_of(groups - group, 16))), from + group);
+      const __m512 scales = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); // behind the last group 0
+      const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(unit - (group << shift))));
+      _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(_mm512_srlv_epi32(places, _mm512_set1_epi32(shift)), scales));
     }
-    for (int64_t i = 0; i < count; ++i) to[i] = a.scale_group ? groups.at((first + i) * columns) : 1.0f;
-  }
 }
 
 // Rows [row0, row0 + rows) of at most kMostRows by token blocks [block0, block0 + blocks) of every plane.
@@ -290,10 +322,12 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
   const int64_t most = kWords / 16, runs = (p.steps + most - 1) / most;
   const int64_t run_steps = round_up((p.steps + runs - 1) / runs, 4);
   Decoder<Reader, Values> decoder(a, reader, row0, rows, kRowBytes);
-  // Few columns use a decoded row once: it is taken from the first-level cache, a few rows at a time.
-  const int64_t part_rows = columns <= kFewColumns ? kFewRows : kPartRows;
+  // Few columns use a decoded row once: it is taken from the first-level cache, a few rows at a time. What is fetched
+  // ahead of long rows must not drive the tokens out of the second.
+  const int64_t part_rows = columns <= kFewColumns ? kFewRows : p.steps > kLongSteps ? kSomeRows : kPartRows;
   for (int64_t row = 0; row < rows; row += part_rows) {
     const int64_t next = min_of(row + part_rows, rows), then = min_of(next + part_rows, rows);
+    fetch_scales(a, row0 + next, then - next);
     Ahead ahead(decoder.at(next), decoder.at(then), (next - row + kFewRows - 1) / kFewRows * p.steps);
     for (int64_t step = 0; step < p.steps; step += run_steps) {
       const int64_t steps = min_of(run_steps, p.steps - step);
@@ -301,14 +335,26 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
       decoder.decode(row, next - row, step, steps, weights, rows);
       for (int64_t r = 0; r < next - row; ++r) excess[r] = excess_of<Values>(weights + r * kRowBytes, steps);
       float scales[is_scaled<Values> ? kPartRows * kUnits : 1];
-      if (is_scaled<Values>) unit_scales(a, row0 + row, next - row, step * p.units, steps * p.units, 64 / p.units, scales);
-      const Part part{weights, excess, scales, row, next - row, step, steps, lower, p.units};
+      if (a.scale_group)
+        unit_scales(a, row0 + row, next - row, step * p.units, steps * p.units, 64 / p.units, scales);
+      const Part part{weights, excess, a.scale_group ? scales : nullptr, row, next - row, step, steps, lower, p.units};
       part.multiply<Values, 16>(all, whole, ahead);
       part.multiply<Values, 8>(all + whole, halves, ahead);
     }
   }
   finish_panel<Values>(a, c, p, sums, row0, rows, block0, blocks);
 }
+
+// Rows that a thread takes at a time, `most` but for the last of each thread, so that all have as many. Their outputs are
+// whole cache lines, which no other thread writes.
+struct Slabs {
+  int64_t rows, most, full, last, count;
+  Slabs(int64_t all, int threads, int64_t size)
+      : rows(all), most(size), full(all / (size * threads) * threads),
+        last(round_up((all - full * size + threads - 1) / threads, 32)),
+        count(full + (last ? (all - full * size + last - 1) / last : 0)) {}
+  int64_t first(int64_t i) const { return min_of(i < full ? i * most : full * most + (i - full) * last, rows); }
+};
 
 template <class Reader, class Values>
 void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &shared,
@@ -318,10 +364,8 @@ void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &read
     const int64_t per_pass = kSlabColumns / shared.planes, passes = (shared.blocks + per_pass - 1) / per_pass;
     // With few tokens the packed values of a part are fetched while the one before is multiplied, but for the first.
     const int64_t most = columns <= kSomeColumns ? 4 * kPartRows : 2 * kPartRows;
-    // The outputs of two parts are whole cache lines, which no other thread writes.
-    const int64_t unit = a.rows < 4 * kPartRows * c.threads ? kPartRows : 2 * kPartRows;
-    const int64_t rows = even_share(a.rows, c.threads, most, unit), slabs = (a.rows + rows - 1) / rows;
-    const int64_t tiles = round_up(rows, kPartRows * 2) / 16 * min_of(per_pass, shared.blocks) * shared.planes;
+    const Slabs slabs(a.rows, c.threads, most);
+    const int64_t tiles = round_up(most, kPartRows * 2) / 16 * min_of(per_pass, shared.blocks) * shared.planes;
     const PerThread<uint8_t> sums(Scratch::sums, tiles * kTileBytes, c.threads); // [16 rows][column][tile]
     const PerThread<uint8_t> weights(Scratch::weights, kPartRows * kRowBytes, c.threads);
 #pragma omp parallel num_threads(c.threads)
@@ -330,8 +374,8 @@ void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &read
       pack_tokens<Values>(a, c, p, alone);
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t pass = 0; pass < passes; ++pass)
-        for (int64_t i = 0; i < slabs; ++i)
-          slab<Reader, Values>(a, c, reader, p, i * rows, min_of(rows, a.rows - i * rows), pass * per_pass,
+        for (int64_t i = 0; i < slabs.count; ++i)
+          slab<Reader, Values>(a, c, reader, p, slabs.first(i), slabs.first(i + 1) - slabs.first(i), pass * per_pass,
                                min_of(per_pass, p.blocks - pass * per_pass), sums.mine(), weights.mine());
     }
   }

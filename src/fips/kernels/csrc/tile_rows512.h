@@ -227,7 +227,7 @@ template <class K> void pack_tile(const fips_matrix &a, const fips_call &c, cons
 template <class Reader, class Values> class Decoder {
 public:
   Decoder(const fips_matrix &a, const Reader &reader, int64_t row0, int64_t rows, int64_t row_bytes)
-      : a_(a), reader_(reader), row0_(row0), rows_(rows), row_bytes_(row_bytes) {
+      : a_(a), reader_(reader), codes_(a), row0_(row0), rows_(rows), row_bytes_(row_bytes) {
     for (int64_t r = 0; r < rows; ++r) next_[r] = reader.start(row0 + r);
   }
 
@@ -235,11 +235,14 @@ public:
   // after this one begins at row `then`: a row of it is fetched for every row decoded.
   void decode(int64_t first, int64_t count, int64_t step0, int64_t steps, uint8_t *to, int64_t then) {
     const int64_t k0 = step0 * Kind<Values>::step, k1 = min_of(a_.cols, (step0 + steps) * Kind<Values>::step);
-    for (int64_t r = first; r < first + count; ++r, to += row_bytes_) {
-      const int64_t bytes = decode_row(r, k0, k1, to);
-      if (then + r - first >= rows_) continue;
-      const char *fetched = place(next_[then + r - first]);
-      for (int64_t i = 0; i < bytes + 64; i += 64) _mm_prefetch(fetched + i, _MM_HINT_T0);
+    for (int64_t r = first, end = first + count; r < end;) {
+      const Decoded done = decode_rows(r, end, k0, k1, to);
+      to += done.rows * row_bytes_;
+      for (const int64_t stop = r + done.rows; r < stop; ++r) {
+        if (then + r - first >= rows_) continue;
+        const char *fetched = place(next_[then + r - first]);
+        for (int64_t i = 0; i < done.bytes + 64; i += 64) _mm_prefetch(fetched + i, _MM_HINT_T0);
+      }
     }
   }
 
@@ -256,40 +259,66 @@ private:
       return reinterpret_cast<const char *>(static_cast<const typename Values::type *>(a_.values) + value);
   }
 
-  template <class Cursor> int64_t decode_narrow(int64_t r, int64_t k0, int64_t k1, uint8_t *to) {
-    Cursor v(a_, next_[r]);
-    int64_t kept = Cursor::whole ? k1 - k0 : 0;
-    for (int64_t k = k0; k < k1; k += 64) { // beyond the last column x is 0, whatever is read there
-      const uint64_t mask = Cursor::whole ? 0 : reader_.mask(row0_ + r, k);
-      _mm512_store_si512(to + (k - k0), is_scaled<Values> ? v.next_lifted(mask) : v.next(mask));
-      if (!Cursor::whole) kept += popcount64(mask);
+  static constexpr bool is_full = std::is_same_v<Reader, FullReader>;
+  struct NoCodes {
+    explicit NoCodes(const fips_matrix &) {}
+  };
+  struct Decoded {
+    int64_t rows, bytes; // of the values of each
+  };
+
+  // Codes that depend on those above, of rows from r on, before `end`.
+  template <int MEMORY> Decoded recall(int64_t r, int64_t end, int64_t k0, int64_t k1, uint8_t *to) {
+    const int64_t row = row0_ + r, blocks = (k1 - k0 + 63) / 64, bytes = (k1 - k0) * a_.value_bits >> 3;
+    if (a_.cols % 64 == 0 && row % kRecalledRows == 0) { // several at a time
+      const int64_t rows = min_of(kRecalledRows, end - r);
+      const RecalledRows<MEMORY> codes(a_);
+      codes.template write<is_scaled<Values>>(row, int(rows), k0, blocks, to, row_bytes_);
+      for (int64_t i = 0; i < rows; ++i) next_[r + i] += k1 - k0;
+      return {rows, bytes};
     }
-    next_[r] += kept;
-    return kept * a_.value_bits >> 3;
+    RecalledCursor<MEMORY> v(a_, next_[r]);
+    for (int64_t i = 0; i < blocks; ++i)
+      _mm512_store_si512(to + 64 * i, is_scaled<Values> ? v.next_lifted(0) : v.next(0));
+    next_[r] += k1 - k0;
+    return {1, bytes};
+  }
+
+  // Returns how many rows from r on, before `end`, it decoded.
+  Decoded decode_rows(int64_t r, int64_t end, int64_t k0, int64_t k1, uint8_t *to) {
+    if constexpr (is_narrow<Values> && is_full) {
+      if (a_.memory == 2) return recall<2>(r, end, k0, k1, to);
+      if (a_.memory == 3) return recall<3>(r, end, k0, k1, to);
+      codes_.template write<is_scaled<Values>>(next_[r], (k1 - k0 + 63) / 64, to);
+      next_[r] += k1 - k0;
+      return {1, (k1 - k0) * a_.value_bits >> 3};
+    } else {
+      return {1, decode_row(r, k0, k1, to)};
+    }
   }
 
   int64_t decode_row(int64_t r, int64_t k0, int64_t k1, uint8_t *to) { // returns how many bytes of values it read
     if constexpr (is_narrow<Values>) {
-      if constexpr (!std::is_same_v<Reader, FullReader>) return decode_narrow<KeptCursor>(r, k0, k1, to);
-      else if (a_.memory == 2) return decode_narrow<RecalledCursor<2>>(r, k0, k1, to);
-      else if (a_.memory == 3) return decode_narrow<RecalledCursor<3>>(r, k0, k1, to);
-      else return decode_narrow<NarrowCursor>(r, k0, k1, to);
+      const int64_t begin = codes_.bit = next_[r] * a_.value_bits;
+      for (int64_t k = k0; k < k1; k += 64) { // beyond the last column x is 0, whatever is read there
+        const uint64_t mask = reader_.mask(row0_ + r, k);
+        _mm512_store_si512(to + (k - k0), is_scaled<Values> ? codes_.next_lifted(mask) : codes_.next(mask));
+        next_[r] += popcount64(mask);
+      }
+      return (codes_.bit - begin) >> 3;
     } else {
       const auto *all = static_cast<const typename Values::type *>(a_.values), *begin = all + next_[r], *v = begin;
-      for (int64_t k = k0; k < k1; k += 64, to += 64 / Kind<Values>::step * 64) {
-        if constexpr (std::is_same_v<Reader, FullReader> && int64_t(sizeof *v) * Kind<Values>::step == 64) {
-          if (k + 64 <= k1) { // as they are
-            for (size_t i = 0; i < sizeof *v; ++i)
-              _mm512_store_si512(to + 64 * i, _mm512_loadu_si512(reinterpret_cast<const char *>(v) + 64 * i));
-            v += 64;
-            continue;
+      int64_t k = k0;
+      if constexpr (is_full && int64_t(sizeof *v) * Kind<Values>::step == 64) // as they are
+        for (; k + 64 <= k1; k += 64, v += 64)
+          for (size_t i = 0; i < sizeof *v; ++i, to += 64) {
+            const __m512i line = _mm512_loadu_si512(reinterpret_cast<const char *>(v) + 64 * i);
+            _mm512_store_si512(to, is_scaled<Values> ? lifted(line) : line);
           }
-        }
+      for (; k < k1; k += 64, to += 64 / Kind<Values>::step * 64) {
         Kind<Values>::decode(reader_.mask(row0_ + r, k), v, to);
+        if (is_scaled<Values>) _mm512_store_si512(to, lifted(_mm512_load_si512(to)));
       }
-      if constexpr (is_scaled<Values>)
-        for (uint8_t *at = to - round_up(k1 - k0, 64); at < to; at += 64)
-          _mm512_store_si512(at, lifted(_mm512_load_si512(at)));
       next_[r] = v - all;
       return (v - begin) * int64_t(sizeof *v);
     }
@@ -297,6 +326,7 @@ private:
 
   const fips_matrix &a_;
   const Reader reader_;
+  std::conditional_t<!is_narrow<Values>, NoCodes, std::conditional_t<is_full, NarrowRows, KeptCursor>> codes_;
   int64_t row0_, rows_, row_bytes_;
   int64_t next_[kMostRows];
 };
