@@ -8,10 +8,11 @@ library is a process of its own (`matrix_peer_workers.py`): llama.cpp's ggml, ON
 compressed weights of OpenVINO and torchao. All hold many copies of the matrix, so that weights come from memory, and
 multiply by 16 of them in one call, as they would compute a model. They are asked in turn, in another order every round,
 and only what ran in the same round is compared: a ratio is the median of the peer's time over that of fips, above 1
-where fips is ahead. Between turns there is a rest, in which threads that wait actively fall asleep. Inputs are of the
-type that suits a library: bfloat16 for fips, as in a model, and for most of torchao, float32 for the rest; all but
-torchao's int4 round them to 8 bits within the time. A product that differs by more than 15 % from that in floats (of
-what is stored, for fips) is not timed. With more than 64 tokens there are a third of the rounds. A library that is
+where fips is ahead. Between turns there is a rest, in which threads that wait actively fall asleep; a turn begins with
+calls that are not counted, since threads that wake up may share a core at first. Inputs are of the type that suits a
+library: bfloat16 for fips, as in a model, and for most of torchao, float32 for the rest; all but torchao's int4 round
+them to 8 bits within the time. A product that differs by more than 15 % from that in floats (of what is stored, for
+fips) is not timed. With more than 64 tokens there are a third of the rounds. A library that is
 missing or fails is named with its reason. Nothing else should run.
 """
 

@@ -265,8 +265,7 @@ struct Part {
 
   template <class Values, int W> void multiply(const Column *columns, int64_t count, Ahead &ahead) const {
     if constexpr (is_scaled<Values>) {
-      for (; count == 2 || count >= 4; count -= 2, columns += 2) multiply<Values, W, 6, 2>(columns, ahead);
-      if (count == 3) multiply<Values, W, 4, 3>(columns, ahead);
+      for (; count >= 2; count -= 2, columns += 2) multiply<Values, W, 6, 2>(columns, ahead);
       if (count == 1) multiply<Values, W, 12, 1>(columns, ahead);
       return;
     }
@@ -383,8 +382,9 @@ void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &read
 
 template <class Values> bool dots_path(const fips_matrix &a, const fips_call &c) {
   // Lines that another core has read are slow to write, several times so where the cores share no cache: two threads
-  // are faster when each packs everything.
-  const bool alone = c.threads <= kFewThreads && shape_tokens<Values>(a, c, 0).nbytes() <= kOwnBytes;
+  // are faster when each packs everything, but for turned tokens, of which half come from the other as floats.
+  const bool alone =
+      c.threads <= kFewThreads && a.rotation <= 1 && shape_tokens<Values>(a, c, 0).nbytes() <= kOwnBytes;
   const PackedTokens p = place_tokens<Values>(a, c, is_scaled<Values> ? char(0x80) : 0, alone ? c.threads : 1);
   return with_reader(a, [&](const auto &reader) {
     multiply_slabs<std::decay_t<decltype(reader)>, Values>(a, c, reader, p, alone);
