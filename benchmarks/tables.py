@@ -236,9 +236,9 @@ def generation_turns(isa: str) -> str:
 LOADS = {"rested": "had to be given", "touched": "was there"}
 
 
-def load_time() -> str:
+def load_time(machine: str) -> str:
     """Loading and the first prompt beside llama.cpp, by what a virtual machine had of its memory."""
-    run = load("load-time")
+    run = load(f"load-time{machine}")
     rows = []
     for state, label in LOADS.items():
         for name, one in run["results"][state].items():
@@ -272,13 +272,13 @@ PEERS = {
 """Columns of the table of one matrix: the names of their rows begin so."""
 
 
-def matrix_peers() -> str:
+def matrix_peers(machine: str) -> str:
     """One matrix: how many times as fast as the fastest row of a peer each format is, beside 8 bits `int8`.
 
     Without Python, which no peer has between the 16 products of a call, but for torchao.
     """
     rows = []
-    for run in load("matrix-peers-avx512")["results"]:
+    for run in load(f"matrix-peers-{machine}")["results"]:
         shape, ratios = run["rows_by_cols"], run["ratios"]
 
         def cell(start: tuple[str, ...], ratios: dict[str, dict[str, float]] = ratios) -> str:
@@ -801,10 +801,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "whole": whole,
     "generation": generation,
-    **{f"generation-turns-{isa}": functools.partial(generation_turns, isa) for isa in ("avx2", "avx512")},
+    **{f"generation-turns-{isa}": functools.partial(generation_turns, isa) for isa in ("avx2", "avx512", "zen5")},
     "generation-smollm2": generation_smollm2,
-    "load-time": load_time,
-    "matrix-peers": matrix_peers,
+    **{f"load-time{machine}": functools.partial(load_time, machine) for machine in ("", "-zen5")},
+    **{f"matrix-peers-{machine}": functools.partial(matrix_peers, machine) for machine in ("avx512", "zen5")},
     "dense-layers": dense_layers,
     "overfit": overfit,
     **{f"compare-{name}": functools.partial(comparison, name) for name in MODELS},

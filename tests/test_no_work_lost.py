@@ -864,6 +864,7 @@ def test_llama_1b_with_texts_of_2048_tokens_is_refused_at_the_default_batch_size
 ) -> None:
     monkeypatch.setattr(fitting, "available_memory", lambda *_, **__: 6 * 10**9)
     monkeypatch.setattr("fips.app.forecast.operations", lambda *_, **__: None)  # how long it takes is not asked here
+    monkeypatch.setattr("fips.estimate.memory.has_bfloat16", lambda device: False)  # passes in float32 on any machine
     architecture = load_recipe("paper-llama-3.2-1b").architecture
     (tmp_path / "config.json").write_text(json.dumps({**architecture, "max_position_embeddings": 131072}))
     (tmp_path / "x.txt").write_text("some text")
