@@ -30,7 +30,7 @@ FIPS_INLINE __m512i halves_in_turn(__m512i both) {
   return _mm512_permutexvar_epi32(_mm512_load_si512(lane_tables.halves), both);
 }
 
-template <int T> constexpr int kSlots = T == 1 ? 1 : T + T % 2; // places for the factors of T tokens
+template <int T> constexpr int kSlots = T <= 2 ? T : T <= 4 ? 4 : 8; // places for the factors of T tokens
 
 // T tokens: of every 128 columns the digits of one after another, and two factors of each.
 template <int T> struct PairTokens {
@@ -87,24 +87,24 @@ FIPS_INLINE void add_pair(__m512i first, __m512i second, const uint8_t *digits, 
   }
 }
 
+// For every 16 factors of 8 pairs of blocks which of 16 scales they are multiplied by: SLOTS times those of a pair.
+template <int SLOTS> struct ScalePlaces {
+  alignas(64) int32_t at[SLOTS][16];
+  constexpr ScalePlaces() : at() {
+    for (int line = 0; line < SLOTS; ++line)
+      for (int i = 0; i < 16; ++i) at[line][i] = (8 * line + i / 2) / SLOTS * 2 + i % 2;
+  }
+};
+template <int SLOTS> constexpr ScalePlaces<SLOTS> scale_places;
+
 // 16 scales of neighbouring blocks of a row by the factors of the tokens there.
 template <int T> FIPS_INLINE void multiply_factors(__m512 scales, const float *factors, float *to) {
-  if constexpr (T == 1) {
-    _mm512_storeu_ps(to, _mm512_mul_ps(scales, _mm512_loadu_ps(factors)));
-  } else {
-    constexpr int all = 2 * kSlots<T>;
-    alignas(64) double pairs[8];
-    _mm512_store_ps(reinterpret_cast<float *>(pairs), scales);
+  constexpr int slots = kSlots<T>;
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i, factors += all, to += all) {
-      const __m256 pair = _mm256_castpd_ps(_mm256_set1_pd(pairs[i]));
-#pragma GCC unroll 2
-      for (int at = 0; at + 8 <= all; at += 8)
-        _mm256_storeu_ps(to + at, _mm256_mul_ps(pair, _mm256_loadu_ps(factors + at)));
-      constexpr int last = all / 8 * 8;
-      if constexpr (last < all)
-        _mm_storeu_ps(to + last, _mm_mul_ps(_mm256_castps256_ps128(pair), _mm_loadu_ps(factors + last)));
-    }
+  for (int line = 0; line < slots; ++line) {
+    const __m512i places = _mm512_load_si512(scale_places<slots>.at[line]);
+    const __m512 spread = slots == 1 ? scales : _mm512_permutexvar_ps(places, scales);
+    _mm512_storeu_ps(to + 16 * line, _mm512_mul_ps(spread, _mm512_loadu_ps(factors + 16 * line)));
   }
 }
 
@@ -189,8 +189,10 @@ template <int MEMORY, int T> struct HalfByteRows : NarrowStream {
                             const Load &load) const {
     constexpr int R = rows, xor_three = 0x96, and_then_xor = 0x6A;
     const uint64_t there = MEMORY && row % a.run ? ~uint64_t(0) : 0; // at the beginning of a run nothing is above
+    HalfMaps adds[2]; // by the rows above the first of these
+    for (int back = 0; back < MEMORY; ++back) adds[back] = {maps[back].first & there, maps[back].second & there};
     const auto map = [&](int back, int r, uint64_t HalfMaps::*half) {
-      return _mm512_set1_epi64(int64_t(maps[back - 1].*half & (back <= r ? ~uint64_t(0) : there)));
+      return _mm512_set1_epi64(int64_t((back <= r ? maps : adds)[back - 1].*half));
     };
     const __m512i low = _mm512_set1_epi8(15), upper = _mm512_set1_epi64(0x1020408000000000); // map: upper half to lower
     const char *next = reinterpret_cast<const char *>(stream) + from[MEMORY] + (R - 1) * row_bytes + ahead;
