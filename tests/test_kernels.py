@@ -742,6 +742,9 @@ def test_every_avx512_instruction_of_the_kernels_has_its_emulation() -> None:
     used = {name for path in files for name in re.findall(r"\b_mm512_\w+", path.read_text())}
     emulated = re.findall(r"#define (_mm512_\w+)", (root / "tests/emulation/immintrin.h").read_text())
     assert used <= set(emulated)
+    for path in files:  # assembly cannot be emulated: only what is compiled for such processors may have it
+        before = re.findall(r"(.*)\n\s*__asm__\(\"", path.read_text())
+        assert all(re.fullmatch(r"#if .*defined\(__AVX512\w+\)", line) for line in before), path
 
 
 @pytest.mark.slow

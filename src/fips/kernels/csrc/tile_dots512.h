@@ -19,7 +19,7 @@ constexpr int64_t kOwnBytes = 2 << 20; // of tokens that each of few threads pac
 // `sum` plus products of bytes, those of `bytes` without a sign, in the register where it is: GCC 12 copies the sums of a
 // loop from register to register where the intrinsic is called, two copies for each product.
 template <class Vector> FIPS_INLINE Vector add_products(Vector sum, Vector bytes, Vector with_sign) {
-#if defined(__GNUC__)
+#if defined(__GNUC__) && defined(__AVX512VNNI__)
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(with_sign));
   return sum;
 #else
