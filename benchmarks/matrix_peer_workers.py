@@ -51,6 +51,7 @@ ONNX = ((4, 32), (4, 64), (4, 128), (8, 64), (8, 128))
 OPENVINO: tuple[tuple[int, int | None], ...] = ((4, 64), (4, 128), (8, None))
 TORCH_GROUPS = (32, 64)
 WARM_S = 0.02
+"""Of calls before a turn is timed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

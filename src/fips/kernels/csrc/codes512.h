@@ -82,8 +82,20 @@ struct NarrowStream {
     return at <= last ? _mm512_loadu_si512(stream + at)
                       : _mm512_maskz_loadu_epi8(first_columns(last + 64 - at), stream + at);
   }
-  FIPS_INLINE __m512i fields(int64_t byte, __m512i shifts) const {
-    return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, bytes(byte)));
+  // Calls `body` with what reads 64 bytes; the furthest that it is asked for begins at `furthest`.
+  template <class Body> FIPS_INLINE void with_loads(int64_t furthest, const Body &body) const {
+    if (furthest <= last) // none leaves the stream
+      body([this](int64_t at) { return _mm512_loadu_si512(stream + at); });
+    else
+      body([this](int64_t at) { return bytes(at); });
+  }
+  FIPS_INLINE __m512i unpacked(__m512i packed, __m512i shifts) const {
+    return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, packed));
+  }
+  FIPS_INLINE __m512i fields(int64_t byte, __m512i shifts) const { return unpacked(bytes(byte), shifts); }
+  FIPS_INLINE static __m512i lifted_high(__m512i found, __m512i high) {
+    constexpr int and_then_xor = 0x6A;
+    return _mm512_ternarylogic_epi64(found, high, _mm512_set1_epi8(char(0x80)), and_then_xor);
   }
   FIPS_INLINE __m512i integers(int64_t byte, __m512i shifts) const {
     const __m512i found = fields(byte, shifts);
@@ -91,9 +103,7 @@ struct NarrowStream {
   }
   FIPS_INLINE __m512i lifted_integers(int64_t byte, __m512i shifts) const {
     const __m512i found = fields(byte, shifts);
-    if (by_level) return _mm512_permutexvar_epi8(found, lifted_levels);
-    constexpr int and_then_xor = 0x6A;
-    return _mm512_ternarylogic_epi64(found, high, _mm512_set1_epi8(char(0x80)), and_then_xor);
+    return by_level ? _mm512_permutexvar_epi8(found, lifted_levels) : lifted_high(found, high);
   }
 };
 
@@ -173,33 +183,21 @@ struct NarrowRows : NarrowStream {
   template <bool LIFT> void write(int64_t first, int64_t blocks, uint8_t *to) const {
     const int64_t from = first * bits >> 3, step = 8 * bits;
     const __m512i own = _mm512_load_si512(shifts[first * bits & 7]);
-    const auto all = [&](const auto &load, const auto &number) {
-      for (int64_t i = 0; i < blocks; ++i)
-        _mm512_store_si512(to + 64 * i, number(_mm512_multishift_epi64_epi8(own, _mm512_permutexvar_epi8(
-                                            places, load(from + step * i)))));
-    };
     const auto with = [&](const auto &number) {
-      if (from + step * (blocks - 1) <= last) // no load leaves the stream
-        all([&](int64_t at) { return _mm512_loadu_si512(stream + at); }, number);
-      else
-        all([&](int64_t at) { return bytes(at); }, number);
+      with_loads(from + step * (blocks - 1), [&](const auto &load) {
+        for (int64_t i = 0; i < blocks; ++i)
+          _mm512_store_si512(to + 64 * i, number(unpacked(load(from + step * i), own)));
+      });
     };
     if (by_level) {
       const __m512i table = LIFT ? lifted_levels : levels;
       with([&](__m512i found) { return _mm512_permutexvar_epi8(found, table); });
-    } else if (LIFT) {
-      constexpr int and_then_xor = 0x6A;
-      const __m512i sign = _mm512_set1_epi8(char(0x80)), kept = high;
-      with([&](__m512i found) { return _mm512_ternarylogic_epi64(found, kept, sign, and_then_xor); });
     } else {
       const __m512i kept = high;
-      with([&](__m512i found) { return _mm512_and_si512(found, kept); });
+      with([&](__m512i found) { return LIFT ? lifted_high(found, kept) : _mm512_and_si512(found, kept); });
     }
   }
 };
-
-// Rows of codes that depend on those above them, several at a time: each row of codes is read once for all that ask.
-constexpr int kRecalledRows = 4; // they divide a run, so that nothing above the first of a run is theirs
 
 // Where R rows from `row` on begin, of which `left` are there, and MEMORY rows above them; any row where there is none.
 template <int MEMORY, int R>
@@ -211,6 +209,9 @@ FIPS_INLINE void starts_of_rows(int64_t row, int left, int64_t row_bytes, int64_
   }
 }
 
+constexpr int kRecalledRows = 4; // they divide a run, so that nothing above the first of a run is theirs
+
+// Rows of codes that depend on those above them, several at a time: each row of codes is read once for all that ask.
 template <int MEMORY> struct RecalledRows : NarrowStream {
   static constexpr int R = kRecalledRows;
   int64_t row_bytes, step; // step: bytes of 64 codes
@@ -249,23 +250,19 @@ template <int MEMORY> struct RecalledRows : NarrowStream {
     above(row, adds);
     int64_t from[MEMORY + R];
     starts_of_rows<MEMORY, R>(row, left, row_bytes, from);
-    const auto all = [&](const auto &load) {
-      for (int64_t i = 0, at = k / 64 * step; i < blocks; ++i, at += step) {
+    const int64_t first = k / 64 * step;
+    with_loads(from[MEMORY + R - 1] + first + (blocks - 1) * step, [&](const auto &load) {
+      for (int64_t i = 0, at = first; i < blocks; ++i, at += step) {
         __m512i codes[MEMORY + R];
 #pragma GCC unroll 8
-        for (int r = 0; r < MEMORY + R; ++r)
-          codes[r] = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, load(from[r] + at)));
+        for (int r = 0; r < MEMORY + R; ++r) codes[r] = unpacked(load(from[r] + at), shifts);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const __m512i numbers = lifted_number(codes, r, adds);
           if (r < left) _mm512_store_si512(to + r * apart + 64 * i, LIFT ? numbers : lifted(numbers));
         }
       }
-    };
-    if (from[MEMORY + R - 1] + k / 64 * step + (blocks - 1) * step <= last) // no load leaves the stream
-      all([&](int64_t at) { return _mm512_loadu_si512(stream + at); });
-    else
-      all([&](int64_t at) { return bytes(at); });
+    });
   }
 };
 

@@ -177,10 +177,8 @@ template <int MEMORY, int T> struct HalfByteRows : NarrowStream {
     const int left = int(min_of(rows, a.rows - row));
     int64_t from[MEMORY + rows];
     starts_of_rows<MEMORY, rows>(row, left, row_bytes, from);
-    if (from[MEMORY + left - 1] + row_bytes - 32 <= last) // no load leaves the stream
-      multiply(a, c, row, from, x, factors, added, [&](int64_t at) { return _mm512_loadu_si512(stream + at); });
-    else
-      multiply(a, c, row, from, x, factors, added, [&](int64_t at) { return bytes(at); });
+    with_loads(from[MEMORY + left - 1] + row_bytes - 32,
+               [&](const auto &load) { multiply(a, c, row, from, x, factors, added, load); });
   }
 
   template <class Load>
@@ -249,10 +247,8 @@ template <int ROWS, int T> struct FarFours : NarrowStream {
 
   void multiply(const fips_matrix &a, const fips_call &c, int64_t row, const PairTokens<T> &x,
                 const float *const (&factors)[rows], const float (*added)[T]) const {
-    if ((row + rows) * row_bytes + half <= last) // no load leaves the stream
-      multiply(a, c, row, x, factors, added, [&](int64_t at) { return _mm512_loadu_si512(stream + at); });
-    else
-      multiply(a, c, row, x, factors, added, [&](int64_t at) { return bytes(at); });
+    with_loads((row + rows) * row_bytes + half,
+               [&](const auto &load) { multiply(a, c, row, x, factors, added, load); });
   }
 
   template <class Load>

@@ -334,7 +334,7 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
       decoder.decode(row, next - row, step, steps, weights, rows);
       for (int64_t r = 0; r < next - row; ++r) excess[r] = excess_of<Values>(weights + r * kRowBytes, steps);
       float scales[is_scaled<Values> ? kPartRows * kUnits : 1];
-      if (a.scale_group)
+      if (is_scaled<Values> && a.scale_group)
         unit_scales(a, row0 + row, next - row, step * p.units, steps * p.units, 64 / p.units, scales);
       const Part part{weights, excess, a.scale_group ? scales : nullptr, row, next - row, step, steps, lower, p.units};
       part.multiply<Values, 16>(all, whole, ahead);
@@ -364,7 +364,7 @@ void multiply_slabs(const fips_matrix &a, const fips_call &c, const Reader &read
     // With few tokens the packed values of a part are fetched while the one before is multiplied, but for the first.
     const int64_t most = columns <= kSomeColumns ? 4 * kPartRows : 2 * kPartRows;
     const Slabs slabs(a.rows, c.threads, most);
-    const int64_t tiles = round_up(most, kPartRows * 2) / 16 * min_of(per_pass, shared.blocks) * shared.planes;
+    const int64_t tiles = most / 16 * min_of(per_pass, shared.blocks) * shared.planes;
     const PerThread<uint8_t> sums(Scratch::sums, tiles * kTileBytes, c.threads); // [16 rows][column][tile]
     const PerThread<uint8_t> weights(Scratch::weights, kPartRows * kRowBytes, c.threads);
 #pragma omp parallel num_threads(c.threads)
