@@ -325,7 +325,8 @@ def kept_whole(values: str, rows: int = 96, cols: int = 64) -> FactoredLinear:
     ("level", "values", "packed_up_to"),
     [
         ("avx512", "float", 4096), ("avx512_bf16", "tc4g64", 4096), ("amx", "int8", 4096), ("avx2", "int4", 4096),
-        ("avx2", "tc4g64", 4096), ("avx2", "float", 4), ("portable", "int4", 32), ("portable", "tc2", 32),
+        ("avx2", "tc4g64", 4096), ("avx2", "float", 4), ("avx_vnni", "tc4g64", 4096), ("avx_vnni", "float", 4),
+        ("portable", "int4", 32), ("portable", "tc2", 32),
         ("portable", "int8", 0), ("portable", "float", 0), ("neon", "tc4g64", 32), ("neon", "int8", 4),
     ],
 )  # fmt: skip

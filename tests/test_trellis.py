@@ -217,7 +217,7 @@ def test_inputs_of_8_bits_share_a_scale_64_at_a_time(name: str, isa: str) -> Non
             x = normal(tokens, cols, seed=tokens)
             exact, rounded = x.double() @ dense.T, rounded_inputs(x, rotation) @ dense.T
             allowed = [rounded] if isa.startswith("avx512") else [exact]
-            if isa == "amx" or (isa == "avx2" and (cols % 64 == 0 if tokens <= 4 else ROUNDS_MANY)):
+            if isa == "amx" or (isa in ("avx2", "avx_vnni") and (cols % 64 == 0 if tokens <= 4 else ROUNDS_MANY)):
                 allowed = [rounded, exact] if isa == "amx" else [rounded]
             y = cpu.multiply(x, prepared, isa=isa, activation_bits=8).double()
             scale = float((x.double().abs() @ dense.abs().T).max())

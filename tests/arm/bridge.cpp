@@ -58,7 +58,7 @@ int64_t ask(Function function, const fips_matrix *matrix = nullptr, const fips_c
 extern "C" {
 
 int fips_abi(void) { return FIPS_ABI; }
-int fips_isa_level(void) { return int(ask(kLevel)); }
+int fips_isas(void) { return int(ask(kIsas)); }
 int64_t fips_scratch_bytes(void) { return ask(kBytes); }
 int64_t fips_free_scratch(void) { return ask(kFree); }
 int fips_multiply(const fips_matrix *matrix, const fips_call *call) { return int(ask(kMultiply, matrix, call)); }

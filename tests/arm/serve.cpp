@@ -5,7 +5,7 @@ namespace {
 
 int64_t answer(Request &r, std::vector<uint32_t> &starts) {
   switch (r.function) {
-  case kLevel: return fips_isa_level();
+  case kIsas: return fips_isas();
   case kMultiply: return fips_multiply(&r.matrix, &r.call);
   case kColumns: return fips_multiply_columns(&r.matrix, &r.call);
   case kSearch: return fips_search_paths(&r.search);

@@ -9,7 +9,7 @@
 
 #include "../../src/fips/kernels/csrc/fips_kernels.h"
 
-enum Function : int64_t { kLevel, kMultiply, kColumns, kSearch, kStarts, kBytes, kFree };
+enum Function : int64_t { kIsas, kMultiply, kColumns, kSearch, kStarts, kBytes, kFree };
 
 struct Request {
   int64_t function = 0, arguments[3] = {};

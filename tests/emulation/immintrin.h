@@ -622,6 +622,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm256_maskz_expandloadu_epi16 emulated::mm256::maskz_expandloadu_epi16
 #undef _mm256_dpbusd_epi32
 #define _mm256_dpbusd_epi32 emulated::mm256::dpbusd_epi32
+#undef _mm256_dpbusd_avx_epi32
+#define _mm256_dpbusd_avx_epi32 emulated::mm256::dpbusd_epi32
 #undef _mm256_dpbf16_ps
 #define _mm256_dpbf16_ps emulated::mm256::dpbf16_ps
 #undef _cvtu32_mask16

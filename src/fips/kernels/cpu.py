@@ -50,9 +50,9 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 9
+ABI = 10
 _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
-ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 """By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""
 PATHS = {"auto": 0, "direct": 1, "tokens": 2, "tiles": 3}
 """Ways to form the product, see ``csrc/fips_kernels.h``; for measurements and tests."""
@@ -195,7 +195,8 @@ def unavailable_reason() -> str:
 
 def isa_names() -> tuple[str, ...]:
     """Instruction sets of this machine that the library has kernels for, worst first, up to ``$FIPS_ISA``."""
-    return ISAS[: min(_require().fips_isa_level(), _best) + 1] if available() else ()
+    found = _require().fips_isas() if available() else 0
+    return tuple(name for number, name in enumerate(ISAS[: _best + 1]) if found >> number & 1)
 
 
 def scratch_bytes() -> int:

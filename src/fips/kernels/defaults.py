@@ -19,6 +19,7 @@ __all__ = ["PACKED_UP_TO", "default_way", "kind_of", "merging_pays", "packed_up_
 PACKED_UP_TO: dict[str, dict[str, int]] = {
     "portable": {"floats": 0, "bytes": 0, "codes": 32, "coded": 32, "pattern": 64},
     "avx2": {"floats": 4},
+    "avx_vnni": {"floats": 4},
     "neon": {"floats": 4, "bytes": 4, "codes": 32, "coded": 32, "pattern": 64},
     "triton": {"floats": 0, "bytes": 64, "codes": 64, "coded": 32, "pattern": 16},
 }

@@ -73,10 +73,12 @@ template <int BITS, int EACH, int SPLIT = 0> FIPS_INLINE __m256i at_top(__m256i 
 // What products with inputs of 8 bits are made of. Integers also come as words, at their top, or without a sign.
 enum class Kind { bytes, words, unsigned_bytes };
 
-// Reads 64 numbers; `LEVELS`: they are looked up, as integers of less than 5 bits may be, too.
+// Reads 64 numbers, bytes with `kBias` added; `LEVELS`: they are looked up, as integers of less than 5 bits may be, too.
 template <int BITS, bool LEVELS> struct Codes {
   static constexpr int bits = BITS;
-  static constexpr Kind kind = !signs_are_moved || LEVELS ? Kind::bytes : BITS > 4 ? Kind::words : Kind::unsigned_bytes;
+  static constexpr Kind kind = !signs_are_moved || dots_of_bytes || LEVELS ? Kind::bytes
+                               : BITS > 4                                  ? Kind::words
+                                                                           : Kind::unsigned_bytes;
   static constexpr char offset = 1 << (BITS - 1);
   static constexpr int bytes = 8 * BITS; // of 64 codes
   static constexpr int reach = BITS == 2 ? 16 : BITS == 3 ? 28 : BITS == 4 ? 32 : 6 * BITS + 16; // of what is read
@@ -85,7 +87,7 @@ template <int BITS, bool LEVELS> struct Codes {
   const uint8_t *end;
   explicit Codes(const fips_matrix &a) : end(static_cast<const uint8_t *>(a.values) + a.value_bytes) {
     alignas(32) int8_t table[32] = {};
-    for (int i = 0; LEVELS && !a.memory && i < 1 << BITS; ++i) table[i] = int8_t(number_of(a, i));
+    for (int i = 0; LEVELS && !a.memory && i < 1 << BITS; ++i) table[i] = int8_t(number_of(a, i) + kBias);
     low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
     high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table + 16)));
   }
@@ -142,8 +144,8 @@ template <int BITS, bool LEVELS> struct Codes {
     } else {
 #pragma GCC unroll 2
       for (int r = 0; r < 2; ++r, from += 4 * BITS)
-        to[r] = _mm256_packs_epi16(_mm256_srai_epi16(top(from), 16 - BITS),
-                                   _mm256_srai_epi16(top(from + 2 * BITS), 16 - BITS));
+        to[r] = biased(_mm256_packs_epi16(_mm256_srai_epi16(top(from), 16 - BITS),
+                                          _mm256_srai_epi16(top(from + 2 * BITS), 16 - BITS)));
     }
   }
 };
@@ -155,7 +157,7 @@ struct WholeBytes { // integers of 8 bits
   explicit WholeBytes(const fips_matrix &) {}
   FIPS_INLINE static void read(const uint8_t *from, __m256i (&to)[2]) {
 #pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r) to[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from) + r);
+    for (int r = 0; r < 2; ++r) to[r] = biased(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from) + r));
   }
 };
 

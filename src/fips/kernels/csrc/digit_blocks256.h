@@ -54,11 +54,35 @@ void lay_out_digits(const fips_matrix &a, const fips_call &c, const DigitTokens<
   });
 }
 
+// sums (R, 8 C tokens) += weights (R, lanes) x (lanes, 8 C tokens), a lane being what lies in 32 bits.
+template <class Numbers, int R, int C>
+FIPS_INLINE void add_lanes(const typename Numbers::number *weights, const typename Numbers::digit *x, int64_t lanes,
+                           __m256i (&sums)[R][C]) {
+#pragma GCC unroll 4
+  for (int64_t p = 0; p < lanes; ++p) {
+    __m256i xp[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) {
+      xp[j] = _mm256_load_si256(reinterpret_cast<const __m256i *>(x) + p * C + j);
+      __asm__("" : "+x"(xp[j])); // read once
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t lane;
+      std::memcpy(&lane, weights + r * kDecodedColumns + p * int64_t(sizeof lane / sizeof *weights), sizeof lane);
+      const __m256i w = _mm256_set1_epi32(lane);
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) Numbers::add_products(sums[r][j], w, xp[j]);
+    }
+  }
+}
+
 // Numbers of at most 8 bits as words of 16, beside words.
 struct Words {
   using number = int16_t;
   using digit = int16_t;
   static constexpr int offset = 0, at_once = 6; // rows
+  static constexpr bool recalls = true; // codes that depend on those above, too
 
   struct Numbers {
     __m256i of[2];
@@ -90,59 +114,84 @@ struct Words {
     }
   }
 
+  FIPS_INLINE static void add_products(__m256i &sum, __m256i w, __m256i x) {
+    const __m256i products = _mm256_madd_epi16(w, x); // GCC itself multiplies early, for which it has no registers,
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products)); // and copies sums
+  }
   template <int R, int C>
   FIPS_INLINE static void add(const int16_t *weights, const int16_t *x, int64_t lanes, __m256i (&acc)[R][C]) {
-    for (int64_t p = 0; p < lanes; ++p) {
-      __m256i xp[C];
-#pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) {
-        xp[j] = _mm256_load_si256(reinterpret_cast<const __m256i *>(x) + p * C + j);
-        __asm__("" : "+x"(xp[j])); // read once
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, weights + r * kDecodedColumns + 2 * p, sizeof pair);
-        const __m256i w = _mm256_set1_epi32(pair);
-#pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) { // GCC itself multiplies early, for which it has no registers, and copies sums
-          const __m256i products = _mm256_madd_epi16(w, xp[j]);
-          __asm__("vpaddd %1, %0, %0" : "+x"(acc[r][j]) : "x"(products));
-        }
-      }
-    }
+    add_lanes<Words>(weights, x, lanes, acc);
   }
 };
 
-// Integers of `BITS` bits as bytes that are `offset` more, and so have no sign, beside bytes: `STEPS` sums of two products,
-// each at most 2 (2^BITS - 1) 127, have room in words of 16 bits.
-template <int BITS> struct UnsignedBytes {
-  static_assert(BITS <= 6, "two products would not have room, or more bits cost nothing");
+// Numbers as bytes that are `OFFSET` more, and so have no sign, beside bytes.
+template <int OFFSET> struct Bytes {
   using number = uint8_t;
   using digit = int8_t;
-  static constexpr int offset = 1 << (BITS - 1), at_once = 3; // rows: each has a sum more
-  static constexpr int64_t STEPS = 1 << (7 - BITS);
+  static constexpr int offset = OFFSET;
 
   struct Numbers {
     __m256i of[2];
   };
-  template <class Codes> FIPS_INLINE static void read(const Codes &codes, const uint8_t *from, Numbers &to) {
-    codes.read(from, to);
-  }
   FIPS_INLINE static void store_bytes(const __m256i (&bytes)[2], uint8_t *to) {
     _mm256_store_si256(reinterpret_cast<__m256i *>(to), bytes[0]);
     _mm256_store_si256(reinterpret_cast<__m256i *>(to) + 1, bytes[1]);
   }
   FIPS_INLINE static void store_words(const __m256i (&words)[4], uint8_t *to) {
-    const __m256i more = _mm256_set1_epi8(char(offset));
     __m256i bytes[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) // packing takes turns between the halves of registers
-      bytes[i] = _mm256_add_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(words[2 * i], words[2 * i + 1]), 0xD8), more);
+      bytes[i] = _mm256_add_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(words[2 * i], words[2 * i + 1]), 0xD8),
+                                 _mm256_set1_epi8(char(OFFSET)));
     store_bytes(bytes, to);
+  }
+};
+
+#if defined(FIPS_DOTS_OF_BYTES)
+// Numbers of at most 8 bits, of which one instruction multiplies 32 and adds them up.
+struct DotBytes : Bytes<kBias> {
+  static constexpr int at_once = 6; // rows
+  static constexpr bool recalls = true;
+
+  template <class Codes> FIPS_INLINE static void read(const Codes &codes, const uint8_t *from, Numbers &to) {
+    codes.read(from, to.of);
+  }
+  template <class Body> static void with_codes(const fips_matrix &a, Body &&body) {
+    switch (a.value_bits) {
+    case 2: return body(Codes<2, true>(a));
+    case 3: return body(Codes<3, true>(a));
+    case 4: return body(Codes<4, true>(a));
+    case 5: return a.num_levels ? body(Codes<5, true>(a)) : body(Codes<5, false>(a));
+    case 6: return body(Codes<6, false>(a));
+    case 7: return body(Codes<7, false>(a));
+    default: return body(WholeBytes(a));
+    }
+  }
+
+  FIPS_INLINE static void add_products(__m256i &sum, __m256i w, __m256i x) { sum = add_dots(sum, w, x); }
+  template <int R, int C>
+  FIPS_INLINE static void add(const uint8_t *weights, const int8_t *x, int64_t lanes, __m256i (&acc)[R][C]) {
+    add_lanes<DotBytes>(weights, x, lanes, acc);
+  }
+};
+#endif
+
+// Integers of `BITS` bits: `STEPS` sums of two products, each at most 2 (2^BITS - 1) 127, have room in words of 16 bits.
+template <int BITS> struct UnsignedBytes : Bytes<1 << (BITS - 1)> {
+  static_assert(BITS <= 6, "two products would not have room, or more bits cost nothing");
+  static constexpr int at_once = 3; // rows: each has a sum more
+  static constexpr bool recalls = false;
+  static constexpr int64_t STEPS = 1 << (7 - BITS);
+
+  template <class Codes, class Numbers> FIPS_INLINE static void read(const Codes &codes, const uint8_t *from, Numbers &to) {
+    codes.read(from, to);
   }
   template <class Body> static void with_codes(const fips_matrix &a, Body &&body) { body(Codes<BITS, false>(a)); }
 
+  FIPS_INLINE static void add_products(__m256i &sum, __m256i w, __m256i x) {
+    const __m256i products = _mm256_maddubs_epi16(w, x);
+    __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(products));
+  }
   template <int R, int C>
   FIPS_INLINE static void add(const uint8_t *weights, const int8_t *x, int64_t lanes, __m256i (&acc)[R][C]) {
     constexpr int together = STEPS < 4 ? int(STEPS) : 4; // every unit of columns is a multiple
@@ -154,26 +203,7 @@ template <int BITS> struct UnsignedBytes {
 #pragma GCC unroll 4
         for (int j = 0; j < C; ++j) sums[r][j] = _mm256_setzero_si256();
       for (int64_t s = 0; s < most; s += together, x += 32 * C * together, weights += 4 * together)
-#pragma GCC unroll 4
-        for (int p = 0; p < together; ++p) {
-          __m256i xp[C];
-#pragma GCC unroll 4
-          for (int j = 0; j < C; ++j) {
-            xp[j] = _mm256_load_si256(reinterpret_cast<const __m256i *>(x) + p * C + j);
-            __asm__("" : "+x"(xp[j])); // read once
-          }
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-            int32_t four;
-            std::memcpy(&four, weights + r * kDecodedColumns + 4 * p, sizeof four);
-            const __m256i w = _mm256_set1_epi32(four);
-#pragma GCC unroll 4
-            for (int j = 0; j < C; ++j) {
-              const __m256i products = _mm256_maddubs_epi16(w, xp[j]);
-              __asm__("vpaddw %1, %0, %0" : "+x"(sums[r][j]) : "x"(products));
-            }
-          }
-        }
+        add_lanes<UnsignedBytes>(weights, x, together, sums);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -219,8 +249,8 @@ void decode_whole(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k0, 
 }
 
 // The same of a matrix with a memory.
-template <int BITS, int MEMORY>
-void decode_recalled(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k0, int64_t k1, int16_t *to) {
+template <class Numbers, int BITS, int MEMORY>
+void decode_recalled(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k0, int64_t k1, typename Numbers::number *to) {
   constexpr int64_t bytes = Codes<BITS, true>::bytes;
   const Codes<BITS, true> codes(a);
   const Recall<MEMORY> recall(a);
@@ -247,17 +277,18 @@ void decode_recalled(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k
       for (int side = 0; side < 2; ++side)
         numbers[side] = recall.number([&](int at) { return above[at][side]; }, MEMORY);
       bring_in_order<Codes<BITS, true>::order>(numbers);
-      Words::store_bytes(numbers, to + r * kDecodedColumns + k - k0);
+      Numbers::store_bytes(numbers, to + r * kDecodedColumns + k - k0);
 #pragma GCC unroll 4
       for (int back = 0; back < MEMORY; ++back) above[back][0] = above[back + 1][0], above[back][1] = above[back + 1][1];
     }
   }
 }
-inline void decode_recalled(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k0, int64_t k1, int16_t *to) {
+template <class Numbers>
+void decode_recalled(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k0, int64_t k1, typename Numbers::number *to) {
   switch (a.value_bits) {
-  case 2: return decode_recalled<2, 3>(a, row0, rows, k0, k1, to);
-  case 3: return decode_recalled<3, 2>(a, row0, rows, k0, k1, to);
-  default: return decode_recalled<4, 2>(a, row0, rows, k0, k1, to);
+  case 2: return decode_recalled<Numbers, 2, 3>(a, row0, rows, k0, k1, to);
+  case 3: return decode_recalled<Numbers, 3, 2>(a, row0, rows, k0, k1, to);
+  default: return decode_recalled<Numbers, 4, 2>(a, row0, rows, k0, k1, to);
   }
 }
 
@@ -265,8 +296,8 @@ inline void decode_recalled(const fips_matrix &a, int64_t row0, int64_t rows, in
 template <class Numbers, class Reader, class Cursor>
 void decode_digits(const fips_matrix &a, const Reader &reader, int64_t row0, int64_t rows, int64_t k0, int64_t k1, Cursor *next,
                    typename Numbers::number *to) {
-  if constexpr (std::is_same_v<Numbers, Words>)
-    if (a.memory) return decode_recalled(a, row0, rows, k0, k1, to);
+  if constexpr (Numbers::recalls)
+    if (a.memory) return decode_recalled<Numbers>(a, row0, rows, k0, k1, to);
   if (reads_whole(a)) return decode_whole<Numbers>(a, row0, rows, k0, k1, to);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = k0; k < k1; k += 64) {

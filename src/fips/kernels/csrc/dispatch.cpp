@@ -55,7 +55,7 @@ std::unique_ptr<std::vector<uint16_t>> make_table(int n, int m) {
 }
 
 #if defined(FIPS_EMULATE)
-int detect() { return FIPS_AMX; }
+int detect() { return (2 << FIPS_AMX) - 1; }
 #elif defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 // Everything a variant is compiled with (CMakeLists.txt) is asked for, with the support of the operating system.
 bool may_use_amx() { // the kernel wants to be asked for the tile registers
@@ -73,32 +73,39 @@ bool may_use_amx() { // the kernel wants to be asked for the tile registers
 #define HAS(name) (__builtin_cpu_supports(name) != 0)
 
 int detect() {
-  int level = FIPS_PORTABLE;
+  int found = 1 << FIPS_PORTABLE;
+  const auto add = [&](int isa, int needed, bool there) {
+    if (there && found >> needed & 1) found |= 1 << isa;
+  };
 #if defined(FIPS_HAVE_256)
-  if (HAS("avx2") && HAS("fma") && HAS("f16c") && HAS("popcnt") && HAS("bmi") && HAS("bmi2")) level = FIPS_VECTORS_256;
+  add(FIPS_VECTORS_256, FIPS_PORTABLE,
+      HAS("avx2") && HAS("fma") && HAS("f16c") && HAS("popcnt") && HAS("bmi") && HAS("bmi2"));
+#endif
+#if defined(FIPS_HAVE_AVX_VNNI)
+  add(FIPS_AVX_VNNI, FIPS_VECTORS_256, HAS("avxvnni"));
 #endif
 #if defined(FIPS_HAVE_AVX512)
-  if (level == FIPS_VECTORS_256 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") &&
-      HAS("avx512vbmi") && HAS("avx512vbmi2") && HAS("avx512vnni") && HAS("gfni"))
-    level = FIPS_AVX512;
+  add(FIPS_AVX512, FIPS_VECTORS_256,
+      HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") && HAS("avx512vbmi") &&
+          HAS("avx512vbmi2") && HAS("avx512vnni") && HAS("gfni"));
 #endif
 #if defined(FIPS_HAVE_AVX512_BF16)
-  if (level == FIPS_AVX512 && HAS("avx512bf16")) level = FIPS_AVX512_BF16;
+  add(FIPS_AVX512_BF16, FIPS_AVX512, HAS("avx512bf16"));
 #endif
-  if (level == FIPS_AVX512_BF16 && may_use_amx()) level = FIPS_AMX;
-  return level;
+  if (found >> FIPS_AVX512_BF16 & 1) add(FIPS_AMX, FIPS_AVX512_BF16, may_use_amx());
+  return found;
 }
 
 #undef HAS
 #elif defined(FIPS_HAVE_256) && defined(__APPLE__)
-int detect() { return FIPS_VECTORS_256; } // every processor of theirs for arm64
+int detect() { return 1 << FIPS_PORTABLE | 1 << FIPS_VECTORS_256; } // every processor of theirs for arm64
 #elif defined(FIPS_HAVE_256) && defined(__linux__)
 int detect() {
   constexpr unsigned long dot_products = 1ul << 20; // HWCAP_ASIMDDP
-  return getauxval(AT_HWCAP) & dot_products ? FIPS_VECTORS_256 : FIPS_PORTABLE;
+  return 1 << FIPS_PORTABLE | (getauxval(AT_HWCAP) & dot_products ? 1 << FIPS_VECTORS_256 : 0);
 }
 #else
-int detect() { return FIPS_PORTABLE; }
+int detect() { return 1 << FIPS_PORTABLE; }
 #endif
 
 bool uses_matrix_unit(const fips_matrix &a, int level) {
@@ -191,6 +198,9 @@ bool multiply(const fips_matrix &a, const fips_call &c, int level) {
 #if defined(FIPS_HAVE_AVX512)
   if (level >= FIPS_AVX512) return fips_avx512(a, c);
 #endif
+#if defined(FIPS_HAVE_AVX_VNNI)
+  if (level >= FIPS_AVX_VNNI && fips_avx_vnni(a, c)) return true;
+#endif
 #if defined(FIPS_HAVE_256)
   if (level >= FIPS_VECTORS_256) return fips_256(a, c);
 #endif
@@ -263,7 +273,12 @@ int check_product(const fips_matrix &a, const fips_call &c) {
   return status;
 }
 
-int best_level(const fips_call &c) { return c.isa < fips_isa_level() ? c.isa : fips_isa_level(); }
+// The best instruction set of the machine that is no better than the one of a call.
+int best_level(int64_t isa) {
+  int level = int(isa);
+  while (!(fips_isas() >> level & 1)) --level;
+  return level;
+}
 
 // No exception leaves the library.
 template <class Body> int caught(Body &&body) {
@@ -334,7 +349,7 @@ bool is_fixed_point(const fips_matrix &a, const fips_call &c, int level) {
 }
 
 int multiply_in_parts(const fips_matrix &a, const fips_call &c) {
-  const int level = best_level(c);
+  const int level = best_level(c.isa);
   const fips_call chosen = with_path(a, c, level);
   if (c.end_row - c.first_row != a.rows && (chosen.path != FIPS_DIRECT || level < FIPS_VECTORS_256)) return FIPS_UNSUPPORTED;
   const fips_matrix read = wants_bytes(a, chosen, level) ? widened(a, chosen, level) : a;
@@ -360,7 +375,7 @@ struct Product {
 
 // Whether threads may take parts of the rows: few tokens, read as they lie.
 bool rows_may_part(const Product &one) {
-  const int level = best_level(one.call);
+  const int level = best_level(one.call.isa);
   const fips_call chosen = with_path(*one.matrix, one.call, level);
   const bool direct = level >= FIPS_VECTORS_256 && chosen.path == FIPS_DIRECT && one.matrix->rows && one.call.tokens;
   return direct && one.matrix->format != FIPS_BLOCK_ROWS && !wants_bytes(*one.matrix, chosen, level);
@@ -388,7 +403,7 @@ int multiply_share(const std::vector<Product> &products, int thread, int threads
     const int64_t first = thread ? unit_at(from) : 0, end = thread + 1 < threads ? unit_at(to) : units;
     before += cost_of_unit(one) * double(units);
     if (first >= end) continue;
-    const int level = best_level(one.call);
+    const int level = best_level(one.call.isa);
     fips_call part = with_path(a, one.call, level);
     part.threads = 1;
     part.first_row = first * FIPS_ROW_UNIT;
@@ -415,7 +430,7 @@ int multiply_side_by_side(const std::vector<Product> &products) {
 }
 
 bool multiply_columns(const fips_matrix &a, const fips_call &c) {
-  const int level = best_level(c);
+  const int level = best_level(c.isa);
 #if defined(FIPS_HAVE_AVX512)
   if (level >= FIPS_AVX512) return fips_columns_avx512(a, c);
 #endif
@@ -534,9 +549,9 @@ int64_t fips_layout(int64_t *numbers, int64_t length) {
   return count;
 }
 
-int fips_isa_level(void) {
-  static const int level = detect();
-  return level;
+int fips_isas(void) {
+  static const int found = detect();
+  return found;
 }
 
 int fips_multiply(const fips_matrix *matrix, const fips_call *call) {
@@ -595,7 +610,7 @@ int fips_search_paths(const fips_search *search) {
   if (!search) return FIPS_INVALID;
   const int status = fips_check_search(*search);
   if (status || !search->length) return status;
-  const int level = search->isa < fips_isa_level() ? int(search->isa) : fips_isa_level();
+  const int level = best_level(search->isa);
   return guarded(int(search->threads), [&] {
 #if defined(FIPS_HAVE_256)
     if (level >= FIPS_VECTORS_256) return fips_search_256(*search) ? 0 : FIPS_UNSUPPORTED;

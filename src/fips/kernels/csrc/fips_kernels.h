@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 9 };
+enum { FIPS_ABI = 10 };
 enum { FIPS_ROW_UNIT = 16 }; // rows that parts of a matrix are counted in
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
@@ -44,7 +44,9 @@ enum fips_format { FIPS_PATTERNS(FIPS_ROW) };
 
 // Instruction sets, each a superset of the one before. A call may ask for less than the machine has. VECTORS_256 is AVX2
 // with FMA, or on ARM NEON with dot products of bytes.
-enum fips_isa { FIPS_PORTABLE = 0, FIPS_VECTORS_256 = 1, FIPS_AVX512 = 2, FIPS_AVX512_BF16 = 3, FIPS_AMX = 4 };
+enum fips_isa {
+  FIPS_PORTABLE = 0, FIPS_VECTORS_256 = 1, FIPS_AVX_VNNI = 2, FIPS_AVX512 = 3, FIPS_AVX512_BF16 = 4, FIPS_AMX = 5
+};
 
 // How the product is formed. DIRECT decodes every entry once per token in registers (few tokens), TOKENS multiplies
 // each kept entry by a vector of tokens, TILES decodes a few rows at a time and multiplies them by all tokens.
@@ -117,8 +119,9 @@ FIPS_API int fips_value_bits(int32_t value_type);
 // Size of fips_matrix, the offsets of its fields in order, the same of fips_call and fips_search; returns how many
 // numbers these are and writes as many as `length`.
 FIPS_API int64_t fips_layout(int64_t *numbers, int64_t length);
-// Best instruction set of this machine among those compiled in.
-FIPS_API int fips_isa_level(void);
+// Instruction sets of this machine that are compiled in: bit i for the one of number i. A call runs with the best of
+// them that is no better than its own.
+FIPS_API int fips_isas(void);
 // y = x S^T + bias. Returns 0 or a fips_status. A token with NaN or Inf in it gives what a dense matrix with zeros in the
 // places of entries not kept gives: NaN or Inf in every output. Other tokens do not feel it.
 FIPS_API int fips_multiply(const fips_matrix *matrix, const fips_call *call);

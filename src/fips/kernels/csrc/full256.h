@@ -29,7 +29,7 @@ template <int T, class Codes> void whole_path(const fips_matrix &a, const fips_c
   });
 }
 
-template <int BITS> using Integers = Codes<BITS, !signs_are_moved>; // of less than 5 bits
+template <int BITS> using Integers = Codes<BITS, !signs_are_moved || dots_of_bytes>; // of less than 5 bits
 
 // `x`: the tokens as floats, one behind the other.
 template <int T> void whole_path(const fips_matrix &a, const fips_call &c, float *x) {

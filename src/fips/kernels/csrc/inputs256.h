@@ -6,6 +6,22 @@
 
 namespace {
 
+// One token as floats, and zeros behind it up to `count`.
+inline void read_token(const fips_call &c, int64_t t, int64_t count, float *to) {
+  with_inputs(c, [&](auto values) {
+    using Values = decltype(values);
+    read_floats<Values>(static_cast<const typename Values::type *>(c.x) + t * c.x_stride, c.x_columns, count, to);
+  });
+}
+
+// Few of them one behind the other, each filled up to a multiple of 64.
+template <int T> float *tokens_as_floats(const fips_matrix &a, const fips_call &c) {
+  const int64_t padded = round_up(a.cols, 64);
+  float *x = scratch<float>(Scratch::tokens, T * padded);
+  for (int t = 0; t < T; ++t) read_token(c, t, padded, x + t * padded);
+  return x;
+}
+
 // The scales of 16 columns each from k on, of which groups of 32 and more have some in common.
 FIPS_INLINE __m256 four_scales(const RowGroups &groups, int64_t k) { // and once more
   const float a = groups.at(k), b = groups.at(k + 16), c = groups.at(k + 32), d = groups.at(k + 48);
@@ -86,6 +102,56 @@ template <Scales SCALES, Order ORDER> struct DigitInputs {
   }
 };
 
+#if defined(FIPS_DOTS_OF_BYTES)
+// The same where one instruction does it. What the bias of the numbers adds to the sums of 64 columns is the same for all
+// rows: the sums begin so much lower.
+template <Scales SCALES, Order ORDER> struct DotInputs {
+  static constexpr Scales kind = SCALES;
+  static constexpr bool together = SCALES != Scales::fine || alike(ORDER);
+  static constexpr int sums = together ? 1 : 2; // of 64 columns
+  using Numbers = __m256i[2];
+  const int8_t *digits;
+  const __m256i *starts;
+  const float *scales; // of 64 digits
+  int64_t cols;
+
+  DotInputs(const int8_t *from, const float *their_scales, int64_t tokens, int64_t columns)
+      : digits(from), scales(their_scales), cols(columns) {
+    auto *to = scratch<__m256i>(Scratch::sums, sums * tokens * cols / 64);
+    starts = to;
+    const __m256i bias = _mm256_set1_epi8(char(kBias)), zero = _mm256_setzero_si256();
+    for (int64_t i = 0; i < tokens * cols / 64; ++i, from += 64, to += sums) {
+      const auto *x = reinterpret_cast<const __m256i *>(from);
+      const __m256i one = add_dots(zero, bias, _mm256_load_si256(x));
+      const __m256i two = add_dots(together ? one : zero, bias, _mm256_load_si256(x + 1));
+      to[0] = _mm256_sub_epi32(zero, together ? two : one);
+      to[sums - 1] = _mm256_sub_epi32(zero, two);
+    }
+  }
+
+  template <int T, int CHAINS>
+  FIPS_INLINE void add(const __m256i (&numbers)[2], int64_t k, const RowGroups &groups, __m256 (&acc)[T][CHAINS]) const {
+    const float own = SCALES == Scales::wide ? groups.at(k) : 1.0f;
+    const __m256 four = SCALES == Scales::fine ? four_scales(groups, k) : _mm256_setzero_ps();
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const int64_t block = (t * cols + k) / 64;
+      const auto *from = reinterpret_cast<const __m256i *>(digits + 64 * block);
+      const __m256 scale = _mm256_set1_ps(own * scales[block]);
+      const __m256i one = add_dots(_mm256_load_si256(starts + sums * block), numbers[0], _mm256_load_si256(from));
+      const __m256i before = together ? one : _mm256_load_si256(starts + sums * block + 1);
+      const __m256i two = add_dots(before, numbers[1], _mm256_load_si256(from + 1));
+      const auto by = [&](int r) {
+        return SCALES == Scales::fine ? sums_of<ORDER>[r].take(_mm256_mul_ps(four, scale)) : scale;
+      };
+      __m256 &sum = acc[t][0];
+      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(together ? two : one), by(0), sum);
+      if (!together) sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(two), by(1), sum);
+    }
+  }
+};
+#endif
+
 // Brings every 64 numbers into an order; `count` is a multiple of 64.
 template <Order ORDER, class Number> void arrange(Number *numbers, int64_t count) {
   if (ORDER == Order::natural) return;
@@ -150,7 +216,7 @@ namespace {
 // Calls `body` with the tokens in the form that a call and its codes want: `x` are floats, one token behind the other.
 template <int T, Scales SCALES, class Codes, class Body>
 void with_inputs_of(const fips_matrix &a, const fips_call &c, float *x, Body &&body) {
-  if constexpr (Codes::kind != Kind::unsigned_bytes) {
+  if constexpr (Codes::kind != Kind::unsigned_bytes && !dots_of_bytes) {
     if (fixed_planes(c) > 1) {
       arrange<Codes::order>(x, T * a.cols);
       return body(FloatInputs<SCALES, Codes::order>{x, a.cols});
@@ -160,7 +226,14 @@ void with_inputs_of(const fips_matrix &a, const fips_call &c, float *x, Body &&b
   if constexpr (Codes::kind == Kind::words) return body(WordInputs<SCALES, Codes::bits>::template of<T>(a, x, scales));
   else if constexpr (Codes::kind == Kind::unsigned_bytes)
     return body(UnsignedInputs<SCALES, Codes>::template of<T>(a, x, scales));
-  else body(DigitInputs<SCALES, Codes::order>{digits_in_order<T, Codes>(a, x, scales), scales, a.cols});
+  else {
+    const int8_t *digits = digits_in_order<T, Codes>(a, x, scales);
+#if defined(FIPS_DOTS_OF_BYTES)
+    body(DotInputs<SCALES, Codes::order>(digits, scales, T, a.cols));
+#else
+    body(DigitInputs<SCALES, Codes::order>{digits, scales, a.cols});
+#endif
+  }
 }
 
 // The same with what the scales of a matrix are.

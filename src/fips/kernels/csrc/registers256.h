@@ -17,6 +17,31 @@ constexpr bool signs_are_moved = false;
 constexpr bool signs_are_moved = true;
 #endif
 
+// Whether one instruction multiplies four bytes by four, one side without a sign, and adds them to a sum. Numbers beside
+// 8-bit inputs are then `kBias` more than they mean, so that they have no sign.
+#if defined(__AVXVNNI__) || defined(FIPS_EMULATE_AVX_VNNI)
+#define FIPS_DOTS_OF_BYTES
+constexpr bool dots_of_bytes = true;
+#else
+constexpr bool dots_of_bytes = false;
+#endif
+constexpr int kBias = dots_of_bytes ? 128 : 0;
+
+// Bytes with `kBias` added, which is their highest bit turned.
+FIPS_INLINE __m256i biased(__m256i bytes) { return kBias ? _mm256_xor_si256(bytes, _mm256_set1_epi8(char(kBias))) : bytes; }
+
+#if defined(FIPS_DOTS_OF_BYTES)
+// In the register where the sum is: GCC 12 copies sums where the intrinsic is called (see `add_products`).
+FIPS_INLINE __m256i add_dots(__m256i sum, __m256i bytes, __m256i with_sign) {
+#if defined(__GNUC__) && defined(__AVXVNNI__)
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(bytes), "x"(with_sign));
+  return sum;
+#else
+  return _mm256_dpbusd_avx_epi32(sum, bytes, with_sign);
+#endif
+}
+#endif
+
 // Bytes of a table of 16, which both halves of `table` hold, at places below 16.
 FIPS_INLINE __m256i look_up(__m256i table, __m256i places) {
 #if defined(__aarch64__)

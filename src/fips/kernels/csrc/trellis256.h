@@ -4,7 +4,7 @@
 
 namespace {
 
-// The numbers of 64 entries, given their codes and those of `MEMORY` rows above: tables say what each adds to the
+// The numbers of 64 entries, `kBias` more, given their codes and those of `MEMORY` rows above: tables say what each adds to the
 // place in the table of levels.
 template <int MEMORY> struct Recall {
   static constexpr int parts = MEMORY == 3 ? 2 : 4; // 16 levels each, see `recalls`
@@ -18,7 +18,7 @@ template <int MEMORY> struct Recall {
     }
     for (int part = 0; part < parts; ++part) {
       alignas(16) int8_t one[16];
-      for (int i = 0; i < 16; ++i) one[i] = a.levels[(16 * part + i) & (a.num_levels - 1)];
+      for (int i = 0; i < 16; ++i) one[i] = int8_t(a.levels[(16 * part + i) & (a.num_levels - 1)] + kBias);
       tables[part] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(one)));
     }
   }

@@ -43,18 +43,9 @@ void direct_row(const fips_matrix &a, const fips_call &c, const Reader &reader, 
   for (int t = 0; t < T; ++t) store_sum(a, c, row, t, total(acc[t]));
 }
 
-// One token as floats, and zeros behind it up to `count`.
-void read_token(const fips_call &c, int64_t t, int64_t count, float *to) {
-  with_inputs(c, [&](auto values) {
-    using Values = decltype(values);
-    read_floats<Values>(static_cast<const typename Values::type *>(c.x) + t * c.x_stride, c.x_columns, count, to);
-  });
-}
-
 template <int T> bool direct_path(const fips_matrix &a, const fips_call &c) {
   const int64_t padded = round_up(a.cols, 64);
-  float *x = scratch<float>(Scratch::tokens, T * padded);
-  for (int t = 0; t < T; ++t) read_token(c, t, padded, x + t * padded);
+  float *x = tokens_as_floats<T>(a, c);
   if (a.memory) return recalled_path<T>(a, c, x), true; // whole rows, see `reads_narrow`
   if (reads_whole(a)) return whole_path<T>(a, c, x), true;
   return with_cursor(a, [&](const auto &reader, auto cursor) {
