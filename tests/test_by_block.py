@@ -39,7 +39,7 @@ from fips.models import locate_layers
 from fips.solve.feedback import Rounding, inverse_root, with_feedback
 from fips.solve.oneshot import OneShot
 from fips.solve.structures import Choice, Pricing
-from fips.storage.work import WorkDirectory
+from fips.storage.work import WorkDirectory, kept_work
 
 
 def run(model: nn.Module, batch: dict[str, Tensor]) -> Any:
@@ -540,6 +540,56 @@ def test_a_work_directory_is_a_directory_of_ours_that_can_be_written(tmp_path: P
     with pytest.raises(OutputError, match=r"`.*x.safetensors` is damaged"):
         work.get("x")
     assert fingerprints(tmp_path / "work") == {"a": 1}
+    (tmp_path / "work" / "run.json").write_text("[]")
+    with pytest.raises(OutputError, match=r"must hold a JSON object, got list; remove the work directory"):
+        WorkDirectory(tmp_path / "work", {"a": 1})
+
+
+@pytest.mark.parametrize("changed", ["a tensor", "a field"])
+def test_a_piece_that_the_disk_changed_is_not_believed(changed: str, tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path, {})
+    work.put("x", {"t": torch.arange(300, dtype=torch.bfloat16), "none": torch.zeros(0)}, {"rate": 0.5})
+    path = tmp_path / "x.safetensors"
+    content = bytearray(path.read_bytes())
+    place = len(content) - 7 if changed == "a tensor" else content.index(b"0.5") + 2
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OutputError, match=r"`.*x.safetensors` is damaged \(its SHA-256 is not .*\); remove it"):
+        work.get("x")
+
+
+@pytest.mark.parametrize(
+    ("output", "work", "said"),
+    [
+        ("run/model", "run", "the output `.*run/model` lies in the work directory"),
+        ("model", ".", "the output `.*model` lies in the work directory"),
+        ("run", "run", "is both the output and the work directory"),
+        ("run", "run/work", "the work directory `.*run/work` lies in the output"),
+        ("run", "link/work", "the work directory `.*link/work` lies in the output"),
+    ],
+)
+def test_an_output_and_its_work_directory_are_apart(output: str, work: str, said: str, tmp_path: Path) -> None:
+    """The work directory is removed at the end; a result in it would be gone with it."""
+    (tmp_path / "link").symlink_to("run")
+    begun = False
+    with (
+        pytest.raises(OutputError, match=f"{said}.*choose another with `--work`"),
+        kept_work(tmp_path / work, tmp_path / output, first=True, keep=False),
+    ):
+        begun = True
+    assert not begun
+
+
+def test_what_others_put_into_a_work_directory_stays(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with kept_work(work, tmp_path / "model", first=True, keep=False):
+        WorkDirectory(work, {}).put("x", {"t": torch.arange(3)}, {})
+        (work / "thesis.txt").write_text("years")
+    assert [path.name for path in work.iterdir()] == ["thesis.txt"]
+    with kept_work(tmp_path / "other", tmp_path / "model", first=True, keep=False):
+        WorkDirectory(tmp_path / "other", {}).put("x", {"t": torch.arange(3)}, {})
+        (tmp_path / "other" / ".y.safetensors.123").write_text("of a process that was killed")
+    assert not (tmp_path / "other").exists()
 
 
 # Processes

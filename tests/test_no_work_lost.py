@@ -47,6 +47,7 @@ from fips.plan.plan import plan_compression
 from fips.recipes import load_recipe
 from fips.signals import Stopped, stoppable, uninterrupted
 from fips.storage import checkpoint
+from fips.storage.work import kept_work
 
 Capture = pytest.CaptureFixture[str]
 Log = pytest.LogCaptureFixture
@@ -265,6 +266,22 @@ def test_the_manifest_moves_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for name in (MANIFEST, "config.json", "z", "a"):
             (scratch / name).write_text("x")
     assert moved == ["a", "z", "config.json", MANIFEST]
+
+
+@pytest.mark.parametrize("inner", ["dense", "new/dense", "../link/dense"])
+def test_nothing_is_written_into_a_compressed_directory(inner: str, tmp_path: Path) -> None:
+    """It would not be among the files of the manifest, and the directory could not be loaded any more."""
+    with complete_directory(tmp_path / "model") as scratch:
+        (scratch / MANIFEST).write_text("{}")
+    (tmp_path / "link").symlink_to("model")
+    with pytest.raises(OutputError, match=r"lies in the compressed model `.*model`.*choose another place"):
+        require_free(tmp_path / "model" / inner)
+    with (
+        pytest.raises(OutputError, match=r"lies in the compressed model"),
+        kept_work(tmp_path / "model" / inner, tmp_path / "out", first=True, keep=False),
+    ):
+        pass
+    assert files_of(tmp_path / "model") == {MANIFEST}
 
 
 # Other runs, alive and dead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -345,10 +346,15 @@ def test_report_writes_the_page_of_a_directory(
 def test_report_refuses_what_would_do_harm(packed: Path, model: Path, tmp_path: Path, capsys: Capture) -> None:
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine</p>")
+    pipe, endless = tmp_path / "pipe", tmp_path / "endless"
+    os.mkfifo(pipe)
+    endless.symlink_to("/dev/zero")
     cases = [
-        ([str(packed), "--output", str(packed / "again.html")], 1, "whose manifest lists all files"),
-        ([str(packed), "--output", str(packed / PAGE)], 1, "whose manifest lists all files"),
+        ([str(packed), "--output", str(packed / "again.html")], 1, "whose manifest lists all that it holds"),
+        ([str(packed), "--output", str(packed / PAGE)], 1, "whose manifest lists all that it holds"),
         ([str(packed), "--output", str(mine)], 1, "is no report of fips"),
+        ([str(packed), "--output", str(pipe)], 1, "is no report of fips"),  # reading it would wait for ever
+        ([str(packed), "--output", str(endless)], 1, "is no report of fips"),
         ([str(packed), "--output", str(tmp_path)], 1, "is a directory"),
         ([str(model), "--output", str(tmp_path / "x.html")], 1, "is not a compressed model"),
         ([str(packed), "--output", str(tmp_path / "x.html"), "--against", str(model)], 2, "give --data"),
@@ -360,7 +366,7 @@ def test_report_refuses_what_would_do_harm(packed: Path, model: Path, tmp_path: 
         assert words in captured.err
         assert captured.err.count("\n") == 1
     assert mine.read_text() == "<p>mine</p>"
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["endless", "mine.html", "pipe"]
     fips.load(packed)
 
 

@@ -76,7 +76,7 @@ def compare_source(
     }
     place = Path(os.path.abspath(output))
     work = place.with_name(f"{place.name}.work")
-    with Output(output) as target, kept_work(work, first=True, keep=False):
+    with Output(output) as target, kept_work(work, output, first=True, keep=False):
         calibration = _fitting_comparison(empty, calibration, methods, sizes[0], original.device)
         scored, _ = original.batches(evaluation, empty, purpose="evaluation")
         model = original.dense()

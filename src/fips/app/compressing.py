@@ -135,7 +135,7 @@ def compress_to_directory(
     with (
         joined() as ranks,
         Output(output) if ranks.first else nullcontext() as target,
-        kept_work(work, first=ranks.first, keep=keep_work) as keeper,
+        kept_work(work, output, first=ranks.first, keep=keep_work) as keeper,
     ):
         original = replace(original, device=ranks.device(original.device))
         empty, plan = plan_source(source, recipe, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -16,8 +16,7 @@ from fips.app.page import GENERATOR, Example, report_page
 from fips.app.sources import is_compressed_source
 from fips.config import DataConfig
 from fips.errors import ConfigError, ModelError, OutputError
-from fips.files.manifest import MANIFEST
-from fips.files.output import require_file
+from fips.files.output import require_file, require_outside_models
 from fips.models.building import naming
 from fips.storage.checkpoint import local_directory
 
@@ -86,16 +85,20 @@ def _check_output(output: Path) -> None:
             raise OutputError(
                 f"output `{output}` is a directory; give the name of a file, such as `{output}/report.html`"
             )
-        if (output.resolve().parent / MANIFEST).is_file():
-            raise OutputError(
-                f"output `{output}` lies in a compressed directory, whose manifest lists all files; choose another "
-                "place"
-            )
-        if output.exists() and GENERATOR.encode() not in output.read_bytes()[:2000]:
+        require_outside_models(output)
+        if output.exists() and not _is_report(output):
             raise OutputError(f"output `{output}` exists and is no report of fips; choose another or remove it first")
         require_file(output)
     except OSError as error:
         raise OutputError(f"cannot write to `{output}`: {error.strerror}; choose another output") from None
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a page of ours; what is no regular file, a pipe or a device, is not read."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(2000)
 
 
 def _write(output: Path, page: str) -> None:

@@ -24,7 +24,16 @@ from typing import NoReturn
 from fips.errors import FipsError, OutputError
 from fips.signals import FINISHED, uninterrupted
 
-__all__ = ["MANIFEST", "Output", "complete_directory", "require_empty", "require_file", "require_free"]
+__all__ = [
+    "MANIFEST",
+    "Output",
+    "complete_directory",
+    "require_apart",
+    "require_empty",
+    "require_file",
+    "require_free",
+    "require_outside_models",
+]
 
 log = logging.getLogger("fips.storage")
 
@@ -41,8 +50,9 @@ TRIAL = "trial"
 
 
 def require_empty(directory: Path) -> None:
-    """Raise ``OutputError`` unless ``directory`` is absent or an empty directory, links followed."""
+    """Raise ``OutputError`` unless ``directory`` is absent or an empty directory, links followed, and in no model."""
     place = _resolved(directory)
+    require_outside_models(directory)
     try:
         if place.exists() and not place.is_dir():
             raise OutputError(f"output `{directory}` exists and is not a directory; choose another")
@@ -56,6 +66,29 @@ def require_empty(directory: Path) -> None:
             raise OutputError(f"output directory `{directory}` is not empty; choose another or remove it first")
     except OSError as error:
         raise OutputError(_cannot_write(directory, error)) from None
+
+
+def require_outside_models(path: Path) -> None:
+    """Raise ``OutputError`` for a place within a compressed directory, which holds what its manifest lists, no more."""
+    for parent in _resolved(path).parents:
+        with suppress(OSError):
+            if (parent / MANIFEST).is_file():
+                raise OutputError(
+                    f"`{path}` lies in the compressed model `{parent}`, whose manifest lists all that it holds; choose "
+                    "another place"
+                )
+
+
+def require_apart(output: Path, work: Path) -> None:
+    """Raise ``OutputError`` where of an output and a work directory one holds the other, links followed."""
+    places = _resolved(output), _resolved(work)
+    if places[0] == places[1]:
+        raise OutputError(f"`{output}` is both the output and the work directory; choose another with `--work`")
+    for (inner, name), outer in zip(((places[0], output), (places[1], work)), reversed(places), strict=True):
+        if outer in inner.parents:
+            what = "the output" if name is output else "the work directory"
+            other = "the work directory" if name is output else "the output"
+            raise OutputError(f"{what} `{name}` lies in {other} `{outer}`; choose another with `--work`")
 
 
 def require_free(directory: Path) -> None:

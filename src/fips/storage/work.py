@@ -1,16 +1,16 @@
 """Where a run keeps what it has finished, so that after a crash the same command goes on from there.
 
 A work directory holds ``run.json``, which says what the run is made of, ``log.txt`` with a line for every finished
-block, ``seconds.txt`` with the time that it took, and for every finished piece a file of tensors and fields. A file
-appears by one rename when it is complete: whatever ends the process, what is there is whole.
+block, ``seconds.txt`` with the time that it took, and for every finished piece a file of tensors and fields with their
+SHA-256. A file appears by one rename when it is complete: whatever ends the process, what is there is whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,12 +19,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fips.errors import OutputError
-from fips.files.output import require_file
+from fips.files.output import require_apart, require_file, require_outside_models
 
 __all__ = ["WorkDirectory", "kept_seconds", "kept_work"]
 
@@ -84,8 +85,12 @@ class WorkDirectory:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                fields = json.loads((file.metadata() or {})["fields"])
-                return {key: file.get_tensor(key).clone() for key in file.keys()}, fields  # noqa: SIM118 - no mapping
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no mapping
+            digest = _digest(tensors, metadata["fields"])
+            if metadata.get("sha256", digest) != digest:  # version 0.1.0 wrote pieces without one
+                raise ValueError("its SHA-256 is not the one it was written with")
+            return tensors, json.loads(metadata["fields"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise OutputError(f"`{path}` is damaged ({error}); remove it and give the same command again") from None
 
@@ -93,7 +98,8 @@ class WorkDirectory:
         """Keep a finished piece. Raises ``OutputError`` if it cannot be written."""
         try:
             held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            _write(self._file(name), save(held, metadata={"fields": json.dumps(fields)}))
+            text = json.dumps(fields)
+            _write(self._file(name), save(held, metadata={"fields": text, "sha256": _digest(held, text)}))
             _write(self.path / SECONDS, f"{self.earlier_seconds + time.perf_counter() - self._opened:.3f}".encode())
         except OSError as error:
             raise OutputError(
@@ -113,7 +119,7 @@ class WorkDirectory:
 def _run_of(path: Path) -> dict[str, Any] | None:
     """What the run is made of that a work directory belongs to; None where there is nothing yet."""
     try:
-        found: dict[str, Any] = json.loads((path / RUN).read_text(encoding="utf-8"))
+        found: Any = json.loads((path / RUN).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise OutputError(
@@ -128,6 +134,10 @@ def _run_of(path: Path) -> dict[str, Any] | None:
         ) from None
     except ValueError as error:
         raise OutputError(f"cannot read `{path / RUN}`: {error}; remove the work directory") from None
+    if not isinstance(found, dict):
+        raise OutputError(
+            f"`{path / RUN}` must hold a JSON object, got {type(found).__name__}; remove the work directory"
+        )
     return found
 
 
@@ -139,8 +149,10 @@ def kept_seconds(path: Path) -> float:
         return 0.0
 
 
-def _require_place(path: Path) -> None:
+def _require_place(path: Path, output: Path) -> None:
     """Raise ``OutputError`` where a work directory cannot be."""
+    require_apart(output, path)
+    require_outside_models(path)
     try:
         if _run_of(path) is None:
             require_file(path / RUN)
@@ -159,15 +171,16 @@ class Keeper:
 
 
 @contextmanager
-def kept_work(path: Path, *, first: bool, keep: bool) -> Iterator[Keeper]:
+def kept_work(path: Path, output: Path, *, first: bool, keep: bool) -> Iterator[Keeper]:
     """A block of work with its directory: removed at the end by the ``first`` process, unless told to ``keep`` it.
 
-    What is finished stays where the block does not reach its end, and its error says so. Raises ``OutputError`` before
-    the block if the directory cannot be written.
+    What is finished stays where the block does not reach its end, and its error says so. What somebody else put into
+    the directory stays, too. Raises ``OutputError`` before the block if the directory cannot be written, or if it and
+    the ``output`` of the work are not apart.
     """
     keeper = Keeper()
     if first:
-        _require_place(path)
+        _require_place(path, output)
     try:
         yield keeper
         keeper.finished = True
@@ -178,13 +191,32 @@ def kept_work(path: Path, *, first: bool, keep: bool) -> Iterator[Keeper]:
         raise
     finally:
         if first and not keep and _is_there(path):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Take away what a work directory wrote, and the directory where nothing else is in it."""
+    pieces = [*path.glob(f"*{SUFFIX}"), *path.glob(f".*{SUFFIX}.*")]  # the latter of processes that were killed
+    with suppress(OSError):
+        for one in (*pieces, *(path / name for name in (LOG, SECONDS, RUN))):
+            one.unlink(missing_ok=True)
+        path.rmdir()
 
 
 def _is_there(path: Path) -> bool:
     with suppress(OSError):
         return (path / RUN).exists()
     return False
+
+
+def _digest(tensors: Mapping[str, Tensor], fields: str) -> str:
+    """SHA-256 of what a piece holds."""
+    digest = hashlib.sha256(fields.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
