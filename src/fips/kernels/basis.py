@@ -13,6 +13,7 @@ from fips.formats.patterns import FULL
 from fips.kernels import ops, registry
 from fips.kernels.backend import Backend, PreparedMatrix, say_once
 from fips.kernels.reference import check_inputs
+from fips.kernels.validity import without_autocast
 
 __all__ = ["BasisRuntime"]
 
@@ -76,7 +77,8 @@ class BasisRuntime:
             if y is not None:
                 return y
         weight = weight_DR.to(x.dtype)
-        return linear(x, weight, bias) if expand else linear(x, weight.T)
+        with without_autocast(x.device):
+            return linear(x, weight, bias) if expand else linear(x, weight.T)
 
     def _multiply(
         self, x: Tensor, weight_DR: Tensor, expand: bool, bias: Tensor | None, offloaded: bool

@@ -20,7 +20,7 @@ from fips.formats.patterns import BlockAxis
 from fips.kernels import reference, registry
 from fips.kernels.backend import Backend, PreparedMatrix, RepeatedCall
 from fips.kernels.defaults import packed_up_to
-from fips.kernels.validity import is_plain, needs_grad
+from fips.kernels.validity import is_plain, needs_grad, without_autocast
 
 __all__ = [
     "Keeper", "is_plain", "meaning_of", "needs_grad", "number_of", "packed_linear", "product_in_graph", "raised_inside",
@@ -99,9 +99,10 @@ def _product(
     backend: Backend, x: Tensor, prepared: PreparedMatrix, bias: Tensor | None, activation_bits: int | None
 ) -> Tensor:
     """A graph is made before the number of tokens is known: whether to decode is asked here."""
-    if backend.decodes and x.shape[:-1].numel() > packed_up_to(prepared.packed, backend):
-        return linear(x, backend.decode(prepared, x.dtype), None if bias is None else bias.to(x.dtype))
-    return backend.multiply(x, prepared, bias, activation_bits=activation_bits)
+    with without_autocast(x.device):
+        if backend.decodes and x.shape[:-1].numel() > packed_up_to(prepared.packed, backend):
+            return linear(x, backend.decode(prepared, x.dtype), None if bias is None else bias.to(x.dtype))
+        return backend.multiply(x, prepared, bias, activation_bits=activation_bits)
 
 
 def traceable(x: Tensor, packed: Packed) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from fips.errors import ShapeError
 from fips.formats.packed import Packed, dense_slices, to_dense
-from fips.kernels.validity import is_plain, needs_grad
+from fips.kernels.validity import is_plain, needs_grad, without_autocast
 
 __all__ = ["check_inputs", "decode", "multiply", "multiply_backward", "multiply_slices", "slices_suit"]
 
@@ -29,16 +29,17 @@ def check_inputs(x: Tensor, features: int, bias: Tensor | None = None, outputs: 
 
 
 def multiply(x_TK: Tensor, packed: Packed, bias_N: Tensor | None = None) -> Tensor:
-    r""":math:`y = x S^\top + b` in the type of ``x``; any leading dimensions.
+    r""":math:`y = x S^\top + b` in the type of ``x``, under autocast too; any leading dimensions.
 
     Entries of S are rounded to the type of ``x``. Without gradients S is never there as a whole: some rows are decoded
     and multiplied, then the next. Raises ``ShapeError`` for inputs or a bias of another size.
     """
     check_inputs(x_TK, packed.shape[1], bias_N, packed.shape[0])
-    if slices_suit(packed, x_TK, bias_N):
-        return multiply_slices(x_TK, dense_slices(packed), packed.shape[0], bias_N)
-    bias = None if bias_N is None else bias_N.to(x_TK.dtype)
-    return linear(x_TK, to_dense(packed).to(x_TK.dtype), bias)
+    with without_autocast(x_TK.device):
+        if slices_suit(packed, x_TK, bias_N):
+            return multiply_slices(x_TK, dense_slices(packed), packed.shape[0], bias_N)
+        bias = None if bias_N is None else bias_N.to(x_TK.dtype)
+        return linear(x_TK, to_dense(packed).to(x_TK.dtype), bias)
 
 
 def slices_suit(packed: Packed, *tensors: Tensor | None) -> bool:
@@ -75,8 +76,9 @@ def multiply_backward(grad_TN: Tensor, x_TK: Tensor, packed: Packed) -> tuple[Te
 
     Forms S and one dense gradient for the time of the call, as the backward pass of a dense layer does.
     """
-    grad_x = grad_TN @ decode(packed, grad_TN.dtype)
-    if packed.scales_N is not None:
-        return grad_x, None
-    full_NK = (grad_TN.flatten(0, -2).T @ x_TK.flatten(0, -2)).to(packed.values_Z.dtype)
-    return grad_x, packed.layout.gather(full_NK, packed.pattern, packed.block_axis)
+    with without_autocast(grad_TN.device):
+        grad_x = grad_TN @ decode(packed, grad_TN.dtype)
+        if packed.scales_N is not None:
+            return grad_x, None
+        full_NK = (grad_TN.flatten(0, -2).T @ x_TK.flatten(0, -2)).to(packed.values_Z.dtype)
+        return grad_x, packed.layout.gather(full_NK, packed.pattern, packed.block_axis)

@@ -33,6 +33,7 @@ from fips.formats.values import values_named
 from fips.kernels import triton_words
 from fips.kernels.backend import Backend, PreparedMatrix, RepeatedCall, kernel_refuses, unsupported_format
 from fips.kernels.reference import check_inputs
+from fips.kernels.validity import without_autocast
 
 try:
     import triton
@@ -308,7 +309,7 @@ class _Repeated(RepeatedCall):
     def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         words = self.matrix.words
         assert words is not None
-        with _on_device_of(x):
+        with _on_device_of(x), without_autocast(x.device):
             return triton_words.multiply(rotate(x, packed.rotation).contiguous(), packed, words, bias)
 
 

@@ -1,13 +1,14 @@
-"""What tensors are, and whether what was made from them still holds."""
+"""What tensors are, whether what was made from them still holds, and products in the types that they have."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-__all__ = ["Snapshot", "is_plain", "needs_grad"]
+__all__ = ["Snapshot", "is_plain", "needs_grad", "without_autocast"]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -21,6 +22,14 @@ def is_plain(*tensors: Tensor) -> bool:
         if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu or t.is_cuda):
             return False
     return not (torch._C._functorch.maybe_current_level() or torch._C._get_tracing_state())
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, torch multiplies tensors of a device in the types that they have, as compiled kernels do anyway."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 class Snapshot:

@@ -13,7 +13,7 @@ from fips.kernels import ops, reference, registry
 from fips.kernels.backend import Backend, PreparedMatrix, RepeatedCall
 from fips.kernels.call import Product, Remembered
 from fips.kernels.select import Choice
-from fips.kernels.validity import Snapshot
+from fips.kernels.validity import Snapshot, without_autocast
 
 __all__ = ["Ways"]
 
@@ -38,7 +38,11 @@ class Ways:
         self._merged = None
 
     def compute(self, choice: Choice, x: Tensor, layer: Product, activation_bits: int | None) -> Tensor:
-        """``x (B C)`` plus the bias; of an offloaded layer nothing is kept."""
+        """``x (B C)`` plus the bias, in the type of ``x``; of an offloaded layer nothing is kept."""
+        with without_autocast(x.device):
+            return self._product(choice, x, layer, activation_bits)
+
+    def _product(self, choice: Choice, x: Tensor, layer: Product, activation_bits: int | None) -> Tensor:
 
         def packed(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
             if layer.offloaded or torch.compiler.is_compiling() or ops.needs_grad(x, packed.values_Z, bias):

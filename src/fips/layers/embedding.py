@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fips.errors import ConfigError
 from fips.formats.packed import rows_of
 from fips.formats.patterns import FULL
+from fips.kernels.validity import without_autocast
 from fips.layers.linear import FactoredLinear, factored_layers
 from fips.models.ends import embedding_scale
 
@@ -98,7 +99,8 @@ class PackedEmbedding(FactoredLinear):
 
     def rows(self, ids: Tensor, lookup: Lookup) -> Tensor:
         """Rows of ids, with what an embedding that has this matrix does to them."""
-        return lookup.scaled(rows_of(self.packed(), ids), self.weight.dtype)
+        with without_autocast(ids.device):
+            return lookup.scaled(rows_of(self.packed(), ids), self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.lookup.scale}, padding_idx={self.padding_idx}"

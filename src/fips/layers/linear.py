@@ -20,6 +20,7 @@ from fips.kernels import ops, registry
 from fips.kernels.basis import BasisRuntime
 from fips.kernels.call import Product
 from fips.kernels.runtime import LayerRuntime
+from fips.kernels.validity import without_autocast
 from fips.models.sites import Role
 
 __all__ = [
@@ -313,6 +314,11 @@ class FactoredLinear(nn.Module):
 
         Computed in float32 and not rounded to the type of values and scales; in float64 where they are that.
         """
+        with without_autocast(self.weight.device):
+            return self._weight()
+
+    def _weight(self) -> Tensor:
+        """``dense_weight``, which autocast may form in fewer bits."""
         factor = self.factor()
         factor = factor.to(torch.promote_types(factor.dtype, torch.float32))
         if self.basis is None:

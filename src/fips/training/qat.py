@@ -80,7 +80,7 @@ class TrainedLinear(FactoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.dense_weight().to(x.dtype), bias)
+        return linear(x, self._weight().to(x.dtype), bias)
 
     @torch.no_grad()
     def store(self) -> None:
