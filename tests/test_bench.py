@@ -17,7 +17,7 @@ import fips
 from fips.app.bench import _cases, bench, runtime_report
 from fips.cli import main
 from fips.cli.printing import print_bench
-from fips.errors import ModelError
+from fips.errors import ConfigError, ModelError
 from fips.storage.checkpoint import load
 
 TEXT = Path(__file__).parent / "fixtures" / "format-1-mixed"
@@ -102,6 +102,23 @@ def test_prompts_ask_for_the_last_logits_and_several_models_stand_by_their_names
     (_, run, _), *_ = _cases(model, (1,), (8,), torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert run(model).logits.shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": (1, 0)}, "`batches` wants numbers from 1 to .*got 0"),
+        ({"batches": ()}, "`batches` wants .*at least one, got none"),
+        ({"batches": (10**12,)}, "`batches` wants .*got 1000000000000"),
+        ({"prompts": (-3,)}, "`prompts` wants .*got -3"),
+        ({"repeats": 0}, "`repeats` wants at least 1, got 0"),
+        ({"seed": 2**64}, "`seed` wants a number from 0"),
+        ({"policy": "fast"}, "unknown runtime policy 'fast'"),
+    ],
+)
+def test_numbers_that_nothing_can_be_timed_with_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench(str(TEXT), **options)
 
 
 def test_only_compressed_directories(vit_directory: Path) -> None:  # noqa: F811

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fips
+from fips.errors import ConfigError
 from fips.files.manifest import MANIFEST, complete_directory
 from fips.layers.linear import factored_layers
 from fips.models.transformers import load_dense
@@ -48,6 +49,13 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("device", ["xyz", "meta", "cuda:99", "hpu", "", None, 3.5])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(device: Any, saved: Path) -> None:
+    for place in (saved, saved / "nowhere"):
+        with pytest.raises(ConfigError, match=r"^device `.*` (is not available|holds no numbers).*; there is `cpu`"):
+            fips.load(place, device=device)
 
 
 def test_the_directory_holds_what_a_user_needs(saved: Path) -> None:

@@ -237,6 +237,36 @@ BAD_INPUT: dict[str, Case] = {
     ),
     "unknown pattern": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--pattern", "2-4"], 2, "`pattern`"),
     "unknown device": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--device", "tpu9"], 2, "tpu9"),
+    "meta device": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--device", "meta"], 2, "no numbers"),
+    "seed beyond torch's": (
+        ["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--seed", str(2**64)], 2, "`seed`: Input should be"
+    ),
+    "seed of a later run": (
+        ["compare", "VIT", "--data", "IMAGES", "--bits", "6", "--seeds", f"0,{2**64}"], 2, "`seed`: Input should be"
+    ),
+    "bits of a later run": (["compare", "VIT", "--data", "IMAGES", "--bits", "6,0"], 2, "`bits`: Input should be"),
+    "recipe in another encoding": (
+        ["compress", "VIT", "--data", "IMAGES", "--recipe", "UTF16"], 2, "is not UTF-8 text (byte 0)"
+    ),
+    "backslash": (
+        ["compress", "LLAMA", "--data", "TEXT", "--bits", "6", "--document-separator", "\\x"], 2, "is no text"
+    ),
+    "memory with a comma": (
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "6", "--memory", "1,5GiB"], 2, "wants a size such as 6GiB"
+    ),
+    "digits of a group": (
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "6", "--group", "9" * 5000], 2, "`--group` wants"
+    ),
+    "no group at all": (
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "6", "--groups", "3-1"], 2, "`groups` wants at least one"
+    ),
+    "groups of too many blocks": (
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "6", "--groups", "0-99999999999"], 2, "are below 100,000"
+    ),
+    "infinite rate": (
+        ["compress", "VIT", "--data", "IMAGES", "--bits", "6", "--steps", "1", "--learning-rate", "inf"], 2, "finite"
+    ),
+    "pipe": (["evaluate", "LLAMA", "--data", "PIPE"], 1, "is neither a regular file nor a directory"),
     "unknown option": (["compress", "VIT", "--frobnicate"], 2, "`fips compress --help` lists the options"),
     "option of another type": (["compress", "VIT", "--bits", "x"], 2, "'--bits': Input should be a valid number"),
     "unknown command": (["comprss", "VIT"], 2, "Did you mean 'compress', 'compare'? `fips --help` lists the options"),
@@ -255,6 +285,38 @@ BAD_INPUT: dict[str, Case] = {
     "dense to bench": (["bench", "VIT"], 1, "is not a compressed directory"),
     "no model to plan": (["plan", "--bits", "6"], 2, "no model: give MODEL"),
 }  # fmt: skip
+
+
+COUNTS = {
+    "compress": ("--num-samples", "--batch-size", "--eval-samples", "--share-blocks"),
+    "plan": ("--share-blocks",),
+    "inspect": ("--share-blocks",),
+    "evaluate": ("--num-samples", "--batch-size", "--limit"),
+    "compare": ("--num-samples", "--batch-size", "--eval-samples"),
+    "report": ("--num-samples", "--batch-size"),
+    "bench": ("--batch", "--prompt", "--repeats"),
+}
+"""Options that count something of which there is at least one; of the others there may be none."""
+OTHERS = {
+    "compress": ("--seed", "--steps", "--distill"), "evaluate": ("--num-fewshot", "--seed"),
+    "report": ("--examples", "--seed"), "bench": ("--seed",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        *((command, option, value) for command, names in COUNTS.items() for option in names for value in ("0", "-1")),
+        *((command, option, "-1") for command, names in OTHERS.items() for option in names),
+    ],
+)
+def test_what_is_counted_is_counted_from_one(command: str, option: str, value: str, capsys: Capture) -> None:
+    required = ["--data", "x", "--output", "y"] if command == "compare" else []
+    assert main([command, "nowhere", *required, f"{option}={value}"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"error: Invalid value for '{option}': " in said.err
+    assert said.err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -277,8 +339,11 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(
         "OUT": tmp_path / "out",
         "VIT": vit_directory, "LLAMA": llama_directory, "IMAGES": images, "TEXT": text, "EMPTY": tmp_path / "empty",
         "BLANK": tmp_path / "blank.txt", "CHAT": tmp_path / "chat.json",
-        "RECIPE": write_recipe("compression: {budget: 0.5, rnk: 3}"),
+        "RECIPE": write_recipe("compression: {budget: 0.5, rnk: 3}"), "UTF16": tmp_path / "utf16.yaml",
+        "PIPE": tmp_path / "pipe.txt",
     }  # fmt: skip
+    places["UTF16"].write_text("compression: {budget: 0.5}", encoding="utf-16")
+    os.mkfifo(places["PIPE"])
     before = sorted(tmp_path.rglob("*"))
     given = [str(places.get(argument, argument)) for argument in arguments]
     output = ["--output", str(tmp_path / "out")] if arguments[0] in ("compress", "compare") else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,20 @@ from fips.recipes import load_recipe, recipe_names
             {"budget": 0.5, "reconstruction": {"step": 1}},
             r"unknown field `step` in ReconstructionConfig; did you mean `steps`",
         ),
+        (
+            {"bits": 5, "groups": ()},
+            r"`groups` wants at least one group of .*got \[\]; leave it",
+        ),
+        ({"bits": 5, "groups": [[0], []]}, r"`groups` wants at least one group.*got \[\[0\], \[\]\]"),
+        ({"bits": 5, "seed": 2**64}, r"`seed`: Input should be less than 18446744073709551616"),
+        ({"bits": 5, "reconstruction": {"learning_rate": float("inf")}}, r"`learning_rate`: .*finite number, got inf"),
+        ({"bits": 5, "activation_memory": "1,5GiB"}, r"`activation_memory`: wants a size such as 6GiB, got '1,5GiB'"),
+        ({"bits": 5, "activation_memory": "5 furlongs"}, r"^`activation_memory`: wants a size such as 6GiB, got '5 f"),
+        ({"bits": 5, "activation_memory": "5 5"}, r"`activation_memory`: wants a size such as 6GiB"),
+        ({"bits": 5, "activation_memory": "9" * 400}, r"`activation_memory`: wants a size such as 6GiB"),
+        ({"bits": 5, "metric": {"memory": -1}}, r"`memory`: .*greater than or equal to 0, got -1"),
+        ({"size": "9" * 400}, r"`size`: wants bytes"),
+        ({"bits": 5, "self": 1, "cls": 2}, r"unknown field `self` .*unknown field `cls`"),
         ({"budget": 0.5, "pattern": "4-16"}, r"`pattern`"),
         ({"budget": 0.5, "pattern": "8:4"}, r"0 < N < M"),
         ({"budget": 0.5, "method": "fips-paper", "pattern": "4:16", "sparsity": 0.5}, r"contradicts `pattern`"),
@@ -214,3 +229,37 @@ def test_paper_recipes_plan_their_real_models(name: str) -> None:
 )  # fmt: skip
 def test_sizes_are_written_with_three_digits(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", r"is not UTF-8 text \(byte 0\); write it anew in that encoding"),
+        (b"compression: {bits: 2024-13-45}", "is not valid YAML: month must be in 1..12"),
+        (b"compression: " + b"[" * 5000, "is not valid YAML: maximum recursion depth"),
+        (b"self: 1\ncompression: {bits: 5}", "unknown field `self` in Recipe"),
+    ],
+    ids=["encoding", "date", "depth", "self"],
+)
+def test_files_that_are_no_recipes_are_refused_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_recipe(str(path))
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"cannot read recipe .*: Is a directory"):
+        load_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("gptq+metric=[", "wanted `field=value`, a value as in YAML, got `metric=\\["),
+        ("gptq+metric=2024-13-45", "a value as in YAML"),
+        ("gptq+bits.x=1", "`bits` has no fields, got `bits.x=1`"),
+    ],
+)
+def test_changes_of_a_method_that_are_none_are_refused(method: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        method_config(method, bits=5, seed=0)

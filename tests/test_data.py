@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from fips.data import images as images_module
 from fips.data import rows as rows_module
 from fips.data import source as source_module
 from fips.data import text as text_module
+from fips.data.mixture import mixture_of
 from fips.errors import DataError
 
 TEXT = "\r\n A café — 日本 😀 and\n\nmore.\tTabs,  spaces\r\n" * 12 + "end\n\n"
@@ -142,6 +144,18 @@ class TestDescribeSource:
     def test_missing_path_is_no_hub_id(self, source: str) -> None:
         with pytest.raises(DataError, match="looks like a path, but there is no such file"):
             describe_source(source)
+
+    @pytest.mark.parametrize("name", ["pipe", "pipe.txt", "pipe.csv"])
+    def test_what_can_be_read_once_is_no_source(self, name: str, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name}` is neither a regular file nor a directory"):
+            describe_source(str(tmp_path / name))
+
+    @pytest.mark.parametrize("source", ["~nobody/data.txt", "x" * 300 + ".txt"])
+    def test_names_that_no_file_can_have(self, source: str) -> None:
+        with pytest.raises(DataError, match="looks like a path"):
+            describe_source(source)
+        assert mixture_of(f"{source}:0.5,b.txt:0.5") == {source: 0.5, "b.txt": 0.5}
 
     @pytest.mark.parametrize(
         ("name", "builder", "kind"),

@@ -23,7 +23,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from fips.app import compare as compare_module
 from fips.config import DataConfig
 from fips.data import Batches, load_batches
-from fips.errors import DataError, ModelError
+from fips.errors import ConfigError, DataError, ModelError
 from fips.evaluation import ImageResult, TextResult, evaluate
 from fips.evaluation import tokens as module
 
@@ -346,6 +346,16 @@ class TestModel:
         calls: list[tuple[int, int]] = []
         evaluate(colors, image_batches(photos), device="cpu", progress=lambda done, total: calls.append((done, total)))
         assert calls == [(done, 8) for done in range(1, 9)]
+
+    def test_devices_that_are_not_there(self, colors: Colors, photos: Path) -> None:
+        for device in ("xyz", "meta"):
+            with pytest.raises(ConfigError, match=f"device `{device}`"):
+                evaluate(colors, image_batches(photos), device=device)
+
+    def test_none_counts_as_absent(self, tmp_path: Path) -> None:
+        model, batches = tiny_model("llama", vocab_size=64), text_batches(tmp_path)
+        unmasked = replace(batches, collate=lambda rows: {"position_ids": None, **batches.collate(rows)})
+        assert evaluate(model, unmasked) == evaluate(model, batches)
 
 
 def kl_by_hand(model: nn.Module, original: nn.Module, window: Tensor) -> tuple[list[float], list[bool]]:

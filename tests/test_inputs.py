@@ -75,6 +75,41 @@ def test_any_mapping_is_a_batch(kind: Any) -> None:
     assert same_layers(model, reference)
 
 
+@pytest.mark.parametrize("settings", [gptq(), fips.CompressionConfig(bits=6, distill={"steps": 1})])
+def test_none_counts_as_absent(settings: fips.CompressionConfig) -> None:
+    """Texts without padding, whose mask a tokenizer or a collator leaves None."""
+    reference, model = tiny_model("llama"), tiny_model("llama")
+    batches = [{"input_ids": torch.randint(3, 64, (4, 160))} for _ in range(2)]
+    fips.compress(reference, batches, settings)
+    unmasked = [{**batch, "attention_mask": None, "position_ids": None, "labels": None} for batch in batches]
+    fips.compress(model, unmasked, settings)
+    assert same_layers(model, reference)
+
+
+class NeedsMask(nn.Module):
+    """A model whose mask has no default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = tiny_model("llama")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def test_none_is_given_where_the_model_wants_to_be_told() -> None:
+    model = NeedsMask()
+    fips.compress(model, [{"input_ids": torch.randint(3, 64, (4, 160)), "attention_mask": None}], gptq())
+    assert factored_layers(model)
+
+
+def test_labels_on_the_meta_device_are_refused_where_decoder_inputs_are_made_of_them() -> None:
+    model = made("t5", "T5ForConditionalGeneration", **SEQ2SEQ)
+    with pytest.raises(DataError, match="`decoder_input_ids` of batch 0 lies on the meta device"):
+        fips.compress(model, [{"input_ids": ids, "labels": ids.to("meta")}], gptq())
+
+
 ids = torch.full((2, 8), 5)
 REFUSED: dict[str, tuple[Any, str]] = {
     "generator": ((batch for batch in [{"input_ids": ids}]), "used up after one pass"),
@@ -102,6 +137,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unknown tokens": ([{"input_ids": ids}, {"input_ids": ids + 60}], "batch 1 hold token 65, and the model knows 64"),
     "negative tokens": ([{"input_ids": ids - 10}], "hold token -5"),
     "no examples": ([{"input_ids": ids[:0]}], "is empty"),
+    "on the meta device": ([{"input_ids": ids.to("meta")}], "`input_ids` of batch 0 lies on the meta device"),
+    "a mask on the meta device": (
+        [{"input_ids": ids, "attention_mask": [ids.to("meta")]}], "`attention_mask` of batch 0 lies on the meta device"
+    ),
     "another mask": ([{"input_ids": ids, "attention_mask": torch.ones(2, 7)}], "must be alike"),
     "nothing but padding": (
         [{"input_ids": ids, "attention_mask": torch.tensor([[1] * 8, [0] * 8])}], "hides every token of example 1"

@@ -30,7 +30,7 @@ import fips
 from fips.cli import main
 from fips.files.manifest import write_manifest
 from fips.layers.linear import factored_layers
-from fips.models.transformers import load_dense, load_processor, resolve_dtype
+from fips.models.transformers import config_from_fields, load_dense, load_processor, resolve_dtype
 
 Capture = pytest.CaptureFixture[str]
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(5))
@@ -59,6 +59,34 @@ def edit_config(directory: Path, **changes: Any) -> Path:
     fields = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**fields, **changes}))
     return directory
+
+
+def test_infinity_in_a_configuration_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
+    """``save_pretrained`` writes it as an object."""
+    fields = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 64, "num_heads": 8,
+              "head_dim": 8, "n_groups": 1}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Mamba2ForCausalLM(AutoConfig.for_model("mamba2", **fields)).eval()
+    fips.compress(model, [{"input_ids": IDS}], fips.CompressionConfig(bits=6, targets=["in_proj", "out_proj"]))
+    model.save_pretrained(tmp_path / "small")
+    written = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert written["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    for read in (fips.load, AutoModelForCausalLM.from_pretrained):
+        again = read(tmp_path / "small")
+        assert again.config.time_step_limit[1] == float("inf")
+        assert torch.equal(first_output(again, {"input_ids": IDS}), first_output(model, {"input_ids": IDS}))
+    assert config_from_fields(written).time_step_limit[1] == float("inf")
+
+
+def test_a_card_in_another_encoding_stays_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    fips.compress(model, batches_for(model), quick_settings())
+    card = "Ein Modell f\u00fcr alle".encode("latin-1")
+    (tmp_path / "README.md").write_bytes(card)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == card
+    assert "is not UTF-8 text: left as it is" in caplog.text
+    assert fips.load(tmp_path).fips_report.config.method == "fips-paper"
 
 
 # Every family, both ways

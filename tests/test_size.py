@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import fips
+from fips.app.outline import outline_of_plan
+from fips.app.tables import smallest_line
 from fips.cli import main
 from fips.config import size_bytes
 from fips.errors import BudgetError, ConfigError
 from fips.layers.linear import factored_layers
-from fips.plan.footprint import itemsize, state_bytes
+from fips.plan.footprint import bytes_enough, itemsize, state_bytes
 from fips.plan.kinds import layer_bytes, sizes_by_kind
 from fips.plan.plan import plan_compression, settle_size
 from fips.plan.rest import rest_sizes
@@ -31,7 +33,15 @@ def wide_model() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [("400MB", 400e6), ("1.5 GiB", 1.5 * 2**30), ("123456", 123456.0), ("25%", 250.0), ("4x", 250.0), ("2.5x", 400.0)],
+    [
+        ("400MB", 400e6),
+        ("1.5 GiB", 1.5 * 2**30),
+        ("123456", 123456.0),
+        ("8.04 kB", 8040.0),
+        ("25%", 250.0),
+        ("4x", 250.0),
+        ("2.5x", 400.0),
+    ],
 )
 def test_sizes_are_bytes_shares_and_factors(size: str, expected: float) -> None:
     assert size_bytes(size, 1000) == pytest.approx(expected)
@@ -87,11 +97,36 @@ def test_an_impossible_size_is_refused_with_the_smallest_one() -> None:
     found = re.search(r"the smallest size with the MLPs compressed is ([\d,]+) bytes", str(refused.value))
     assert found is not None
     least = int(found[1].replace(",", ""))
-    enough = fips.CompressionConfig(size=str(least + 1), layers="mlp")
+    enough = fips.CompressionConfig(size=str(least), layers="mlp")
     plan = plan_compression(model, enough)
     assert settle_size(plan, model, enough).bits is not None
     with pytest.raises(BudgetError, match="the smallest size"):
-        settle_size(plan, model, fips.CompressionConfig(size=str(least - 2), layers="mlp"))
+        settle_size(plan, model, fips.CompressionConfig(size=str(least - 1), layers="mlp"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers": "mlp"}, {"layers": "all"}, {"method": "gptq"}, {"values": "nl4"}])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "swin"])
+def test_the_smallest_size_of_a_plan_can_be_asked_for_as_it_is_printed(family: str, settings: dict[str, Any]) -> None:
+    if family == "swin" and settings.get("layers") == "all":
+        pytest.skip("has no vocabulary")
+    model = tiny_model(family)
+    config = fips.CompressionConfig(bits=14, **settings)
+    outline = outline_of_plan(model, plan_compression(model, config), config)
+    said = re.fullmatch(r"smallest size: --bits (\S+), (\S+ \S+) for the whole file", smallest_line(outline))
+    assert said is not None
+    for asked in ({"bits": float(said[1])}, {"size": said[2]}, {"size": said[2].replace(" ", "")},
+                  {"size": str(outline.smallest["bytes"])}):  # fmt: skip
+        again = fips.CompressionConfig(**asked, **settings)
+        assert settle_size(plan_compression(model, again), model, again).bits is not None
+    with pytest.raises(BudgetError):
+        plan_compression(model, fips.CompressionConfig(size=str(int(outline.smallest["bytes"]) - 1), **settings))
+
+
+@pytest.mark.parametrize(
+    "count", [101, 999, 1_000, 1_001, 8_040, 9_996, 22_323, 99_951, 999_501, 1_234_567, 10**12 + 1]
+)
+def test_printed_sizes_are_rounded_up(count: int) -> None:
+    assert count <= size_bytes(bytes_enough(count), 1) < 1.01 * count
 
 
 @pytest.mark.slow

@@ -112,8 +112,9 @@ def test_json_is_read_strictly(sharded: Path, name: str, content: bytes, message
         refused(sharded, rf"{name}`.*{message}", by=loader)
 
 
-def test_nan_in_a_setting_is_named(copy: Path) -> None:
-    edit(copy / "config.json", lambda c: c.update(rope_parameters={"rope_theta": float("nan")}))
+@pytest.mark.parametrize("nan", [float("nan"), {"__float__": "NaN"}], ids=["number", "object"])
+def test_nan_in_a_setting_is_named(nan: Any, copy: Path) -> None:
+    edit(copy / "config.json", lambda c: c.update(rope_parameters={"rope_theta": nan}))
     refused(copy, r"config\.json`: `rope_parameters\.rope_theta` is NaN")
 
 

@@ -8,14 +8,16 @@ the YAML files under ``recipes/`` hold.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -31,6 +33,7 @@ from fips.formats.patterns import Pattern, pattern_for
 
 __all__ = [
     "NAMED",
+    "SEEDS",
     "SETTINGS",
     "CompressionConfig",
     "DataConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "Settings",
     "SparseConfig",
     "all_settings",
+    "bytes_of",
     "known_methods",
     "same_data",
     "settings_of",
@@ -48,14 +52,44 @@ __all__ = [
 
 FactorDtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_METHOD = "fips"
+SEEDS = 1 << 64
+"""Seeds that torch tells apart: 0 and those below."""
+
+
+def bytes_of(text: str) -> float:
+    """What ``400MB`` or ``1.5 GiB`` says; raises ``ValueError`` for anything else.
+
+    The units are those of ``ByteSize``, which itself reads 8.04 kB as 8,039 bytes and 1,5 GiB as one.
+    """
+    wrong = f"wants a size such as 6GiB, got {text[:60]!r}"
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([a-zA-Z]*)\s*", text)
+    if found is None:
+        raise ValueError(wrong)
+    try:
+        many = TypeAdapter(ByteSize).validate_python(f"{MILLION}{found[2]}")  # a single bit is no whole byte
+    except ValidationError:  # no such unit
+        raise ValueError(wrong) from None
+    number = round(float(found[1]) * many / MILLION, 3)
+    if number == float("inf"):
+        raise ValueError(wrong)
+    return number
+
+
+def _whole_bytes(value: Any) -> Any:
+    return int(bytes_of(value)) if isinstance(value, str) else value
+
+
+MILLION = 1_000_000
+Memory = Annotated[int, Field(ge=0), BeforeValidator(_whole_bytes)]
+"""A number of bytes, or how they are written."""
 
 
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown fields are an error, errors are one readable line."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -141,7 +175,7 @@ class ReconstructionConfig(Settings):
 class InputMetricConfig(Settings):
     """How the inputs of layers are measured."""
 
-    memory: ByteSize = ByteSize(4 << 30)
+    memory: Memory = 4 << 30
     """Bound for the moments held at a time; at least one group is. Less means more passes over the data."""
 
 
@@ -185,9 +219,9 @@ class CompressionConfig(Settings):
     has."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of passes over the data; `auto` is bfloat16 where the hardware multiplies it natively."""
-    activation_memory: ByteSize = ByteSize(1 << 30)
+    activation_memory: Memory = 1 << 30
     """Upper bound for recorded activations in RAM, per group; what exceeds it goes to a temporary file."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Seed of the order in which calibration batches are drawn and of the random directions of gradients."""
 
     packs_ends: ClassVar[bool] = False
@@ -202,12 +236,12 @@ class CompressionConfig(Settings):
             size_bytes(size, 1)
         return size
 
-    def __new__(cls, **fields: Any) -> Self:
+    def __new__(cls, /, **fields: Any) -> Self:
         found: type[Any] = settings_of(fields.get("method", DEFAULT_METHOD)) if cls is CompressionConfig else cls
         instance: Self = object.__new__(found)
         return instance
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         super().__init__(**_in_full(fields))
 
     @model_validator(mode="after")
@@ -217,6 +251,11 @@ class CompressionConfig(Settings):
             raise ValueError(
                 "give one of `bits` (stored bits per weight), `size` (of the whole file) and `budget` (fraction of "
                 f"parameters), got {' and '.join(given) or 'none'}"
+            )
+        if self.groups is not None and not all((self.groups, *self.groups)):
+            raise ValueError(
+                "`groups` wants at least one group of at least one block index, such as `[[0, 1], [2, 3]]`, got "
+                f"{[list(group) for group in self.groups]}; leave it out for groups of `share_blocks` blocks"
             )
         if self.targets is not None and self.layers == "all":
             raise ValueError(f"`targets` names the layers, so `layers: {self.layers}` says nothing; leave one out")
@@ -279,11 +318,11 @@ def size_bytes(size: str, before: int) -> float:
         elif unit == "x":
             share = 1 / float(number)
         else:
-            found = float(TypeAdapter(ByteSize).validate_python(size))
+            found = bytes_of(size)
             if found > 100:  # no model is of so few bytes: a share without its sign
                 return found
             share = 0.0
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):  # of digits without end, too
         share = 0.0
     if not 0 < share <= 1:
         hint = f"; a share is written `{number}%`" if number.isdecimal() and unit.isdecimal() else ""
@@ -416,7 +455,7 @@ class DataConfig(Settings):
     """String between the documents of a text; windows then never cross a document."""
     batch_size: int = Field(default=32, ge=1)
     """Examples per batch."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Seed of the choice of samples."""
 
 
@@ -448,7 +487,7 @@ class Recipe(Settings):
         """Parse one recipe; ``name`` (a file or recipe name) opens every error message."""
         try:
             fields = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # of the grammar, of dates, of lists in lists
             raise ConfigError(f"recipe `{name}` is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(fields, Mapping):
             raise ConfigError(f"recipe `{name}` must be a mapping with `compression`, got {type(fields).__name__}")
@@ -459,7 +498,16 @@ class Recipe(Settings):
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        return cls.from_yaml(path.read_text(encoding="utf-8"), name=str(path))
+        """The recipe in a file; raises ``ConfigError`` for one that cannot be read or holds none."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"recipe `{path}` is not UTF-8 text (byte {error.start}); write it anew in that encoding"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"cannot read recipe `{path}`: {error.strerror}; give a YAML file") from None
+        return cls.from_yaml(text, name=str(path))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)

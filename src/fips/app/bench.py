@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fips.errors import ModelError
+from fips.config import SEEDS
+from fips.errors import ConfigError, ModelError
 from fips.kernels import cpu
 from fips.kernels.runtime import POLICIES
+from fips.kernels.select import check_policy
 from fips.layers.linear import factored_layers
 from fips.layers.merge import merge
 from fips.models.gguf import is_gguf_source
@@ -41,6 +43,9 @@ __all__ = ["BATCHES", "PROMPTS", "backend_report", "bench", "load_any", "runtime
 
 BATCHES = (1, 8, 64)
 PROMPTS = (1, 128, 1024)
+MOST_EXAMPLES = 1 << 16
+MOST_TOKENS = 1 << 24
+"""Beyond what any memory takes."""
 CACHED = 32
 """Tokens already in the cache when one more is timed."""
 Case = tuple[str, Callable[[PreTrainedModel], Any], int]
@@ -64,8 +69,12 @@ def bench(
     One other model is called ``dense`` in the result, several are by their names, and so are then the speed-ups over
     them. Every case runs all models in turn, ``repeats`` times or for about 10 s; the result holds the median, the
     quartiles and every run. ``progress`` is told what is done and what there is to do, ``policy`` is that of
-    ``fips.kernels.runtime``. Raises ``ModelError`` for a directory that is not compressed.
+    ``fips.kernels.runtime``. Prompts longer than the model reads are left out. Raises ``ModelError`` for a directory
+    that is not compressed, ``ConfigError`` for numbers of examples, tokens or runs that nobody can take.
     """
+    batches, prompts = tuple(batches), tuple(prompts)
+    _check_counts(batches, prompts, repeats, seed)
+    check_policy(policy)
     if not is_compressed(directory):
         raise ModelError(f"`{directory}` is not a compressed directory; give one written by `fips compress`")
     sources = [against] if isinstance(against, str) else list(dict.fromkeys(against or ()))
@@ -76,7 +85,7 @@ def bench(
     for name in others:
         others[name] = load_any(places[name], trust_remote_code) if places else merge(copy.deepcopy(compressed))
     models = {**others, "compressed": compressed}
-    cases = _cases(compressed, tuple(batches), tuple(prompts), torch.Generator().manual_seed(seed))
+    cases = _cases(compressed, batches, prompts, torch.Generator().manual_seed(seed))
     fresh = {**places, "compressed": str(directory)} if memory else {}
     total, results = len(cases) + len(fresh), {}
     report = progress or (lambda done, total: None)
@@ -102,6 +111,19 @@ def bench(
             name: None if found is None else found.pop("peak_bytes") for name, found in first.items()
         },
     }
+
+
+def _check_counts(batches: Sequence[int], prompts: Sequence[int], repeats: int, seed: int) -> None:
+    for name, numbers, most in (("batches", batches, MOST_EXAMPLES), ("prompts", prompts, MOST_TOKENS)):
+        odd = [number for number in numbers if not 1 <= number <= most]
+        if odd or not numbers:
+            raise ConfigError(
+                f"`{name}` wants numbers from 1 to {most:,}, at least one, got {odd[0] if odd else 'none'}"
+            )
+    if repeats < 1:
+        raise ConfigError(f"`repeats` wants at least 1, got {repeats}")
+    if not 0 <= seed < SEEDS:
+        raise ConfigError(f"`seed` wants a number from 0 to {SEEDS - 1}, got {seed}")
 
 
 def set_policy(model: PreTrainedModel, policy: str) -> None:
@@ -153,8 +175,8 @@ def _cases(
         require_one_input(model)
     limit = context_length(model.config) or max(prompts)
     vocabulary = model.config.get_text_config().vocab_size
-    tokens = torch.randint(0, vocabulary, (max(batches), max(*prompts, CACHED)), generator=generator)
     lengths = [n for n in prompts if n <= limit] or [limit]
+    tokens = torch.randint(0, vocabulary, (max(batches), max(*lengths, CACHED)), generator=generator)
     if not model.can_generate():
         return [
             (f"{n} tokens, batch {count}", _forward("input_ids", tokens[:count, :n]), n * count)

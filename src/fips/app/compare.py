@@ -120,10 +120,15 @@ def method_config(text: str, *, bits: float, seed: int, layers: str = "blocks") 
         if not equals:
             raise ConfigError(f"method `{text}`: wanted `field=value`, got `{change}`")
         *sections, field = path.split(".")
-        place = fields
+        place: Any = fields
         for section in sections:
             place = place.setdefault(section, {})
-        place[field] = yaml.safe_load(value)
+            if not isinstance(place, dict):
+                raise ConfigError(f"method `{text}`: `{section}` has no fields, got `{change}`")
+        try:
+            place[field] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ConfigError(f"method `{text}`: wanted `field=value`, a value as in YAML, got `{change}`") from None
     return CompressionConfig(**fields)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -63,8 +64,8 @@ def compare_source(
     require_empty(output)
     original = Source.named(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     methods = methods or untrained_methods(sizes[0])
-    for method in methods:
-        method_config(method, bits=sizes[0], seed=0, layers=layers)
+    for method, size, seed in itertools.product(methods, sizes, seeds):
+        method_config(method, bits=size, seed=seed, layers=layers)
     if same_data(evaluation, calibration):
         log.warning("scoring on the data that is calibrated on, where models are better than on other data")
     empty = original.empty(compressed=False)

@@ -59,7 +59,7 @@ def _outline(model: nn.Module, plan: CompressionPlan, config: CompressionConfig)
         smallest = {"budget": float(round_up(max(smallest_sizes(model, groups, config).values())))}
     else:
         sizes = sizes_of(model, groups, config)
-        smallest = {"bits": float(round_up(sizes.least_bits)), "bytes": round(sizes.least_bytes)}
+        smallest = {"bits": float(round_up(sizes.least_bits)), "bytes": sizes.least_bytes}
     others = rest_sizes(model, [site.name for group in groups for site in group.sites], config)
     unused = None
     if config.budget is None:

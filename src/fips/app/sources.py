@@ -11,7 +11,8 @@ from torch import nn
 
 from fips.config import DataConfig
 from fips.data import Batches, load_batches
-from fips.errors import CheckpointError, ConfigError
+from fips.errors import CheckpointError
+from fips.models.devices import usable_device
 from fips.models.gguf import is_gguf_source
 from fips.models.reading import kind_of, longest_sequence, processor_of
 from fips.models.tasks import task_of
@@ -109,12 +110,7 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one; raises ``ConfigError`` for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device `{name}` is not available: {str(error).splitlines()[0]}") from None
-    return device
+    return usable_device(name)
 
 
 def empty_model(source: str, *, compressed: bool = True, trust_remote_code: bool = False) -> nn.Module:

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from fips.app.outline import Outline, PackedOutline
 from fips.config import Recipe
 from fips.models import Sublayer
-from fips.plan.footprint import format_bytes
+from fips.plan.footprint import bytes_enough, format_bytes
 from fips.plan.groups import GroupPlan
 from fips.plan.kinds import KindSize
 from fips.plan.plan import CompressionPlan
@@ -138,7 +138,7 @@ def smallest_line(outline: Outline) -> str:
     least = outline.smallest
     if "budget" in least:
         return f"smallest size: --budget {least['budget']:g}"
-    return f"smallest size: --bits {least['bits']:g}, {format_bytes(least['bytes'])} for the whole file"
+    return f"smallest size: --bits {least['bits']:g}, {bytes_enough(int(least['bytes']))} for the whole file"
 
 
 def packed_table(packed: PackedOutline) -> Table:

@@ -8,7 +8,8 @@ where the model reads one tensor: the first of every tuple. Further elements mus
 reads, such as a mask: its ``forward`` has one argument, or they hold one number per example. Tuples from elsewhere are
 refused, since nothing says what they are.
 
-Labels are left out. Where a sequence-to-sequence model gets labels and no decoder inputs, those are made of them.
+Labels are left out, and so is what is None. Where a sequence-to-sequence model gets labels and no decoder inputs, those
+are made of them.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ class _Reader:
 
     name: str
     parameters: tuple[str, ...]
-    required: int
+    required: frozenset[str]
     """Arguments without a default."""
     open: bool
     """Whether it takes arguments of any name."""
@@ -242,7 +243,7 @@ class _Reader:
         parameters = inspect.signature(model.forward).parameters.values()
         named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
         names = tuple(one.name for one in named)
-        required = [one.name for one in named if one.default is one.empty]
+        required = frozenset(one.name for one in named if one.default is one.empty)
         hub = isinstance(model, PreTrainedModel)
         text_only = hub and model.main_input_name == "input_ids" and not {"pixel_values", "input_features"} & set(names)
         embedding = _embedding(model) if text_only else None
@@ -250,9 +251,9 @@ class _Reader:
         return cls(
             name=type(model).__name__,
             parameters=names,
-            required=len(required),
+            required=required,
             open=any(one.kind == one.VAR_KEYWORD for one in parameters),
-            labels=frozenset([*_LABELS, *(find_labels(type(model)) if hub else ())]) - {*required},
+            labels=frozenset([*_LABELS, *(find_labels(type(model)) if hub else ())]) - required,
             from_loader=from_loader,
             reads_text_only=text_only,
             num_embeddings=None if embedding is None else embedding.num_embeddings,
@@ -272,14 +273,17 @@ class _Reader:
         raise DataError(f"a batch must be a dict of tensors or a tensor, got {type(item).__name__} ({where}); {hint}")
 
     def _named(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        batch = {key: value for key, value in item.items() if key not in (*self.labels, *_CALL_OPTIONS)}
+        left_out = (*self.labels, *_CALL_OPTIONS)
+        there = {key: value for key, value in item.items() if value is not None or key in self.required}
+        batch = {key: value for key, value in there.items() if key not in left_out}
         labels = item.get("labels")
         if self.prepare_decoder is not None and isinstance(labels, Tensor) and labels.dim() == 2:
             if "decoder_input_ids" not in batch and "decoder_inputs_embeds" not in batch:
                 batch["decoder_input_ids"] = self.prepare_decoder(labels)
             inputs = batch.get("decoder_input_ids")
             fits = isinstance(inputs, Tensor) and inputs.shape == labels.shape
-            if fits and "decoder_attention_mask" not in batch and bool((labels < 0).any()):
+            masked = "decoder_attention_mask" in batch or labels.is_meta
+            if fits and not masked and bool((labels < 0).any()):
                 # a decoder input is the label before it, the first one a start token
                 batch["decoder_attention_mask"] = nn.functional.pad((labels >= 0).long(), (1, -1), value=1)
         return batch
@@ -294,7 +298,7 @@ class _Reader:
         per_example = all(isinstance(one, Tensor) and one.shape == x.shape[:1] for one in others)
         alone = len(self.parameters) == 1 and not self.open
         images = "attention_mask" not in self.parameters and "pixel_values" in self.parameters
-        if self.required > 1 or (others and not (alone or images or per_example)):
+        if len(self.required) > 1 or (others and not (alone or images or per_example)):
             raise DataError(
                 f"the loader gives {len(item)} values per batch ({where}), and `{self.name}.forward` takes "
                 f"{', '.join(self.parameters[:4])}; give dicts that name them (`collate_fn`)"
@@ -306,6 +310,8 @@ class _Reader:
         tensors = {self.parameters[0] if self.parameters else "input": batch} if isinstance(batch, Tensor) else batch
         for name, value in tensors.items():
             self._check_name(name, value, where)
+            if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in _leaves(value)):
+                raise DataError(f"`{name}` of {where} lies on the meta device, without numbers; give it on the CPU")
             if isinstance(value, Tensor):
                 self._check_tensor(name, value, where, named=not isinstance(batch, Tensor))
         if not any(isinstance(value, Tensor) for value in _leaves(tensors)):
@@ -414,7 +420,7 @@ def _first_tokens(batch: Any) -> Any:
     mask = batch.get("attention_mask")
     if mask is not None and not (mask.is_meta or bool(mask.all())):
         return batch
-    return {name: tensor[:, :START] for name, tensor in batch.items()}
+    return {name: value[:, :START] if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _cut(batch: Any, part: slice) -> Any:

@@ -16,6 +16,8 @@ TASKS, MACHINE = "Tasks of lm-eval", "Machine and work"
 """Panels of the help."""
 DEFAULT_BITS = 4.8
 """Of a plan without a size, as in the demo."""
+MOST_BLOCKS = 100_000
+"""No model has as many."""
 
 VALUES = [
     f"{kind}{bits}{scale}"
@@ -126,7 +128,8 @@ Pattern = Annotated[
     ),
 ]
 ShareBlocks = Annotated[
-    int | None, typer.Option(metavar="BLOCKS", help="Consecutive blocks that share a basis.", rich_help_panel=SHARING)
+    int | None,
+    typer.Option(min=1, metavar="BLOCKS", help="Consecutive blocks that share a basis.", rich_help_panel=SHARING),
 ]
 Groups = Annotated[
     str | None,
@@ -187,6 +190,7 @@ Stream = Annotated[
 NumSamples = Annotated[
     int | None,
     typer.Option(
+        min=1,
         metavar="N",
         help="Images or text windows to use; default: all, but 1,024 images or 128 windows when calibrating.",
         rich_help_panel=DATA_PANEL,
@@ -210,10 +214,10 @@ Separator = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(metavar="N", help="Examples per batch; default: 32.", rich_help_panel=DATA_PANEL)
+    int | None, typer.Option(min=1, metavar="N", help="Examples per batch; default: 32.", rich_help_panel=DATA_PANEL)
 ]
 Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="Seed of samples and batch order.", rich_help_panel=DATA_PANEL)
+    int | None, typer.Option(min=0, metavar="N", help="Seed of samples and batch order.", rich_help_panel=DATA_PANEL)
 ]
 EvalData = Annotated[
     str | None,
@@ -225,7 +229,9 @@ EvalData = Annotated[
 EvalSplit = Annotated[str | None, typer.Option(metavar="NAME", help="Split of that.", rich_help_panel=DATA_PANEL)]
 EvalSamples = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Images, texts or windows of that; default: all.", rich_help_panel=DATA_PANEL),
+    typer.Option(
+        min=1, metavar="N", help="Images, texts or windows of that; default: all.", rich_help_panel=DATA_PANEL
+    ),
 ]
 Output = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Directory to write; absent or empty.", rich_help_panel=MODEL)
@@ -403,32 +409,32 @@ def given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _parse_memory(text: str) -> dict[str, Any]:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
+    from fips.config import bytes_of
 
     try:
-        size = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        raise ConfigError(f"`--memory` wants a size such as 6GiB, got {text!r}") from None
+        size = int(bytes_of(text))
+    except ValueError as error:
+        raise ConfigError(f"`--memory` {error}") from None
     return {"metric": {"memory": 2 * size // 3}, "activation_memory": size // 3}
 
 
 def _parse_group(text: str) -> dict[str, Any]:
     if text in ("auto", "none"):
         return {"sharing": "auto" if text == "auto" else "never"}
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"`--group` wants `auto`, `none` or a number of blocks, got {text!r}")
+    if not text.isdecimal() or len(text) > len(str(MOST_BLOCKS)) or int(text) < 1:
+        raise ConfigError(f"`--group` wants `auto`, `none` or a number of blocks, got {text[:60]!r}")
     return {"sharing": "always", "share_blocks": int(text)}
 
 
 def _parse_groups(text: str) -> list[list[int]]:
     try:
-        groups = []
-        for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            groups.append(list(range(int(first), int(last or first) + 1)))
+        ends = [part.strip().partition("-") for part in text.split(",")]
+        ranges = [range(int(first), int(last or first) + 1) for first, _, last in ends]
     except ValueError:
-        raise ConfigError(f"`--groups` wants ranges such as `0-3,4-7`, got {text!r}") from None
-    return groups
+        raise ConfigError(f"`--groups` wants ranges such as `0-3,4-7`, got {text[:60]!r}") from None
+    if max(one.stop for one in ranges) > MOST_BLOCKS:  # before they are written out
+        raise ConfigError(f"`--groups` wants indices of blocks, which are below {MOST_BLOCKS:,}, got {text[:60]!r}")
+    return [list(one) for one in ranges]
 
 
 def named_source(model: Any, gguf_file: str | None) -> Any:
@@ -454,8 +460,18 @@ def data_fields(options: dict[str, Any]) -> dict[str, Any]:
     if options["data"] is not None:
         fields["source"] = options["data"]
     if "document_separator" in fields:
-        fields["document_separator"] = fields["document_separator"].encode().decode("unicode_escape")
+        fields["document_separator"] = _unescaped(fields["document_separator"])
     return fields
+
+
+def _unescaped(text: str) -> str:
+    """With ``\\n`` and the like as the characters that they stand for."""
+    try:
+        return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"`--document-separator` {text!r} is no text: {error.reason}; write a backslash as two of them"
+        ) from None
 
 
 def evaluation_data(options: dict[str, Any], calibration: Any) -> Any:

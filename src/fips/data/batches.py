@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -53,18 +53,22 @@ class Batches:
     """The largest class among the samples, None without labels."""
     chunks: Sequence[Sequence[int]] = field(repr=False)
     """Indices of the examples of every batch."""
-    collate: Callable[[Sequence[int]], dict[str, Tensor]] = field(repr=False)
-    """Makes one batch."""
+    collate: Callable[[Sequence[int]], Mapping[str, Tensor | None]] = field(repr=False)
+    """Makes one batch; what is None counts as absent."""
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return map(self.collate, self.chunks)
+        return map(self.batch, self.chunks)
 
     def only(self, numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """The batches with these numbers."""
-        return (self.collate(self.chunks[number]) for number in numbers)
+        return (self.batch(self.chunks[number]) for number in numbers)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The examples with these numbers, without what is None."""
+        return {name: value for name, value in self.collate(indices).items() if value is not None}
 
 
 def choose(available: int, config: DataConfig, *, default: int | None = None) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def mixture_of(source: str) -> dict[str, float] | None:
     A name with a comma that exists as a file or directory is a single source. Raises ``DataError`` where a share lacks
     or is no positive number.
     """
-    if "," not in source or Path(source).expanduser().exists():
+    if "," not in source or os.path.exists(os.path.expanduser(source)):
         return None
     found: dict[str, float] = {}
     for part in source.split(","):
@@ -82,7 +82,7 @@ def _samples(part: Batches) -> list[int]:
 def _collate(
     sources: Sequence[Batches], samples: Sequence[tuple[int, int]], padding: int, indices: Sequence[int]
 ) -> dict[str, Tensor]:
-    rows = [sources[source].collate([index]) for source, index in (samples[one] for one in indices)]
+    rows = [sources[source].batch([index]) for source, index in (samples[one] for one in indices)]
     names = [name for name in rows[0] if all(name in row for row in rows) and name != "attention_mask"]
     batch = {name: _stacked([row[name] for row in rows], _filler(name, padding)) for name in names}
     if "input_ids" in batch:

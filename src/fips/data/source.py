@@ -76,11 +76,16 @@ def describe_source(source: str) -> Source:
     """
     if not source.strip():
         raise DataError("`source` is empty; give an image folder, a text file or a `datasets` id")
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         return _describe_directory(source, path)
-    if path.is_file():
+    if os.path.isfile(path):
         return _describe_file(source, path)
+    if os.path.exists(path):
+        raise DataError(
+            f"`{source}` is neither a regular file nor a directory, and data are read several times; write what it "
+            "gives to a file, and name that"
+        )
     if _looks_like_path(source):
         raise DataError(
             f"`{source}` looks like a path, but there is no such file or directory; "
@@ -111,8 +116,11 @@ def _describe_file(source: str, path: Path) -> Source:
 
 def _check_utf8(path: Path) -> None:
     """The first 64 KiB; the rest is checked when the file is read."""
-    with path.open("rb") as file:
-        head = file.read(1 << 16)
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+    except OSError as error:
+        raise DataError(f"cannot read `{path}`: {error.strerror}; give a file that can be read") from None
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:

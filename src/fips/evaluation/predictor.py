@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.errors import DataError, ModelError
+from fips.models.devices import usable_device
 
 __all__ = [
     "NOT_FINITE",
@@ -41,7 +42,7 @@ class Predictor:
     @classmethod
     def placed(cls, module: nn.Module, device: torch.device | str | None) -> Predictor:
         first = next((value for value in module.parameters() if value.is_floating_point()), torch.empty(0))
-        return cls(module, torch.device(device) if device is not None else first.device, first.dtype)
+        return cls(module, usable_device(device) if device is not None else first.device, first.dtype)
 
     @property
     def name(self) -> str:

@@ -43,7 +43,8 @@ def evaluate(
     ``progress=True`` shows a bar, on a terminal or in a notebook, or give a function that is called with the number of
     finished batches and of all batches.
 
-    Raises ``DataError`` for batches that cannot score the model, ``ModelError`` for a model of another task.
+    Raises ``DataError`` for batches that cannot score the model, ``ModelError`` for a model of another task,
+    ``ConfigError`` for a device that is not there.
     """
     check_evaluation(model, batches, compared=against is not None)
     if against is not None:

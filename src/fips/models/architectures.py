@@ -30,6 +30,7 @@ __all__ = [
     "library_class",
     "lies_in_repository",
     "model_class",
+    "plain_numbers",
     "saved_class",
     "saved_config_class",
 ]
@@ -213,6 +214,13 @@ def _overrides(kind: type, base: type) -> Iterator[str]:
             behaves = callable(value) or isinstance(value, property | classmethod | staticmethod)
             if behaves or not name.startswith("_"):
                 yield name
+
+
+def plain_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a ``config.json`` with the numbers that transformers writes there as objects, since JSON has none like
+    them: infinity is ``{"__float__": "Infinity"}``."""
+    found: dict[str, Any] = PretrainedConfig._decode_special_floats(dict(fields))
+    return found
 
 
 def architecture_names(fields: Mapping[str, Any]) -> list[str]:

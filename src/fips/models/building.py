@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from fips.errors import CheckpointError, FipsError
 from fips.files.untrusted import no_nan
-from fips.models.architectures import architecture_names
+from fips.models.architectures import architecture_names, plain_numbers
 
 __all__ = ["build_within", "check_fields", "naming", "try_build"]
 
@@ -54,7 +54,7 @@ def check_fields(fields: Mapping[str, Any], *, tensors: int, nbytes: int, where:
 
     These are counts of layers, NaN, and names by which timm would load a model from elsewhere.
     """
-    no_nan(dict(fields), where=where)
+    no_nan(plain_numbers(fields), where=where)
     for name, value in _numbers(fields, ""):
         key = name.rpartition(".")[2]
         if (LAYERS.search(key) and value > 16 * tensors + 256) or (LABELS.search(key) and value > nbytes):

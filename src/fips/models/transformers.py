@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 
 from fips.errors import CheckpointError, ConfigError, ModelError
 from fips.files.hub import hub_where_reached
-from fips.models.architectures import check_trust, config_class, model_class
+from fips.models.architectures import check_trust, config_class, model_class, plain_numbers
 from fips.models.gguf import as_plain, check_tensors, gguf_fields, gguf_source, is_gguf_source
 from fips.models.names import listed
 
@@ -119,7 +119,7 @@ def config_from_fields(fields: Mapping[str, Any], *, source: str = "", trusted: 
 def _configure(kind: type[PretrainedConfig], fields: Mapping[str, Any]) -> PretrainedConfig:
     try:
         with quiet():
-            return kind.from_dict(dict(fields))
+            return kind.from_dict(plain_numbers(fields))
     except Exception as error:  # fields are anyone's, and each class checks them in its own way
         raise ModelError(_wrong_field(kind.__name__, fields, error)) from None
 

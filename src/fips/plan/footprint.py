@@ -15,6 +15,7 @@ from fips.models import LayerGroup, Site
 __all__ = [
     "Footprint",
     "LayerStorage",
+    "bytes_enough",
     "dense_footprint",
     "factored_footprint",
     "format_bytes",
@@ -140,3 +141,9 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{value:.{digits}f} {unit}"
         value /= 1000
     raise AssertionError("unreachable")
+
+
+def bytes_enough(count: int) -> str:
+    """As ``format_bytes``, but no less than ``count``: a size to be asked for."""
+    step = 10 ** max(len(str(count)) - 3, 0)
+    return format_bytes(-(-count // step) * step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from fips.models import LayerGroup
 from fips.models.ends import find_ends
 from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_bytes
 from fips.plan.groups import storage_dtype
-from fips.plan.least import BYTES_PER_BIT
+from fips.plan.least import BYTES_PER_BIT, EPS
 from fips.plan.planner import planner_of
 from fips.plan.rest import rest_saving
 
@@ -53,9 +54,9 @@ class Sizes:
     """The smallest sensible bits per weight of the groups."""
 
     @property
-    def least_bytes(self) -> float:
-        """Of all tensors of the model."""
-        return self.rest + self.least_bits * self.weights * BYTES_PER_BIT
+    def least_bytes(self) -> int:
+        """Of all tensors of the model, rounded up: so many can be asked for."""
+        return math.ceil(self.rest + self.least_bits * self.weights * BYTES_PER_BIT - EPS)
 
 
 def sizes_of(model: nn.Module, groups: Sequence[LayerGroup], config: CompressionConfig) -> Sizes:
@@ -87,7 +88,7 @@ def with_bits(
         raise BudgetError(
             f"`size` {config.size} is {wanted:,.0f} bytes of {sizes.before:,}; what is not compressed takes "
             f"{sizes.rest:,}, and the smallest size with the {_COVERED[config.layers]} compressed is "
-            f"{sizes.least_bytes:,.0f} bytes; "
+            f"{sizes.least_bytes:,} bytes; "
             + _more(model, config)
             + "write the rest in 16 bits (`rest_dtype`, `--rest-dtype bfloat16`) if it has 32"
         )

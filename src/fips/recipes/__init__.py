@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,9 +25,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     if name_or_path in names:
         text = files(__name__).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
         return Recipe.from_yaml(text, name=name_or_path)
-    path = Path(name_or_path)
-    if path.is_file():
-        return Recipe.load(path)
+    if os.path.exists(name_or_path):
+        return Recipe.load(Path(name_or_path))
     near = difflib.get_close_matches(name_or_path, names, n=1)
     guess = f"did you mean `{near[0]}`? " if near else ""
     raise ConfigError(f"no recipe `{name_or_path}`; {guess}known: {', '.join(names)}, or the path of a YAML file")

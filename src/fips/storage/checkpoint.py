@@ -27,6 +27,7 @@ from fips.files.untrusted import file_inside
 from fips.layers.embedding import packed_places
 from fips.layers.linear import factored_layers
 from fips.models.building import build_within, check_fields, naming
+from fips.models.devices import usable_device
 from fips.models.timm import build_timm, is_timm_config, is_timm_model, restore_buffers, write_timm_config
 from fips.models.transformers import build_packed
 from fips.models.wrappers import unwrap
@@ -194,10 +195,12 @@ def load(
     the model is built. ``trust_remote_code`` lets code in
     the directory run where the model was built by it. Raises ``CheckpointError`` naming the file or tensor that is
     missing, cut short, altered, not among those written, of an unknown version or of the wrong shape or type, and the
-    setting with which no model can be built, ``ModelError`` if the model needs code that is not trusted. Sizes are
+    setting with which no model can be built, ``ModelError`` if the model needs code that is not trusted, and first of
+    all ``ConfigError`` for a device that is not there. Sizes are
     compared with the headers of the files before anything is allocated, and tensors are copied out of the files: the
     model does not depend on them.
     """
+    device = usable_device(device)
     path = local_directory(directory)
     read = partial(_load, path, str(directory), device=device, trust_remote_code=trust_remote_code)
     listed = path / MANIFEST
@@ -218,7 +221,7 @@ def load(
     return model
 
 
-def _load(path: Path, name: str, *, device: torch.device | str, trust_remote_code: bool) -> Any:
+def _load(path: Path, name: str, *, device: torch.device, trust_remote_code: bool) -> Any:
     config_file = file_inside(path, CONFIG, where=f"`{path}`")
     fields = read_json(config_file)
     layout = Layout.parse(fields.pop("quantization_config", None), where=f"`{config_file}`")
@@ -287,7 +290,7 @@ def _write_config(model: PreTrainedModel, directory: Path) -> None:
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _fill(model: nn.Module, weights: StoredWeights, device: torch.device | str) -> None:
+def _fill(model: nn.Module, weights: StoredWeights, device: torch.device) -> None:
     """Read tensors into a model on the meta device; every expected one must be there with its shape and type."""
     expected = model.state_dict()
     placeholders = {f"{name}.weight" for name in factored_layers(model)}

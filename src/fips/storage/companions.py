@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +39,8 @@ __all__ = [
     "write_card",
     "write_remote_code",
 ]
+
+log = logging.getLogger("fips.storage")
 
 REMOTE_CODE = f"{REMOTE_MODULE}.py"
 CARD = "README.md"
@@ -171,9 +174,14 @@ def write_card(
     report: Mapping[str, Any] | None,
     license_fields: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the card of model ``name``; one that a person wrote is kept below the notice on how to load the model."""
+    """Write the card of model ``name``; one that a person wrote is kept below the notice on how to load the model, and
+    one that is no UTF-8 text as it is."""
     path = directory / CARD
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError:
+        log.warning("`%s` is not UTF-8 text: left as it is, without a word on how to load the model", path)
+        return
     if not text or _TEMPLATE_MARK in text:
         card = model_card(name, architecture=architecture, report=report, license_fields=license_fields)
         path.write_text(card, encoding="utf-8")

@@ -152,7 +152,7 @@ def report(
     ] = None,
     examples: Annotated[
         int,
-        typer.Option(metavar="N", help="Examples of the data to show.", rich_help_panel=DATA_PANEL),
+        typer.Option(min=0, metavar="N", help="Examples of the data to show.", rich_help_panel=DATA_PANEL),
     ] = 3,
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -68,10 +68,12 @@ def evaluate(
         str | None,
         typer.Option(metavar="NAMES", help="Instead of --data, such as arc_easy,piqa.", rich_help_panel=TASKS),
     ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Examples per task.", rich_help_panel=TASKS)] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Examples per task.", rich_help_panel=TASKS)
+    ] = None,
     num_fewshot: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Worked examples before each question of a task.", rich_help_panel=TASKS),
+        typer.Option(min=0, metavar="N", help="Worked examples before each question of a task.", rich_help_panel=TASKS),
     ] = None,
     include_path: Annotated[
         Path | None,
@@ -187,12 +189,13 @@ def bench(
         str, typer.Option(metavar="NAME", help="auto, measure, speed, packed, decode, merge or merged.")
     ] = "auto",
     batch: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Examples at once (repeatable); else 1, 8 and 64.")
+        list[int] | None, typer.Option(min=1, metavar="N", help="Examples at once (repeatable); else 1, 8 and 64.")
     ] = None,
     prompt: Annotated[
-        list[int] | None, typer.Option(metavar="TOKENS", help="Lengths of the prompt (repeatable); else 1, 128, 1024.")
+        list[int] | None,
+        typer.Option(min=1, metavar="TOKENS", help="Lengths of the prompt (repeatable); else 1, 128, 1024."),
     ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Alternating runs per case.")] = 9,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Alternating runs per case.")] = 9,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     as_json: Json = False,
