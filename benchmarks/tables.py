@@ -218,19 +218,38 @@ def generation() -> str:
     return markdown(head, rows)
 
 
-def generation_turns(isa: str) -> str:
+TURNS = ("avx2", "avx-vnni", "avx512", "zen5")
+
+
+def generation_turns(run: str) -> str:
     """Models that generate in turn, and how many times as fast as llama.cpp within a turn."""
-    found = load(f"generation-turns-{isa}")["results"]
+    found = load(f"generation-turns-{run}")["results"]
     rows = [
         [
             label, f"{one['file_bytes'] / 1e6:.0f} MB", f"{one['tokens_per_s']:.1f}", f"{one['tokens_ratio']:.2f}",
             f"{one['prompt_per_s']:.0f}", f"{one['prompt_ratio']:.2f}",
         ]
-        for label, one in ((label, found[run]) for run, label in GENERATION.items() if run in found)
+        for label, one in ((label, found[name]) for name, label in GENERATION.items() if name in found)
     ]  # fmt: skip
     return markdown(
         ["", "file", "tokens a second", "times llama.cpp", "prompt, tokens a second", "times llama.cpp"], rows
     )
+
+
+def busy_machine() -> str:
+    """Tokens a second alone and beside a busy core, by how long threads wait awake."""
+    results = load("busy-machine")["results"]
+    settings = list(dict.fromkeys(name for found in results.values() for name in found))
+
+    def cell(found: dict[str, Any]) -> str:
+        return " / ".join(f"{found[state]['median']:.1f}" for state in ("quiet", "busy")) if found else ""
+
+    rows = [[GENERATION.get(name, name), *(cell(one.get(way)) for way in settings)] for name, one in results.items()]
+    return markdown(["tokens a second, alone / beside a busy core", *(_as_code(name) for name in settings)], rows)
+
+
+def _as_code(setting: str) -> str:
+    return f"`{setting}`" if "=" in setting else setting
 
 
 LOADS = {"rested": "had to be given", "touched": "was there"}
@@ -801,8 +820,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "whole": whole,
     "generation": generation,
-    **{f"generation-turns-{isa}": functools.partial(generation_turns, isa) for isa in ("avx2", "avx512", "zen5")},
+    **{f"generation-turns-{run}": functools.partial(generation_turns, run) for run in TURNS},
     "generation-smollm2": generation_smollm2,
+    "busy-machine": busy_machine,
     **{f"load-time{machine}": functools.partial(load_time, machine) for machine in ("", "-zen5")},
     **{f"matrix-peers-{machine}": functools.partial(matrix_peers, machine) for machine in ("avx512", "zen5")},
     "dense-layers": dense_layers,
