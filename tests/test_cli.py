@@ -410,3 +410,21 @@ def test_help_names_every_subcommand(capsys: Capture) -> None:
         "plan", "inspect", "compress", "evaluate", "compare", "bench", "export", "merge", "report", "recipes", "demo",
     ):  # fmt: skip
         assert name in out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan"], ["inspect"], ["bench"], ["report"], ["export", "--output", "out"], ["evaluate", "--data", "text.txt"],
+        ["compress", "--data", "text.txt", "--bits", "4", "--output", "out"],
+    ],
+)  # fmt: skip
+def test_a_model_whose_name_no_file_can_have_is_one_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command[0], "x" * 300, *command[1:]]) == 1
+    said = capsys.readouterr().err
+    assert "is longer than a name of a file can be; give a path or a hub id" in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())

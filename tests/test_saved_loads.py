@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import logging
 import pickle
@@ -69,10 +70,11 @@ def test_infinity_in_a_configuration_is_read_as_transformers_writes_it(tmp_path:
     model = transformers.Mamba2ForCausalLM(AutoConfig.for_model("mamba2", **fields)).eval()
     fips.compress(model, [{"input_ids": IDS}], fips.CompressionConfig(bits=6, targets=["in_proj", "out_proj"]))
     model.save_pretrained(tmp_path / "small")
-    written = json.loads((tmp_path / "small" / "config.json").read_text())
-    assert written["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
-    for read in (fips.load, AutoModelForCausalLM.from_pretrained):
-        again = read(tmp_path / "small")
+    fips.save(model, tmp_path / "saved")
+    for place, read in itertools.product(("small", "saved"), (fips.load, AutoModelForCausalLM.from_pretrained)):
+        written = json.loads((tmp_path / place / "config.json").read_text())
+        assert written["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+        again = read(tmp_path / place)
         assert again.config.time_step_limit[1] == float("inf")
         assert torch.equal(first_output(again, {"input_ids": IDS}), first_output(model, {"input_ids": IDS}))
     assert config_from_fields(written).time_step_limit[1] == float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 
 import typer
@@ -32,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         say(f"interrupted: {'; '.join(_notes(stopped)) or 'nothing was written'}")
         return stopped.exit_code if isinstance(stopped, Stopped) else 128 + signal.SIGINT
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # asked for by whatever looks first
+            name = f"{str(error.filename)[:60]}..."
+            say(f"error: `{name}` is longer than a name of a file can be; give a path or a hub id")
+            return 1
         show = getattr(error, "show", None)  # of the option parser
         if show is None:
             raise

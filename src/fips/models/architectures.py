@@ -27,6 +27,7 @@ __all__ = [
     "code_of",
     "config_class",
     "foreign_code",
+    "json_numbers",
     "library_class",
     "lies_in_repository",
     "model_class",
@@ -220,6 +221,12 @@ def plain_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a ``config.json`` with the numbers that transformers writes there as objects, since JSON has none like
     them: infinity is ``{"__float__": "Infinity"}``."""
     found: dict[str, Any] = PretrainedConfig._decode_special_floats(dict(fields))
+    return found
+
+
+def json_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The other way: fields as transformers writes them, so that a ``config.json`` is JSON."""
+    found: dict[str, Any] = PretrainedConfig._encode_special_floats(dict(fields))
     return found
 
 

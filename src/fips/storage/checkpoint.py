@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from fips.files.output import Output
 from fips.files.untrusted import file_inside
 from fips.layers.embedding import packed_places
 from fips.layers.linear import factored_layers
+from fips.models.architectures import json_numbers
 from fips.models.building import build_within, check_fields, naming
 from fips.models.devices import usable_device
 from fips.models.timm import build_timm, is_timm_config, is_timm_model, restore_buffers, write_timm_config
@@ -262,7 +264,7 @@ def _build(path: Path, fields: Mapping[str, Any], trust_remote_code: bool) -> nn
 def local_directory(source: str | Path) -> Path:
     """The directory itself, or the one a hub id is downloaded to."""
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike a method of the path, it raises nothing for a name that is too long
         return path
     if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise CheckpointError(f"`{path}` is not a directory; give one written by `fips.save` or `fips compress`")
@@ -285,8 +287,8 @@ def _write_weights(state: dict[str, Tensor], directory: Path, max_shard_size: st
 
 
 def _write_config(model: PreTrainedModel, directory: Path) -> None:
-    config = {**saved_fields(model), "quantization_config": describe_layout(model).to_dict()}
-    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    config = {**json_numbers(saved_fields(model)), "quantization_config": describe_layout(model).to_dict()}
+    text = json.dumps(config, indent=2, sort_keys=True, default=str, allow_nan=False)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
