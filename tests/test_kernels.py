@@ -780,7 +780,7 @@ CALL_LIES = [
     ("y_columns", 39), ("y_columns", 41), ("x_stride", -1), ("x_stride", 65), ("x_stride", BIG), ("y_stride", 39),
     ("y_stride", 41), ("y_stride", -BIG), ("x_length", 191), ("x_length", -1), ("x_length", BIG), ("y_length", 119),
     ("bias_length", 40), ("x_type", 3), ("x_type", -1), ("y_type", 3), ("y_type", -1), ("threads", 0),
-    ("threads", 2**31 - 1), ("isa", -1), ("isa", 5),
+    ("threads", 2**31 - 1), ("isa", -1), ("isa", 6),
     ("path", -1), ("path", 4), ("activation_bits", 0), ("activation_bits", 12),
 ]  # fmt: skip
 MATRIX_LIES = [

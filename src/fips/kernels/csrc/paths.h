@@ -6,6 +6,7 @@ bool fips_portable(const fips_matrix &matrix, const fips_call &call);
 bool fips_256(const fips_matrix &matrix, const fips_call &call);
 bool fips_tiles_256(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx_vnni(const fips_matrix &matrix, const fips_call &call);
+bool fips_avx_vnni_tiles(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512(const fips_matrix &matrix, const fips_call &call);
 bool fips_avx512_pairs(const fips_matrix &matrix, const fips_call &call); // up to 8 tokens
 bool fips_avx512_tiles(const fips_matrix &matrix, const fips_call &call);
