@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from fips.formats.trellis import RUN, Trellis
 from fips.formats.values import automatic_values, values_named
 from fips.kernels import cpu
 from fips.layers.linear import FactoredLinear, factored_layers
+from fips.methods.fips.method import _say_that_codes_are_left_out
 from fips.solve.coded import rounded
 from fips.solve.descent import descend
 from fips.solve.feedback import inverse_root, with_feedback
@@ -272,6 +274,22 @@ def test_settings_that_coded_values_do_not_go_with(fields: dict[str, object]) ->
         fips.CompressionConfig(bits=5, values="tc4", **fields)
     config = fips.CompressionConfig(bits=5, **fields)
     assert not any(one.memory for one in config.whole_choices)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({}, True), ({"values": "tc4"}, False), ({"values": "int4"}, False), ({"effort": "max"}, False)],
+)
+def test_a_run_without_the_compiled_search_says_that_it_loses_more(
+    fields: dict[str, object], said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "_available", False)
+    monkeypatch.setattr(cpu, "_reason", "no compiler")
+    _say_that_codes_are_left_out.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        fips.plan_compression(tiny_model("llama"), fips.CompressionConfig(bits=6, **fields))
+    words = "values of 2 to 4 bits are not coded together"
+    assert [words in record.message and "(no compiler)" in record.message for record in caplog.records] == [True] * said
 
 
 def test_pruned_layers_do_not_take_them() -> None:

@@ -12,7 +12,7 @@ from fips.formats.trellis import Trellis
 from fips.formats.values import Values
 from fips.kernels import cpu
 
-__all__ = ["relative", "rounded", "searches_fast"]
+__all__ = ["relative", "rounded", "searches_fast", "slow_because"]
 
 MOST_WEIGHT = 200.0
 """Of a row beside the mean of all, so that the integers of the search can tell costs apart."""
@@ -52,3 +52,8 @@ def _search(values: Trellis, wanted_JN: Tensor, weight_JN: Tensor) -> tuple[Tens
 def searches_fast() -> bool:
     """Whether the search is there in compiled code; in torch it takes a hundred times as long."""
     return cpu.available()
+
+
+def slow_because() -> str:
+    """Why it is not there, in words; empty if it is."""
+    return cpu.unavailable_reason()

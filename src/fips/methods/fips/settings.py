@@ -118,6 +118,12 @@ class FipsConfig(SparseConfig):
         there in compiled code."""
         return self._choices(coded=self._may_code and searches_fast())
 
+    @property
+    def misses_codes(self) -> bool:
+        """Whether values would be coded together if the search for the codes were there in compiled code."""
+        wanted, there = self._choices(coded=self._may_code), self.whole_choices
+        return any(one.memory for one in wanted) and not any(one.memory for one in there)
+
     def _choices(self, *, coded: bool) -> list[Values]:
         found = self.values or ("auto" if self.budget is None else FLOAT)
         return automatic_values(coded=coded) if found == "auto" else [values_named(found)]
