@@ -43,43 +43,24 @@ def main() -> None:
     parser.add_argument("--out", type=result_file, required=True)
     parser.set_defaults(prompt=16)
     args = parser.parse_args()
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     results: dict[str, dict[str, Any]] = {}
     for model in args.models:
         for name, variables in SETTINGS.items():
-            with worker(model, variables, args) as process:
+            with generation.taker(model, args, {**plain, **variables}) as process:
                 speeds: dict[str, list[float]] = {"quiet": [], "busy": []}
                 for number in range(args.rounds + 1):
-                    quiet = tokens_per_s(process, args.tokens)
+                    quiet = args.tokens / generation.asked(process, "tokens")
                     if not number:
                         continue  # the first warms up
                     speeds["quiet"].append(quiet)
                     with busy_core():
-                        speeds["busy"].append(tokens_per_s(process, args.tokens))
+                        speeds["busy"].append(args.tokens / generation.asked(process, "tokens"))
+                process.communicate("")
             found = {state: {"median": median(each), "runs": each} for state, each in speeds.items()}
             results.setdefault(model.name, {})[name] = found
             print(model.name, name, {state: round(one["median"], 2) for state, one in found.items()}, flush=True)
     generation.write(args, results)
-
-
-@contextmanager
-def worker(model: Path, variables: dict[str, str], args: argparse.Namespace) -> Iterator[subprocess.Popen[str]]:
-    python = args.llama_python if model.suffix == generation.LLAMA_CPP else sys.executable
-    command = [python, generation.__file__, "take", model, args.threads, args.prompt, args.tokens]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    with subprocess.Popen(
-        [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**environment, **variables},
-    ) as process:  # fmt: skip
-        yield process
-        process.communicate("")
-
-
-def tokens_per_s(process: subprocess.Popen[str], count: int) -> float:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("tokens\n")
-    process.stdin.flush()
-    return count / float(process.stdout.readline())
 
 
 @contextmanager

@@ -266,20 +266,12 @@ TURNS = ("tokens", "prompt")
 
 def turns(args: argparse.Namespace) -> None:
     """All models loaded at a time, each in its process; the last one is what the others are compared with."""
-    workers = {}
-    for model in args.models:
-        python = args.llama_python if model.suffix == LLAMA_CPP else sys.executable
-        command = [python, __file__, "take", model, args.threads, args.prompt, args.tokens]
-        workers[model.name] = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    workers = {model.name: taker(model, args) for model in args.models}
     speeds: dict[str, dict[str, list[float]]] = {name: {what: [] for what in TURNS} for name in workers}
     for index in range(args.rounds + 1):
         for what, count in zip(TURNS, (args.tokens, args.prompt), strict=True):
             for name, worker in workers.items():
-                worker.stdin.write(what + "\n")
-                worker.stdin.flush()
-                speeds[name][what].append(count / float(worker.stdout.readline()))
+                speeds[name][what].append(count / asked(worker, what))
         print(
             index,
             {name: {what: round(one[-1], 1) for what, one in of.items()} for name, of in speeds.items()},
@@ -300,6 +292,24 @@ def turns(args: argparse.Namespace) -> None:
         }
         print(model.name, {key: value for key, value in results[model.name].items() if key != "rounds"})
     write(args, results)
+
+
+def taker(model: Path, args: argparse.Namespace, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """A process that has a model and does what it is ``asked``."""
+    python = args.llama_python if model.suffix == LLAMA_CPP else sys.executable
+    command = [python, __file__, "take", model, args.threads, args.prompt, args.tokens]
+    return subprocess.Popen(
+        [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def asked(process: subprocess.Popen[str], what: str) -> float:
+    """Seconds that one of ``TURNS`` took."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(what + "\n")
+    process.stdin.flush()
+    return float(process.stdout.readline())
 
 
 def take(args: argparse.Namespace) -> None:

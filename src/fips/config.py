@@ -54,6 +54,8 @@ FactorDtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_METHOD = "fips"
 SEEDS = 1 << 64
 """Seeds that torch tells apart: 0 and those below."""
+MILLION = 1_000_000
+"""Of a unit, so that none of its bytes is lost where whole ones are counted."""
 
 
 def bytes_of(text: str) -> float:
@@ -79,7 +81,6 @@ def _whole_bytes(value: Any) -> Any:
     return int(bytes_of(value)) if isinstance(value, str) else value
 
 
-MILLION = 1_000_000
 Memory = Annotated[int, Field(ge=0), BeforeValidator(_whole_bytes)]
 """A number of bytes, or how they are written."""
 

@@ -81,14 +81,16 @@ def require_outside_models(path: Path) -> None:
 
 def require_apart(output: Path, work: Path) -> None:
     """Raise ``OutputError`` where of an output and a work directory one holds the other, links followed."""
-    places = _resolved(output), _resolved(work)
-    if places[0] == places[1]:
-        raise OutputError(f"`{output}` is both the output and the work directory; choose another with `--work`")
-    for (inner, name), outer in zip(((places[0], output), (places[1], work)), reversed(places), strict=True):
-        if outer in inner.parents:
-            what = "the output" if name is output else "the work directory"
-            other = "the work directory" if name is output else "the output"
-            raise OutputError(f"{what} `{name}` lies in {other} `{outer}`; choose another with `--work`")
+    result, kept = _resolved(output), _resolved(work)
+    if result == kept:
+        wrong = f"`{output}` is both the output and the work directory"
+    elif kept in result.parents:
+        wrong = f"the output `{output}` lies in the work directory `{kept}`"
+    elif result in kept.parents:
+        wrong = f"the work directory `{work}` lies in the output `{result}`"
+    else:
+        return
+    raise OutputError(f"{wrong}; choose another with `--work`")
 
 
 def require_free(directory: Path) -> None:

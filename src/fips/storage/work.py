@@ -88,7 +88,7 @@ class WorkDirectory:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no mapping
             digest = _digest(tensors, metadata["fields"])
-            if metadata.get("sha256", digest) != digest:  # version 0.1.0 wrote pieces without one
+            if metadata.get("sha256", digest) != digest:  # there was none in pieces before
                 raise ValueError("its SHA-256 is not the one it was written with")
             return tensors, json.loads(metadata["fields"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:

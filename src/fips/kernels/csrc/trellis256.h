@@ -4,8 +4,8 @@
 
 namespace {
 
-// The numbers of 64 entries, `kBias` more, given their codes and those of `MEMORY` rows above: tables say what each adds to the
-// place in the table of levels.
+// The numbers of 64 entries, `kBias` more, given their codes and those of `MEMORY` rows above: tables say what each adds
+// to the place in the table of levels.
 template <int MEMORY> struct Recall {
   static constexpr int parts = MEMORY == 3 ? 2 : 4; // 16 levels each, see `recalls`
   __m256i added[MEMORY], tables[parts];
