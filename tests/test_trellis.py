@@ -181,7 +181,7 @@ def coded(name: str, rows: int, cols: int, *, rotation: int = 1) -> Packed:
     )  # fmt: skip
 
 
-SHAPES = [(1, 64), (3, 128), (40, 192), (RUN + 5, 64), (2 * RUN, 448), (9, 80), (RUN + 2, 33), (5, 96)]
+SHAPES = [(1, 64), (3, 128), (40, 192), (RUN + 5, 64), (2 * RUN, 448), (9, 80), (RUN + 2, 33), (5, 96), (6, 2048 + 192)]
 
 
 @needs_library

@@ -76,7 +76,7 @@ struct NarrowStream {
     return a.num_levels ? narrow_tables.low_shifts[a.value_bits] : narrow_tables.shifts[a.value_bits];
   }
   FIPS_INLINE void prefetch(int64_t byte) const {
-    _mm_prefetch(reinterpret_cast<const char *>(stream) + byte + 1024, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char *>(stream) + byte + kAhead, _MM_HINT_T0);
   }
   FIPS_INLINE __m512i bytes(int64_t at) const {
     return at <= last ? _mm512_loadu_si512(stream + at)

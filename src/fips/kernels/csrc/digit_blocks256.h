@@ -213,6 +213,11 @@ template <int BITS> struct UnsignedBytes : Bytes<1 << (BITS - 1)> {
   }
 };
 
+FIPS_INLINE __m256i neighbours_exchanged(__m256i bytes) {
+  const __m128i places = _mm_setr_epi8(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(places));
+}
+
 // 64 bytes as codes leave them, brought into the order of their columns.
 template <Order ORDER> FIPS_INLINE void bring_in_order(__m256i (&bytes)[2]) {
   const __m256i one = bytes[0], two = bytes[1];
@@ -224,6 +229,9 @@ template <Order ORDER> FIPS_INLINE void bring_in_order(__m256i (&bytes)[2]) {
     const __m256i low = _mm256_unpacklo_epi8(even, odd), high = _mm256_unpackhi_epi8(even, odd);
     const __m256i first = _mm256_permute2x128_si256(low, high, 0x20), second = _mm256_permute2x128_si256(low, high, 0x31);
     const __m256i a = _mm256_unpacklo_epi16(first, second), b = _mm256_unpackhi_epi16(first, second);
+    bytes[0] = _mm256_permute2x128_si256(a, b, 0x20), bytes[1] = _mm256_permute2x128_si256(a, b, 0x31);
+  } else if constexpr (ORDER == Order::turned) {
+    const __m256i a = neighbours_exchanged(one), b = neighbours_exchanged(two);
     bytes[0] = _mm256_permute2x128_si256(a, b, 0x20), bytes[1] = _mm256_permute2x128_si256(a, b, 0x31);
   } else if constexpr (ORDER == Order::halves) {
     bytes[0] = _mm256_permute4x64_epi64(one, 0xD8), bytes[1] = _mm256_permute4x64_epi64(two, 0xD8);
@@ -240,7 +248,8 @@ void decode_whole(const fips_matrix &a, int64_t row0, int64_t rows, int64_t k0, 
       for (int64_t k = k0; k < k1; k += 64, from += Codes::bytes) {
         typename Numbers::Numbers numbers;
         _mm_prefetch(reinterpret_cast<const char *>(from) + kDecodedColumns / 64 * Codes::bytes, _MM_HINT_T0);
-        Numbers::read(codes, from, numbers);
+        alignas(32) uint8_t last[96];
+        Numbers::read(codes, codes.within(from, last), numbers);
         bring_in_order<Codes::order>(numbers.of);
         Numbers::store_bytes(numbers.of, to + r * kDecodedColumns + k - k0);
       }

@@ -30,7 +30,7 @@ template <class T> struct ValueCursor {
   const T *at;
   static float unit(const fips_matrix &) { return 1; }
   ValueCursor(const fips_matrix &a, int64_t first) : at(static_cast<const T *>(a.values) + first) {}
-  FIPS_INLINE void prefetch() const { _mm_prefetch(reinterpret_cast<const char *>(at) + 1024, _MM_HINT_T0); }
+  FIPS_INLINE void prefetch() const { _mm_prefetch(reinterpret_cast<const char *>(at) + kAhead, _MM_HINT_T0); }
 };
 
 // Without group scales nothing but the place of a row's first value is needed to read it.

@@ -11,11 +11,20 @@ void whole_row(const fips_matrix &a, const fips_call &c, const Codes &codes, int
   __m256 acc[T][2]; // an addition has a latency of several cycles
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
-  for (int64_t k = 0; k < a.cols; k += 64, from += Codes::bytes) {
-    typename Inputs::Numbers numbers;
-    _mm_prefetch(reinterpret_cast<const char *>(from) + 1024, _MM_HINT_T0);
-    codes.read(from, numbers);
-    inputs.add(numbers, k, groups, acc);
+  BlockScales<T, SCALES> by;
+  alignas(32) uint8_t last[96];
+  for (int64_t k = 0; k < a.cols;) {
+    int64_t blocks = min_of(kBlocks, (a.cols - k) / 64);
+    if (blocks > 1 && !codes.inside(from + (blocks - 1) * Codes::bytes)) --blocks;
+    by.set(groups, inputs.scales, a.cols, k, blocks);
+    const uint8_t *place = codes.within(from, last);
+    for (int64_t i = 0; i < blocks; ++i, k += 64, place += Codes::bytes) {
+      typename Inputs::Numbers numbers;
+      _mm_prefetch(reinterpret_cast<const char *>(place) + kAhead, _MM_HINT_T0);
+      codes.read(place, numbers);
+      inputs.add(numbers, k, groups, by, i, acc);
+    }
+    from += blocks * Codes::bytes;
   }
   for (int t = 0; t < T; ++t) store_sum(a, c, row, t, total(_mm256_add_ps(acc[t][0], acc[t][1])));
 }

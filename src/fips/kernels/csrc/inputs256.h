@@ -42,18 +42,54 @@ template <Order ORDER> constexpr Lanes<ORDER> sums_of[2] = {{0, 0, 4}, {1, 0, 4}
 template <Order ORDER>
 constexpr Lanes<ORDER> floats_of[2][4] = {{{0, 0, 1}, {0, 8, 1}, {0, 16, 1}, {0, 24, 1}}, {{1, 0, 1}, {1, 8, 1}, {1, 16, 1}, {1, 24, 1}}};
 
+// What the sums of 64 columns each are multiplied by, of as many as are multiplied in one go: the scale of the inputs times
+// that of the numbers. Scales of a row or of less than 64 columns are not among them.
+constexpr int kBlocks = 32;
+template <int T, Scales SCALES> struct BlockScales {
+  alignas(32) float of[T][kBlocks];
+
+  // `scales`: those of the inputs, for every 64 of the `cols` columns of a token; or none.
+  FIPS_INLINE void set(const RowGroups &groups, const float *scales, int64_t cols, int64_t k, int64_t blocks) {
+    if constexpr (SCALES != Scales::wide) return;
+    int64_t i = 0;
+    for (; i + 8 <= blocks; i += 8) {
+      __m256 own;
+      if (groups.shift == 6) { // 64 columns are a group
+        const auto *bytes = reinterpret_cast<const __m128i *>(groups.scales + k / 64 + i);
+        own = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes)));
+      } else {
+        for (int64_t j = i; j < i + 8; ++j) of[0][j] = groups.at(k + 64 * j);
+        own = _mm256_load_ps(of[0] + i);
+      }
+      if (!scales) _mm256_store_ps(of[0] + i, own);
+#pragma GCC unroll 4
+      for (int t = 0; scales && t < T; ++t)
+        _mm256_store_ps(of[t] + i, _mm256_mul_ps(own, _mm256_loadu_ps(scales + (t * cols + k) / 64 + i)));
+    }
+    for (; i < blocks; ++i) {
+      const float own = groups.at(k + 64 * i);
+      for (int t = 0; t < T; ++t) of[t][i] = scales ? own * scales[(t * cols + k) / 64 + i] : own;
+    }
+  }
+  FIPS_INLINE float at(int t, int64_t block, const float *scales, int64_t cols, int64_t k) const {
+    return SCALES == Scales::wide ? of[t][block] : scales[(t * cols + k) / 64];
+  }
+};
+
 template <Scales SCALES, Order ORDER> struct FloatInputs {
   static constexpr Scales kind = SCALES;
   using Numbers = __m256i[2];
+  static constexpr const float *scales = nullptr;
   const float *x; // the tokens, one behind the other
   int64_t cols;
 
   // Adds the products of columns k to k + 63 with every token, in `CHAINS` sums each, of which later ones do not wait
-  // for each other.
+  // for each other; `block` is the place of these columns in `by`.
   template <int T, int CHAINS>
-  FIPS_INLINE void add(const __m256i (&numbers)[2], int64_t k, const RowGroups &groups, __m256 (&acc)[T][CHAINS]) const {
+  FIPS_INLINE void add(const __m256i (&numbers)[2], int64_t k, const RowGroups &groups, const BlockScales<T, SCALES> &by, int64_t block,
+                       __m256 (&acc)[T][CHAINS]) const {
     const __m256 scales = SCALES == Scales::fine   ? four_scales(groups, k)
-                          : SCALES == Scales::wide ? _mm256_set1_ps(groups.at(k))
+                          : SCALES == Scales::wide ? _mm256_set1_ps(by.of[0][block])
                                                    : _mm256_setzero_ps();
 #pragma GCC unroll 2
     for (int r = 0; r < 2; ++r) {
@@ -82,20 +118,20 @@ template <Scales SCALES, Order ORDER> struct DigitInputs {
   int64_t cols;
 
   template <int T, int CHAINS>
-  FIPS_INLINE void add(const __m256i (&numbers)[2], int64_t k, const RowGroups &groups, __m256 (&acc)[T][CHAINS]) const {
+  FIPS_INLINE void add(const __m256i (&numbers)[2], int64_t k, const RowGroups &groups, const BlockScales<T, SCALES> &by, int64_t block,
+                       __m256 (&acc)[T][CHAINS]) const {
     constexpr bool together = SCALES != Scales::fine || alike(ORDER);
-    const float own = SCALES == Scales::wide ? groups.at(k) : 1.0f;
     const __m256 four = SCALES == Scales::fine ? four_scales(groups, k) : _mm256_setzero_ps();
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       const auto *from = reinterpret_cast<const __m256i *>(digits + t * cols + k);
-      const __m256 scale = _mm256_set1_ps(own * scales[(t * cols + k) / 64]);
+      const __m256 scale = _mm256_set1_ps(by.at(t, block, scales, cols, k));
       const __m256i one = byte_products(numbers[0], _mm256_load_si256(from));
       const __m256i two = byte_products(numbers[1], _mm256_load_si256(from + 1));
       const __m256i first = together ? _mm256_add_epi32(one, two) : one;
       __m256 &sum = acc[t][0];
-      const __m256 by = SCALES == Scales::fine ? sums_of<ORDER>[0].take(_mm256_mul_ps(four, scale)) : scale;
-      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(first), by, sum);
+      const __m256 each = SCALES == Scales::fine ? sums_of<ORDER>[0].take(_mm256_mul_ps(four, scale)) : scale;
+      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(first), each, sum);
       if (!together)
         sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(two), sums_of<ORDER>[1].take(_mm256_mul_ps(four, scale)), sum);
     }
@@ -130,23 +166,23 @@ template <Scales SCALES, Order ORDER> struct DotInputs {
   }
 
   template <int T, int CHAINS>
-  FIPS_INLINE void add(const __m256i (&numbers)[2], int64_t k, const RowGroups &groups, __m256 (&acc)[T][CHAINS]) const {
-    const float own = SCALES == Scales::wide ? groups.at(k) : 1.0f;
+  FIPS_INLINE void add(const __m256i (&numbers)[2], int64_t k, const RowGroups &groups, const BlockScales<T, SCALES> &by, int64_t block,
+                       __m256 (&acc)[T][CHAINS]) const {
     const __m256 four = SCALES == Scales::fine ? four_scales(groups, k) : _mm256_setzero_ps();
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-      const int64_t block = (t * cols + k) / 64;
-      const auto *from = reinterpret_cast<const __m256i *>(digits + 64 * block);
-      const __m256 scale = _mm256_set1_ps(own * scales[block]);
-      const __m256i one = add_dots(_mm256_load_si256(starts + sums * block), numbers[0], _mm256_load_si256(from));
-      const __m256i before = together ? one : _mm256_load_si256(starts + sums * block + 1);
+      const auto *from = reinterpret_cast<const __m256i *>(digits + t * cols + k);
+      const __m256i *start = starts + (t * cols + k) / 64 * sums;
+      const __m256 scale = _mm256_set1_ps(by.at(t, block, scales, cols, k));
+      const __m256i one = add_dots(_mm256_load_si256(start), numbers[0], _mm256_load_si256(from));
+      const __m256i before = together ? one : _mm256_load_si256(start + 1);
       const __m256i two = add_dots(before, numbers[1], _mm256_load_si256(from + 1));
-      const auto by = [&](int r) {
+      const auto each = [&](int r) {
         return SCALES == Scales::fine ? sums_of<ORDER>[r].take(_mm256_mul_ps(four, scale)) : scale;
       };
       __m256 &sum = acc[t][0];
-      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(together ? two : one), by(0), sum);
-      if (!together) sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(two), by(1), sum);
+      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(together ? two : one), each(0), sum);
+      if (!together) sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(two), each(1), sum);
     }
   }
 };
@@ -216,7 +252,7 @@ namespace {
 // Calls `body` with the tokens in the form that a call and its codes want: `x` are floats, one token behind the other.
 template <int T, Scales SCALES, class Codes, class Body>
 void with_inputs_of(const fips_matrix &a, const fips_call &c, float *x, Body &&body) {
-  if constexpr (Codes::kind != Kind::unsigned_bytes && !dots_of_bytes) {
+  if constexpr (!dots_of_bytes) {
     if (fixed_planes(c) > 1) {
       arrange<Codes::order>(x, T * a.cols);
       return body(FloatInputs<SCALES, Codes::order>{x, a.cols});

@@ -163,9 +163,7 @@ FIPS_INLINE __m256i _mm256_add_epi32(__m256i a, __m256i b) {
 FIPS_INLINE __m256i _mm256_min_epi32(__m256i a, __m256i b) {
   return halves(a, b, [](int8x16_t x, int8x16_t y) { return bytes(vminq_s32(integers(x), integers(y))); });
 }
-FIPS_INLINE __m256i _mm256_mullo_epi16(__m256i a, __m256i b) {
-  return halves(a, b, [](int8x16_t x, int8x16_t y) { return bytes(vmulq_s16(words(x), words(y))); });
-}
+FIPS_INLINE __m256i _mm256_add_epi8(__m256i a, __m256i b) { return {vaddq_s8(a.low, b.low), vaddq_s8(a.high, b.high)}; }
 FIPS_INLINE __m256i _mm256_blendv_epi8(__m256i a, __m256i b, __m256i mask) { // by the highest bit of a byte
   const auto half = [](int8x16_t x, int8x16_t y, int8x16_t m) { return vbslq_s8(vcltzq_s8(m), y, x); };
   return {half(a.low, b.low, mask.low), half(a.high, b.high, mask.high)};
@@ -206,6 +204,10 @@ FIPS_INLINE __m256i _mm256_srl_epi32(__m256i v, __m128i count) {
 FIPS_INLINE __m256i _mm256_cvtepi8_epi32(__m128i v) { // of the lowest eight
   const int16x8_t wide = vmovl_s8(vget_low_s8(v));
   return {bytes(vmovl_s16(vget_low_s16(wide))), bytes(vmovl_high_s16(wide))};
+}
+FIPS_INLINE __m256i _mm256_cvtepu8_epi32(__m128i v) { // of the lowest eight
+  const uint16x8_t wide = vmovl_u8(vget_low_u8(unsigned_bytes(v)));
+  return {bytes(vmovl_u16(vget_low_u16(wide))), bytes(vmovl_high_u16(wide))};
 }
 FIPS_INLINE __m256i _mm256_cvtepu16_epi32(__m128i v) {
   const uint16x8_t wide = vreinterpretq_u16_s8(v);

@@ -439,6 +439,10 @@ inline float fixed_scale(float most, int planes) { // a little below 127 in ever
   return most / (planes == 1 ? 127.0f : planes == 2 ? 32639.0f : 8355000.0f);
 }
 
+// Bytes ahead of what is multiplied at which a stream is fetched, of one token: processors fetch ahead themselves, but not
+// beyond a page of 4 KB.
+constexpr int64_t kAhead = 4096;
+
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 

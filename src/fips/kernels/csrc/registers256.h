@@ -62,16 +62,51 @@ FIPS_INLINE __m256i look_up(__m256i first, __m256i second, __m256i places) {
 #endif
 }
 
-// Of a table of 64, at places below 64.
-FIPS_INLINE __m256i look_up(const __m256i (&tables)[4], __m256i places) {
+// Of tables of 32 or 64, at places that `turned_place` has made ready: a byte shuffle gives 0 where the highest bit of a
+// place is set, which then says itself which of two tables has a say, without a shift.
+inline uint8_t turned_place(int place) {
 #if defined(__aarch64__)
-  const int8x16x4_t table = {{tables[0].low, tables[1].low, tables[2].low, tables[3].low}};
-  return halves(places, [&](int8x16_t p) { return vqtbl4q_s8(table, unsigned_bytes(p)); });
+  return uint8_t(place);
 #else
-  const __m256i low = look_up(tables[0], tables[1], places), high = look_up(tables[2], tables[3], places);
-  return _mm256_blendv_epi8(low, high, _mm256_slli_epi16(places, 2));
+  return uint8_t((place & 15) | (place >> 4 & 1) << 7 | (place >> 5 & 1) << 6);
 #endif
 }
+template <int PARTS> FIPS_INLINE __m256i look_up_turned(const __m256i (&tables)[PARTS], __m256i places) {
+  static_assert(PARTS == 2 || PARTS == 4, "of 16 bytes each");
+#if defined(__aarch64__)
+  if constexpr (PARTS == 2) return look_up(tables[0], tables[1], places);
+  else {
+    const int8x16x4_t table = {{tables[0].low, tables[1].low, tables[2].low, tables[3].low}};
+    return halves(places, [&](int8x16_t p) { return vqtbl4q_s8(table, unsigned_bytes(p)); });
+  }
+#else
+  const __m256i others = _mm256_xor_si256(places, _mm256_set1_epi8(char(0x80)));
+  const auto of_two = [&](int first) {
+    return _mm256_or_si256(_mm256_shuffle_epi8(tables[first], places), _mm256_shuffle_epi8(tables[first + 1], others));
+  };
+  if constexpr (PARTS == 2) return of_two(0);
+  else return _mm256_blendv_epi8(of_two(0), of_two(2), _mm256_add_epi8(places, places)); // by bit 6
+#endif
+}
+
+// Words of 16 bits, each shifted by a count of its own, which AVX2 has no instruction for: products with powers of two
+// do it, or their upper halves. A table holds what `up_by` and `down_by` make of the counts.
+#if defined(__aarch64__)
+constexpr uint16_t up_by(int count) { return uint16_t(count); }
+constexpr uint16_t down_by(int count) { return uint16_t(-count); }
+FIPS_INLINE __m256i each_shifted(__m256i words, __m256i counts) {
+  return halves(words, counts, [](int8x16_t x, int8x16_t n) {
+    return bytes(vshlq_u16(vreinterpretq_u16_s8(x), vreinterpretq_s16_s8(n)));
+  });
+}
+FIPS_INLINE __m256i each_up(__m256i words, __m256i table) { return each_shifted(words, table); }
+FIPS_INLINE __m256i each_down(__m256i words, __m256i table) { return each_shifted(words, table); }
+#else
+constexpr uint16_t up_by(int count) { return uint16_t(1 << count); }
+constexpr uint16_t down_by(int count) { return uint16_t(1 << (16 - count)); } // of at least 1
+FIPS_INLINE __m256i each_up(__m256i words, __m256i table) { return _mm256_mullo_epi16(words, table); }
+FIPS_INLINE __m256i each_down(__m256i words, __m256i table) { return _mm256_mulhi_epu16(words, table); }
+#endif
 
 // Words of 16 bits of the upper half moved down, so that those of the lower stay in line with them.
 template <int COUNT> FIPS_INLINE __m256i upper_half_down(__m256i v) {

@@ -13,7 +13,7 @@ template <int MEMORY> struct Recall {
     const int64_t codes = int64_t(1) << a.value_bits;
     for (int back = 0; back < MEMORY; ++back) {
       alignas(16) uint8_t one[16] = {};
-      std::memcpy(one, a.history + back * codes, size_t(codes));
+      for (int64_t i = 0; i < codes; ++i) one[i] = turned_place(a.history[back * codes + i]);
       added[back] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(one)));
     }
     for (int part = 0; part < parts; ++part) {
@@ -22,16 +22,12 @@ template <int MEMORY> struct Recall {
       tables[part] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(one)));
     }
   }
-  FIPS_INLINE __m256i level(__m256i place) const {
-    if constexpr (parts == 2) return look_up(tables[0], tables[1], place);
-    else return look_up(tables, place);
-  }
   // `codes`: of the first row above all that is looked at; `row` counts from there.
   template <class Registers> FIPS_INLINE __m256i number(const Registers &codes, int row) const {
     __m256i place = codes(row);
 #pragma GCC unroll 4
     for (int back = 1; back <= MEMORY; ++back) place = _mm256_xor_si256(place, look_up(added[back - 1], codes(row - back)));
-    return level(place);
+    return look_up_turned(tables, place);
   }
 };
 
@@ -48,6 +44,7 @@ void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, t
   const int left = int(min_of(kRecalled, a.rows - row));
   const uint8_t *from[MEMORY + kRecalled]; // behind the last row that one again
   RowGroups groups[kRecalled];
+  BlockScales<T, SCALES> by[kRecalled];
   __m256 acc[kRecalled][T][1];
 #pragma GCC unroll 8
   for (int r = -MEMORY; r < kRecalled; ++r) {
@@ -59,23 +56,28 @@ void recalled_rows(const fips_matrix &a, const fips_call &c, const Codes<BITS, t
   for (int r = 0; r < kRecalled; ++r)
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) acc[r][t][0] = _mm256_setzero_ps();
-  for (int64_t k = 0, at = 0; k < a.cols; k += 64, at += bytes) {
-    __m256i fields[MEMORY + kRecalled][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < MEMORY + kRecalled; ++r) {
-      alignas(32) uint8_t last[96];
-      if (r >= MEMORY) // the rows after these
-        _mm_prefetch(reinterpret_cast<const char *>(from[r]) + at + kRecalled * row_bytes, _MM_HINT_T0);
-      Codes<BITS, true>::fields(codes.within(from[r] + at, last), fields[r]);
-      if (r < MEMORY && first) fields[r][0] = fields[r][1] = _mm256_setzero_si256();
-    }
+  for (int64_t k = 0, at = 0; k < a.cols;) {
+    const int64_t blocks = min_of(kBlocks, (a.cols - k) / 64);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRecalled; ++r) {
-      __m256i numbers[2];
+    for (int r = 0; r < kRecalled; ++r) by[r].set(groups[r], inputs.scales, a.cols, k, blocks);
+    for (int64_t block = 0; block < blocks; ++block, k += 64, at += bytes) {
+      __m256i fields[MEMORY + kRecalled][2];
+#pragma GCC unroll 8
+      for (int r = 0; r < MEMORY + kRecalled; ++r) {
+        alignas(32) uint8_t last[96];
+        if (r >= MEMORY) // the rows after these
+          _mm_prefetch(reinterpret_cast<const char *>(from[r]) + at + kRecalled * row_bytes, _MM_HINT_T0);
+        Codes<BITS, true>::fields(codes.within(from[r] + at, last), fields[r]);
+        if (r < MEMORY && first) fields[r][0] = fields[r][1] = _mm256_setzero_si256();
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRecalled; ++r) {
+        __m256i numbers[2];
 #pragma GCC unroll 2
-      for (int side = 0; side < 2; ++side)
-        numbers[side] = recall.number([&](int at) { return fields[at][side]; }, MEMORY + r);
-      inputs.add(numbers, k, groups[r], acc[r]);
+        for (int side = 0; side < 2; ++side)
+          numbers[side] = recall.number([&](int at) { return fields[at][side]; }, MEMORY + r);
+        inputs.add(numbers, k, groups[r], by[r], block, acc[r]);
+      }
     }
   }
   for (int r = 0; r < left; ++r)
