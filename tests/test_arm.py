@@ -47,8 +47,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_kernels_of_arm_pass_the_tests_of_the_kernels(emulated: dict[str, str]) -> None:
-    chosen = f"(full or bitmask or block4 or tc) and not ({OF_THE_PROCESS})"  # other patterns differ in their readers
-    tests = ["tests/test_kernels.py", "tests/test_trellis.py", "-k", chosen, "-n", "0"]
+    # Other patterns differ in their readers.
+    chosen = f"(full or bitmask or block4 or tc or attention) and not ({OF_THE_PROCESS})"
+    tests = [*(f"tests/test_{name}.py" for name in ("kernels", "trellis", "attention")), "-k", chosen, "-n", "0"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests], cwd=ROOT, env=emulated, check=False,
         capture_output=True, text=True,

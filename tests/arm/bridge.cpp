@@ -83,6 +83,12 @@ int fips_search_paths(const fips_search *search) {
   return int(ask(request));
 }
 
+int fips_attend(const fips_attention *attention) {
+  Request request;
+  request.function = kAttend, request.attention = *attention;
+  return int(ask(request));
+}
+
 int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length) {
   Request request;
   request.function = kStarts, request.matrix = *matrix, request.arguments[0] = length;

@@ -9,13 +9,14 @@
 
 #include "../../src/fips/kernels/csrc/fips_kernels.h"
 
-enum Function : int64_t { kIsas, kMultiply, kColumns, kSearch, kStarts, kBytes, kFree };
+enum Function : int64_t { kIsas, kMultiply, kColumns, kSearch, kStarts, kAttend, kBytes, kFree };
 
 struct Request {
   int64_t function = 0, arguments[3] = {};
   fips_matrix matrix = {};
   fips_call call = {};
   fips_search search = {};
+  fips_attention attention = {};
 };
 
 // Every buffer of a request: `visit(pointer, bytes, whether it is written)`.
@@ -37,6 +38,10 @@ template <class Visit> void each_buffer(Request &r, Visit &&visit) {
   visit(r.search.history, r.search.num_history, false);
   visit(r.search.codes, r.search.length, true);
   visit(r.search.numbers, 4 * r.search.length, true);
+  visit(r.attention.queries, 2 * r.attention.queries_length, false);
+  visit(r.attention.keys, 2 * r.attention.keys_length, false);
+  visit(r.attention.values, 2 * r.attention.values_length, false);
+  visit(r.attention.y, 2 * r.attention.y_length, true);
 }
 
 inline void send(int to, const void *from, int64_t bytes) {

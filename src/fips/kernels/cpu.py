@@ -38,6 +38,8 @@ __all__ = [
     "CpuMatrix",
     "Repeat",
     "available",
+    "best_isa",
+    "call",
     "free_scratch",
     "isa_names",
     "multiply",
@@ -46,11 +48,12 @@ __all__ = [
     "scratch_bytes",
     "search_paths",
     "unavailable_reason",
+    "vectors",
 ]
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 10
+ABI = 11
 _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 """By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""
@@ -179,6 +182,7 @@ _library: ctypes.CDLL | None = None
 _available: bool | None = None  # plain values, so that a traced function may ask
 _reason = ""
 _best = len(ISAS) - 1
+_vectors = False
 
 
 def available() -> bool:
@@ -197,6 +201,25 @@ def isa_names() -> tuple[str, ...]:
     """Instruction sets of this machine that the library has kernels for, worst first, up to ``$FIPS_ISA``."""
     found = _require().fips_isas() if available() else 0
     return tuple(name for number, name in enumerate(ISAS[: _best + 1]) if found >> number & 1)
+
+
+def vectors() -> bool:
+    """Whether the library is there and has kernels for registers of 256 bits or more on this machine."""
+    return available() and _vectors
+
+
+def best_isa() -> int:
+    """The number of the best instruction set that calls may use."""
+    return _best
+
+
+def call(function: str, arguments: ctypes.Structure, what: str) -> None:
+    """Call a function of the library that takes one structure; raises ``BackendError`` or ``MemoryError``."""
+    status = getattr(_require(), function)(ctypes.byref(arguments))
+    if status == _NO_MEMORY:
+        raise MemoryError(f"no memory for {what}")
+    if status != 0:
+        raise BackendError(f"the compiled library refuses {what}: status {status}")
 
 
 def scratch_bytes() -> int:
@@ -417,13 +440,14 @@ def _require() -> ctypes.CDLL:
 
 
 def _load() -> None:
-    global _library, _available, _reason, _best
+    global _library, _available, _reason, _best, _vectors
     wish = os.environ.get("FIPS_ISA")
     if wish is not None and wish not in ISAS:
         raise ConfigError(f"unknown $FIPS_ISA {wish!r}; known: {', '.join(ISAS)}")
     _best = len(ISAS) - 1 if wish is None else ISAS.index(wish)
     _library, _reason = _open()
     _available = _library is not None
+    _vectors = len(isa_names()) > 1
     if not _available:
         log.warning("CPU kernels unavailable, packed layers run on plain torch: %s", _reason)
 
@@ -444,6 +468,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library.fips_multiply_columns.argtypes = [c_void_p, c_void_p]
         library.fips_multiply_together.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
         library.fips_search_paths.argtypes = [c_void_p]
+        library.fips_attend.argtypes = [c_void_p]
         library.fips_row_starts.argtypes = [c_void_p, c_void_p, c_int64]
         for counting in (library.fips_row_starts, library.fips_scratch_bytes, library.fips_free_scratch):
             counting.restype = c_int64

@@ -140,6 +140,37 @@ int fips_check_search(const fips_search &s) {
   return history_fits(s.levels, s.num_levels, s.history, s.num_history, s.bits, s.memory, s.run) ? 0 : FIPS_INVALID;
 }
 
+namespace {
+
+// Numbers of every example, head and token, `strides` apart.
+bool keys_fit(const fips_attention &a, const void *data, int64_t elements, const int64_t (&strides)[3]) {
+  if (!is_there(data, elements) || elements > kMostEntries) return false;
+  const int64_t counts[3] = {a.examples, a.key_heads, a.length};
+  int64_t left = elements - a.size;
+  for (int i = 0; i < 3; ++i) {
+    if (strides[i] < 0 || left < 0) return false;
+    if (counts[i] == 1) continue;
+    if (strides[i] > left / (counts[i] - 1)) return false;
+    left -= strides[i] * (counts[i] - 1);
+  }
+  return left >= 0;
+}
+
+} // namespace
+
+int fips_check_attention(const fips_attention &a) {
+  for (int64_t side : {a.examples, a.heads, a.key_heads, a.length, a.size})
+    if (side < 1 || side > kMostSide) return FIPS_INVALID;
+  if (a.heads % a.key_heads || a.threads < 1 || a.threads > kMostThreads) return FIPS_INVALID;
+  if (a.isa < FIPS_PORTABLE || a.isa > FIPS_AMX) return FIPS_INVALID;
+  if (a.size % 8 || a.size > 512 || (a.type != FIPS_BF16 && a.type != FIPS_F16)) return FIPS_UNSUPPORTED;
+  if (a.examples > kMostEntries / (a.size * a.heads) / (a.length + 8)) return FIPS_INVALID;
+  const int64_t numbers = a.examples * a.heads * a.size;
+  if (!a.queries || !a.y || a.queries_length != numbers || a.y_length != numbers) return FIPS_INVALID;
+  const bool fit = keys_fit(a, a.keys, a.keys_length, a.key_strides) && keys_fit(a, a.values, a.values_length, a.value_strides);
+  return fit ? 0 : FIPS_INVALID;
+}
+
 int fips_check_call(const fips_call &c, int64_t inputs, int64_t outputs) {
   if (c.tokens < 0 || c.x_columns != inputs || c.y_columns != outputs) return FIPS_INVALID;
   if (c.x_type < FIPS_F32 || c.x_type > FIPS_F16 || c.y_type < FIPS_F32 || c.y_type > FIPS_F16) return FIPS_INVALID;

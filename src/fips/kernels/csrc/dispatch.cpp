@@ -543,6 +543,26 @@ int64_t fips_layout(int64_t *numbers, int64_t length) {
       int64_t(offsetof(fips_search, threads)),
       int64_t(offsetof(fips_search, isa)),
       int64_t(offsetof(fips_search, unit)),
+      int64_t(sizeof(fips_attention)),
+      int64_t(offsetof(fips_attention, queries)),
+      int64_t(offsetof(fips_attention, keys)),
+      int64_t(offsetof(fips_attention, values)),
+      int64_t(offsetof(fips_attention, y)),
+      int64_t(offsetof(fips_attention, queries_length)),
+      int64_t(offsetof(fips_attention, keys_length)),
+      int64_t(offsetof(fips_attention, values_length)),
+      int64_t(offsetof(fips_attention, y_length)),
+      int64_t(offsetof(fips_attention, examples)),
+      int64_t(offsetof(fips_attention, heads)),
+      int64_t(offsetof(fips_attention, key_heads)),
+      int64_t(offsetof(fips_attention, length)),
+      int64_t(offsetof(fips_attention, size)),
+      int64_t(offsetof(fips_attention, key_strides)),
+      int64_t(offsetof(fips_attention, value_strides)),
+      int64_t(offsetof(fips_attention, scale)),
+      int64_t(offsetof(fips_attention, type)),
+      int64_t(offsetof(fips_attention, threads)),
+      int64_t(offsetof(fips_attention, isa)),
   };
   const int64_t count = int64_t(sizeof(found) / sizeof(*found));
   for (int64_t i = 0; numbers && i < length && i < count; ++i) numbers[i] = found[i];
@@ -618,6 +638,17 @@ int fips_search_paths(const fips_search *search) {
     (void)level;
     return fips_search_portable(*search) ? 0 : FIPS_UNSUPPORTED;
   });
+}
+
+int fips_attend(const fips_attention *attention) {
+  if (!attention) return FIPS_INVALID;
+  const int status = fips_check_attention(*attention);
+  if (status) return status;
+#if defined(FIPS_HAVE_256)
+  if (best_level(attention->isa) >= FIPS_VECTORS_256)
+    return guarded(attention->threads, [&] { return fips_attend_256(*attention) ? 0 : FIPS_UNSUPPORTED; });
+#endif
+  return FIPS_UNSUPPORTED;
 }
 
 int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length) {

@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 10 };
+enum { FIPS_ABI = 11 };
 enum { FIPS_ROW_UNIT = 16 }; // rows that parts of a matrix are counted in
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
@@ -110,13 +110,28 @@ typedef struct {
   float unit;                   // errors are counted in integers of one over this; a weight is about 1
 } fips_search;
 
+// Attention of one token of every example to `length` others: softmax(`scale` q K^T) V for every head.
+typedef struct {
+  const void *queries;          // examples by heads by size, `queries_length` elements
+  const void *keys, *values;    // examples by key_heads by length by size: numbers of a token side by side, the others
+                                // `key_strides` and `value_strides` elements apart, within so many elements
+  void *y;                      // as the queries
+  int64_t queries_length, keys_length, values_length, y_length;
+  int64_t examples, heads, key_heads; // heads / key_heads queries that follow each other share keys and values
+  int64_t length, size;         // size: a multiple of 8 up to 512
+  int64_t key_strides[3], value_strides[3];
+  float scale;
+  int32_t type;                 // of all four: BF16 or F16
+  int32_t threads, isa;
+} fips_attention;
+
 FIPS_API int fips_abi(void);
 // The row of the table of formats for a pattern: entries under one code, bits of a code, kept entries of a code or -1.
 // Returns 0 or a fips_status.
 FIPS_API int fips_pattern(int32_t format, int32_t n, int32_t m, int32_t row[3]);
 // Bits of a value of a fips_type in memory, or a fips_status.
 FIPS_API int fips_value_bits(int32_t value_type);
-// Size of fips_matrix, the offsets of its fields in order, the same of fips_call and fips_search; returns how many
+// Size of fips_matrix, the offsets of its fields in order, the same of fips_call, fips_search and fips_attention; returns how many
 // numbers these are and writes as many as `length`.
 FIPS_API int64_t fips_layout(int64_t *numbers, int64_t length);
 // Instruction sets of this machine that are compiled in: bit i for the one of number i. A call runs with the best of
@@ -136,6 +151,8 @@ FIPS_API int fips_multiply_together(const fips_matrix *const *matrices, const fi
 FIPS_API int fips_multiply_columns(const fips_matrix *matrix, const fips_call *call);
 // Fill `codes` and `numbers`. FIPS_UNSUPPORTED for other codes than 2 bits with a memory of 3 rows, 3 and 4 with one of 2.
 FIPS_API int fips_search_paths(const fips_search *search);
+// Fill `y`. Sums run in float32; FIPS_UNSUPPORTED where there are no registers of 256 bits.
+FIPS_API int fips_attend(const fips_attention *attention);
 // Fill `row_start`, `length` = rows long (null and 0 for full and N:M); returns the number of kept entries, which is
 // `num_values` unless the pattern is damaged, or a fips_status.
 FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);

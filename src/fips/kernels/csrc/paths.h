@@ -30,6 +30,8 @@ bool fips_columns_avx512(const fips_matrix &matrix, const fips_call &call);
 bool fips_search_portable(const fips_search &search);
 bool fips_search_256(const fips_search &search);
 
+bool fips_attend_256(const fips_attention &attention);
+
 // `wide` holds the codes of a matrix with a memory, as they lie in the stream: put their numbers in their place.
 void fips_recall_portable(const fips_matrix &matrix, int threads, int8_t *wide);
 void fips_recall_256(const fips_matrix &matrix, int threads, int8_t *wide);

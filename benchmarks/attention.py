@@ -1,0 +1,115 @@
+"""Attention of one token to those before it: the compiled library beside torch, in turn.
+
+    python benchmarks/attention.py --out benchmarks/results/attention.json [--models ~/.cache/fips-generation/int4g64]
+
+Microseconds of a call from Python, medians of rounds, and the ratio within a round. torch's way is the one that fips
+takes without its library: queries that share keys and values together, as if they were several tokens. Of models, such
+as ``benchmarks/generation.py make`` writes them, what a token takes behind a prompt of some length in either way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from output import result_file
+from transformers import AutoModelForCausalLM
+
+from fips.kernels import attention
+from fips.models import decoding
+from fips.record import environment
+
+HEADS = {
+    "SmolLM2-135M": (9, 3, 64),
+    "Llama-3.2-1B": (32, 8, 64),
+    "Llama-3.1-8B": (32, 8, 128),
+    "Qwen2.5-7B": (28, 4, 128),
+    "GPT-2": (12, 12, 64),
+}
+"""Of queries, of keys and values, and the numbers of each."""
+LENGTHS = 16, 128, 512, 2048, 8192
+SECONDS = 0.02
+"""Of one measurement."""
+PROMPTS = 512, 2048
+TOKENS = 60
+"""Generated in either way behind a prompt."""
+WAYS = {"library": attention.suits, "torch": lambda *_: False}
+
+
+def seconds_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        decoding.attend(query, key, value, None, 0.125)
+    return (time.perf_counter() - start) / calls
+
+
+def calls(rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for model, (heads, shared, size) in HEADS.items():
+        for length in LENGTHS:
+            query = torch.randn(1, heads, 1, size).bfloat16()
+            key, value = (torch.randn(1, shared, length, size).bfloat16() for _ in range(2))
+            found: dict[str, list[float]] = {name: [] for name in WAYS}
+            for turn in range(-1, rounds):
+                for name in WAYS if turn % 2 else reversed(WAYS):
+                    attention.suits = WAYS[name]
+                    count = max(1, round(SECONDS / seconds_of(query, key, value, 3)))
+                    found[name].append(seconds_of(query, key, value, count))
+            row = {"model": model, "heads": heads, "key_heads": shared, "size": size, "length": length}
+            rows.append(row | compared({name: times[1:] for name, times in found.items()}, "us", 1e6))
+            print(rows[-1])
+    return rows
+
+
+def compared(found: dict[str, list[float]], unit: str, times: float) -> dict[str, float]:
+    """Medians, and that of the ratios of neighbours."""
+    row = {f"{name}_{unit}": round(times * median(each), 2) for name, each in found.items()}
+    return row | {"ratio": round(median(t / own for t, own in zip(found["torch"], found["library"], strict=True)), 3)}
+
+
+def tokens(path: Path) -> list[dict[str, Any]]:
+    """What a token takes behind prompts, every other one with the library."""
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    rows = []
+    for length in PROMPTS:
+        out = model(torch.arange(300, 300 + length)[None], use_cache=True, logits_to_keep=1)
+        found: dict[str, list[float]] = {name: [] for name in WAYS}
+        for turn in range(TOKENS):
+            for name in WAYS if turn % 2 else reversed(WAYS):
+                attention.suits = WAYS[name]
+                token = out.logits[:, -1:].argmax(-1)
+                start = time.perf_counter()
+                out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+                found[name].append(time.perf_counter() - start)
+        rows.append({"model": path.name, "length": length} | compared({n: t[5:] for n, t in found.items()}, "ms", 1e3))
+        print(rows[-1])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", type=Path, default=[])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=result_file, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    fields = {
+        "command": shlex.join(["python", *sys.argv]),
+        "environment": {**environment(torch.device("cpu")), "threads": args.threads},
+        "results": calls(args.rounds),
+        "models": [row for path in args.models for row in tokens(path)],
+    }
+    Path(args.out).write_text(json.dumps(fields, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

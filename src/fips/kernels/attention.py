@@ -1,0 +1,82 @@
+r"""Attention of one token to those before it, by the compiled library.
+
+.. math:: y = \mathrm{softmax}(s\, q K^\top)\, V
+
+for every head. Keys and values are read once for all queries that share them, with several threads, and sums run in
+float32. How fast that is beside torch: ``docs/speed.md``.
+
+Shape legend: B examples, H query heads, K heads of keys and values, L keys, D size of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from fips.kernels import cpu
+from fips.kernels.validity import is_plain, needs_grad
+
+__all__ = ["attend", "suits"]
+
+MOST_SIZE = 512
+"""Numbers of a head."""
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        ("queries", c_void_p), ("keys", c_void_p), ("values", c_void_p), ("y", c_void_p), ("queries_length", c_int64),
+        ("keys_length", c_int64), ("values_length", c_int64), ("y_length", c_int64), ("examples", c_int64),
+        ("heads", c_int64), ("key_heads", c_int64), ("length", c_int64), ("size", c_int64),
+        ("key_strides", c_int64 * 3), ("value_strides", c_int64 * 3), ("scale", c_float), ("type", c_int32),
+        ("threads", c_int32), ("isa", c_int32),
+    ]  # fmt: skip
+
+
+def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether ``attend`` knows such tensors: of 16 bits in memory, heads of 8 to 512 numbers, no gradients."""
+    size = query.shape[-1]
+    return (
+        is_plain(query, key, value)
+        and query.is_cpu
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and key.dtype is query.dtype
+        and value.dtype is query.dtype
+        and size % 8 == 0
+        and 0 < size <= MOST_SIZE
+        and key.shape == value.shape
+        and key.shape[3] == size
+        and key.numel() > 0
+        and key.stride(3) == 1
+        and value.stride(3) == 1
+        and not needs_grad(query, key, value)
+        and cpu.vectors()
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention (B, H, 1, D) of one query of every head (B, H, 1, D) to keys and values (B, K, L, D); no autograd.
+
+    H is a multiple of K. Raises ``BackendError`` for what ``suits`` does not allow, ``MemoryError`` where there is no
+    room.
+    """
+    query = query.contiguous()
+    y = torch.empty_like(query)
+    examples, heads, _, size = query.shape
+    _, key_heads, length, _ = key.shape
+    key_strides, value_strides = key.stride()[:3], value.stride()[:3]
+    sizes = examples - 1, key_heads - 1, length - 1
+    numbers = query.numel()
+    call = _Attention(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), numbers, _reach(sizes, key_strides) + size,
+        _reach(sizes, value_strides) + size, numbers, examples, heads, key_heads, length, size, key_strides,
+        value_strides, scale, cpu.TYPES[query.dtype], torch.get_num_threads(), cpu.best_isa(),
+    )  # fmt: skip
+    cpu.call("fips_attend", call, "attention of one token")
+    return y
+
+
+def _reach(sizes: tuple[int, int, int], strides: tuple[int, ...]) -> int:
+    return sizes[0] * strides[0] + sizes[1] * strides[1] + sizes[2] * strides[2]
