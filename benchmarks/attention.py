@@ -23,7 +23,7 @@ from output import result_file
 from transformers import AutoModelForCausalLM
 
 from fips.kernels import attention
-from fips.models import decoding
+from fips.layers import decoding
 from fips.record import environment
 
 HEADS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fips.errors import BackendError
 from fips.kernels import attention, cpu
-from fips.models import decoding
+from fips.layers import decoding
 
 pytestmark = pytest.mark.skipif(not cpu.vectors(), reason="no compiled library, or no kernel for this machine")
 

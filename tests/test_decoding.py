@@ -12,7 +12,7 @@ from transformers import StaticCache
 from transformers.integrations import sdpa_attention
 
 import fips
-from fips.models import decoding
+from fips.layers import decoding
 
 
 def packed(family: str, **changes: Any) -> Any:

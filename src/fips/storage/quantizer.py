@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fips.errors import CheckpointError, ConfigError, ModelError
 from fips.files.manifest import MANIFEST, read_json, write_json
 from fips.files.untrusted import file_inside
+from fips.layers.decoding import quicken
 from fips.layers.dense import quicken_dense
 from fips.layers.embedding import PackedEmbedding
 from fips.layers.fixed import watch_training
@@ -31,7 +32,6 @@ from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, 
 from fips.layers.merge import drop_unused_bases, merge
 from fips.models.architectures import architecture_names, library_class
 from fips.models.building import naming, try_build
-from fips.models.decoding import quicken
 from fips.models.experts import split_experts
 from fips.models.transformers import build_empty, build_from_classes
 from fips.plan.footprint import named_state
