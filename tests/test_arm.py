@@ -33,7 +33,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     parts = []
     for name, flags in (
         ("dispatch", []), ("checks", []), ("exact", []), ("portable", []), ("scratch", []),
-        ("vectors256", ["-march=armv8.2-a+dotprod"]), ("vectors256_tiles", ["-march=armv8.2-a+dotprod"]),
+        *((name, ["-march=armv8.2-a+dotprod"]) for name in ("vectors256", "vectors256_tiles", "attention256")),
     ):  # fmt: skip
         parts.append(build / f"{name}.o")
         subprocess.run([COMPILER, *common, *flags, "-c", source / f"{name}.cpp", "-o", parts[-1]], check=True)
