@@ -250,34 +250,25 @@ def busy_machine() -> str:
 
 def attention() -> str:
     """Attention of one token by the library beside torch, by tokens before it."""
-    found = load("attention")["results"]
+    found = load("one-token")["attention"]
     lengths = sorted({row["length"] for row in found})
     rows = []
     for model in dict.fromkeys(row["model"] for row in found):
         own = {row["length"]: row for row in found if row["model"] == model}
         heads = "{heads} / {key_heads} of {size}".format(**own[lengths[0]])
-        cells = [f"{own[n]['library_us']:.0f} ({own[n]['ratio']:.1f})" for n in lengths]
+        cells = [f"{own[n]['library_us']:.0f} ({own[n]['library_ratio']:.1f})" for n in lengths]
         rows.append([model, heads, *cells])
     return markdown(["", "heads", *(f"{length:,} tokens" for length in lengths)], rows)
 
 
-def attention_tokens() -> str:
-    """What that means for a token of a model."""
-    rows = [
-        [
-            *_named(row["model"]),
-            f"{row['length']:,}",
-            f"{row['torch_ms']:.1f}",
-            f"{row['library_ms']:.1f}",
-            f"{row['ratio']:.2f}",
-        ]
-        for row in load("attention")["models"]
-    ]
-    return markdown(["", "tokens before", "ms a token with torch's", "with the library's", "times as fast"], rows)
-
-
-def _named(model: str) -> list[str]:
-    return [f"SmolLM2-135M, `{model.split('-')[1]}`" if "SmolLM2" in model else f"Llama-3.2-1B, `{model}`"]
+def one_token() -> str:
+    """What that and norms mean for a token of a model."""
+    rows = []
+    for row in load("one-token")["models"]:
+        name, values = ("SmolLM2-135M", "tc4g64") if "smol" in row["model"] else ("Llama-3.2-1B", row["model"])
+        ways = [f"{row[f'{way}_ms']:.1f} ({row[f'{way}_ratio']:.2f})" for way in ("attention", "both")]
+        rows.append([f"{name}, `{values}`", f"{row['length']:,}", f"{row['torch_ms']:.1f}", *ways])
+    return markdown(["ms a token", "tokens before", "torch", "attention by the library", "norms too"], rows)
 
 
 def _as_code(setting: str) -> str:
@@ -855,7 +846,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"generation-turns-{run}": functools.partial(generation_turns, run) for run in TURNS},
     "generation-smollm2": generation_smollm2,
     "attention": attention,
-    "attention-tokens": attention_tokens,
+    "one-token": one_token,
     "busy-machine": busy_machine,
     **{f"load-time{machine}": functools.partial(load_time, machine) for machine in ("", "-zen5")},
     **{f"matrix-peers-{machine}": functools.partial(matrix_peers, machine) for machine in ("avx512", "zen5")},

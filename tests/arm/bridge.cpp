@@ -89,6 +89,12 @@ int fips_attend(const fips_attention *attention) {
   return int(ask(request));
 }
 
+int fips_normalise(const fips_norm *norm) {
+  Request request;
+  request.function = kNormalise, request.norm = *norm;
+  return int(ask(request));
+}
+
 int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length) {
   Request request;
   request.function = kStarts, request.matrix = *matrix, request.arguments[0] = length;

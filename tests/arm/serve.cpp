@@ -13,6 +13,7 @@ int64_t answer(Request &r, std::vector<uint32_t> &starts) {
     starts.resize(size_t(r.arguments[0]));
     return fips_row_starts(&r.matrix, starts.empty() ? nullptr : starts.data(), r.arguments[0]);
   case kAttend: return fips_attend(&r.attention);
+  case kNormalise: return fips_normalise(&r.norm);
   case kBytes: return fips_scratch_bytes();
   default: return fips_free_scratch();
   }

@@ -9,7 +9,7 @@
 
 #include "../../src/fips/kernels/csrc/fips_kernels.h"
 
-enum Function : int64_t { kIsas, kMultiply, kColumns, kSearch, kStarts, kAttend, kBytes, kFree };
+enum Function : int64_t { kIsas, kMultiply, kColumns, kSearch, kStarts, kAttend, kNormalise, kBytes, kFree };
 
 struct Request {
   int64_t function = 0, arguments[3] = {};
@@ -17,6 +17,7 @@ struct Request {
   fips_call call = {};
   fips_search search = {};
   fips_attention attention = {};
+  fips_norm norm = {};
 };
 
 // Every buffer of a request: `visit(pointer, bytes, whether it is written)`.
@@ -42,6 +43,9 @@ template <class Visit> void each_buffer(Request &r, Visit &&visit) {
   visit(r.attention.keys, 2 * r.attention.keys_length, false);
   visit(r.attention.values, 2 * r.attention.values_length, false);
   visit(r.attention.y, 2 * r.attention.y_length, true);
+  visit(r.norm.x, 2 * r.norm.length, false);
+  visit(r.norm.weight, 2 * r.norm.weight_length, false);
+  visit(r.norm.y, 2 * r.norm.length, true);
 }
 
 inline void send(int to, const void *from, int64_t bytes) {

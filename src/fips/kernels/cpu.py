@@ -53,7 +53,7 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 11
+ABI = 12
 _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 """By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""
@@ -469,6 +469,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library.fips_multiply_together.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
         library.fips_search_paths.argtypes = [c_void_p]
         library.fips_attend.argtypes = [c_void_p]
+        library.fips_normalise.argtypes = [c_void_p]
         library.fips_row_starts.argtypes = [c_void_p, c_void_p, c_int64]
         for counting in (library.fips_row_starts, library.fips_scratch_bytes, library.fips_free_scratch):
             counting.restype = c_int64

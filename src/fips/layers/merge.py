@@ -16,6 +16,7 @@ from fips.layers.dense import forget_dense
 from fips.layers.embedding import PackedEmbedding, TiedLayer, tied_layers
 from fips.layers.fixed import ignore_training
 from fips.layers.linear import BASES, FactoredLinear, basis_owner, factored_layers, homes_of, replace_everywhere
+from fips.layers.norms import forget_norms
 from fips.models.experts import fuse_experts
 
 __all__ = ["dense_layer", "drop_unused_bases", "merge"]
@@ -63,6 +64,7 @@ def drop_unused_bases(model: nn.Module) -> None:
         delattr(owner, BASES)
         ignore_training(model)
         forget_dense(model)
+        forget_norms(model)
         _forget_packing(model)
 
 

@@ -30,6 +30,7 @@ from fips.layers.embedding import PackedEmbedding
 from fips.layers.fixed import watch_training
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis, basis_owner, factored_layers
 from fips.layers.merge import drop_unused_bases, merge
+from fips.layers.norms import quicken_norms
 from fips.models.architectures import architecture_names, library_class
 from fips.models.building import naming, try_build
 from fips.models.experts import split_experts
@@ -149,6 +150,7 @@ def attach(model: nn.Module) -> None:
     _refresh_config(model)
     quicken(model)
     quicken_dense(model)
+    quicken_norms(model)
     if not isinstance(getattr(model, "hf_quantizer", None), FipsHfQuantizer):
         model.hf_quantizer = FipsHfQuantizer(model.config.quantization_config)
     if "_fips_conversions" not in vars(model):

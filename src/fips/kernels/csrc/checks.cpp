@@ -171,6 +171,13 @@ int fips_check_attention(const fips_attention &a) {
   return fit ? 0 : FIPS_INVALID;
 }
 
+int fips_check_norm(const fips_norm &n) {
+  if (n.size < 1 || n.size > kMostSide || n.length < 1 || n.length > kMostEntries || n.length % n.size) return FIPS_INVALID;
+  if (!n.x || !n.y || !n.weight || n.weight_length != n.size || n.isa < FIPS_PORTABLE || n.isa > FIPS_AMX) return FIPS_INVALID;
+  if (n.kind < FIPS_NORM_ROUNDED || n.kind > FIPS_NORM_ONE_MORE) return FIPS_INVALID;
+  return n.size % 8 || (n.type != FIPS_BF16 && n.type != FIPS_F16) ? FIPS_UNSUPPORTED : 0;
+}
+
 int fips_check_call(const fips_call &c, int64_t inputs, int64_t outputs) {
   if (c.tokens < 0 || c.x_columns != inputs || c.y_columns != outputs) return FIPS_INVALID;
   if (c.x_type < FIPS_F32 || c.x_type > FIPS_F16 || c.y_type < FIPS_F32 || c.y_type > FIPS_F16) return FIPS_INVALID;

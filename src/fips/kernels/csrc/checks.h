@@ -8,6 +8,7 @@ bool fips_format_is_known(const fips_matrix &matrix);
 int fips_check_matrix(const fips_matrix &matrix);
 // Whether no row reads values that are not there, whatever the pattern and the starts say.
 int fips_check_rows(const fips_matrix &matrix);
+int fips_check_norm(const fips_norm &norm);
 int fips_check_attention(const fips_attention &attention);
 // A call with so many columns in and out; its outputs may have a bias.
 int fips_check_search(const fips_search &search);

@@ -563,6 +563,17 @@ int64_t fips_layout(int64_t *numbers, int64_t length) {
       int64_t(offsetof(fips_attention, type)),
       int64_t(offsetof(fips_attention, threads)),
       int64_t(offsetof(fips_attention, isa)),
+      int64_t(sizeof(fips_norm)),
+      int64_t(offsetof(fips_norm, x)),
+      int64_t(offsetof(fips_norm, weight)),
+      int64_t(offsetof(fips_norm, y)),
+      int64_t(offsetof(fips_norm, length)),
+      int64_t(offsetof(fips_norm, size)),
+      int64_t(offsetof(fips_norm, weight_length)),
+      int64_t(offsetof(fips_norm, eps)),
+      int64_t(offsetof(fips_norm, kind)),
+      int64_t(offsetof(fips_norm, type)),
+      int64_t(offsetof(fips_norm, isa)),
   };
   const int64_t count = int64_t(sizeof(found) / sizeof(*found));
   for (int64_t i = 0; numbers && i < length && i < count; ++i) numbers[i] = found[i];
@@ -647,6 +658,16 @@ int fips_attend(const fips_attention *attention) {
 #if defined(FIPS_HAVE_256)
   if (best_level(attention->isa) >= FIPS_VECTORS_256)
     return guarded(attention->threads, [&] { return fips_attend_256(*attention) ? 0 : FIPS_UNSUPPORTED; });
+#endif
+  return FIPS_UNSUPPORTED;
+}
+
+int fips_normalise(const fips_norm *norm) {
+  if (!norm) return FIPS_INVALID;
+  const int status = fips_check_norm(*norm);
+  if (status) return status;
+#if defined(FIPS_HAVE_256)
+  if (best_level(norm->isa) >= FIPS_VECTORS_256) return fips_normalise_256(*norm), 0;
 #endif
   return FIPS_UNSUPPORTED;
 }

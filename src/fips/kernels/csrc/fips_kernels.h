@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 11 };
+enum { FIPS_ABI = 12 };
 enum { FIPS_ROW_UNIT = 16 }; // rows that parts of a matrix are counted in
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
@@ -125,13 +125,27 @@ typedef struct {
   int32_t threads, isa;
 } fips_attention;
 
+// What the norm of x, its numbers over the root of their mean square, is multiplied by: the weights, after it was rounded
+// to the type of y or as it is, or one more than the weights.
+enum fips_norm_kind { FIPS_NORM_ROUNDED = 0, FIPS_NORM_WHOLE = 1, FIPS_NORM_ONE_MORE = 2 };
+
+typedef struct {
+  const void *x;                // tokens by `size`, `length` elements, a multiple of size
+  const void *weight;           // `weight_length` = size elements
+  void *y;                      // as x
+  int64_t length, size;         // size: a multiple of 8
+  int64_t weight_length;
+  float eps;                    // added to the mean square
+  int32_t kind, type, isa;      // type of all three: BF16 or F16
+} fips_norm;
+
 FIPS_API int fips_abi(void);
 // The row of the table of formats for a pattern: entries under one code, bits of a code, kept entries of a code or -1.
 // Returns 0 or a fips_status.
 FIPS_API int fips_pattern(int32_t format, int32_t n, int32_t m, int32_t row[3]);
 // Bits of a value of a fips_type in memory, or a fips_status.
 FIPS_API int fips_value_bits(int32_t value_type);
-// Size of fips_matrix, the offsets of its fields in order, the same of fips_call, fips_search and fips_attention; returns how many
+// Size of fips_matrix, the offsets of its fields in order, the same of fips_call, fips_search, fips_attention and fips_norm; returns how many
 // numbers these are and writes as many as `length`.
 FIPS_API int64_t fips_layout(int64_t *numbers, int64_t length);
 // Instruction sets of this machine that are compiled in: bit i for the one of number i. A call runs with the best of
@@ -153,6 +167,8 @@ FIPS_API int fips_multiply_columns(const fips_matrix *matrix, const fips_call *c
 FIPS_API int fips_search_paths(const fips_search *search);
 // Fill `y`. Sums run in float32; FIPS_UNSUPPORTED where there are no registers of 256 bits.
 FIPS_API int fips_attend(const fips_attention *attention);
+// Fill `y`, on the calling thread; FIPS_UNSUPPORTED where there are no registers of 256 bits.
+FIPS_API int fips_normalise(const fips_norm *norm);
 // Fill `row_start`, `length` = rows long (null and 0 for full and N:M); returns the number of kept entries, which is
 // `num_values` unless the pattern is damaged, or a fips_status.
 FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);

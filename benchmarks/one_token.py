@@ -1,10 +1,11 @@
-"""Attention of one token to those before it: the compiled library beside torch, in turn.
+"""What one token takes beside its matrices, attention and norms: the compiled library beside torch, in turn.
 
-    python benchmarks/attention.py --out benchmarks/results/attention.json [--models ~/.cache/fips-generation/int4g64]
+    python benchmarks/one_token.py --out benchmarks/results/one-token.json [--models ~/.cache/fips-generation/int4g64]
 
-Microseconds of a call from Python, medians of rounds, and the ratio within a round. torch's way is the one that fips
-takes without its library: queries that share keys and values together, as if they were several tokens. Of models, such
-as ``benchmarks/generation.py make`` writes them, what a token takes behind a prompt of some length in either way.
+Of attention microseconds of a call from Python, medians of rounds, and the ratio within a round. torch's way is the one
+that fips takes without its library: queries that share keys and values together, as if they were several tokens. Of
+models, such as ``benchmarks/generation.py make`` writes them, what a token takes behind a prompt of some length with
+neither, with attention, and with attention and norms by the library.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from fips.kernels import attention
 from fips.layers import decoding
+from fips.layers.norms import forget_norms, quicken_norms
 from fips.record import environment
 
 HEADS = {
@@ -69,26 +71,31 @@ def calls(rounds: int) -> list[dict[str, Any]]:
 
 
 def compared(found: dict[str, list[float]], unit: str, times: float) -> dict[str, float]:
-    """Medians, and that of the ratios of neighbours."""
+    """Medians, and those of the ratios of torch to the others within a round."""
     row = {f"{name}_{unit}": round(times * median(each), 2) for name, each in found.items()}
-    return row | {"ratio": round(median(t / own for t, own in zip(found["torch"], found["library"], strict=True)), 3)}
+    for name in found:
+        if name != "torch":
+            row[f"{name}_ratio"] = round(median(t / own for t, own in zip(found["torch"], found[name], strict=True)), 3)
+    return row
 
 
 def tokens(path: Path) -> list[dict[str, Any]]:
-    """What a token takes behind prompts, every other one with the library."""
+    """What a token takes behind prompts, every third one in the same way."""
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     rows = []
     for length in PROMPTS:
         out = model(torch.arange(300, 300 + length)[None], use_cache=True, logits_to_keep=1)
-        found: dict[str, list[float]] = {name: [] for name in WAYS}
+        found: dict[str, list[float]] = {"torch": [], "attention": [], "both": []}
         for turn in range(TOKENS):
-            for name in WAYS if turn % 2 else reversed(WAYS):
-                attention.suits = WAYS[name]
+            for name in found if turn % 2 else reversed(found):
+                attention.suits = WAYS["torch" if name == "torch" else "library"]
+                (quicken_norms if name == "both" else forget_norms)(model)
                 token = out.logits[:, -1:].argmax(-1)
                 start = time.perf_counter()
                 out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
                 found[name].append(time.perf_counter() - start)
-        rows.append({"model": path.name, "length": length} | compared({n: t[5:] for n, t in found.items()}, "ms", 1e3))
+        found = {name: times[5:] for name, times in found.items()}
+        rows.append({"model": path.name, "length": length} | compared(found, "ms", 1e3))
         print(rows[-1])
     return rows
 
@@ -104,7 +111,7 @@ def main() -> None:
     fields = {
         "command": shlex.join(["python", *sys.argv]),
         "environment": {**environment(torch.device("cpu")), "threads": args.threads},
-        "results": calls(args.rounds),
+        "attention": calls(args.rounds),
         "models": [row for path in args.models for row in tokens(path)],
     }
     Path(args.out).write_text(json.dumps(fields, indent=1) + "\n")
