@@ -125,6 +125,28 @@ def test_modules_of_no_known_kind_are_left_alone(made: Any) -> None:
         assert "forward" not in vars(model[0])
 
 
+class OneOfTwoKinds(nn.Module):
+    """A flag says whether one is added to the weights."""
+
+    def __init__(self, *, more: bool) -> None:
+        super().__init__()
+        self.weight, self.eps, self.more = nn.Parameter(torch.ones(64)), 1e-6, more
+
+    def forward(self, x: Tensor) -> Tensor:
+        root = (x.float().pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return ((self.weight.float() + float(self.more)) * (x.float() / root)).to(x.dtype)
+
+
+def test_two_modules_of_a_class_may_be_of_two_kinds(calls: list[str]) -> None:
+    model = nn.ModuleList([OneOfTwoKinds(more=more) for more in (False, True, False)]).bfloat16()
+    quicken_norms(model)
+    calls.clear()
+    with torch.no_grad():
+        for one in model:
+            one(normal(1, 64).bfloat16())
+    assert calls == ["whole", "one more", "whole"]
+
+
 def test_a_copy_has_weights_of_its_own(calls: list[str]) -> None:
     _, quickened = quick(LlamaRMSNorm(64))
     x = normal(1, 64).bfloat16()

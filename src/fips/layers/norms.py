@@ -34,7 +34,10 @@ def quicken_norms(model: nn.Module) -> None:
             continue
         weight = module._parameters["weight"]
         assert weight is not None
-        key = type(module), weight.shape, weight.dtype, eps
+        settings = {
+            (name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str)
+        }
+        key = type(module), weight.shape, weight.dtype, frozenset(settings)
         if key not in known:
             known[key] = _kind(module, eps)
         kind = known[key]
