@@ -182,7 +182,6 @@ _library: ctypes.CDLL | None = None
 _available: bool | None = None  # plain values, so that a traced function may ask
 _reason = ""
 _best = len(ISAS) - 1
-_vectors = False
 
 
 def available() -> bool:
@@ -205,7 +204,12 @@ def isa_names() -> tuple[str, ...]:
 
 def vectors() -> bool:
     """Whether the library is there and has kernels for registers of 256 bits or more on this machine."""
-    return available() and _vectors
+    return available() and _has_vectors(_library, _best)
+
+
+@functools.cache
+def _has_vectors(library: ctypes.CDLL | None, best: int) -> bool:
+    return library is not None and bool(library.fips_isas() & ((2 << best) - 1) > 1)
 
 
 def best_isa() -> int:
@@ -440,14 +444,13 @@ def _require() -> ctypes.CDLL:
 
 
 def _load() -> None:
-    global _library, _available, _reason, _best, _vectors
+    global _library, _available, _reason, _best
     wish = os.environ.get("FIPS_ISA")
     if wish is not None and wish not in ISAS:
         raise ConfigError(f"unknown $FIPS_ISA {wish!r}; known: {', '.join(ISAS)}")
     _best = len(ISAS) - 1 if wish is None else ISAS.index(wish)
     _library, _reason = _open()
     _available = _library is not None
-    _vectors = len(isa_names()) > 1
     if not _available:
         log.warning("CPU kernels unavailable, packed layers run on plain torch: %s", _reason)
 
