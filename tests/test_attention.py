@@ -98,6 +98,14 @@ def test_other_calls_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not attention.suits(query, normal(1, 2, 16, 9).mT, value)
     assert not attention.suits(query.clone().requires_grad_(), key, value)
     assert not attention.suits(query.to("meta"), key, value)
+    for examples, others in ((3, 1), (1, 3)):  # torch broadcasts them
+        more, keys = query.expand(examples, -1, -1, -1), key.expand(others, -1, -1, -1)
+        assert not attention.suits(more, keys, keys)
+        assert not decoding._is_one_token(more, keys, None, {})
+    assert not attention.suits(query.expand(-1, -1, 2, -1), key, value)
+    assert not attention.suits(normal(1, 3, 1, 16), key, value)
+    with torch.autograd.forward_ad.dual_level():
+        assert not attention.suits(query, key, value)
     by_library = decoding.attend(query, key, value, None, 0.3)
     monkeypatch.setattr(cpu, "vectors", lambda: False)
     assert not attention.suits(query, key, value)

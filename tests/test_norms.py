@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import batches_for, tiny_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -18,7 +20,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 import fips
 from fips.errors import BackendError
 from fips.kernels import cpu, norm
-from fips.layers.norms import forget_norms, quicken_norms
+from fips.layers.norms import MARK, forget_norms, quicken_norms
 
 pytestmark = pytest.mark.skipif(not cpu.vectors(), reason="no compiled library, or no kernel for this machine")
 
@@ -102,6 +104,31 @@ def test_other_calls_go_to_the_module(calls: list[str]) -> None:
     assert calls == []
 
 
+def test_what_torch_records_is_torchs_own(calls: list[str]) -> None:
+    plain, quickened = quick(LlamaRMSNorm(64))
+    quickened.requires_grad_(False)
+    x, along = normal(1, 2, 64).bfloat16(), normal(1, 2, 64).bfloat16() + 1
+    calls.clear()
+    graph = make_fx(quickened)(x)
+    assert torch.equal(graph(2 * x), plain(2 * x))
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(quickened(forward_ad.make_dual(x, along))).tangent
+        assert torch.equal(found, forward_ad.unpack_dual(plain(forward_ad.make_dual(x, along))).tangent)
+    assert calls == []
+
+
+def test_what_is_changed_later_counts(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, quickened = quick(LlamaRMSNorm(64))
+    x = normal(1, 2, 64).bfloat16()
+    with torch.no_grad():
+        plain.variance_epsilon = quickened.variance_epsilon = 2.0
+        calls.clear()
+        torch.testing.assert_close(quickened(x), plain(x))
+        assert len(calls) == 1
+        monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, hidden: hidden)
+        assert torch.equal(quickened(x), x)
+
+
 class TwiceTheRoot(nn.Module):
     """Looks like a norm of a known kind and is none."""
 
@@ -122,7 +149,7 @@ def test_modules_of_no_known_kind_are_left_alone(made: Any) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         model = nn.Sequential(made()).to(dtype)
         quicken_norms(model)
-        assert "forward" not in vars(model[0])
+        assert MARK not in vars(model[0])
 
 
 class OneOfTwoKinds(nn.Module):
@@ -152,7 +179,9 @@ def test_a_copy_has_weights_of_its_own(calls: list[str]) -> None:
     x = normal(1, 64).bfloat16()
     with torch.no_grad():
         before = quickened(x)
-        for made in (copy.deepcopy(quickened), pickle.loads(pickle.dumps(quickened))):
+        shallow = quickened._replicate_for_data_parallel()
+        shallow.weight = nn.Parameter(quickened.weight.clone())
+        for made in (copy.deepcopy(quickened), pickle.loads(pickle.dumps(quickened)), shallow):
             calls.clear()
             made.weight.mul_(2)
             torch.testing.assert_close(made(x), 2 * before)
@@ -160,7 +189,7 @@ def test_a_copy_has_weights_of_its_own(calls: list[str]) -> None:
             assert len(calls) == 2
     assert list(quickened.state_dict()) == ["weight"]
     forget_norms(quickened)
-    assert "forward" not in vars(quickened)
+    assert MARK not in vars(quickened)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fips.kernels import cpu
-from fips.kernels.validity import is_plain, needs_grad
+from fips.kernels.validity import is_plain, is_watched, needs_grad
 
 __all__ = ["attend", "suits"]
 
@@ -36,7 +36,7 @@ class _Attention(ctypes.Structure):
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether ``attend`` knows such tensors: of 16 bits in memory, heads of 8 to 512 numbers, no gradients."""
+    """Whether ``attend`` knows such tensors: one query a head, 16 bits in memory, 8 to 512 numbers, no gradients."""
     size = query.shape[-1]
     return (
         is_plain(query, key, value)
@@ -46,12 +46,18 @@ def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and value.dtype is query.dtype
         and size % 8 == 0
         and 0 < size <= MOST_SIZE
+        and query.dim() == 4
+        and query.shape[2] == 1
+        and key.dim() == 4
         and key.shape == value.shape
+        and key.shape[0] == query.shape[0]  # torch would broadcast them
         and key.shape[3] == size
         and key.numel() > 0
+        and query.shape[1] % key.shape[1] == 0
         and key.stride(3) == 1
         and value.stride(3) == 1
         and not needs_grad(query, key, value)
+        and not is_watched()
         and cpu.vectors()
     )
 
@@ -65,9 +71,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     query = query.contiguous()
     y = torch.empty_like(query)
     examples, heads, _, size = query.shape
-    _, key_heads, length, _ = key.shape
+    others, key_heads, length, _ = key.shape
     key_strides, value_strides = key.stride()[:3], value.stride()[:3]
-    sizes = examples - 1, key_heads - 1, length - 1
+    sizes = others - 1, key_heads - 1, length - 1
     numbers = query.numel()
     call = _Attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), numbers, _reach(sizes, key_strides) + size,

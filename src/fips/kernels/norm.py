@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fips.kernels import cpu
-from fips.kernels.validity import is_plain, needs_grad
+from fips.kernels.validity import is_plain, is_watched, needs_grad
 
 __all__ = ["KINDS", "MOST", "normalise", "suits"]
 
@@ -51,6 +51,7 @@ def suits(x: Tensor, weight: Tensor) -> bool:
         and x.is_contiguous()
         and weight.is_contiguous()
         and not needs_grad(x, weight)
+        and not is_watched()
         and cpu.vectors()
     )
 

@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["Snapshot", "is_plain", "needs_grad", "without_autocast"]
+__all__ = ["Snapshot", "is_plain", "is_watched", "needs_grad", "without_autocast"]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -21,7 +22,16 @@ def is_plain(*tensors: Tensor) -> bool:
     for t in tensors:  # written out: inside a model, a generator would cost as much as a small product
         if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu or t.is_cuda):
             return False
-    return not (torch._C._functorch.maybe_current_level() or torch._C._get_tracing_state())
+    return not (
+        torch._C._functorch.maybe_current_level()
+        or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()  # such as `make_fx`, which records torch's operations
+    )
+
+
+def is_watched() -> bool:
+    """Whether forward-mode differentiation may be going on, which would not see what a kernel without it computes."""
+    return bool(forward_ad._current_level >= 0)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

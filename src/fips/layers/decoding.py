@@ -77,6 +77,7 @@ def _is_one_token(query: Tensor, key: Tensor, mask: Tensor | None, options: dict
         return False
     return (
         query.shape[2] == 1
+        and query.shape[0] == key.shape[0]
         and query.device.type == "cpu"
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[1] % key.shape[1] == 0

@@ -2,25 +2,34 @@
 
 A model's norms are modules of a class of its own, with a ``weight`` and an epsilon under some name, and nothing says
 how they round. So it is tried: a copy of the module with random weights has to give what one of the known kinds gives.
-Such a module is then called through a ``forward`` of its own, which goes on to that of its class for all other calls.
+Such modules are marked, and the ``forward`` of their class is put behind a function that knows the mark; all other
+calls, and modules without it, go on to that ``forward``.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import partial
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fips.kernels import cpu, norm
 
-__all__ = ["forget_norms", "is_quick", "quicken_norms"]
+__all__ = ["forget_norms", "quicken_norms"]
 
+MARK = "fips_norm"
 EPSILONS = "variance_epsilon", "eps", "epsilon"
 SAME = 0.98
 """Share of the numbers that have to be the same bits; sums in another order round few of them otherwise."""
+
+
+class _Mark(NamedTuple):
+    kind: str
+    epsilon: str
+    """Its name: its value is that of the moment."""
 
 
 def quicken_norms(model: nn.Module) -> None:
@@ -29,8 +38,8 @@ def quicken_norms(model: nn.Module) -> None:
         return
     known: dict[tuple[Any, ...], str | None] = {}
     for module in model.modules():
-        eps = _epsilon(module)
-        if eps is None or "forward" in vars(module):
+        epsilon = _epsilon(module)
+        if epsilon is None or MARK in vars(module) or "forward" in vars(module):
             continue
         weight = module._parameters["weight"]
         assert weight is not None
@@ -39,49 +48,61 @@ def quicken_norms(model: nn.Module) -> None:
         }
         key = type(module), weight.shape, weight.dtype, frozenset(settings)
         if key not in known:
-            known[key] = _kind(module, eps)
+            known[key] = _kind(module, epsilon)
         kind = known[key]
         if kind is not None:
-            module.forward = partial(_forward, module, eps, kind)  # unlike bound methods, these pickle and are copied
+            setattr(module, MARK, _Mark(kind, epsilon))
+            _put_before(type(module))
 
 
 def forget_norms(model: nn.Module) -> None:
-    """Undo ``quicken_norms``."""
+    """Undo ``quicken_norms``; what stands before the class asks for marks in vain."""
     for module in model.modules():
-        if is_quick(module):
-            del module.forward
+        vars(module).pop(MARK, None)
 
 
-def is_quick(module: nn.Module) -> bool:
-    """Whether the module's own ``forward`` is that of ``quicken_norms``."""
-    forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.func is _forward
+def _put_before(kind: type[nn.Module]) -> None:
+    own = kind.forward
+    if not hasattr(own, MARK):
+        kind.forward = _before(own)
 
 
-def _forward(module: nn.Module, eps: float, kind: str, x: Tensor, *more: Any, **options: Any) -> Any:
-    weight = module._parameters.get("weight")
-    plain = not more and not options and not torch.compiler.is_compiling()
-    if plain and weight is not None and norm.suits(x, weight) and not torch.is_autocast_enabled("cpu"):
-        return norm.normalise(x, weight, eps, kind)
-    return type(module).forward(module, x, *more, **options)
+def _before(own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def forward(self: nn.Module, x: Tensor, *more: Any, **options: Any) -> Any:
+        mark = vars(self).get(MARK)
+        if mark is None or more or options or torch.compiler.is_compiling():
+            return own(self, x, *more, **options)
+        weight, eps = self._parameters.get("weight"), vars(self).get(mark.epsilon)
+        if (
+            weight is None
+            or not isinstance(eps, float)
+            or torch.is_autocast_enabled("cpu")
+            or not norm.suits(x, weight)
+        ):
+            return own(self, x)
+        return norm.normalise(x, weight, eps, mark.kind)
+
+    setattr(forward, MARK, True)
+    return forward
 
 
-def _epsilon(module: nn.Module) -> float | None:
-    """Of what may be such a norm: a module with one vector of weights in a type of 16 bits, and an epsilon."""
+def _epsilon(module: nn.Module) -> str | None:
+    """The name of the epsilon of what may be such a norm: a module with nothing but a vector of 16 bits beside it."""
     weight = module._parameters.get("weight")
     if weight is None or len(module._parameters) != 1 or module._modules or any(True for _ in module.buffers()):
         return None
     if weight.dim() != 1 or weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_cpu:
         return None
-    found = [vars(module)[name] for name in EPSILONS if isinstance(vars(module).get(name), float)]
+    found = [name for name in EPSILONS if isinstance(vars(module).get(name), float)]
     return found[0] if len(found) == 1 else None
 
 
 @torch.no_grad()
-def _kind(module: nn.Module, eps: float) -> str | None:
+def _kind(module: nn.Module, epsilon: str) -> str | None:
     """The kind that gives what the module gives, whatever its weights."""
     generator = torch.Generator().manual_seed(0)
-    one = copy.deepcopy(module)
+    one, eps = copy.deepcopy(module), float(getattr(module, epsilon))
     weight = one._parameters["weight"]
     assert weight is not None
     x = torch.randn(3, weight.numel(), generator=generator).to(weight.dtype)

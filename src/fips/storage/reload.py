@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from fips.errors import ModelError
 from fips.layers.dense import plain_class
 from fips.layers.linear import BASES
-from fips.layers.norms import is_quick
 from fips.models.architectures import lies_in_repository, saved_class, saved_config_class
 from fips.models.experts import expert_lists, split_experts
 from fips.models.timm import is_timm_model, rebuild_timm
@@ -67,7 +66,7 @@ def _compare_modules(model: nn.Module, twin: nn.Module, packed: Collection[str])
     for place, module in ours.items():
         if _own(place, packed):
             continue
-        if "forward" in vars(module) and not is_quick(module):
+        if "forward" in vars(module):
             raise _different(wanted, f"{_at(place)} has a `forward` that was set after it was made", _undo(module))
         other = theirs.get(place)
         if other is None:
