@@ -22,16 +22,15 @@ def is_plain(*tensors: Tensor) -> bool:
     for t in tensors:  # written out: inside a model, a generator would cost as much as a small product
         if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu or t.is_cuda):
             return False
-    return not (
-        torch._C._functorch.maybe_current_level()
-        or torch._C._get_tracing_state()
-        or torch._C._len_torch_dispatch_stack()  # such as `make_fx`, which records torch's operations
-    )
+    return not (torch._C._functorch.maybe_current_level() or torch._C._get_tracing_state())
 
 
 def is_watched() -> bool:
-    """Whether forward-mode differentiation may be going on, which would not see what a kernel without it computes."""
-    return bool(forward_ad._current_level >= 0)
+    """Whether something looks at torch's operations that would not see a kernel which is none of them.
+
+    Forward-mode differentiation, or a mode of dispatch such as that of ``make_fx``, which records them.
+    """
+    return bool(forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack())
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
