@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fips.kernels import cpu
-from fips.kernels.validity import is_plain, is_watched, needs_grad
 
 __all__ = ["attend", "suits"]
 
@@ -39,11 +38,7 @@ def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether ``attend`` knows such tensors: one query a head, 16 bits in memory, 8 to 512 numbers, no gradients."""
     size = query.shape[-1]
     return (
-        is_plain(query, key, value)
-        and query.is_cpu
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and key.dtype is query.dtype
-        and value.dtype is query.dtype
+        cpu.reads(query, key, value)
         and size % 8 == 0
         and 0 < size <= MOST_SIZE
         and query.dim() == 4
@@ -56,9 +51,6 @@ def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.shape[1] % key.shape[1] == 0
         and key.stride(3) == 1
         and value.stride(3) == 1
-        and not needs_grad(query, key, value)
-        and not is_watched()
-        and cpu.vectors()
     )
 
 

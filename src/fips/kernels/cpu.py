@@ -30,7 +30,7 @@ from fips.formats.values import Values
 from fips.kernels.backend import Backend, PreparedMatrix, kernel_refuses, unsupported_format
 from fips.kernels.reference import check_inputs
 from fips.kernels.together import Company
-from fips.kernels.validity import Snapshot
+from fips.kernels.validity import Snapshot, is_plain, is_watched, needs_grad
 
 __all__ = [
     "PATHS",
@@ -45,6 +45,7 @@ __all__ = [
     "multiply",
     "multiply_columns",
     "prepare",
+    "reads",
     "scratch_bytes",
     "search_paths",
     "unavailable_reason",
@@ -210,6 +211,23 @@ def vectors() -> bool:
 @functools.cache
 def _has_vectors(library: ctypes.CDLL | None, best: int) -> bool:
     return library is not None and bool(library.fips_isas() & ((2 << best) - 1) > 1)
+
+
+def reads(*tensors: Tensor) -> bool:
+    """Whether functions of the library that torch does not know as operators may take the place of its own.
+
+    That is for tensors of one type of 16 bits in memory, where nothing asks for gradients or watches operations, on a
+    machine with ``vectors``.
+    """
+    kind = tensors[0].dtype
+    return (
+        is_plain(*tensors)
+        and kind in (torch.bfloat16, torch.float16)
+        and all(t.is_cpu and t.dtype is kind for t in tensors)
+        and not needs_grad(*tensors)
+        and not is_watched()
+        and vectors()
+    )
 
 
 def best_isa() -> int:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fips.kernels import cpu
-from fips.kernels.validity import is_plain, is_watched, needs_grad
 
 __all__ = ["KINDS", "MOST", "normalise", "suits"]
 
@@ -39,20 +38,13 @@ def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether ``normalise`` knows such tensors: few tokens of one type of 16 bits in memory, no gradients."""
     size = weight.numel()
     return (
-        is_plain(x, weight)
-        and x.is_cpu
-        and weight.is_cpu
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype is x.dtype
+        cpu.reads(x, weight)
         and weight.dim() == 1
         and size % 8 == 0
         and x.shape[-1:] == weight.shape
         and 0 < x.numel() <= MOST * size
         and x.is_contiguous()
         and weight.is_contiguous()
-        and not needs_grad(x, weight)
-        and not is_watched()
-        and cpu.vectors()
     )
 
 

@@ -657,7 +657,7 @@ int fips_attend(const fips_attention *attention) {
   if (status) return status;
 #if defined(FIPS_HAVE_256)
   if (best_level(attention->isa) >= FIPS_VECTORS_256)
-    return guarded(attention->threads, [&] { return fips_attend_256(*attention) ? 0 : FIPS_UNSUPPORTED; });
+    return guarded(attention->threads, [&] { return fips_attend_256(*attention), 0; });
 #endif
   return FIPS_UNSUPPORTED;
 }

@@ -31,7 +31,7 @@ bool fips_search_portable(const fips_search &search);
 bool fips_search_256(const fips_search &search);
 
 void fips_normalise_256(const fips_norm &norm);
-bool fips_attend_256(const fips_attention &attention);
+void fips_attend_256(const fips_attention &attention);
 
 // `wide` holds the codes of a matrix with a memory, as they lie in the stream: put their numbers in their place.
 void fips_recall_portable(const fips_matrix &matrix, int threads, int8_t *wide);
