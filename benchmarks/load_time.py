@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rest", type=float, default=5, help="seconds before a load without touched memory")
+    parser.add_argument("--rest", type=float, default=8, help="seconds before a load without touched memory")
     parser.add_argument("--touch", type=int, default=3000, help="megabytes written to before a load")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--out", type=result_file)

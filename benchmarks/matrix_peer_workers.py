@@ -137,7 +137,7 @@ class Layers(Products):
 
     @staticmethod
     def loaded(layer: Any) -> Any:
-        from fips.storage.weights import copied
+        from fips.storage.memory import copied
 
         new = copy.deepcopy(layer)
         for name, buffer in new.named_buffers(recurse=False):

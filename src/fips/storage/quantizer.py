@@ -46,11 +46,11 @@ from fips.storage.companions import (
     write_remote_code,
 )
 from fips.storage.layout import QUANT_METHOD, Layout, check_layers, describe_layout, install_layout
+from fips.storage.memory import MappedFiles
 from fips.storage.weights import (
     FLOATS,
     WEIGHTS,
     WEIGHTS_INDEX,
-    MappedFiles,
     Stored,
     StoredWeights,
     check_layout,

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
-import mmap
 import struct
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +23,16 @@ from fips.layers.embedding import TiedLayer
 from fips.layers.linear import BASES, FactoredLinear, SharedBasis
 from fips.models.sites import Role
 from fips.storage.layout import LayerLayout, Layout
+from fips.storage.memory import MappedFiles
 
 __all__ = [
     "FLOATS",
     "WEIGHTS",
     "WEIGHTS_INDEX",
-    "MappedFiles",
     "Stored",
     "StoredWeights",
     "check_layout",
     "check_types",
-    "copied",
     "require",
     "weight_files",
 ]
@@ -60,13 +54,6 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
     path: Path
-
-
-MOST_THREADS = 4
-HUGE_PAGES = 14
-"""``MADV_HUGEPAGE`` of Linux; an error, such as where a kernel has none, changes nothing."""
-LARGE = 4 << 20
-"""Bytes of a tensor from which on it holds a whole huge page of 2 MiB, wherever it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,68 +99,6 @@ class StoredWeights:
                             yield name, file.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"`{path}` is cut short or not a safetensors file: {error}") from None
-
-
-class MappedFiles:
-    """Tensors out of files of weights that are mapped into memory, copied without holding them twice.
-
-    The pages that were read count as memory of the process as long as the file is mapped, which is until its last
-    tensor is copied; they are given back one tensor after the other where the system says which addresses are such a
-    file's (Linux). Large tensors lie in huge pages where the system has them: what is read from end to end for every
-    token is read faster where fewer addresses have to be looked up.
-    """
-
-    def __init__(self) -> None:
-        self._places: list[tuple[int, int]] = []
-        try:
-            lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-            for line in lines:
-                if line.endswith(".safetensors"):
-                    first, last = line.split(" ", 1)[0].split("-")
-                    self._places.append((int(first, 16), int(last, 16)))
-        except (OSError, ValueError):
-            self._places = []
-
-    def copies(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The tensors in memory of their own, several at a time: most of the time goes into getting that memory."""
-        with ThreadPoolExecutor(max(min(torch.get_num_threads(), MOST_THREADS), 1)) as pool:
-            yield from pool.map(self._copy, tensors)
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        found = copied(tensor)
-        first = tensor.data_ptr()
-        last = first + tensor.nbytes
-        if any(start <= first and last <= end for start, end in self._places):
-            begin, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
-            if begin < end:
-                _advise(begin, end, mmap.MADV_DONTNEED)  # a file's pages: read anew if asked for
-        return found
-
-
-def copied(tensor: Tensor) -> Tensor:
-    """The tensor in memory of its own, by this thread alone; a large one in huge pages where the system has them."""
-    found = torch.empty_like(tensor)
-    if found.nbytes >= LARGE:
-        first, last = found.data_ptr(), found.data_ptr() + found.nbytes
-        _advise(first // mmap.PAGESIZE * mmap.PAGESIZE, -(-last // mmap.PAGESIZE) * mmap.PAGESIZE, HUGE_PAGES)
-    if tensor.is_contiguous():  # `copy_` would share it among threads of its own, which wait for each other awake
-        ctypes.memmove(found.data_ptr(), tensor.data_ptr(), tensor.nbytes)
-    else:
-        found.copy_(tensor)
-    return found
-
-
-def _advise(begin: int, end: int, what: int) -> None:
-    """``madvise`` of whole pages, on Linux; what it refuses changes nothing."""
-    if sys.platform == "linux":
-        _madvise()(begin, end - begin, what)
-
-
-@functools.cache
-def _madvise() -> Any:
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
 
 
 def weight_files(directory: Path) -> list[str]:
