@@ -1,7 +1,8 @@
 """Whole small models as users have them: `fips compress --layers all`, then `fips bench` beside the original.
 
     python benchmarks/model_speed.py --models ../shared/models --data ../shared/data \
-        --real-models ~/.cache/real-models --sizes 25% --out benchmarks/results/model-speed.json
+        --real-models ~/.cache/real-models --names demo --sizes 51% 35% 27% 21% \
+        --out benchmarks/results/model-speed.json
 
 Speed does not hang on how well weights were chosen, so few examples are calibrated on, by `--effort fast`. Both sides
 compute in the type of the original; `fips bench` runs them in turn in one process. Nothing else should run. The file

@@ -710,22 +710,26 @@ MEASURED = {
 
 
 def model_speed() -> str:
-    """Whole small models beside their originals."""
-    rows = []
+    """Whole small models in four sizes beside their originals."""
+    by_model: dict[str, list[dict[str, Any]]] = {}
     for result in load("model-speed")["results"]:
-        files, peaks = result["file_bytes"], result["peak_memory_bytes"]
-        saved = [(before - after) / 1e6 for before, after in zip(peaks["dense"], peaks["compressed"], strict=True)]
-        for index, (case, timing) in enumerate(result["cases"].items()):
-            gains = ", ".join(f"{gain:.2f}" for gain in sorted(timing["speedups"]))
-            facts = (
-                [
-                    MEASURED[result["model"]], f"{megabytes(files['dense'])} → {megabytes(files['compressed'])}",
-                    _span(saved),
-                ] if index == 0 else ["", "", ""]
-            )  # fmt: skip
-            rows.append([*facts, case, f"{median(timing['compressed']):.0f}", gains])
-    head = ["", "file", "process memory saved", "case", "a second", "times as fast, every run"]
-    return markdown(head, rows)
+        by_model.setdefault(result["model"], []).append(result)
+    rows = []
+    for name, results in by_model.items():
+        before = results[0]["file_bytes"]["dense"]
+        files = (megabytes(one["file_bytes"]["compressed"]) for one in results)
+        rows.append([f"{MEASURED[name]}, {megabytes(before)}", "file", *files])
+        peaks = (one["peak_memory_bytes"] for one in results)
+        saved = ([(a - b) / 1e6 for a, b in zip(each["dense"], each["compressed"], strict=True)] for each in peaks)
+        rows.append(["", "process memory saved", *map(_span, saved)])
+        for case in results[0]["cases"]:
+            timings = [one["cases"][case] for one in results]
+            gains = (", ".join(f"{gain:.2f}" for gain in sorted(timing["speedups"])) for timing in timings)
+            rows.append([
+                "", case,
+                *(f"{_rate(median(one['compressed']))} ({each})" for one, each in zip(timings, gains, strict=True)),
+            ])  # fmt: skip
+    return markdown(["original", "a second (times as fast, every run)", "51 %", "35 %", "27 %", "21 %"], rows)
 
 
 def against_llama_cpp() -> str:
@@ -832,6 +836,10 @@ def onnx_speed() -> str:
     ]
     head = ["", "file", "`MatMulNBits`", *(f"{case['tokens']} token{'s' * (case['tokens'] > 1)}" for case in cases)]
     return markdown(head, rows)
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 def _span(values: Sequence[float]) -> str:
