@@ -43,7 +43,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     bridge = build / "bridge.so"
     subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", ROOT / "tests/arm/bridge.cpp", "-o", bridge], check=True)
     libraries = Path("/usr/aarch64-linux-gnu")
-    return {**os.environ, "FIPS_KERNELS": str(bridge), "FIPS_BRIDGE": f"{EMULATOR} -L {libraries} {build / 'serve'}"}
+    own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # it may ask for more output
+    return {**own, "FIPS_KERNELS": str(bridge), "FIPS_BRIDGE": f"{EMULATOR} -L {libraries} {build / 'serve'}"}
 
 
 @pytest.mark.slow
