@@ -59,26 +59,31 @@ class MappedFiles:
             yield from pool.map(self._copy, tensors)
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        if tensor.nbytes < LARGE or not tensor.is_contiguous():
-            found = copied(tensor)
-        else:
-            found = torch.empty_like(tensor)
-            first, last = _pages(found.data_ptr(), found.nbytes)
-            _advise(first, last, HUGE_PAGES if self._huge_pages else SMALL_PAGES)
-            for begin in range(0, found.nbytes, STEP):
-                length = min(STEP, found.nbytes - begin)
-                if self._huge_pages and not _comes_quickly(*_pages(found.data_ptr() + begin, length)):
-                    self._huge_pages = False
-                    _advise(first, last, SMALL_PAGES)
-                ctypes.memmove(found.data_ptr() + begin, tensor.data_ptr() + begin, length)
-            _advise(first, last, HUGE_PAGES)
+        found = copied(tensor) if tensor.nbytes < LARGE or not tensor.is_contiguous() else self._large_copy(tensor)
+        self._give_back(tensor)
+        return found
+
+    def _large_copy(self, tensor: Tensor) -> Tensor:
+        found = torch.empty_like(tensor)
+        first, last = _pages(found.data_ptr(), found.nbytes)
+        _advise(first, last, HUGE_PAGES if self._huge_pages else SMALL_PAGES)
+        for begin in range(0, found.nbytes, STEP):
+            length = min(STEP, found.nbytes - begin)
+            if self._huge_pages and not _comes_quickly(*_pages(found.data_ptr() + begin, length)):
+                self._huge_pages = False
+                _advise(first, last, SMALL_PAGES)
+            ctypes.memmove(found.data_ptr() + begin, tensor.data_ptr() + begin, length)
+        _advise(first, last, HUGE_PAGES)
+        return found
+
+    def _give_back(self, tensor: Tensor) -> None:
+        """Let go of the pages of a file that hold nothing but this tensor: they are read anew if asked for."""
         first = tensor.data_ptr()
         last = first + tensor.nbytes
         if any(start <= first and last <= end for start, end in self._places):
             begin, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
             if begin < end:
-                _advise(begin, end, mmap.MADV_DONTNEED)  # a file's pages: read anew if asked for
-        return found
+                _advise(begin, end, mmap.MADV_DONTNEED)
 
 
 def copied(tensor: Tensor) -> Tensor:
