@@ -1,11 +1,11 @@
-"""What one token takes beside its matrices, attention and norms: the compiled library beside torch, in turn.
+"""What one token takes beside its matrices: the compiled library beside torch, in turn.
 
     python benchmarks/one_token.py --out benchmarks/results/one-token.json [--models ~/.cache/fips-generation/int4g64]
 
 Of attention microseconds of a call from Python, medians of rounds, and the ratio within a round. torch's way is the one
 that fips takes without its library: queries that share keys and values together, as if they were several tokens. Of
 models, such as ``benchmarks/generation.py make`` writes them, what a token takes behind a prompt of some length with
-neither, with attention, and with attention and norms by the library.
+neither, with attention, with attention and norms, and with whole blocks by the library.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from fips.kernels import attention
 from fips.layers import decoding
+from fips.layers.blocks import MARK, forget_blocks
 from fips.layers.norms import forget_norms, quicken_norms
 from fips.record import environment
 
@@ -80,21 +81,27 @@ def compared(found: dict[str, list[float]], unit: str, times: float) -> dict[str
 
 
 def tokens(path: Path) -> list[dict[str, Any]]:
-    """What a token takes behind prompts, every third one in the same way."""
+    """What a token takes behind prompts, every fourth one in the same way, each with a cache of its own."""
     model = AutoModelForCausalLM.from_pretrained(path).eval()
+    marks = {module: vars(module)[MARK] for module in model.modules() if MARK in vars(module)}
     rows = []
     for length in PROMPTS:
-        out = model(torch.arange(300, 300 + length)[None], use_cache=True, logits_to_keep=1)
-        found: dict[str, list[float]] = {"torch": [], "attention": [], "both": []}
+        prompt = torch.arange(300, 300 + length)[None]
+        outs = {way: model(prompt, use_cache=True, logits_to_keep=1) for way in ("torch", "attention", "norms", "blocks")}
+        found: dict[str, list[float]] = {way: [] for way in outs}
         for turn in range(TOKENS):
-            for name in found if turn % 2 else reversed(found):
-                attention.suits = WAYS["torch" if name == "torch" else "library"]
-                (quicken_norms if name == "both" else forget_norms)(model)
-                token = out.logits[:, -1:].argmax(-1)
+            for way in found if turn % 2 else reversed(found):
+                attention.suits = WAYS["torch" if way == "torch" else "library"]
+                (quicken_norms if way in ("norms", "blocks") else forget_norms)(model)
+                forget_blocks(model)
+                if way == "blocks":
+                    for module, mark in marks.items():
+                        setattr(module, MARK, mark)
+                token = outs[way].logits[:, -1:].argmax(-1)
                 start = time.perf_counter()
-                out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-                found[name].append(time.perf_counter() - start)
-        found = {name: times[5:] for name, times in found.items()}
+                outs[way] = model(token, past_key_values=outs[way].past_key_values, use_cache=True, logits_to_keep=1)
+                found[way].append(time.perf_counter() - start)
+        found = {way: times[5:] for way, times in found.items()}
         rows.append({"model": path.name, "length": length} | compared(found, "ms", 1e3))
         print(rows[-1])
     return rows

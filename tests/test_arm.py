@@ -32,8 +32,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     common = ["-std=c++17", "-O1", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-DFIPS_HAVE_256"]
     parts = []
     for name, flags in (
-        ("dispatch", []), ("checks", []), ("exact", []), ("portable", []), ("scratch", []),
-        *((f"{name}256", ["-march=armv8.2-a+dotprod"]) for name in ("vectors", "attention", "norms")),
+        ("block", []), ("dispatch", []), ("checks", []), ("exact", []), ("portable", []), ("scratch", []),
+        *((f"{name}256", ["-march=armv8.2-a+dotprod"]) for name in ("vectors", "attention", "norms", "block")),
         ("vectors256_tiles", ["-march=armv8.2-a+dotprod"]),
     ):  # fmt: skip
         parts.append(build / f"{name}.o")
@@ -41,7 +41,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     parts.append(ROOT / "tests/arm/serve.cpp")
     subprocess.run([COMPILER, *common, *parts, "-o", build / "serve"], check=True)
     bridge = build / "bridge.so"
-    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", ROOT / "tests/arm/bridge.cpp", "-o", bridge], check=True)
+    here = [ROOT / "tests/arm/bridge.cpp", source / "block.cpp", source / "checks.cpp"]
+    options = ["-std=c++17", "-shared", "-fPIC", "-DFIPS_HAVE_256"]
+    subprocess.run(["g++", *options, *here, "-o", bridge], check=True)
     libraries = Path("/usr/aarch64-linux-gnu")
     own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # it may ask for more output
     return {**own, "FIPS_KERNELS": str(bridge), "FIPS_BRIDGE": f"{EMULATOR} -L {libraries} {build / 'serve'}"}
@@ -50,8 +52,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.slow
 def test_the_kernels_of_arm_pass_the_tests_of_the_kernels(emulated: dict[str, str]) -> None:
     # Other patterns differ in their readers.
-    chosen = f"(full or bitmask or block4 or tc or attention or norms) and not ({OF_THE_PROCESS})"
-    tests = [f"tests/test_{name}.py" for name in ("kernels", "trellis", "attention", "norms")]
+    kinds = "full or bitmask or block4 or tc or attention or norms or its_modules_give or half_precision"
+    chosen = f"({kinds}) and not ({OF_THE_PROCESS})"
+    tests = [f"tests/test_{name}.py" for name in ("kernels", "trellis", "attention", "norms", "blocks")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", chosen, "-n0"],
         cwd=ROOT, env=emulated, check=False, capture_output=True, text=True,

@@ -15,7 +15,7 @@ import fips
 from fips.errors import BackendError, ConfigError
 from fips.formats.patterns import PATTERNS, Pattern, pattern_for, pattern_named
 from fips.formats.values import VALUES, Values, automatic_values, values_named
-from fips.kernels import attention, cpu, norm
+from fips.kernels import attention, block, cpu, norm
 from fips.kernels.backend import unsupported_format
 from fips.layers.linear import factored_layers
 from fips.solve.rounding import grid_steps
@@ -163,7 +163,7 @@ def test_the_compiled_table_has_pythons_types_and_nothing_else() -> None:
 @needs_library
 def test_the_structures_have_the_same_layout_on_both_sides() -> None:
     wanted = []
-    for struct in (cpu._Matrix, cpu._Call, cpu._Search, attention._Attention, norm._Norm):
+    for struct in (cpu._Matrix, cpu._Call, cpu._Search, attention._Attention, norm._Norm, block._Block):
         wanted += [ctypes.sizeof(struct), *(getattr(struct, name).offset for name, _ in struct._fields_)]
     found = (ctypes.c_int64 * len(wanted))()
     count = table().fips_layout

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <mutex>
 
+#include "../../src/fips/kernels/csrc/paths.h"
 #include "wire.h"
 
 namespace {
@@ -53,7 +54,24 @@ int64_t ask(Function function, const fips_matrix *matrix = nullptr, const fips_c
   return ask(request);
 }
 
+int64_t ask(Function function, const Numbers &numbers) {
+  Request request;
+  request.function = function, request.numbers = numbers;
+  return ask(request);
+}
+
 } // namespace
+
+// What block.cpp, which is compiled for this machine, asks of the other beside the functions below.
+void fips_turn_256(void *heads, int64_t count, int64_t size, const void *cosines, const void *sines, int32_t type) {
+  ask(kTurn, {cosines, sines, heads, size, size, count * size, 0, type});
+}
+void fips_gate_256(void *gate, const void *up, int64_t count, int32_t activation, int32_t type, int) {
+  ask(kGate, {up, nullptr, gate, count, 0, count, activation, type});
+}
+void fips_add_256(const void *a, const void *b, void *sum, int64_t count, int32_t type) {
+  ask(kAdd, {a, b, sum, count, count, count, 0, type});
+}
 
 extern "C" {
 

@@ -1,4 +1,5 @@
 // Answers the calls of bridge.cpp on standard input and output.
+#include "../../src/fips/kernels/csrc/paths.h"
 #include "wire.h"
 
 namespace {
@@ -14,6 +15,15 @@ int64_t answer(Request &r, std::vector<uint32_t> &starts) {
     return fips_row_starts(&r.matrix, starts.empty() ? nullptr : starts.data(), r.arguments[0]);
   case kAttend: return fips_attend(&r.attention);
   case kNormalise: return fips_normalise(&r.norm);
+  case kTurn: {
+    const Numbers &n = r.numbers;
+    return fips_turn_256(n.made, n.made_length / n.first_length, n.first_length, n.first, n.second, n.type), 0;
+  }
+  case kGate: {
+    const Numbers &n = r.numbers;
+    return fips_gate_256(n.made, n.first, n.made_length, n.activation, n.type, 1), 0;
+  }
+  case kAdd: return fips_add_256(r.numbers.first, r.numbers.second, r.numbers.made, r.numbers.made_length, r.numbers.type), 0;
   case kBytes: return fips_scratch_bytes();
   default: return fips_free_scratch();
   }

@@ -9,7 +9,15 @@
 
 #include "../../src/fips/kernels/csrc/fips_kernels.h"
 
-enum Function : int64_t { kIsas, kMultiply, kColumns, kSearch, kStarts, kAttend, kNormalise, kBytes, kFree };
+enum Function : int64_t { kIsas, kMultiply, kColumns, kSearch, kStarts, kAttend, kNormalise, kTurn, kGate, kAdd, kBytes, kFree };
+
+// What paths.h has for blocks: `made` from two others, in place or not.
+struct Numbers {
+  const void *first, *second;
+  void *made;
+  int64_t first_length, second_length, made_length;
+  int32_t activation, type;
+};
 
 struct Request {
   int64_t function = 0, arguments[3] = {};
@@ -18,6 +26,7 @@ struct Request {
   fips_search search = {};
   fips_attention attention = {};
   fips_norm norm = {};
+  Numbers numbers = {};
 };
 
 // Every buffer of a request: `visit(pointer, bytes, whether it is written)`.
@@ -46,6 +55,9 @@ template <class Visit> void each_buffer(Request &r, Visit &&visit) {
   visit(r.norm.x, 2 * r.norm.length, false);
   visit(r.norm.weight, 2 * r.norm.weight_length, false);
   visit(r.norm.y, 2 * r.norm.length, true);
+  visit(r.numbers.first, 2 * r.numbers.first_length, false);
+  visit(r.numbers.second, 2 * r.numbers.second_length, false);
+  visit(r.numbers.made, 2 * r.numbers.made_length, true);
 }
 
 inline void send(int to, const void *from, int64_t bytes) {

@@ -54,7 +54,7 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 12
+ABI = 13
 _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 """By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""
@@ -219,6 +219,8 @@ def reads(*tensors: Tensor) -> bool:
     That is for tensors of one type of 16 bits in memory, where nothing asks for gradients or watches operations, on a
     machine with ``vectors``.
     """
+    if torch.compiler.is_compiling():
+        return False
     kind = tensors[0].dtype
     return (
         is_plain(*tensors)
@@ -324,7 +326,8 @@ class Repeat:
         """Without memory of its own: room like it takes two thirds of the time that room of a shape takes."""
         check_inputs(x, packed.shape[1], bias, packed.shape[0])
         borrowed = (packed.values_Z, packed.group_scales, bias)
-        self._seen = Snapshot(places=borrowed, contents=(packed.pattern, packed.scales_N))
+        self.seen = Snapshot(places=borrowed, contents=(packed.pattern, packed.scales_N))
+        """Where the matrix and the bias lay, and what of it was computed with."""
         self.call = _call(x, _room(x.new_empty, out), bias, None, PATHS["auto"], activation_bits)
         self.arguments = (prepared.reference, ctypes.byref(self.call))
         self.run = _require().fips_multiply_again
@@ -338,7 +341,7 @@ class Repeat:
 
     def holds(self) -> bool:
         """Whether the matrix and the bias still lie where they did, unchanged where it matters."""
-        return self._seen.holds() and torch.get_num_threads() == self.threads
+        return self.seen.holds() and torch.get_num_threads() == self.threads
 
     def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         if x.dtype is not self.dtype or x.shape != self.shape or not x.is_contiguous():
@@ -491,6 +494,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library.fips_search_paths.argtypes = [c_void_p]
         library.fips_attend.argtypes = [c_void_p]
         library.fips_normalise.argtypes = [c_void_p]
+        library.fips_run_block.argtypes = [c_void_p]
         library.fips_row_starts.argtypes = [c_void_p, c_void_p, c_int64]
         for counting in (library.fips_row_starts, library.fips_scratch_bytes, library.fips_free_scratch):
             counting.restype = c_int64

@@ -12,19 +12,28 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fips.kernels import cpu
 
-__all__ = ["KINDS", "MOST", "normalise", "suits"]
+__all__ = ["KINDS", "MOST", "Norm", "normalise", "suits"]
 
 KINDS = "rounded", "whole", "one more"
 """What is rounded to the type of ``x`` before it is multiplied by the weights, as by Llama; what is not, as by OLMo 2;
 and what is not and is multiplied by one more than the weights, as by Gemma."""
 MOST = 64
 """Tokens up to which calls count."""
+
+
+class Norm(NamedTuple):
+    """Weights (D), what is added to the mean square, and one of ``KINDS``."""
+
+    weight: Tensor
+    eps: float
+    kind: str
 
 
 class _Norm(ctypes.Structure):

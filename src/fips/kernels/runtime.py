@@ -21,7 +21,8 @@ byte dot products do half the work or less. With 16 inputs count as exactly as t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from fips.kernels.ways import Ways
 __all__ = ["FRUGAL", "POLICIES", "LayerRuntime", "Way", "fingerprint", "timings_file"]
 
 log = logging.getLogger("fips.kernels")
+
+Places = list[tuple[Mapping[Any, object], Hashable]]
 
 _timings = Timings()
 
@@ -113,6 +116,18 @@ class LayerRuntime:
             if ops.needs_grad(x, *product.tensors()) and not ops.raised_inside(error):
                 raise  # by a hook of autograd, such as checkpointing's, which stops what it computes anew in this way
             return self._without_kernel(x, product, held, error)
+
+    def repeated(self, shape: torch.Size, parts: Sequence[object]) -> tuple[RepeatedCall, Places] | None:
+        """The call kept for inputs of a shape, of a product of these ``parts`` and without a basis.
+
+        With it come the places, dictionaries and keys, where it is found: while they give the same objects, which
+        whoever keeps it looks at, and parts and ``registry.backends()`` are the same, it serves.
+        """
+        held = self._held
+        call = held.repeats.get(shape) if held.is_of(parts) else None
+        if call is None or held.product is None or held.product.basis is not None or held.inference:
+            return None
+        return call, [(vars(self), "_held"), (held.repeats, shape)]
 
     def _multiply(self, x: Tensor, product: Product, held: Remembered) -> Tensor:
         repeat = held.repeats.get(x.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -52,24 +53,35 @@ class Snapshot:
     their address and be taken for them.
     """
 
-    __slots__ = ("_seen",)
+    __slots__ = ("_places", "_sizes", "_tensors", "_versions", "_written")
 
     def __init__(self, *, places: Iterable[Tensor | None] = (), contents: Iterable[Tensor | None] = ()) -> None:
-        self._seen: list[tuple[Tensor, int, int, int | None]]
-        self._seen = [(t, t.data_ptr(), t.nbytes, None) for t in places if t is not None]
-        for t in contents:
-            if t is not None:
-                self._seen.append((t, t.data_ptr(), t.nbytes, None if t.is_inference() else t._version))
+        read = [t for t in contents if t is not None]
+        self._tensors = [*(t for t in places if t is not None), *read]
+        self._written = [t for t in read if not t.is_inference()]
+        self._places, self._sizes, self._versions = self._look()
+
+    @classmethod
+    def of(cls, parts: Iterable[Snapshot]) -> Snapshot:
+        """One of all that several saw, as they saw it."""
+        new = cls()
+        for one in parts:
+            for name in cls.__slots__:
+                getattr(new, name).extend(getattr(one, name))
+        return new
 
     def holds(self) -> bool:
         """Whether the same objects still are what they were."""
-        for tensor, place, size, version in self._seen:  # written out: it is part of every small product
-            if tensor.data_ptr() != place or tensor.nbytes != size:
-                return False
-            if version is not None and tensor._version != version:
-                return False
-        return True
+        return self._look() == (self._places, self._sizes, self._versions)
+
+    def _look(self) -> tuple[list[int], list[int], list[int]]:
+        # without a loop of Python's own: it is part of every small product
+        places = list(map(Tensor.data_ptr, self._tensors))
+        return places, list(map(_size, self._tensors)), list(map(_version, self._written))
 
     def equals(self, other: Snapshot) -> bool:
         """Whether another, of tensors that may be other objects, saw the same memory in the same state."""
-        return [seen[1:] for seen in self._seen] == [seen[1:] for seen in other._seen]
+        return (self._places, self._sizes, self._versions) == (other._places, other._sizes, other._versions)
+
+
+_size, _version = operator.attrgetter("nbytes"), operator.attrgetter("_version")

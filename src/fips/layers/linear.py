@@ -17,9 +17,10 @@ from fips.formats.patterns import BITMASK, FULL, pattern_named
 from fips.formats.rotation import rotate, rotation_fits
 from fips.formats.values import FLOAT, Values, values_named
 from fips.kernels import ops, registry
+from fips.kernels.backend import RepeatedCall
 from fips.kernels.basis import BasisRuntime
 from fips.kernels.call import Product
-from fips.kernels.runtime import LayerRuntime
+from fips.kernels.runtime import LayerRuntime, Places
 from fips.kernels.validity import without_autocast
 from fips.models.sites import Role
 
@@ -340,6 +341,15 @@ class FactoredLinear(nn.Module):
         weight = None if basis is None else basis._parameters.get("weight")
         pattern, scales, groups = buffers.get("pattern"), buffers.get("scales"), buffers.get("group_scales")
         return values, pattern, scales, groups, parameters.get("bias"), weight, offloaded(self)
+
+    def repeated(self, shape: torch.Size) -> tuple[RepeatedCall, Places] | None:
+        """The call that the layer has kept for inputs of a shape, and where it and what it is made of are found."""
+        found = self.runtime.repeated(shape, self._parts())
+        if found is None:
+            return None
+        call, places = found
+        stored: Places = [(self._buffers, name) for name in ("values", "pattern", "scales", "group_scales")]
+        return call, [*places, *stored, (self._parameters, "values"), (self._parameters, "bias")]
 
     def product(self) -> Product:
         """What the layer multiplies by, for ``runtime``."""

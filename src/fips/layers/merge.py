@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fips.errors import ModelError
+from fips.layers.blocks import forget_blocks
 from fips.layers.dense import forget_dense
 from fips.layers.embedding import PackedEmbedding, TiedLayer, tied_layers
 from fips.layers.fixed import ignore_training
@@ -65,6 +66,7 @@ def drop_unused_bases(model: nn.Module) -> None:
         ignore_training(model)
         forget_dense(model)
         forget_norms(model)
+        forget_blocks(model)
         _forget_packing(model)
 
 

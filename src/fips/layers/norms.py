@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from fips.kernels import cpu, norm
 
-__all__ = ["forget_norms", "quicken_norms"]
+__all__ = ["EPSILONS", "forget_norms", "known_norm", "quicken_norms"]
 
 MARK = "fips_norm"
 EPSILONS = "variance_epsilon", "eps", "epsilon"
+"""Names that norms have for what is added to the mean square."""
 SAME = 0.98
 """Share of the numbers that have to be the same bits; sums in another order round few of them otherwise."""
 
@@ -59,6 +60,15 @@ def forget_norms(model: nn.Module) -> None:
     """Undo ``quicken_norms``; what stands before the class asks for marks in vain."""
     for module in model.modules():
         vars(module).pop(MARK, None)
+
+
+def known_norm(module: nn.Module) -> norm.Norm | None:
+    """What a marked module computes; None for others."""
+    mark, weight = vars(module).get(MARK), module._parameters.get("weight")
+    eps = None if mark is None else vars(module).get(mark.epsilon)
+    if mark is None or weight is None or not isinstance(eps, float) or "forward" in vars(module):
+        return None
+    return norm.Norm(weight, eps, mark.kind)
 
 
 def _put_before(kind: type[nn.Module]) -> None:

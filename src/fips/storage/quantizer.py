@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fips.errors import CheckpointError, ConfigError, ModelError
 from fips.files.manifest import MANIFEST, read_json, write_json
 from fips.files.untrusted import file_inside
+from fips.layers.blocks import quicken_blocks
 from fips.layers.decoding import quicken
 from fips.layers.dense import quicken_dense
 from fips.layers.embedding import PackedEmbedding
@@ -151,6 +152,7 @@ def attach(model: nn.Module) -> None:
     quicken(model)
     quicken_dense(model)
     quicken_norms(model)
+    quicken_blocks(model)
     if not isinstance(getattr(model, "hf_quantizer", None), FipsHfQuantizer):
         model.hf_quantizer = FipsHfQuantizer(model.config.quantization_config)
     if "_fips_conversions" not in vars(model):

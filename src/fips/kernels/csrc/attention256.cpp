@@ -1,8 +1,8 @@
 // Attention of one token to those before it, with AVX2 with FMA, or with NEON. Keys and values are read once for the
 // queries that share them, up to `kQueries` of them, some keys at a time, which threads share.
 #include <cmath>
-#include <initializer_list>
 
+#include "exponential256.h"
 #include "paths.h"
 #include "values256.h"
 
@@ -12,20 +12,6 @@ constexpr int64_t kKeys = 128; // of a piece: with their values of 64 numbers 32
 constexpr int kQueries = 4;
 constexpr int64_t kHead = 8; // floats before the sums of a piece: its largest score, and the sum of its weights
 constexpr int64_t kAlone = 1 << 15; // numbers of keys up to which one thread takes no longer than several
-
-// e^x for x of at most 0, to 1e-7 of itself; NaN for NaN.
-FIPS_INLINE __m256 exponential(__m256 x) {
-  const auto all = [](float value) { return _mm256_set1_ps(value); };
-  x = _mm256_max_ps(all(-87), x);
-  const __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(x, all(1.44269504f)));
-  const __m256 n = _mm256_cvtepi32_ps(whole);
-  __m256 r = _mm256_fmadd_ps(n, all(-0.693359375f), x);
-  r = _mm256_fmadd_ps(n, all(2.12194440e-4f), r);
-  __m256 sum = all(1.0f / 720);
-  for (float next : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = _mm256_fmadd_ps(sum, r, all(next));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(whole, _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(sum, _mm256_castsi256_ps(power));
-}
 
 inline float largest(__m256 v) {
   alignas(32) float lanes[8];

@@ -171,6 +171,57 @@ int fips_check_attention(const fips_attention &a) {
   return fit ? 0 : FIPS_INVALID;
 }
 
+namespace {
+
+bool matrices_fit(const fips_block &b, int64_t width) {
+  const int64_t queries = b.heads * b.size, keys = b.key_heads * b.size, hidden = b.calls[FIPS_GATE]->y_columns;
+  const int64_t inputs[FIPS_BLOCK_MATRICES] = {width, width, width, queries, width, width, hidden};
+  const int64_t outputs[FIPS_BLOCK_MATRICES] = {queries, keys, keys, width, hidden, hidden, width};
+  if (hidden < 1 || hidden > kMostSide || hidden % 8) return false;
+  for (int i = 0; i < FIPS_BLOCK_MATRICES; ++i) {
+    const fips_call &c = *b.calls[i];
+    if (c.tokens != b.examples || c.x_columns != inputs[i] || c.y_columns != outputs[i]) return false;
+    if (c.x_length != b.examples * inputs[i] || c.y_length != b.examples * outputs[i]) return false;
+    if (c.x_type != b.type || c.y_type != b.type || c.threads != b.threads) return false;
+    if (c.first_row || c.end_row != outputs[i]) return false;
+  }
+  return true;
+}
+
+bool norms_fit(const fips_block &b, int64_t width) {
+  const int64_t sizes[FIPS_BLOCK_NORMS] = {width, width, b.size, b.size};
+  for (int i = 0; i < FIPS_BLOCK_NORMS; ++i) {
+    const bool left_out = i >= FIPS_NORM_QUERIES && !b.norms[i] && !b.norm_lengths[i];
+    if (!left_out && (!b.norms[i] || b.norm_lengths[i] != sizes[i])) return false;
+  }
+  return true;
+}
+
+} // namespace
+
+int fips_check_block(const fips_block &b) {
+  for (int64_t side : {b.examples, b.heads, b.key_heads, b.size})
+    if (side < 1 || side > kMostSide) return FIPS_INVALID;
+  if (b.before < 0 || b.before >= kMostSide || b.isa < FIPS_PORTABLE || b.isa > FIPS_AMX) return FIPS_INVALID;
+  if (b.threads < 1 || b.threads > kMostThreads || (b.activation != FIPS_SILU && b.activation != FIPS_GELU_TANH)) return FIPS_INVALID;
+  if (b.size % 8 || b.size > 512 || (b.type != FIPS_BF16 && b.type != FIPS_F16)) return FIPS_UNSUPPORTED;
+  if (b.heads % b.key_heads || b.heads > kMostSide / b.size || !b.matrices || !b.calls) return FIPS_INVALID;
+  for (int i = 0; i < FIPS_BLOCK_MATRICES; ++i)
+    if (!b.matrices[i] || !b.calls[i]) return FIPS_INVALID;
+  const int64_t width = b.calls[FIPS_QUERIES]->x_columns;
+  if (width < 1 || width > kMostSide || b.examples > kMostEntries / kMostSide) return FIPS_INVALID;
+  if (width % 8) return FIPS_UNSUPPORTED;
+  if (b.length != b.examples * width || !matrices_fit(b, width) || !norms_fit(b, width)) return FIPS_INVALID;
+  const bool turned = b.cosines && b.sines && b.angles_stride >= 0 && b.angles_stride <= kMostSide;
+  if (!turned || b.angles_length < b.size + (b.examples - 1) * b.angles_stride) return FIPS_INVALID;
+  const int64_t strides[] = {b.key_strides[2], b.value_strides[2]};
+  if (strides[0] < b.size || strides[1] < b.size) return FIPS_INVALID; // else a token would be written over another
+  fips_attention a = {};
+  a.examples = b.examples, a.key_heads = b.key_heads, a.length = b.before + 1, a.size = b.size;
+  const bool fit = keys_fit(a, b.keys, b.keys_length, b.key_strides) && keys_fit(a, b.values, b.values_length, b.value_strides);
+  return fit ? 0 : FIPS_INVALID;
+}
+
 int fips_check_norm(const fips_norm &n) {
   if (n.size < 1 || n.size > kMostSide || n.length < 1 || n.length > kMostEntries || n.length % n.size) return FIPS_INVALID;
   if (!n.x || !n.y || !n.weight || n.weight_length != n.size || n.isa < FIPS_PORTABLE || n.isa > FIPS_AMX) return FIPS_INVALID;

@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 12 };
+enum { FIPS_ABI = 13 };
 enum { FIPS_ROW_UNIT = 16 }; // rows that parts of a matrix are counted in
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
@@ -139,14 +139,49 @@ typedef struct {
   int32_t kind, type, isa;      // type of all three: BF16 or F16
 } fips_norm;
 
+// The matrices of a block, in this order: what reads its input, what attention gives goes through, and an MLP with a gate.
+enum fips_block_matrix {
+  FIPS_QUERIES = 0, FIPS_KEYS = 1, FIPS_VALUES_OF_KEYS = 2, FIPS_OUT = 3, FIPS_GATE = 4, FIPS_UP = 5, FIPS_DOWN = 6,
+  FIPS_BLOCK_MATRICES = 7
+};
+// Its norms: of the input, of what the MLP reads, and of every head of queries and of keys.
+enum fips_block_norm { FIPS_NORM_INPUT = 0, FIPS_NORM_MLP = 1, FIPS_NORM_QUERIES = 2, FIPS_NORM_KEYS = 3, FIPS_BLOCK_NORMS = 4 };
+// What the gate goes through: x / (1 + e^-x), or x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+enum fips_activation { FIPS_SILU = 0, FIPS_GELU_TANH = 1 };
+
+// One block of a decoder for one token of every example, which comes behind `before` others in the caches:
+//   n = norm(x);  q, k, v = Q n, K n, V n, the heads of q and k normed if there are weights, and turned by position
+//   h = x + O attention(q, k, v and those before);  m = norm(h);  y = h + D (act(G m) * U m)
+// with numbers rounded to their type wherever torch, one operation after the other, rounds them.
+typedef struct {
+  const void *x;                // examples by width, `length` elements
+  void *y;                      // as x
+  void *room;                   // what is made in between, `room_length` elements: fips_block_room
+  int64_t length, room_length;
+  const fips_matrix *const *matrices; // as many as FIPS_BLOCK_MATRICES, each
+  const fips_call *const *calls;      // with a call for such inputs, whose x and y do not count
+  const void *norms[FIPS_BLOCK_NORMS]; // weights, `norm_lengths` elements; the last two may be null and 0
+  const void *cosines, *sines;  // by which queries and keys are turned: size elements, `angles_stride` from one example to
+  int64_t angles_length, angles_stride; // the next, which may be 0; `angles_length` in all
+  void *keys, *values;          // as in fips_attention, with room for one token more, which is written
+  int64_t keys_length, values_length;
+  int64_t examples, heads, key_heads, before, size;
+  int64_t norm_lengths[FIPS_BLOCK_NORMS];
+  int64_t key_strides[3], value_strides[3];
+  float scale, eps[FIPS_BLOCK_NORMS];
+  int32_t norm_kinds[FIPS_BLOCK_NORMS];
+  int32_t activation, type;     // type of all numbers: BF16 or F16
+  int32_t threads, isa;
+} fips_block;
+
 FIPS_API int fips_abi(void);
 // The row of the table of formats for a pattern: entries under one code, bits of a code, kept entries of a code or -1.
 // Returns 0 or a fips_status.
 FIPS_API int fips_pattern(int32_t format, int32_t n, int32_t m, int32_t row[3]);
 // Bits of a value of a fips_type in memory, or a fips_status.
 FIPS_API int fips_value_bits(int32_t value_type);
-// Size of fips_matrix, the offsets of its fields in order, the same of fips_call, fips_search, fips_attention and fips_norm; returns how many
-// numbers these are and writes as many as `length`.
+// Size of fips_matrix, the offsets of its fields in order, the same of fips_call, fips_search, fips_attention,
+// fips_norm and fips_block; returns how many numbers these are and writes as many as `length`.
 FIPS_API int64_t fips_layout(int64_t *numbers, int64_t length);
 // Instruction sets of this machine that are compiled in: bit i for the one of number i. A call runs with the best of
 // them that is no better than its own.
@@ -169,6 +204,10 @@ FIPS_API int fips_search_paths(const fips_search *search);
 FIPS_API int fips_attend(const fips_attention *attention);
 // Fill `y`, on the calling thread; FIPS_UNSUPPORTED where there are no registers of 256 bits.
 FIPS_API int fips_normalise(const fips_norm *norm);
+// Elements of the room that a block needs, or a fips_status.
+FIPS_API int64_t fips_block_room(const fips_block *block);
+// Fill `y` and the place of the token in `keys` and `values`; FIPS_UNSUPPORTED where there are no registers of 256 bits.
+FIPS_API int fips_run_block(const fips_block *block);
 // Fill `row_start`, `length` = rows long (null and 0 for full and N:M); returns the number of kept entries, which is
 // `num_values` unless the pattern is damaged, or a fips_status.
 FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);

@@ -1,0 +1,126 @@
+// One block of a decoder for one token of every example: its matrices, norms and attention one after the other.
+#include <cstring>
+
+#include "checks.h"
+#include "paths.h"
+
+namespace {
+
+#if defined(FIPS_HAVE_256)
+
+int64_t outputs_of(const fips_block &b, int matrix) { return b.calls[matrix]->y_columns; }
+
+// Products of one x with several matrices of the block that follow each other.
+template <int COUNT> int multiply(const fips_block &b, int first, const void *x, void *const (&ys)[COUNT]) {
+  return fips_multiply_together(b.matrices + first, b.calls + first, COUNT, x, ys);
+}
+
+// `length` elements, normed in rows as long as the weights.
+int normalise(const fips_block &b, int which, const void *x, void *y, int64_t length) {
+  const int64_t size = b.norm_lengths[which];
+  const fips_norm norm = {x, b.norms[which], y, length, size, size, b.eps[which], b.norm_kinds[which], b.type, b.isa};
+  return fips_normalise(&norm);
+}
+
+// Heads of the new token put behind those of the tokens before.
+void append(const uint16_t *heads, const fips_block &b, void *cache, const int64_t (&strides)[3]) {
+  for (int64_t e = 0; e < b.examples; ++e)
+    for (int64_t h = 0; h < b.key_heads; ++h, heads += b.size)
+      std::memcpy(static_cast<uint16_t *>(cache) + e * strides[0] + h * strides[1] + b.before * strides[2], heads,
+                  size_t(b.size) * 2);
+}
+
+int attend(const fips_block &b, const void *queries, void *y) {
+  const int64_t numbers = b.examples * b.heads * b.size;
+  fips_attention a = {};
+  a.queries = queries, a.keys = b.keys, a.values = b.values, a.y = y;
+  a.queries_length = a.y_length = numbers, a.keys_length = b.keys_length, a.values_length = b.values_length;
+  a.examples = b.examples, a.heads = b.heads, a.key_heads = b.key_heads, a.length = b.before + 1, a.size = b.size;
+  std::memcpy(a.key_strides, b.key_strides, sizeof a.key_strides);
+  std::memcpy(a.value_strides, b.value_strides, sizeof a.value_strides);
+  a.scale = b.scale, a.type = b.type, a.threads = b.threads, a.isa = b.isa;
+  return fips_attend(&a);
+}
+
+// Parts of the room, one behind the other.
+struct Room {
+  uint16_t *next;
+  uint16_t *take(int64_t elements) {
+    uint16_t *const part = next;
+    next += elements;
+    return part;
+  }
+};
+
+int attention_part(const fips_block &b, Room room, const void *normed, void *out) {
+  const int64_t queries = b.heads * b.size, keys = b.key_heads * b.size;
+  uint16_t *q = room.take(b.examples * queries), *k = room.take(b.examples * keys), *v = room.take(b.examples * keys);
+  uint16_t *attended = room.take(b.examples * queries);
+  if (const int status = multiply<3>(b, FIPS_QUERIES, normed, {q, k, v})) return status;
+  if (b.norms[FIPS_NORM_QUERIES])
+    if (const int status = normalise(b, FIPS_NORM_QUERIES, q, q, b.examples * queries)) return status;
+  if (b.norms[FIPS_NORM_KEYS])
+    if (const int status = normalise(b, FIPS_NORM_KEYS, k, k, b.examples * keys)) return status;
+  for (int64_t e = 0; e < b.examples; ++e) {
+    const auto *cosines = static_cast<const uint16_t *>(b.cosines) + e * b.angles_stride;
+    const auto *sines = static_cast<const uint16_t *>(b.sines) + e * b.angles_stride;
+    fips_turn_256(q + e * queries, b.heads, b.size, cosines, sines, b.type);
+    fips_turn_256(k + e * keys, b.key_heads, b.size, cosines, sines, b.type);
+  }
+  append(k, b, b.keys, b.key_strides);
+  append(v, b, b.values, b.value_strides);
+  if (const int status = attend(b, q, attended)) return status;
+  return multiply<1>(b, FIPS_OUT, attended, {out});
+}
+
+int mlp_part(const fips_block &b, Room room, const void *normed, void *out) {
+  const int64_t numbers = b.examples * outputs_of(b, FIPS_GATE);
+  uint16_t *gate = room.take(numbers), *up = room.take(numbers);
+  if (const int status = multiply<2>(b, FIPS_GATE, normed, {gate, up})) return status;
+  fips_gate_256(gate, up, numbers, b.activation, b.type, b.threads);
+  return multiply<1>(b, FIPS_DOWN, gate, {out});
+}
+
+int run(const fips_block &b) {
+  Room room = {static_cast<uint16_t *>(b.room)};
+  uint16_t *normed = room.take(b.length), *out = room.take(b.length);
+  int status = normalise(b, FIPS_NORM_INPUT, b.x, normed, b.length);
+  if (!status) status = attention_part(b, room, normed, out);
+  if (status) return status;
+  fips_add_256(b.x, out, b.y, b.length, b.type);
+  status = normalise(b, FIPS_NORM_MLP, b.y, normed, b.length);
+  if (!status) status = mlp_part(b, room, normed, out);
+  if (status) return status;
+  fips_add_256(b.y, out, b.y, b.length, b.type);
+  return 0;
+}
+
+#endif
+
+} // namespace
+
+extern "C" {
+
+int64_t fips_block_room(const fips_block *block) {
+  if (!block) return FIPS_INVALID;
+  const int status = fips_check_block(*block);
+  if (status) return status;
+  const fips_block &b = *block;
+  const int64_t attention = 2 * b.examples * (b.heads + b.key_heads) * b.size;
+  const int64_t mlp = 2 * b.examples * b.calls[FIPS_GATE]->y_columns;
+  return 2 * b.length + (attention > mlp ? attention : mlp);
+}
+
+int fips_run_block(const fips_block *block) {
+  const int64_t needed = fips_block_room(block);
+  if (needed < 0) return int(needed);
+  if (!block->x || !block->y || !block->room || block->room_length < needed) return FIPS_INVALID;
+#if defined(FIPS_HAVE_256)
+  int level = block->isa;
+  while (!(fips_isas() >> level & 1)) --level;
+  if (level >= FIPS_VECTORS_256) return run(*block);
+#endif
+  return FIPS_UNSUPPORTED;
+}
+
+} // extern "C"
