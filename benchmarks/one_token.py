@@ -87,7 +87,9 @@ def tokens(path: Path) -> list[dict[str, Any]]:
     rows = []
     for length in PROMPTS:
         prompt = torch.arange(300, 300 + length)[None]
-        outs = {way: model(prompt, use_cache=True, logits_to_keep=1) for way in ("torch", "attention", "norms", "blocks")}
+        outs = {
+            way: model(prompt, use_cache=True, logits_to_keep=1) for way in ("torch", "attention", "norms", "blocks")
+        }
         found: dict[str, list[float]] = {way: [] for way in outs}
         for turn in range(TOKENS):
             for way in found if turn % 2 else reversed(found):

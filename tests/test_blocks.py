@@ -128,6 +128,22 @@ def test_a_block_gives_what_its_modules_give(family: str, examples: int, calls: 
         assert_alike(mine.values, theirs.values)
 
 
+def test_inference_mode_and_texts_of_one_token(model: Any, calls: list[int]) -> None:
+    one = text(length=1)
+    for _ in range(2 * TRIES):
+        with torch.no_grad():
+            model(one, past_key_values=DynamicCache(config=model.config))
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            warm(model)
+            calls.clear()
+            cache = model(text()).past_key_values
+            found = model(one, past_key_values=cache).logits
+            assert len(calls) == LAYERS
+            with by_modules(model):
+                assert_alike(found, model(one, past_key_values=model(text()).past_key_values).logits)
+
+
 def test_half_precision_too(calls: list[int]) -> None:
     model = packed(dtype=torch.float16)
     warm(model)
@@ -197,6 +213,20 @@ def test_hooks_of_every_module_are_called(model: Any, calls: list[int]) -> None:
     assert calls == []
     generate(model, tokens=4)
     assert len(calls) == 3 * LAYERS
+
+
+def test_a_module_with_a_forward_of_its_own_is_called(model: Any, calls: list[int]) -> None:
+    heard: list[int] = []
+    for layer in model.model.layers[:2]:
+        own = layer.mlp.up_proj.forward
+        layer.mlp.up_proj.forward = lambda x, own=own: heard.append(1) or own(x)
+    for _ in range(TRIES):
+        warm(model)
+    heard.clear()
+    calls.clear()
+    generate(model)
+    assert len(heard) == 8 * 2
+    assert len(calls) == 7 * (LAYERS - 2)
 
 
 def test_what_the_model_is_asked_to_record_is_there(model: Any) -> None:

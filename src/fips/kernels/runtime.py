@@ -125,7 +125,7 @@ class LayerRuntime:
         """
         held = self._held
         call = held.repeats.get(shape) if held.is_of(parts) else None
-        if call is None or held.product is None or held.product.basis is not None or held.inference:
+        if call is None or held.product is None or held.product.basis is not None:
             return None
         return call, [(vars(self), "_held"), (held.repeats, shape)]
 

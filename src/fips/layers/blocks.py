@@ -118,6 +118,11 @@ class _Parts(NamedTuple):
         norms = [one for one in self.norms if one is not None]
         return [*self.homes.values(), *self.linear, *norms, self.activation]
 
+    def begins(self, cache: DynamicCache) -> bool:
+        """Whether the cache is that of a text that begins."""
+        layer = vars(self.homes["self_attn"]).get("layer_idx")
+        return type(layer) is int and cache.get_seq_length(layer) == 0
+
     def hooks(self) -> tuple[Mapping[int, object], ...]:
         return tuple(hooks for one in self.modules() for hooks in (one._forward_pre_hooks, one._forward_hooks))
 
@@ -157,7 +162,10 @@ class _Quick:
 
     def output(self, block: nn.Module, x: Any, options: Mapping[str, Any]) -> Tensor | None:
         """What the block gives; None where its modules have to be asked."""
-        if self._tries >= TRIES or type(x) is not Tensor or x.dim() != 3 or x.shape[1] != 1:
+        if type(x) is not Tensor or not x.is_cpu:
+            self._calls.clear()  # a model on another device does not keep what it was on this one
+            return None
+        if self._tries >= TRIES or x.dim() != 3 or x.shape[1] != 1:
             return None
         given = _Given.of(options)
         if given is None or not _suits(x, given.angles):
@@ -175,8 +183,8 @@ class _Quick:
 
     def _try(self, block: nn.Module, x: Tensor, options: Mapping[str, Any], given: _Given) -> None:
         parts = _Parts.of(block)
-        if parts is not None and _are_watched(parts.hooks()):
-            return
+        if parts is not None and (_are_watched(parts.hooks()) or parts.begins(given.cache)):
+            return  # another time
         call = None if parts is None else _Call.of(parts, x)
         if call is None or not call.agrees(block, x, options, given):
             self._tries += 1
@@ -235,6 +243,8 @@ class _Call:
         attention = vars(parts.homes["self_attn"])
         size, scale, layer = (attention.get(name) for name in ("head_dim", "scaling", "layer_idx"))
         if type(size) is not int or type(scale) is not float or type(layer) is not int or "config" not in attention:
+            return None
+        if any("forward" in vars(one) for one in parts.modules()):  # somebody waits for their calls
             return None
         activation = activation_of(parts.activation, x.dtype)
         norms = [None if one is None else known_norm(one) for one in parts.norms]
