@@ -588,7 +588,8 @@ def test_what_others_put_into_a_work_directory_stays(tmp_path: Path) -> None:
     assert [path.name for path in work.iterdir()] == ["thesis.txt"]
     with kept_work(tmp_path / "other", tmp_path / "model", first=True, keep=False):
         WorkDirectory(tmp_path / "other", {}).put("x", {"t": torch.arange(3)}, {})
-        (tmp_path / "other" / ".y.safetensors.123").write_text("of a process that was killed")
+        for name in (".y.safetensors.123", ".seconds.txt.123", ".run.json.123"):
+            (tmp_path / "other" / name).write_text("of a process that was killed")
     assert not (tmp_path / "other").exists()
 
 

@@ -196,7 +196,8 @@ def kept_work(path: Path, output: Path, *, first: bool, keep: bool) -> Iterator[
 
 def _remove(path: Path) -> None:
     """Take away what a work directory wrote, and the directory where nothing else is in it."""
-    pieces = [*path.glob(f"*{SUFFIX}"), *path.glob(f".*{SUFFIX}.*")]  # the latter of processes that were killed
+    half_written = (f".*{SUFFIX}.*", f".{SECONDS}.*", f".{RUN}.*")  # of processes that were killed, see `_write`
+    pieces = [one for pattern in (f"*{SUFFIX}", *half_written) for one in path.glob(pattern)]
     with suppress(OSError):
         for one in (*pieces, *(path / name for name in (LOG, SECONDS, RUN))):
             one.unlink(missing_ok=True)
