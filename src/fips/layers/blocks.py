@@ -37,7 +37,6 @@ SAME = 0.9
 """Share of the numbers that have to be the same bits in both ways; where something else is computed, few are."""
 SCALES = 1e-1, 1e-2, 1e-3
 """Sizes of the random input, of which the first is taken whose output it hardly counts in."""
-MOST_EXAMPLES = 64
 TRIES = 3
 """Times that a block could not be made into one call after which it is not looked at again."""
 HARMLESS = frozenset({"position_ids", "cache_position", "use_cache"})
@@ -189,8 +188,6 @@ class _Quick:
         if call is None or not call.agrees(block, x, options, given):
             self._tries += 1
             return
-        if len(self._calls) >= Repeat.MOST:
-            self._calls.clear()
         self._calls[x.shape] = call
         self._tries = 0
 
@@ -202,7 +199,7 @@ def _suits(x: Tensor, angles: tuple[Tensor, Tensor]) -> bool:
         cpu.reads(x, cosines, sines)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and 0 < x.shape[0] <= MOST_EXAMPLES
+        and 0 < x.shape[0] <= Repeat.MOST
         and x.is_contiguous()
         and cosines.dim() == 3
         and cosines.shape[0] in (1, x.shape[0])

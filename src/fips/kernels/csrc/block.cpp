@@ -8,8 +8,6 @@ namespace {
 
 #if defined(FIPS_HAVE_256)
 
-int64_t outputs_of(const fips_block &b, int matrix) { return b.calls[matrix]->y_columns; }
-
 // Products of one x with several matrices of the block that follow each other.
 template <int COUNT> int multiply(const fips_block &b, int first, const void *x, void *const (&ys)[COUNT]) {
   return fips_multiply_together(b.matrices + first, b.calls + first, COUNT, x, ys);
@@ -74,7 +72,7 @@ int attention_part(const fips_block &b, Room room, const void *normed, void *out
 }
 
 int mlp_part(const fips_block &b, Room room, const void *normed, void *out) {
-  const int64_t numbers = b.examples * outputs_of(b, FIPS_GATE);
+  const int64_t numbers = b.examples * b.calls[FIPS_GATE]->y_columns;
   uint16_t *gate = room.take(numbers), *up = room.take(numbers);
   if (const int status = multiply<2>(b, FIPS_GATE, normed, {gate, up})) return status;
   fips_gate_256(gate, up, numbers, b.activation, b.type, b.threads);
@@ -97,28 +95,23 @@ int run(const fips_block &b) {
 
 #endif
 
-} // namespace
-
-extern "C" {
-
-int64_t fips_block_room(const fips_block *block) {
-  if (!block) return FIPS_INVALID;
-  const int status = fips_check_block(*block);
-  if (status) return status;
-  const fips_block &b = *block;
+// Elements that are made in between: what is normed and what goes back, beside the heads or the hidden numbers.
+int64_t room_of(const fips_block &b) {
   const int64_t attention = 2 * b.examples * (b.heads + b.key_heads) * b.size;
   const int64_t mlp = 2 * b.examples * b.calls[FIPS_GATE]->y_columns;
   return 2 * b.length + (attention > mlp ? attention : mlp);
 }
 
+} // namespace
+
+extern "C" {
+
 int fips_run_block(const fips_block *block) {
-  const int64_t needed = fips_block_room(block);
-  if (needed < 0) return int(needed);
-  if (!block->x || !block->y || !block->room || block->room_length < needed) return FIPS_INVALID;
+  if (!block) return FIPS_INVALID;
+  if (const int status = fips_check_block(*block)) return status;
+  if (!block->x || !block->y || !block->room || block->room_length < room_of(*block)) return FIPS_INVALID;
 #if defined(FIPS_HAVE_256)
-  int level = block->isa;
-  while (!(fips_isas() >> level & 1)) --level;
-  if (level >= FIPS_VECTORS_256) return run(*block);
+  if (best_level(block->isa) >= FIPS_VECTORS_256) return run(*block);
 #endif
   return FIPS_UNSUPPORTED;
 }

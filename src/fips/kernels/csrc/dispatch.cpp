@@ -273,13 +273,6 @@ int check_product(const fips_matrix &a, const fips_call &c) {
   return status;
 }
 
-// The best instruction set of the machine that is no better than the one of a call.
-int best_level(int64_t isa) {
-  int level = int(isa);
-  while (!(fips_isas() >> level & 1)) --level;
-  return level;
-}
-
 // No exception leaves the library.
 template <class Body> int caught(Body &&body) {
   try {

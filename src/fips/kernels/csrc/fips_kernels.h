@@ -156,7 +156,8 @@ enum fips_activation { FIPS_SILU = 0, FIPS_GELU_TANH = 1 };
 typedef struct {
   const void *x;                // examples by width, `length` elements
   void *y;                      // as x
-  void *room;                   // what is made in between, `room_length` elements: fips_block_room
+  void *room;                   // what is made in between, `room_length` elements: twice `length` and, of every
+                                // example, twice the heads of both kinds or the hidden numbers, whatever are more
   int64_t length, room_length;
   const fips_matrix *const *matrices; // as many as FIPS_BLOCK_MATRICES, each
   const fips_call *const *calls;      // with a call for such inputs, whose x and y do not count
@@ -204,8 +205,6 @@ FIPS_API int fips_search_paths(const fips_search *search);
 FIPS_API int fips_attend(const fips_attention *attention);
 // Fill `y`, on the calling thread; FIPS_UNSUPPORTED where there are no registers of 256 bits.
 FIPS_API int fips_normalise(const fips_norm *norm);
-// Elements of the room that a block needs, or a fips_status.
-FIPS_API int64_t fips_block_room(const fips_block *block);
 // Fill `y` and the place of the token in `keys` and `values`; FIPS_UNSUPPORTED where there are no registers of 256 bits.
 FIPS_API int fips_run_block(const fips_block *block);
 // Fill `row_start`, `length` = rows long (null and 0 for full and N:M); returns the number of kept entries, which is

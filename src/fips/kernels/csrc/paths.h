@@ -2,6 +2,13 @@
 #pragma once
 #include "fips_kernels.h"
 
+// The best instruction set of the machine that is no better than the one of a call.
+inline int best_level(int64_t isa) {
+  int level = int(isa);
+  while (!(fips_isas() >> level & 1)) --level;
+  return level;
+}
+
 bool fips_portable(const fips_matrix &matrix, const fips_call &call);
 bool fips_256(const fips_matrix &matrix, const fips_call &call);
 bool fips_tiles_256(const fips_matrix &matrix, const fips_call &call);
