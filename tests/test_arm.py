@@ -30,11 +30,12 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     build = tmp_path_factory.mktemp("arm")
     source = ROOT / "src/fips/kernels/csrc"
     common = ["-std=c++17", "-O1", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-DFIPS_HAVE_256"]
+    vectors = ["-march=armv8.2-a+dotprod"]
     parts = []
     for name, flags in (
         ("block", []), ("dispatch", []), ("checks", []), ("exact", []), ("portable", []), ("scratch", []),
-        *((f"{name}256", ["-march=armv8.2-a+dotprod"]) for name in ("vectors", "attention", "norms", "block")),
-        ("vectors256_tiles", ["-march=armv8.2-a+dotprod"]),
+        *((f"{name}256", vectors) for name in ("vectors", "attention", "norms", "block", "search")),
+        ("vectors256_tiles", vectors),
     ):  # fmt: skip
         parts.append(build / f"{name}.o")
         subprocess.run([COMPILER, *common, *flags, "-c", source / f"{name}.cpp", "-o", parts[-1]], check=True)

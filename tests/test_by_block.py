@@ -339,6 +339,16 @@ def test_feedback_is_that_of_single_columns_in_double_precision(pruned: bool, co
     assert mask_NK is None if not pruned else torch.equal(mask_NK, mask_JN.T)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("columns", [1, 2, 127, 128, 129, 300])
+def test_the_inverse_root_is_upper_and_its_square_the_inverse(columns: int) -> None:
+    _, moment_KK = problem(columns=columns)
+    damped_KK = moment_KK.double() + 0.01 * moment_KK.diagonal().mean() * torch.eye(columns)
+    upper_KK = inverse_root(moment_KK, 0.01)
+    assert torch.equal(upper_KK, upper_KK.triu())
+    assert (upper_KK.diagonal() > 0).all()
+    assert (upper_KK.double().T @ upper_KK.double() @ damped_KK - torch.eye(columns)).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("worst", [-3.0, -500.0])
 def test_a_moment_of_rounding_errors_is_damped_until_it_is_one(worst: float) -> None:
     """Negative directions far beyond the mean: what comes out has no correlations worth the name, and no error."""

@@ -112,6 +112,23 @@ def test_the_compiled_search_finds_as_good_a_way(name: str, rows: int) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("name", ["tc2", "tc3", "tc4"])
+@pytest.mark.parametrize("columns", [1, 5])
+def test_every_instruction_set_finds_the_same_way(
+    name: str, columns: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several runs of rows are searched side by side, as many as the registers hold; some are shorter or missing."""
+    values = code(name)
+    wanted_JN, weight_JN = normal(columns, 2 * RUN + 40) * values.deviation, normal(columns, 2 * RUN + 40, seed=1).exp()
+    monkeypatch.setattr(cpu, "_best", cpu.ISAS.index("portable"))
+    expected = cpu.search_paths(values, wanted_JN, weight_JN)
+    monkeypatch.setattr(cpu, "_best", cpu.ISAS.index(isa))
+    for found, want in zip(cpu.search_paths(values, wanted_JN, weight_JN), expected, strict=True):
+        assert torch.equal(found, want)
+
+
+@needs_library
 def test_a_search_with_arguments_that_do_not_fit_is_refused() -> None:
     wanted_JN = normal(2, 8)
     with pytest.raises(BackendError, match="does not search codes of nl4"):

@@ -200,6 +200,7 @@ inline I add_epi8(I a, I b) { return zip<uint8_t>(a, b, [](uint8_t x, uint8_t y)
 inline I sub_epi8(I a, I b) { return zip<uint8_t>(a, b, [](uint8_t x, uint8_t y) { return x - y; }); }
 inline I add_epi16(I a, I b) { return zip<uint16_t>(a, b, [](uint16_t x, uint16_t y) { return x + y; }); }
 inline I add_epi32(I a, I b) { return zip<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x + y; }); }
+inline I min_epi32(I a, I b) { return zip<int32_t>(a, b, [](int32_t x, int32_t y) { return x < y ? x : y; }); }
 inline I sub_epi32(I a, I b) { return zip<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x - y; }); }
 inline I and_si512(I a, I b) { return a & b; }
 inline I or_si512(I a, I b) { return a | b; }
@@ -528,6 +529,8 @@ inline __m256 dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return dot_brains(
 #define _mm512_maskz_mov_epi16 emulated::mm::maskz_mov_epi16
 #undef _mm512_max_ps
 #define _mm512_max_ps emulated::mm::max_ps
+#undef _mm512_min_epi32
+#define _mm512_min_epi32 emulated::mm::min_epi32
 #undef _mm512_min_ps
 #define _mm512_min_ps emulated::mm::min_ps
 #undef _mm512_mul_ps

@@ -28,6 +28,8 @@ __all__ = ["Chooser", "Rounding", "diagonal", "inverse_root", "with_feedback"]
 
 RUN, SHORT = 128, 16
 """Columns whose errors are spread together over all behind them, and over those of their own run."""
+LEAF = 128
+"""Columns of a triangular matrix that is inverted as one."""
 MOST_DAMPING = 1e9
 Chooser = Callable[[Tensor, int], Tensor]
 """``(costs_JN, start)``: the entries of the run of columns from ``start`` to keep, given what removing each costs."""
@@ -48,29 +50,46 @@ class Rounding:
 
 
 def inverse_root(moment_KK: Tensor, damping: float) -> Tensor:
-    """U for the moment plus ``damping`` times its mean diagonal; on failure damping grows tenfold until it succeeds.
+    r"""U for the moment plus ``damping`` times its mean diagonal; on failure damping grows tenfold until it succeeds.
 
     Of a moment given as its diagonal (K,), the diagonal of U. Inputs that hardly vary about their mean have a moment
     that is all rounding errors, with negative directions as large as the positive ones: the damping then ends far above
     1, where no column makes up for another, as without data. Raises ``LinAlgError`` for what is not finite.
+
+    With rows and columns in reverse, the lower factor of Cholesky is an upper one R of :math:`H = R R^\top`, and U its
+    inverse: H itself is never inverted.
     """
     if moment_KK.dim() == 1:
         tiny = torch.finfo(moment_KK.dtype).tiny
         return (moment_KK + damping * moment_KK.mean()).clamp_min(tiny).rsqrt()
     mean = moment_KK.diagonal().mean().clamp_min(torch.finfo(moment_KK.dtype).tiny)
     while True:
-        work_KK = moment_KK.clone()  # one name for what follows: each is dropped when the next is there
+        work_KK = moment_KK.flip(0, 1)  # one name for what follows: each is dropped when the next is there
         work_KK.diagonal().add_(damping * mean)
         work_KK, failed = torch.linalg.cholesky_ex(work_KK)
         if not failed:
-            work_KK = torch.cholesky_inverse(work_KK)
-            work_KK, failed = torch.linalg.cholesky_ex(work_KK, upper=True)
-            if not failed:
+            work_KK = work_KK.flip(0, 1)
+            _invert_upper(work_KK)
+            if bool(work_KK.isfinite().all()):
                 upper_KK: Tensor = work_KK
                 return upper_KK
         if not bool(moment_KK.isfinite().all()) or not damping <= MOST_DAMPING:  # or NaN
             raise torch.linalg.LinAlgError("the metric of a layer is not finite")  # type: ignore[attr-defined]
         damping = max(10 * damping, 1e-6)
+
+
+def _invert_upper(upper_KK: Tensor) -> None:
+    """Invert an upper triangular matrix in place, halves of halves, so that nearly all of the work is in products."""
+    size = len(upper_KK)
+    if size <= LEAF:
+        eye_KK = torch.eye(size, dtype=upper_KK.dtype, device=upper_KK.device)
+        upper_KK.copy_(torch.linalg.solve_triangular(upper_KK, eye_KK, upper=True))
+        return
+    half = size // 2
+    first, last = upper_KK[:half, :half], upper_KK[half:, half:]
+    _invert_upper(first)
+    _invert_upper(last)
+    upper_KK[:half, half:] = -(first @ upper_KK[:half, half:]) @ last
 
 
 def diagonal(upper_KK: Tensor) -> Tensor:

@@ -668,6 +668,9 @@ int fips_search_paths(const fips_search *search) {
   if (status || !search->length) return status;
   const int level = best_level(search->isa);
   return guarded(int(search->threads), [&] {
+#if defined(FIPS_HAVE_AVX512)
+    if (level >= FIPS_AVX512) return fips_search_avx512(*search) ? 0 : FIPS_UNSUPPORTED;
+#endif
 #if defined(FIPS_HAVE_256)
     if (level >= FIPS_VECTORS_256) return fips_search_256(*search) ? 0 : FIPS_UNSUPPORTED;
 #endif

@@ -161,6 +161,9 @@ FIPS_INLINE __m256i _mm256_xor_si256(__m256i a, __m256i b) { return {veorq_s8(a.
 FIPS_INLINE __m256i _mm256_add_epi32(__m256i a, __m256i b) {
   return halves(a, b, [](int8x16_t x, int8x16_t y) { return bytes(vaddq_s32(integers(x), integers(y))); });
 }
+FIPS_INLINE __m256i _mm256_sub_epi32(__m256i a, __m256i b) {
+  return halves(a, b, [](int8x16_t x, int8x16_t y) { return bytes(vsubq_s32(integers(x), integers(y))); });
+}
 FIPS_INLINE __m256i _mm256_min_epi32(__m256i a, __m256i b) {
   return halves(a, b, [](int8x16_t x, int8x16_t y) { return bytes(vminq_s32(integers(x), integers(y))); });
 }

@@ -36,6 +36,7 @@ bool fips_columns_avx512(const fips_matrix &matrix, const fips_call &call);
 // Fill a search; false for codes that it does not know.
 bool fips_search_portable(const fips_search &search);
 bool fips_search_256(const fips_search &search);
+bool fips_search_avx512(const fips_search &search);
 
 void fips_normalise_256(const fips_norm &norm);
 void fips_attend_256(const fips_attention &attention);

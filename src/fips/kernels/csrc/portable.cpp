@@ -67,53 +67,52 @@ bool fips_columns_portable(const fips_matrix &a, const fips_call &c) { return co
 
 namespace {
 
-template <int C> struct PlainCodes {
+template <int C> struct PlainLanes {
+  static constexpr int lanes = C;
   int32_t lane[C];
-  static PlainCodes all(int32_t value) {
-    PlainCodes v;
-    for (int i = 0; i < C; ++i) v.lane[i] = value;
+  template <class Body> static PlainLanes each(Body &&body) {
+    PlainLanes v;
+    for (int i = 0; i < C; ++i) v.lane[i] = body(i);
     return v;
   }
-  static PlainCodes load(const int32_t *from) {
-    PlainCodes v;
-    for (int i = 0; i < C; ++i) v.lane[i] = from[i];
+  static PlainLanes all(int32_t value) {
+    return each([=](int) { return value; });
+  }
+  template <int COUNT> static PlainLanes spread(const int32_t *from) {
+    return each([=](int i) { return from[i % COUNT]; });
+  }
+  static PlainLanes load(const void *from) {
+    PlainLanes v;
+    std::memcpy(v.lane, from, sizeof(v.lane));
     return v;
   }
+  void store(void *to) const { std::memcpy(to, lane, sizeof(lane)); }
   // Number i ^ `places` at i.
-  static void exchange(const int32_t *from, int places, int32_t *to) {
-    for (int i = 0; i < C; ++i) to[i] = from[i ^ places];
+  PlainLanes exchanged(int places) const {
+    return each([&](int i) { return lane[i ^ places]; });
   }
-  void store(int32_t *to) const {
-    for (int i = 0; i < C; ++i) to[i] = lane[i];
+  PlainLanes plus(const PlainLanes &other) const {
+    return each([&](int i) { return lane[i] + other.lane[i]; });
   }
-  PlainCodes plus(int32_t value) const {
-    PlainCodes v;
-    for (int i = 0; i < C; ++i) v.lane[i] = lane[i] + value;
-    return v;
+  PlainLanes minus(const PlainLanes &other) const {
+    return each([&](int i) { return lane[i] - other.lane[i]; });
   }
-  PlainCodes least(const PlainCodes &other) const {
-    PlainCodes v;
-    for (int i = 0; i < C; ++i) v.lane[i] = lane[i] < other.lane[i] ? lane[i] : other.lane[i];
-    return v;
+  PlainLanes least(const PlainLanes &other) const {
+    return each([&](int i) { return lane[i] < other.lane[i] ? lane[i] : other.lane[i]; });
   }
-  PlainCodes high_bits() const {
-    PlainCodes v;
-    for (int i = 0; i < C; ++i) v.lane[i] = lane[i] & ~15;
-    return v;
+  PlainLanes high_bits() const {
+    return each([&](int i) { return lane[i] & ~15; });
   }
   void low_bits(uint8_t *to) const {
     for (int i = 0; i < C; ++i) to[i] = uint8_t(lane[i] & 15);
-  }
-  int32_t smallest() const {
-    int32_t found = lane[0];
-    for (int i = 1; i < C; ++i) found = lane[i] < found ? lane[i] : found;
-    return found;
   }
 };
 
 } // namespace
 
-bool fips_search_portable(const fips_search &search) { return search_paths<PlainCodes>(search); }
+bool fips_search_portable(const fips_search &search) {
+  return search_paths<PlainLanes<4>, PlainLanes<8>, PlainLanes<16>>(search);
+}
 
 void fips_recall_portable(const fips_matrix &a, int threads, int8_t *wide) {
   const int mask = (1 << a.value_bits) - 1;

@@ -8,7 +8,6 @@
 #include "rotate256.h"
 #include "sparse_tokens.h"
 #include "trellis256.h"
-#include "trellis_search.h"
 
 namespace {
 
@@ -96,67 +95,6 @@ void fips_widen_256(const uint8_t *stream, int64_t bytes, int bits, int64_t firs
   }
   if (i < count) fips_widen_portable(stream, bytes, bits, first + i, count - i, to + i);
 }
-
-namespace {
-
-// Integers of 32 bits: 16 in two registers, 8 in one, 4 in half of one.
-template <int C> struct Codes256 {
-  static constexpr int parts = C == 16 ? 2 : 1;
-  __m256i part[parts];
-  static __m256i read(const int32_t *from) {
-    if constexpr (C == 4) return _mm256_castsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(from)));
-    else return _mm256_load_si256(reinterpret_cast<const __m256i *>(from));
-  }
-  template <class Body> FIPS_INLINE static Codes256 each(Body &&body) {
-    Codes256 v;
-    for (int i = 0; i < parts; ++i) v.part[i] = body(i);
-    return v;
-  }
-  FIPS_INLINE static Codes256 all(int32_t value) {
-    return each([=](int) { return _mm256_set1_epi32(value); });
-  }
-  FIPS_INLINE static Codes256 load(const int32_t *from) {
-    return each([=](int i) { return read(from + 8 * i); });
-  }
-  FIPS_INLINE void store(int32_t *to) const {
-    if constexpr (C == 4) return _mm_store_si128(reinterpret_cast<__m128i *>(to), _mm256_castsi256_si128(part[0]));
-    for (int i = 0; i < parts; ++i) _mm256_store_si256(reinterpret_cast<__m256i *>(to + 8 * i), part[i]);
-  }
-  FIPS_INLINE static void exchange(const int32_t *from, int places, int32_t *to) {
-    const __m256i order = _mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(places & 7));
-    const Codes256 v = load(from);
-    each([&](int i) { return _mm256_permutevar8x32_epi32(v.part[i ^ (places >> 3)], order); }).store(to);
-  }
-  FIPS_INLINE Codes256 plus(int32_t value) const {
-    return each([&](int i) { return _mm256_add_epi32(part[i], _mm256_set1_epi32(value)); });
-  }
-  FIPS_INLINE Codes256 least(const Codes256 &other) const {
-    return each([&](int i) { return _mm256_min_epi32(part[i], other.part[i]); });
-  }
-  FIPS_INLINE Codes256 high_bits() const {
-    return each([&](int i) { return _mm256_and_si256(part[i], _mm256_set1_epi32(~15)); });
-  }
-  FIPS_INLINE void low_bits(uint8_t *to) const {
-    const __m256i mask = _mm256_set1_epi32(15), zero = _mm256_setzero_si256();
-    const __m256i one = _mm256_and_si256(part[0], mask), two = parts == 2 ? _mm256_and_si256(part[parts - 1], mask) : zero;
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(one, two), 0xD8);
-    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(words, zero), 0xD8);
-    alignas(32) uint8_t all[32];
-    _mm256_store_si256(reinterpret_cast<__m256i *>(all), bytes);
-    std::memcpy(to, all, C);
-  }
-  FIPS_INLINE int32_t smallest() const {
-    alignas(32) int32_t lanes[8 * parts];
-    int32_t found = INT32_MAX;
-    for (int i = 0; i < parts; ++i) _mm256_store_si256(reinterpret_cast<__m256i *>(lanes + 8 * i), part[i]);
-    for (int i = 0; i < C; ++i) found = lanes[i] < found ? lanes[i] : found;
-    return found;
-  }
-};
-
-} // namespace
-
-bool fips_search_256(const fips_search &search) { return search_paths<Codes256>(search); }
 
 namespace {
 
