@@ -1,12 +1,14 @@
-"""Whole small models as users have them: `fips compress --layers all`, then `fips bench` beside the original.
+"""Whole small models as users have them: `fips compress --layers all`, then `fips bench` beside the original and GPTQ.
 
     python benchmarks/model_speed.py --models ../shared/models --data ../shared/data \
-        --real-models ~/.cache/real-models --names demo --sizes 51% 35% 27% 21% \
+        --real-models ~/.cache/real-models --names demo --sizes 51% 35% 27% 21% --work /tmp/models \
         --out benchmarks/results/model-speed.json
 
-Speed does not hang on how well weights were chosen, so few examples are calibrated on, by `--effort fast`. Both sides
-compute in the type of the original; `fips bench` runs them in turn in one process. Nothing else should run. The file
-is written after every model, and a later call goes on where it ended.
+GPTQ is `--method gptq`: integers, every matrix in the same bits, of the size asked for or the next smaller one that
+they can have; it is left out where they can have none. Speed does not hang on how well weights were chosen, so few
+examples are calibrated on, by `--effort fast`. All sides compute in the type of the original; `fips bench` runs them in turn in one process. Nothing else should
+run meanwhile; compressing can be done before (`--only-compress`), as what is in `--work` stays there. The file is
+written after every model, and a later call goes on where it ended.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from paper_recipe import fips
 from fips.demo import MODEL_DIRECTORY
 from fips.record import environment
 
-CALIBRATION = ["--num-samples", "32", "--batch-size", "8", "--effort", "fast", "--layers", "all"]
+CALIBRATION = ["--num-samples", "32", "--batch-size", "8", "--layers", "all"]
+SIDES = {"compressed": ["--effort", "fast"], "gptq": ["--method", "gptq"]}
 IMAGES = ["--batch", "1", "--batch", "32"]
 TEXTS = ["--prompt", "32", "--prompt", "256", "--batch", "1"]
 
@@ -43,6 +45,30 @@ def jobs(args: argparse.Namespace) -> dict[str, tuple[Path, Path, list[str]]]:
     }
 
 
+def timed(places: dict[str, str], options: list[str], rounds: int) -> dict[str, Any]:
+    """What `fips bench` finds in several processes, by sides."""
+    others = {path: side for side, path in places.items() if side != "compressed"}
+    against = [part for path in others for part in ("--against", path)]
+    found = [fips("bench", places["compressed"], *against, *options) for _ in range(rounds)]
+
+    def sides(by_path: dict[str, Any]) -> dict[str, Any]:
+        return {others.get(path, path): value for path, value in by_path.items()}
+
+    def every(key: str) -> dict[str, list[Any]]:
+        return {side: [sides(one[key])[side] for one in found] for side in places}
+
+    cases: dict[str, dict[str, Any]] = {}
+    for case in found[0]["cases"]:
+        timings = [sides(one["cases"][case]) for one in found]
+        gains = [sides(timing["speedup"]) for timing in timings]
+        cases[case] = {"speedups": {side: [gain[side] for gain in gains] for side in others.values()}}
+        cases[case] |= {side: sorted(timing[side]["per_second"] for timing in timings) for side in places}
+    return {
+        "file_bytes": sides(found[0]["file_bytes"]), "cases": cases,
+        "peak_memory_bytes": every("peak_memory_bytes"), "first_answer": every("first_answer"),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True)
@@ -51,6 +77,8 @@ def main() -> None:
     parser.add_argument("--names", nargs="*")
     parser.add_argument("--sizes", nargs="+", default=["25%"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, required=True, help="where compressed models are kept")
+    parser.add_argument("--only-compress", action="store_true")
     parser.add_argument("--out", type=result_file, required=True)
     args = parser.parse_args()
     facts = {
@@ -65,38 +93,20 @@ def main() -> None:
         for size in args.sizes:
             if any((one["model"], one["size"]) == (name, size) for one in results):
                 continue
-            with tempfile.TemporaryDirectory() as scratch:
-                small = str(Path(scratch) / "small")
-                fips(
-                    "compress",
-                    str(model),
-                    "--data",
-                    str(data),
-                    *length,
-                    *CALIBRATION,
-                    "--size",
-                    size,
-                    "--output",
-                    small,
-                )
-                rounds = [fips("bench", small, "--against", str(model), *options) for _ in range(args.rounds)]
-            cases = {
-                case: {
-                    "speedups": [one["cases"][case]["speedup"] for one in rounds],
-                    **{
-                        side: sorted(one["cases"][case][side]["per_second"] for one in rounds)
-                        for side in ("dense", "compressed")
-                    },
-                }
-                for case in rounds[0]["cases"]
-            }
-            results.append({
-                "model": name, "size": size, "options": options, "file_bytes": rounds[0]["file_bytes"], "cases": cases,
-                **{
-                    key: {side: [one[key][side] for one in rounds] for side in ("dense", "compressed")}
-                    for key in ("peak_memory_bytes", "first_answer")
-                },
-            })  # fmt: skip
+            places = {"dense": str(model)}
+            for side, chosen in SIDES.items():
+                place = args.work / f"{name}-{size.rstrip('%')}-{side}"
+                source = ["compress", str(model), "--data", str(data), "--size", size, "--output", str(place)]
+                if not place.exists():
+                    try:
+                        fips(*source, *length, *CALIBRATION, *chosen)
+                    except SystemExit as failed:  # GPTQ has no size so small
+                        print(failed, file=sys.stderr)
+                        continue
+                places[side] = str(place)
+            if args.only_compress:
+                continue
+            results.append({"model": name, "size": size, "options": options, **timed(places, options, args.rounds)})
             print(json.dumps(results[-1])[:500], flush=True)
             args.out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
 

@@ -21,7 +21,7 @@ from fips.errors import BackendError
 from fips.kernels import block, cpu
 from fips.kernels.block import Block
 from fips.layers.blocks import MARK, TRIES, forget_blocks, quicken_blocks
-from fips.layers.cache import GrowingLayer
+from fips.layers.cache import Growing, GrowingLayer
 from fips.layers.linear import FactoredLinear
 
 pytestmark = pytest.mark.skipif(not cpu.vectors(), reason="no compiled library, or no kernel for this machine")
@@ -30,9 +30,13 @@ LAYERS = DECODER["num_hidden_layers"]
 OTHERS: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], **DECODER},
     "gemma": {"architectures": ["GemmaForCausalLM"], **DECODER, "head_dim": 8},
+    "exaone4": {
+        "architectures": ["Exaone4ForCausalLM"], **DECODER, "sliding_window": None,
+        "layer_types": ["full_attention"] * LAYERS,
+    },
     "granite": {"architectures": ["GraniteForCausalLM"], **DECODER, "residual_multiplier": 0.9},
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"], **DECODER, "no_rope_layers": [1, 0, 1]},
-}
+}  # fmt: skip
 
 
 def packed(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
@@ -107,7 +111,7 @@ def warm(model: Any, examples: int = 1) -> None:
     generate(model, examples, tokens=4)
 
 
-KNOWN = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
+KNOWN = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "exaone4"]
 
 
 @pytest.mark.parametrize("examples", [1, 3])
@@ -126,6 +130,54 @@ def test_a_block_gives_what_its_modules_give(family: str, examples: int, calls: 
         assert mine.get_seq_length() == theirs.get_seq_length() == 7 + 7
         assert_alike(mine.keys, theirs.keys)
         assert_alike(mine.values, theirs.values)
+
+
+@pytest.mark.parametrize("window", [5, 9, 12, 64])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_windows_slide_over_the_room_of_a_cache(
+    family: str, window: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the window is full, transformers gives a mask that hides nothing."""
+    monkeypatch.setattr(Growing, "LEAST", 3)
+    model = packed(family, sliding_window=window)
+    warm(model, 2)
+    calls.clear()
+    found = generate(model, 2, tokens=15)
+    assert calls == [2] * (14 * LAYERS)
+    with by_modules(model):
+        expected = generate(model, 2, tokens=15)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert_alike(logits(found), logits(expected))
+    kept = []
+    for mine, theirs in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert mine.get_seq_length() == theirs.get_seq_length() == 7 + 14
+        assert mine.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+        assert_alike(mine.keys, theirs.keys)
+        assert_alike(mine.values, theirs.values)
+        kept.append(mine.keys.shape[2])
+    assert min(kept) == min(21, window - 1)
+
+
+@pytest.mark.parametrize("window", [9, 64])
+def test_a_window_that_may_be_taken_back_is_left_to_transformers(window: int, calls: list[int]) -> None:
+    model = packed("mistral", sliding_window=window)
+    warm(model)
+    calls.clear()
+    found = generate(model, tokens=12, prompt_lookup_num_tokens=2)
+    assert calls == []
+    with by_modules(model):
+        assert torch.equal(found.sequences, generate(model, tokens=12, prompt_lookup_num_tokens=2).sequences)
+
+
+def test_a_block_is_one_call_again_when_padding_has_left_the_window(calls: list[int]) -> None:
+    model = packed("mistral", sliding_window=9)
+    warm(model)
+    calls.clear()
+    mask = (torch.arange(7) > 2).long().unsqueeze(0)
+    found = generate(model, tokens=12, attention_mask=mask)
+    assert len(calls) == (11 - 4) * LAYERS  # the last of three pads is 9 tokens back when the fifth is asked for
+    with by_modules(model):
+        assert_alike(logits(found), logits(generate(model, tokens=12, attention_mask=mask)))
 
 
 def test_inference_mode_and_texts_of_one_token(model: Any, calls: list[int]) -> None:
@@ -162,7 +214,7 @@ def test_activations_are_told_apart_and_their_ends_are_right() -> None:
     assert block.activation_of(nn.Embedding(3, 3), torch.float16) is None
 
 
-@pytest.mark.parametrize(("family", "made"), [("granite", 0), ("smollm3", 2), ("gemma3_text", 0), ("phi3", 0)])
+@pytest.mark.parametrize(("family", "made"), [("granite", 0), ("smollm3", 2), ("gemma2", 0), ("phi3", 0)])
 def test_a_block_that_computes_something_else_is_left_alone(family: str, made: int, calls: list[int]) -> None:
     model = packed(family)
     for _ in range(TRIES):
@@ -407,7 +459,7 @@ def test_beams_and_copies_of_a_cache(model: Any, calls: list[int]) -> None:
 def test_a_cache_grows_past_its_room_and_takes_several_tokens_between(
     model: Any, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(GrowingLayer, "LEAST", 3)
+    monkeypatch.setattr(Growing, "LEAST", 3)
     warm(model)
     calls.clear()
 
@@ -489,7 +541,8 @@ WRONG: dict[str, list[Any]] = {
     "angles_stride": [-1], "keys_length": [0, 15, -1], "values_length": [0, 15, -1], "examples": [0, 2, -1, 1 << 40],
     "heads": [0, 3, 5, 1 << 40], "key_heads": [0, 1, 4, 3], "before": [-1, 1, 1 << 40], "size": [0, 4, 7, 16, 1 << 40],
     "activation": [-1, 2], "type": [-1, 0, 3], "threads": [0, -1, 1 << 20], "isa": [-1, 9],
-    "norms": [(ctypes.c_void_p * 4)()], "norm_lengths": [(ctypes.c_int64 * 4)(32, 31, 0, 0)],
+    "norms": [(ctypes.c_void_p * 6)()],
+    "norm_lengths": [(ctypes.c_int64 * 6)(32, *rest) for rest in ((31,), (32, 8), (32, 0, 0, 32), (32, 0, 0, 0, 32))],
     "key_strides": [Strides(0, 0, 4), Strides(64, 1 << 40, 8), Strides(64, -8, 8)],
     "value_strides": [Strides(0, 0, 0), Strides(64, 1 << 62, 8)],
 }  # fmt: skip

@@ -63,18 +63,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     query = query.contiguous()
     y = torch.empty_like(query)
     examples, heads, _, size = query.shape
-    others, key_heads, length, _ = key.shape
-    key_strides, value_strides = key.stride()[:3], value.stride()[:3]
-    sizes = others - 1, key_heads - 1, length - 1
+    _, key_heads, length, _ = key.shape
     numbers = query.numel()
     call = _Attention(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), numbers, _reach(sizes, key_strides) + size,
-        _reach(sizes, value_strides) + size, numbers, examples, heads, key_heads, length, size, key_strides,
-        value_strides, scale, cpu.TYPES[query.dtype], torch.get_num_threads(), cpu.best_isa(),
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), numbers, cpu.span(key), cpu.span(value),
+        numbers, examples, heads, key_heads, length, size, key.stride()[:3], value.stride()[:3], scale,
+        cpu.TYPES[query.dtype], torch.get_num_threads(), cpu.best_isa(),
     )  # fmt: skip
     cpu.call("fips_attend", call, "attention of one token")
     return y
-
-
-def _reach(sizes: tuple[int, int, int], strides: tuple[int, ...]) -> int:
-    return sizes[0] * strides[0] + sizes[1] * strides[1] + sizes[2] * strides[2]

@@ -1,12 +1,13 @@
 r"""One block of a decoder for one token of every example, by one call of the compiled library.
 
 .. math::
-    h &= x + O\, \mathrm{attention}(Q n, K n, V n), \quad n = \mathrm{norm}(x) \\
-    y &= h + D\, (\mathrm{act}(G m) \odot U m), \quad m = \mathrm{norm}(h)
+    h &= x + \mathrm{norm}(O\, \mathrm{attention}(Q n, K n, V n)), \quad n = \mathrm{norm}(x) \\
+    y &= h + \mathrm{norm}(D\, (\mathrm{act}(G m) \odot U m)), \quad m = \mathrm{norm}(h)
 
-with queries and keys turned by their position, and normed head by head if there are weights for that. Numbers are
-rounded to their type wherever the modules of a model, called one after the other, round them, so that both give the
-same. What it saves is Python: of the 10 ms that a token of SmolLM2-135M took on two cores, the matrices took 3.
+with queries and keys normed and turned by their position. Norms without weights are left out: Llama has those of x and
+h, Qwen 3 those of queries and keys too, Gemma 3 all, OLMo 2 all but those of x and h. Numbers are rounded to their type
+wherever the modules of a model, called one after the other, round them, so that both give the same. What it saves is
+Python: of the 10 ms that a token of SmolLM2-135M took on two cores, the matrices took 3.
 
 Shape legend: B examples, W width, H query heads, K heads of keys and values, L tokens, D size of a head.
 
@@ -34,8 +35,9 @@ __all__ = ["ACTIVATIONS", "MATRICES", "Block", "Heads", "activation_of"]
 
 MATRICES = 7
 """Of queries, keys, values, what attention gives, the gate, what it multiplies, and what the MLP gives."""
-NORMS = 4
-"""Of the input, of what the MLP reads, of the heads of queries and of those of keys."""
+NORMS = 6
+"""Of the input, of what the MLP reads, of queries and of keys, head by head or whole, of what attention gives and of
+what the MLP gives."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
 """What a gate goes through, by its number in ``csrc/fips_kernels.h``."""
 
@@ -75,8 +77,8 @@ def activation_of(function: Callable[[Tensor], object], dtype: torch.dtype) -> s
 class Block:
     """What does not change between tokens: matrices, norms, heads, and how the gate is activated.
 
-    ``repeats`` are the calls of the seven ``MATRICES`` for inputs of the same examples, ``norms`` the four norms, of
-    which the last two may be None. Several threads may run one object.
+    ``repeats`` are the calls of the seven ``MATRICES`` for inputs of the same examples, ``norms`` the six norms, None
+    for those that there are not. Several threads may run one object.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class Block:
         block.angles_length = cosines.numel()
         block.angles_stride = cosines.shape[-1] if cosines.shape[0] > 1 else 0
         block.keys, block.values, block.before = keys.data_ptr(), values.data_ptr(), before
-        block.keys_length, block.values_length = keys.numel(), values.numel()
+        block.keys_length, block.values_length = cpu.span(keys), cpu.span(values)
         block.key_strides[:], block.value_strides[:] = keys.stride()[:3], values.stride()[:3]
         cpu.call("fips_run_block", block, "a block of a decoder")
         return y

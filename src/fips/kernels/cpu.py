@@ -48,13 +48,14 @@ __all__ = [
     "reads",
     "scratch_bytes",
     "search_paths",
+    "span",
     "unavailable_reason",
     "vectors",
 ]
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 13
+ABI = 14
 _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 """By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""
@@ -230,6 +231,11 @@ def reads(*tensors: Tensor) -> bool:
         and not is_watched()
         and vectors()
     )
+
+
+def span(part: Tensor) -> int:
+    """Elements from the first to the last of a part of a tensor."""
+    return 1 + sum((count - 1) * stride for count, stride in zip(part.shape, part.stride(), strict=True))
 
 
 def best_isa() -> int:

@@ -1,13 +1,14 @@
 """Blocks of a packed decoder that take a single token in one call of the compiled library, on a CPU.
 
 Of a token of a small model most is Python: a dozen modules of every block, their hooks, torch's operations on a few
-numbers. ``quicken_blocks`` marks the blocks that are built like Llama's (norm, attention turned by position, norm, an
-MLP with a gate) and puts a function before the call of their class that knows the mark. Nothing says what else such a
-block computes, so it is tried: when a block is called with one token for the second time, both ways get the same random
-input beside the tokens before, and have to give the same bits but for few. A block that fails is left alone for good.
+numbers. ``quicken_blocks`` marks the blocks that are built like Llama's (attention turned by position, an MLP with a
+gate, norms before or behind either) and puts a function before the call of their class that knows the mark. Nothing
+says what else such a block computes, so it is tried: when a block is called with one token for the second time, both
+ways get the same random input beside the tokens before, and have to give the same bits but for few. A block that fails
+is left alone for good.
 
-Everything else goes on to the modules: several tokens, a mask, gradients, autocast, another kind of cache, hooks, a
-module that was exchanged, and whatever ``fips.kernels.block`` does not know.
+Everything else goes on to the modules: several tokens, a mask that hides something, gradients, autocast, another kind
+of cache, hooks, a module that was exchanged, and whatever ``fips.kernels.block`` does not know.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from fips.kernels import cpu, registry
 from fips.kernels.block import Block, Heads, activation_of
 from fips.kernels.cpu import Repeat
 from fips.kernels.runtime import Places
-from fips.layers.cache import GrowingLayer
+from fips.layers.cache import Growing, growing
+from fips.layers.decoding import shows_all
 from fips.layers.linear import FactoredLinear
 from fips.layers.norms import EPSILONS, known_norm
 
@@ -46,9 +48,12 @@ _LINEAR = (
     ("self_attn", "q_proj"), ("self_attn", "k_proj"), ("self_attn", "v_proj"), ("self_attn", "o_proj"),
     ("mlp", "gate_proj"), ("mlp", "up_proj"), ("mlp", "down_proj"),
 )  # fmt: skip
-_NORMS = (
-    ("", "input_layernorm"), ("", "post_attention_layernorm"), ("self_attn", "q_norm"), ("self_attn", "k_norm"),
-)  # fmt: skip
+_HEADS = ("self_attn", "q_norm"), ("self_attn", "k_norm")
+_BEFORE = ("", "input_layernorm"), ("", "post_attention_layernorm"), *_HEADS, None, None
+_BEHIND = None, None, *_HEADS, ("", "post_attention_layernorm"), ("", "post_feedforward_layernorm")
+_AROUND = ("", "input_layernorm"), ("", "pre_feedforward_layernorm"), *_BEHIND[2:]
+_NORMS = _BEFORE, _BEHIND, _AROUND
+"""Places of the six norms of ``fips.kernels.block`` in blocks like those of Llama, of OLMo 2 and of Gemma 3."""
 _GET: Any = dict.get
 _OTHERS = ("", "self_attn"), ("", "mlp"), ("mlp", "act_fn")
 
@@ -93,6 +98,8 @@ class _Parts(NamedTuple):
     """The block, its attention and its MLP, by what they are called above."""
     linear: tuple[FactoredLinear, ...]
     norms: tuple[nn.Module | None, ...]
+    places: tuple[tuple[str, str] | None, ...]
+    """Those of the norms, one of ``_NORMS``."""
     activation: nn.Module
 
     @classmethod
@@ -102,16 +109,15 @@ class _Parts(NamedTuple):
         if attention is None or mlp is None:
             return None
         homes = {"": block, "self_attn": attention, "mlp": mlp}
-        known = {*_LINEAR, *_NORMS, *_OTHERS}
-        if any((home, name) not in known for home, module in homes.items() for name in module._modules):
-            return None
+        there = {(home, name) for home, module in homes.items() for name in module._modules} - {*_LINEAR, *_OTHERS}
+        places = next((one for one in _NORMS if {*one} - {None, *_HEADS} == there - {*_HEADS}), None)
         found = [homes[home]._modules.get(name) for home, name in _LINEAR]
         linear = tuple(one for one in found if type(one) is FactoredLinear and one.basis is None)
-        norms = tuple(homes[home]._modules.get(name) for home, name in _NORMS)
         activation = mlp._modules.get("act_fn")
-        if len(linear) != len(found) or norms[0] is None or norms[1] is None or activation is None:
+        if places is None or len(linear) != len(found) or activation is None:
             return None
-        return cls(homes, linear, norms, activation)
+        norms = tuple(None if place is None else homes[place[0]]._modules.get(place[1]) for place in places)
+        return cls(homes, linear, norms, places, activation)
 
     def modules(self) -> list[nn.Module]:
         norms = [one for one in self.norms if one is not None]
@@ -133,20 +139,22 @@ class _Given(NamedTuple):
     name: str
     """That of the argument: it differs between versions of transformers."""
     angles: tuple[Tensor, Tensor]
+    mask: Tensor | None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> _Given | None:
         """None where something is not known."""
-        cache, named, angles = None, "", options.get("position_embeddings")
+        cache, named, angles, mask = None, "", options.get("position_embeddings"), options.get("attention_mask")
         for name, value in options.items():
-            if value is None or value is False or value is angles or name in HARMLESS:
+            if value is None or value is False or value is angles or value is mask or name in HARMLESS:
                 continue
             if type(value) is not DynamicCache or cache is not None or value.offloading:
                 return None
             cache, named = value, name
-        if cache is None or type(angles) is not tuple or len(angles) != 2:
+        masked = mask is not None and type(mask) is not Tensor
+        if cache is None or type(angles) is not tuple or len(angles) != 2 or masked:
             return None
-        return cls(cache, named, angles)
+        return cls(cache, named, angles, mask)
 
 
 class _Quick:
@@ -167,7 +175,7 @@ class _Quick:
         if self._tries >= TRIES or x.dim() != 3 or x.shape[1] != 1:
             return None
         given = _Given.of(options)
-        if given is None or not _suits(x, given.angles):
+        if given is None or not _suits(x, given.angles) or not shows_all(given.mask):
             return None
         call = self._calls.get(x.shape)
         if call is None:
@@ -222,7 +230,8 @@ class _Call:
         places: Places = [
             *calls,
             *((vars(one), "forward") for one in modules),
-            *((parts.homes[home]._modules, name) for home, name in (*_LINEAR, *_NORMS, *_OTHERS)),
+            *((one._modules, name) for one in parts.homes.values() for name in one._modules),
+            *((parts.homes[home]._modules, name) for home, name in _HEADS),
             *((one._parameters, "weight") for one in norms),
             *((vars(one), name) for one in norms for name in EPSILONS),
             *((vars(parts.homes[home]), "training") for home in ("", "self_attn")),
@@ -281,17 +290,14 @@ class _Call:
         cache.took_one()
         return y
 
-    def _cache_of(self, cache: DynamicCache, x: Tensor) -> GrowingLayer | None:
+    def _cache_of(self, cache: DynamicCache, x: Tensor) -> Growing | None:
         """The block's layer of a cache, which is exchanged for one with room."""
         layers = cache.layers
-        if self._layer >= len(layers):
+        layer = growing(layers[self._layer]) if self._layer < len(layers) else None
+        if layer is None or not layer.is_initialized or not self._fits(layer, x):
             return None
-        layer = layers[self._layer]
-        if type(layer) is DynamicLayer:
-            if not layer.is_initialized or not self._fits(layer, x):
-                return None
-            layer = layers[self._layer] = GrowingLayer.of(layer)
-        return layer if type(layer) is GrowingLayer and layer.is_initialized and self._fits(layer, x) else None
+        layers[self._layer] = layer
+        return layer
 
     def _fits(self, layer: DynamicLayer, x: Tensor) -> bool:
         keys, values, heads = layer.keys, layer.values, self._heads

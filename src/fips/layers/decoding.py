@@ -1,7 +1,7 @@
 """Attention of one token to those before it, on a CPU: what generating takes beside the matrices.
 
 torch's attention kernel (2.13) takes one query in 16 bits 3 to 13 times as long as several, and does it for every query
-head. So the compiled library does it where no mask is needed, and without it the queries that share keys and values are
+head. So the compiled library does it where nothing is masked, and without it the queries that share keys and values are
 given to torch together, as if they were several tokens; where every head has its own keys, the query is given twice.
 
 ``quicken`` marks the attention modules of a model and puts a function before transformers' ``sdpa`` that knows them.
@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fips.kernels import attention
 
-__all__ = ["attend", "quicken"]
+__all__ = ["attend", "quicken", "shows_all"]
 
 MARK = "fips_one_token"
 
@@ -44,13 +44,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     ``mask``, added or of truth values, is (B or 1, 1, 1, L). H is a multiple of K.
     """
     batch, heads, _, size = query.shape
-    if mask is None and attention.suits(query, key, value):
+    if attention.suits(query, key, value) and shows_all(mask):
         return attention.attend(query, key, value, size**-0.5 if scale is None else scale)
     groups = heads // key.shape[1]
     if groups == 1:
         return scaled_dot_product_attention(query.expand(-1, -1, 2, -1), key, value, mask, scale=scale)[:, :, :1]
     together = query.reshape(batch, key.shape[1], groups, size)
     return scaled_dot_product_attention(together, key, value, mask, scale=scale).reshape(batch, heads, 1, -1)
+
+
+def shows_all(mask: Tensor | None) -> bool:
+    """Whether a mask hides nothing, as that of a full window: True everywhere or, of numbers to be added, 0."""
+    if mask is None:
+        return True
+    return bool(mask.all()) if mask.dtype is torch.bool else not bool(mask.any())
 
 
 def _before(others: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:

@@ -13,9 +13,13 @@ template <int COUNT> int multiply(const fips_block &b, int first, const void *x,
   return fips_multiply_together(b.matrices + first, b.calls + first, COUNT, x, ys);
 }
 
-// `length` elements, normed in rows as long as the weights.
+// `length` elements, normed in rows as long as the weights, or as they are.
 int normalise(const fips_block &b, int which, const void *x, void *y, int64_t length) {
   const int64_t size = b.norm_lengths[which];
+  if (!size) {
+    if (x != y) std::memcpy(y, x, size_t(length) * 2);
+    return 0;
+  }
   const fips_norm norm = {x, b.norms[which], y, length, size, size, b.eps[which], b.norm_kinds[which], b.type, b.isa};
   return fips_normalise(&norm);
 }
@@ -55,10 +59,8 @@ int attention_part(const fips_block &b, Room room, const void *normed, void *out
   uint16_t *q = room.take(b.examples * queries), *k = room.take(b.examples * keys), *v = room.take(b.examples * keys);
   uint16_t *attended = room.take(b.examples * queries);
   if (const int status = multiply<3>(b, FIPS_QUERIES, normed, {q, k, v})) return status;
-  if (b.norms[FIPS_NORM_QUERIES])
-    if (const int status = normalise(b, FIPS_NORM_QUERIES, q, q, b.examples * queries)) return status;
-  if (b.norms[FIPS_NORM_KEYS])
-    if (const int status = normalise(b, FIPS_NORM_KEYS, k, k, b.examples * keys)) return status;
+  if (const int status = normalise(b, FIPS_NORM_QUERIES, q, q, b.examples * queries)) return status;
+  if (const int status = normalise(b, FIPS_NORM_KEYS, k, k, b.examples * keys)) return status;
   for (int64_t e = 0; e < b.examples; ++e) {
     const auto *cosines = static_cast<const uint16_t *>(b.cosines) + e * b.angles_stride;
     const auto *sines = static_cast<const uint16_t *>(b.sines) + e * b.angles_stride;
@@ -84,10 +86,12 @@ int run(const fips_block &b) {
   uint16_t *normed = room.take(b.length), *out = room.take(b.length);
   int status = normalise(b, FIPS_NORM_INPUT, b.x, normed, b.length);
   if (!status) status = attention_part(b, room, normed, out);
+  if (!status) status = normalise(b, FIPS_NORM_ATTENDED, out, out, b.length);
   if (status) return status;
   fips_add_256(b.x, out, b.y, b.length, b.type);
   status = normalise(b, FIPS_NORM_MLP, b.y, normed, b.length);
   if (!status) status = mlp_part(b, room, normed, out);
+  if (!status) status = normalise(b, FIPS_NORM_MADE, out, out, b.length);
   if (status) return status;
   fips_add_256(b.y, out, b.y, b.length, b.type);
   return 0;

@@ -189,10 +189,11 @@ bool matrices_fit(const fips_block &b, int64_t width) {
 }
 
 bool norms_fit(const fips_block &b, int64_t width) {
-  const int64_t sizes[FIPS_BLOCK_NORMS] = {width, width, b.size, b.size};
   for (int i = 0; i < FIPS_BLOCK_NORMS; ++i) {
-    const bool left_out = i >= FIPS_NORM_QUERIES && !b.norms[i] && !b.norm_lengths[i];
-    if (!left_out && (!b.norms[i] || b.norm_lengths[i] != sizes[i])) return false;
+    const int64_t length = b.norm_lengths[i], heads = i == FIPS_NORM_QUERIES ? b.heads : b.key_heads;
+    const bool of_heads = i == FIPS_NORM_QUERIES || i == FIPS_NORM_KEYS;
+    const bool fits = of_heads ? length == b.size || length == heads * b.size : length == width;
+    if (b.norms[i] ? !fits : length != 0) return false;
   }
   return true;
 }

@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 13 };
+enum { FIPS_ABI = 14 };
 enum { FIPS_ROW_UNIT = 16 }; // rows that parts of a matrix are counted in
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
@@ -144,14 +144,19 @@ enum fips_block_matrix {
   FIPS_QUERIES = 0, FIPS_KEYS = 1, FIPS_VALUES_OF_KEYS = 2, FIPS_OUT = 3, FIPS_GATE = 4, FIPS_UP = 5, FIPS_DOWN = 6,
   FIPS_BLOCK_MATRICES = 7
 };
-// Its norms: of the input, of what the MLP reads, and of every head of queries and of keys.
-enum fips_block_norm { FIPS_NORM_INPUT = 0, FIPS_NORM_MLP = 1, FIPS_NORM_QUERIES = 2, FIPS_NORM_KEYS = 3, FIPS_BLOCK_NORMS = 4 };
+// Its norms: of the input, of what the MLP reads, of queries and of keys, head by head or whole, and of what attention and
+// the MLP give.
+enum fips_block_norm {
+  FIPS_NORM_INPUT = 0, FIPS_NORM_MLP = 1, FIPS_NORM_QUERIES = 2, FIPS_NORM_KEYS = 3, FIPS_NORM_ATTENDED = 4, FIPS_NORM_MADE = 5,
+  FIPS_BLOCK_NORMS = 6
+};
 // What the gate goes through: x / (1 + e^-x), or x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 enum fips_activation { FIPS_SILU = 0, FIPS_GELU_TANH = 1 };
 
 // One block of a decoder for one token of every example, which comes behind `before` others in the caches:
-//   n = norm(x);  q, k, v = Q n, K n, V n, the heads of q and k normed if there are weights, and turned by position
-//   h = x + O attention(q, k, v and those before);  m = norm(h);  y = h + D (act(G m) * U m)
+//   n = norm(x);  q, k, v = Q n, K n, V n, q and k normed and turned by position
+//   h = x + norm(O attention(q, k, v and those before));  m = norm(h);  y = h + norm(D (act(G m) * U m))
+// where norms without weights are left out,
 // with numbers rounded to their type wherever torch, one operation after the other, rounds them.
 typedef struct {
   const void *x;                // examples by width, `length` elements
@@ -161,7 +166,7 @@ typedef struct {
   int64_t length, room_length;
   const fips_matrix *const *matrices; // as many as FIPS_BLOCK_MATRICES, each
   const fips_call *const *calls;      // with a call for such inputs, whose x and y do not count
-  const void *norms[FIPS_BLOCK_NORMS]; // weights, `norm_lengths` elements; the last two may be null and 0
+  const void *norms[FIPS_BLOCK_NORMS]; // weights, `norm_lengths` elements; null and 0: no norm
   const void *cosines, *sines;  // by which queries and keys are turned: size elements, `angles_stride` from one example to
   int64_t angles_length, angles_stride; // the next, which may be 0; `angles_length` in all
   void *keys, *values;          // as in fips_attention, with room for one token more, which is written
