@@ -6,9 +6,9 @@
 
 GPTQ is `--method gptq`: integers, every matrix in the same bits, of the size asked for or the next smaller one that
 they can have; it is left out where they can have none. Speed does not hang on how well weights were chosen, so few
-examples are calibrated on, by `--effort fast`. All sides compute in the type of the original; `fips bench` runs them in turn in one process. Nothing else should
-run meanwhile; compressing can be done before (`--only-compress`), as what is in `--work` stays there. The file is
-written after every model, and a later call goes on where it ended.
+examples are calibrated on, by `--effort fast`. All sides compute in the type of the original; `fips bench` runs them in
+turn in one process. Nothing else should run meanwhile; compressing can be done before (`--only-compress`), as what is
+in `--work` stays there. The file is written after every model, and a later call goes on where it ended.
 """
 
 from __future__ import annotations
