@@ -20,9 +20,19 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def exact(query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float = 0.0) -> Tensor:
     key, value = (t.double().repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
-    return (scale * query.double() @ key.mT).softmax(-1) @ value
+    scores = scale * query.double() @ key.mT
+    return (cap * (scores / cap).tanh() if cap else scores).softmax(-1) @ value
+
+
+def step_by_step(query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float) -> Tensor:
+    """As transformers' ``eager`` computes it."""
+    key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+    scores = query @ key.mT * scale
+    if cap:
+        scores = (scores / cap).tanh() * cap
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -39,6 +49,34 @@ def test_it_is_the_attention_of_float64(size: int, examples: int, heads: int, sh
         assert found.dtype is dtype
         error = float((found.double() - expected).norm() / expected.norm())
         assert error < (3e-3 if dtype is torch.bfloat16 else 5e-4), (length, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", [0.0, 2.0, 50.0])
+@pytest.mark.parametrize(("examples", "heads", "shared", "size"), [(1, 4, 2, 256), (2, 3, 3, 64), (3, 2, 7, 8)])
+def test_capped_and_rounded_scores(
+    examples: int, heads: int, shared: int, size: int, cap: float, dtype: torch.dtype
+) -> None:
+    for length in (1, 7, 128, 131, 700):
+        query = 3 * normal(examples, heads * shared, 1, size, dtype=dtype)
+        key, value = (normal(examples, heads, length, size, dtype=dtype) + i for i in (0, 1))
+        expected = exact(query, key, value, 0.2, cap)
+        error = attention.attend(query, key, value, 0.2, cap=cap).double() - expected
+        assert float(error.norm() / expected.norm()) < (3e-3 if dtype is torch.bfloat16 else 5e-4), length
+        theirs = step_by_step(query, key, value, 0.2, cap)
+        found = attention.attend(query, key, value, 0.2, cap=cap, rounded=True)
+        assert float((found == theirs).float().mean()) > 0.95, length
+        assert float((found - theirs).norm() / theirs.norm()) < 3e-3, length
+
+
+def test_a_score_that_is_no_number_is_none_when_capped() -> None:
+    query, key, value = normal(1, 6, 1, 16), normal(1, 3, 150, 16), normal(1, 3, 150, 16)
+    key[0, 1, 140, 3] = torch.nan
+    for rounded in (False, True):
+        found = attention.attend(query, key, value, 0.3, cap=3.0, rounded=rounded)
+        assert found[0, 2:4].isnan().all()
+        assert found[0, :2].isfinite().all()
+        assert found[0, 4:].isfinite().all()
 
 
 @pytest.mark.parametrize("laid_out", ["tokens first", "a longer cache", "from the second on"])
@@ -117,6 +155,7 @@ def test_other_calls_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     [("keys_length", 100), ("values_length", -1), ("queries_length", 63), ("y_length", 65), ("heads", 5),
      ("length", 10), ("length", 1 << 40), ("examples", 0), ("examples", 1 << 31), ("key_heads", 3), ("size", 12),
      ("size", 1024), ("type", 0), ("type", 9), ("threads", 0), ("isa", 77), ("keys", None), ("y", None),
+     ("cap", -1.0), ("cap", float("nan")), ("rounded", 2),
      ("key_strides", (144, 72, -8)), ("value_strides", (144, 1 << 62, 1 << 62))],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch, field: str, value: Any) -> None:

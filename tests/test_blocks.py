@@ -34,6 +34,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "architectures": ["Exaone4ForCausalLM"], **DECODER, "sliding_window": None,
         "layer_types": ["full_attention"] * LAYERS,
     },
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"], **DECODER},
     "granite": {"architectures": ["GraniteForCausalLM"], **DECODER, "residual_multiplier": 0.9},
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"], **DECODER, "no_rope_layers": [1, 0, 1]},
 }  # fmt: skip
@@ -111,7 +112,7 @@ def warm(model: Any, examples: int = 1) -> None:
     generate(model, examples, tokens=4)
 
 
-KNOWN = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "exaone4"]
+KNOWN = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "exaone4"]
 
 
 @pytest.mark.parametrize("examples", [1, 3])
@@ -133,7 +134,7 @@ def test_a_block_gives_what_its_modules_give(family: str, examples: int, calls: 
 
 
 @pytest.mark.parametrize("window", [5, 9, 12, 64])
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
 def test_windows_slide_over_the_room_of_a_cache(
     family: str, window: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,19 @@ def test_inference_mode_and_texts_of_one_token(model: Any, calls: list[int]) -> 
                 assert_alike(found, model(one, past_key_values=model(text()).past_key_values).logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_attention_that_is_computed_step_by_step(family: str, calls: list[int]) -> None:
+    model = packed(family)
+    warm(model)
+    model.set_attn_implementation("eager")
+    warm(model)
+    calls.clear()
+    found = generate(model)
+    assert len(calls) == 7 * LAYERS
+    with by_modules(model):
+        assert_alike(logits(found), logits(generate(model)))
+
+
 def test_half_precision_too(calls: list[int]) -> None:
     model = packed(dtype=torch.float16)
     warm(model)
@@ -214,7 +228,7 @@ def test_activations_are_told_apart_and_their_ends_are_right() -> None:
     assert block.activation_of(nn.Embedding(3, 3), torch.float16) is None
 
 
-@pytest.mark.parametrize(("family", "made"), [("granite", 0), ("smollm3", 2), ("gemma2", 0), ("phi3", 0)])
+@pytest.mark.parametrize(("family", "made"), [("granite", 0), ("smollm3", 2), ("olmo2", 0), ("phi3", 0)])
 def test_a_block_that_computes_something_else_is_left_alone(family: str, made: int, calls: list[int]) -> None:
     model = packed(family)
     for _ in range(TRIES):
@@ -541,6 +555,7 @@ WRONG: dict[str, list[Any]] = {
     "angles_stride": [-1], "keys_length": [0, 15, -1], "values_length": [0, 15, -1], "examples": [0, 2, -1, 1 << 40],
     "heads": [0, 3, 5, 1 << 40], "key_heads": [0, 1, 4, 3], "before": [-1, 1, 1 << 40], "size": [0, 4, 7, 16, 1 << 40],
     "activation": [-1, 2], "type": [-1, 0, 3], "threads": [0, -1, 1 << 20], "isa": [-1, 9],
+    "cap": [-1.0, float("nan"), float("inf")], "rounded": [-1, 2],
     "norms": [(ctypes.c_void_p * 6)()],
     "norm_lengths": [(ctypes.c_int64 * 6)(32, *rest) for rest in ((31,), (32, 8), (32, 0, 0, 32), (32, 0, 0, 0, 32))],
     "key_strides": [Strides(0, 0, 4), Strides(64, 1 << 40, 8), Strides(64, -8, 8)],

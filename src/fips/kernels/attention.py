@@ -1,9 +1,13 @@
 r"""Attention of one token to those before it, by the compiled library.
 
-.. math:: y = \mathrm{softmax}(s\, q K^\top)\, V
+.. math:: y = \mathrm{softmax}(c(s\, q K^\top))\, V
 
-for every head. Keys and values are read once for all queries that share them, with several threads, and sums run in
-float32. How fast that is beside torch: ``docs/speed.md``.
+for every head, c being nothing or, with a cap, :math:`c(x) = \mathrm{cap} \tanh(x / \mathrm{cap})`. Keys and values are
+read once for all queries that share them, with several threads, and sums run in float32. How fast that is beside torch:
+``docs/speed.md``. Where a model computes attention one operation after the other (transformers' ``eager``), scores and
+weights can be rounded where those round.
+
+Reference of the cap: Gemma 2, arXiv 2408.00118.
 
 Shape legend: B examples, H query heads, K heads of keys and values, L keys, D size of a head.
 """
@@ -29,8 +33,8 @@ class _Attention(ctypes.Structure):
         ("queries", c_void_p), ("keys", c_void_p), ("values", c_void_p), ("y", c_void_p), ("queries_length", c_int64),
         ("keys_length", c_int64), ("values_length", c_int64), ("y_length", c_int64), ("examples", c_int64),
         ("heads", c_int64), ("key_heads", c_int64), ("length", c_int64), ("size", c_int64),
-        ("key_strides", c_int64 * 3), ("value_strides", c_int64 * 3), ("scale", c_float), ("type", c_int32),
-        ("threads", c_int32), ("isa", c_int32),
+        ("key_strides", c_int64 * 3), ("value_strides", c_int64 * 3), ("scale", c_float), ("cap", c_float),
+        ("type", c_int32), ("rounded", c_int32), ("threads", c_int32), ("isa", c_int32),
     ]  # fmt: skip
 
 
@@ -54,11 +58,13 @@ def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, cap: float = 0.0, rounded: bool = False
+) -> Tensor:
     """Attention (B, H, 1, D) of one query of every head (B, H, 1, D) to keys and values (B, K, L, D); no autograd.
 
-    H is a multiple of K. Raises ``BackendError`` for what ``suits`` does not allow, ``MemoryError`` where there is no
-    room.
+    H is a multiple of K; a ``cap`` of 0 is none. Raises ``BackendError`` for what ``suits`` does not allow,
+    ``MemoryError`` where there is no room.
     """
     query = query.contiguous()
     y = torch.empty_like(query)
@@ -67,8 +73,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     numbers = query.numel()
     call = _Attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), numbers, cpu.span(key), cpu.span(value),
-        numbers, examples, heads, key_heads, length, size, key.stride()[:3], value.stride()[:3], scale,
-        cpu.TYPES[query.dtype], torch.get_num_threads(), cpu.best_isa(),
+        numbers, examples, heads, key_heads, length, size, key.stride()[:3], value.stride()[:3], scale, cap,
+        cpu.TYPES[query.dtype], rounded, torch.get_num_threads(), cpu.best_isa(),
     )  # fmt: skip
     cpu.call("fips_attend", call, "attention of one token")
     return y

@@ -50,18 +50,23 @@ class _Block(ctypes.Structure):
         ("values", c_void_p), ("keys_length", c_int64), ("values_length", c_int64), ("examples", c_int64),
         ("heads", c_int64), ("key_heads", c_int64), ("before", c_int64), ("size", c_int64),
         ("norm_lengths", c_int64 * NORMS), ("key_strides", c_int64 * 3), ("value_strides", c_int64 * 3),
-        ("scale", c_float), ("eps", c_float * NORMS), ("norm_kinds", c_int32 * NORMS), ("activation", c_int32),
-        ("type", c_int32), ("threads", c_int32), ("isa", c_int32),
+        ("scale", c_float), ("cap", c_float), ("eps", c_float * NORMS), ("norm_kinds", c_int32 * NORMS),
+        ("activation", c_int32), ("type", c_int32), ("rounded", c_int32), ("threads", c_int32), ("isa", c_int32),
     ]  # fmt: skip
 
 
 class Heads(NamedTuple):
-    """Of attention: query heads, heads of keys and values, numbers of each, and what scores are multiplied by."""
+    """Of attention: query heads, heads of keys and values, numbers of each, and what scores are multiplied by.
+
+    ``cap`` and ``rounded`` are those of ``fips.kernels.attention``.
+    """
 
     queries: int
     keys: int
     size: int
     scale: float
+    cap: float = 0.0
+    rounded: bool = False
 
 
 def activation_of(function: Callable[[Tensor], object], dtype: torch.dtype) -> str | None:
@@ -90,7 +95,8 @@ class Block:
         self._calls = pointers(*(ctypes.addressof(one.call) for one in repeats))
         block = _Block(
             matrices=ctypes.addressof(self._matrices), calls=ctypes.addressof(self._calls), examples=x.shape[0],
-            heads=heads.queries, key_heads=heads.keys, size=heads.size, scale=heads.scale, length=x.numel(),
+            heads=heads.queries, key_heads=heads.keys, size=heads.size, scale=heads.scale, cap=heads.cap,
+            rounded=heads.rounded, length=x.numel(),
             activation=list(ACTIVATIONS).index(activation), type=cpu.TYPES[x.dtype], threads=repeats[0].threads,
             isa=cpu.best_isa(),
         )  # fmt: skip

@@ -41,6 +41,8 @@ SCALES = 1e-1, 1e-2, 1e-3
 """Sizes of the random input, of which the first is taken whose output it hardly counts in."""
 TRIES = 3
 """Times that a block could not be made into one call after which it is not looked at again."""
+CAP = "attn_logit_softcapping"
+"""What attention modules call the cap of scores."""
 HARMLESS = frozenset({"position_ids", "cache_position", "use_cache"})
 """Arguments that such blocks do not read, beside those that are None or False."""
 
@@ -236,6 +238,7 @@ class _Call:
             *((vars(one), name) for one in norms for name in EPSILONS),
             *((vars(parts.homes[home]), "training") for home in ("", "self_attn")),
             (attention, "scaling"),
+            (attention, CAP),
             (vars(attention["config"]), "_attn_implementation_internal"),
         ]
         self._places = [place for place, _ in places], [name for _, name in places]
@@ -247,7 +250,7 @@ class _Call:
     def of(cls, parts: _Parts, x: Tensor) -> _Call | None:
         """None for a block of another kind, or whose layers have not kept calls of their own for such inputs."""
         attention = vars(parts.homes["self_attn"])
-        size, scale, layer = (attention.get(name) for name in ("head_dim", "scaling", "layer_idx"))
+        size, scale, layer, cap = (attention.get(name) for name in ("head_dim", "scaling", "layer_idx", CAP))
         if type(size) is not int or type(scale) is not float or type(layer) is not int or "config" not in attention:
             return None
         if any("forward" in vars(one) for one in parts.modules()):  # somebody waits for their calls
@@ -255,14 +258,17 @@ class _Call:
         activation = activation_of(parts.activation, x.dtype)
         norms = [None if one is None else known_norm(one) for one in parts.norms]
         strange = any((one is None) != (norm is None) for one, norm in zip(parts.norms, norms, strict=True))
-        if activation is None or strange or attention["config"]._attn_implementation != "sdpa":
+        way = attention["config"]._attn_implementation
+        if activation is None or strange or way not in ("sdpa", "eager"):
+            return None
+        if cap is not None and (way != "eager" or type(cap) is not float or cap <= 0):
             return None
         queries, keys = (one.out_features for one in parts.linear[:2])
         kept = [one.repeated(torch.Size((*x.shape[:-1], one.in_features))) for one in parts.linear]
         calls = [one[0] for one in kept if one is not None and isinstance(one[0], Repeat)]
         if queries % size or keys % size or len(calls) != len(kept):
             return None
-        heads = Heads(queries // size, keys // size, size, scale)
+        heads = Heads(queries // size, keys // size, size, scale, cap or 0.0, way == "eager")
         places = [place for one in kept if one is not None for place in one[1]]
         return cls(parts, Block(x, calls, norms, heads, activation), places, heads, x)
 

@@ -40,7 +40,7 @@ int attend(const fips_block &b, const void *queries, void *y) {
   a.examples = b.examples, a.heads = b.heads, a.key_heads = b.key_heads, a.length = b.before + 1, a.size = b.size;
   std::memcpy(a.key_strides, b.key_strides, sizeof a.key_strides);
   std::memcpy(a.value_strides, b.value_strides, sizeof a.value_strides);
-  a.scale = b.scale, a.type = b.type, a.threads = b.threads, a.isa = b.isa;
+  a.scale = b.scale, a.cap = b.cap, a.rounded = b.rounded, a.type = b.type, a.threads = b.threads, a.isa = b.isa;
   return fips_attend(&a);
 }
 

@@ -1,33 +1,13 @@
 // What a block of a decoder does with a token between its matrices, with AVX2 with FMA, or with NEON.
 #include "exponential256.h"
 #include "paths.h"
-#include "values256.h"
+#include "rounding256.h"
 
 namespace {
 
-constexpr int64_t kMostSize = 512; // of a head
+constexpr int64_t kMostSize = kMostRounded; // of a head
 constexpr int64_t kSome = 64;
 constexpr int64_t kAlone = 1 << 12; // numbers up to which one thread takes no longer than several
-
-template <class Values> using Number = typename Values::type;
-
-template <class Values> FIPS_INLINE void store(Number<Values> *to, const float *from, int64_t count) {
-#if !defined(__aarch64__)
-  if constexpr (std::is_same_v<Values, F16Values>) { // `count` is a multiple of 8, as everywhere here
-    for (int64_t i = 0; i < count; i += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i *>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-    return;
-  }
-#endif
-  store_floats(to, std::is_same_v<Values, BF16Values> ? FIPS_BF16 : FIPS_F16, 0, from, count);
-}
-
-// As floats what the type makes of them.
-template <class Values> FIPS_INLINE void round_to(float *numbers, int64_t count) {
-  alignas(32) Number<Values> rounded[kMostSize];
-  store<Values>(rounded, numbers, count);
-  read_floats<Values>(rounded, count, count, numbers);
-}
 
 template <class Values>
 void turn(Number<Values> *heads, int64_t count, int64_t size, const Number<Values> *cosines, const Number<Values> *sines) {

@@ -158,11 +158,13 @@ bool keys_fit(const fips_attention &a, const void *data, int64_t elements, const
 
 } // namespace
 
+static bool scores_fit(float cap, int32_t rounded) { return cap >= 0 && cap < 1e6f && (rounded == 0 || rounded == 1); }
+
 int fips_check_attention(const fips_attention &a) {
   for (int64_t side : {a.examples, a.heads, a.key_heads, a.length, a.size})
     if (side < 1 || side > kMostSide) return FIPS_INVALID;
   if (a.heads % a.key_heads || a.threads < 1 || a.threads > kMostThreads) return FIPS_INVALID;
-  if (a.isa < FIPS_PORTABLE || a.isa > FIPS_AMX) return FIPS_INVALID;
+  if (a.isa < FIPS_PORTABLE || a.isa > FIPS_AMX || !scores_fit(a.cap, a.rounded)) return FIPS_INVALID;
   if (a.size % 8 || a.size > 512 || (a.type != FIPS_BF16 && a.type != FIPS_F16)) return FIPS_UNSUPPORTED;
   if (a.examples > kMostEntries / (a.size * a.heads) / (a.length + 8)) return FIPS_INVALID;
   const int64_t numbers = a.examples * a.heads * a.size;
@@ -204,6 +206,7 @@ int fips_check_block(const fips_block &b) {
   for (int64_t side : {b.examples, b.heads, b.key_heads, b.size})
     if (side < 1 || side > kMostSide) return FIPS_INVALID;
   if (b.before < 0 || b.before >= kMostSide || b.isa < FIPS_PORTABLE || b.isa > FIPS_AMX) return FIPS_INVALID;
+  if (!scores_fit(b.cap, b.rounded)) return FIPS_INVALID;
   if (b.threads < 1 || b.threads > kMostThreads || (b.activation != FIPS_SILU && b.activation != FIPS_GELU_TANH)) return FIPS_INVALID;
   if (b.size % 8 || b.size > 512 || (b.type != FIPS_BF16 && b.type != FIPS_F16)) return FIPS_UNSUPPORTED;
   if (b.heads % b.key_heads || b.heads > kMostSide / b.size || !b.matrices || !b.calls) return FIPS_INVALID;

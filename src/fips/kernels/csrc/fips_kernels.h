@@ -110,7 +110,8 @@ typedef struct {
   float unit;                   // errors are counted in integers of one over this; a weight is about 1
 } fips_search;
 
-// Attention of one token of every example to `length` others: softmax(`scale` q K^T) V for every head.
+// Attention of one token of every example to `length` others: softmax(c(`scale` q K^T)) V for every head, c(s) being s or,
+// with a `cap` above 0, cap tanh(s / cap).
 typedef struct {
   const void *queries;          // examples by heads by size, `queries_length` elements
   const void *keys, *values;    // examples by key_heads by length by size: numbers of a token side by side, the others
@@ -120,8 +121,10 @@ typedef struct {
   int64_t examples, heads, key_heads; // heads / key_heads queries that follow each other share keys and values
   int64_t length, size;         // size: a multiple of 8 up to 512
   int64_t key_strides[3], value_strides[3];
-  float scale;
+  float scale, cap;
   int32_t type;                 // of all four: BF16 or F16
+  int32_t rounded;              // 1: scores and weights are rounded to the type wherever torch, one operation after the
+                                // other, rounds them
   int32_t threads, isa;
 } fips_attention;
 
@@ -174,9 +177,10 @@ typedef struct {
   int64_t examples, heads, key_heads, before, size;
   int64_t norm_lengths[FIPS_BLOCK_NORMS];
   int64_t key_strides[3], value_strides[3];
-  float scale, eps[FIPS_BLOCK_NORMS];
+  float scale, cap, eps[FIPS_BLOCK_NORMS];
   int32_t norm_kinds[FIPS_BLOCK_NORMS];
   int32_t activation, type;     // type of all numbers: BF16 or F16
+  int32_t rounded;              // as in fips_attention
   int32_t threads, isa;
 } fips_block;
 

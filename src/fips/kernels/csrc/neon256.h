@@ -80,6 +80,7 @@ FIPS_INLINE __m256 _mm256_setr_ps(float a, float b, float c, float d, float e, f
 }
 FIPS_INLINE __m256 _mm256_add_ps(__m256 a, __m256 b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
 FIPS_INLINE __m256 _mm256_sub_ps(__m256 a, __m256 b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+FIPS_INLINE __m256 _mm256_min_ps(__m256 a, __m256 b) { return {vminq_f32(a.low, b.low), vminq_f32(a.high, b.high)}; }
 FIPS_INLINE __m256 _mm256_div_ps(__m256 a, __m256 b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
 FIPS_INLINE __m256 _mm256_mul_ps(__m256 a, __m256 b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
 FIPS_INLINE __m256 _mm256_fmadd_ps(__m256 a, __m256 b, __m256 c) {
