@@ -5,9 +5,9 @@ r"""One block of a decoder for one token of every example, by one call of the co
     y &= h + \mathrm{norm}(D\, (\mathrm{act}(G m) \odot U m)), \quad m = \mathrm{norm}(h)
 
 with queries and keys normed and turned by their position. Norms without weights are left out: Llama has those of x and
-h, Qwen 3 those of queries and keys too, Gemma 3 all, OLMo 2 all but those of x and h. Numbers are rounded to their type
-wherever the modules of a model, called one after the other, round them, so that both give the same. What it saves is
-Python: of the 10 ms that a token of SmolLM2-135M took on two cores, the matrices took 3.
+h, Qwen 3 those of queries and keys too, Gemma 3 all, EXAONE 4 all but those of x and h. Numbers are rounded to their
+type wherever the modules of a model, called one after the other, round them, so that both give the same. What it saves
+is Python: of the 10 ms that a token of SmolLM2-135M took on two cores, the matrices took 3.
 
 Shape legend: B examples, W width, H query heads, K heads of keys and values, L tokens, D size of a head.
 

@@ -55,7 +55,7 @@ _BEFORE = ("", "input_layernorm"), ("", "post_attention_layernorm"), *_HEADS, No
 _BEHIND = None, None, *_HEADS, ("", "post_attention_layernorm"), ("", "post_feedforward_layernorm")
 _AROUND = ("", "input_layernorm"), ("", "pre_feedforward_layernorm"), *_BEHIND[2:]
 _NORMS = _BEFORE, _BEHIND, _AROUND
-"""Places of the six norms of ``fips.kernels.block`` in blocks like those of Llama, of OLMo 2 and of Gemma 3."""
+"""Places of the six norms of ``fips.kernels.block`` in blocks like those of Llama, of EXAONE 4 and of Gemma 3."""
 _GET: Any = dict.get
 _OTHERS = ("", "self_attn"), ("", "mlp"), ("mlp", "act_fn")
 
@@ -100,8 +100,6 @@ class _Parts(NamedTuple):
     """The block, its attention and its MLP, by what they are called above."""
     linear: tuple[FactoredLinear, ...]
     norms: tuple[nn.Module | None, ...]
-    places: tuple[tuple[str, str] | None, ...]
-    """Those of the norms, one of ``_NORMS``."""
     activation: nn.Module
 
     @classmethod
@@ -119,7 +117,7 @@ class _Parts(NamedTuple):
         if places is None or len(linear) != len(found) or activation is None:
             return None
         norms = tuple(None if place is None else homes[place[0]]._modules.get(place[1]) for place in places)
-        return cls(homes, linear, norms, places, activation)
+        return cls(homes, linear, norms, activation)
 
     def modules(self) -> list[nn.Module]:
         norms = [one for one in self.norms if one is not None]
@@ -153,8 +151,7 @@ class _Given(NamedTuple):
             if type(value) is not DynamicCache or cache is not None or value.offloading:
                 return None
             cache, named = value, name
-        masked = mask is not None and type(mask) is not Tensor
-        if cache is None or type(angles) is not tuple or len(angles) != 2 or masked:
+        if cache is None or type(angles) is not tuple or len(angles) != 2 or type(mask) not in (Tensor, type(None)):
             return None
         return cls(cache, named, angles, mask)
 
