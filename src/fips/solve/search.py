@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -85,6 +86,16 @@ class GroupSearch(Structures):
         if len(rows) > 1 or rows[0] <= SAMPLE or any(choice.layout.block > 1 for choice in choices):
             return self._measured(sizes)
         return self._estimated(sizes)
+
+    def _measured(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
+        """Points of those that fit, of a shared basis after its first rounds: the later ones lower all errors alike."""
+        points: list[Point] = []
+        for choice, bytes_ in sizes:
+            with suppress(BudgetError):
+                loss = self.solve(choice, bytes_, rounds=TRIAL_ROUNDS).losses[-1]
+                if math.isfinite(loss):
+                    points.append(Point(choice, bytes_, loss))
+        return points
 
     def _estimated(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
         """Points of a single layer, from the errors of ``SAMPLE`` of its stored rows."""

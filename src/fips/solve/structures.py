@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -198,15 +197,6 @@ class Structures(ABC):
                 f"{size:.0f} bytes leave less than one entry for every row and column beside patterns and scales; ask "
                 f"for {self.least_bytes(choice):.0f} or more"
             )
-
-    def _measured(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
-        points: list[Point] = []
-        for choice, bytes_ in sizes:
-            with suppress(BudgetError):
-                loss = self.solve(choice, bytes_).losses[-1]
-                if math.isfinite(loss):
-                    points.append(Point(choice, bytes_, loss))
-        return points
 
     def _keeps_all(self, choice: Choice, size: float) -> bool:
         return choice.free and size >= self.dense_bytes(choice) * (1 - 1e-9)
