@@ -51,7 +51,9 @@ def timed(places: dict[str, str], options: list[str], rounds: int) -> dict[str, 
     against = [part for path in others for part in ("--against", path)]
     found = [fips("bench", places["compressed"], *against, *options) for _ in range(rounds)]
 
-    def sides(by_path: dict[str, Any]) -> dict[str, Any]:
+    def sides(by_path: Any) -> dict[str, Any]:
+        if not isinstance(by_path, dict):
+            return {"dense": by_path}  # the only one
         return {others.get(path, path): value for path, value in by_path.items()}
 
     def every(key: str) -> dict[str, list[Any]]:

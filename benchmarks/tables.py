@@ -218,7 +218,7 @@ def generation() -> str:
     return markdown(head, rows)
 
 
-TURNS = ("avx2", "avx-vnni", "avx512", "zen5")
+TURNS = ("avx2", "avx-vnni", "avx512", "zen5", "gemma-2-2b")
 
 
 def generation_turns(run: str) -> str:
@@ -261,11 +261,16 @@ def attention() -> str:
     return markdown(["", "heads", *(f"{length:,} tokens" for length in lengths)], rows)
 
 
+TOKEN_MODELS = {"": "Llama-3.2-1B", "smol": "SmolLM2-135M", "gemma-2-2b": "Gemma-2-2B"}
+"""By what stands before the values in the name of a directory."""
+
+
 def one_token() -> str:
     """What that, norms and whole blocks mean for a token of a model."""
     rows = []
     for row in load("one-token")["models"]:
-        name, values = ("SmolLM2-135M", "tc4g64") if "smol" in row["model"] else ("Llama-3.2-1B", row["model"])
+        begin, _, values = row["model"].rpartition("-")
+        name, values = TOKEN_MODELS[begin], {"tc4": "tc4g64"}.get(values, values)
         ways = [f"{row[f'{way}_ms']:.1f} ({row[f'{way}_ratio']:.2f})" for way in ("attention", "norms", "blocks")]
         rows.append([f"{name}, `{values}`", f"{row['length']:,}", f"{row['torch_ms']:.1f}", *ways])
     ways = ["torch", "attention by the library", "norms too", "whole blocks"]
@@ -392,7 +397,7 @@ def now() -> str:
 def forced_sharing() -> str:
     """KL where every group of blocks has to share a basis, beside the default, which shares none."""
     rows = []
-    for name in ("stories260k", "tinystories-656k", "demo"):
+    for name in ("vit", "stories260k", "tinystories-656k", "demo"):
         shared, default = Comparison(f"{name}-shared"), Comparison(f"{name}-default")
         for size in sorted({asked(run) for run in shared.fields["runs"]}, reverse=True):
             cells = [default.divergence("fips", size)]
@@ -718,8 +723,9 @@ def model_speed() -> str:
     rows = []
     for name, results in by_model.items():
         before = results[0]["file_bytes"]["dense"]
-        files = (", ".join(megabytes(size) for size in map(one["file_bytes"].get, SIDES) if size) for one in results)
-        rows.append([f"{MEASURED[name]}, {megabytes(before)}", "file", *files])
+        files = (map(one["file_bytes"].get, SIDES) for one in results)
+        sizes = (f"{megabytes(own)} ({megabytes(other) if other else 'none'})" for own, other in files)
+        rows.append([f"{MEASURED[name]}, {megabytes(before)}", "file (GPTQ's)", *sizes])
         peaks = (one["peak_memory_bytes"] for one in results)
         saved = ([(a - b) / 1e6 for a, b in zip(each["dense"], each["compressed"], strict=True)] for each in peaks)
         rows.append(["", "process memory saved", *map(_span, saved)])
