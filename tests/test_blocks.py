@@ -595,8 +595,8 @@ def test_not_a_number_stays_with_its_example(calls: list[int]) -> None:
     assert found[1].isnan().all()
 
 
-def test_layers_of_a_block_keep_their_calls_only_while_they_are_what_they_were(llama: Any) -> None:
-    layer = next(one for one in llama.modules() if isinstance(one, FactoredLinear))
+def test_layers_of_a_block_keep_their_calls_only_while_they_are_what_they_were(model: Any) -> None:
+    layer = next(one for one in model.modules() if isinstance(one, FactoredLinear))
     with torch.no_grad():
         layer(torch.randn(1, 1, 32).bfloat16())
     shape = torch.Size((1, 1, 32))
