@@ -43,8 +43,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     subprocess.run([COMPILER, *common, *parts, "-o", build / "serve"], check=True)
     bridge = build / "bridge.so"
     here = [ROOT / "tests/arm/bridge.cpp", source / "block.cpp", source / "checks.cpp"]
-    options = ["-std=c++17", "-shared", "-fPIC", "-DFIPS_HAVE_256"]
-    options += ["-fvisibility=hidden", "-ffunction-sections", "-Wl,--gc-sections", "-Wl,--no-undefined"]
+    options = ["-std=c++17", "-shared", "-fPIC", "-DFIPS_HAVE_256", "-fvisibility=hidden", "-Wl,--no-undefined"]
     subprocess.run(["g++", *options, *here, "-o", bridge], check=True)
     libraries = Path("/usr/aarch64-linux-gnu")
     own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # it may ask for more output

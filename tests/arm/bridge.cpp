@@ -73,6 +73,9 @@ void fips_add_256(const void *a, const void *b, void *sum, int64_t count, int32_
   ask(kAdd, {a, b, sum, count, count, count, 0, type});
 }
 
+// checks.cpp has readers of patterns, too, which nothing calls here.
+const uint16_t *fips_nm_table(int, int) { return nullptr; }
+
 extern "C" {
 
 int fips_abi(void) { return FIPS_ABI; }

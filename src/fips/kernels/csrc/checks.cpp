@@ -156,9 +156,9 @@ bool keys_fit(const fips_attention &a, const void *data, int64_t elements, const
   return left >= 0;
 }
 
-} // namespace
+bool scores_fit(float cap, int32_t rounded) { return cap >= 0 && cap < 1e6f && (rounded == 0 || rounded == 1); }
 
-static bool scores_fit(float cap, int32_t rounded) { return cap >= 0 && cap < 1e6f && (rounded == 0 || rounded == 1); }
+} // namespace
 
 int fips_check_attention(const fips_attention &a) {
   for (int64_t side : {a.examples, a.heads, a.key_heads, a.length, a.size})
