@@ -102,8 +102,10 @@ def main() -> None:
                 if not place.exists():
                     try:
                         fips(*source, *length, *CALIBRATION, *chosen)
-                    except SystemExit as failed:  # GPTQ has no size so small
-                        print(failed, file=sys.stderr)
+                    except SystemExit as failed:
+                        if side != "gptq":
+                            raise
+                        print(failed, file=sys.stderr)  # it has no size so small
                         continue
                 places[side] = str(place)
             if args.only_compress:

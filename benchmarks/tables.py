@@ -261,7 +261,7 @@ def attention() -> str:
     return markdown(["", "heads", *(f"{length:,} tokens" for length in lengths)], rows)
 
 
-TOKEN_MODELS = {"": "Llama-3.2-1B", "smol": "SmolLM2-135M", "gemma-2-2b": "Gemma-2-2B"}
+TOKEN_MODELS = {"": "Llama-3.2-1B", "smollm2": "SmolLM2-135M", "gemma-2-2b": "Gemma-2-2B"}
 """By what stands before the values in the name of a directory."""
 
 
@@ -270,9 +270,8 @@ def one_token() -> str:
     rows = []
     for row in load("one-token")["models"]:
         begin, _, values = row["model"].rpartition("-")
-        name, values = TOKEN_MODELS[begin], {"tc4": "tc4g64"}.get(values, values)
         ways = [f"{row[f'{way}_ms']:.1f} ({row[f'{way}_ratio']:.2f})" for way in ("attention", "norms", "blocks")]
-        rows.append([f"{name}, `{values}`", f"{row['length']:,}", f"{row['torch_ms']:.1f}", *ways])
+        rows.append([f"{TOKEN_MODELS[begin]}, `{values}`", f"{row['length']:,}", f"{row['torch_ms']:.1f}", *ways])
     ways = ["torch", "attention by the library", "norms too", "whole blocks"]
     return markdown(["ms a token", "tokens before", *ways], rows)
 

@@ -39,7 +39,7 @@ struct Lanes512 {
 } // namespace
 
 bool fips_search_avx512(const fips_search &search) {
-  const int64_t runs = search.columns * ((search.rows + search.run - 1) / search.run), side = Lanes512::lanes >> search.bits;
+  const int64_t runs = search.columns * runs_of_column(search), side = Lanes512::lanes >> search.bits;
   if (runs < side * search.threads) return fips_search_256(search); // of fewer runs side by side more threads have some
   return search_paths<Lanes512, Lanes512, Lanes512>(search);
 }

@@ -122,10 +122,12 @@ private:
   alignas(64) int32_t errors_[kPlaces * W];
 };
 
+inline int64_t runs_of_column(const fips_search &s) { return (s.rows + s.run - 1) / s.run; }
+
 template <class V, int BITS, int MEMORY> void search_all(const fips_search &s) {
   using Search = RunSearch<V, BITS, MEMORY>;
   constexpr int side = Search::side;
-  const int64_t runs = (s.rows + s.run - 1) / s.run, all = s.columns * runs, groups = (all + side - 1) / side;
+  const int64_t runs = runs_of_column(s), all = s.columns * runs, groups = (all + side - 1) / side;
   const int threads = int(min_of(s.threads, groups));
   const PerThread<uint8_t> from(Scratch::bytes, Search::bytes * s.run, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
