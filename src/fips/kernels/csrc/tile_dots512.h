@@ -10,11 +10,13 @@
 namespace {
 
 constexpr int64_t kWords = 1024, kRowBytes = kWords * 4 + 64; // of a row at a time; rows lie in different cache sets
+constexpr int64_t kPairRows = 6;                              // of every block of scaled sums of two columns
 constexpr int64_t kFewRows = 12, kSomeRows = 24, kPartRows = 48; // decoded at a time: multiples of the rows of every block
 constexpr int64_t kLongSteps = 64;                                // of rows of which fewer are fetched ahead
 constexpr int64_t kFewColumns = 2, kSomeColumns = 16, kSlabColumns = 256;
 constexpr int kFewThreads = 2;
 constexpr int64_t kOwnBytes = 2 << 20; // of tokens that each of few threads packs for itself
+constexpr int64_t kNearBytes = 512 << 10; // of tokens that stay in the second-level cache
 
 // `sum` plus products of bytes, those of `bytes` without a sign, in the register where it is: GCC 12 copies the sums of a
 // loop from register to register where the intrinsic is called, two copies for each product.
@@ -301,6 +303,17 @@ inline void unit_scales(const fips_matrix &a, int64_t row, int64_t rows, int64_t
     }
 }
 
+// How many rows are decoded before they are multiplied by so many columns of tokens, of which all are multiplied in
+// pairs or not. As few as the first-level cache holds where the tokens come from the second each time anyway; coded rows
+// are decoded several at a time, which costs more than it gains where each is used once. What is fetched ahead of long
+// rows must not drive the tokens out of the second.
+inline int64_t rows_of_part(const fips_matrix &a, int64_t columns, bool paired, int64_t steps) {
+  const bool used_once = columns <= kFewColumns;
+  if (paired && columns * steps * kTileBytes <= kNearBytes && !(used_once && a.memory)) return kPairRows;
+  if (used_once) return kFewRows;
+  return steps > kLongSteps ? kSomeRows : kPartRows;
+}
+
 // Rows [row0, row0 + rows) of at most kMostRows by token blocks [block0, block0 + blocks) of every plane.
 template <class Reader, class Values>
 void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const PackedTokens &p, int64_t row0,
@@ -321,9 +334,8 @@ void slab(const fips_matrix &a, const fips_call &c, const Reader &reader, const 
   const int64_t most = kWords / 16, runs = (p.steps + most - 1) / most;
   const int64_t run_steps = round_up((p.steps + runs - 1) / runs, 4);
   Decoder<Reader, Values> decoder(a, reader, row0, rows, kRowBytes);
-  // Few columns use a decoded row once: it is taken from the first-level cache, a few rows at a time. What is fetched
-  // ahead of long rows must not drive the tokens out of the second.
-  const int64_t part_rows = columns <= kFewColumns ? kFewRows : p.steps > kLongSteps ? kSomeRows : kPartRows;
+  const bool paired = is_scaled<Values> && whole % 2 == 0 && halves % 2 == 0;
+  const int64_t part_rows = rows_of_part(a, columns, paired, p.steps);
   for (int64_t row = 0; row < rows; row += part_rows) {
     const int64_t next = min_of(row + part_rows, rows), then = min_of(next + part_rows, rows);
     fetch_scales(a, row0 + next, then - next);
