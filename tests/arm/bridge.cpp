@@ -63,14 +63,15 @@ int64_t ask(Function function, const Numbers &numbers) {
 } // namespace
 
 // What block.cpp, which is compiled for this machine, asks of the other beside the functions below.
-void fips_turn_256(void *heads, int64_t count, int64_t size, const void *cosines, const void *sines, int32_t type) {
-  ask(kTurn, {cosines, sines, heads, size, size, count * size, 0, type});
+void fips_turn_256(void *heads, int64_t count, int64_t size, const void *cosines, const void *sines, int64_t turned,
+                   int32_t angles_type, int32_t type) {
+  ask(kTurn, {cosines, sines, heads, turned, turned, count * size, size, 0, angles_type, type});
 }
 void fips_gate_256(void *gate, const void *up, int64_t count, int32_t activation, int32_t type, int) {
-  ask(kGate, {up, nullptr, gate, count, 0, count, activation, type});
+  ask(kGate, {up, nullptr, gate, count, 0, count, 0, activation, type, type});
 }
 void fips_add_256(const void *a, const void *b, void *sum, int64_t count, int32_t type) {
-  ask(kAdd, {a, b, sum, count, count, count, 0, type});
+  ask(kAdd, {a, b, sum, count, count, count, 0, 0, type, type});
 }
 
 // checks.cpp has readers of patterns, too, which nothing calls here.

@@ -17,7 +17,8 @@ int64_t answer(Request &r, std::vector<uint32_t> &starts) {
   case kNormalise: return fips_normalise(&r.norm);
   case kTurn: {
     const Numbers &n = r.numbers;
-    return fips_turn_256(n.made, n.made_length / n.first_length, n.first_length, n.first, n.second, n.type), 0;
+    const int64_t count = n.made_length / n.size;
+    return fips_turn_256(n.made, count, n.size, n.first, n.second, n.first_length, n.their_type, n.type), 0;
   }
   case kGate: {
     const Numbers &n = r.numbers;

@@ -15,8 +15,8 @@ enum Function : int64_t { kIsas, kMultiply, kColumns, kSearch, kStarts, kAttend,
 struct Numbers {
   const void *first, *second;
   void *made;
-  int64_t first_length, second_length, made_length;
-  int32_t activation, type;
+  int64_t first_length, second_length, made_length, size;
+  int32_t activation, their_type, type; // of the two, and of what is made
 };
 
 struct Request {
@@ -55,8 +55,8 @@ template <class Visit> void each_buffer(Request &r, Visit &&visit) {
   visit(r.norm.x, 2 * r.norm.length, false);
   visit(r.norm.weight, 2 * r.norm.weight_length, false);
   visit(r.norm.y, 2 * r.norm.length, true);
-  visit(r.numbers.first, 2 * r.numbers.first_length, false);
-  visit(r.numbers.second, 2 * r.numbers.second_length, false);
+  visit(r.numbers.first, size(r.numbers.their_type) * r.numbers.first_length, false);
+  visit(r.numbers.second, size(r.numbers.their_type) * r.numbers.second_length, false);
   visit(r.numbers.made, 2 * r.numbers.made_length, true);
 }
 

@@ -46,12 +46,13 @@ class _Block(ctypes.Structure):
     _fields_ = [
         ("x", c_void_p), ("y", c_void_p), ("room", c_void_p), ("length", c_int64), ("room_length", c_int64),
         ("matrices", c_void_p), ("calls", c_void_p), ("norms", c_void_p * NORMS), ("cosines", c_void_p),
-        ("sines", c_void_p), ("angles_length", c_int64), ("angles_stride", c_int64), ("keys", c_void_p),
-        ("values", c_void_p), ("keys_length", c_int64), ("values_length", c_int64), ("examples", c_int64),
-        ("heads", c_int64), ("key_heads", c_int64), ("before", c_int64), ("size", c_int64),
+        ("sines", c_void_p), ("angles_length", c_int64), ("angles_stride", c_int64), ("turned", c_int64),
+        ("keys", c_void_p), ("values", c_void_p), ("keys_length", c_int64), ("values_length", c_int64),
+        ("examples", c_int64), ("heads", c_int64), ("key_heads", c_int64), ("before", c_int64), ("size", c_int64),
         ("norm_lengths", c_int64 * NORMS), ("key_strides", c_int64 * 3), ("value_strides", c_int64 * 3),
         ("scale", c_float), ("cap", c_float), ("eps", c_float * NORMS), ("norm_kinds", c_int32 * NORMS),
-        ("activation", c_int32), ("type", c_int32), ("rounded", c_int32), ("threads", c_int32), ("isa", c_int32),
+        ("activation", c_int32), ("type", c_int32), ("angles_type", c_int32), ("rounded", c_int32),
+        ("threads", c_int32), ("isa", c_int32),
     ]  # fmt: skip
 
 
@@ -82,22 +83,24 @@ def activation_of(function: Callable[[Tensor], object], dtype: torch.dtype) -> s
 class Block:
     """What does not change between tokens: matrices, norms, heads, and how the gate is activated.
 
-    ``repeats`` are the calls of the seven ``MATRICES`` for inputs of the same examples, ``norms`` the six norms, None
-    for those that there are not. Several threads may run one object.
+    ``repeats`` are the calls of the seven ``MATRICES`` for inputs of the same examples. That of the queries is alone
+    where it gives keys and values too, behind each other, and the gate's where it gives what it multiplies: None stands
+    for the others. ``norms`` are the six norms, None for those that there are not. Several threads may run one object.
+    Raises ``BackendError`` for matrices that do not belong together.
     """
 
     def __init__(
-        self, x: Tensor, repeats: Sequence[Repeat], norms: Sequence[Norm | None], heads: Heads, activation: str
+        self, x: Tensor, repeats: Sequence[Repeat | None], norms: Sequence[Norm | None], heads: Heads, activation: str
     ) -> None:
         pointers = c_void_p * MATRICES
-        self._repeats = tuple(repeats)
-        self._matrices = pointers(*(ctypes.addressof(one.prepared.struct) for one in repeats))
-        self._calls = pointers(*(ctypes.addressof(one.call) for one in repeats))
+        self._repeats = there = [one for one in repeats if one is not None]
+        self._matrices = pointers(*(None if one is None else ctypes.addressof(one.prepared.struct) for one in repeats))
+        self._calls = pointers(*(None if one is None else ctypes.addressof(one.call) for one in repeats))
         block = _Block(
             matrices=ctypes.addressof(self._matrices), calls=ctypes.addressof(self._calls), examples=x.shape[0],
             heads=heads.queries, key_heads=heads.keys, size=heads.size, scale=heads.scale, cap=heads.cap,
             rounded=heads.rounded, length=x.numel(),
-            activation=list(ACTIVATIONS).index(activation), type=cpu.TYPES[x.dtype], threads=repeats[0].threads,
+            activation=list(ACTIVATIONS).index(activation), type=cpu.TYPES[x.dtype], threads=there[0].threads,
             isa=cpu.best_isa(),
         )  # fmt: skip
         for i, one in enumerate(norms):
@@ -106,10 +109,8 @@ class Block:
                 block.eps[i], block.norm_kinds[i] = one.eps, norm.KINDS.index(one.kind)
         self._block = block
         weights = Snapshot(places=[one.weight for one in norms if one is not None])
-        self._seen = Snapshot.of([weights, *(one.seen for one in repeats)])
-        attention = 2 * (heads.queries + heads.keys) * heads.size
-        hidden = repeats[4].prepared.packed.shape[0]
-        self._room = 2 * x.numel() + x.shape[0] * max(attention, 2 * hidden)
+        self._seen = Snapshot.of([weights, *(one.seen for one in there)])
+        self._room = cpu.call("fips_block_room", block, "a block of a decoder")
 
     def holds(self) -> bool:
         """Whether matrices, biases and weights still lie where they did, unchanged where it matters."""
@@ -118,17 +119,19 @@ class Block:
     def run(self, x: Tensor, angles: tuple[Tensor, Tensor], caches: tuple[Tensor, Tensor], before: int) -> Tensor:
         """The block's output (B, 1, W) of an input (B, 1, W).
 
-        ``angles`` are cosines and sines (B or 1, 1, D); ``caches`` keys and values (B, K, more than L, D), of which
-        ``before`` are there and the next is written. All lie in memory in the type of ``x``, numbers of a head side by
-        side. Raises ``BackendError`` for what does not fit, ``MemoryError`` where there is no room.
+        ``angles`` are cosines and sines (B or 1, 1, D or less: so many numbers of a head are turned); ``caches`` keys
+        and values (B, K, more than L, D), of which ``before`` are there and the next is written. All lie in memory in
+        the type of ``x``, but that angles may be float32, numbers of a head side by side. Raises ``BackendError`` for
+        what does not fit, ``MemoryError`` where there is no room.
         """
         y, room = torch.empty_like(x), torch.empty(self._room, dtype=x.dtype)
         (cosines, sines), (keys, values) = angles, caches
         block = _Block.from_buffer_copy(self._block)  # threads may run at a time
         block.x, block.y, block.room, block.room_length = x.data_ptr(), y.data_ptr(), room.data_ptr(), self._room
         block.cosines, block.sines = cosines.data_ptr(), sines.data_ptr()
-        block.angles_length = cosines.numel()
-        block.angles_stride = cosines.shape[-1] if cosines.shape[0] > 1 else 0
+        block.angles_length, block.angles_type = cosines.numel(), cpu.TYPES[cosines.dtype]
+        block.turned = cosines.shape[-1]
+        block.angles_stride = block.turned if cosines.shape[0] > 1 else 0
         block.keys, block.values, block.before = keys.data_ptr(), values.data_ptr(), before
         block.keys_length, block.values_length = cpu.span(keys), cpu.span(values)
         block.key_strides[:], block.value_strides[:] = keys.stride()[:3], values.stride()[:3]

@@ -55,7 +55,7 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 14
+ABI = 15
 _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 """By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""
@@ -214,20 +214,21 @@ def _has_vectors(library: ctypes.CDLL | None, best: int) -> bool:
     return library is not None and bool(library.fips_isas() & ((2 << best) - 1) > 1)
 
 
-def reads(*tensors: Tensor) -> bool:
+def reads(*tensors: Tensor, floats: tuple[Tensor, ...] = ()) -> bool:
     """Whether functions of the library that torch does not know as operators may take the place of its own.
 
-    That is for tensors of one type of 16 bits in memory, where nothing asks for gradients or watches operations, on a
-    machine with ``vectors``.
+    That is for tensors of one type of 16 bits in memory, ``floats`` of it or of float32, where nothing asks for
+    gradients or watches operations, on a machine with ``vectors``.
     """
     if torch.compiler.is_compiling():
         return False
     kind = tensors[0].dtype
     return (
-        is_plain(*tensors)
+        is_plain(*tensors, *floats)
         and kind in (torch.bfloat16, torch.float16)
         and all(t.is_cpu and t.dtype is kind for t in tensors)
-        and not needs_grad(*tensors)
+        and all(t.is_cpu and t.dtype in (kind, torch.float32) for t in floats)
+        and not needs_grad(*tensors, *floats)
         and not is_watched()
         and vectors()
     )
@@ -243,13 +244,17 @@ def best_isa() -> int:
     return _best
 
 
-def call(function: str, arguments: ctypes.Structure, what: str) -> None:
-    """Call a function of the library that takes one structure; raises ``BackendError`` or ``MemoryError``."""
-    status = getattr(_require(), function)(ctypes.byref(arguments))
-    if status == _NO_MEMORY:
+def call(function: str, arguments: ctypes.Structure, what: str) -> int:
+    """Call a function of the library that takes one structure, and return what it counts, 0 for most.
+
+    Raises ``BackendError`` or ``MemoryError``.
+    """
+    found = int(getattr(_require(), function)(ctypes.byref(arguments)))
+    if found == _NO_MEMORY:
         raise MemoryError(f"no memory for {what}")
-    if status != 0:
-        raise BackendError(f"the compiled library refuses {what}: status {status}")
+    if found < 0:
+        raise BackendError(f"the compiled library refuses {what}: status {found}")
+    return found
 
 
 def scratch_bytes() -> int:
@@ -501,8 +506,11 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library.fips_attend.argtypes = [c_void_p]
         library.fips_normalise.argtypes = [c_void_p]
         library.fips_run_block.argtypes = [c_void_p]
+        library.fips_block_room.argtypes = [c_void_p]
         library.fips_row_starts.argtypes = [c_void_p, c_void_p, c_int64]
-        for counting in (library.fips_row_starts, library.fips_scratch_bytes, library.fips_free_scratch):
+        for counting in (
+            library.fips_row_starts, library.fips_scratch_bytes, library.fips_free_scratch, library.fips_block_room
+        ):  # fmt: skip
             counting.restype = c_int64
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"

@@ -2,10 +2,11 @@
 
 Of a token of a small model most is Python: a dozen modules of every block, their hooks, torch's operations on a few
 numbers. ``quicken_blocks`` marks the blocks that are built like Llama's (attention turned by position, an MLP with a
-gate, norms before or behind either) and puts a function before the call of their class that knows the mark. Nothing
-says what else such a block computes, so it is tried: when a block is called with one token for the second time, both
-ways get the same random input beside the tokens before, and have to give the same bits but for few. A block that fails
-is left alone for good.
+gate, norms before or behind either) or like Phi 3's, where one matrix gives queries, keys and values and one the gate
+and what it multiplies, and puts a function before the call of their class that knows the mark. Nothing says what else
+such a block computes, so it is tried: when a block is called with one token for the second time, both ways get the same
+random input beside the tokens before, and have to give the same bits but for few. A block that fails is left alone for
+good.
 
 Everything else goes on to the modules: several tokens, a mask that hides something, gradients, autocast, another kind
 of cache, hooks, a module that was exchanged, and whatever ``fips.kernels.block`` does not know.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,14 @@ CAP = "attn_logit_softcapping"
 HARMLESS = frozenset({"position_ids", "cache_position", "use_cache"})
 """Arguments that such blocks do not read, beside those that are None or False."""
 
-_LINEAR = (
+_Place = tuple[str, str]
+_APART = (
     ("self_attn", "q_proj"), ("self_attn", "k_proj"), ("self_attn", "v_proj"), ("self_attn", "o_proj"),
     ("mlp", "gate_proj"), ("mlp", "up_proj"), ("mlp", "down_proj"),
 )  # fmt: skip
+_FUSED = ("self_attn", "qkv_proj"), None, None, _APART[3], ("mlp", "gate_up_proj"), None, _APART[6]
+_LINEAR: tuple[tuple[_Place | None, ...], ...] = _APART, _FUSED
+"""Places of the seven matrices of ``fips.kernels.block`` in blocks like those of Llama and of Phi 3."""
 _HEADS = ("self_attn", "q_norm"), ("self_attn", "k_norm")
 _BEFORE = ("", "input_layernorm"), ("", "post_attention_layernorm"), *_HEADS, None, None
 _BEHIND = None, None, *_HEADS, ("", "post_attention_layernorm"), ("", "post_feedforward_layernorm")
@@ -57,7 +62,9 @@ _AROUND = ("", "input_layernorm"), ("", "pre_feedforward_layernorm"), *_BEHIND[2
 _NORMS = _BEFORE, _BEHIND, _AROUND
 """Places of the six norms of ``fips.kernels.block`` in blocks like those of Llama, of EXAONE 4 and of Gemma 3."""
 _GET: Any = dict.get
-_OTHERS = ("", "self_attn"), ("", "mlp"), ("mlp", "act_fn")
+_ACTIVATIONS = ("mlp", "act_fn"), ("mlp", "activation_fn")
+_DROPOUTS = ("", "resid_attn_dropout"), ("", "resid_mlp_dropout")
+_OTHERS = ("", "self_attn"), ("", "mlp"), *_ACTIVATIONS, *_DROPOUTS
 
 
 def quicken_blocks(model: nn.Module) -> None:
@@ -98,9 +105,10 @@ class _Parts(NamedTuple):
 
     homes: dict[str, nn.Module]
     """The block, its attention and its MLP, by what they are called above."""
-    linear: tuple[FactoredLinear, ...]
+    linear: tuple[FactoredLinear | None, ...]
     norms: tuple[nn.Module | None, ...]
     activation: nn.Module
+    dropouts: tuple[nn.Module, ...]
 
     @classmethod
     def of(cls, block: nn.Module) -> _Parts | None:
@@ -109,19 +117,29 @@ class _Parts(NamedTuple):
         if attention is None or mlp is None:
             return None
         homes = {"": block, "self_attn": attention, "mlp": mlp}
-        there = {(home, name) for home, module in homes.items() for name in module._modules} - {*_LINEAR, *_OTHERS}
-        places = next((one for one in _NORMS if {*one} - {None, *_HEADS} == there - {*_HEADS}), None)
-        found = [homes[home]._modules.get(name) for home, name in _LINEAR]
-        linear = tuple(one for one in found if type(one) is FactoredLinear and one.basis is None)
-        activation = mlp._modules.get("act_fn")
-        if places is None or len(linear) != len(found) or activation is None:
+
+        def at(place: _Place | None) -> nn.Module | None:
+            return None if place is None else homes[place[0]]._modules.get(place[1])
+
+        there = {(home, name) for home, module in homes.items() for name in module._modules}
+        matrices = next((one for one in _LINEAR if {*one} - {None} <= there), ())
+        rest = there - {*matrices, *_OTHERS}
+        places = next((one for one in _NORMS if {*one} - {None, *_HEADS} == rest - {*_HEADS}), None)
+        activations = [one for one in map(at, _ACTIVATIONS) if one is not None]
+        linear = tuple(map(at, matrices))
+        packed = all(one is None or (type(one) is FactoredLinear and one.basis is None) for one in linear)
+        if not linear or not packed or places is None or len(activations) != 1:
             return None
-        norms = tuple(None if place is None else homes[place[0]]._modules.get(place[1]) for place in places)
-        return cls(homes, linear, norms, activation)
+        dropouts = tuple(one for one in map(at, _DROPOUTS) if one is not None)
+        return cls(homes, cast(Any, linear), tuple(map(at, places)), activations[0], dropouts)
+
+    def matrices(self) -> list[FactoredLinear]:
+        """Those that are there."""
+        return [one for one in self.linear if one is not None]
 
     def modules(self) -> list[nn.Module]:
         norms = [one for one in self.norms if one is not None]
-        return [*self.homes.values(), *self.linear, *norms, self.activation]
+        return [*self.homes.values(), *self.matrices(), *norms, self.activation, *self.dropouts]
 
     def begins(self, cache: DynamicCache) -> bool:
         """Whether the cache is that of a text that begins."""
@@ -191,7 +209,7 @@ class _Quick:
         parts = _Parts.of(block)
         if parts is not None and (_are_watched(parts.hooks()) or parts.begins(given.cache)):
             return  # another time
-        call = None if parts is None else _Call.of(parts, x)
+        call = None if parts is None else _Call.of(parts, x, given.angles)
         if call is None or not call.agrees(block, x, options, given):
             self._tries += 1
             return
@@ -203,7 +221,7 @@ def _suits(x: Tensor, angles: tuple[Tensor, Tensor]) -> bool:
     """Whether such tensors may be given to the library here and now, whatever the block."""
     cosines, sines = angles
     return (
-        cpu.reads(x, cosines, sines)
+        cpu.reads(x, floats=angles)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and 0 < x.shape[0] <= Repeat.MOST
@@ -212,6 +230,7 @@ def _suits(x: Tensor, angles: tuple[Tensor, Tensor]) -> bool:
         and cosines.shape[0] in (1, x.shape[0])
         and cosines.shape[1] == 1
         and sines.shape == cosines.shape
+        and sines.dtype is cosines.dtype
         and cosines.is_contiguous()
         and sines.is_contiguous()
     )
@@ -220,9 +239,12 @@ def _suits(x: Tensor, angles: tuple[Tensor, Tensor]) -> bool:
 class _Call:
     """A block as one call for inputs of one shape, and what that was made of."""
 
-    def __init__(self, parts: _Parts, call: Block, calls: Places, heads: Heads, x: Tensor) -> None:
+    def __init__(
+        self, parts: _Parts, call: Block, calls: Places, heads: Heads, x: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> None:
         attention = vars(parts.homes["self_attn"])
         self._call, self._heads, self._examples = call, heads, x.shape[0]
+        self._angles = _kind_of(angles)
         self._layer: int = attention["layer_idx"]
         modules, norms = parts.modules(), [one for one in parts.norms if one is not None]
         self._hooks = parts.hooks()
@@ -233,7 +255,7 @@ class _Call:
             *((parts.homes[home]._modules, name) for home, name in _HEADS),
             *((one._parameters, "weight") for one in norms),
             *((vars(one), name) for one in norms for name in EPSILONS),
-            *((vars(parts.homes[home]), "training") for home in ("", "self_attn")),
+            *((vars(one), "training") for one in (parts.homes[""], parts.homes["self_attn"], *parts.dropouts)),
             (attention, "scaling"),
             (attention, CAP),
             (vars(attention["config"]), "_attn_implementation_internal"),
@@ -244,7 +266,7 @@ class _Call:
         self._backends = registry.backends()
 
     @classmethod
-    def of(cls, parts: _Parts, x: Tensor) -> _Call | None:
+    def of(cls, parts: _Parts, x: Tensor, angles: tuple[Tensor, Tensor]) -> _Call | None:
         """None for a block of another kind, or whose layers have not kept calls of their own for such inputs."""
         attention = vars(parts.homes["self_attn"])
         size, scale, layer, cap = (attention.get(name) for name in ("head_dim", "scaling", "layer_idx", CAP))
@@ -260,14 +282,19 @@ class _Call:
             return None
         if cap is not None and (way != "eager" or type(cap) is not float or cap <= 0):
             return None
-        queries, keys = (one.out_features for one in parts.linear[:2])
-        kept = [one.repeated(torch.Size((*x.shape[:-1], one.in_features))) for one in parts.linear]
-        calls = [one[0] for one in kept if one is not None and isinstance(one[0], Repeat)]
-        if queries % size or keys % size or len(calls) != len(kept):
+        calls: list[Repeat | None] = []
+        places: Places = []
+        for one in parts.linear:
+            kept = None if one is None else one.repeated(torch.Size((*x.shape[:-1], one.in_features)))
+            if one is not None and (kept is None or not isinstance(kept[0], Repeat)):
+                return None
+            calls.append(None if kept is None else cast(Repeat, kept[0]))
+            places += [] if kept is None else kept[1]
+        heads = _heads_of(parts.linear, size)
+        if heads is None:
             return None
-        heads = Heads(queries // size, keys // size, size, scale, cap or 0.0, way == "eager")
-        places = [place for one in kept if one is not None for place in one[1]]
-        return cls(parts, Block(x, calls, norms, heads, activation), places, heads, x)
+        found = Heads(*heads, size, scale, cap or 0.0, way == "eager")
+        return cls(parts, Block(x, calls, norms, found, activation), places, found, x, angles)
 
     def is_watched(self) -> bool:
         """Whether somebody waits for calls of the modules."""
@@ -287,7 +314,7 @@ class _Call:
     def output(self, x: Tensor, given: _Given) -> Tensor | None:
         """What the block gives; None where the cache is of another kind."""
         cache = self._cache_of(given.cache, x)
-        if cache is None or given.angles[0].shape[2] != self._heads.size:
+        if cache is None or _kind_of(given.angles) != self._angles:
             return None
         y = self._call.run(x, given.angles, cache.with_room(), cache.keys.shape[2])
         cache.took_one()
@@ -330,6 +357,26 @@ class _Call:
                 found = self.output(tried, ours)
                 return found is not None and float((found == expected).float().mean()) >= SAME
         return False
+
+
+def _heads_of(linear: tuple[FactoredLinear | None, ...], size: int) -> tuple[int, int] | None:
+    """Heads of queries and of keys, each of so many numbers; None where matrices give something else."""
+    first, second, _, out, *_ = linear
+    assert first is not None
+    assert out is not None
+    queries = out.in_features
+    keys = second.out_features if second is not None else (first.out_features - queries) // 2
+    given = first.out_features - (2 * keys if second is None else 0)
+    return (
+        (queries // size, keys // size)
+        if keys > 0 and queries == given and not (queries % size or keys % size)
+        else None
+    )
+
+
+def _kind_of(angles: tuple[Tensor, Tensor]) -> tuple[int, torch.dtype]:
+    """How many numbers of a head they turn, and their type."""
+    return angles[0].shape[2], angles[0].dtype
 
 
 def _are_watched(hooks: tuple[Mapping[int, object], ...]) -> bool:

@@ -13,6 +13,20 @@ template <int COUNT> int multiply(const fips_block &b, int first, const void *x,
   return fips_multiply_together(b.matrices + first, b.calls + first, COUNT, x, ys);
 }
 
+// The same where one matrix gives what several would, `widths` numbers of every example, one behind the other: `ys` may
+// lie likewise, and have to for one example.
+template <int COUNT>
+int multiply_fused(const fips_block &b, int first, const void *x, void *const (&ys)[COUNT], const int64_t (&widths)[COUNT],
+                   uint16_t *fused) {
+  if (b.matrices[first + 1]) return multiply<COUNT>(b, first, x, ys);
+  if (b.examples == 1) return multiply<1>(b, first, x, {ys[0]});
+  if (const int status = multiply<1>(b, first, x, {fused})) return status;
+  for (int64_t e = 0; e < b.examples; ++e)
+    for (int i = 0; i < COUNT; fused += widths[i++])
+      std::memcpy(static_cast<uint16_t *>(ys[i]) + e * widths[i], fused, size_t(widths[i]) * 2);
+  return 0;
+}
+
 // `length` elements, normed in rows as long as the weights, or as they are.
 int normalise(const fips_block &b, int which, const void *x, void *y, int64_t length) {
   const int64_t size = b.norm_lengths[which];
@@ -58,14 +72,14 @@ int attention_part(const fips_block &b, Room room, const void *normed, void *out
   const int64_t queries = b.heads * b.size, keys = b.key_heads * b.size;
   uint16_t *q = room.take(b.examples * queries), *k = room.take(b.examples * keys), *v = room.take(b.examples * keys);
   uint16_t *attended = room.take(b.examples * queries);
-  if (const int status = multiply<3>(b, FIPS_QUERIES, normed, {q, k, v})) return status;
+  if (const int status = multiply_fused<3>(b, FIPS_QUERIES, normed, {q, k, v}, {queries, keys, keys}, room.next)) return status;
   if (const int status = normalise(b, FIPS_NORM_QUERIES, q, q, b.examples * queries)) return status;
   if (const int status = normalise(b, FIPS_NORM_KEYS, k, k, b.examples * keys)) return status;
   for (int64_t e = 0; e < b.examples; ++e) {
-    const auto *cosines = static_cast<const uint16_t *>(b.cosines) + e * b.angles_stride;
-    const auto *sines = static_cast<const uint16_t *>(b.sines) + e * b.angles_stride;
-    fips_turn_256(q + e * queries, b.heads, b.size, cosines, sines, b.type);
-    fips_turn_256(k + e * keys, b.key_heads, b.size, cosines, sines, b.type);
+    const int64_t place = e * b.angles_stride * (b.angles_type == FIPS_F32 ? 4 : 2);
+    const void *cosines = static_cast<const char *>(b.cosines) + place, *sines = static_cast<const char *>(b.sines) + place;
+    fips_turn_256(q + e * queries, b.heads, b.size, cosines, sines, b.turned, b.angles_type, b.type);
+    fips_turn_256(k + e * keys, b.key_heads, b.size, cosines, sines, b.turned, b.angles_type, b.type);
   }
   append(k, b, b.keys, b.key_strides);
   append(v, b, b.values, b.value_strides);
@@ -74,9 +88,9 @@ int attention_part(const fips_block &b, Room room, const void *normed, void *out
 }
 
 int mlp_part(const fips_block &b, Room room, const void *normed, void *out) {
-  const int64_t numbers = b.examples * b.calls[FIPS_GATE]->y_columns;
+  const int64_t hidden = b.calls[FIPS_DOWN]->x_columns, numbers = b.examples * hidden;
   uint16_t *gate = room.take(numbers), *up = room.take(numbers);
-  if (const int status = multiply<2>(b, FIPS_GATE, normed, {gate, up})) return status;
+  if (const int status = multiply_fused<2>(b, FIPS_GATE, normed, {gate, up}, {hidden, hidden}, room.next)) return status;
   fips_gate_256(gate, up, numbers, b.activation, b.type, b.threads);
   return multiply<1>(b, FIPS_DOWN, gate, {out});
 }
@@ -99,10 +113,12 @@ int run(const fips_block &b) {
 
 #endif
 
-// Elements that are made in between: what is normed and what goes back, beside the heads or the hidden numbers.
+// Elements that are made in between: what is normed and what goes back, beside the heads or the hidden numbers, and what
+// one matrix gives in place of several.
 int64_t room_of(const fips_block &b) {
-  const int64_t attention = 2 * b.examples * (b.heads + b.key_heads) * b.size;
-  const int64_t mlp = 2 * b.examples * b.calls[FIPS_GATE]->y_columns;
+  const auto fused = [&](int first) { return b.matrices[first + 1] ? 0 : b.examples * b.calls[first]->y_columns; };
+  const int64_t attention = 2 * b.examples * (b.heads + b.key_heads) * b.size + fused(FIPS_QUERIES);
+  const int64_t mlp = 2 * b.examples * b.calls[FIPS_DOWN]->x_columns + fused(FIPS_GATE);
   return 2 * b.length + (attention > mlp ? attention : mlp);
 }
 
@@ -118,6 +134,12 @@ int fips_run_block(const fips_block *block) {
   if (best_level(block->isa) >= FIPS_VECTORS_256) return run(*block);
 #endif
   return FIPS_UNSUPPORTED;
+}
+
+int64_t fips_block_room(const fips_block *block) {
+  if (!block) return FIPS_INVALID;
+  const int status = fips_check_block_parts(*block);
+  return status ? status : room_of(*block);
 }
 
 } // extern "C"

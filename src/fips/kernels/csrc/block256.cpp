@@ -9,21 +9,25 @@ constexpr int64_t kMostSize = kMostRounded; // of a head
 constexpr int64_t kSome = 64;
 constexpr int64_t kAlone = 1 << 12; // numbers up to which one thread takes no longer than several
 
-template <class Values>
-void turn(Number<Values> *heads, int64_t count, int64_t size, const Number<Values> *cosines, const Number<Values> *sines) {
+// Products are rounded where angles are of the same type; beside floats torch computes in floats.
+template <class Values, class Angles>
+void turn(Number<Values> *heads, int64_t count, int64_t size, const Number<Angles> *cosines, const Number<Angles> *sines,
+          int64_t turned) {
   alignas(32) float by_cosine[kMostSize], by_sine[kMostSize], cosine[kMostSize], sine[kMostSize];
-  const int64_t half = size / 2;
-  read_floats<Values>(cosines, size, size, cosine);
-  read_floats<Values>(sines, size, size, sine);
+  const int64_t half = turned / 2;
+  read_floats<Angles>(cosines, turned, turned, cosine);
+  read_floats<Angles>(sines, turned, turned, sine);
   for (Number<Values> *head = heads; head != heads + count * size; head += size) {
-    read_floats<Values>(head, size, size, by_cosine);
+    read_floats<Values>(head, turned, turned, by_cosine);
     for (int64_t i = 0; i < half; ++i) by_sine[i] = -by_cosine[half + i] * sine[i];
     for (int64_t i = 0; i < half; ++i) by_sine[half + i] = by_cosine[i] * sine[half + i];
-    for (int64_t i = 0; i < size; ++i) by_cosine[i] *= cosine[i];
-    round_to<Values>(by_cosine, size);
-    round_to<Values>(by_sine, size);
-    for (int64_t i = 0; i < size; ++i) by_cosine[i] += by_sine[i];
-    store<Values>(head, by_cosine, size);
+    for (int64_t i = 0; i < turned; ++i) by_cosine[i] *= cosine[i];
+    if constexpr (std::is_same_v<Angles, Values>) {
+      round_to<Values>(by_cosine, turned);
+      round_to<Values>(by_sine, turned);
+    }
+    for (int64_t i = 0; i < turned; ++i) by_cosine[i] += by_sine[i];
+    store<Values>(head, by_cosine, turned);
   }
 }
 
@@ -76,10 +80,17 @@ template <class Body> void with_type(int32_t type, Body &&body) {
 
 } // namespace
 
-void fips_turn_256(void *heads, int64_t count, int64_t size, const void *cosines, const void *sines, int32_t type) {
+void fips_turn_256(void *heads, int64_t count, int64_t size, const void *cosines, const void *sines, int64_t turned,
+                   int32_t angles_type, int32_t type) {
   with_type(type, [&](auto values) {
-    using N = Number<decltype(values)>;
-    turn<decltype(values)>(static_cast<N *>(heads), count, size, static_cast<const N *>(cosines), static_cast<const N *>(sines));
+    using Values = decltype(values);
+    const auto turn_by = [&](auto angles) {
+      using Angles = decltype(angles);
+      const auto read = [](const void *from) { return static_cast<const Number<Angles> *>(from); };
+      turn<Values, Angles>(static_cast<Number<Values> *>(heads), count, size, read(cosines), read(sines), turned);
+    };
+    if (angles_type == FIPS_F32) turn_by(F32Values());
+    else turn_by(values);
   });
 }
 

@@ -175,12 +175,24 @@ int fips_check_attention(const fips_attention &a) {
 
 namespace {
 
+// Those that are there; one may give what is asked of the two or one behind it.
+bool matrices_are_there(const fips_block &b) {
+  for (int i = 0; i < FIPS_BLOCK_MATRICES; ++i)
+    if (!b.matrices[i] != !b.calls[i]) return false;
+  for (int i : {FIPS_QUERIES, FIPS_OUT, FIPS_GATE, FIPS_DOWN})
+    if (!b.matrices[i]) return false;
+  return !b.matrices[FIPS_KEYS] == !b.matrices[FIPS_VALUES_OF_KEYS];
+}
+
 bool matrices_fit(const fips_block &b, int64_t width) {
-  const int64_t queries = b.heads * b.size, keys = b.key_heads * b.size, hidden = b.calls[FIPS_GATE]->y_columns;
-  const int64_t inputs[FIPS_BLOCK_MATRICES] = {width, width, width, queries, width, width, hidden};
-  const int64_t outputs[FIPS_BLOCK_MATRICES] = {queries, keys, keys, width, hidden, hidden, width};
+  const int64_t queries = b.heads * b.size, keys = b.key_heads * b.size, hidden = b.calls[FIPS_DOWN]->x_columns;
   if (hidden < 1 || hidden > kMostSide || hidden % 8) return false;
+  const int64_t inputs[FIPS_BLOCK_MATRICES] = {width, width, width, queries, width, width, hidden};
+  int64_t outputs[FIPS_BLOCK_MATRICES] = {queries, keys, keys, width, hidden, hidden, width};
+  if (!b.matrices[FIPS_KEYS]) outputs[FIPS_QUERIES] += 2 * keys;
+  if (!b.matrices[FIPS_UP]) outputs[FIPS_GATE] += hidden;
   for (int i = 0; i < FIPS_BLOCK_MATRICES; ++i) {
+    if (!b.matrices[i]) continue;
     const fips_call &c = *b.calls[i];
     if (c.tokens != b.examples || c.x_columns != inputs[i] || c.y_columns != outputs[i]) return false;
     if (c.x_length != b.examples * inputs[i] || c.y_length != b.examples * outputs[i]) return false;
@@ -202,22 +214,27 @@ bool norms_fit(const fips_block &b, int64_t width) {
 
 } // namespace
 
-int fips_check_block(const fips_block &b) {
+int fips_check_block_parts(const fips_block &b) {
   for (int64_t side : {b.examples, b.heads, b.key_heads, b.size})
     if (side < 1 || side > kMostSide) return FIPS_INVALID;
-  if (b.before < 0 || b.before >= kMostSide || b.isa < FIPS_PORTABLE || b.isa > FIPS_AMX) return FIPS_INVALID;
-  if (!scores_fit(b.cap, b.rounded)) return FIPS_INVALID;
+  if (b.isa < FIPS_PORTABLE || b.isa > FIPS_AMX || !scores_fit(b.cap, b.rounded)) return FIPS_INVALID;
   if (b.threads < 1 || b.threads > kMostThreads || (b.activation != FIPS_SILU && b.activation != FIPS_GELU_TANH)) return FIPS_INVALID;
   if (b.size % 8 || b.size > 512 || (b.type != FIPS_BF16 && b.type != FIPS_F16)) return FIPS_UNSUPPORTED;
   if (b.heads % b.key_heads || b.heads > kMostSide / b.size || !b.matrices || !b.calls) return FIPS_INVALID;
-  for (int i = 0; i < FIPS_BLOCK_MATRICES; ++i)
-    if (!b.matrices[i] || !b.calls[i]) return FIPS_INVALID;
+  if (!matrices_are_there(b)) return FIPS_INVALID;
   const int64_t width = b.calls[FIPS_QUERIES]->x_columns;
   if (width < 1 || width > kMostSide || b.examples > kMostEntries / kMostSide) return FIPS_INVALID;
   if (width % 8) return FIPS_UNSUPPORTED;
-  if (b.length != b.examples * width || !matrices_fit(b, width) || !norms_fit(b, width)) return FIPS_INVALID;
-  const bool turned = b.cosines && b.sines && b.angles_stride >= 0 && b.angles_stride <= kMostSide;
-  if (!turned || b.angles_length < b.size + (b.examples - 1) * b.angles_stride) return FIPS_INVALID;
+  return b.length == b.examples * width && matrices_fit(b, width) && norms_fit(b, width) ? 0 : FIPS_INVALID;
+}
+
+int fips_check_block(const fips_block &b) {
+  if (const int status = fips_check_block_parts(b)) return status;
+  if (b.before < 0 || b.before >= kMostSide) return FIPS_INVALID;
+  if (b.turned < 8 || b.turned > b.size || b.turned % 8) return FIPS_INVALID;
+  if (b.angles_type != FIPS_F32 && b.angles_type != b.type) return FIPS_INVALID;
+  const bool angles = b.cosines && b.sines && b.angles_stride >= 0 && b.angles_stride <= kMostSide;
+  if (!angles || b.angles_length < b.turned + (b.examples - 1) * b.angles_stride) return FIPS_INVALID;
   const int64_t strides[] = {b.key_strides[2], b.value_strides[2]};
   if (strides[0] < b.size || strides[1] < b.size) return FIPS_INVALID; // else a token would be written over another
   fips_attention a = {};

@@ -11,6 +11,7 @@ int fips_check_rows(const fips_matrix &matrix);
 int fips_check_norm(const fips_norm &norm);
 int fips_check_attention(const fips_attention &attention);
 int fips_check_block(const fips_block &block);
+int fips_check_block_parts(const fips_block &block); // all but what changes from token to token
 // A call with so many columns in and out; its outputs may have a bias.
 int fips_check_search(const fips_search &search);
 int fips_check_call(const fips_call &call, int64_t inputs, int64_t outputs);

@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 14 };
+enum { FIPS_ABI = 15 };
 enum { FIPS_ROW_UNIT = 16 }; // rows that parts of a matrix are counted in
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
@@ -143,6 +143,8 @@ typedef struct {
 } fips_norm;
 
 // The matrices of a block, in this order: what reads its input, what attention gives goes through, and an MLP with a gate.
+// One matrix may give queries, keys and values, one behind the other, and one what the gate and `up` give: it stands in
+// the place of the first, and null in the others'.
 enum fips_block_matrix {
   FIPS_QUERIES = 0, FIPS_KEYS = 1, FIPS_VALUES_OF_KEYS = 2, FIPS_OUT = 3, FIPS_GATE = 4, FIPS_UP = 5, FIPS_DOWN = 6,
   FIPS_BLOCK_MATRICES = 7
@@ -164,14 +166,14 @@ enum fips_activation { FIPS_SILU = 0, FIPS_GELU_TANH = 1 };
 typedef struct {
   const void *x;                // examples by width, `length` elements
   void *y;                      // as x
-  void *room;                   // what is made in between, `room_length` elements: twice `length` and, of every
-                                // example, twice the heads of both kinds or the hidden numbers, whatever are more
+  void *room;                   // what is made in between, `room_length` elements, at least fips_block_room
   int64_t length, room_length;
   const fips_matrix *const *matrices; // as many as FIPS_BLOCK_MATRICES, each
   const fips_call *const *calls;      // with a call for such inputs, whose x and y do not count
   const void *norms[FIPS_BLOCK_NORMS]; // weights, `norm_lengths` elements; null and 0: no norm
-  const void *cosines, *sines;  // by which queries and keys are turned: size elements, `angles_stride` from one example to
-  int64_t angles_length, angles_stride; // the next, which may be 0; `angles_length` in all
+  const void *cosines, *sines;  // by which the first `turned` numbers of queries and keys are: as many elements,
+  int64_t angles_length, angles_stride; // `angles_stride` from one example to the next, which may be 0; in all
+  int64_t turned;               // `angles_length`; a multiple of 8
   void *keys, *values;          // as in fips_attention, with room for one token more, which is written
   int64_t keys_length, values_length;
   int64_t examples, heads, key_heads, before, size;
@@ -179,7 +181,8 @@ typedef struct {
   int64_t key_strides[3], value_strides[3];
   float scale, cap, eps[FIPS_BLOCK_NORMS];
   int32_t norm_kinds[FIPS_BLOCK_NORMS];
-  int32_t activation, type;     // type of all numbers: BF16 or F16
+  int32_t activation, type;     // type of all numbers: BF16 or F16; but
+  int32_t angles_type;          // of angles, which may be F32
   int32_t rounded;              // as in fips_attention
   int32_t threads, isa;
 } fips_block;
@@ -216,6 +219,9 @@ FIPS_API int fips_attend(const fips_attention *attention);
 FIPS_API int fips_normalise(const fips_norm *norm);
 // Fill `y` and the place of the token in `keys` and `values`; FIPS_UNSUPPORTED where there are no registers of 256 bits.
 FIPS_API int fips_run_block(const fips_block *block);
+// Elements of room that a block needs, of which only matrices, calls, heads, sizes and `length` have to be there; or a
+// fips_status.
+FIPS_API int64_t fips_block_room(const fips_block *block);
 // Fill `row_start`, `length` = rows long (null and 0 for full and N:M); returns the number of kept entries, which is
 // `num_values` unless the pattern is damaged, or a fips_status.
 FIPS_API int64_t fips_row_starts(const fips_matrix *matrix, uint32_t *row_start, int64_t length);

@@ -41,8 +41,10 @@ bool fips_search_avx512(const fips_search &search);
 void fips_normalise_256(const fips_norm &norm);
 void fips_attend_256(const fips_attention &attention);
 
-// Of a block, all in one `type` of 16 bits. Every head of `size` numbers turned by the angles of its position.
-void fips_turn_256(void *heads, int64_t count, int64_t size, const void *cosines, const void *sines, int32_t type);
+// Of a block, all in one `type` of 16 bits. Of every head of `size` numbers the first `turned` turned by the angles of its
+// position, which may be floats.
+void fips_turn_256(void *heads, int64_t count, int64_t size, const void *cosines, const void *sines, int64_t turned,
+                   int32_t angles_type, int32_t type);
 // `gate`, through a fips_activation, times `up`, in place.
 void fips_gate_256(void *gate, const void *up, int64_t count, int32_t activation, int32_t type, int threads);
 void fips_add_256(const void *a, const void *b, void *sum, int64_t count, int32_t type);
