@@ -223,20 +223,23 @@ def reads(*tensors: Tensor, floats: tuple[Tensor, ...] = ()) -> bool:
     if torch.compiler.is_compiling():
         return False
     kind = tensors[0].dtype
-    return (
-        is_plain(*tensors, *floats)
-        and kind in (torch.bfloat16, torch.float16)
-        and all(t.is_cpu and t.dtype is kind for t in tensors)
-        and all(t.is_cpu and t.dtype in (kind, torch.float32) for t in floats)
-        and not needs_grad(*tensors, *floats)
-        and not is_watched()
-        and vectors()
-    )
+    if kind not in (torch.bfloat16, torch.float16):
+        return False
+    for t in tensors:  # written out: a generator would cost as much as a small call
+        if t.dtype is not kind or not t.is_cpu:
+            return False
+    for t in floats:
+        if t.dtype not in (kind, torch.float32) or not t.is_cpu:
+            return False
+    return is_plain(*tensors, *floats) and not needs_grad(*tensors, *floats) and not is_watched() and vectors()
 
 
 def span(part: Tensor) -> int:
     """Elements from the first to the last of a part of a tensor."""
-    return 1 + sum((count - 1) * stride for count, stride in zip(part.shape, part.stride(), strict=True))
+    elements = 1
+    for count, stride in zip(part.shape, part.stride(), strict=True):
+        elements += (count - 1) * stride
+    return elements
 
 
 def best_isa() -> int:
