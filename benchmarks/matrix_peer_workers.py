@@ -483,7 +483,11 @@ class TorchDynamic(Products):
 
 
 class TorchAo(Products):
-    """torchao's layers of 8-bit weights and inputs, compiled together for all of a part, with frozen weights."""
+    """torchao's layers of 8-bit weights and inputs, compiled together for all of a part, with frozen weights.
+
+    Each has an argument of its own, though all are the same numbers: of one argument the compiler would round the
+    inputs once for the whole part, which no layer of a model can do for those behind it.
+    """
 
     def __init__(self, work: Work) -> None:
         quantization: Any = importlib.import_module("torchao.quantization")
@@ -500,12 +504,16 @@ class TorchAo(Products):
     def calls(self, x: Floats) -> Calls:
         torch._dynamo.reset()  # gives back the weights frozen for other tokens
         torch._inductor.config.freezing = True
-        self.parts = [[torch.compile(partial(self._products, layers), dynamic=False)] for layers in self.modules]
+        self.parts = [[self._compiled(layers)] for layers in self.modules]
         return super().calls(x)
 
+    def _compiled(self, layers: Any) -> Callable[[Any], Any]:
+        products = torch.compile(partial(self._products, layers), dynamic=False)
+        return lambda x: products(*(x.view_as(x) for _ in layers))
+
     @staticmethod
-    def _products(layers: list[Any], x: Any) -> list[Any]:
-        return [layer(x) for layer in layers]
+    def _products(layers: list[Any], *inputs: Any) -> list[Any]:
+        return [layer(x) for layer, x in zip(layers, inputs, strict=True)]
 
     def product(self) -> Floats:
         return np.asarray(self.y[0].float())

@@ -261,7 +261,13 @@ def attention() -> str:
     return markdown(["", "heads", *(f"{length:,} tokens" for length in lengths)], rows)
 
 
-TOKEN_MODELS = {"": "Llama-3.2-1B", "smollm2": "SmolLM2-135M", "gemma-2-2b": "Gemma-2-2B"}
+TOKEN_MODELS = {
+    "": "Llama-3.2-1B",
+    "smollm2": "SmolLM2-135M",
+    "gemma-2-2b": "Gemma-2-2B",
+    "olmo-2-1b": "OLMo-2-1B",
+    "phi-3-mini": "Phi-3-mini",
+}
 """By what stands before the values in the name of a directory."""
 
 
