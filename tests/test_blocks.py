@@ -304,8 +304,9 @@ def test_a_module_with_a_forward_of_its_own_is_called(model: Any, calls: list[in
     assert len(calls) == 7 * (LAYERS - 2)
 
 
-def test_what_the_model_is_asked_to_record_is_there(model: Any) -> None:
+def test_what_the_model_is_asked_to_record_is_there(model: Any, calls: list[int]) -> None:
     warm(model)
+    calls.clear()
     wanted = {"output_hidden_states": True, "use_cache": True}
     with torch.no_grad():
         found = model(text(length=1), past_key_values=model(text()).past_key_values, **wanted)
@@ -314,6 +315,29 @@ def test_what_the_model_is_asked_to_record_is_there(model: Any) -> None:
     assert len(found.hidden_states) == len(expected.hidden_states) == LAYERS + 1
     for mine, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert_alike(mine, theirs)
+    assert calls == []
+
+
+def test_hooks_that_transformers_leaves_behind_are_no_reason_to_call_the_modules(model: Any, calls: list[int]) -> None:
+    warm(model)
+    with torch.no_grad():
+        model(text(), output_hidden_states=True, output_attentions=True)
+    assert any(one._forward_hooks for one in model.modules())
+    calls.clear()
+    found = generate(model)
+    assert len(calls) == 7 * LAYERS
+    with by_modules(model):
+        assert_alike(logits(found), logits(generate(model)))
+    other = copy.deepcopy(model)  # one that finds out when the hooks are there
+    warm(other)
+    calls.clear()
+    generate(other)
+    assert len(calls) == 7 * LAYERS
+    handle = model.model.layers[1].register_forward_hook(lambda *_: None)  # beside those
+    calls.clear()
+    generate(model)
+    handle.remove()
+    assert len(calls) == 7 * (LAYERS - 1)
 
 
 def _scales(layer: Any) -> None:

@@ -82,9 +82,7 @@ def compress(
     unusable batches. Reference: arXiv 2411.09816.
     """
     started = time.perf_counter()
-    if not isinstance(config, CompressionConfig):
-        hint = "use its `.compression`" if hasattr(config, "compression") else "write `CompressionConfig(...)`"
-        raise ConfigError(f"`config` must be a `CompressionConfig`, got `{type(config).__name__}`; {hint}")
+    _require_settings(config)
     model = unwrap(model)
     check_model(model)
     device = next(model.parameters()).device
@@ -103,10 +101,7 @@ def compress(
             model, config, data, device, method.needs, method.temperature, shown, cache=moments,
             influence_examples=method.influence_examples, ranks=ranks,
         )  # fmt: skip
-        if work is not None:
-            bench.store = kept = WorkDirectory(work, _fingerprint(model, asked, data))
-            if kept.earlier_seconds:
-                bench.phases[EARLIER] = kept.earlier_seconds
+        _keep_in(bench, work, asked)
         for item in plan.skipped:
             if item.end:
                 bench.note(f"`{item.name}` is left dense: {item.reason}")
@@ -124,6 +119,20 @@ def compress(
         report.asked = {name: value for name in SIZES if (value := getattr(asked, name)) is not None}
     model.fips_report = report  # type: ignore[assignment]
     return report
+
+
+def _require_settings(config: object) -> None:
+    if not isinstance(config, CompressionConfig):
+        hint = "use its `.compression`" if hasattr(config, "compression") else "write `CompressionConfig(...)`"
+        raise ConfigError(f"`config` must be a `CompressionConfig`, got `{type(config).__name__}`; {hint}")
+
+
+def _keep_in(bench: Workbench, work: str | Path | None, asked: CompressionConfig) -> None:
+    """Keep what is finished in a directory, and count the time of what is there."""
+    if work is not None:
+        bench.store = kept = WorkDirectory(work, _fingerprint(bench.model, asked, bench.batches))
+        if kept.earlier_seconds:
+            bench.phases[EARLIER] = kept.earlier_seconds
 
 
 def _refuse_model(model: nn.Module, plan: CompressionPlan, sites: Sequence[Site]) -> None:

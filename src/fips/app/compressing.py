@@ -157,9 +157,7 @@ def compress_to_directory(
                 empty, plan, sized, data, need, device=original.device, count=batches.num_samples, output=output
             )
             announce(expected.line())
-            if kept := kept_seconds(work):
-                words = f"`{work.name}` keeps what earlier runs finished in {kept:.0f} s"
-                announce(f"{words}: a run with the same settings and data goes on from there")
+            _tell_of_work(work, announce)
         model = original.dense()
         examples = PixelBatches(batches) if is_timm_model(model) else batches
         report = compress(model, examples, recipe.compression, progress=progress, work=work)
@@ -169,10 +167,21 @@ def compress_to_directory(
         if quality is not None:
             found = measured("quality", partial(quality, model))
             report.quality = None if found is None else found.to_dict()
-        words = f"The settings that {base_name(source)} was compressed with."
-        used = recipe.model_copy(update={"description": words, "model": source, "architecture": None})
         beside = partial(_write_page, output, trust_remote_code=trust_remote_code)
-        return Compression(report, *_write(model, target, processor, used.to_yaml(), keeper, beside))
+        return Compression(report, *_write(model, target, processor, _used(recipe, source), keeper, beside))
+
+
+def _tell_of_work(work: Path, announce: Callable[[str], None]) -> None:
+    """Say that a run goes on from another, if it does."""
+    if kept := kept_seconds(work):
+        words = f"`{work.name}` keeps what earlier runs finished in {kept:.0f} s"
+        announce(f"{words}: a run with the same settings and data goes on from there")
+
+
+def _used(recipe: Recipe, source: str) -> str:
+    """The recipe, as YAML, that makes the same of the same model."""
+    words = f"The settings that {base_name(source)} was compressed with."
+    return recipe.model_copy(update={"description": words, "model": source, "architecture": None}).to_yaml()
 
 
 def _at_the_end(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.utils import output_capturing
 
 from fips.kernels import cpu, registry
 from fips.kernels.block import Block, Heads, activation_of
@@ -381,7 +382,24 @@ def _kind_of(angles: tuple[Tensor, Tensor]) -> tuple[int, torch.dtype]:
 
 def _are_watched(hooks: tuple[Mapping[int, object], ...]) -> bool:
     everywhere = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
-    return any(hooks) or bool(everywhere)
+    return bool(everywhere) or (any(hooks) and any(map(_are_heard, hooks)))
+
+
+def _are_heard(hooks: Mapping[int, object]) -> bool:
+    """Whether one of these hooks wants to be called now.
+
+    A model that was once asked for its hidden states keeps hooks of transformers, which look whether a call collects
+    any; those of other versions, which are not known, are heard.
+    """
+    if not hooks or not all(_is_collecting(one) for one in hooks.values()):
+        return bool(hooks)
+    collector = getattr(output_capturing, "_active_collector", None)
+    return collector is None or bool(collector.get())
+
+
+def _is_collecting(hook: object) -> bool:
+    name = getattr(hook, "__qualname__", "")
+    return getattr(hook, "__module__", None) == output_capturing.__name__ and name.endswith(".output_capturing_hook")
 
 
 def _with_copy(given: _Given, layer: int) -> _Given:
