@@ -4,8 +4,9 @@
 
 Of attention microseconds of a call from Python, medians of rounds, and the ratio within a round. torch's way is the one
 that fips takes without its library: queries that share keys and values together, as if they were several tokens. Of
-models, such as ``benchmarks/generation.py make`` writes them, what a token takes behind a prompt of some length with
-neither, with attention, with attention and norms, and with whole blocks by the library.
+models, such as ``benchmarks/generation.py make`` writes them, what a token takes behind a prompt of some length, or of
+several texts padded in front, with neither, with attention, with attention and norms, and with whole blocks by the
+library.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ HEADS = {
 LENGTHS = 16, 128, 512, 2048, 8192
 SECONDS = 0.02
 """Of one measurement."""
-PROMPTS = 512, 2048
+PROMPTS = (1, 512), (1, 2048), (4, 512)
+"""Texts at a time and tokens of each; several are padded in front, each more than the one before."""
+PADDING = 40
 TOKENS = 60
 """Generated in either way behind a prompt."""
 WAYS = {"library": attention.suits, "torch": lambda *_: False}
@@ -85,11 +88,17 @@ def tokens(path: Path) -> list[dict[str, Any]]:
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     marks = {module: vars(module)[MARK] for module in model.modules() if MARK in vars(module)}
     rows = []
-    for length in PROMPTS:
-        prompt = torch.arange(300, 300 + length)[None]
-        outs = {
-            way: model(prompt, use_cache=True, logits_to_keep=1) for way in ("torch", "attention", "norms", "blocks")
-        }
+    for examples, length in PROMPTS:
+        prompt = torch.arange(300, 300 + length).expand(examples, -1)
+        mask = torch.ones(examples, length + TOKENS, dtype=torch.long)
+        for example in range(examples):
+            mask[example, : PADDING * example] = 0
+
+        def given(tokens: int, mask: torch.Tensor = mask) -> dict[str, Any]:
+            places = mask[:, :tokens].cumsum(1).sub(1).clamp_min(0)
+            return {"attention_mask": mask[:, :tokens], "position_ids": places, "use_cache": True, "logits_to_keep": 1}
+
+        outs = {way: model(prompt, **given(length)) for way in ("torch", "attention", "norms", "blocks")}
         found: dict[str, list[float]] = {way: [] for way in outs}
         for turn in range(TOKENS):
             for way in found if turn % 2 else reversed(found):
@@ -99,12 +108,13 @@ def tokens(path: Path) -> list[dict[str, Any]]:
                 if way == "blocks":
                     for module, mark in marks.items():
                         setattr(module, MARK, mark)
-                token = outs[way].logits[:, -1:].argmax(-1)
+                token, options = outs[way].logits[:, -1:].argmax(-1), given(length + turn + 1)
+                options |= {"position_ids": options["position_ids"][:, -1:], "cache": outs[way].past_key_values}
                 start = time.perf_counter()
-                outs[way] = model(token, past_key_values=outs[way].past_key_values, use_cache=True, logits_to_keep=1)
+                outs[way] = model(token, **options)
                 found[way].append(time.perf_counter() - start)
         found = {way: times[5:] for way, times in found.items()}
-        rows.append({"model": path.name, "length": length} | compared(found, "ms", 1e3))
+        rows.append({"model": path.name, "examples": examples, "length": length} | compared(found, "ms", 1e3))
         print(rows[-1])
     return rows
 

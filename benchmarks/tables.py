@@ -277,7 +277,8 @@ def one_token() -> str:
     for row in load("one-token")["models"]:
         begin, _, values = row["model"].rpartition("-")
         ways = [f"{row[f'{way}_ms']:.1f} ({row[f'{way}_ratio']:.2f})" for way in ("attention", "norms", "blocks")]
-        rows.append([f"{TOKEN_MODELS[begin]}, `{values}`", f"{row['length']:,}", f"{row['torch_ms']:.1f}", *ways])
+        before = f"{row['length']:,}" + (f" of {row['examples']} padded texts" if row["examples"] > 1 else "")
+        rows.append([f"{TOKEN_MODELS[begin]}, `{values}`", before, f"{row['torch_ms']:.1f}", *ways])
     ways = ["torch", "attention by the library", "norms too", "whole blocks"]
     return markdown(["ms a token", "tokens before", *ways], rows)
 

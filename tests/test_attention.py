@@ -69,6 +69,64 @@ def test_capped_and_rounded_scores(
         assert float((found - theirs).norm() / theirs.norm()) < 3e-3, length
 
 
+@pytest.mark.parametrize("hidden", [(0, 0, 0), (5, 0, 1), (127, 128, 129), (199, 150, 3)])
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_keys_in_front_are_left_out(cap: float, hidden: tuple[int, ...]) -> None:
+    query, key, value = normal(3, 6, 1, 24), normal(3, 2, 200, 24), normal(3, 2, 200, 24) + 1
+    found = attention.attend(query, key, value, 0.2, cap=cap, hidden=hidden)
+    stepwise = attention.attend(query, key, value, 0.2, cap=cap, hidden=hidden, rounded=True)
+    key[0, 0, 3] = torch.nan  # of a key that is left out nothing is to be seen
+    again = attention.attend(query, key, value, 0.2, cap=cap, hidden=hidden)
+    for e, count in enumerate(hidden):
+        parts = query[e : e + 1], key[e : e + 1, :, count:], value[e : e + 1, :, count:]
+        expected = exact(*parts, 0.2, cap)[0]
+        if not (e == 0 and count < 4):
+            assert float((found[e].double() - expected).norm() / expected.norm()) < 3e-3
+            theirs = step_by_step(*parts, 0.2, cap)[0]
+            assert float((stepwise[e] - theirs).norm() / theirs.norm()) < 3e-3
+            assert torch.equal(found[e], again[e])
+
+
+MASKS: dict[str, tuple[list[list[int]], tuple[int, ...] | None]] = {
+    "nothing": ([[1, 1, 1, 1]], ()),
+    "padding": ([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]], (2, 0, 1)),
+    "the same of all": ([[0, 1, 1, 1]], (1, 1, 1)),
+    "a hole": ([[0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]], None),
+    "what comes": ([[1, 1, 1, 0]], None),
+    "all": ([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]], None),
+    "of too few": ([[0, 1, 1, 1], [1, 1, 1, 1]], None),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("added", [None, torch.float32, torch.bfloat16])
+def test_what_a_mask_hides(name: str, added: torch.dtype | None) -> None:
+    rows, expected = MASKS[name]
+    mask = torch.tensor(rows, dtype=torch.bool)[:, None, None]
+    if added is not None:
+        mask = torch.where(mask, 0.0, torch.finfo(added).min).to(added)
+    for one in (mask, torch.where(mask == 0, mask, -torch.inf) if added else mask):
+        for _ in range(2):
+            assert decoding.hidden_by(one, 3, 4) == expected
+    if expected:
+        assert decoding.hidden_by(mask, 3, 5) is None
+        if added is not None:
+            assert decoding.hidden_by(mask / 1e30, 3, 4) is None  # weighed less, but there
+
+
+def test_a_mask_that_was_written_to_is_looked_at_again() -> None:
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    assert decoding.hidden_by(mask, 2, 5) == ()
+    mask[1, 0, 0, :2] = False
+    assert decoding.hidden_by(mask, 2, 5) == (0, 2)
+    with torch.inference_mode():
+        other = mask.clone()
+        assert decoding.hidden_by(other, 2, 5) == (0, 2)
+        other[0, 0, 0, 0] = False
+        assert decoding.hidden_by(other, 2, 5) == (1, 2)
+    assert decoding.hidden_by(None, 2, 5) == ()
+
+
 def test_a_score_that_is_no_number_is_none_when_capped() -> None:
     query, key, value = normal(1, 6, 1, 16), normal(1, 3, 150, 16), normal(1, 3, 150, 16)
     key[0, 1, 140, 3] = torch.nan
@@ -150,12 +208,19 @@ def test_other_calls_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(decoding.attend(query, key, value, None, 0.3), by_library, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("hidden", [(9,), (-1,), (0, 0), (1 << 40,)])
+def test_more_keys_than_there_are_cannot_be_left_out(hidden: tuple[int, ...]) -> None:
+    query, key = normal(1, 4, 1, 16), normal(1, 2, 9, 16)
+    with pytest.raises(BackendError, match="refuses attention of one token"):
+        attention.attend(query, key, key, 0.3, hidden=hidden)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("keys_length", 100), ("values_length", -1), ("queries_length", 63), ("y_length", 65), ("heads", 5),
      ("length", 10), ("length", 1 << 40), ("examples", 0), ("examples", 1 << 31), ("key_heads", 3), ("size", 12),
      ("size", 1024), ("type", 0), ("type", 9), ("threads", 0), ("isa", 77), ("keys", None), ("y", None),
-     ("cap", -1.0), ("cap", float("nan")), ("rounded", 2),
+     ("cap", -1.0), ("cap", float("nan")), ("rounded", 2), ("hidden_length", 1),
      ("key_strides", (144, 72, -8)), ("value_strides", (144, 1 << 62, 1 << 62))],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch, field: str, value: Any) -> None:

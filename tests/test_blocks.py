@@ -179,15 +179,33 @@ def test_a_window_that_may_be_taken_back_is_left_to_transformers(window: int, ca
         assert torch.equal(found.sequences, generate(model, tokens=12, prompt_lookup_num_tokens=2).sequences)
 
 
-def test_a_block_is_one_call_again_when_padding_has_left_the_window(calls: list[int]) -> None:
-    model = packed("mistral", sliding_window=9)
-    warm(model)
-    calls.clear()
-    mask = (torch.arange(7) > 2).long().unsqueeze(0)
-    found = generate(model, tokens=12, attention_mask=mask)
-    assert len(calls) == (11 - 4) * LAYERS  # the last of three pads is 9 tokens back when the fifth is asked for
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "olmo2", "phi3"])
+def test_padding_in_front_of_texts_is_left_out(family: str, mode: Any, calls: list[int]) -> None:
+    model = packed(family, **({"sliding_window": 9} if family in ("mistral", "gemma2", "gemma3_text") else {}))
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, :3] = mask[2, :1] = 0
+    with mode():
+        warm(model, 3)
+        calls.clear()
+        found = generate(model, 3, tokens=12, attention_mask=mask)
+        assert calls == [3] * (11 * LAYERS)
+        with by_modules(model):
+            expected = generate(model, 3, tokens=12, attention_mask=mask)
+        other = generate(model, 3, tokens=12)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert_alike(logits(found), logits(expected))
+    assert float((logits(other)[0] - logits(expected)[0]).norm() / logits(expected)[0].norm()) > 0.1
+
+
+def test_blocks_find_out_beside_padding_too(calls: list[int]) -> None:
+    model = packed()
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, :4] = 0
+    found = generate(model, 2, attention_mask=mask)
+    assert len(calls) >= 5 * LAYERS
     with by_modules(model):
-        assert_alike(logits(found), logits(generate(model, tokens=12, attention_mask=mask)))
+        assert_alike(logits(found), logits(generate(model, 2, attention_mask=mask)))
 
 
 def test_inference_mode_and_texts_of_one_token(model: Any, calls: list[int]) -> None:
@@ -433,7 +451,7 @@ def test_other_calls_go_to_the_modules(model: Any, calls: list[int]) -> None:
 
     with torch.no_grad():
         mask = torch.ones(1, 8, dtype=torch.long)
-        mask[0, 0] = 0
+        mask[0, 3] = 0
         ask({"attention_mask": mask})
         ask({"past_key_values": DynamicCache(config=model.config)})  # the first token of a text
         static = StaticCache(config=model.config, max_cache_len=32)
@@ -587,7 +605,7 @@ WRONG: dict[str, list[Any]] = {
     "keys": [None], "values": [None], "length": [0, 31, 33, -32], "room_length": [0, -1], "angles_length": [0, 7],
     "angles_stride": [-1], "keys_length": [0, 15, -1], "values_length": [0, 15, -1], "examples": [0, 2, -1, 1 << 40],
     "heads": [0, 3, 5, 1 << 40], "key_heads": [0, 1, 4, 3], "before": [-1, 1, 1 << 40], "size": [0, 4, 7, 16, 1 << 40],
-    "turned": [0, 4, 7, 16, -8], "angles_type": [-1, 2, 4, 9],
+    "hidden_length": [1, -1], "turned": [0, 4, 7, 16, -8], "angles_type": [-1, 2, 4, 9],
     "activation": [-1, 2], "type": [-1, 0, 3], "threads": [0, -1, 1 << 20], "isa": [-1, 9],
     "cap": [-1.0, float("nan"), float("inf")], "rounded": [-1, 2],
     "norms": [(ctypes.c_void_p * 6)()],
@@ -612,7 +630,10 @@ def test_the_library_refuses_sizes_that_do_not_fit(
         made.run(x, angles, caches, 0)
     assert not any(cache.any() for cache in caches)
     monkeypatch.undo()
-    assert made.run(x, angles, caches, 0).isfinite().all()
+    for hidden in ((1,), (-1,), (0, 0)):
+        with pytest.raises(BackendError):
+            made.run(x, angles, caches, 0, hidden)
+    assert made.run(x, angles, caches, 0, (0,)).isfinite().all()
     assert all(cache.any() for cache in caches)
 
 

@@ -51,6 +51,7 @@ template <class Visit> void each_buffer(Request &r, Visit &&visit) {
   visit(r.attention.queries, 2 * r.attention.queries_length, false);
   visit(r.attention.keys, 2 * r.attention.keys_length, false);
   visit(r.attention.values, 2 * r.attention.values_length, false);
+  visit(r.attention.hidden, 8 * r.attention.hidden_length, false);
   visit(r.attention.y, 2 * r.attention.y_length, true);
   visit(r.norm.x, 2 * r.norm.length, false);
   visit(r.norm.weight, 2 * r.norm.weight_length, false);

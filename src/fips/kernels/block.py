@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from fips.kernels import cpu, norm
+from fips.kernels.attention import hidden_counts
 from fips.kernels.cpu import Repeat
 from fips.kernels.norm import Norm
 from fips.kernels.validity import Snapshot
@@ -47,8 +48,9 @@ class _Block(ctypes.Structure):
         ("x", c_void_p), ("y", c_void_p), ("room", c_void_p), ("length", c_int64), ("room_length", c_int64),
         ("matrices", c_void_p), ("calls", c_void_p), ("norms", c_void_p * NORMS), ("cosines", c_void_p),
         ("sines", c_void_p), ("angles_length", c_int64), ("angles_stride", c_int64), ("turned", c_int64),
-        ("keys", c_void_p), ("values", c_void_p), ("keys_length", c_int64), ("values_length", c_int64),
-        ("examples", c_int64), ("heads", c_int64), ("key_heads", c_int64), ("before", c_int64), ("size", c_int64),
+        ("keys", c_void_p), ("values", c_void_p), ("hidden", c_void_p), ("keys_length", c_int64),
+        ("values_length", c_int64), ("hidden_length", c_int64), ("examples", c_int64), ("heads", c_int64),
+        ("key_heads", c_int64), ("before", c_int64), ("size", c_int64),
         ("norm_lengths", c_int64 * NORMS), ("key_strides", c_int64 * 3), ("value_strides", c_int64 * 3),
         ("scale", c_float), ("cap", c_float), ("eps", c_float * NORMS), ("norm_kinds", c_int32 * NORMS),
         ("activation", c_int32), ("type", c_int32), ("angles_type", c_int32), ("rounded", c_int32),
@@ -116,13 +118,21 @@ class Block:
         """Whether matrices, biases and weights still lie where they did, unchanged where it matters."""
         return self._seen.holds() and torch.get_num_threads() == self._repeats[0].threads
 
-    def run(self, x: Tensor, angles: tuple[Tensor, Tensor], caches: tuple[Tensor, Tensor], before: int) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        caches: tuple[Tensor, Tensor],
+        before: int,
+        hidden: Sequence[int] = (),
+    ) -> Tensor:
         """The block's output (B, 1, W) of an input (B, 1, W).
 
         ``angles`` are cosines and sines (B or 1, 1, D or less: so many numbers of a head are turned); ``caches`` keys
         and values (B, K, more than L, D), of which ``before`` are there and the next is written. All lie in memory in
-        the type of ``x``, but that angles may be float32, numbers of a head side by side. Raises ``BackendError`` for
-        what does not fit, ``MemoryError`` where there is no room.
+        the type of ``x``, but that angles may be float32, numbers of a head side by side. ``hidden`` is that of
+        ``fips.kernels.attention``. Raises ``BackendError`` for what does not fit, ``MemoryError`` where there is no
+        room.
         """
         y, room = torch.empty_like(x), torch.empty(self._room, dtype=x.dtype)
         (cosines, sines), (keys, values) = angles, caches
@@ -134,6 +144,8 @@ class Block:
         block.angles_stride = block.turned if cosines.shape[0] > 1 else 0
         block.keys, block.values, block.before = keys.data_ptr(), values.data_ptr(), before
         block.keys_length, block.values_length = cpu.span(keys), cpu.span(values)
+        counts = hidden_counts(hidden)
+        block.hidden, block.hidden_length = counts, len(hidden)
         block.key_strides[:], block.value_strides[:] = keys.stride()[:3], values.stride()[:3]
         cpu.call("fips_run_block", block, "a block of a decoder")
         return y

@@ -55,7 +55,7 @@ __all__ = [
 
 log = logging.getLogger("fips.kernels")
 
-ABI = 15
+ABI = 16
 _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("portable", "neon") if _ON_ARM else ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 """By the numbers of ``fips_isa`` in ``csrc/fips_kernels.h``."""

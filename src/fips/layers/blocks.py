@@ -8,8 +8,8 @@ such a block computes, so it is tried: when a block is called with one token for
 random input beside the tokens before, and have to give the same bits but for few. A block that fails is left alone for
 good.
 
-Everything else goes on to the modules: several tokens, a mask that hides something, gradients, autocast, another kind
-of cache, hooks, a module that was exchanged, and whatever ``fips.kernels.block`` does not know.
+Everything else goes on to the modules: several tokens, a mask that hides more than padding in front, gradients,
+autocast, another kind of cache, hooks, a module that was exchanged, and whatever ``fips.kernels.block`` does not know.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fips.kernels.block import Block, Heads, activation_of
 from fips.kernels.cpu import Repeat
 from fips.kernels.runtime import Places
 from fips.layers.cache import Growing, growing
-from fips.layers.decoding import shows_all
+from fips.layers.decoding import hidden_by
 from fips.layers.linear import FactoredLinear
 from fips.layers.norms import EPSILONS, known_norm
 
@@ -158,11 +158,14 @@ class _Given(NamedTuple):
     name: str
     """That of the argument: it differs between versions of transformers."""
     angles: tuple[Tensor, Tensor]
-    mask: Tensor | None
+    length: int | None
+    """Tokens that a mask is for; None: none is given."""
+    hidden: tuple[int, ...]
+    """Of every example how many of these it hides, the first."""
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> _Given | None:
-        """None where something is not known."""
+    def of(cls, options: Mapping[str, Any], examples: int) -> _Given | None:
+        """None where something is not known, or the mask hides more than padding."""
         cache, named, angles, mask = None, "", options.get("position_embeddings"), options.get("attention_mask")
         for name, value in options.items():
             if value is None or value is False or value is angles or value is mask or name in HARMLESS:
@@ -172,7 +175,9 @@ class _Given(NamedTuple):
             cache, named = value, name
         if cache is None or type(angles) is not tuple or len(angles) != 2 or type(mask) not in (Tensor, type(None)):
             return None
-        return cls(cache, named, angles, mask)
+        length = None if mask is None else mask.shape[-1]
+        hidden = hidden_by(mask, examples, length or 0)
+        return None if hidden is None else cls(cache, named, angles, length, hidden)
 
 
 class _Quick:
@@ -192,8 +197,8 @@ class _Quick:
             return None
         if self._tries >= TRIES or x.dim() != 3 or x.shape[1] != 1:
             return None
-        given = _Given.of(options)
-        if given is None or not _suits(x, given.angles) or not shows_all(given.mask):
+        given = _Given.of(options, x.shape[0])
+        if given is None or not _suits(x, given.angles):
             return None
         call = self._calls.get(x.shape)
         if call is None:
@@ -317,7 +322,10 @@ class _Call:
         cache = self._cache_of(given.cache, x)
         if cache is None or _kind_of(given.angles) != self._angles:
             return None
-        y = self._call.run(x, given.angles, cache.with_room(), cache.keys.shape[2])
+        before = cache.keys.shape[2]
+        if given.length not in (None, before + 1):
+            return None
+        y = self._call.run(x, given.angles, cache.with_room(), before, given.hidden)
         cache.took_one()
         return y
 

@@ -1,8 +1,9 @@
 """Attention of one token to those before it, on a CPU: what generating takes beside the matrices.
 
 torch's attention kernel (2.13) takes one query in 16 bits 3 to 13 times as long as several, and does it for every query
-head. So the compiled library does it where nothing is masked, and without it the queries that share keys and values are
-given to torch together, as if they were several tokens; where every head has its own keys, the query is given twice.
+head. So the compiled library does it where a mask hides nothing but padding in front, and without it the queries that
+share keys and values are given to torch together, as if they were several tokens; where every head has its own keys,
+the query is given twice.
 
 ``quicken`` marks the attention modules of a model and puts a function before transformers' ``sdpa`` that knows them.
 All others, and calls of any other kind, go on to transformers.
@@ -12,6 +13,7 @@ Shape legend: B examples, H query heads, K heads of keys and values, L keys, D s
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fips.kernels import attention
 
-__all__ = ["attend", "quicken", "shows_all"]
+__all__ = ["attend", "hidden_by", "quicken"]
 
 MARK = "fips_one_token"
 
@@ -44,8 +46,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     ``mask``, added or of truth values, is (B or 1, 1, 1, L). H is a multiple of K.
     """
     batch, heads, _, size = query.shape
-    if attention.suits(query, key, value) and shows_all(mask):
-        return attention.attend(query, key, value, size**-0.5 if scale is None else scale)
+    if attention.suits(query, key, value) and (hidden := hidden_by(mask, batch, key.shape[2])) is not None:
+        return attention.attend(query, key, value, size**-0.5 if scale is None else scale, hidden=hidden)
     groups = heads // key.shape[1]
     if groups == 1:
         return scaled_dot_product_attention(query.expand(-1, -1, 2, -1), key, value, mask, scale=scale)[:, :, :1]
@@ -53,11 +55,45 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     return scaled_dot_product_attention(together, key, value, mask, scale=scale).reshape(batch, heads, 1, -1)
 
 
-def shows_all(mask: Tensor | None) -> bool:
-    """Whether a mask hides nothing, as that of a full window: True everywhere or, of numbers to be added, 0."""
+def hidden_by(mask: Tensor | None, examples: int, length: int) -> tuple[int, ...] | None:
+    """Of every example how many keys, the first of ``length``, a mask hides, as it hides padding in front of a text.
+
+    Empty where it hides nothing, as that of a full window; None where it hides others. A mask is True or, of numbers
+    to be added, 0 where it shows a key. All layers of a model are given the same one, which is looked at once.
+    """
+    global _looked_at
     if mask is None:
-        return True
-    return bool(mask.all()) if mask.dtype is torch.bool else not bool(mask.any())
+        return ()
+    if mask.is_inference():  # nothing says whether it was written to
+        return _hidden_by(mask, examples, length)
+    asked = mask._version, examples, length
+    for known, question, answer in _looked_at:
+        if known() is mask and question == asked:
+            return answer
+    answer = _hidden_by(mask, examples, length)
+    _looked_at = (weakref.ref(mask), asked, answer), *_looked_at[: KINDS - 1]
+    return answer
+
+
+KINDS = 2
+"""Masks of a model at a time: of layers with a window and of those without."""
+_looked_at: tuple[tuple[weakref.ref[Tensor], tuple[int, int, int], tuple[int, ...] | None], ...] = ()
+
+
+def _hidden_by(mask: Tensor, examples: int, length: int) -> tuple[int, ...] | None:
+    shown = mask if mask.dtype is torch.bool else mask == 0
+    if bool(shown.all()):
+        return ()
+    if shown.dim() != 4 or shown.shape[1:] != (1, 1, length) or shown.shape[0] not in (1, examples):
+        return None
+    rows = shown[:, 0, 0]
+    hidden = length - rows.sum(1)
+    if not torch.equal(rows, torch.arange(length) >= hidden[:, None]) or int(hidden.max()) == length:
+        return None
+    if mask.dtype is not torch.bool and bool((mask[~shown] > torch.finfo(mask.dtype).min / 2).any()):
+        return None  # it is weighed less, not hidden
+    counts = tuple(hidden.tolist())
+    return counts if len(counts) == examples else counts * examples
 
 
 def _before(others: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:

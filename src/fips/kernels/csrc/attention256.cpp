@@ -29,6 +29,7 @@ inline float largest(__m256 v) {
 template <class Values> struct Piece {
   const typename Values::type *keys, *values;
   int64_t key_stride, value_stride, count, size;
+  int64_t hidden; // of them, the first, weigh nothing
   const float *queries;
 };
 
@@ -123,11 +124,16 @@ FIPS_INLINE void add_all_values(const Piece<Values> &piece, const float (&weight
   if (d < piece.size) add_values<Values, Q, 1>(piece, weights, d, to, stride);
 }
 
+FIPS_INLINE void hide(float *scores, int64_t count) {
+  for (int64_t l = 0; l < count; ++l) scores[l] = kLeast;
+}
+
 template <class Values, int Q> void attend_piece(const Piece<Values> &piece, float cap, float *to, int64_t stride) {
   alignas(32) float weights[Q][kKeys];
   score<Values, Q>(piece, weights);
   for (int q = 0; q < Q; ++q) {
     if (cap > 0) cap_scores(weights[q], piece.count, cap, [](float *, int64_t) {});
+    hide(weights[q], piece.hidden);
     to[q * stride] = raise(weights[q], piece.count, to[q * stride + 1]);
   }
   add_all_values<Values, Q>(piece, weights, to, stride);
@@ -145,6 +151,7 @@ void score_rounded(const Piece<Values> &piece, float scale, float cap, float *sc
     for (int64_t l = 0; l < padded; l += 8) _mm256_store_ps(some[q] + l, _mm256_mul_ps(_mm256_load_ps(some[q] + l), by));
     round_to<Values>(some[q], padded);
     if (cap > 0) cap_scores(some[q], piece.count, cap, round_to<Values>);
+    hide(some[q], piece.hidden);
     std::memcpy(scores + q * apart, some[q], size_t(piece.count) * sizeof(float));
   }
 }
@@ -259,8 +266,10 @@ private:
     const auto at = [&](const void *data, const int64_t (&strides)[3]) {
       return static_cast<const Number<Values> *>(data) + example * strides[0] + key_head * strides[1] + l * strides[2];
     };
+    const int64_t keys = min_of(kKeys, a_.length - l), before = a_.hidden ? a_.hidden[example] - l : 0;
     const Piece<Values> piece = {at(a_.keys, a_.key_strides), at(a_.values, a_.value_strides), a_.key_strides[2],
-                                 a_.value_strides[2], min_of(kKeys, a_.length - l), a_.size, queries_ + query * a_.size};
+                                 a_.value_strides[2], keys, a_.size, before > 0 ? min_of(before, keys) : 0,
+                                 queries_ + query * a_.size};
     return {piece, query, count, place};
   }
 

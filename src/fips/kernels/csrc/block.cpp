@@ -50,6 +50,7 @@ int attend(const fips_block &b, const void *queries, void *y) {
   const int64_t numbers = b.examples * b.heads * b.size;
   fips_attention a = {};
   a.queries = queries, a.keys = b.keys, a.values = b.values, a.y = y;
+  a.hidden = b.hidden, a.hidden_length = b.hidden_length;
   a.queries_length = a.y_length = numbers, a.keys_length = b.keys_length, a.values_length = b.values_length;
   a.examples = b.examples, a.heads = b.heads, a.key_heads = b.key_heads, a.length = b.before + 1, a.size = b.size;
   std::memcpy(a.key_strides, b.key_strides, sizeof a.key_strides);

@@ -156,6 +156,14 @@ bool keys_fit(const fips_attention &a, const void *data, int64_t elements, const
   return left >= 0;
 }
 
+// Keys left out of every example, fewer than there are.
+bool hidden_fit(const int64_t *hidden, int64_t hidden_length, int64_t examples, int64_t length) {
+  if (hidden_length != (hidden ? examples : 0)) return false;
+  for (int64_t e = 0; e < hidden_length; ++e)
+    if (hidden[e] < 0 || hidden[e] >= length) return false;
+  return true;
+}
+
 bool scores_fit(float cap, int32_t rounded) { return cap >= 0 && cap < 1e6f && (rounded == 0 || rounded == 1); }
 
 } // namespace
@@ -169,6 +177,7 @@ int fips_check_attention(const fips_attention &a) {
   if (a.examples > kMostEntries / (a.size * a.heads) / (a.length + 8)) return FIPS_INVALID;
   const int64_t numbers = a.examples * a.heads * a.size;
   if (!a.queries || !a.y || a.queries_length != numbers || a.y_length != numbers) return FIPS_INVALID;
+  if (!hidden_fit(a.hidden, a.hidden_length, a.examples, a.length)) return FIPS_INVALID;
   const bool fit = keys_fit(a, a.keys, a.keys_length, a.key_strides) && keys_fit(a, a.values, a.values_length, a.value_strides);
   return fit ? 0 : FIPS_INVALID;
 }
@@ -237,6 +246,7 @@ int fips_check_block(const fips_block &b) {
   if (!angles || b.angles_length < b.turned + (b.examples - 1) * b.angles_stride) return FIPS_INVALID;
   const int64_t strides[] = {b.key_strides[2], b.value_strides[2]};
   if (strides[0] < b.size || strides[1] < b.size) return FIPS_INVALID; // else a token would be written over another
+  if (!hidden_fit(b.hidden, b.hidden_length, b.examples, b.before + 1)) return FIPS_INVALID;
   fips_attention a = {};
   a.examples = b.examples, a.key_heads = b.key_heads, a.length = b.before + 1, a.size = b.size;
   const bool fit = keys_fit(a, b.keys, b.keys_length, b.key_strides) && keys_fit(a, b.values, b.values_length, b.value_strides);

@@ -18,7 +18,7 @@ extern "C" {
 #define FIPS_API __attribute__((visibility("default")))
 #endif
 
-enum { FIPS_ABI = 15 };
+enum { FIPS_ABI = 16 };
 enum { FIPS_ROW_UNIT = 16 }; // rows that parts of a matrix are counted in
 
 // What a function returns besides success, which is 0 or a count. Nothing was written then, unless memory ran out.
@@ -117,7 +117,8 @@ typedef struct {
   const void *keys, *values;    // examples by key_heads by length by size: numbers of a token side by side, the others
                                 // `key_strides` and `value_strides` elements apart, within so many elements
   void *y;                      // as the queries
-  int64_t queries_length, keys_length, values_length, y_length;
+  const int64_t *hidden;        // null, or of every example how many of the first keys are left out, less than `length`
+  int64_t queries_length, keys_length, values_length, y_length, hidden_length; // the last: 0 or `examples`
   int64_t examples, heads, key_heads; // heads / key_heads queries that follow each other share keys and values
   int64_t length, size;         // size: a multiple of 8 up to 512
   int64_t key_strides[3], value_strides[3];
@@ -175,7 +176,8 @@ typedef struct {
   int64_t angles_length, angles_stride; // `angles_stride` from one example to the next, which may be 0; in all
   int64_t turned;               // `angles_length`; a multiple of 8
   void *keys, *values;          // as in fips_attention, with room for one token more, which is written
-  int64_t keys_length, values_length;
+  const int64_t *hidden;        // as there, of `before` tokens
+  int64_t keys_length, values_length, hidden_length;
   int64_t examples, heads, key_heads, before, size;
   int64_t norm_lengths[FIPS_BLOCK_NORMS];
   int64_t key_strides[3], value_strides[3];
