@@ -158,14 +158,13 @@ class _Given(NamedTuple):
     name: str
     """That of the argument: it differs between versions of transformers."""
     angles: tuple[Tensor, Tensor]
-    length: int | None
-    """Tokens that a mask is for; None: none is given."""
-    hidden: tuple[int, ...]
-    """Of every example how many of these it hides, the first."""
+    mask: Tensor | None
+    hidden: tuple[int, ...] = ()
+    """Of every example how many tokens the mask hides, the first."""
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], examples: int) -> _Given | None:
-        """None where something is not known, or the mask hides more than padding."""
+    def of(cls, options: Mapping[str, Any]) -> _Given | None:
+        """None where something is not known."""
         cache, named, angles, mask = None, "", options.get("position_embeddings"), options.get("attention_mask")
         for name, value in options.items():
             if value is None or value is False or value is angles or value is mask or name in HARMLESS:
@@ -175,9 +174,12 @@ class _Given(NamedTuple):
             cache, named = value, name
         if cache is None or type(angles) is not tuple or len(angles) != 2 or type(mask) not in (Tensor, type(None)):
             return None
-        length = None if mask is None else mask.shape[-1]
-        hidden = hidden_by(mask, examples, length or 0)
-        return None if hidden is None else cls(cache, named, angles, length, hidden)
+        return cls(cache, named, angles, mask)
+
+    def looked_at(self, examples: int) -> _Given | None:
+        """The same with what the mask hides; None if that is more than padding."""
+        hidden = hidden_by(self.mask, examples, 0 if self.mask is None else self.mask.shape[-1])
+        return None if hidden is None else self._replace(hidden=hidden)
 
 
 class _Quick:
@@ -197,8 +199,8 @@ class _Quick:
             return None
         if self._tries >= TRIES or x.dim() != 3 or x.shape[1] != 1:
             return None
-        given = _Given.of(options, x.shape[0])
-        if given is None or not _suits(x, given.angles):
+        given = _Given.of(options)
+        if given is None or not _suits(x, given.angles) or (given := given.looked_at(x.shape[0])) is None:
             return None
         call = self._calls.get(x.shape)
         if call is None:
@@ -323,7 +325,7 @@ class _Call:
         if cache is None or _kind_of(given.angles) != self._angles:
             return None
         before = cache.keys.shape[2]
-        if given.length not in (None, before + 1):
+        if given.mask is not None and given.mask.shape[-1] != before + 1:
             return None
         y = self._call.run(x, given.angles, cache.with_room(), before, given.hidden)
         cache.took_one()
