@@ -13,7 +13,8 @@ stream B stands on the side of the rows, and less can be had: :math:`N^{-1} (\su
 
 Ways: `none`; `all`, one basis for all readers and one for all writers of the stream, in int8 with a scale per column,
 columns turned in it as by default; `four`, one for every 4 blocks; `own`, one for every matrix; `random`, orthogonal,
-in 32 bits. Errors are those of the default's metric; bytes of bases are told and not taken from the rest.
+in 32 bits. Errors are those of the default's metric; bytes of bases are told and not taken from the rest. Where a layer
+has a bias, what its outputs are off on average is moved there, as the default does.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Problem:
     damping: float
     reads: bool
     """Whether it sums along the residual stream; else it writes to it."""
+    mean_I: Tensor
+    """Its mean input."""
 
     @cached_property
     def term_DD(self) -> Tensor:
@@ -84,6 +87,7 @@ def problems_of(source: str, examples: Batches) -> list[Problem]:
     """Of the MLPs of a model, recorded while it is compressed."""
     model = load_dense(source, dtype="float32", device=torch.device("cpu"))
     dense = {name: one.weight.detach().clone() for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+    means = mean_inputs(model, examples)
     begin, found = OneShot.__init__, []
 
     def init(
@@ -95,12 +99,34 @@ def problems_of(source: str, examples: Batches) -> list[Problem]:
             (name,) = [name for name, one in dense.items() if one.shape == weight_OI.shape and one.equal(weight_OI)]
             found.append(Problem(
                 name, weight_OI.double(), usable_moment(moment_II).double(), self.weight_N.double(), self.damping,
-                axis == 0,
+                axis == 0, means[name],
             ))  # fmt: skip
 
     with mock.patch.object(OneShot, "__init__", init):
         fips.compress(model, examples, fips.CompressionConfig(bits=4.4, layers="mlp", values="tc4g64", effort="fast"))
     return found
+
+
+def mean_inputs(model: nn.Module, examples: Batches) -> dict[str, Tensor]:
+    """Of all linear layers, over all tokens."""
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    hooks = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+
+            def add(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                rows = inputs[0].detach().double().flatten(0, -2)
+                sums[name] = sums.get(name, torch.zeros(())) + rows.sum(0)
+                tokens[name] = tokens.get(name, 0) + len(rows)
+
+            hooks.append(layer.register_forward_pre_hook(add))
+    with torch.no_grad():
+        for batch in examples:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: total / tokens[name] for name, total in sums.items()}
 
 
 def int8(basis_DD: Tensor) -> Tensor:
@@ -218,7 +244,10 @@ def run(
         for problem in some:
             found_OI = solved(problem, values, basis_DD)
             losses[problem.reads] += problem.loss(found_OI)
-            model.get_submodule(problem.name).weight.data.copy_(found_OI)
+            layer = model.get_submodule(problem.name)
+            layer.weight.data.copy_(found_OI)
+            if layer.bias is not None:
+                layer.bias.data += ((problem.weight_OI - found_OI) @ problem.mean_I).float()
     weights = sum(problem.weight_OI.numel() for problem in problems)
     return {
         "values": values, "way": way, "loss_readers": losses[True], "loss_writers": losses[False],

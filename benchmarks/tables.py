@@ -403,16 +403,20 @@ def now() -> str:
 def forced_sharing() -> str:
     """KL where every group of blocks has to share a basis, beside the default, which shares none."""
     rows = []
-    for name in ("vit", "stories260k", "tinystories-656k", "demo"):
+    for name in ("vit", "dinov2-small", "antiberty", "stories260k", "tinystories-656k", "demo"):
         shared, default = Comparison(f"{name}-shared"), Comparison(f"{name}-default")
         for size in sorted({asked(run) for run in shared.fields["runs"]}, reverse=True):
             cells = [default.divergence("fips", size)]
-            for method in ("fips-shared", "fips-shared+values=nl3"):
+            for method in ("fips-shared", "fips-shared+values=nl3", "fips-paper"):
                 cell = shared.divergence(method, size)
                 times = shared.median(method, size, "kl") / default.median("fips", size, "kl") if cell else 0
-                cells += [cell or ("impossible" if shared.runs(method, size) else ""), f"{times:.1f}" if times else ""]
-            rows.append([MODELS[name].partition(",")[0], f"{REFERENCE_BITS * size:g}", *cells])
+                cells += [
+                    cell or ("impossible" if shared.runs(method, size) else ""),
+                    f"{times:.{1 if times < 20 else 0}f}" if times else "",
+                ]
+            rows.append([{**MODELS, **WHOLE}[name].partition(",")[0], f"{REFERENCE_BITS * size:g}", *cells])
     head = ["", "bits", "the default, KL", "shared, KL", "times", "shared, values of 3 bits, KL", "times"]
+    head += ["the paper's recipe, KL", "times"]
     return markdown(head, rows)
 
 
@@ -807,10 +811,18 @@ VALUE_NAMES = {"auto": "the default"}
 SHARING = {"all": "all blocks", "four": "4 blocks", "own": "own", "random": "random"}
 
 
+SHARED_BASIS = {
+    "vit": "ViT-Tiny",
+    "antiberty": "AntiBERTy",
+    "dinov2-small": "DINOv2-small",
+    "smollm2-135m": "SmolLM2-135M",
+}
+
+
 def shared_basis() -> str:
     """A basis of full rank in the MLPs of several blocks: errors relative to those without one."""
     rows = []
-    for name, label in (("vit", "ViT-Tiny"), ("antiberty", "AntiBERTy")):
+    for name, label in SHARED_BASIS.items():
         found = load(f"shared-basis-{name}")
         runs = {(run["values"], run["way"]): run for run in found["runs"]}
         for values in dict.fromkeys(run["values"] for run in found["runs"]):
