@@ -146,6 +146,11 @@ WHOLE = {
 OVERVIEW_SIZE = "27%"
 
 
+def _name(model: str) -> str:
+    """Without what it is measured by."""
+    return {**MODELS, **WHOLE}[model].partition(",")[0]
+
+
 def _whole_rows() -> Iterable[tuple[str, list[str]]]:
     """Size asked for, and the cells of a row of ``whole``, for every model and size that both methods have."""
     for name, label in WHOLE.items():
@@ -414,7 +419,7 @@ def forced_sharing() -> str:
                     cell or ("impossible" if shared.runs(method, size) else ""),
                     f"{times:.{1 if times < 20 else 0}f}" if times else "",
                 ]
-            rows.append([{**MODELS, **WHOLE}[name].partition(",")[0], f"{REFERENCE_BITS * size:g}", *cells])
+            rows.append([_name(name), f"{REFERENCE_BITS * size:g}", *cells])
     head = ["", "bits", "the default, KL", "shared, KL", "times", "shared, values of 3 bits, KL", "times"]
     head += ["the paper's recipe, KL", "times"]
     return markdown(head, rows)
@@ -428,7 +433,7 @@ def blocks() -> str:
         for size in sorted({asked(run) for run in found.fields["runs"]}, reverse=True):
             methods = ("fips+layers=blocks", "field-gptq+layers=blocks", "gptq+layers=blocks", "fips")
             cells = (found.divergence(method, size, used=True) for method in methods)
-            rows.append([MODELS[name].partition(",")[0], f"{REFERENCE_BITS * size:g}", *cells])
+            rows.append([_name(name), f"{REFERENCE_BITS * size:g}", *cells])
     return markdown(["", "bits", "fips", OTHERS["field-gptq"], OTHERS["gptq"], "fips, MLPs alone"], rows)
 
 
@@ -811,19 +816,11 @@ VALUE_NAMES = {"auto": "the default"}
 SHARING = {"all": "all blocks", "four": "4 blocks", "own": "own", "random": "random"}
 
 
-SHARED_BASIS = {
-    "vit": "ViT-Tiny",
-    "antiberty": "AntiBERTy",
-    "dinov2-small": "DINOv2-small",
-    "smollm2-135m": "SmolLM2-135M",
-}
-
-
 def shared_basis() -> str:
     """A basis of full rank in the MLPs of several blocks: errors relative to those without one."""
     rows = []
-    for name, label in SHARED_BASIS.items():
-        found = load(f"shared-basis-{name}")
+    for name in ("vit", "antiberty", "dinov2-small", "smollm2-135m"):
+        found, label = load(f"shared-basis-{name}"), _name(name)
         runs = {(run["values"], run["way"]): run for run in found["runs"]}
         for values in dict.fromkeys(run["values"] for run in found["runs"]):
             plain = runs[values, "none"]

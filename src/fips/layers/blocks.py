@@ -134,13 +134,9 @@ class _Parts(NamedTuple):
         dropouts = tuple(one for one in map(at, _DROPOUTS) if one is not None)
         return cls(homes, cast(Any, linear), tuple(map(at, places)), activations[0], dropouts)
 
-    def matrices(self) -> list[FactoredLinear]:
-        """Those that are there."""
-        return [one for one in self.linear if one is not None]
-
     def modules(self) -> list[nn.Module]:
-        norms = [one for one in self.norms if one is not None]
-        return [*self.homes.values(), *self.matrices(), *norms, self.activation, *self.dropouts]
+        there = [one for one in (*self.linear, *self.norms) if one is not None]
+        return [*self.homes.values(), *there, self.activation, *self.dropouts]
 
     def begins(self, cache: DynamicCache) -> bool:
         """Whether the cache is that of a text that begins."""
@@ -293,16 +289,19 @@ class _Call:
         calls: list[Repeat | None] = []
         places: Places = []
         for one in parts.linear:
-            kept = None if one is None else one.repeated(torch.Size((*x.shape[:-1], one.in_features)))
-            if one is not None and (kept is None or not isinstance(kept[0], Repeat)):
+            if one is None:
+                calls.append(None)
+                continue
+            kept = one.repeated(torch.Size((*x.shape[:-1], one.in_features)))
+            if kept is None or not isinstance(kept[0], Repeat):
                 return None
-            calls.append(None if kept is None else cast(Repeat, kept[0]))
-            places += [] if kept is None else kept[1]
-        heads = _heads_of(parts.linear, size)
-        if heads is None:
+            calls.append(kept[0])
+            places += kept[1]
+        counts = _heads_of(parts.linear, size)
+        if counts is None:
             return None
-        found = Heads(*heads, size, scale, cap or 0.0, way == "eager")
-        return cls(parts, Block(x, calls, norms, found, activation), places, found, x, angles)
+        heads = Heads(*counts, size, scale, cap or 0.0, way == "eager")
+        return cls(parts, Block(x, calls, norms, heads, activation), places, heads, x, angles)
 
     def is_watched(self) -> bool:
         """Whether somebody waits for calls of the modules."""
@@ -375,14 +374,11 @@ def _heads_of(linear: tuple[FactoredLinear | None, ...], size: int) -> tuple[int
     first, second, _, out, *_ = linear
     assert first is not None
     assert out is not None
-    queries = out.in_features
-    keys = second.out_features if second is not None else (first.out_features - queries) // 2
-    given = first.out_features - (2 * keys if second is None else 0)
-    return (
-        (queries // size, keys // size)
-        if keys > 0 and queries == given and not (queries % size or keys % size)
-        else None
-    )
+    queries, given = out.in_features, first.out_features
+    keys = (given - queries) // 2 if second is None else second.out_features
+    if keys <= 0 or given != queries + (2 * keys if second is None else 0) or queries % size or keys % size:
+        return None
+    return queries // size, keys // size
 
 
 def _kind_of(angles: tuple[Tensor, Tensor]) -> tuple[int, torch.dtype]:

@@ -28,6 +28,10 @@ from fips.kernels import attention
 __all__ = ["attend", "hidden_by", "quicken"]
 
 MARK = "fips_one_token"
+KINDS = 2
+"""Masks of a model at a time: of layers with a window and of those without."""
+_looked_at: tuple[tuple[weakref.ref[Tensor], tuple[int, int, int], tuple[int, ...] | None], ...] = ()
+"""The last masks, what was asked of each, and what it hides."""
 
 
 def quicken(model: nn.Module) -> None:
@@ -73,11 +77,6 @@ def hidden_by(mask: Tensor | None, examples: int, length: int) -> tuple[int, ...
     answer = _hidden_by(mask, examples, length)
     _looked_at = (weakref.ref(mask), asked, answer), *_looked_at[: KINDS - 1]
     return answer
-
-
-KINDS = 2
-"""Masks of a model at a time: of layers with a window and of those without."""
-_looked_at: tuple[tuple[weakref.ref[Tensor], tuple[int, int, int], tuple[int, ...] | None], ...] = ()
 
 
 def _hidden_by(mask: Tensor, examples: int, length: int) -> tuple[int, ...] | None:

@@ -13,8 +13,8 @@ template <int COUNT> int multiply(const fips_block &b, int first, const void *x,
   return fips_multiply_together(b.matrices + first, b.calls + first, COUNT, x, ys);
 }
 
-// The same where one matrix gives what several would, `widths` numbers of every example, one behind the other: `ys` may
-// lie likewise, and have to for one example.
+// The same where one matrix may give what several would, `widths` numbers of every example, one behind the other. `ys` of
+// one example lie likewise; of several they are parted from what the matrix gave, in `fused`.
 template <int COUNT>
 int multiply_fused(const fips_block &b, int first, const void *x, void *const (&ys)[COUNT], const int64_t (&widths)[COUNT],
                    uint16_t *fused) {
@@ -22,8 +22,10 @@ int multiply_fused(const fips_block &b, int first, const void *x, void *const (&
   if (b.examples == 1) return multiply<1>(b, first, x, {ys[0]});
   if (const int status = multiply<1>(b, first, x, {fused})) return status;
   for (int64_t e = 0; e < b.examples; ++e)
-    for (int i = 0; i < COUNT; fused += widths[i++])
+    for (int i = 0; i < COUNT; ++i) {
       std::memcpy(static_cast<uint16_t *>(ys[i]) + e * widths[i], fused, size_t(widths[i]) * 2);
+      fused += widths[i];
+    }
   return 0;
 }
 

@@ -184,7 +184,7 @@ int fips_check_attention(const fips_attention &a) {
 
 namespace {
 
-// Those that are there; one may give what is asked of the two or one behind it.
+// Whether every place has a matrix, but those behind one that gives what they would.
 bool matrices_are_there(const fips_block &b) {
   for (int i = 0; i < FIPS_BLOCK_MATRICES; ++i)
     if (!b.matrices[i] != !b.calls[i]) return false;

@@ -172,9 +172,9 @@ typedef struct {
   const fips_matrix *const *matrices; // as many as FIPS_BLOCK_MATRICES, each
   const fips_call *const *calls;      // with a call for such inputs, whose x and y do not count
   const void *norms[FIPS_BLOCK_NORMS]; // weights, `norm_lengths` elements; null and 0: no norm
-  const void *cosines, *sines;  // by which the first `turned` numbers of queries and keys are: as many elements,
-  int64_t angles_length, angles_stride; // `angles_stride` from one example to the next, which may be 0; in all
-  int64_t turned;               // `angles_length`; a multiple of 8
+  const void *cosines, *sines;  // of the angles by which heads of queries and keys are turned: `turned` elements,
+  int64_t angles_length, angles_stride; // `angles_stride` from one example to the next, which may be 0; `angles_length`
+  int64_t turned;               // in all; numbers of a head that are turned, the first: a multiple of 8
   void *keys, *values;          // as in fips_attention, with room for one token more, which is written
   const int64_t *hidden;        // as there, of `before` tokens
   int64_t keys_length, values_length, hidden_length;
@@ -183,8 +183,8 @@ typedef struct {
   int64_t key_strides[3], value_strides[3];
   float scale, cap, eps[FIPS_BLOCK_NORMS];
   int32_t norm_kinds[FIPS_BLOCK_NORMS];
-  int32_t activation, type;     // type of all numbers: BF16 or F16; but
-  int32_t angles_type;          // of angles, which may be F32
+  int32_t activation, type;     // type of all numbers but angles: BF16 or F16
+  int32_t angles_type;          // the same, or F32
   int32_t rounded;              // as in fips_attention
   int32_t threads, isa;
 } fips_block;
