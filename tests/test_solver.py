@@ -666,6 +666,51 @@ def test_sharing_is_tried_on_some_columns_first(monkeypatch: pytest.MonkeyPatch)
     assert not asked
 
 
+def shared_search() -> GroupSearch:
+    """Of eight matrices, two fifths of whose columns are enough for a basis."""
+    items = [problem for seed in (0, 1) for problem in problems(seed)]
+    return GroupSearch(items, (0, 1) * 4, Pricing(value=2.0, basis_entry=2.0, row_scale=2.0))
+
+
+def test_whole_factors_of_a_shared_basis_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to iterate for: what remains are rounding errors of float32."""
+    search, whole = shared_search(), Choice(True, "unstructured")
+    monkeypatch.setattr(fips.solve.search, "alternate", None)
+    found = search.solve(whole, search.dense_bytes(whole))
+    zero = total(search.problems, torch.zeros(D, D), [torch.zeros(D, F)] * 8)
+    assert found.basis_DR is not None
+    assert all(bool(mask.all()) for mask in found.masks_RF)
+    assert total(search.problems, found.basis_DR, found.factors_RF) < 1e-9 * zero
+    rounded = search.solve(whole._replace(values="int8"), search.dense_bytes(whole))
+    assert 0 < rounded.losses[-1] < 1e-4 * zero
+
+
+def test_a_shared_basis_is_tried_and_learnt_on_some_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    search, choice = shared_search(), Choice(True, "unstructured", "int6")
+    rounds: list[tuple[int, int]] = []
+
+    def counted(items: Sequence[LayerProblem], *args: Any, max_rounds: int) -> Any:
+        found = alternate(items, *args, max_rounds=max_rounds)
+        rounds.append((items[0].weight_DF.shape[1], len(found.losses)))
+        return found
+
+    monkeypatch.setattr(fips.solve.search, "alternate", counted)
+    size = 0.55 * search.dense_bytes(choice)
+    points = search.trials([choice], size)
+    few, _ = search._some_columns()
+    columns = few.problems[0].weight_DF.shape[1]
+    assert columns < F / 2
+    assert {place[0] for place in rounds} == {columns}
+    assert max(points).bytes == search.dense_bytes(choice)  # which is not rounded away by the sample
+    rounds.clear()
+    found = search.solve(choice, size)
+    assert [place[0] for place in rounds] == [columns, F]
+    assert rounds[1][1] <= 2
+    monkeypatch.setattr(search, "_some_columns", lambda: (search, 1.0))
+    search.forget()
+    assert found.losses[-1] < 1.25 * search.solve(choice, size).losses[-1]
+
+
 class TestTrainedGrid:
     """Integers times trained steps: what is trained is what is stored."""
 

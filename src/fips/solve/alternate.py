@@ -16,6 +16,9 @@ from fips.solve.rounding import Grid, round_factor
 
 __all__ = ["Factorization", "alternate", "keep_all", "prune", "rounded"]
 
+REFITS = 10
+"""Steps of conjugate gradients on a support that the next round replaces: 30 lowered no error by more than 0.2 %."""
+
 
 @dataclass(frozen=True, slots=True)
 class Factorization:
@@ -38,10 +41,12 @@ def prune(problems: Sequence[LayerProblem], choose: MaskChooser) -> Factorizatio
     return Factorization(None, factors, masks, [_total(problems, None, factors)])
 
 
-def keep_all(problems: Sequence[LayerProblem]) -> Factorization:
-    """The matrices as they are, without a basis."""
-    weights_DF = [problem.weight_DF for problem in problems]
-    return Factorization(None, weights_DF, [torch.ones_like(w, dtype=torch.bool) for w in weights_DF], [0.0])
+def keep_all(
+    problems: Sequence[LayerProblem], basis_DR: Tensor | None = None, factors_RF: Sequence[Tensor] | None = None
+) -> Factorization:
+    """The matrices as they are, or as a basis of full rank and its whole factors."""
+    whole_RF = [problem.weight_DF for problem in problems] if factors_RF is None else list(factors_RF)
+    return Factorization(basis_DR, whole_RF, [torch.ones_like(w, dtype=torch.bool) for w in whole_RF], [0.0])
 
 
 def rounded(
@@ -71,7 +76,8 @@ def alternate(
 ) -> Factorization:
     """Alternate sparse factors and basis from a start; stops when a round gains less than ``tolerance``.
 
-    A round whose new support is worse than the refitted old one keeps the old support, so that the error never rises.
+    A round whose new support is no better than what the round before ended with takes the better one of it and the
+    refitted old support, so that the error never rises.
     """
     basis_DR, _ = normalize(basis_DR.float(), [])
     best: Factorization | None = None
@@ -96,10 +102,12 @@ def _best_factors(
     if best is None:
         shape = basis_DR.shape[1]
         starts = [problem.weight_DF.new_zeros(shape, problem.weight_DF.shape[1]) for problem in problems]
-        return sparse_factors(problems, starts, choose)
+        return sparse_factors(problems, starts, choose, refits=REFITS)
+    found = sparse_factors(problems, best.factors_RF, choose, refits=REFITS)
+    if _total(problems, basis_DR, found[0]) < best.losses[-1]:
+        return found
     refitted = [refit(p, f, m) for p, f, m in zip(problems, best.factors_RF, best.masks_RF, strict=True)]
-    candidates = [sparse_factors(problems, best.factors_RF, choose), (refitted, best.masks_RF)]
-    return min(candidates, key=lambda pair: _total(problems, basis_DR, pair[0]))
+    return min(found, (refitted, best.masks_RF), key=lambda pair: _total(problems, basis_DR, pair[0]))
 
 
 def _total(problems: Sequence[LayerProblem], basis_DR: Tensor | None, factors_RF: Sequence[Tensor]) -> float:

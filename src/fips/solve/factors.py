@@ -24,12 +24,13 @@ def sparse_factors(
     iterations: int = 40,
     growth: float = 1.15,
     rho: float = 0.05,
+    refits: int = 30,
 ) -> tuple[list[Tensor], list[Tensor]]:
     r"""Factors and supports that approximately minimise the sum of all losses for the prepared basis.
 
     ADMM on :math:`X = Z`, Z sparse, in scaled coordinates: X from ``prox``, Z the projection of X + U on the entries
     with the largest squares over all problems, with a penalty that starts at ``rho`` (every entry has curvature 1) and
-    grows by ``growth`` per iteration. Ends with ``refit`` on the last support.
+    grows by ``growth`` per iteration. Ends with ``refits`` steps of ``refit`` on the last support.
 
     References: Boyd et al. (2011); Boža, arXiv 2401.02938 (ADMM for pruning).
     """
@@ -42,7 +43,7 @@ def sparse_factors(
         sparse = [point * mask for point, mask in zip(points, masks, strict=True)]
         duals = [(point - z) / growth for point, z in zip(points, sparse, strict=True)]
         rho *= growth
-    fitted = [p.unscaled(_fit(p, z, mask, 30)) for p, z, mask in zip(problems, sparse, masks, strict=True)]
+    fitted = [p.unscaled(_fit(p, z, mask, refits)) for p, z, mask in zip(problems, sparse, masks, strict=True)]
     return fitted, masks
 
 
