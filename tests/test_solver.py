@@ -711,6 +711,47 @@ def test_a_shared_basis_is_tried_and_learnt_on_some_columns(monkeypatch: pytest.
     assert found.losses[-1] < 1.25 * search.solve(choice, size).losses[-1]
 
 
+def model_that_shares() -> Any:
+    """Matrices of its MLPs are a basis of theirs all times factors of few entries."""
+    model, generator = tiny_model("vit"), torch.Generator().manual_seed(0)
+    sites = [site for sublayer in locate_layers(model).sublayers for site in sublayer.sites]
+    width = sites[0].width
+    basis = torch.randn(width, width, generator=generator)
+    for site in sites:
+        kept = torch.rand(width, site.hidden, generator=generator) < 0.1
+        weight = basis @ (torch.randn(width, site.hidden, generator=generator) * kept)
+        model.get_submodule(site.name).weight.data.copy_(site.role.to_linear(0.05 * weight / weight.std()))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("held_out", "count", "rank"),
+    [
+        pytest.param(None, 4, 32, id="measured"),
+        pytest.param(1.01, 4, 0, id="worse on data held out"),
+        pytest.param(None, 1, 0, id="nothing to hold out"),
+    ],
+)
+def test_a_basis_is_shared_where_data_held_out_says_so(
+    held_out: float | None, count: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, parts = model_that_shares(), []
+    measure = Workbench.moments_of_part
+
+    def spied(bench: Workbench, name: str, sites: Any, wanted: Any, **options: Any) -> Any:
+        parts.append([number for number in range(count) if wanted(number)])
+        return measure(bench, name, sites, wanted, **options)
+
+    monkeypatch.setattr(Workbench, "moments_of_part", spied)
+    if held_out is not None:
+        monkeypatch.setattr(stages, "_ratio_held_out", lambda *_: held_out)
+    options: Any = {"values": "float", "pattern": "unstructured", "share_blocks": 8, "layers": "mlp"}
+    config = fips.CompressionConfig(bits=6.0, effort="max", **options)
+    report = fips.compress(model, batches_for(model, count=count), config)
+    assert [group["rank"] for group in report.plan["groups"]] == [rank]
+    assert parts[1:] == ([[0, 2], [1, 3]] if rank else [])
+
+
 class TestTrainedGrid:
     """Integers times trained steps: what is trained is what is stored."""
 
@@ -816,7 +857,7 @@ def test_stages_run_by_hand_for_one_group_alone() -> None:
         for group in plan.groups:
             moments = stages.measure(bench, config, [group], hold=True)
             trial = stages.open_search(bench, group, config, moments, trial=True)
-            curves.append(stages.try_choices(trial, group, config))
+            curves.append(stages.try_choices(bench, trial, group, config))
             searches.append(stages.open_search(bench, group, config, moments))
         split = allocate(
             tempered([*itertools.chain(*curves)]), sum(stages.group_share(group, config) for group in plan.groups)

@@ -231,14 +231,20 @@ class Workbench:
         how = (self.temperature, floor, self.config.seed)
 
         def measure() -> dict[str, LayerMoments]:
-            found = collect_moments(
-                self.model, sites, self.counted("measure", name), self.run, temperature=self.temperature, floor=floor,
-                seed=self.config.seed,
-            )  # fmt: skip
-            complete_moments(sites, found)
-            return found
+            return self.moments_of_part(name, sites, lambda _: True, floor=floor)
 
         return self.count_tokens(sites, self.cached([site.name for site in sites], how, measure, changed=changed))
+
+    def moments_of_part(
+        self, name: str, sites: Sequence[Site], wanted: Wanted, *, floor: float
+    ) -> dict[str, LayerMoments]:
+        """As ``moments``, of the batches whose numbers are wanted alone; not kept."""
+        batches = (batch for _, batch in self.counted_part("measure", name, wanted))
+        found = collect_moments(
+            self.model, sites, batches, self.run, temperature=self.temperature, floor=floor, seed=self.config.seed
+        )
+        complete_moments(sites, found)
+        return found
 
     def cached(
         self,

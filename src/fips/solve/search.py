@@ -19,7 +19,7 @@ from fips.solve.structures import FLOOR, Choice, Point, Pricing, Structures
 from fips.solve.supports import ByteBudget, FixedPattern, Reduction, SupportRule
 from fips.solve.svd import shared_svd
 
-__all__ = ["WORTH_SHARING", "GroupSearch"]
+__all__ = ["GroupSearch"]
 
 SAMPLE = 1024
 """Stored rows of a layer that stand for all of them when choices are tried. Rows make up for each other's errors where
@@ -29,9 +29,6 @@ COLUMNS = 8
 """Columns per basis vector, at least, where some columns stand for all of them: a basis fits fewer too well. Learnt on
 so many of ViT-Tiny's, a quarter, and fitted to all in ``LAST_ROUNDS``, it leaves an error 2 % above that of all
 columns in all rounds, in a third of the time."""
-WORTH_SHARING = 0.85
-"""Error of a shared basis relative to pruning, at equal bytes, below which it is taken: a basis adapts to the
-calibration data more than a support does, and promises of less than this were not kept on other data."""
 ROUNDS, TRIAL_ROUNDS, LAST_ROUNDS = 6, 2, 2
 LATE_GAIN = 1.1
 """Rounds 3 to 6 have lowered the error by 5 to 8 % where it was measured; more is not expected of them."""

@@ -248,7 +248,7 @@ def _tried(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -> dict[
         for group, sublayer in block.parts:
             part, names = _alone(group, sublayer), [site.name for site in sublayer.sites]
             search = open_search(bench, part, config, moments, trial=True)
-            found |= zip(names, try_choices(search, part, config), strict=True)
+            found |= zip(names, try_choices(bench, search, part, config), strict=True)
             overfit |= {name: getattr(one, "overfit", None) for name, one in zip(names, search.layers, strict=True)}
         return {}, {"points": found, "overfit": overfit}
 
@@ -348,7 +348,7 @@ def _choose(
                 bench.report("try", group.group.name, len(sizes) + len(searches), len(plan.groups))
                 search = open_search(bench, group, config, moments)
                 with torch.autocast(bench.device.type, enabled=False):
-                    found = try_choices(search, group, config)
+                    found = try_choices(bench, search, group, config)
                 search.forget()
                 searches[group.group.name] = search
                 bench.store.put(names[group.group.name], {}, {"units": found})

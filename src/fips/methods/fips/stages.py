@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments
-from fips.errors import BudgetError
+from fips.errors import BudgetError, DataError
 from fips.formats.patterns import FULL
 from fips.formats.rotation import widest_rotation
 from fips.formats.values import Values
@@ -48,7 +48,7 @@ from fips.solve.alternate import Factorization
 from fips.solve.oneshot import OneShot, damping_for
 from fips.solve.problems import LayerProblem
 from fips.solve.reorder import neighbour_order
-from fips.solve.search import WORTH_SHARING, GroupSearch
+from fips.solve.search import GroupSearch
 from fips.solve.structures import SIZES, Choice, Point, Pricing
 from fips.solve.supports import Reduction
 from fips.training.factors import TrainableGroup, swapped
@@ -350,8 +350,11 @@ def _neighbours(plan: GroupPlan, masks_RF: Mapping[str, Tensor], block: int) -> 
     return orders
 
 
-def try_choices(search: Search, plan: GroupPlan, config: FipsConfig) -> list[list[Point]]:
-    """Stage: measured errors of a group, one curve for every layer, or one for all where they share a basis."""
+def try_choices(bench: Workbench, search: Search, plan: GroupPlan, config: FipsConfig) -> list[list[Point]]:
+    """Stage: measured errors of a group, one curve for every layer, or one for all where they share a basis.
+
+    Where that is left to fips, they share one that leaves less error both on the data fitted and on data held out.
+    """
     share, choices = group_share(plan, config), _choices(plan, config)
     parts = [site.hidden / plan.group.hidden for site in plan.group.sites]
     group = search.group
@@ -365,10 +368,37 @@ def try_choices(search: Search, plan: GroupPlan, config: FipsConfig) -> list[lis
         return alone
     best = min(shared, key=lambda choice: group.expected(choice, share))
     ratio = group.sharing_ratio(best, share, expected_total(alone, share))
-    if ratio >= WORTH_SHARING:
+    if ratio < 1:
+        ratio = _ratio_held_out(bench, search, plan, config, (best, share), allocate(alone, share))
+    if ratio >= 1:
         return alone
     sizes = [factor * share for factor in SIZES if group.expected(best, factor * share) < math.inf]
     return [[Point(best, size, ratio * expected_total(alone, size)) for size in sizes]]
+
+
+def _ratio_held_out(
+    bench: Workbench, search: Search, plan: GroupPlan, config: FipsConfig, shared: tuple[Choice, float], alone: Split
+) -> float:
+    """Error of a group with a shared basis relative to that of its layers alone: solved on one half of the batches,
+    judged on the other. Infinite where there are no two halves that run all layers."""
+    if len(bench.batches) < 2:
+        return math.inf
+    halves = []
+    for wanted in (lambda number: number % 2 == 0, lambda number: number % 2 == 1):
+        try:
+            moments = bench.moments_of_part(plan.group.name, plan.group.sites, wanted, floor=config.metric.token_floor)
+        except DataError:
+            return math.inf
+        halves.append(_searches(bench, plan, config, moments, search.orders, trial=True))
+    fitted, judged = halves
+    assert judged.group is not None
+    losses = []
+    with torch.autocast(bench.device.type, enabled=False):
+        for split in ([shared], alone):
+            _, found = fitted.solve(split)
+            pairs = zip(judged.group.problems, found.factors_RF, strict=True)
+            losses.append(sum(problem.loss(found.basis_DR, factor) for problem, factor in pairs))
+    return losses[0] / losses[1] if losses[1] > 0 else math.inf
 
 
 @dataclass(slots=True)
