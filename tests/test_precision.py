@@ -10,7 +10,7 @@ import torch
 from conftest import batches_for, tiny_model
 
 import fips
-from fips.calibration.precision import has_bfloat16, in_native_types
+from fips.calibration.precision import has_bfloat16, in_native_types, resolve_precision
 from fips.layers.linear import factored_layers
 
 CPU = torch.device("cpu")
@@ -26,8 +26,21 @@ def test_a_processor_is_asked_for_its_instructions(monkeypatch: pytest.MonkeyPat
     without_bfloat16(monkeypatch)
     assert not has_bfloat16(CPU)
     assert has_bfloat16(torch.device("cuda"))
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert has_bfloat16(CPU)
+    wide, half = tiny_model("llama"), tiny_model("llama").half()
+    assert resolve_precision("auto", wide, CPU) == "float32"
+    for instructions in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, instructions, lambda: True)
+            assert has_bfloat16(CPU)
+            assert resolve_precision("auto", wide, CPU) == "bfloat16"
+            assert resolve_precision("auto", half, CPU) == "float32"
+
+
+def test_bfloat16_beside_float16_is_refused_before_any_work() -> None:
+    model = tiny_model("llama").half()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was made"))
+    with pytest.raises(fips.FipsError, match="does not go with a model in float16 on a CPU"):
+        fips.compress(model, batches_for(model), fips.CompressionConfig(bits=6.4, precision="bfloat16"))
 
 
 def test_outputs_are_those_of_the_model_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -842,7 +842,7 @@ def test_stages_run_by_hand_for_one_group_alone() -> None:
     """What one group becomes does not hang on the others but by its size."""
     model = tiny_model("llama")
     batches = batches_for(model)
-    config = fips.CompressionConfig(bits=6.4, share_blocks=2, sharing="never")
+    config = fips.CompressionConfig(bits=6.4, share_blocks=2, sharing="never", precision="float32")
     assert isinstance(config, FipsConfig)
     plan = fips.plan_compression(model, config)
     data = CalibrationData(model, batches, seed=config.seed)

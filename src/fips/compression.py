@@ -94,7 +94,7 @@ def compress(
         method = method_of(config)
         _check_ranks(method, ranks, work)
         sites = [site for group in plan.groups for site in group.group.sites]
-        _refuse_model(model, plan, sites)
+        _refuse_model(model, plan, sites, config.precision)
         data = CalibrationData(model, batches, seed=config.seed)
         data.check()
         bench = Workbench(
@@ -135,9 +135,10 @@ def _keep_in(bench: Workbench, work: str | Path | None, asked: CompressionConfig
             bench.phases[EARLIER] = kept.earlier_seconds
 
 
-def _refuse_model(model: nn.Module, plan: CompressionPlan, sites: Sequence[Site]) -> None:
+def _refuse_model(model: nn.Module, plan: CompressionPlan, sites: Sequence[Site], precision: str) -> None:
     """Raise for a model that could not be compressed, stored or read again, before any work."""
     require_finite_weights(model)
+    resolve_precision(precision, model, next(model.parameters()).device)
     check_layers(model, sites)
     require_storable(model, plan)
     check_reloadable(model, [name for site in sites for name in (site.name, *site.tied)])
@@ -157,7 +158,7 @@ def _solved(
     with preserved(model), in_native_types(model, blocks if method.by_block else ()):
         bench.try_batch()
         _require_called(bench, sites)
-        with autocast_for(config.precision, bench.device):
+        with autocast_for(config.precision, model, bench.device):
             left = bench.survey([group.group for group in plan.groups])
             if left and asked.size is not None:
                 config = bench.config = settle_size(plan, model, asked, left)
@@ -199,7 +200,7 @@ def _report(
         phases=bench.phases,
         environment={
             **(measured("hardware and versions", lambda: environment(device)) or {}),
-            "precision": resolve_precision(bench.config.precision, device),
+            "precision": resolve_precision(bench.config.precision, bench.model, device),
         },
     )
 
@@ -264,7 +265,7 @@ def circumstances(model: nn.Module, data: Any, *, precision: str) -> dict[str, A
         "data": data,
         "versions": f"fips {__version__}, torch {torch.__version__}",
         "device": device.type,
-        "precision": resolve_precision(precision, device),
+        "precision": resolve_precision(precision, model, device),
     }
 
 

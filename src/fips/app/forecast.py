@@ -92,7 +92,7 @@ def forecast(
         default = DEFAULT_CALIBRATION_WINDOWS if kind_of(model) == "text" else DEFAULT_CALIBRATION_IMAGES
         count = data.num_samples or default
     work = operations(model, plan, config, examples_of(model, data), count=count, device=device)
-    seconds = None if work is None else Speed.measured(device, timed_dtype(config, device)).seconds(work)
+    seconds = None if work is None else Speed.measured(device, timed_dtype(config, model, device)).seconds(work)
     return Forecast(
         device=str(device),
         examples=count,

@@ -90,7 +90,7 @@ def calibration_memory(
     stored = sum(parameter.numel() * parameter.element_size() for parameter in twin.parameters())
     mapped = min(mapped, stored)
     stored -= mapped - min(mapped, plan.factored.bytes)
-    if resolve_precision(config.precision, device) == "bfloat16" and _dtype(twin) == torch.float32:
+    if resolve_precision(config.precision, twin, device) == "bfloat16" and _dtype(twin) == torch.float32:
         twin.to(torch.bfloat16)  # activations are, and so are copies of the weights that the backward pass keeps
         stored += sum(parameter.nbytes for parameter in twin.parameters())
     elif _dtype(twin) == torch.bfloat16 and not has_bfloat16(device):

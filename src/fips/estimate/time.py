@@ -152,9 +152,9 @@ def operations(
     return Operations(products, roots, rounding)
 
 
-def timed_dtype(config: CompressionConfig, device: torch.device) -> torch.dtype:
+def timed_dtype(config: CompressionConfig, model: nn.Module, device: torch.device) -> torch.dtype:
     """In which forward passes run."""
-    found: torch.dtype = getattr(torch, resolve_precision(config.precision, device))
+    found: torch.dtype = getattr(torch, resolve_precision(config.precision, model, device))
     return found
 
 
