@@ -108,7 +108,7 @@ def test_a_speed_is_that_of_this_machine() -> None:
     assert min(speed.products, speed.roots, speed.rounding) > 1e8
     work = Operations(speed.products, 2 * speed.roots, 3 * speed.rounding)
     assert speed.seconds(work) == pytest.approx(6)
-    assert timed_dtype(CompressionConfig(bits=6.0, precision="bfloat16"), CPU) is torch.bfloat16
+    assert timed_dtype(CompressionConfig(bits=6.0, precision="bfloat16"), tiny_model("vit"), CPU) is torch.bfloat16
 
 
 def test_a_line_says_what_is_known() -> None:
