@@ -270,7 +270,9 @@ def test_all_matrices_are_packed_saved_loaded_used_and_dense_again(name: str, tm
     merged.save_pretrained(tmp_path / "dense")
     plain, info = auto.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert {key: value for key, value in info.items() if value} == {}
-    assert torch.equal(outputs(plain, inputs), dense)
+    weights = plain.state_dict()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in merged.state_dict().items())
+    torch.testing.assert_close(outputs(plain, inputs), dense, atol=1e-5, rtol=1e-5)  # sums vary with where weights lie
 
 
 def _require_packed(model: PreTrainedModel, one: Architecture) -> None:
