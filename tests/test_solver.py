@@ -686,6 +686,7 @@ def test_whole_factors_of_a_shared_basis_are_exact(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_shared_basis_is_tried_and_learnt_on_some_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fips.solve.search, "SAMPLE", 20)
     search, choice = shared_search(), Choice(True, "unstructured", "int6")
     rounds: list[tuple[int, int]] = []
 
@@ -706,7 +707,7 @@ def test_a_shared_basis_is_tried_and_learnt_on_some_columns(monkeypatch: pytest.
     found = search.solve(choice, size)
     assert [place[0] for place in rounds] == [columns, F]
     assert rounds[1][1] <= 2
-    monkeypatch.setattr(search, "_some_columns", lambda: (search, 1.0))
+    monkeypatch.setattr(search, "_some_columns", lambda _=1: (search, 1.0))
     search.forget()
     assert found.losses[-1] < 1.25 * search.solve(choice, size).losses[-1]
 
