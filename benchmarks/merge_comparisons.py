@@ -41,7 +41,10 @@ def main() -> None:
     merged = Comparison(first["metric"], first["higher_is_better"], first["original"], tuple(ordered))
     known = ("metric", "higher_is_better", "original")
     facts = [{key: value for key, value in part.items() if key not in known} for part in parts]
-    made_of = [fact for part in facts for fact in part.get("made_of", [part])]  # of results that were merged before
+    made_of: list[dict[str, Any]] = []
+    for fact in (fact for part in facts for fact in part.get("made_of", [part])):  # of results that were merged before
+        if fact not in made_of:
+            made_of.append(fact)
     write_comparison(merged, args.output, facts={"benchmark": first["benchmark"], "made_of": made_of})
 
 
