@@ -409,8 +409,6 @@ def forced_sharing() -> str:
     """KL where every group of blocks has to share a basis, beside the default, which shares none."""
     rows = []
     for name in ("vit", "dinov2-small", "antiberty", "smollm2-135m", "stories260k", "tinystories-656k", "demo"):
-        if not (RESULTS / f"compare-{name}-shared").exists():
-            continue
         shared, default = Comparison(f"{name}-shared"), Comparison(f"{name}-default")
         for size in sorted({asked(run) for run in shared.fields["runs"]}, reverse=True):
             cells = [default.divergence("fips", size)]

@@ -272,7 +272,10 @@ def test_all_matrices_are_packed_saved_loaded_used_and_dense_again(name: str, tm
     assert {key: value for key, value in info.items() if value} == {}
     weights = plain.state_dict()
     assert all(torch.equal(tensor, weights[key]) for key, tensor in merged.state_dict().items())
-    torch.testing.assert_close(outputs(plain, inputs), dense, atol=1e-5, rtol=1e-5)  # sums vary with where weights lie
+    if any(".expert" in key for key in weights):  # sums of an expert with one token vary with where its weights lie
+        torch.testing.assert_close(outputs(plain, inputs), dense, atol=1e-5, rtol=1e-5)
+    else:
+        assert torch.equal(outputs(plain, inputs), dense)
 
 
 def _require_packed(model: PreTrainedModel, one: Architecture) -> None:

@@ -78,12 +78,13 @@ class GroupSearch(Structures):
         basis_DR, factors_RF = shared_svd([problem.weight_DF for problem in self.problems], rank=self.width)
         if self._keeps_all(choice, size):
             return keep_all(self.problems, basis_DR, factors_RF)
-        small, share = self._some_columns(SAMPLE)
-        if rounds > LAST_ROUNDS and small is not self and choice.layout.block == 1:
-            rule = small._rule(choice, share * size)
-            basis = alternate(small.problems, basis_DR, rule, max_rounds=rounds - LAST_ROUNDS).basis_DR
-            assert basis is not None
-            basis_DR, rounds = basis, LAST_ROUNDS
+        if rounds > LAST_ROUNDS and choice.layout.block == 1:
+            small, share = self._some_columns(SAMPLE)
+            if small is not self:
+                rule = small._rule(choice, share * size)
+                basis = alternate(small.problems, basis_DR, rule, max_rounds=rounds - LAST_ROUNDS).basis_DR
+                assert basis is not None
+                basis_DR, rounds = basis, LAST_ROUNDS
         return alternate(self.problems, basis_DR, self._rule(choice, size), max_rounds=rounds)
 
     def forget(self) -> None:
