@@ -5,7 +5,8 @@
 One process, examples kept in memory. Images: calibrated on the training folder, scored on all of the validation
 folder. Stories: calibrated on the first fifth of the text, scored on the rest, every token once, windows of 512 that
 never cross a story; stories with characters the tokenizer does not know are left out of both. Demo: calibrated and
-scored on the modules of the interpreter's standard library that `fips demo` uses.
+scored on the modules of the interpreter's standard library that `fips demo` uses. Finished runs are kept beside the
+result until all are there: the same command goes on from them, and one with fewer sizes or methods ends with them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -37,6 +39,7 @@ from fips.demo.run import EVALUATION_WINDOWS, MODEL_DIRECTORY, WINDOW
 from fips.models.tasks import task_of
 from fips.models.transformers import load_dense, load_processor, model_kind
 from fips.record import environment
+from fips.storage.work import WorkDirectory
 
 IMAGE_MODELS = {"vit": "vit-tiny-tinyimagenet", "dinov2-small": "dinov2-small"}
 PROTEINS = {"sequence_length": 160, "document_separator": "\n"}
@@ -107,7 +110,7 @@ def overfit_of(ratios: Collection[float]) -> dict[str, float] | None:
     return {"median": median(ratios), "largest": max(ratios)} if ratios else None
 
 
-def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
+def measure(args: argparse.Namespace, scratch: Path, store: WorkDirectory) -> Comparison:
     source, calibration, evaluation = settings(args.name, args.models, args.data, scratch)
     evaluation = evaluation.replace(num_samples=args.eval_samples or evaluation.num_samples)
     model = load_dense(source, dtype="auto", device=torch.device("cpu"))
@@ -121,17 +124,14 @@ def measure(args: argparse.Namespace, scratch: Path) -> Comparison:
 
     scored = in_memory(load_batches(evaluation, purpose="evaluation", **options))
     latest = functools.lru_cache(maxsize=1)(examples)
-    done: list[Run] = []
 
     def on_run(run: Run) -> None:
-        done.append(run)
-        partial = {"unfinished": True, "runs": [asdict(item) for item in done]}
-        (args.output / f"compare-{args.name}{args.suffix}-partial.json").write_text(json.dumps(partial, indent=2))
         print(run.seed, run.bits, run.method, run.quality, run.relative_error, run.seconds, flush=True)
 
     return compare(
         model, latest, scored, methods=args.methods.split(","), sizes=[float(part) for part in args.bits.split(",")],
         seeds=[int(part) for part in args.seeds.split(",")], layers=args.layers, on_run=on_run,
+        store=store,
     )  # fmt: skip
 
 
@@ -149,8 +149,11 @@ def main() -> None:
     parser.add_argument("--suffix", default="", help="added to the name of the result directory")
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    directory = args.output / f"compare-{args.name}{args.suffix}"
+    made_of = {"name": args.name, "layers": args.layers, "eval_samples": args.eval_samples, "commit": commit}
+    store = WorkDirectory(directory.with_name(f"{directory.name}.work"), made_of)
     with tempfile.TemporaryDirectory() as scratch:
-        result = measure(args, Path(scratch))
+        result = measure(args, Path(scratch), store)
     facts = {
         "benchmark": f"methods at equal stored bits, {args.name}",
         "date": date.today().isoformat(),
@@ -158,9 +161,8 @@ def main() -> None:
         "commit": commit,
         "environment": environment(torch.device("cpu")),
     }
-    directory = args.output / f"compare-{args.name}{args.suffix}"
     write_comparison(result, directory, facts=facts)
-    (args.output / f"compare-{args.name}{args.suffix}-partial.json").unlink(missing_ok=True)
+    shutil.rmtree(store.path)
     print(json.dumps(result.rows(), indent=1))
 
 
