@@ -258,6 +258,9 @@ def test_files_that_are_no_recipes_are_refused_in_one_line(content: bytes, messa
         ("gptq+metric=[", "wanted `field=value`, a value as in YAML, got `metric=\\["),
         ("gptq+metric=2024-13-45", "a value as in YAML"),
         ("gptq+bits.x=1", "`bits` has no fields, got `bits.x=1`"),
+        ("gptq+bits=4", "`bits` is given for all methods alike, by the sizes"),
+        ("gptq+seed=7", "`seed` is given for all methods alike, by the seeds"),
+        ("gptq+method=rtn", "`method` is given for all methods alike, as its name"),
     ],
 )
 def test_changes_of_a_method_that_are_none_are_refused(method: str, message: str) -> None:

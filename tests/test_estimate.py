@@ -14,6 +14,7 @@ from test_cli import llama_directory, text  # noqa: F401
 
 from fips.app.fitting import examples_of
 from fips.app.forecast import Forecast
+from fips.calibration.moments import moment_bytes
 from fips.cli import main
 from fips.config import CompressionConfig, DataConfig
 from fips.estimate import Operations, Speed, calibration_memory, operations
@@ -51,6 +52,19 @@ def test_encoder_decoders_are_told(family: str) -> None:
     need = calibration_memory(empty, plan, config, made, device=CPU)
     assert need is not None
     assert need.total(8) > need.total(1)
+
+
+def test_judging_a_basis_takes_the_moments_of_half_the_data_too() -> None:
+    model = build_empty(tiny_model("llama").config)
+    needs = []
+    for sharing in ("never", "auto"):
+        config = CompressionConfig(bits=6.0, effort="max", sharing=sharing, layers="mlp")
+        plan = plan_compression(model, config)
+        need = calibration_memory(model, plan, config, examples, device=CPU)
+        assert need is not None
+        needs.append(need.total(8))
+    sites = [site for group in plan.groups for site in group.group.sites]
+    assert needs[1] - needs[0] == 2 * moment_bytes(sites)
 
 
 def forward_by_hand(model: Any) -> float:

@@ -26,6 +26,7 @@ from fips.data import Batches, load_batches
 from fips.errors import ConfigError, DataError, ModelError
 from fips.evaluation import ImageResult, TextResult, evaluate
 from fips.evaluation import tokens as module
+from fips.evaluation.divergence import differences
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .é"
 LOOKS = 2
@@ -496,3 +497,14 @@ def test_the_original_of_a_comparison_is_asked_once(
         reference.begin()
         assert evaluate(other, batches, against=reference).against == expected
     assert colors.calls == (len(batches) if room > 1000 else 3 * len(batches))
+
+
+def test_outcomes_that_are_ruled_out_add_nothing_to_the_divergence() -> None:
+    logits, reference = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    ruled_out = torch.cat([reference, torch.full((6, 2), -torch.inf)], dim=1)
+    also = torch.cat([logits, torch.full((6, 2), -torch.inf)], dim=1)
+    assert torch.equal(differences(also, ruled_out), differences(logits, reference))
+    partly = differences(torch.cat([logits, torch.zeros(6, 2)], dim=1), ruled_out)[:, 0]
+    assert bool(partly.isfinite().all())
+    assert bool((partly > differences(logits, reference)[:, 0]).all())  # what is given to them is missing elsewhere
+    assert bool((differences(ruled_out[:, [0, 1, 2, 3, 6]], reference)[:, 0] == torch.inf).all())

@@ -29,6 +29,7 @@ from fips.layers.linear import FactoredLinear, factored_layers
 from fips.models import Site, locate_layers
 from fips.models.experts import ExpertList, expert_lists, experts_apart, fuse_experts, split_experts
 from fips.plan.kinds import layer_bytes, sizes_by_kind
+from fips.training.factors import TrainableGroup
 
 EXPERTS, WIDTH, HIDDEN = 4, 32, 24
 FIELDS = {**DECODER, "num_hidden_layers": 2, "intermediate_size": HIDDEN, "num_local_experts": EXPERTS}
@@ -225,6 +226,33 @@ def test_experts_that_few_tokens_reach_are_told_the_rest_by_the_others() -> None
     hidden = moments[f"{name}.down_proj.{counts.index(0)}"].inputs_II
     assert torch.equal(hidden, hidden[0, 0] * torch.eye(HIDDEN))
     assert hidden[0, 0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fips-paper", "fips"])
+def test_supports_regrow_where_a_batch_reaches_an_expert(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it does not reach have no gradients, and keep their supports."""
+    regrow, reached = TrainableGroup.regrow, []
+
+    def spied(group: TrainableGroup, *args: Any) -> None:
+        before = [(layer.dense_gradient_RF is not None, layer.mask_RF) for layer in group.layers]
+        regrow(group, *args)
+        for layer, (has_gradient, mask_RF) in zip(group.layers, before, strict=True):
+            assert has_gradient or torch.equal(layer.mask_RF, mask_RF)
+            assert layer.dense_gradient_RF is None
+        assert sum(int(layer.mask_RF.sum()) for layer in group.layers) == sum(int(mask.sum()) for _, mask in before)
+        reached.extend(has_gradient for has_gradient, _ in before)
+
+    monkeypatch.setattr(TrainableGroup, "regrow", spied)
+    model, data = mixtral(num_experts_per_tok=1), [{"input_ids": texts(1, 3, seed=seed)} for seed in range(4)]
+    config = fips.CompressionConfig(
+        method=method, schedule="rigl", bits=6.0, layers="mlp", precision="float32",
+        reconstruction={"steps": 12, "update_every": 2},
+    )  # fmt: skip
+    fips.compress(model, data, config)
+    assert set(reached) == {True, False}
+    with torch.no_grad():
+        assert bool(model(**data[0]).logits.isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,29 @@ def test_moments_of_other_batches_are_not_taken_from_the_cache() -> None:
     assert not same_layers(models[0], fresh)
 
 
+def test_moments_of_another_precision_are_not_taken_from_the_cache() -> None:
+    cache: MomentCache = {}
+    first, second, alone = (tiny_model("llama") for _ in range(3))
+    fips.compress(first, batches_for(first), gptq(precision="bfloat16"), moments=cache)
+    fips.compress(second, batches_for(second), gptq(precision="float32"), moments=cache)
+    fips.compress(alone, batches_for(alone), gptq(precision="float32"))
+    assert same_layers(second, alone)
+    assert not same_layers(first, alone)
+
+
+def test_a_cache_of_moments_keeps_to_the_bound() -> None:
+    cache: MomentCache = {}
+    model = tiny_model("llama")
+    fips.compress(model, batches_for(model), gptq(), moments=cache)
+    (key,) = cache
+    size = sum(moment.nbytes for moment in cache[key].values())
+    for seed, memory in enumerate((2 * size, size, 1), start=1):
+        model = tiny_model("llama")
+        fips.compress(model, batches_for(model, seed=seed), gptq(metric={"memory": memory}), moments=cache)
+        held = sum(moment.nbytes for one in cache.values() for moment in one.values())
+        assert memory // 2 <= held <= memory
+
+
 def test_inputs_keep_no_history_of_gradients() -> None:
     model = tiny_model("llama")
     embedding = model.get_input_embeddings()

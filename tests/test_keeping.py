@@ -22,12 +22,12 @@ class Ended(Exception):  # noqa: N818 - stands for a signal
     pass
 
 
-def run(settings: Mapping[str, Any], work: Path | None) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Tensors of a compressed model and what the report says of its groups, but for times."""
+def run(settings: Mapping[str, Any], work: Path | None) -> tuple[dict[str, Tensor], list[Any]]:
+    """Tensors of a compressed model and what the report says of its groups, but for times, and notes."""
     model = tiny_model("llama")
     report = fips.compress(model, batches_for(model), fips.CompressionConfig(share_blocks=1, **settings), work=work)
     groups = [{key: value for key, value in group.items() if "seconds" not in key} for group in report.groups]
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, groups
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, [*groups, *report.notes]
 
 
 @pytest.mark.slow
@@ -42,6 +42,7 @@ def run(settings: Mapping[str, Any], work: Path | None) -> tuple[dict[str, Tenso
         {"sharing": "always", "bits": 8.0, "layers": "mlp", "values": "int8"},
         {"bits": 4.5, **TRAINED},
         {"bits": 4.5, "effort": "fast", **TRAINED},
+        {"bits": 8.5, "reconstruction": {"steps": 2, "learning_rate": 10.0}, "precision": "float32"},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values() if isinstance(value, str | float)),
 )
@@ -66,6 +67,8 @@ def test_a_run_that_was_ended_goes_on_behind_the_groups_that_are_finished(
     found, again = run(settings, tmp_path / "work")
     assert finished == ["group-g0", "group-g1", "group-g2"]
     assert again == groups
+    if settings.get("reconstruction", {}).get("learning_rate", 0) > 1:
+        assert sum("made the errors of `g0` no smaller" in str(note) for note in again) == 1
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -13,6 +13,7 @@ from pydantic import Field, create_model
 from torch import Tensor, nn
 
 import fips
+from fips.app import compare as comparing
 from fips.app.compare import compare
 from fips.config import NAMED, SETTINGS, CompressionConfig, known_methods
 from fips.data import Batches
@@ -21,7 +22,7 @@ from fips.layers.linear import factored_layers
 from fips.methods.layerwise import MatrixMethod, StoredMatrix
 from fips.methods.registry import Method, method_of, register
 from fips.methods.sweep import _Pass
-from fips.methods.workbench import Needs, Workbench
+from fips.methods.workbench import MomentCache, Needs, Workbench
 from fips.plan.groups import GroupPlan
 from fips.plan.planner import PLANNERS
 from fips.storage.quantizer import read_report
@@ -95,6 +96,25 @@ def test_a_toy_method_is_compared_under_its_names(toy: type[Rows]) -> None:
     assert half.relative_error < quarter.relative_error
     assert {"toy", "toy-half", "fips", "fips-shared", "no-sharing"} <= set(known_methods())
     assert toy_settings(method="toy-half", keep=0.75).keep == 0.75
+
+
+def test_moments_of_a_seed_go_when_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, held = tiny_model("llama"), []
+    examples = [batches_for(model, seed=seed) for seed in range(3)]
+    scored = Batches(
+        kind="text", description={"sequence_length": 16}, num_samples=4, num_bytes=100, chunks=[[0]],
+        collate=lambda places: {**examples[0][0], "labels": examples[0][0]["input_ids"]},
+    )  # fmt: skip
+    work = comparing.compress
+
+    def spied(*args: Any, moments: MomentCache, **options: Any) -> Any:
+        report = work(*args, moments=moments, **options)
+        held.append(len(moments))
+        return report
+
+    monkeypatch.setattr(comparing, "compress", spied)
+    compare(model, lambda seed: examples[seed], scored, methods=["gptq", "sparsegpt"], sizes=[8.0], seeds=[0, 1, 2])
+    assert held == [1] * 6
 
 
 def test_settings_of_a_toy_method_are_checked_like_all_others(toy: type[Rows]) -> None:

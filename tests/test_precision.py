@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from conftest import batches_for, tiny_model
 import fips
 from fips.calibration.precision import has_bfloat16, in_native_types, resolve_precision
 from fips.layers.linear import factored_layers
+from fips.methods.fips import stages
+from fips.methods.workbench import Workbench
+from fips.training.factors import TrainableGroup
 
 CPU = torch.device("cpu")
 
@@ -120,3 +124,56 @@ def test_blocks_are_widened_only_while_they_run(monkeypatch: pytest.MonkeyPatch)
     assert seen == [[torch.bfloat16, torch.float32]]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert "forward" not in vars(model.model.layers[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_biases_of_16_bits_train_in_32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of the learning rate round away in 16 bits, and the squares that Adam divides by are zero in float16."""
+    monkeypatch.setattr("fips.calibration.precision.has_bfloat16", lambda device: True)  # or all is held in 32 bits
+    groups: list[TrainableGroup] = []
+    monkeypatch.setattr(TrainableGroup, "restore", lambda group, _: None)  # keep what the steps made, better or not
+    pack = TrainableGroup.stored_biases
+    monkeypatch.setattr(TrainableGroup, "stored_biases", lambda group: groups.append(group) or pack(group))
+    model = tiny_model("opt", num_hidden_layers=1).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("fc1.bias", "fc2.bias")):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    config = fips.CompressionConfig(
+        bits=6.0, layers="mlp", precision="float32", reconstruction={"steps": 4, "learning_rate": 3e-5}
+    )
+    report = fips.compress(model, batches_for(model), config)
+    (group,) = groups
+    assert all(bias is not None and bias.isfinite().all() for bias in group.biases)
+    for trained, given, stored in zip(group.biases, group._given, pack(group), strict=True):
+        assert trained is not None
+        assert given is not None
+        assert stored is not None
+        assert trained.dtype == torch.float32
+        assert stored.dtype == given.dtype == dtype
+        moved = trained.detach() - given.detach().float()
+        assert moved.abs().max() > 1e-6
+        assert moved.abs().max() < 2e-4
+    assert report.groups[0]["relative_error_final"] < 1
+    assert {layer.bias.dtype for layer in factored_layers(model).values()} == {dtype}
+
+
+def test_products_of_the_solver_are_not_rounded_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    move, half, seen = stages._moved_bias, Workbench.moments_of_part, []
+
+    def moved(*args: Any) -> Any:
+        seen.append(("bias", torch.is_autocast_enabled("cpu")))
+        return move(*args)
+
+    def measured(*args: Any, **options: Any) -> Any:
+        seen.append(("passes", torch.is_autocast_enabled("cpu")))
+        return half(*args, **options)
+
+    monkeypatch.setattr(stages, "_moved_bias", moved)
+    monkeypatch.setattr(Workbench, "moments_of_part", measured)
+    monkeypatch.setattr(stages.GroupSearch, "sharing_ratio", lambda *_: 0.5)  # ask data held out
+    model = tiny_model("opt", num_hidden_layers=2)
+    config = fips.CompressionConfig(effort="max", bits=5.0, layers="mlp", share_blocks=2, precision="bfloat16")
+    fips.compress(model, batches_for(model), config)
+    assert sorted(set(seen)) == [("bias", False), ("passes", True)]
+    assert len([name for name, _ in seen if name == "passes"]) == 3  # all batches, then the two halves

@@ -750,7 +750,20 @@ def test_a_basis_is_shared_where_data_held_out_says_so(
     config = fips.CompressionConfig(bits=6.0, effort="max", **options)
     report = fips.compress(model, batches_for(model, count=count), config)
     assert [group["rank"] for group in report.plan["groups"]] == [rank]
+    assert sum("one batch of data leaves none to judge it by" in note for note in report.notes) == (count == 1)
     assert parts[1:] == ([[0, 2], [1, 3]] if rank else [])
+
+
+@pytest.mark.parametrize("values", ["int4", "nl4g16"])
+def test_some_columns_have_room_for_what_all_columns_have_room_for(values: str) -> None:
+    """Scales of ``down`` layers belong to rows: a part of the columns has as many of them as the whole."""
+    model = tiny_model("opt", num_hidden_layers=6)
+    config = fips.CompressionConfig(
+        method="fips-shared", bits=2.0 if values == "int4" else 2.5, values=values, share_blocks=6, precision="float32"
+    )
+    report = fips.compress(model, batches_for(model), config)
+    layers = report.plan["layers"]
+    assert 0.99 * config.bits < 8 * layers["factored"]["bytes"] / layers["dense"]["parameters"] <= config.bits
 
 
 class TestTrainedGrid:

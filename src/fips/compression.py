@@ -99,7 +99,7 @@ def compress(
         data.check()
         bench = Workbench(
             model, config, data, device, method.needs, method.temperature, shown, cache=moments,
-            influence_examples=method.influence_examples, ranks=ranks,
+            influence_examples=method.influence_examples, ranks=ranks, moment_memory=method.moment_memory,
         )  # fmt: skip
         _keep_in(bench, work, asked)
         for item in plan.skipped:

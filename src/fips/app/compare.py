@@ -105,13 +105,22 @@ def _median(values: Iterable[float | None]) -> float | None:
     return stats.median(known) if known else None
 
 
+GIVEN = {
+    "method": "as its name",
+    "bits": "by the sizes",
+    "size": "by the sizes, in stored bits per weight",
+    "budget": "by the sizes, in stored bits per weight",
+    "seed": "by the seeds",
+}
+
+
 def method_config(text: str, *, bits: float, seed: int, layers: str = "blocks") -> CompressionConfig:
     """Settings of ``name`` or ``name+field=value+section.field=value``, such as ``fips+distill.steps=100``.
 
     ``layers`` are the same for all methods, whatever their default is.
 
     ``name`` is that of a method or of some settings of one, as ``no-sharing`` for our solver without a shared basis.
-    Raises ``ConfigError`` for what is not a setting.
+    Raises ``ConfigError`` for what is not a setting, and for those that are given for all methods alike.
     """
     name, *changes = text.split("+")
     fields: dict[str, Any] = {"layers": layers, "method": name, "bits": bits, "seed": seed}
@@ -119,6 +128,8 @@ def method_config(text: str, *, bits: float, seed: int, layers: str = "blocks") 
         path, equals, value = change.partition("=")
         if not equals:
             raise ConfigError(f"method `{text}`: wanted `field=value`, got `{change}`")
+        if path in GIVEN:
+            raise ConfigError(f"method `{text}`: `{path}` is given for all methods alike, {GIVEN[path]}")
         *sections, field = path.split(".")
         place: Any = fields
         for section in sections:
@@ -162,7 +173,11 @@ def compare(
     original = _original(model, evaluation, reference, store, bars)
     runs = []
     moments: MomentCache = {}
+    seed = None
     for done, (method, config) in enumerate(jobs):
+        if config.seed != seed:  # other data
+            moments.clear()
+            seed = config.seed
         name = f"{method} at {config.bits:g} bits"
         piece = f"{name}, seed {config.seed}"
         known = None if store is None else store.get(piece)

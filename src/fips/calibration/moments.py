@@ -151,6 +151,12 @@ class LayerMoments:
         share = self.held.weight / self.weight
         return (self.inputs_II - share * self.held.inputs_II) / (1 - share)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the matrices."""
+        held = 0 if self.held is None else self.held.inputs_II.nbytes
+        return self.inputs_II.nbytes + self.gradients_OO.nbytes + held
+
     def collect(self, ranks: Ranks, source: int, target: int) -> None:
         """Bring the sums of one rank to another."""
         self.inputs_II = ranks.collect(self.inputs_II, source, target)

@@ -110,6 +110,9 @@ def calibration_memory(
     method = method_of(config)
     trained = TRAINED_BYTES * plan.dense.parameters if method.trains_model else 0
     kept = (bytes_beside(blocks_of(plan), method.moment_memory) or 0) if method.holds_out else 0
+    if Needs.GRADIENTS in method.needs:
+        at_work = [site for group in _at_work(plan, method) for site in group.sites]
+        kept += (method.moment_copies - 1) * moment_bytes(at_work)
     always, each = stored + trained + kept, max(0, more - some) // 4
     return MemoryNeed(always + max(0, more - 8 * each), each, always + max(one, few), mapped)
 
@@ -187,7 +190,7 @@ def _at_work(plan: CompressionPlan, method: Method[Any]) -> list[LayerGroup]:
         steps = steps_of(blocks_of(plan), method.moment_memory)
         largest = max(steps, key=lambda step: sum(block.moment_bytes for block in step))
         return [LayerGroup(block.name, tuple(sublayer for _, sublayer in block.parts)) for block in largest]
-    if 2 * sum(map(need, groups)) <= method.moment_memory:
+    if method.moment_copies * sum(map(need, groups)) <= method.moment_memory:
         return groups
     return [max(groups, key=need)]
 

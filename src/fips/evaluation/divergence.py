@@ -85,7 +85,8 @@ class RatioMean:
 def differences(logits_PV: Tensor, reference_PV: Tensor) -> Tensor:
     """Per prediction the KL from the reference and whether the most likely outcome is the same, ``[P, 2]``.
 
-    In float32, or in float64 if the logits are: the KL of models that hardly differ is smaller than float32 tells.
+    In float32, or in float64 if the logits are: the KL of models that hardly differ is smaller than float32 tells. What
+    the reference rules out, by a logit of minus infinity, adds nothing.
     Raises ``ModelError`` where the two do not predict the same outcomes.
     """
     if logits_PV.shape != reference_PV.shape:
@@ -95,7 +96,8 @@ def differences(logits_PV: Tensor, reference_PV: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(logits_PV.dtype, torch.float32)
     log_q_PV, log_p_PV = (each.to(dtype).log_softmax(-1) for each in (logits_PV, reference_PV))
-    kl_P = torch.nn.functional.kl_div(log_q_PV, log_p_PV, log_target=True, reduction="none").sum(-1)
+    terms_PV = torch.nn.functional.kl_div(log_q_PV, log_p_PV, log_target=True, reduction="none")
+    kl_P = terms_PV.masked_fill(log_p_PV == -torch.inf, 0.0).sum(-1)
     same_P = logits_PV.argmax(-1) == reference_PV.argmax(-1)
     return torch.stack([kl_P, same_P.to(kl_P.dtype)], dim=-1)
 

@@ -54,9 +54,14 @@ def kept_group(bench: Workbench, plan: GroupPlan, make: Callable[[], CompressedG
     """
     made = bench.store.get(_piece(plan))
     if made is not None:
-        return _put_together(bench, plan, *made)
-    found = make()
-    bench.store.put(_piece(plan), *_taken_apart(found))
+        tensors, fields = made
+        for text in fields["notes"]:
+            bench.note_once(text)
+        return _put_together(bench, plan, tensors, fields)
+    with bench.noted() as notes:
+        found = make()
+    tensors, fields = _taken_apart(found)
+    bench.store.put(_piece(plan), tensors, {**fields, "notes": notes})
     bench.store.log(f"group {plan.group.name}: {found.seconds:.1f} s")
     return found
 

@@ -209,7 +209,7 @@ def _compress_group(bench: Workbench, plan: GroupPlan, config: PaperConfig) -> C
             if not losses:
                 group.prune(config.factor_sparsity)
         storages = [LayerStorage(int(mask.sum()), plan.fmt) for mask in group.masks]
-        bases, layers = pack_group(group.found(), group.sites, group.biases, plan, storages)
+        bases, layers = pack_group(group.found(), group.sites, group.stored_biases(), plan, storages)
         final = measured(
             f"the block errors of group {plan.group.name}",
             lambda: bench.errors_with(plan.group, layers, records, spool),

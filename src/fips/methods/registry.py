@@ -50,6 +50,11 @@ class Method(Planner[C]):
         return 0
 
     @property
+    def moment_copies(self) -> int:
+        """Times that the moments of a group are held where it takes gradients: once more in what is made of them."""
+        return 2
+
+    @property
     def holds_out(self) -> bool:
         """Whether it wants to know what a part of the data says alone, which takes half as much memory again."""
         return False

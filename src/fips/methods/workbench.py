@@ -20,6 +20,7 @@ from fips.calibration.heads import first_tensor
 from fips.calibration.influence import Influence, collect_influence
 from fips.calibration.inputs import CalibrationData, Wanted, few_examples, first_examples, numbered, place
 from fips.calibration.moments import LayerMoments, collect_moments
+from fips.calibration.precision import resolve_precision
 from fips.calibration.preserve import RandomState
 from fips.calibration.record import ActivationSpool, record_blocks
 from fips.calibration.survey import NO_GRADIENT, survey_influence, survey_layers
@@ -90,7 +91,8 @@ class ProgressEvent:
 
 Progress = Callable[[ProgressEvent], None]
 MomentCache = dict[tuple[Any, ...], dict[str, LayerMoments]]
-"""Moments by layers, how they are measured and a digest of the data, for several compressions of one model."""
+"""Moments by layers, how they are measured and a digest of the data, for several compressions of one model. The oldest
+go where they would take more than the ``metric.memory`` of the compression at work."""
 
 
 @dataclass(slots=True)
@@ -157,7 +159,9 @@ class Workbench:
     """By layer, after ``survey``."""
     cache: MomentCache | None = None
     owns_cache: bool = False
-    """Whether what is kept there is of use to this compression alone."""
+    """Whether what is kept there is of use to this compression alone, which has seen that there is room for it."""
+    moment_memory: int = 0
+    """Bytes that moments kept for other compressions may take."""
     store: Store = field(default_factory=MemoryStore)
     """What is finished."""
     ranks: Ranks = ALONE
@@ -179,6 +183,19 @@ class Workbench:
         """Say something in the report and, as a warning, in the log."""
         self.notes.append(text)
         log.warning("%s", text)
+
+    def note_once(self, text: str) -> None:
+        """As ``note``, of what more than one group may say."""
+        if text not in self.notes:
+            self.note(text)
+
+    @contextmanager
+    def noted(self) -> Iterator[list[str]]:
+        """What is noted in a ``with`` block, to be kept with what is made there; complete at its end."""
+        found: list[str] = []
+        before = len(self.notes)
+        yield found
+        found += self.notes[before:]
 
     def survey(self, groups: Sequence[LayerGroup]) -> dict[str, str]:
         """Layers that the calibration data says nothing about, to be left dense, with the reason.
@@ -228,7 +245,7 @@ class Workbench:
         already, so that nothing kept from before is of use.
         """
         assert Needs.GRADIENTS in self.needs, "a method that asks for gradients must declare that it needs them"
-        how = (self.temperature, floor, self.config.seed)
+        how = (self.temperature, floor, self.config.seed)  # the seed is that of the random directions
 
         def measure() -> dict[str, LayerMoments]:
             return self.moments_of_part(name, sites, lambda _: True, floor=floor)
@@ -262,10 +279,23 @@ class Workbench:
         cache = None if changed else self.cache
         if cache is None:
             return measure()
-        key = (tuple(names), *how, "" if self.owns_cache else self.batches.key())
-        if key not in cache or (hold and not all(one.held or one.parts < 2 for one in cache[key].values())):
-            cache[key] = measure()
-        return cache[key]
+        precision = resolve_precision(self.config.precision, self.model, self.device)
+        key = (tuple(names), *how, precision, "" if self.owns_cache else self.batches.key())
+        known = cache.get(key)
+        if known is None or (hold and not all(one.held or one.parts < 2 for one in known.values())):
+            known = measure()
+            self._keep(cache, key, known)
+        return known
+
+    def _keep(self, cache: MomentCache, key: tuple[Any, ...], found: dict[str, LayerMoments]) -> None:
+        """Make room in a cache and keep moments there, where all of them fit."""
+        cache.pop(key, None)
+        if not self.owns_cache and self.ranks.count == 1:  # of several ranks all must keep the same
+            while cache and _nbytes(found, *cache.values()) > self.moment_memory:
+                del cache[next(iter(cache))]
+            if _nbytes(found) > self.moment_memory:
+                return
+        cache[key] = found
 
     def input_moments(self, name: str, groups: Sequence[LayerGroup], *, hold: bool = False) -> dict[str, LayerMoments]:
         """Second moments of what the layers of some groups read, all tokens alike."""
@@ -443,6 +473,10 @@ class Workbench:
         found = getattr(self.model.get_submodule(site.name), "bias", None)
         assert found is None or isinstance(found, nn.Parameter)
         return found
+
+
+def _nbytes(*many: Mapping[str, LayerMoments]) -> int:
+    return sum(moment.nbytes for moments in many for moment in moments.values())
 
 
 def heads_of(groups: Sequence[LayerGroup]) -> dict[str, int]:

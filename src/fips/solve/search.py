@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from fips.errors import BudgetError
-from fips.solve.alternate import Factorization, alternate, keep_all, prune, rounded
+from fips.solve.alternate import Factorization, alternate, keep_all, prune, rounded, total_loss
 from fips.solve.problems import LayerProblem
 from fips.solve.structures import FLOOR, Choice, Point, Pricing, Structures
 from fips.solve.supports import ByteBudget, FixedPattern, Reduction, SupportRule
@@ -81,11 +81,15 @@ class GroupSearch(Structures):
         if rounds > LAST_ROUNDS and choice.layout.block == 1:
             small, share = self._some_columns(SAMPLE)
             if small is not self:
-                rule = small._rule(choice, share * size)
+                rule = small._rule(choice, self._part_of(size, choice, small, share))
                 basis = alternate(small.problems, basis_DR, rule, max_rounds=rounds - LAST_ROUNDS).basis_DR
                 assert basis is not None
                 basis_DR, rounds = basis, LAST_ROUNDS
         return alternate(self.problems, basis_DR, self._rule(choice, size), max_rounds=rounds)
+
+    def error(self, found: Factorization) -> float:
+        """Of what was found for these layers, perhaps on other data, in the metric of these problems."""
+        return total_loss(self.problems, found.basis_DR, found.factors_RF)
 
     def forget(self) -> None:
         """Drop solved factorizations; the problems stay."""
@@ -113,26 +117,33 @@ class GroupSearch(Structures):
     def _estimated(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
         """Points of a single layer, from the errors of ``SAMPLE`` of its stored rows."""
         (problem,), (axis,) = self.problems, self.reductions
-        part, share = problem.sample(axis, SAMPLE)
+        part, error_share = problem.sample(axis, SAMPLE)
         small = GroupSearch([part], [axis], self.pricing, self.dtype)
         small.least = 0  # the whole layer decides what fits
-        sizes = [(choice, bytes_) for choice, bytes_ in sizes if self.expected(choice, bytes_) < math.inf]
-        rows = SAMPLE / problem.weight_DF.shape[1 - axis]
-        points: list[Point] = []
-        for choice, bytes_ in sizes:
-            less = small.overhead(choice) + rows * (bytes_ - self.overhead(choice))
-            points += [Point(choice, bytes_, point.loss / share) for point in small._measured([(choice, less)])]
-        return points
+        return self._from_part(sizes, small, SAMPLE / problem.weight_DF.shape[1 - axis], error_share)
 
     def _from_some_columns(self, sizes: Sequence[tuple[Choice, float]]) -> list[Point]:
         """Points of layers with a shared basis, from the errors of some of their columns."""
         small, share = self._some_columns()
+        return self._from_part(sizes, small, share, share)
+
+    def _from_part(
+        self, sizes: Sequence[tuple[Choice, float]], small: GroupSearch, share: float, error_share: float
+    ) -> list[Point]:
+        """Points of those that fit, from the errors of a part that has a share of the entries and one of the error."""
         points: list[Point] = []
         for choice, bytes_ in sizes:
             if self.expected(choice, bytes_) < math.inf:
-                part = small.dense_bytes(choice) if self._keeps_all(choice, bytes_) else share * bytes_
-                points += [Point(choice, bytes_, point.loss / share) for point in small._measured([(choice, part)])]
+                part = self._part_of(bytes_, choice, small, share)
+                found = small._measured([(choice, part)])
+                points += [Point(choice, bytes_, point.loss / error_share) for point in found]
         return points
+
+    def _part_of(self, size: float, choice: Choice, small: GroupSearch, share: float) -> float:
+        """Bytes of a part of the layers that leave its entries as much room as ``size`` leaves those of all."""
+        if self._keeps_all(choice, size):
+            return small.dense_bytes(choice)
+        return small.overhead(choice) + share * (size - self.overhead(choice))
 
     def _some_columns(self, least: int = 1) -> tuple[GroupSearch, float]:
         """The search of some columns of every layer, at least so many, a basis entry priced by their share, and this
@@ -151,12 +162,12 @@ class GroupSearch(Structures):
     def sharing_ratio(self, choice: Choice, size: float, known: float) -> float:
         """Error of a shared basis at a size relative to ``known``, that of pruning in the same bytes; infinite where
         pruning leaves nothing to gain, where the first rounds promise no less error, or where nothing fits."""
-        zero = sum(problem.loss(None, torch.zeros_like(problem.weight_DF)) for problem in self.problems)
+        zero = total_loss(self.problems, None, [torch.zeros_like(problem.weight_DF) for problem in self.problems])
         if known <= FLOOR * zero:
             return math.inf
         small, share = self._some_columns(SAMPLE)
         try:
-            if small is not self and small.first_ratio(choice, share * size) > LATE_GAIN:
+            if small is not self and small.first_ratio(choice, self._part_of(size, choice, small, share)) > LATE_GAIN:
                 return math.inf
             if self.solve(choice, size, rounds=TRIAL_ROUNDS).losses[-1] > LATE_GAIN * known:
                 return math.inf

@@ -96,11 +96,15 @@ class _TrainableLinear(nn.Module):
         return linear(x, self.role.to_linear(weight_DF), None if bias is None else bias.to(x.dtype))
 
     def _keep_gradient(self, gradient_RF: Tensor) -> None:
-        self.dense_gradient_RF = gradient_RF.detach()
+        known_RF, found_RF = self.dense_gradient_RF, gradient_RF.detach()
+        self.dense_gradient_RF = found_RF if known_RF is None else known_RF + found_RF
 
 
 class TrainableGroup:
-    """Basis (None: the identity), factors and masks of one group while they are being found.
+    """Basis (None: the identity), factors, masks and biases of one group while they are being found.
+
+    All train in 32 bits at least, whatever the model stores: steps of 1e-4 of a number of 16 bits round away, and the
+    second moments of Adam are zero in them. ``biases`` are copied.
 
     ``sparsity`` is where pruning by magnitude ends; with None the supports are those set by ``set_masks``. ``scope``
     says whether one threshold holds for all factors of the group or one for each.
@@ -120,17 +124,26 @@ class TrainableGroup:
         self.scope = scope
         self.sparsity = sparsity
         self.sites = tuple(sites)
-        self.biases = tuple(biases)
+        self._given = tuple(biases)
+        self.biases = tuple(None if bias is None else _wide(bias) for bias in biases)
         self.basis_DR = None if basis_DR is None else nn.Parameter(basis_DR.clone())
         self.layers = [
             _TrainableLinear(self.basis_DR, factor_RF.clone(), site, bias)
-            for factor_RF, site, bias in zip(factors_RF, sites, biases, strict=True)
+            for factor_RF, site, bias in zip(factors_RF, sites, self.biases, strict=True)
         ]
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The layer that stands in for each linear layer, by name."""
         return {site.name: layer for site, layer in zip(self.sites, self.layers, strict=True)}
+
+    def stored_biases(self) -> list[nn.Parameter | None]:
+        """What training has made of the biases, in the types they came in."""
+        return [
+            None if bias is None or given is None
+            else nn.Parameter(bias.detach().to(given.dtype), requires_grad=given.requires_grad)
+            for bias, given in zip(self.biases, self._given, strict=True)
+        ]  # fmt: skip
 
     def state(self) -> TrainableState:
         """Copies of all that is trained, and of the supports, for ``restore``."""
@@ -219,25 +232,34 @@ class TrainableGroup:
 
     @torch.no_grad()
     def regrow(self, fraction: float, optimizer: torch.optim.Optimizer) -> None:
-        """RigL: exchange a fraction of the support; exchanged entries are zeroed, their optimizer state too."""
-        gradients = [layer.dense_gradient_RF for layer in self.layers]
-        old = self.masks
+        """RigL: exchange a fraction of the support; exchanged entries are zeroed, their optimizer state too.
+
+        Layers that the batch did not reach, as experts may be, have no gradient and stay as they are.
+        """
+        gradients = {layer: layer.dense_gradient_RF for layer in self.layers}
+        reached = {layer: gradient for layer, gradient in gradients.items() if gradient is not None}
         masks = prune_and_regrow(
-            old,
-            magnitudes=[layer.factor() for layer in self.layers],
-            gradients=[gradient for gradient in gradients if gradient is not None],
+            [layer.mask_RF for layer in reached],
+            magnitudes=[layer.factor() for layer in reached],
+            gradients=list(reached.values()),
             fraction=fraction,
             scope=self.scope,
         )
-        for layer, before, after in zip(self.layers, old, masks, strict=True):
+        for layer, after in zip(reached, masks, strict=True):
             state = optimizer.state.get(layer.entries_RF, {})
             for tensor in (layer.entries_RF, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)):
-                tensor.masked_fill_(before != after, 0.0)
-        self.set_masks(masks)
+                tensor.masked_fill_(layer.mask_RF != after, 0.0)
+            layer.mask_RF, layer.dense_gradient_RF = after, None
 
     def want_dense_gradients(self, wanted: bool) -> None:
         for layer in self.layers:
             layer.want_dense_gradient = wanted
+
+
+def _wide(bias: nn.Parameter) -> nn.Parameter:
+    """A copy to train, in 32 bits at least."""
+    wide = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+    return nn.Parameter(wide, requires_grad=bias.requires_grad)
 
 
 @contextmanager

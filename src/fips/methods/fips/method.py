@@ -110,6 +110,10 @@ class Fips(Method[FipsConfig]):
         return int(self.config.metric.memory)
 
     @property
+    def moment_copies(self) -> int:
+        return self.config.moment_copies
+
+    @property
     def trains_blocks(self) -> bool:
         return self.config.reconstruction.steps > 0
 
@@ -302,7 +306,11 @@ def _solve_groups(bench: Workbench, plan: CompressionPlan, config: FipsConfig) -
     """Every group that is not finished, with the structure and size that the measured errors ask for."""
     metric = config.metric
     memory = 0 if metric.propagate_errors else metric.memory  # with none each group is behind the one before
-    chunks = list(runs_within(plan.groups, _need, memory))
+
+    def need(group: GroupPlan) -> int:
+        return config.moment_copies * moment_bytes(group.group.sites)
+
+    chunks = list(runs_within(plan.groups, need, memory))
     chosen: dict[str, Split] = {}
     searches: dict[str, Search] = {}
     if config.one_shot and config.effort == "fast":
@@ -347,15 +355,17 @@ def _choose(
             for group in chunk:
                 bench.report("try", group.group.name, len(sizes) + len(searches), len(plan.groups))
                 search = open_search(bench, group, config, moments)
-                with torch.autocast(bench.device.type, enabled=False):
+                with bench.noted() as notes, torch.autocast(bench.device.type, enabled=False):
                     found = try_choices(bench, search, group, config)
                 search.forget()
                 searches[group.group.name] = search
-                bench.store.put(names[group.group.name], {}, {"units": found})
+                bench.store.put(names[group.group.name], {}, {"units": found, "notes": notes})
                 bench.report("try", group.group.name, len(sizes) + len(searches), len(plan.groups))
         for name, piece in names.items():
             kept = bench.store.get(piece)
             assert kept is not None
+            for text in kept[1]["notes"]:
+                bench.note_once(text)
             found = [[_point(fields) for fields in unit] for unit in kept[1]["units"]]
             units += found
             sizes[name] = len(found)
@@ -363,11 +373,6 @@ def _choose(
     chosen: dict[str, Split] = {name: [next(split) for _ in range(count)] for name, count in sizes.items()}
     keep = len(chunks) == 1 and not config.metric.propagate_errors
     return chosen, searches if keep else {}
-
-
-def _need(group: GroupPlan) -> int:
-    """The moments of a group and the problems made of them."""
-    return 2 * moment_bytes(group.group.sites)
 
 
 def _least(site: Site, config: FipsConfig, item: int, *, whole: bool) -> float:

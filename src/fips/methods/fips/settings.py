@@ -133,6 +133,11 @@ class FipsConfig(SparseConfig):
         return self.rotate and self._keeps_all and self.bits is not None
 
     @property
+    def moment_copies(self) -> int:
+        """Moments of a group and the problems made of them; where sharing is judged the same of half the data, too."""
+        return 4 if not self.one_shot and self.sharing == "auto" else 2
+
+    @property
     def one_shot(self) -> bool:
         """Whether layers are solved in one pass each, from moments of inputs."""
         return self.effort != "max" and self.sharing != "always" and not self.metric.propagate_errors

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fips.calibration.moments import LayerMoments
+from fips.calibration.precision import autocast_for
 from fips.errors import BudgetError, DataError
 from fips.formats.patterns import FULL
 from fips.formats.rotation import widest_rotation
@@ -382,23 +383,28 @@ def _ratio_held_out(
     """Error of a group with a shared basis relative to that of its layers alone: solved on one half of the batches,
     judged on the other. Infinite where there are no two halves that run all layers."""
     if len(bench.batches) < 2:
+        bench.note_once(
+            "no basis is shared: one batch of data leaves none to judge it by; give more examples, or a smaller batch"
+        )
         return math.inf
-    halves = []
-    for wanted in (lambda number: number % 2 == 0, lambda number: number % 2 == 1):
+
+    def half(odd: int) -> Search:
+        floor, sites = config.metric.token_floor, plan.group.sites
+        with autocast_for(config.precision, bench.model, bench.device):
+            moments = bench.moments_of_part(plan.group.name, sites, lambda number: number % 2 == odd, floor=floor)
+        return _searches(bench, plan, config, moments, search.orders, trial=True)
+
+    with torch.autocast(bench.device.type, enabled=False):
         try:
-            moments = bench.moments_of_part(plan.group.name, plan.group.sites, wanted, floor=config.metric.token_floor)
+            fitted = half(0)
+            solved = [fitted.solve(split)[1] for split in ([shared], alone)]
+            del fitted  # before the other half takes as much
+            judged = half(1)
         except DataError:
             return math.inf
-        halves.append(_searches(bench, plan, config, moments, search.orders, trial=True))
-    fitted, judged = halves
-    assert judged.group is not None
-    losses = []
-    with torch.autocast(bench.device.type, enabled=False):
-        for split in ([shared], alone):
-            _, found = fitted.solve(split)
-            pairs = zip(judged.group.problems, found.factors_RF, strict=True)
-            losses.append(sum(problem.loss(found.basis_DR, factor) for problem, factor in pairs))
-    return losses[0] / losses[1] if losses[1] > 0 else math.inf
+        assert judged.group is not None
+        with_basis, apart = (judged.group.error(one) for one in solved)
+    return with_basis / apart if apart > 0 else math.inf
 
 
 @dataclass(slots=True)
@@ -439,15 +445,15 @@ def solve(bench: Workbench, plan: GroupPlan, config: FipsConfig, search: Search,
     sites = plan.group.sites
     with torch.autocast(bench.device.type, enabled=False):
         choices, found = search.solve(split)
+        biases = [
+            _moved_bias(bench, site, weight_DF, factor, found, search.moments.get(site.name), order)
+            for site, weight_DF, factor, order in zip(
+                sites, search.weights_DF, found.factors_RF, search.orders, strict=True
+            )
+        ]
     storages = [_storage(mask, choice) for mask, choice in zip(found.masks_RF, choices, strict=True)]
     rank = 0 if found.basis_DR is None else found.basis_DR.shape[1]
     plan = solved_plan(plan, rank=rank, layers=storages)
-    biases = [
-        _moved_bias(bench, site, weight_DF, factor, found, search.moments.get(site.name), order)
-        for site, weight_DF, factor, order in zip(
-            sites, search.weights_DF, found.factors_RF, search.orders, strict=True
-        )
-    ]
     search.forget()
     return Solved(plan, storages, found, biases)
 
@@ -481,20 +487,23 @@ def train(bench: Workbench, item: Solved, config: FipsConfig) -> None:
                 group, bench.blocks(plan.group), records, spool, bench.device,
                 lambda step, loss: bench.report("reconstruct", plan.group.name, step + 1, steps, loss),
             )  # fmt: skip
-        if not _lessened(item.start, errors("after")):
+        end = errors("after")
+        if not _lessened(item.start, end):
             group.restore(untrained)
-            bench.note(f"{steps} steps made the errors of `{plan.group.name}` no smaller: it stays as it was solved")
+            outcome = "made the errors of `{}` no smaller" if end else "left errors of `{}` that cannot be measured"
+            bench.note(f"{steps} steps {outcome.format(plan.group.name)}: it stays as it was solved")
 
 
 def _lessened(before: Sequence[BlockError], after: Sequence[BlockError]) -> bool:
-    """Whether the errors of blocks became smaller together; also where they could not be measured."""
-    return not before or not after or sum(one.mse for one in after) < sum(one.mse for one in before)
+    """Whether the errors of blocks became smaller together; also where they could not be measured before."""
+    return not before or (bool(after) and sum(one.mse for one in after) < sum(one.mse for one in before))
 
 
 def pack(item: Solved) -> Packed:
     """Stage: bases and layers of a group, by name, in the bytes they will be stored in."""
-    found = item.found if item.trainable is None else item.trainable.found()
-    return pack_group(found, item.plan.group.sites, item.biases, item.plan, item.storages)
+    trained = item.trainable
+    found, biases = (item.found, item.biases) if trained is None else (trained.found(), trained.stored_biases())
+    return pack_group(found, item.plan.group.sites, biases, item.plan, item.storages)
 
 
 def finish(
