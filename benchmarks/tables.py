@@ -500,7 +500,7 @@ def distillation() -> str:
 
 def parts() -> str:
     labels = {
-        "fips": "the default",
+        "fips": "`--effort max`",
         "fips+sharing=always": "a shared basis in every group",
         "fips+pattern=block4": "pruning in blocks of 4 only",
         "fips+metric.token_floor=1.0": "all tokens count alike",

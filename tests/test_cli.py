@@ -235,7 +235,9 @@ BAD_INPUT: dict[str, Case] = {
     "unknown target": (
         ["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--targets", "fc9"], 1, "closest names"
     ),
-    "unknown pattern": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--pattern", "2-4"], 2, "`pattern`"),
+    "unknown pattern": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--pattern", "2-4"], 2,
+        "known: unstructured, block4, block8, N:M",
+    ),
     "unknown device": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--device", "tpu9"], 2, "tpu9"),
     "meta device": (["compress", "VIT", "--data", "IMAGES", "--budget", "0.5", "--device", "meta"], 2, "no numbers"),
     "seed beyond torch's": (
@@ -269,6 +271,10 @@ BAD_INPUT: dict[str, Case] = {
     "pipe": (["evaluate", "LLAMA", "--data", "PIPE"], 1, "is neither a regular file nor a directory"),
     "unknown option": (["compress", "VIT", "--frobnicate"], 2, "`fips compress --help` lists the options"),
     "option of another type": (["compress", "VIT", "--bits", "x"], 2, "'--bits': Input should be a valid number"),
+    "nothing to compare that fits": (
+        ["compare", "VIT", "--data", "IMAGES", "--output", "OUT", "--bits", "0.5,0.4", "--methods", "fips,gptq"], 2,
+        "no method fits into any of the sizes",
+    ),
     "unknown command": (["comprss", "VIT"], 2, "Did you mean 'compress', 'compare'? `fips --help` lists the options"),
     "nothing but an output": (["compress"], 2, "missing: MODEL, a size (--bits, --size or --budget), --data DATA"),
     "bits beyond 16": (
@@ -389,7 +395,7 @@ def test_an_interrupt_exits_cleanly_and_leaves_nothing(
         process = start_fips(*command, stdout=out.fileno(), stderr=writer)
         os.close(writer)
         seen = ""
-        while "reconstruct" not in seen:
+        while "train blocks" not in seen:
             line = err.readline()
             assert line, seen
             seen += line

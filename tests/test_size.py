@@ -92,8 +92,16 @@ def test_what_is_left_dense_counts_among_the_rest() -> None:
 
 def test_an_impossible_size_is_refused_with_the_smallest_one() -> None:
     model = wide_model()
-    with pytest.raises(BudgetError, match="take attention too") as refused:
+    with pytest.raises(BudgetError) as refused:
         plan_compression(model, fips.CompressionConfig(size="12%", layers="mlp"))
+    remedy = re.search(r"(with|even with) `([^`]+)` it is ([\d,]+)$", str(refused.value))
+    assert remedy is not None
+    options = re.findall(r"--(\S+) (\S+)", remedy[2])
+    changes = {name.replace("-", "_"): value for name, value in options}
+    reached = int(remedy[3].replace(",", ""))
+    assert (reached <= size_bytes("12%", state_bytes(model))) is (remedy[1] == "with")
+    other = fips.CompressionConfig(size=str(reached), **{"layers": "mlp", **changes})
+    assert plan_compression(model, other).groups
     found = re.search(r"the smallest size with the MLPs compressed is ([\d,]+) bytes", str(refused.value))
     assert found is not None
     least = int(found[1].replace(",", ""))
@@ -102,6 +110,14 @@ def test_an_impossible_size_is_refused_with_the_smallest_one() -> None:
     assert settle_size(plan, model, enough).bits is not None
     with pytest.raises(BudgetError, match="the smallest size"):
         settle_size(plan, model, fips.CompressionConfig(size=str(least - 1), layers="mlp"))
+
+
+def test_a_size_above_that_of_the_model_is_refused() -> None:
+    model = wide_model()
+    before = state_bytes(model)
+    with pytest.raises(BudgetError, match=f"more than the {before:,} of the model as it is; ask for less"):
+        plan_compression(model, fips.CompressionConfig(size=str(before + 1)))
+    assert plan_compression(model, fips.CompressionConfig(size=str(before))).groups
 
 
 @pytest.mark.parametrize("settings", [{}, {"layers": "mlp"}, {"layers": "all"}, {"method": "gptq"}, {"values": "nl4"}])

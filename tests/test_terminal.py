@@ -128,7 +128,7 @@ def test_the_last_lines_of_the_demo_stay_in_a_terminal(tmp_path: Path) -> None:
     seen = in_terminal(tmp_path, code=code)
     bars, title, result = seen.partition("Result")
     assert title
-    for stage in ("original", "measure", "solve", "compressed"):
+    for stage in ("score the original", "calibrate", "solve", "score the compressed"):
         assert f"{stage} " in bars, stage
     assert UP.search(bars)
     assert not UP.search(result)
@@ -178,7 +178,7 @@ def test_a_log_has_a_line_per_tenth() -> None:
         bars.event(fips.ProgressEvent("reconstruct", "g0", done, 100, 0.5))
     lines = log.getvalue().splitlines()
     assert lines.pop(0) == "measure 1/2"
-    assert lines[:2] == ["reconstruct g0 1/100 loss 0.5", "reconstruct g0 10/100 loss 0.5"]
+    assert lines[:2] == ["train blocks g0 1/100 loss 0.5", "train blocks g0 10/100 loss 0.5"]
     assert len(lines) == 11
 
 

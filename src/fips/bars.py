@@ -19,6 +19,10 @@ SPEED_SECONDS = 600
 """The last steps whose speed tells what is left; a block of a large model takes a minute."""
 
 
+STAGES = {"measure": "calibrate", "allot": "allot bits", "try": "try formats", "reconstruct": "train blocks"}
+"""What a bar says instead of the name of a stage."""
+
+
 class Event(Protocol):
     """What ``fips.ProgressEvent`` says."""
 
@@ -71,7 +75,7 @@ class Bars:
     def event(self, event: Event) -> None:
         """Show a ``fips.ProgressEvent``."""
         loss = "" if event.loss is None else f"loss {event.loss:.3g}"
-        self.show(event.stage, event.done, event.total, group=event.group, note=loss)
+        self.show(STAGES.get(event.stage, event.stage), event.done, event.total, group=event.group, note=loss)
 
     def counter(self, label: str) -> Callable[[int, int], None]:
         """A function of what is done and what there is to do."""

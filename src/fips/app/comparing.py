@@ -78,6 +78,7 @@ def compare_source(
     place = Path(os.path.abspath(output))
     work = place.with_name(f"{place.name}.work")
     with Output(output) as target, kept_work(work, output, first=True, keep=False):
+        _require_one_that_fits(empty, methods, sizes, layers)
         calibration = _fitting_comparison(empty, calibration, methods, sizes[0], original.device)
         scored, _ = original.batches(evaluation, empty, purpose="evaluation")
         model = original.dense()
@@ -99,6 +100,19 @@ def compare_source(
             write_comparison(result, target.scratch, facts=facts)
         target.commit()
     return result
+
+
+def _require_one_that_fits(model: nn.Module, methods: Sequence[str], sizes: Sequence[float], layers: str) -> None:
+    """Raise ``BudgetError`` where no method fits into any of the sizes, with the reason of the first at the largest."""
+    reasons = []
+    for method in methods:
+        for size in sorted(sizes, reverse=True):
+            try:
+                plan_compression(model, method_config(method, bits=size, seed=0, layers=layers))
+                return
+            except BudgetError as error:
+                reasons.append(f"`{method}` at {size:g} bits: {error}")
+    raise BudgetError(f"no method fits into any of the sizes; {reasons[0]}")
 
 
 def _key(model: nn.Module, batches: Any, seed: int) -> str:

@@ -96,7 +96,9 @@ RecipeOption = Annotated[
 ]
 Budget = Annotated[
     float | None,
-    typer.Option(metavar="FRACTION", help="Parameters of the layers to keep, 0 to 1.", rich_help_panel=SIZE),
+    typer.Option(
+        metavar="FRACTION", help="Parameters of the layers to keep, 0 to 1, as in the paper.", rich_help_panel=SIZE
+    ),
 ]
 Bits = Annotated[
     float | None,
@@ -164,7 +166,14 @@ Data = Annotated[
         rich_help_panel=DATA_PANEL,
     ),
 ]
-Split = Annotated[str | None, typer.Option(metavar="NAME", help="Split of the data.", rich_help_panel=DATA_PANEL)]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Split of the data; default: train, to evaluate test or validation.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
 Column = Annotated[
     str | None,
     typer.Option(
@@ -305,7 +314,7 @@ Schedule = Annotated[
     typer.Option(
         autocompletion=offer("static", "gmp", "rigl"),
         metavar="NAME",
-        help="Which entries are kept while training: static, gmp or rigl.",
+        help="While training: static, gmp (pruned little by little) or rigl (some exchanged).",
         rich_help_panel=SHARING,
     ),
 ]
@@ -314,7 +323,7 @@ ThresholdScope = Annotated[
     typer.Option(
         autocompletion=offer("group", "layer"),
         metavar="group|layer",
-        help="What one threshold holds for.",
+        help="What one threshold of the paper's pruning holds for.",
         rich_help_panel=SHARING,
     ),
 ]
@@ -334,7 +343,12 @@ Steps = Annotated[
     ),
 ]
 LearningRate = Annotated[
-    float | None, typer.Option(metavar="RATE", help="Peak learning rate of these.", rich_help_panel=TRAINING)
+    float | None,
+    typer.Option(
+        metavar="RATE",
+        help="Peak learning rate of --steps; default: 1e-4, of the paper 4e-4.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 Precision = Annotated[
     str | None,

@@ -50,7 +50,8 @@ def run_demo(output: Path, *, bits: float, console: Console, bars: Console | Non
     model, plan = plan_source(source, recipe)
     console.print(layer_table(plan))
     console.print(kind_table(outline_of_plan(model, plan, recipe.compression).kinds))
-    drawn = progress_bars(bars or Console(quiet=True))
+    beside = bars or Console(quiet=True)
+    drawn = progress_bars(beside)
     with tempfile.TemporaryDirectory(prefix="fips-demo-") as scratch, drawn as progress:
         held_out = copy_files(held_out_files(), Path(scratch) / "held-out")
         calibration = copy_files(calibration_files(seed=recipe.compression.seed), Path(scratch) / "calibration")
@@ -60,15 +61,18 @@ def run_demo(output: Path, *, bits: float, console: Console, bars: Console | Non
             source=str(held_out), num_samples=EVALUATION_WINDOWS, sequence_length=WINDOW, batch_size=16
         )
         original = evaluable_source(source, evaluation)
-        before = original.evaluate(progress.counter("original"))
+        before = original.evaluate(progress.counter("score the original"))
         scored: list[EvaluationResult] = []
 
         def quality(compressed: nn.Module) -> EvaluationResult:
             pair = replace(original, model=compressed, original=original.model)
-            scored.append(pair.evaluate(progress.counter("compressed")))
+            scored.append(pair.evaluate(progress.counter("score the compressed")))
             return scored[0]
 
-        done = compress_to_directory(source, recipe, output, progress=progress.event, quality=quality)
+        def say(line: str) -> None:
+            beside.print(line, highlight=False, soft_wrap=True)
+
+        done = compress_to_directory(source, recipe, output, progress=progress.event, quality=quality, announce=say)
         assert done is not None  # a single process
         after = scored[0] if scored else evaluable_source(str(output), evaluation).evaluate()
     console.print(result_table(done.report))

@@ -164,7 +164,10 @@ def pattern_for(setting: str) -> Pattern:
     """The pattern that a setting asks for: ``unstructured`` is any entries, under a bitmask. Raises ``ConfigError``."""
     if setting == "unstructured":
         return PATTERNS.named(BITMASK)
-    found = PATTERNS.named(setting)
+    found = PATTERNS.find(setting)
+    if found is None:
+        choices = [name for cls in PATTERNS.classes if cls.choosable for name in cls.known if name != BITMASK]
+        raise PATTERNS.unknown(setting, ["unstructured", *choices])
     if not found.choosable:
         raise ConfigError(f"{setting!r} is a way to store entries, not to choose them; ask for 'unstructured'")
     return found

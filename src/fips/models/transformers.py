@@ -408,13 +408,17 @@ def _from_source(source: str, load: Callable[..., _T], **options: Any) -> _T:
         with quiet(), _hub_for(source):
             return load(source, **options)
     except Exception as error:  # whatever readers of damaged files and foreign fields may raise
-        advice = "there is no directory of this name; give one, or a hub id while online"
-        if Path(source).is_dir():
-            advice = "copy the directory again"
-            if any(Path(source).glob("*.bin")) and not any(Path(source).glob("*.safetensors")):
-                advice = "its weights are pickled: write them anew with save_pretrained, which uses safetensors"
         name = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise ModelError(f"cannot load model `{source}`: {name}{_first_words(error)} ({advice})") from None
+        words = f"{name}{_first_words(error)}"
+        if not Path(source).is_dir():
+            raise ModelError(
+                f"cannot load model `{source}`: there is no directory of this name; give one, or a hub id while online "
+                f"(as a hub id: {words})"
+            ) from None
+        advice = "copy the directory again"
+        if any(Path(source).glob("*.bin")) and not any(Path(source).glob("*.safetensors")):
+            advice = "its weights are pickled: write them anew with save_pretrained, which uses safetensors"
+        raise ModelError(f"cannot load model `{source}`: {words} ({advice})") from None
 
 
 def _first_words(error: Exception) -> str:

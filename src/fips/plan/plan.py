@@ -13,7 +13,7 @@ from fips.config import CompressionConfig
 from fips.errors import ConfigError, ModelError, NoMatchError
 from fips.formats.patterns import BITMASK
 from fips.layers.linear import factored_layers
-from fips.models import LayerGroup, Skipped, Sublayer, group_layers, locate_layers
+from fips.models import LayerGroup, Skipped, Sublayer, locate_layers
 from fips.models.experts import experts_apart
 from fips.models.wrappers import unwrap
 from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_bytes
@@ -21,7 +21,7 @@ from fips.plan.groups import GroupPlan, storage_dtype
 from fips.plan.least import require_sensible_size
 from fips.plan.planner import planner_of
 from fips.plan.rest import rest_saving
-from fips.plan.size import smallest_sizes, weight_dtype, with_bits
+from fips.plan.size import layer_groups, smallest_sizes, weight_dtype, with_bits
 
 __all__ = ["CompressionPlan", "LeftDense", "leave_dense", "plan_compression", "settle_size", "size_note", "uses_size"]
 
@@ -104,8 +104,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
 def _planned(model: nn.Module, config: CompressionConfig) -> CompressionPlan:
     located = locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
     _check_whole(model, located.sublayers, config)
-    groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
-    groups += tuple(LayerGroup(end.kind, (end,)) for end in located.ends)
+    groups = layer_groups(located, config)
     config = with_bits(model, groups, config)
     require_sensible_size(smallest_sizes(model, groups, config), config)
     grouped = {block for group in groups for block in group.blocks}

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fips.config import CompressionConfig, size_bytes
-from fips.errors import BudgetError
-from fips.models import LayerGroup
-from fips.models.ends import find_ends
+from fips.errors import BudgetError, FipsError
+from fips.models import LayerGroup, group_layers, locate_layers
+from fips.models.locate import Located
 from fips.plan.footprint import Footprint, dense_footprint, itemsize, state_bytes
 from fips.plan.groups import storage_dtype
 from fips.plan.least import BYTES_PER_BIT, EPS
 from fips.plan.planner import planner_of
 from fips.plan.rest import rest_saving
 
-__all__ = ["Sizes", "sizes_of", "smallest_sizes", "weight_dtype", "with_bits"]
+__all__ = ["Sizes", "layer_groups", "sizes_of", "smallest_sizes", "weight_dtype", "with_bits"]
 
 MOST_BITS = 16
 _COVERED = {"mlp": "MLPs", "blocks": "blocks", "all": "blocks, embedding and head"}
@@ -84,22 +85,54 @@ def with_bits(
     groups = [group for group in (one.without(left) for one in groups) if group is not None]
     sizes = sizes_of(model, groups, config)
     wanted = size_bytes(config.size, sizes.before)
+    if wanted > sizes.before:
+        raise BudgetError(
+            f"`size` {config.size} is {wanted:,.0f} bytes, more than the {sizes.before:,} of the model as it is; "
+            f"ask for less, {sizes.least_bytes:,} at least"
+        )
     if wanted < sizes.least_bytes:
         raise BudgetError(
             f"`size` {config.size} is {wanted:,.0f} bytes of {sizes.before:,}; what is not compressed takes "
             f"{sizes.rest:,}, and the smallest size with the {_COVERED[config.layers]} compressed is "
-            f"{sizes.least_bytes:,} bytes; "
-            + _more(model, config)
-            + "write the rest in 16 bits (`rest_dtype`, `--rest-dtype bfloat16`) if it has 32"
+            f"{sizes.least_bytes:,} bytes; {_remedy(model, config, wanted, sizes.least_bytes)}"
         )
     bits = min((wanted - sizes.rest) / (sizes.weights * BYTES_PER_BIT), MOST_BITS)
     return config.replace(size=None, bits=bits)
 
 
-def _more(model: nn.Module, config: CompressionConfig) -> str:
-    """What else could be compressed."""
-    if config.layers == "mlp":
-        return "take attention too (`layers: blocks`), or "
-    if config.layers == "blocks" and config.targets is None and find_ends(model, []):
-        return "take embedding and head too (`layers: all`), or "
-    return ""
+def layer_groups(located: Located, config: CompressionConfig) -> tuple[LayerGroup, ...]:
+    """Groups of blocks, and embedding and head by themselves."""
+    groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
+    return groups + tuple(LayerGroup(end.kind, (end,)) for end in located.ends)
+
+
+def _remedy(model: nn.Module, config: CompressionConfig, wanted: float, least: int) -> str:
+    """What to do about a size that is too small: the first setting that reaches it, or what comes nearest."""
+    found = {}
+    for changes in _wider(config):
+        other = config.replace(**changes)
+        with suppress(FipsError):
+            located = locate_layers(model, layers=other.layers, targets=other.targets, ignore=other.ignore)
+            reached = sizes_of(model, layer_groups(located, other), other).least_bytes
+            if reached < least:
+                found[" ".join(f"{_OPTIONS[name]} {value}" for name, value in changes.items())] = reached
+    if not found:
+        return "ask for more"
+    options, reached = next(((words, size) for words, size in found.items() if size <= wanted), (None, 0))
+    if options is not None:
+        return f"with `{options}` it is {reached:,}"
+    options, reached = min(found.items(), key=lambda one: one[1])
+    return f"ask for more: even with `{options}` it is {reached:,}"
+
+
+_OPTIONS = {"layers": "--layers", "rest_dtype": "--rest-dtype"}
+
+
+def _wider(config: CompressionConfig) -> Iterator[dict[str, str]]:
+    """Settings with which more is compressed, or the rest takes 16 bits, the smallest changes first."""
+    wider = {"mlp": ["blocks", "all"], "blocks": ["all"], "all": []}[config.layers if config.targets is None else "all"]
+    rests: list[dict[str, str]] = [{}] if config.rest_dtype is not None else [{}, {"rest_dtype": "bfloat16"}]
+    for layers in ({}, *({"layers": one} for one in wider)):
+        for rest in rests:
+            if layers or rest:
+                yield layers | rest
