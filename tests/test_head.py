@@ -339,8 +339,11 @@ def test_the_smallest_size_is_one_that_works() -> None:
 
 
 def test_blocks_alone_say_that_there_is_more(tied: PreTrainedModel) -> None:
-    with pytest.raises(FipsError, match="take embedding and head too"):
-        plan_compression(made("llama"), fips.CompressionConfig(size="3%", layers="blocks"))
+    model = made("llama", vocab_size=4096)
+    with pytest.raises(FipsError, match=r"with `--layers all` it is [\d,]+$"):
+        plan_compression(model, fips.CompressionConfig(size="40%", layers="blocks"))
+    with pytest.raises(FipsError, match=r"even with `--layers all --rest-dtype bfloat16` it is [\d,]+$"):
+        plan_compression(model, fips.CompressionConfig(size="3%", layers="blocks"))
 
 
 # --------------------------------------------------------------------------------------------------------- work around

@@ -169,6 +169,19 @@ def test_wrong_use_is_one_line(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_local_tasks_only")
+def test_data_that_cannot_be_fetched_is_told_with_what_to_do(
+    directory: Path, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(**_: Any) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    assert main(["evaluate", str(directory), "--tasks", "local_words", "--include-path", str(tasks)]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "cannot read the data of local_words: no route to the hub; run it once while online" in line
+
+
 def test_a_missing_package_names_the_extra(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fips.errors import ConfigError, DataError
+from fips.files.hub import hub_where_reached
 from fips.optional import require
 
 __all__ = ["run_tasks"]
@@ -44,7 +45,7 @@ def run_tasks(
         raise ConfigError(f"`--tasks`: lm-eval knows no task `{unknown[0]}`; `lm-eval ls tasks` lists them")
     wrapped = require("lm_eval.models.huggingface", extra="lm-eval", purpose="evaluation on tasks").HFLM
     try:
-        with torch.no_grad(), _only_errors():
+        with torch.no_grad(), _only_errors(), hub_where_reached():
             wrapper = wrapped(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             outcome = harness.simple_evaluate(
                 model=wrapper,
@@ -55,7 +56,10 @@ def run_tasks(
                 log_samples=False,
             )
     except (OSError, ConnectionError) as error:
-        raise DataError(f"cannot read the data of {', '.join(tasks)}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(
+            f"cannot read the data of {', '.join(tasks)}: {' '.join(str(error).split())[:200]}; run it once while online, "
+            "which keeps the data in the cache of `datasets`, or describe tasks on files of yours with `--include-path`"
+        ) from None
     return {task: _numbers(metrics) for task, metrics in outcome["results"].items()}
 
 
