@@ -57,8 +57,9 @@ def run_tasks(
             )
     except (OSError, ConnectionError) as error:
         raise DataError(
-            f"cannot read the data of {', '.join(tasks)}: {' '.join(str(error).split())[:200]}; run it once while online, "
-            "which keeps the data in the cache of `datasets`, or describe tasks on files of yours with `--include-path`"
+            f"cannot read the data of {', '.join(tasks)}: {' '.join(str(error).split())[:200]}; run it once while "
+            "online, which keeps the data in the cache of `datasets`, or describe tasks on your own files with "
+            "`--include-path`"
         ) from None
     return {task: _numbers(metrics) for task, metrics in outcome["results"].items()}
 
