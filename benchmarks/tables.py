@@ -78,6 +78,11 @@ def stored(run: dict[str, Any]) -> float:
     return float(run["stored_bits"] / REFERENCE_BITS if "stored_bits" in run else run["stored_bytes"])
 
 
+def nats(kl: float) -> str:
+    """A divergence with four decimals, or two digits where that would be less."""
+    return f"{kl:.4f}" if kl >= 1e-3 or kl <= 0 else f"{kl:.{1 - math.floor(math.log10(kl))}f}"
+
+
 class Comparison:
     """The runs of one ``fips compare``, by method and size asked for."""
 
@@ -106,7 +111,7 @@ class Comparison:
         if not found:
             return ""
         bits = self.bits(method, size)
-        return f"{median(found):.4f}" + (f" ({bits:.2f})" if used and bits < 0.97 * REFERENCE_BITS * size else "")
+        return nats(median(found)) + (f" ({bits:.2f})" if used and bits < 0.97 * REFERENCE_BITS * size else "")
 
     def best(self, size: float) -> str:
         """The other method that is nearest to the original; none where no other has that size."""
@@ -163,7 +168,7 @@ def _whole_rows() -> Iterable[tuple[str, list[str]]]:
             ours, theirs = runs["fips", size], runs["field-gptq", size]
             before, after = ours["bytes_before"], ours["bytes"]
             least = min(_kl(ours), _kl(theirs))
-            shown = [f"**{_kl(run):.4f}**" if _kl(run) == least else f"{_kl(run):.4f}" for run in (ours, theirs)]
+            shown = [f"**{nats(_kl(run))}**" if _kl(run) == least else nats(_kl(run)) for run in (ours, theirs)]
             yield size, [
                 label, f"{megabytes(before)} → {megabytes(after)} ({100 * after / before:.0f} %)",
                 _score(ours, before=True), _score(ours), _score(theirs), *shown, f"{_kl(ours) / _kl(theirs):.2f}",
@@ -411,6 +416,8 @@ def forced_sharing() -> str:
     for name in ("vit", "dinov2-small", "antiberty", "smollm2-135m", "stories260k", "tinystories-656k", "demo"):
         shared, default = Comparison(f"{name}-shared"), Comparison(f"{name}-default")
         for size in sorted({asked(run) for run in shared.fields["runs"]}, reverse=True):
+            if not default.runs("fips", size):
+                continue
             cells = [default.divergence("fips", size)]
             for method in ("fips-shared", "fips-shared+values=nl3", "fips-paper"):
                 cell = shared.divergence(method, size)
@@ -490,7 +497,7 @@ def distillation() -> str:
             methods = ("fips", "fips+distill.steps=60")
             before, after = (found.median(method, size, "kl") for method in methods)
             rows.append([
-                {**MODELS, **WHOLE}[name], f"{REFERENCE_BITS * size:g}", f"{before:.4f}", f"**{after:.4f}**",
+                {**MODELS, **WHOLE}[name], f"{REFERENCE_BITS * size:g}", nats(before), f"**{nats(after)}**",
                 f"{after / before:.2f}", quality(found.original, digits),
                 *(found.cell(method, size, digits) for method in methods),
             ])  # fmt: skip
