@@ -74,6 +74,23 @@ def test_a_run_that_was_ended_goes_on_behind_the_groups_that_are_finished(
 
 
 @pytest.mark.slow
+def test_pieces_that_earlier_versions_kept_without_notes_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"bits": 4.5, "effort": "max", "layers": "mlp"}
+    put = WorkDirectory.put
+
+    def without_notes(self: WorkDirectory, name: str, tensors: Any, fields: Any) -> None:
+        put(self, name, tensors, {key: value for key, value in fields.items() if key != "notes"})
+
+    monkeypatch.setattr(WorkDirectory, "put", without_notes)
+    expected, groups = run(settings, tmp_path / "work")
+    found, again = run(settings, tmp_path / "work")
+    assert again == groups
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
 def test_what_is_trained_as_a_whole_keeps_its_trials(tmp_path: Path) -> None:
     settings = {"bits": 4.5, "effort": "max", "distill": {"steps": 2}}
     expected, _ = run(settings, tmp_path / "work")

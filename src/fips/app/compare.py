@@ -173,11 +173,9 @@ def compare(
     original = _original(model, evaluation, reference, store, bars)
     runs = []
     moments: MomentCache = {}
-    seed = None
     for done, (method, config) in enumerate(jobs):
-        if config.seed != seed:  # other data
+        if config.seed != jobs[done - 1][1].seed:  # other data
             moments.clear()
-            seed = config.seed
         name = f"{method} at {config.bits:g} bits"
         piece = f"{name}, seed {config.seed}"
         known = None if store is None else store.get(piece)

@@ -78,8 +78,7 @@ def compare_source(
     place = Path(os.path.abspath(output))
     work = place.with_name(f"{place.name}.work")
     with Output(output) as target, kept_work(work, output, first=True, keep=False):
-        _require_one_that_fits(empty, methods, sizes, layers)
-        calibration = _fitting_comparison(empty, calibration, methods, sizes[0], original.device)
+        calibration = _fitting_comparison(empty, calibration, methods, sizes, layers, original.device)
         scored, _ = original.batches(evaluation, empty, purpose="evaluation")
         model = original.dense()
 
@@ -129,11 +128,17 @@ def _rough(scored: Batches) -> list[Any]:
 
 
 def _fitting_comparison(
-    model: nn.Module, data: DataConfig, methods: Sequence[str], size: float, device: torch.device
+    model: nn.Module,
+    data: DataConfig,
+    methods: Sequence[str],
+    sizes: Sequence[float],
+    layers: str,
+    device: torch.device,
 ) -> DataConfig:
-    """Batches that fit whichever of the methods needs most."""
+    """Batches that fit whichever of the methods needs most. Raises ``BudgetError`` where no method fits at any size."""
+    _require_one_that_fits(model, methods, sizes, layers)
     chosen = "batch_size" in data.model_fields_set
-    configs = [method_config(method, bits=size, seed=0) for method in methods]
+    configs = [method_config(method, bits=sizes[0], seed=0) for method in methods]
     for config in {config.method: config for config in configs}.values():
         with suppress(BudgetError):
             plan = plan_compression(model, config)

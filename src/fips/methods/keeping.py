@@ -54,10 +54,8 @@ def kept_group(bench: Workbench, plan: GroupPlan, make: Callable[[], CompressedG
     """
     made = bench.store.get(_piece(plan))
     if made is not None:
-        tensors, fields = made
-        for text in fields["notes"]:
-            bench.note_once(text)
-        return _put_together(bench, plan, tensors, fields)
+        bench.note_kept(made[1])
+        return _put_together(bench, plan, *made)
     with bench.noted() as notes:
         found = make()
     tensors, fields = _taken_apart(found)

@@ -197,6 +197,11 @@ class Workbench:
         yield found
         found += self.notes[before:]
 
+    def note_kept(self, fields: Mapping[str, Any]) -> None:
+        """Say again what was noted while a piece was made; pieces of earlier versions have no notes."""
+        for text in fields.get("notes", ()):
+            self.note_once(text)
+
     def survey(self, groups: Sequence[LayerGroup]) -> dict[str, str]:
         """Layers that the calibration data says nothing about, to be left dense, with the reason.
 

@@ -21,7 +21,7 @@ from fips.plan.groups import GroupPlan, storage_dtype
 from fips.plan.least import require_sensible_size
 from fips.plan.planner import planner_of
 from fips.plan.rest import rest_saving
-from fips.plan.size import layer_groups, smallest_sizes, weight_dtype, with_bits
+from fips.plan.size import layer_groups, located_layers, smallest_sizes, weight_dtype, with_bits
 
 __all__ = ["CompressionPlan", "LeftDense", "leave_dense", "plan_compression", "settle_size", "size_note", "uses_size"]
 
@@ -102,7 +102,7 @@ def plan_compression(model: nn.Module, config: CompressionConfig) -> Compression
 
 
 def _planned(model: nn.Module, config: CompressionConfig) -> CompressionPlan:
-    located = locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
+    located = located_layers(model, config)
     _check_whole(model, located.sublayers, config)
     groups = layer_groups(located, config)
     config = with_bits(model, groups, config)

@@ -20,7 +20,7 @@ from fips.plan.least import BYTES_PER_BIT, EPS
 from fips.plan.planner import planner_of
 from fips.plan.rest import rest_saving
 
-__all__ = ["Sizes", "layer_groups", "sizes_of", "smallest_sizes", "weight_dtype", "with_bits"]
+__all__ = ["Sizes", "layer_groups", "located_layers", "sizes_of", "smallest_sizes", "weight_dtype", "with_bits"]
 
 MOST_BITS = 16
 _COVERED = {"mlp": "MLPs", "blocks": "blocks", "all": "blocks, embedding and head"}
@@ -100,6 +100,11 @@ def with_bits(
     return config.replace(size=None, bits=bits)
 
 
+def located_layers(model: nn.Module, config: CompressionConfig) -> Located:
+    """The layers that settings ask for."""
+    return locate_layers(model, layers=config.layers, targets=config.targets, ignore=config.ignore)
+
+
 def layer_groups(located: Located, config: CompressionConfig) -> tuple[LayerGroup, ...]:
     """Groups of blocks, and embedding and head by themselves."""
     groups = group_layers(located.sublayers, share_blocks=config.share_blocks, groups=config.groups)
@@ -112,27 +117,25 @@ def _remedy(model: nn.Module, config: CompressionConfig, wanted: float, least: i
     for changes in _wider(config):
         other = config.replace(**changes)
         with suppress(FipsError):
-            located = locate_layers(model, layers=other.layers, targets=other.targets, ignore=other.ignore)
-            reached = sizes_of(model, layer_groups(located, other), other).least_bytes
+            reached = sizes_of(model, layer_groups(located_layers(model, other), other), other).least_bytes
             if reached < least:
                 found[" ".join(f"{_OPTIONS[name]} {value}" for name, value in changes.items())] = reached
     if not found:
         return "ask for more"
-    options, reached = next(((words, size) for words, size in found.items() if size <= wanted), (None, 0))
-    if options is not None:
-        return f"with `{options}` it is {reached:,}"
-    options, reached = min(found.items(), key=lambda one: one[1])
-    return f"ask for more: even with `{options}` it is {reached:,}"
+    nearest = min(found.items(), key=lambda one: one[1])
+    options, reached = next((one for one in found.items() if one[1] <= wanted), nearest)
+    return f"{'with' if reached <= wanted else 'ask for more: even with'} `{options}` it is {reached:,}"
 
 
 _OPTIONS = {"layers": "--layers", "rest_dtype": "--rest-dtype"}
+_LAYERS = tuple(_COVERED)
 
 
 def _wider(config: CompressionConfig) -> Iterator[dict[str, str]]:
     """Settings with which more is compressed, or the rest takes 16 bits, the smallest changes first."""
-    wider = {"mlp": ["blocks", "all"], "blocks": ["all"], "all": []}[config.layers if config.targets is None else "all"]
-    rests: list[dict[str, str]] = [{}] if config.rest_dtype is not None else [{}, {"rest_dtype": "bfloat16"}]
+    wider = _LAYERS[_LAYERS.index(config.layers) + 1 :] if config.targets is None else ()
     for layers in ({}, *({"layers": one} for one in wider)):
-        for rest in rests:
-            if layers or rest:
-                yield layers | rest
+        if layers:
+            yield layers
+        if config.rest_dtype is None:
+            yield layers | {"rest_dtype": "bfloat16"}

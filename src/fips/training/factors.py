@@ -236,8 +236,7 @@ class TrainableGroup:
 
         Layers that the batch did not reach, as experts may be, have no gradient and stay as they are.
         """
-        gradients = {layer: layer.dense_gradient_RF for layer in self.layers}
-        reached = {layer: gradient for layer, gradient in gradients.items() if gradient is not None}
+        reached = {layer: found for layer in self.layers if (found := layer.dense_gradient_RF) is not None}
         masks = prune_and_regrow(
             [layer.mask_RF for layer in reached],
             magnitudes=[layer.factor() for layer in reached],

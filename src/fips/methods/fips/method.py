@@ -364,8 +364,7 @@ def _choose(
         for name, piece in names.items():
             kept = bench.store.get(piece)
             assert kept is not None
-            for text in kept[1]["notes"]:
-                bench.note_once(text)
+            bench.note_kept(kept[1])
             found = [[_point(fields) for fields in unit] for unit in kept[1]["units"]]
             units += found
             sizes[name] = len(found)

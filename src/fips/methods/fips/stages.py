@@ -490,8 +490,9 @@ def train(bench: Workbench, item: Solved, config: FipsConfig) -> None:
         end = errors("after")
         if not _lessened(item.start, end):
             group.restore(untrained)
-            outcome = "made the errors of `{}` no smaller" if end else "left errors of `{}` that cannot be measured"
-            bench.note(f"{steps} steps {outcome.format(plan.group.name)}: it stays as it was solved")
+            errors_of = f"errors of `{plan.group.name}`"
+            outcome = f"made the {errors_of} no smaller" if end else f"left {errors_of} that cannot be measured"
+            bench.note(f"{steps} steps {outcome}: it stays as it was solved")
 
 
 def _lessened(before: Sequence[BlockError], after: Sequence[BlockError]) -> bool:
